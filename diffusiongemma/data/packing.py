@@ -1,0 +1,230 @@
+"""From an example to a row of a training batch: example -> document -> packed rows.
+
+A document is one tokenised example: its prompt, its response and the turn end that stops it.
+Several documents share a row. `segment_ids` tells them apart (1, 2, ... in order, 0 = empty),
+and each document's response is cut in canvases of its own. Nothing is ever cut short: a document
+that fits no row is dropped whole, and counted.
+
+The keys of a batch, with B rows of length L, N canvases a row, C tokens a canvas:
+
+    tokens              [B, L] int32     documents, pad id elsewhere
+    segment_ids         [B, L] int32     1.. = document, 0 = empty
+    positions           [B, L] int32     position inside the document, from 0
+    target_mask         [B, L] bool      True on the response and its turn end
+    canvas_tokens       [B, N, C] int32  response in pieces of C; pad id after its last token
+    canvas_segment_ids  [B, N] int32     document of the canvas, 0 = unused
+    canvas_starts       [B, N] int32     position in the document of the canvas's first token
+    canvas_offsets      [B, N] int32     index in the row of the canvas's first token
+
+With no canvases in a row (N = 0, for autoregressive training) the first four keys are all.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import logging
+
+Features = dict[str, np.ndarray]
+
+
+class PromptTokenizer(Protocol):
+    """The part of `Tokenizer` that packing needs."""
+
+    pad_id: int
+
+    def format_prompt(self, prompt: str) -> list[int]: ...
+
+    def format_response(self, response: str) -> list[int]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """Sizes of a packed row.
+
+    Attributes:
+      row_length: tokens in a row, L.
+      canvases_per_row: canvas slots in a row, N; 0 leaves the canvases out.
+      canvas_length: tokens in a canvas, C.
+      pad_id: what stands where there is no document.
+    """
+
+    row_length: int
+    canvases_per_row: int
+    canvas_length: int
+    pad_id: int = 0
+
+    def __post_init__(self):
+        if self.row_length < 1:
+            raise ValueError(f'row_length must be >= 1, got {self.row_length}.')
+        if self.canvases_per_row < 0:
+            raise ValueError(f'canvases_per_row must be >= 0, got {self.canvases_per_row}.')
+        if self.canvases_per_row and self.canvas_length < 1:
+            raise ValueError(f'canvas_length must be >= 1, got {self.canvas_length}.')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Document:
+    """A tokenised example.
+
+    Attributes:
+      tokens: [T] int32, prompt and response.
+      prompt_length: index of the response's first token.
+    """
+
+    tokens: np.ndarray
+    prompt_length: int
+
+    @property
+    def response(self) -> np.ndarray:
+        """[R] int32, the response with the token that stops it."""
+        return self.tokens[self.prompt_length :]
+
+
+def tokenize(example: Mapping[str, Any], tokenizer: PromptTokenizer) -> Document:
+    """Turns {'prompt', 'response'} into a document; other keys are ignored."""
+    prompt = tokenizer.format_prompt(example['prompt'])
+    response = tokenizer.format_response(example['response'])
+    return Document(np.asarray(prompt + response, np.int32), len(prompt))
+
+
+def cut_canvases(response: np.ndarray, canvas_length: int, pad_id: int = 0) -> np.ndarray:
+    """Cuts a response [R] in [ceil(R / C), C] canvases; the last one is filled up with pad_id."""
+    count = -(-len(response) // canvas_length)
+    canvases = np.full((count * canvas_length,), pad_id, np.int32)
+    canvases[: len(response)] = response
+    return canvases.reshape(count, canvas_length)
+
+
+def misfit(document: Document, layout: RowLayout) -> str | None:
+    """Why a document fits no row of this layout, or None where it fits."""
+    if len(document.tokens) > layout.row_length:
+        return f'longer than row_length={layout.row_length} tokens'
+    canvases = -(-len(document.response) // layout.canvas_length) if layout.canvases_per_row else 0
+    if canvases > layout.canvases_per_row:
+        return (
+            f'response longer than canvases_per_row={layout.canvases_per_row} canvases of '
+            f'{layout.canvas_length} tokens'
+        )
+    return None
+
+
+def document_features(document: Document, layout: RowLayout) -> Features:
+    """The document's share of a row: T tokens and their mask, n canvases and their starts."""
+    length = len(document.tokens)
+    features = {
+        'tokens': document.tokens,  # [T]
+        'target_mask': np.arange(length) >= document.prompt_length,  # [T]
+    }
+    if layout.canvases_per_row:
+        canvases = cut_canvases(document.response, layout.canvas_length, layout.pad_id)
+        starts = document.prompt_length + layout.canvas_length * np.arange(len(canvases))
+        features['canvas_tokens'] = canvases  # [n, C]
+        features['canvas_starts'] = starts.astype(np.int32)  # [n]
+    return features
+
+
+def _finish_row(row: Features) -> Features:
+    """Names the packer's features as the batch has them, and finds each canvas in the row."""
+    segment_ids, positions = row['tokens_segment_ids'], row['tokens_positions']
+    finished = {
+        'tokens': row['tokens'],
+        'segment_ids': segment_ids,
+        'positions': positions,
+        'target_mask': row['target_mask'],
+    }
+    if 'canvas_tokens' not in row:
+        return finished
+    canvas_segment_ids = row['canvas_starts_segment_ids']  # [N]
+    first = np.flatnonzero((positions == 0) & (segment_ids > 0))  # first token of document 1, 2, ..
+    used = canvas_segment_ids > 0
+    offsets = np.zeros_like(row['canvas_starts'])
+    offsets[used] = first[canvas_segment_ids[used] - 1] + row['canvas_starts'][used]
+    return finished | {
+        'canvas_tokens': row['canvas_tokens'],
+        'canvas_segment_ids': canvas_segment_ids,
+        'canvas_starts': row['canvas_starts'],
+        'canvas_offsets': offsets,
+    }
+
+
+def pack_rows(
+    features: grain.IterDataset, layout: RowLayout, *, bins: int = 64, seed: int = 0
+) -> grain.IterDataset:
+    """Packs a stream of `document_features` into rows, first fit.
+
+    Args:
+      features: what to pack; every element must fit a row by itself, see `misfit`.
+      layout: sizes of a row.
+      bins: rows that are open at a time. More waste less, and reach a little further ahead.
+      seed: the order in which full rows leave.
+
+    Returns:
+      Rows: the batch's features without the leading B.
+    """
+    lengths = {'tokens': layout.row_length, 'target_mask': layout.row_length}
+    padding = {'tokens': layout.pad_id, 'target_mask': False}
+    unnumbered = ['target_mask']  # features whose segments and positions nobody reads
+    if layout.canvases_per_row:
+        slots = layout.canvases_per_row
+        lengths |= {'canvas_tokens': slots, 'canvas_starts': slots}
+        padding |= {'canvas_tokens': layout.pad_id, 'canvas_starts': 0}
+        unnumbered.append('canvas_tokens')
+    packed = grain.experimental.FirstFitPackIterDataset(
+        features,
+        length_struct=lengths,
+        padding_struct=padding,
+        num_packing_bins=bins,
+        meta_features=unnumbered,
+        seed=seed,
+    )
+    return packed.map(_finish_row)
+
+
+class DropCounter:
+    """Counts dropped documents by reason and says so in the log at 1, 10, 100, ... of them."""
+
+    def __init__(self, source: str):
+        self._source = source
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def add(self, reason: str) -> None:
+        """Counts one document."""
+        self.counts[reason] += 1
+        count = self.counts[reason]
+        if str(count).strip('0') == '1':
+            logging.warning('%s: %d documents dropped so far: %s.', self._source, count, reason)
+
+
+def pack_examples(
+    examples: Iterable[Mapping[str, Any]], tokenizer: PromptTokenizer, layout: RowLayout
+) -> Features:
+    """Packs a few examples into one batch of as many rows as they need, for tests and losses.
+
+    Returns:
+      A batch as in the head of this file. Documents that fit no row are left out, with a warning.
+
+    Raises:
+      ValueError: when no document fits.
+    """
+    dropped = DropCounter('pack_examples')
+    features = []
+    for example in examples:
+        document = tokenize(example, tokenizer)
+        reason = misfit(document, layout)
+        if reason:
+            dropped.add(reason)
+        else:
+            features.append(document_features(document, layout))
+    if not features:
+        raise ValueError(
+            f'No example fits a row of {layout}; dropped: {dict(dropped.counts) or "none"}.'
+        )
+    stream = grain.MapDataset.source(features).to_iter_dataset(grain.ReadOptions(num_threads=0))
+    rows = list(pack_rows(stream, layout, bins=len(features)))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

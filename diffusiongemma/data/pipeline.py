@@ -1,0 +1,239 @@
+"""The stream of training batches: shuffled, mixed, tokenised, packed, and resumable.
+
+    sources (shuffled each epoch, this process's shard, repeated forever)
+      -> mixed by weight -> tokenised -> packed -> batched
+
+The stream is a function of its arguments alone. Its state is a small JSON-able dict; a stream
+made with the same arguments and given that state goes on with the very next batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from diffusiongemma.data import packing
+from diffusiongemma.data.sources import DataSpec, Source, load_source
+
+_STATE_VERSION = 1
+# With so many misfits in a row the layout does not suit the data: better an error than a stream
+# that looks for a document for hours.
+_MAX_CONSECUTIVE_DROPS = 10_000
+
+SourceLike = DataSpec | Source
+
+
+class _Tokenize:
+    """Example -> features of its document, or None (grain skips it) where it fits no row."""
+
+    def __init__(
+        self, name: str, size: int, tokenizer: packing.PromptTokenizer, layout: packing.RowLayout
+    ):
+        self._name = name
+        self._tokenizer = tokenizer
+        self._layout = layout
+        self._dropped = packing.DropCounter(name)
+        self._consecutive = 0
+        # The last document of one epoch and the first of the next are up to 2 * size apart.
+        self._limit = min(2 * size, _MAX_CONSECUTIVE_DROPS)
+
+    def __call__(self, example: Mapping[str, Any]) -> packing.Features | None:
+        document = packing.tokenize(example, self._tokenizer)
+        reason = packing.misfit(document, self._layout)
+        if reason is None:
+            self._consecutive = 0
+            return packing.document_features(document, self._layout)
+        self._dropped.add(reason)
+        self._consecutive += 1
+        if self._consecutive >= self._limit:
+            raise ValueError(
+                f'{self._name}: {self._consecutive} documents one after the other fit no row '
+                f'({dict(self._dropped.counts)}; the last has {len(document.tokens)} tokens). '
+                'Raise row_length or canvases_per_row, or shorten the data.'
+            )
+        return None
+
+
+class TrainIterator(grain.DatasetIterator):
+    """Endless iterator over batches (see `packing` for their keys).
+
+    It is a grain iterator: `get_state` and `set_state` work with a dict that JSON can hold, and
+    `grain.checkpoint.CheckpointSave(it)` / `CheckpointRestore(it)` work with orbax.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator, fingerprint: dict[str, Any]):
+        """Wraps grain's iterator; `fingerprint` is what a state depends on."""
+        super().__init__(batches)
+        self._batches = batches
+        self._fingerprint = fingerprint
+
+    def __next__(self) -> packing.Features:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """The place after the last batch that was handed out, as a JSON-able dict."""
+        return {
+            'version': _STATE_VERSION,
+            'fingerprint': self._fingerprint,
+            'grain': self._batches.get_state(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+          ValueError: when the state comes from a stream with other settings or other data.
+        """
+        if not isinstance(state, dict) or state.get('version') != _STATE_VERSION:
+            raise ValueError(
+                f'Not a data state of version {_STATE_VERSION}: {str(state)[:200]!r}.'
+            )
+        theirs = state['fingerprint']
+        names = sorted(set(theirs) | set(self._fingerprint))
+        differing = [
+            f'{name}: saved {theirs.get(name)!r}, now {self._fingerprint.get(name)!r}'
+            for name in names
+            if theirs.get(name) != self._fingerprint.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                'The saved data state belongs to another data stream, so its place means nothing '
+                f'in this one ({"; ".join(differing)}). Resume with the same data settings, or '
+                'start the data afresh.'
+            )
+        self._batches.set_state(state['grain'])
+
+
+def _listed(sources: SourceLike | Sequence[SourceLike]) -> list[SourceLike]:
+    """One spec or source, or several, as a list. A list of examples is one source."""
+    if not isinstance(sources, (list, tuple)):
+        return [sources]
+    if sources and isinstance(sources[0], Mapping):
+        return [sources]
+    if not sources:
+        raise ValueError('There is no data: pass at least one DataSpec or source.')
+    return list(sources)
+
+
+def _source_seed(seed: int, index: int) -> int:
+    """Sources of a mixture are shuffled independently."""
+    return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+
+
+def _weights(
+    listed: Sequence[SourceLike], weights: Sequence[float] | None
+) -> list[float]:
+    if weights is None:
+        weights = [item.weight if isinstance(item, DataSpec) else 1.0 for item in listed]
+    if len(weights) != len(listed):
+        raise ValueError(f'{len(listed)} sources need as many weights, got {list(weights)}.')
+    if not all(weight > 0 for weight in weights):
+        raise ValueError(f'Weights of sources must be > 0, got {list(weights)}.')
+    return [float(weight) for weight in weights]
+
+
+def make_train_iterator(
+    sources: SourceLike | Sequence[SourceLike],
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    row_length: int,
+    canvases_per_row: int,
+    canvas_length: int,
+    seed: int,
+    weights: Sequence[float] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    packing_bins: int = 64,
+    prefetch: int = 2,
+) -> TrainIterator:
+    """Makes the endless stream of training batches of one process.
+
+    Args:
+      sources: a DataSpec, a source (random access, examples are {'prompt', 'response', ...}), or
+        a list of them to mix.
+      tokenizer: a `Tokenizer`.
+      batch_size: rows of a batch, of this process alone.
+      row_length: tokens of a row; longer documents are dropped with a warning.
+      canvases_per_row: canvas slots of a row; 0 leaves the canvas keys out.
+      canvas_length: tokens of a canvas.
+      seed: of the shuffles, in [0, 2**32).
+      weights: share of each source, in documents; by default each spec's own weight, 1 for a
+        source that came without a spec.
+      process_index: which shard is read; each epoch's shards are disjoint.
+      process_count: how many shards there are.
+      packing_bins: rows that are open for packing at a time.
+      prefetch: batches made ahead, in a thread; 0 makes each when it is asked for.
+
+    Returns:
+      An iterator over dicts of numpy arrays, see `packing`.
+
+    Raises:
+      ValueError: on sizes, weights or shards that can't be.
+    """
+    if batch_size < 1:
+        raise ValueError(f'batch_size must be >= 1, got {batch_size}.')
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f'process_index must be in [0, {process_count}), got {process_index}.'
+        )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f'seed must be in [0, 2**32), got {seed}.')
+    layout = packing.RowLayout(row_length, canvases_per_row, canvas_length, tokenizer.pad_id)
+    listed = _listed(sources)
+    shares = _weights(listed, weights)
+    parts, described = [], []
+    for index, item in enumerate(listed):
+        source = load_source(item) if isinstance(item, DataSpec) else item
+        name = item.describe() if isinstance(item, DataSpec) else type(item).__name__
+        if len(source) < process_count:
+            raise ValueError(
+                f'{name} has {len(source)} examples, fewer than process_count={process_count}, '
+                'so some process would have none.'
+            )
+        part = grain.MapDataset.source(source).shuffle(seed=_source_seed(seed, index))
+        part = part[process_index::process_count]
+        tokenize = _Tokenize(name, len(part), tokenizer, layout)
+        parts.append(part.repeat().map(tokenize))
+        described.append({'name': name, 'size': len(source), 'weight': shares[index]})
+    examples = grain.MapDataset.mix(parts, shares) if len(parts) > 1 else parts[0]
+    features = examples.to_iter_dataset(grain.ReadOptions(num_threads=0))
+    rows = packing.pack_rows(features, layout, bins=packing_bins, seed=_source_seed(seed, -1 % 2**32))
+    batches = rows.batch(batch_size, drop_remainder=True)
+    if prefetch:
+        batches = grain.experimental.ThreadPrefetchIterDataset(
+            batches, prefetch_buffer_size=prefetch
+        )
+    fingerprint = {
+        'sources': described,
+        'tokenizer': _tokenizer_hash(tokenizer),
+        'batch_size': batch_size,
+        'row_length': row_length,
+        'canvases_per_row': canvases_per_row,
+        'canvas_length': canvas_length,
+        'seed': seed,
+        'process': [process_index, process_count],
+        'packing_bins': packing_bins,
+    }
+    return TrainIterator(iter(batches), fingerprint)
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    return getattr(tokenizer, 'content_hash', type(tokenizer).__name__)
+
+
+def eval_examples(source: SourceLike, n: int | None = None) -> list[dict[str, Any]]:
+    """The first n examples of a spec or source in their own order, or all of them if fewer.
+
+    Raises:
+      ValueError: when n is below 1.
+    """
+    if n is not None and n < 1:
+        raise ValueError(f'n must be >= 1 or None for all, got {n}.')
+    examples = load_source(source) if isinstance(source, DataSpec) else source
+    count = len(examples) if n is None else min(n, len(examples))
+    return [examples[i] for i in range(count)]

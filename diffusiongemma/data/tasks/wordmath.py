@@ -1,0 +1,130 @@
+"""Grade-school word problems with a worked solution and a checkable answer.
+
+    >>> from diffusiongemma.data.tasks import wordmath
+    >>> example = wordmath.generate(0, 'train')
+    >>> wordmath.check(example['response'], example['answer'])
+    True
+
+An example is a pure function of (seed, split, index). The split is a property of the problem:
+a hash of (template, drawn numbers) sends one combination in eight to the test split, so no
+combination is ever in both, whatever the names and the wording around it.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from diffusiongemma.data.tasks.wordmath_long import FOUR_STEPS, THREE_STEPS
+from diffusiongemma.data.tasks.wordmath_short import ONE_STEP, TWO_STEPS
+from diffusiongemma.data.tasks.wordmath_templates import MAX_DRAWS, Template
+
+TEMPLATES: tuple[Template, ...] = ONE_STEP + TWO_STEPS + THREE_STEPS + FOUR_STEPS
+SPLITS = ('train', 'test')
+TEST_ONE_IN = 8  # every template has at least 200 combinations, so at least ~25 of them test
+MAX_DIGITS = 9  # of a number in a response that is worth evaluating
+
+_ANSWER = re.compile(r'The answer is (-?\d[\d.,]*)')
+_STATEMENT = re.compile(r'-?\d+(?: [-+*/=] -?\d+)+')
+
+
+def combination_split(template: str, numbers: Mapping[str, int]) -> str:
+    """The split that a template's drawn numbers belong to, stable across versions and hosts."""
+    text = template + ''.join(f',{name}={value}' for name, value in sorted(numbers.items()))
+    return 'test' if zlib.crc32(text.encode()) % TEST_ONE_IN == 0 else 'train'
+
+
+def generate(index: int, split: str, seed: int = 0) -> dict[str, str]:
+    """One example.
+
+    Args:
+      index: any non-negative integer.
+      split: 'train' or 'test'.
+      seed: non-negative; another seed is another stream over the same two sets of problems.
+
+    Returns:
+      {'prompt', 'response', 'answer', 'task', 'template'}, all str.
+
+    Raises:
+      ValueError: on an unknown split or a negative index or seed.
+    """
+    if split not in SPLITS:
+        raise ValueError(f'split must be one of {SPLITS}, got {split!r}.')
+    if index < 0 or seed < 0:
+        raise ValueError(f'index and seed must be >= 0, got index={index}, seed={seed}.')
+    rng = np.random.default_rng((seed, SPLITS.index(split), index))
+    template = TEMPLATES[int(rng.random() * len(TEMPLATES))]
+    for _ in range(MAX_DRAWS):
+        numbers = template.draw(rng)
+        if numbers is not None and combination_split(template.name, numbers) == split:
+            example = template.render(numbers, rng)
+            return {**example, 'task': 'wordmath', 'template': template.name}
+    raise ValueError(
+        f'Template {template.name!r} yielded no {split} problem in {MAX_DRAWS} draws; '
+        'widen its number ranges.'
+    )
+
+
+class Wordmath:
+    """Random-access source of `size` examples of one split, for grain and for evaluation."""
+
+    def __init__(self, split: str, size: int, seed: int = 0):
+        """Raises ValueError on an unknown split or a size below 1."""
+        if split not in SPLITS:
+            raise ValueError(f'split must be one of {SPLITS}, got {split!r}.')
+        if size < 1:
+            raise ValueError(f'size must be >= 1, got {size}.')
+        self._split = split
+        self._size = size
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        index = operator.index(index)
+        if not -self._size <= index < self._size:
+            raise IndexError(f'index {index} is out of range for {self!r}.')
+        return generate(index % self._size, self._split, self._seed)
+
+    def __repr__(self) -> str:  # grain identifies a source by its repr
+        return f'Wordmath(split={self._split!r}, size={self._size}, seed={self._seed})'
+
+
+def check(response: str, answer: str) -> bool:
+    """Whether the last 'The answer is N' of a response states `answer`."""
+    found = _ANSWER.findall(response)
+    return bool(found) and found[-1].rstrip('.,') == answer
+
+
+def _evaluate(expression: str) -> int | None:
+    """The integer that `a op b op ...` is, * and / first; None if there is none, or it is huge."""
+    if any(len(text) > MAX_DIGITS for text in expression.split()):
+        return None
+    first, *rest = expression.split()
+    terms = [int(first)]
+    for op, text in zip(rest[::2], rest[1::2], strict=True):
+        value = int(text)
+        if op == '*':
+            terms[-1] *= value
+        elif op == '/':
+            if value == 0 or terms[-1] % value:
+                return None
+            terms[-1] //= value
+        else:
+            terms.append(value if op == '+' else -value)
+    return sum(terms)
+
+
+def verify_steps(response: str) -> bool:
+    """Whether a response has equations (`a + b = c`, or chains of them) and all of them hold."""
+    statements = [s for s in _STATEMENT.findall(response) if ' = ' in s]
+    for statement in statements:
+        values = [_evaluate(side) for side in statement.split(' = ')]
+        if None in values or len(set(values)) != 1:
+            return False
+    return bool(statements)

@@ -1,0 +1,76 @@
+"""Forward processes on discrete tokens, and the noise levels that training draws."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Corruption(Protocol):
+    """A forward process: clean tokens and noise levels in, noisy tokens out."""
+
+    def corrupt(
+        self, key: jax.Array, tokens: jax.Array, noise_level: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Corrupts each token independently with probability `noise_level`.
+
+        Args:
+          key: PRNG key.
+          tokens: [...] int32.
+          noise_level: float32 in [0, 1], broadcast against tokens; 1 is all noise.
+
+        Returns:
+          Noisy tokens [...] int32 and a bool mask [...] of the corrupted positions.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformCorruption:
+    """A corrupted token is drawn uniformly from the vocabulary (it may hit itself).
+
+    Multinomial diffusion of Hoogeboom et al. 2021 (arXiv:2102.05379).
+    """
+
+    vocab_size: int
+
+    def corrupt(
+        self, key: jax.Array, tokens: jax.Array, noise_level: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        which_key, noise_key = jax.random.split(key)
+        corrupted = jax.random.uniform(which_key, tokens.shape) < noise_level
+        noise = jax.random.randint(noise_key, tokens.shape, 0, self.vocab_size, tokens.dtype)
+        return jnp.where(corrupted, noise, tokens), corrupted
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedCorruption:
+    """A corrupted token becomes the mask token (absorbing state of D3PM, arXiv:2107.03006)."""
+
+    mask_id: int
+
+    def corrupt(
+        self, key: jax.Array, tokens: jax.Array, noise_level: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        corrupted = jax.random.uniform(key, tokens.shape) < noise_level
+        return jnp.where(corrupted, jnp.asarray(self.mask_id, tokens.dtype), tokens), corrupted
+
+
+def sample_noise_levels(key: jax.Array, shape: tuple[int, ...], minimum: float) -> jax.Array:
+    """Noise levels t ~ U(minimum, 1), evenly spread over the batch.
+
+    One uniform offset shifts an even grid (low-discrepancy sampling of VDM, Kingma et al.
+    2021, arXiv:2107.00630), which lowers the variance of the loss; the grid is permuted, so
+    that neighbouring canvases do not share a level.
+
+    Returns:
+      float32 of the given shape.
+    """
+    offset_key, order_key = jax.random.split(key)
+    count = 1
+    for size in shape:
+        count *= size
+    grid = (jax.random.uniform(offset_key) + jnp.arange(count) / count) % 1.0
+    levels = minimum + (1.0 - minimum) * jax.random.permutation(order_key, grid)
+    return levels.reshape(shape)

@@ -1,0 +1,113 @@
+"""The training loop that teacher training and distillation share."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from diffusiongemma.checkpoints.store import CheckpointStore
+from diffusiongemma.distillation.reporting import Reporter
+from diffusiongemma.distillation.state import TrainState
+from diffusiongemma.parallel import init_sharded, state_shardings
+
+StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """Length of the run and how often it reports and saves.
+
+    Attributes:
+      num_steps: optimizer steps.
+      report_every: steps between reports; metrics are fetched from the device only then.
+      checkpoint_every: steps between checkpoints; the last step is always saved.
+      max_to_keep: checkpoints kept.
+    """
+
+    num_steps: int
+    report_every: int = 20
+    checkpoint_every: int = 200
+    max_to_keep: int = 2
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f'{field.name} must be >= 1, got {getattr(self, field.name)}.')
+
+
+def fit(
+    train_step: StepFn,
+    state: TrainState,
+    batches: Iterator[dict[str, np.ndarray]],
+    store: CheckpointStore,
+    config: LoopConfig,
+    *,
+    workdir: Path,
+    description: str,
+    batch_sharding: jax.sharding.Sharding,
+) -> TrainState:
+    """Trains until `config.num_steps`, from wherever `state` and `batches` stand.
+
+    Args:
+      train_step: (state, batch) -> (state, metrics), compiled.
+      state: the state to start from; donated.
+      batches: iterator with `get_state`, saved beside the parameters.
+      store: where checkpoints go.
+      config: lengths and intervals.
+      workdir: for TensorBoard files.
+      description: shown in front of the progress bar.
+      batch_sharding: where batches are put.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      FloatingPointError: the loss is not finite; nothing is saved from that interval.
+    """
+    first_step = int(state.step)
+    with Reporter(workdir, description, first_step, config.num_steps) as reporter:
+        for step in range(first_step + 1, config.num_steps + 1):
+            batch = next(batches)
+            state, metrics = train_step(state, jax.device_put(batch, batch_sharding))
+            is_last = step == config.num_steps
+            save = is_last or step % config.checkpoint_every == 0
+            if save or step % config.report_every == 0:
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                reporter.report(step, values, tokens_per_step=batch['tokens'].size)
+            if save:
+                store.save(step, state, batches.get_state())
+    store.wait()
+    return state
+
+
+def start_or_resume(
+    init: Callable[[], TrainState],
+    params_sharding: Any,
+    mesh: jax.sharding.Mesh,
+    store: CheckpointStore,
+    batches: Any,
+) -> TrainState:
+    """The state to train from: the newest checkpoint if there is one, else `init()`.
+
+    On resume `batches` is moved to the place in the data where the checkpoint was taken.
+
+    Raises:
+      ValueError: the checkpoint is of another shape, or of another data stream.
+    """
+    if store.latest_step is None:
+        return init_sharded(init, params_sharding, mesh)[0]
+    abstract = jax.eval_shape(init)
+    shardings = state_shardings(abstract, params_sharding, mesh)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+    state, data_state = store.restore(abstract)
+    batches.set_state(data_state)
+    logging.info('resuming from step %d of %s', store.latest_step, store.directory)
+    return state

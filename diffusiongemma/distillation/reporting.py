@@ -1,0 +1,84 @@
+"""Progress in the terminal and metrics on TensorBoard."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from absl import logging
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from tensorboardX import SummaryWriter
+
+
+class Reporter:
+    """Shows the progress of a training run and writes its metrics.
+
+    A progress bar (loss, tokens/s, ETA) where stdout is a terminal, a log line every report
+    elsewhere; scalars go to TensorBoard event files in `workdir`/tensorboard.
+    """
+
+    def __init__(self, workdir: Path, description: str, first_step: int, num_steps: int):
+        self._writer = SummaryWriter(str(workdir / 'tensorboard'))
+        self._num_steps = num_steps
+        self._last_step, self._last_time = first_step, time.perf_counter()
+        self._progress = Progress(
+            TextColumn('{task.description}'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn('{task.fields[status]}'),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stdout),
+            disable=not sys.stdout.isatty(),
+        )
+        self._task = self._progress.add_task(
+            description, total=num_steps, completed=first_step, status=''
+        )
+        self._description = description
+
+    def __enter__(self) -> 'Reporter':
+        self._progress.start()
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self._progress.stop()
+        self._writer.close()
+
+    def report(self, step: int, metrics: Mapping[str, float], tokens_per_step: int) -> None:
+        """Shows and writes the metrics after `step` steps.
+
+        Raises:
+          FloatingPointError: a metric is not finite.
+        """
+        bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+        if bad:
+            raise FloatingPointError(
+                f'{", ".join(bad)} is not finite at step {step}. Training stopped; the last '
+                'checkpoint is kept. Lower the learning rate or the clip norm and start again '
+                'with the same workdir to go on from it.'
+            )
+        now = time.perf_counter()
+        elapsed, steps = now - self._last_time, step - self._last_step
+        self._last_step, self._last_time = step, now
+        tokens_per_second = steps * tokens_per_step / max(elapsed, 1e-9)
+        for name, value in {**metrics, 'tokens_per_second': tokens_per_second}.items():
+            self._writer.add_scalar(name, value, step)
+        status = f'loss {metrics["loss"]:.4f}  {tokens_per_second:,.0f} tok/s'
+        self._progress.update(self._task, completed=step, status=status)
+        if self._progress.disable:
+            remaining = (self._num_steps - step) * elapsed / max(steps, 1)
+            rest = '  '.join(f'{k} {v:.4f}' for k, v in metrics.items() if k != 'loss')
+            logging.info(
+                '%s %d/%d  %s  %s  ETA %s',
+                self._description, step, self._num_steps, status, rest,
+                time.strftime('%H:%M:%S', time.gmtime(remaining)),
+            )  # fmt: skip

@@ -1,0 +1,174 @@
+"""The one frozen config that describes every backbone, and what follows from it."""
+
+import dataclasses
+
+SLIDING = 'sliding'
+FULL = 'full'
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Attention of one layer type.
+
+    Attributes:
+      num_kv_heads: key/value heads K; divides the model's query heads N.
+      head_dim: H, even.
+      rope_theta: base wavelength of the rotary embedding.
+      rope_fraction: share of the H/2 frequencies that rotate ("proportional" RoPE);
+        the others are zero.
+      window: keys that a query sees, itself included; None for the whole prefix.
+      value_is_key: no value projection; the value is the raw key projection.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0
+    window: int | None = None
+    value_is_key: bool = False
+
+    def __post_init__(self):
+        if self.head_dim % 2:
+            raise ValueError(f'head_dim must be even for rotary embeddings, got {self.head_dim}.')
+        if self.window is not None and self.window < 1:
+            raise ValueError(f'window must be >= 1 or None (no window), got {self.window}.')
+        if not 0 <= self.rope_fraction <= 1:
+            raise ValueError(f'rope_fraction must lie in [0, 1], got {self.rope_fraction}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Routed experts beside the dense MLP: E experts of width F_e, top-k of them per token."""
+
+    num_experts: int
+    top_k: int
+    expert_width: int
+
+    def __post_init__(self):
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f'top_k must lie in [1, num_experts={self.num_experts}], got {self.top_k}.'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Gemma backbone, and with `canvas_length` > 0 a DiffusionGemma.
+
+    Attributes:
+      vocab_size: V.
+      width: D.
+      num_heads: N, query heads.
+      ffn_width: F of the dense MLP.
+      layer_types: 'sliding' or 'full' for each layer, in order.
+      sliding: attention of the sliding layers.
+      full: attention of the full layers.
+      moe: routed experts in every layer, or None for a dense model.
+      canvas_length: C, tokens denoised at once; 0 for a purely autoregressive model.
+      query_scale: factor on queries before the softmax. Gemma 4 uses 1.0.
+      value_norm: RMS-normalise values (without scale).
+      layer_scalar: the residual stream is scaled once per layer.
+      norm_scale_offset: added to every norm's scale weight (1.0 in Gemma 3, 0.0 in Gemma 4).
+      norm_eps: epsilon inside the RMS norms.
+      final_logit_softcap: cap of the tanh on the logits, or None.
+    """
+
+    vocab_size: int
+    width: int
+    num_heads: int
+    ffn_width: int
+    layer_types: tuple[str, ...]
+    sliding: AttentionConfig
+    full: AttentionConfig
+    moe: MoEConfig | None = None
+    canvas_length: int = 0
+    query_scale: float = 1.0
+    value_norm: bool = True
+    layer_scalar: bool = True
+    norm_scale_offset: float = 0.0
+    norm_eps: float = 1e-6
+    final_logit_softcap: float | None = 30.0
+
+    def __post_init__(self):
+        object.__setattr__(self, 'layer_types', tuple(self.layer_types))
+        if not self.layer_types:
+            raise ValueError('layer_types is empty: a model needs at least one layer.')
+        unknown = sorted(set(self.layer_types) - {SLIDING, FULL})
+        if unknown:
+            raise ValueError(f'layer_types may hold {SLIDING!r} and {FULL!r}, got {unknown}.')
+        for kind in sorted(set(self.layer_types)):
+            kv_heads = self.attention(kind).num_kv_heads
+            if self.num_heads % kv_heads:
+                raise ValueError(
+                    f'num_heads={self.num_heads} is not a multiple of the {kv_heads} key/value '
+                    f'heads of the {kind} layers.'
+                )
+        if self.canvas_length < 0:
+            raise ValueError(f'canvas_length must be >= 0, got {self.canvas_length}.')
+        if self.final_logit_softcap is not None and self.final_logit_softcap <= 0:
+            raise ValueError(
+                f'final_logit_softcap must be > 0 or None, got {self.final_logit_softcap}.'
+            )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_types)
+
+    @property
+    def is_diffusion(self) -> bool:
+        return self.canvas_length > 0
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The shortest run of layer types that, repeated, gives `layer_types`."""
+        types = self.layer_types
+        for period in range(1, len(types) + 1):
+            if all(types[i] == types[i % period] for i in range(len(types))):
+                return types[:period]
+        return types
+
+    @property
+    def num_groups(self) -> int:
+        """G, whole repetitions of the pattern: these layers are scanned."""
+        return self.num_layers // len(self.pattern)
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """Layer types left over after the last whole repetition; applied one by one."""
+        return self.layer_types[self.num_groups * len(self.pattern) :]
+
+    def attention(self, kind: str) -> AttentionConfig:
+        """The attention of a layer type, 'sliding' or 'full'."""
+        return self.sliding if kind == SLIDING else self.full
+
+    def replace(self, **changes) -> 'ModelConfig':
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        """Plain JSON types; `from_dict` reverses it."""
+        return dataclasses.asdict(self) | {'layer_types': list(self.layer_types)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> 'ModelConfig':
+        """Raises ValueError when a key is unknown or a required one is missing."""
+        values = dict(values)
+        nested = {'sliding': AttentionConfig, 'full': AttentionConfig, 'moe': MoEConfig}
+        for name, nested_cls in nested.items():
+            if values.get(name) is not None:
+                values[name] = _build(nested_cls, values[name], f'model config, {name!r}')
+        return _build(cls, values, 'model config')
+
+
+def _build(cls, values: dict, where: str):
+    names = {field.name for field in dataclasses.fields(cls)}
+    required = {
+        field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING
+    }
+    unknown, missing = sorted(set(values) - names), sorted(required - set(values))
+    if unknown or missing:
+        raise ValueError(
+            f'{where}: unknown keys {unknown}, missing keys {missing}; known: {sorted(names)}.'
+        )
+    return cls(**values)
+
+

@@ -1,0 +1,95 @@
+"""DiffusionGemma: the denoiser, one backbone with an encode and a denoise pass."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.models.cache import Prefix
+from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.layers import GatedMLP, RMSNorm, rms_normalize
+from diffusiongemma.models.masks import canvas_mask
+from diffusiongemma.models.transformer import Gemma, PassContext, rope_by_kind
+
+
+class SelfConditioning(nn.Module):
+    """Adds what the previous denoise step believed to the canvas embeddings.
+
+    h = rmsnorm(embed(canvas) + mlp(rmsnorm(soft embeddings))), the outer norm without
+    scale. The MLP's output starts at zero, so that a fresh student ignores it.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, embeddings: jax.Array, soft_embeddings: jax.Array | None) -> jax.Array:
+        """[..., D], and [..., D] or None at the first step -> [..., D]."""
+        config = self.config
+        if soft_embeddings is None:
+            soft_embeddings = jnp.zeros_like(embeddings)
+        norm = RMSNorm(config.norm_eps, config.norm_scale_offset, name='pre_norm')
+        mlp = GatedMLP(
+            config.width, config.ffn_width, self.dtype, zero_init_output=True, name='mlp'
+        )
+        combined = embeddings + mlp(norm(soft_embeddings.astype(self.dtype)))
+        return rms_normalize(combined, config.norm_eps).astype(self.dtype)
+
+
+class DiffusionGemma(Gemma):
+    """The denoiser. `encode` is the causal pass of its parent, on the same weights."""
+
+    def setup(self):
+        if not self.config.is_diffusion:
+            raise ValueError(
+                'DiffusionGemma needs a config with canvas_length > 0; '
+                'for a purely autoregressive model use Gemma.'
+            )
+        super().setup()
+        self.self_conditioning = SelfConditioning(self.config, self.dtype)
+
+    def denoise(
+        self,
+        canvas: jax.Array,
+        starts: jax.Array,
+        segment_ids: jax.Array,
+        prefix: Prefix,
+        soft_embeddings: jax.Array | None = None,
+    ) -> jax.Array:
+        """The denoise pass over M canvases per row (sampling: M = 1).
+
+        Args:
+          canvas: [B, M, C] int32 noisy tokens.
+          starts: [B, M] int32, position of each canvas's first token.
+          segment_ids: [B, M] int32, document of each canvas; 0 for an unused slot.
+          prefix: the clean tokens, as cache or as the K/V of a packed training row.
+          soft_embeddings: [B, M, C, D] from `soft_embed`, or None at the first step.
+
+        Returns:
+          float32 logits [B, M, C, V].
+        """
+        length = canvas.shape[-1]
+        masks = {
+            kind: canvas_mask(
+                starts, segment_ids, length, prefix, self.config.attention(kind).window
+            )
+            for kind in sorted(set(self.config.layer_types))
+        }
+        positions = starts[..., None] + jnp.arange(length)  # [B, M, C]
+        context = PassContext(rope_by_kind(self.config, positions), masks)
+        x = self.self_conditioning(self.embedder.encode(canvas), soft_embeddings)
+        hidden, _ = self.backbone(x, prefix.kv, context, 'denoise')
+        return self.unembed(hidden)
+
+    def soft_embed(self, logits: jax.Array) -> jax.Array:
+        """Self-conditioning input: softmax(logits) @ embedding * sqrt(D), [..., V] -> [..., D]."""
+        return self.embedder.soft_encode(logits)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Denoise logits [B, C, V] of tokens [B, C] as a canvas after themselves; for `init`."""
+        batch_size, length = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+        ones = jnp.ones_like(tokens)
+        _, kv = self.encode(tokens, positions, ones)
+        starts = jnp.full((batch_size, 1), length, jnp.int32)
+        prefix = Prefix(kv, positions, ones)
+        return self.denoise(tokens[:, None], starts, ones[:, :1], prefix)[:, 0]

@@ -1,0 +1,141 @@
+"""Layers with no attention in them: norms, embedding, gated MLP, rotary embedding.
+
+Every kernel names its logical axes where it is created; `parallel/sharding.py` maps
+these names to mesh axes. Parameters are cast to the compute dtype at their use, norms
+and logits are computed in float32.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def kernel_init(fan_in: int) -> nn.initializers.Initializer:
+    """Normal initializer with variance 1 / fan_in."""
+    return nn.initializers.normal(stddev=fan_in**-0.5)
+
+
+def logical_param(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+) -> jax.Array:
+    """Declares a float32 parameter together with its logical axes."""
+    return module.param(
+        name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32
+    )
+
+
+def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis, computed and returned in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm with a learned scale, in float32; returns the input's dtype."""
+
+    eps: float
+    scale_offset: float = 0.0
+    init_value: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.constant(self.init_value - self.scale_offset)
+        scale = logical_param(self, 'scale', init, x.shape[-1:], ('norm',))
+        return (rms_normalize(x, self.eps) * (scale + self.scale_offset)).astype(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """gelu_tanh(x Wg) * (x Wu) Wd without biases; [..., D] -> [..., D]."""
+
+    width: int
+    ffn_width: int
+    dtype: jnp.dtype
+    zero_init_output: bool = False
+
+    def setup(self):
+        d, f = self.width, self.ffn_width
+        self.gate = logical_param(self, 'gate', kernel_init(d), (d, f), ('embed', 'mlp'))
+        self.up = logical_param(self, 'up', kernel_init(d), (d, f), ('embed', 'mlp'))
+        down_init = nn.initializers.zeros if self.zero_init_output else kernel_init(f)
+        self.down = logical_param(self, 'down', down_init, (f, d), ('mlp', 'embed'))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = jnp.einsum('...d,df->...f', x, self.gate.astype(self.dtype))
+        up = jnp.einsum('...d,df->...f', x, self.up.astype(self.dtype))
+        hidden = nn.gelu(gate, approximate=True) * up
+        return jnp.einsum('...f,fd->...d', hidden, self.down.astype(self.dtype))
+
+
+class Embedder(nn.Module):
+    """Token embedding tied with the output head."""
+
+    vocab_size: int
+    width: int
+    final_logit_softcap: float | None
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.embedding = logical_param(
+            self,
+            'embedding',
+            nn.initializers.normal(stddev=self.width**-0.5),
+            (self.vocab_size, self.width),
+            ('vocab', 'embed'),
+        )
+
+    def encode(self, tokens: jax.Array) -> jax.Array:
+        """[...] int32 -> [..., D], scaled by sqrt(D)."""
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype) * self._scale()
+
+    def soft_encode(self, logits: jax.Array) -> jax.Array:
+        """softmax(logits) @ embedding * sqrt(D): [..., V] -> [..., D].
+
+        The softmax is taken in float32; its product with the table in the compute dtype.
+        """
+        probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(self.dtype)
+        soft = jnp.einsum('...v,vd->...d', probs, self.embedding.astype(self.dtype))
+        return soft * self._scale()
+
+    def decode(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 logits [..., V], soft-capped by cap * tanh(logits / cap)."""
+        logits = jnp.einsum(
+            '...d,vd->...v',
+            hidden,
+            self.embedding.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        if self.final_logit_softcap is None:
+            return logits
+        return self.final_logit_softcap * jnp.tanh(logits / self.final_logit_softcap)
+
+    def _scale(self) -> jax.Array:
+        return jnp.asarray(self.width**0.5, self.dtype)
+
+
+def rope_tables(
+    positions: jax.Array, head_dim: int, theta: float, fraction: float
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the rotary embedding, [..., H/2] float32 for positions [...].
+
+    Frequency i is theta^(-2i/H) for i < fraction * H/2 and zero above ("proportional"
+    RoPE of Gemma 4; fraction 1 is the usual one, Su et al. 2021, arXiv:2104.09864).
+    """
+    half = head_dim // 2
+    index = jnp.arange(half, dtype=jnp.float32)
+    frequency = jnp.where(index < int(fraction * half), theta ** (-2.0 * index / head_dim), 0.0)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates pairs (i, i + H/2) of x [..., heads, H] by tables [..., H/2], in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]  # broadcast over heads
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -1,0 +1,89 @@
+"""Who sees whom. Every attention mask of the three passes is built here, from positions.
+
+A pass runs over M blocks of T queries per row (the causal pass: one block, the sequence;
+the denoise pass: M canvases of C tokens). Its keys are a shared prefix of S tokens and
+the block itself. True means visible.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.models.cache import Prefix
+
+
+@flax.struct.dataclass
+class AttentionMask:
+    """Visibility of the two kinds of keys.
+
+    Attributes:
+      prefix: [B, M, T or 1, S] bool.
+      block: [B, M, T or 1, T] bool.
+    """
+
+    prefix: jax.Array
+    block: jax.Array
+
+
+def canvas_prefix_window(window: int) -> int:
+    """Prefix tokens that a canvas sees in a sliding layer of width `window`.
+
+    The public transformers implementation keeps the last W - 1 prefix tokens for the
+    whole canvas; Google's JAX code keeps W.
+    """
+    return window - 1
+
+
+def causal_mask(
+    positions: jax.Array, segment_ids: jax.Array, prefix: Prefix, window: int | None
+) -> AttentionMask:
+    """A token sees itself and what came before it in its own document.
+
+    With a window only itself and the window - 1 tokens before it. Padding (segment 0) is
+    seen by padding alone, and sees nothing of the prefix.
+
+    Args:
+      positions: [B, T] int32.
+      segment_ids: [B, T] int32.
+      prefix: S earlier tokens.
+      window: keys that a query sees, itself included, or None.
+    """
+
+    def visible(key_positions: jax.Array, key_segments: jax.Array) -> jax.Array:
+        same = segment_ids[:, :, None] == key_segments[:, None, :]
+        distance = positions[:, :, None] - key_positions[:, None, :]
+        near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        return (same & near)[:, None]  # [B, 1, T, keys]
+
+    from_prefix = visible(prefix.positions, prefix.segment_ids)
+    from_prefix &= (prefix.segment_ids > 0)[:, None, None, :]
+    return AttentionMask(prefix=from_prefix, block=visible(positions, segment_ids))
+
+
+def canvas_mask(
+    starts: jax.Array,
+    segment_ids: jax.Array,
+    canvas_length: int,
+    prefix: Prefix,
+    window: int | None,
+) -> AttentionMask:
+    """A canvas token sees its whole canvas and the prefix before the canvas.
+
+    All tokens of a canvas see the same prefix: that of the canvas's document up to its
+    start, with a window only the last `canvas_prefix_window(window)` tokens of it. Other
+    canvases are not seen.
+
+    Args:
+      starts: [B, M] int32, position of each canvas's first token.
+      segment_ids: [B, M] int32, document of each canvas; 0 for an unused slot.
+      canvas_length: C.
+      prefix: S clean tokens.
+      window: window of the layer, or None.
+    """
+    same = segment_ids[:, :, None] == prefix.segment_ids[:, None, :]
+    distance = starts[:, :, None] - prefix.positions[:, None, :]  # 1 = the token before
+    visible = same & (prefix.segment_ids > 0)[:, None, :] & (distance >= 1)
+    if window is not None:
+        visible &= distance <= canvas_prefix_window(window)
+    block = jnp.ones((*starts.shape, 1, canvas_length), bool)
+    return AttentionMask(prefix=visible[:, :, None, :], block=block)

@@ -1,0 +1,22 @@
+"""Device mesh and the one table from logical axes to mesh axes."""
+
+from diffusiongemma.parallel.mesh import MESH_AXES, make_mesh
+from diffusiongemma.parallel.sharding import (
+    LOGICAL_AXIS_RULES,
+    batch_sharding,
+    init_sharded,
+    param_shardings,
+    replicated,
+    state_shardings,
+)
+
+__all__ = [
+    'LOGICAL_AXIS_RULES',
+    'MESH_AXES',
+    'batch_sharding',
+    'init_sharded',
+    'make_mesh',
+    'param_shardings',
+    'replicated',
+    'state_shardings',
+]

@@ -1,0 +1,75 @@
+"""From an ml_collections config to the objects that a run needs."""
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.models.config import ModelConfig
+
+T = TypeVar('T')
+
+
+def build(cls: type[T], values: Any, where: str) -> T:
+    """A config dataclass from a dict of its fields.
+
+    Raises:
+      ValueError: an unknown key (the nearest known one is named), or a missing one.
+    """
+    values = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f'did you mean {near[0]!r}?' if near else f'known keys: {sorted(fields)}.'
+            raise ValueError(f'config.{where} has no key {name!r}; {hint}')
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f'config.{where} lacks {missing}.')
+    return cls(**values)
+
+
+def model_config(config: ConfigDict) -> ModelConfig:
+    """The model of `config.model`."""
+    return ModelConfig.from_dict(config.model.to_dict())
+
+
+def data_specs(config: ConfigDict) -> list[DataSpec]:
+    """The sources of `config.data.sources`."""
+    return [DataSpec.from_config(source) for source in config.data.sources]
+
+
+def compute_dtype(config: ConfigDict) -> Any:
+    """The dtype of `config.dtype`: 'float32' or 'bfloat16'."""
+    if config.dtype not in ('float32', 'bfloat16'):
+        raise ValueError(f"config.dtype must be 'float32' or 'bfloat16', got {config.dtype!r}.")
+    return jnp.dtype(config.dtype)
+
+
+def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
+    """Raises ValueError when the config has a top-level key that this program does not read."""
+    for name in config:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f'did you mean {near[0]!r}?' if near else f'known keys: {sorted(known)}.'
+            raise ValueError(f'config has no key {name!r}; {hint}')
+    missing = [name for name in known if name not in config]
+    if missing:
+        raise ValueError(f'config lacks {missing}; see configs/tiny.py.')
+
+
+def write_resolved(config: ConfigDict, workdir: Path) -> None:
+    """Writes what the run was configured with to `workdir`/config.json."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')

@@ -1,0 +1,83 @@
+"""Trains an autoregressive Gemma, the teacher.
+
+python -m diffusiongemma.train --config=configs/tiny_teacher.py --workdir=/tmp/teacher
+"""
+
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from diffusiongemma import run_config
+from diffusiongemma.checkpoints.store import CheckpointStore
+from diffusiongemma.data.pipeline import make_train_iterator
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.distillation.ar_step import make_ar_train_step
+from diffusiongemma.distillation.loop import LoopConfig, fit, start_or_resume
+from diffusiongemma.distillation.state import (
+    OptimizerConfig,
+    TrainState,
+    create_state,
+    make_optimizer,
+)
+from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
+from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and metrics go.')
+
+CONFIG_KEYS = ('seed', 'tokenizer', 'dtype', 'mesh', 'model', 'data', 'optimizer', 'train')
+
+
+def train(config: ConfigDict, workdir: Path) -> TrainState:
+    """Trains the Gemma of `config`, going on from the newest checkpoint in `workdir`."""
+    run_config.check_keys(config, CONFIG_KEYS)
+    run_config.write_resolved(config, workdir)
+    tokenizer = Tokenizer.load(config.tokenizer)
+    model = Gemma(run_config.model_config(config), run_config.compute_dtype(config))
+    loop = run_config.build(LoopConfig, config.train, 'train')
+    optimizer_config = run_config.build(OptimizerConfig, config.optimizer, 'optimizer')
+    optimizer = make_optimizer(optimizer_config, loop.num_steps)
+
+    mesh = make_mesh(config.mesh)
+    batches = make_train_iterator(
+        run_config.data_specs(config),
+        tokenizer,
+        batch_size=config.data.batch_size,
+        row_length=config.data.row_length,
+        canvases_per_row=0,
+        canvas_length=0,
+        seed=config.seed,
+    )
+    store = CheckpointStore(workdir, loop.max_to_keep)
+    state = start_or_resume(
+        lambda: create_state(init_params(model, jax.random.key(config.seed)), optimizer),
+        param_shardings(model, mesh),
+        mesh,
+        store,
+        batches,
+    )
+    logging.info('%d parameters', parameter_count(state.params))
+    train_step = make_ar_train_step(model, optimizer, optimizer_config.ema_decay)
+    return fit(
+        jax.jit(train_step, donate_argnums=0),
+        state,
+        batches,
+        store,
+        loop,
+        workdir=workdir,
+        description='teacher',
+        batch_sharding=batch_sharding(mesh, config.data.batch_size),
+    )
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f'unexpected arguments {argv[1:]}')
+    train(_CONFIG.value, Path(_WORKDIR.value))
+
+
+if __name__ == '__main__':
+    flags.mark_flags_as_required(['config', 'workdir'])
+    app.run(main)

@@ -1,0 +1,39 @@
+"""Package definition of diffusiongemma."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name='diffusiongemma',
+    version='0.1.0',
+    description='Distils an autoregressive Gemma into a parallel text-diffusion model, in JAX.',
+    long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=find_packages(include=['diffusiongemma', 'diffusiongemma.*']),
+    package_data={'diffusiongemma': ['assets/*', 'assets/*/*']},
+    install_requires=[
+        'absl-py',
+        'array-record; platform_system == "Linux"',
+        'flax>=0.12',
+        'grain>=0.2.12',
+        'jax>=0.7',
+        'matplotlib',
+        'ml-collections>=1.0',
+        'numpy',
+        'optax>=0.2.5',
+        'orbax-checkpoint>=0.11',
+        'rich',
+        'safetensors',
+        'sentencepiece',
+        'tensorboardX',
+        'tensorflow-datasets>=4.9.9',
+    ],
+    extras_require={
+        'test': ['hypothesis', 'pytest', 'ruff'],
+        'tpu': ['jax[tpu]'],
+        'cuda': ['jax[cuda12]'],
+    },
+)
