@@ -10,7 +10,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from diffusiongemma import run_config
-from diffusiongemma.checkpoints.store import CheckpointStore
+from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE
+from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
 from diffusiongemma.data.pipeline import make_train_iterator
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.ar_step import make_ar_train_step
@@ -50,7 +51,8 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         canvas_length=0,
         seed=config.seed,
     )
-    store = CheckpointStore(workdir, loop.max_to_keep)
+    about = describe_model(model.config, tokenizer.content_hash)
+    store = CheckpointStore(workdir, loop.max_to_keep, about)
     state = start_or_resume(
         lambda: create_state(init_params(model, jax.random.key(config.seed)), optimizer),
         param_shardings(model, mesh),
@@ -58,6 +60,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         store,
         batches,
     )
+    tokenizer.save(workdir / TOKENIZER_FILE)
     logging.info('%d parameters', parameter_count(state.params))
     train_step = make_ar_train_step(model, optimizer, optimizer_config.ema_decay)
     return fit(

@@ -9,8 +9,7 @@ made with the same arguments and given that state goes on with the very next bat
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -89,9 +88,7 @@ class TrainIterator(grain.DatasetIterator):
           ValueError: when the state comes from a stream with other settings or other data.
         """
         if not isinstance(state, dict) or state.get('version') != _STATE_VERSION:
-            raise ValueError(
-                f'Not a data state of version {_STATE_VERSION}: {str(state)[:200]!r}.'
-            )
+            raise ValueError(f'Not a data state of version {_STATE_VERSION}: {str(state)[:200]!r}.')
         theirs = state['fingerprint']
         names = sorted(set(theirs) | set(self._fingerprint))
         differing = [
@@ -124,9 +121,7 @@ def _source_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
 
 
-def _weights(
-    listed: Sequence[SourceLike], weights: Sequence[float] | None
-) -> list[float]:
+def _weights(listed: Sequence[SourceLike], weights: Sequence[float] | None) -> list[float]:
     if weights is None:
         weights = [item.weight if isinstance(item, DataSpec) else 1.0 for item in listed]
     if len(weights) != len(listed):
@@ -178,9 +173,7 @@ def make_train_iterator(
     if batch_size < 1:
         raise ValueError(f'batch_size must be >= 1, got {batch_size}.')
     if not 0 <= process_index < process_count:
-        raise ValueError(
-            f'process_index must be in [0, {process_count}), got {process_index}.'
-        )
+        raise ValueError(f'process_index must be in [0, {process_count}), got {process_index}.')
     if not 0 <= seed < 2**32:
         raise ValueError(f'seed must be in [0, 2**32), got {seed}.')
     layout = packing.RowLayout(row_length, canvases_per_row, canvas_length, tokenizer.pad_id)
@@ -199,10 +192,13 @@ def make_train_iterator(
         part = part[process_index::process_count]
         tokenize = _Tokenize(name, len(part), tokenizer, layout)
         parts.append(part.repeat().map(tokenize))
-        described.append({'name': name, 'size': len(source), 'weight': shares[index]})
+        identity = getattr(source, 'fingerprint', name)
+        described.append({'name': identity, 'size': len(source), 'weight': shares[index]})
     examples = grain.MapDataset.mix(parts, shares) if len(parts) > 1 else parts[0]
     features = examples.to_iter_dataset(grain.ReadOptions(num_threads=0))
-    rows = packing.pack_rows(features, layout, bins=packing_bins, seed=_source_seed(seed, -1 % 2**32))
+    rows = packing.pack_rows(
+        features, layout, bins=packing_bins, seed=_source_seed(seed, len(parts))
+    )
     batches = rows.batch(batch_size, drop_remainder=True)
     if prefetch:
         batches = grain.experimental.ThreadPrefetchIterDataset(

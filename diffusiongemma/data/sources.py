@@ -1,18 +1,181 @@
-"""interim"""
+"""Where examples come from: built-in tasks, JSONL files, TFDS datasets, a teacher's answers.
+
+    >>> source = load_source(DataSpec(kind='wordmath', split='test', size=100))
+    >>> sorted(source[0])
+    ['answer', 'prompt', 'response', 'task', 'template']
+
+A source has a length and random access; an example is {'prompt': str, 'response': str, ...}.
+"""
+
+from __future__ import annotations
+
 import dataclasses
-from typing import Any
-Source = Any
+import difflib
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from diffusiongemma.data import jsonl, targets
+from diffusiongemma.data.tasks import sudoku, wordmath
+
+DEFAULT_TASK_SIZE = 1_000_000
+# The fields that each kind reads, besides kind, size and weight.
+_FIELDS_OF_KIND: Mapping[str, tuple[str, ...]] = {
+    'wordmath': ('split', 'seed'),
+    'sudoku': ('split', 'seed', 'box', 'min_clues', 'max_clues'),
+    'jsonl': ('path', 'prompt_feature', 'response_feature'),
+    'tfds': ('name', 'path', 'split', 'prompt_feature', 'response_feature'),
+    'targets': ('path',),
+}
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    'jsonl': ('path',),
+    'tfds': ('name',),
+    'targets': ('path',),
+}
+
+
+class Source(Protocol):
+    """Random access to examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that follows an unknown name."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f'did you mean {near[0]!r}?' if near else f'known: {known}.'
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
+    """Names a source.
+
+    Attributes:
+      kind: 'wordmath' or 'sudoku' (built-in tasks), 'jsonl', 'tfds' or 'targets'.
+      name: TFDS dataset, with its config and version where wanted: 'name/config:1.0.0'.
+      path: file (jsonl), directory (targets) or data directory (tfds; TFDS's own by default).
+      split: 'train' or 'test' of a task; any split of a TFDS dataset, slices included.
+      size: number of examples. A task makes that many (by default 1,000,000); of other kinds
+        the first so many are used (by default all).
+      seed: of a task's stream of examples.
+      prompt_feature, response_feature: names of the text in JSONL rows and TFDS datasets.
+      box, min_clues, max_clues: of sudoku, see `Sudoku`.
+      weight: share in a mixture, relative to the other sources' weights.
+    """
+
     kind: str
+    name: str = ''
+    path: str = ''
     split: str = 'train'
-    size: int = 1_000_000
+    size: int | None = None
     seed: int = 0
+    prompt_feature: str = 'prompt'
+    response_feature: str = 'response'
+    box: int = 3
+    min_clues: int | None = None
+    max_clues: int | None = None
     weight: float = 1.0
-    def describe(self): return f'{self.kind}:{self.split}'
+
+    def __post_init__(self):
+        if self.kind not in _FIELDS_OF_KIND:
+            hint = _nearest(str(self.kind), _FIELDS_OF_KIND)
+            raise ValueError(f'Unknown kind of data {self.kind!r}; {hint}')
+        for name in _NEEDED.get(self.kind, ()):
+            if not getattr(self, name):
+                raise ValueError(f'Data of kind {self.kind!r} needs {name!r}.')
+        stray = [n for n in self._given() if n not in _FIELDS_OF_KIND[self.kind]]
+        if stray:
+            raise ValueError(
+                f'Data of kind {self.kind!r} has no use for {stray}; it reads '
+                f'{sorted((*_FIELDS_OF_KIND[self.kind], "size", "weight"))}.'
+            )
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise ValueError(f'size must be an integer >= 1, got {self.size!r}.')
+        if not isinstance(self.weight, (int, float)) or not self.weight > 0:
+            raise ValueError(f'weight must be a number > 0, got {self.weight!r}.')
+
+    def _given(self) -> dict[str, Any]:
+        """The fields with other values than their defaults, save kind, size and weight."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ('kind', 'size', 'weight')
+            and getattr(self, field.name) != field.default
+        }
+
     @classmethod
-    def from_config(cls, c): return cls(**dict(c))
-def load_source(spec):
-    from diffusiongemma.data.tasks import sudoku, wordmath
-    if spec.kind == 'wordmath': return wordmath.Wordmath(spec.split, spec.size, spec.seed)
-    return sudoku.Sudoku(spec.split, spec.size, spec.seed)
+    def from_config(cls, config: Mapping[str, Any]) -> DataSpec:
+        """Reads a spec from a dict or an ml_collections ConfigDict.
+
+        Raises:
+          ValueError: on an unknown key, with the nearest known one, or a bad value.
+        """
+        values = dict(config)
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise ValueError(f'Unknown key {name!r} in a data spec; {_nearest(name, names)}')
+        if 'kind' not in values:
+            raise ValueError(f"A data spec needs 'kind', one of {sorted(_FIELDS_OF_KIND)}.")
+        return cls(**values)
+
+    def describe(self) -> str:
+        """Short name for logs and error messages, such as 'wordmath:train'."""
+        given = self._given()
+        head = [self.kind] + [str(given.pop(name)) for name in ('name', 'path') if name in given]
+        if 'split' in _FIELDS_OF_KIND[self.kind]:
+            head.append(self.split)
+            given.pop('split', None)
+        return ' '.join([':'.join(head), *(f'{name}={value}' for name, value in given.items())])
+
+
+class _First:
+    """The first `size` examples of a source."""
+
+    def __init__(self, source: Any, size: int):
+        self._source = source
+        self._size = size
+        self.fingerprint = source.fingerprint
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = operator.index(index)
+        if not -self._size <= index < self._size:
+            raise IndexError(f'index {index} is out of range for {self!r}.')
+        return self._source[index % self._size]
+
+    def __repr__(self) -> str:
+        return f'{self._source!r}[:{self._size}]'
+
+
+def load_source(spec: DataSpec) -> Source:
+    """Opens the source that a spec names.
+
+    Raises:
+      FileNotFoundError: when there is no such file or directory.
+      ValueError: on bad rows, an empty dataset, or an unknown split, dataset or feature.
+    """
+    task_size = spec.size or DEFAULT_TASK_SIZE
+    if spec.kind == 'wordmath':
+        return wordmath.Wordmath(spec.split, task_size, spec.seed)
+    if spec.kind == 'sudoku':
+        return sudoku.Sudoku(
+            spec.split, task_size, spec.seed, spec.box, spec.min_clues, spec.max_clues
+        )
+    if spec.kind == 'jsonl':
+        source = jsonl.JsonlSource(spec.path, spec.prompt_feature, spec.response_feature)
+    elif spec.kind == 'targets':
+        source = targets.TargetsSource(spec.path)
+    else:
+        # TFDS takes long to import, and most runs do without it.
+        from diffusiongemma.data.tfds_source import TfdsSource
+
+        source = TfdsSource(
+            spec.name, spec.split, spec.path, spec.prompt_feature, spec.response_feature
+        )
+    return source if spec.size is None or spec.size >= len(source) else _First(source, spec.size)

@@ -109,6 +109,10 @@ class Tokenizer:
             )
         return cls(file.read_bytes(), str(file))
 
+    def save(self, path: epath.PathLike) -> None:
+        """Writes the sentencepiece model to `path`."""
+        epath.Path(path).write_bytes(self._model)
+
     def __reduce__(self):
         return Tokenizer, (self._model, self._source)
 

@@ -1,5 +1,6 @@
-"""Progress in the terminal and metrics on TensorBoard."""
+"""Progress in the terminal, metrics on TensorBoard and in metrics.jsonl."""
 
+import json
 import math
 import sys
 import time
@@ -18,16 +19,20 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
+METRICS_FILE = 'metrics.jsonl'
+
 
 class Reporter:
     """Shows the progress of a training run and writes its metrics.
 
     A progress bar (loss, tokens/s, ETA) where stdout is a terminal, a log line every report
-    elsewhere; scalars go to TensorBoard event files in `workdir`/tensorboard.
+    elsewhere; scalars go to TensorBoard event files in `workdir`/tensorboard, and as one JSON
+    row per report to `workdir`/metrics.jsonl.
     """
 
     def __init__(self, workdir: Path, description: str, first_step: int, num_steps: int):
         self._writer = SummaryWriter(str(workdir / 'tensorboard'))
+        self._metrics_file = open(workdir / METRICS_FILE, 'a', encoding='utf-8')
         self._num_steps = num_steps
         self._last_step, self._last_time = first_step, time.perf_counter()
         self._progress = Progress(
@@ -52,6 +57,7 @@ class Reporter:
     def __exit__(self, *unused) -> None:
         self._progress.stop()
         self._writer.close()
+        self._metrics_file.close()
 
     def report(self, step: int, metrics: Mapping[str, float], tokens_per_step: int) -> None:
         """Shows and writes the metrics after `step` steps.
@@ -70,8 +76,11 @@ class Reporter:
         elapsed, steps = now - self._last_time, step - self._last_step
         self._last_step, self._last_time = step, now
         tokens_per_second = steps * tokens_per_step / max(elapsed, 1e-9)
-        for name, value in {**metrics, 'tokens_per_second': tokens_per_second}.items():
+        scalars = {**metrics, 'tokens_per_second': tokens_per_second}
+        for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
+        self._metrics_file.write(json.dumps({'step': step, **scalars}) + '\n')
+        self._metrics_file.flush()
         status = f'loss {metrics["loss"]:.4f}  {tokens_per_second:,.0f} tok/s'
         self._progress.update(self._task, completed=step, status=status)
         if self._progress.disable:
@@ -82,3 +91,10 @@ class Reporter:
                 self._description, step, self._num_steps, status, rest,
                 time.strftime('%H:%M:%S', time.gmtime(remaining)),
             )  # fmt: skip
+
+
+def read_metrics(workdir: Path) -> list[dict[str, float]]:
+    """Rows of `workdir`/metrics.jsonl in step order; a resumed run's rows replace older ones."""
+    lines = (workdir / METRICS_FILE).read_text(encoding='utf-8').splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row for _, row in sorted({row['step']: row for row in rows}.items())]

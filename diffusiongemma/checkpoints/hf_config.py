@@ -1,0 +1,228 @@
+"""config.json of the published format -> ModelConfig.
+
+Read are DiffusionGemma, and the autoregressive Gemma 3 and Gemma 4 (text) that can be its
+teacher. What a config.json leaves out takes the default of the public transformers code; what the
+backbone cannot do is an error rather than another model.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusiongemma.models.config import FULL, SLIDING, AttentionConfig, ModelConfig, MoEConfig
+
+DIFFUSION_TYPES = ('diffusion_gemma',)
+GEMMA4_TYPES = ('gemma4', 'gemma4_text')
+GEMMA3_TYPES = ('gemma3', 'gemma3_text')
+MODEL_TYPES = DIFFUSION_TYPES + GEMMA4_TYPES + GEMMA3_TYPES
+
+_LAYER_TYPES = {'sliding_attention': SLIDING, 'full_attention': FULL}
+_GLOBAL_HEAD_DIM = 512  # where a config has neither per_layer_config nor global_head_dim
+_ROPE = {
+    'gemma4': {
+        SLIDING: {'rope_theta': 10_000.0},
+        FULL: {
+            'rope_type': 'proportional',
+            'partial_rotary_factor': 0.25,
+            'rope_theta': 1_000_000.0,
+        },
+    },
+    'gemma3': {SLIDING: {'rope_theta': 10_000.0}, FULL: {'rope_theta': 1_000_000.0}},
+}
+
+
+def read_hf_config(directory: Path) -> ModelConfig:
+    """The model described by `directory`/config.json.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: it is no JSON, of another model, lacks a key or asks for what is not supported.
+    """
+    path = directory / 'config.json'
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is missing; a checkpoint needs it beside its weights.')
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path} is no JSON ({error}); copy it again.') from error
+    try:
+        return model_config_from_hf(content)
+    except KeyError as error:
+        raise ValueError(f'{path} lacks the key {error}.') from error
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+
+
+def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
+    """The `ModelConfig` of a parsed config.json.
+
+    Raises:
+      KeyError: a key without default is missing.
+      ValueError: another model, or a feature that is not supported.
+    """
+    model_type = content.get('model_type')
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f'model_type {model_type!r} cannot be read; supported: {MODEL_TYPES}.')
+    if model_type in DIFFUSION_TYPES:
+        text = content['text_config']
+        family = {
+            'canvas_length': content.get('canvas_length', 256),
+            'final_logit_softcap': text.get('final_logit_softcapping', 30.0),
+        }
+    else:
+        text = content.get('text_config', content)
+        family = {'final_logit_softcap': text.get('final_logit_softcapping')}
+    if model_type in GEMMA3_TYPES:
+        family |= {
+            'query_scale': text.get('query_pre_attn_scalar', 256) ** -0.5,
+            'value_norm': False,
+            'layer_scalar': False,
+            'norm_scale_offset': 1.0,
+        }
+    _check_supported(content, text, model_type)
+    kinds = _layer_kinds(text)
+    return ModelConfig(
+        vocab_size=text['vocab_size'],
+        width=text['hidden_size'],
+        num_heads=text['num_attention_heads'],
+        ffn_width=text['intermediate_size'],
+        layer_types=kinds,
+        sliding=_attention(text, kinds, SLIDING, model_type),
+        full=_attention(text, kinds, FULL, model_type),
+        moe=_moe(text, model_type),
+        norm_eps=text.get('rms_norm_eps', 1e-6),
+        **family,
+    )
+
+
+def _check_supported(content: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -> None:
+    """Raises ValueError for what would make another model of the same weights."""
+    used = {
+        'attention_bias': text.get('attention_bias'),
+        'attn_logit_softcapping': text.get('attn_logit_softcapping'),
+        'num_kv_shared_layers': text.get('num_kv_shared_layers'),
+        'use_double_wide_mlp': text.get('use_double_wide_mlp'),
+        # Vision tokens may see each other; text stays causal ("vision").
+        'use_bidirectional_attention': text.get('use_bidirectional_attention') in (True, 'all'),
+        'tie_word_embeddings=false': not (
+            text.get('tie_word_embeddings', True) and content.get('tie_word_embeddings', True)
+        ),
+        # Per-layer embeddings of E2B and E4B; transformers assumes them where nothing is said.
+        'hidden_size_per_layer_input': text.get(
+            'hidden_size_per_layer_input', 256 if model_type in GEMMA4_TYPES else 0
+        ),
+        'quantization_config': content.get('quantization_config'),
+    }
+    unsupported = [name for name, value in used.items() if value]
+    activation = text.get('hidden_activation', 'gelu_pytorch_tanh')
+    if activation != 'gelu_pytorch_tanh':
+        unsupported.append(f'hidden_activation={activation}')
+    if unsupported:
+        raise ValueError(f'{", ".join(unsupported)} is set, which is not supported.')
+
+
+def _layer_kinds(text: Mapping[str, Any]) -> tuple[str, ...]:
+    names = text.get('layer_types')
+    if names is None:
+        every = text.get('sliding_window_pattern') or 6
+        return tuple(SLIDING if (i + 1) % every else FULL for i in range(text['num_hidden_layers']))
+    unknown = sorted(set(names) - set(_LAYER_TYPES))
+    if unknown:
+        raise ValueError(f'layer_types {unknown} are unknown; known: {sorted(_LAYER_TYPES)}.')
+    if len(names) != text.get('num_hidden_layers', len(names)):
+        raise ValueError(
+            f'num_hidden_layers is {text["num_hidden_layers"]}, but layer_types has {len(names)}.'
+        )
+    return tuple(_LAYER_TYPES[name] for name in names)
+
+
+def _moe(text: Mapping[str, Any], model_type: str) -> MoEConfig | None:
+    # Only Gemma 4 asks for it by a flag of its own; DiffusionGemma by a number of experts.
+    enabled = text.get('enable_moe_block', model_type not in GEMMA4_TYPES)
+    if not (enabled and text.get('num_experts')):
+        return None
+    return MoEConfig(
+        num_experts=text['num_experts'],
+        top_k=text['top_k_experts'],
+        expert_width=text['moe_intermediate_size'],
+    )
+
+
+def _attention(
+    text: Mapping[str, Any], kinds: tuple[str, ...], kind: str, model_type: str
+) -> AttentionConfig:
+    full, gemma3 = kind == FULL, model_type in GEMMA3_TYPES
+    value_is_key = full and (
+        model_type in DIFFUSION_TYPES or (not gemma3 and text.get('attention_k_eq_v', False))
+    )
+    sizes = {name: text[name] for name in ('head_dim', 'num_key_value_heads')}
+    sizes |= _overrides(text, kinds, kind, separate_kv_heads=value_is_key) if not gemma3 else {}
+    rope = _rope(text, kind, gemma3)
+    return AttentionConfig(
+        num_kv_heads=sizes['num_key_value_heads'],
+        head_dim=sizes['head_dim'],
+        rope_theta=rope['rope_theta'],
+        rope_fraction=rope.get('partial_rotary_factor', 1.0),
+        window=None if full else text['sliding_window'],
+        value_is_key=value_is_key,
+    )
+
+
+def _overrides(
+    text: Mapping[str, Any], kinds: tuple[str, ...], kind: str, separate_kv_heads: bool
+) -> dict[str, int]:
+    """Head sizes in which the layers of one type differ from the general ones.
+
+    `per_layer_config` (by layer number) says it all where it is present; older files have
+    `global_head_dim` and `num_global_key_value_heads` for the full layers instead.
+    """
+    per_layer = text.get('per_layer_config')
+    if per_layer is None:
+        if kind == SLIDING:
+            return {}
+        found = {'head_dim': text.get('global_head_dim', _GLOBAL_HEAD_DIM)}
+        if separate_kv_heads and text.get('num_global_key_value_heads') is not None:
+            found['num_key_value_heads'] = text['num_global_key_value_heads']
+        return found
+    overrides = {i: per_layer.get(str(i), {}) for i, k in enumerate(kinds) if k == kind}
+    if not overrides:
+        return {}
+    first, found = next(iter(overrides.items()))
+    for i, other in overrides.items():
+        if other != found:
+            raise ValueError(
+                f'per_layer_config gives layer {first} {found} and layer {i} {other}, both '
+                f'{kind}; layers of one type must be alike.'
+            )
+    unknown = sorted(set(found) - {'head_dim', 'num_key_value_heads'})
+    if unknown:
+        raise ValueError(f'per_layer_config sets {unknown}, which is not supported.')
+    return dict(found)
+
+
+def _rope(text: Mapping[str, Any], kind: str, gemma3: bool) -> dict[str, Any]:
+    """Rotary parameters of one layer type.
+
+    Raises:
+      ValueError: frequencies other than theta^(-2i/H), or zero from some i on.
+    """
+    name = next(name for name, ours in _LAYER_TYPES.items() if ours == kind)
+    given = text.get('rope_parameters')
+    if given is not None:
+        rope = dict(given.get(name) or {})
+    elif gemma3:  # files from before rope_parameters
+        old = {FULL: 'rope_theta', SLIDING: 'rope_local_base_freq'}[kind]
+        rope = {'rope_theta': text[old]} if old in text else {}
+        rope |= (text.get('rope_scaling') or {}) if kind == FULL else {}
+    else:
+        rope = {}
+    if not rope or gemma3:
+        rope = _ROPE['gemma3' if gemma3 else 'gemma4'][kind] | rope
+    rope_type = rope.get('rope_type', 'default')
+    partial = rope.get('partial_rotary_factor', 1.0) != 1.0
+    if rope_type not in ('default', 'proportional') or (rope_type == 'default' and partial):
+        raise ValueError(f'rotary embedding {rope} of the {kind} layers is not supported.')
+    if rope.get('factor', 1.0) != 1.0:
+        raise ValueError(f'rotary scaling {rope} of the {kind} layers is not supported.')
+    return rope

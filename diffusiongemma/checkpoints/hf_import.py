@@ -1,0 +1,214 @@
+"""Weights of the published format (Hugging Face safetensors) -> parameters.
+
+A table gives for each of our parameters the tensor it comes from and how its axes change.
+Layers are stacked over repetitions of the layer pattern, as the scan wants them.
+
+DiffusionGemma stores its backbone once, under `model.decoder.`; the encoder adds one scalar per
+layer. An autoregressive Gemma has the same names under another prefix.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from diffusiongemma.checkpoints.bundle import model_for
+from diffusiongemma.checkpoints.hf_config import read_hf_config
+from diffusiongemma.checkpoints.safetensors_reader import TensorReader
+from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.transformer import Gemma, init_params
+
+DECODER = 'model.decoder.'
+ENCODER = 'model.encoder.language_model.'
+# Where an autoregressive Gemma has its backbone: beside a vision tower (new and old files), alone.
+AUTOREGRESSIVE = ('model.language_model.', 'language_model.model.', 'model.')
+LEFT_OUT = re.compile(
+    r'(model\.)?(encoder\.)?'
+    r'(vision_tower|embed_vision|audio_tower|embed_audio|multi_modal_projector)\.'
+)
+
+
+class Source(NamedTuple):
+    """Where a parameter comes from: a tensor, the shape it must have, and a change of axes.
+
+    `tensor` starts below the prefix of the backbone. `of_encoder`: it is the encoder's own.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    convert: Callable[[np.ndarray], np.ndarray]
+    of_encoder: bool = False
+
+
+def load_hf(directory: Path, dtype: Any) -> tuple[Gemma, dict]:
+    """Reads a published checkpoint: (model, parameters).
+
+    Tensors are read one at a time into the stacked parameters, so that the host holds little more
+    than one parameter beside what is already on the device.
+
+    Raises:
+      FileNotFoundError: config.json or weights are missing.
+      ValueError: a tensor is missing, unknown or of another shape. Shapes are checked before
+        any tensor is read.
+    """
+    config = read_hf_config(directory)
+    reader = TensorReader(directory)
+    model = model_for(config, dtype)
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    flat_shapes = flatten_dict(shapes, sep='/')
+    table = {name: sources(config, name, shape.shape) for name, shape in flat_shapes.items()}
+    names = _TensorNames(config, reader)
+    _check(table, names, reader, directory)
+    params = {}
+    for name, shape in flat_shapes.items():
+        value = np.empty(shape.shape, dtype)
+        for index, source in table[name]:
+            value[index] = source.convert(reader.read(names.of(source)))
+        params[name] = jnp.asarray(value)
+    return model, unflatten_dict(params, sep='/')
+
+
+class _TensorNames:
+    """Full tensor names in one checkpoint."""
+
+    def __init__(self, config: ModelConfig, reader: TensorReader):
+        if config.is_diffusion:
+            self.backbone, self._encoder = DECODER, ENCODER
+        else:
+            found = [p for p in AUTOREGRESSIVE if f'{p}embed_tokens.weight' in reader.shapes]
+            self.backbone = self._encoder = found[0] if found else AUTOREGRESSIVE[-1]
+
+    def of(self, source: Source) -> str:
+        return (self._encoder if source.of_encoder else self.backbone) + source.tensor
+
+    def is_tied_copy(self, name: str, wanted: set[str]) -> bool:
+        """Whether a tensor only repeats one that is read: the head, or the encoder's backbone."""
+        in_decoder = self.backbone + name.removeprefix(self._encoder)
+        encoder = name.startswith(self._encoder) and in_decoder in wanted
+        return encoder or name == 'lm_head.weight'
+
+
+def sources(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[tuple[Any, Source]]:
+    """The tensors that make up one parameter, each with its index in the stack.
+
+    Args:
+      config: of the model.
+      name: '/'-joined path of the parameter.
+      shape: of the parameter.
+    """
+    parts = name.split('/')
+    if parts[:2] == ['backbone', 'layers']:
+        slot = int(parts[2].removeprefix('layer_'))
+        return [
+            (group, _layer_source(parts[3:], group * len(config.pattern) + slot, shape[1:]))
+            for group in range(config.num_groups)
+        ]
+    if parts[:2] == ['backbone', 'tail']:
+        slot = int(parts[2].removeprefix('layer_'))
+        layer = config.num_groups * len(config.pattern) + slot
+        return [(..., _layer_source(parts[3:], layer, shape))]
+    kernels = {'gate': 'gate_proj', 'up': 'up_proj', 'down': 'down_proj'}
+    table = {
+        'embedder/embedding': _plain('embed_tokens.weight', shape),
+        'backbone/final_norm/scale': _plain('norm.weight', shape),
+        'self_conditioning/pre_norm/scale': _plain('self_conditioning.pre_norm.weight', shape),
+    } | {
+        f'self_conditioning/mlp/{ours}': _linear(f'self_conditioning.{theirs}.weight', shape, 1)
+        for ours, theirs in kernels.items()
+    }
+    return [(..., table[name])]
+
+
+NORMS = {
+    'pre_attention_norm': 'input_layernorm',
+    'post_attention_norm': 'post_attention_layernorm',
+    'pre_ffn_norm': 'pre_feedforward_layernorm',
+    'post_ffn_norm': 'post_feedforward_layernorm',
+    'post_mlp_norm': 'post_feedforward_layernorm_1',
+    'post_moe_norm': 'post_feedforward_layernorm_2',
+    'pre_moe_norm': 'pre_feedforward_layernorm_2',
+}
+
+
+def _layer_source(path: list[str], layer: int, shape: tuple[int, ...]) -> Source:
+    """Source of one layer's parameter; `path` starts below the layer, `shape` is unstacked."""
+    prefix = f'layers.{layer}.'
+    match path:
+        case [('encode_scalar' | 'denoise_scalar') as which]:
+            of_encoder = which == 'encode_scalar'
+            return Source(f'{prefix}layer_scalar', (1,), lambda x: x[0], of_encoder)
+        case [norm, 'scale'] if norm in NORMS:
+            return _plain(f'{prefix}{NORMS[norm]}.weight', shape)
+        case ['attention', ('query_norm' | 'key_norm') as norm, 'scale']:
+            return _plain(f'{prefix}self_attn.{norm[0]}_norm.weight', shape)
+        case ['attention', ('query' | 'key' | 'value') as kernel]:  # [D, heads, H]
+            return _linear(f'{prefix}self_attn.{kernel[0]}_proj.weight', shape, 1)
+        case ['attention', 'output']:  # [N, H, D]
+            return _linear(f'{prefix}self_attn.o_proj.weight', shape, 2)
+        case ['mlp', kernel]:
+            return _linear(f'{prefix}mlp.{kernel}_proj.weight', shape, 1)
+        case ['moe', 'router', 'kernel']:
+            return _linear(f'{prefix}router.proj.weight', shape, 1)
+        case ['moe', 'router', name]:
+            return _plain(f'{prefix}router.{name}', shape)
+        case ['moe', 'experts', 'down']:  # [E, F, D] from [E, D, F]
+            e, f, d = shape
+            tensor = f'{prefix}experts.down_proj'
+            return Source(tensor, (e, d, f), lambda x: x.swapaxes(1, 2))
+        case ['moe', 'experts', ('gate' | 'up') as half]:  # [E, D, F] from half of [E, 2F, D]
+            e, d, f = shape
+            start = 0 if half == 'gate' else f
+            tensor = f'{prefix}experts.gate_up_proj'
+            return Source(tensor, (e, 2 * f, d), lambda x: x[:, start : start + f].swapaxes(1, 2))
+    raise ValueError(f'no published tensor is known for the parameter {"/".join(path)}.')
+
+
+def _plain(tensor: str, shape: tuple[int, ...]) -> Source:
+    return Source(tensor, shape, lambda x: x)
+
+
+def _linear(tensor: str, shape: tuple[int, ...], num_inputs: int) -> Source:
+    """A kernel [*inputs, *outputs] from a matrix [prod(outputs), prod(inputs)]."""
+    inputs = int(np.prod(shape[:num_inputs]))
+    outputs = int(np.prod(shape[num_inputs:]))
+    return Source(tensor, (outputs, inputs), lambda x: x.T.reshape(shape))
+
+
+def _check(
+    table: dict[str, list[tuple[Any, Source]]],
+    names: _TensorNames,
+    reader: TensorReader,
+    directory: Path,
+) -> None:
+    """Raises ValueError unless the reader holds exactly what the table asks for."""
+    problems, wanted = [], set()
+    for parameter, parts in table.items():
+        for _, source in parts:
+            tensor = names.of(source)
+            wanted.add(tensor)
+            have = reader.shapes.get(tensor)
+            if have is None:
+                problems.append(f'{tensor} is missing (for {parameter})')
+            elif have != source.shape:
+                problems.append(
+                    f'{tensor} has shape {have}, config.json asks for {source.shape} '
+                    f'(for {parameter})'
+                )
+    others = sorted(set(reader.shapes) - wanted)
+    left_out = [name for name in others if LEFT_OUT.match(name)]
+    problems += [
+        f'{name} is unknown'
+        for name in others
+        if not LEFT_OUT.match(name) and not names.is_tied_copy(name, wanted)
+    ]
+    if problems:
+        more = f' (and {len(problems) - 5} more)' if len(problems) > 5 else ''
+        raise ValueError(f'{directory}: {"; ".join(problems[:5])}{more}.')
+    if left_out:
+        logging.info('left out %d tensors of the vision and audio towers', len(left_out))

@@ -1,0 +1,72 @@
+"""Opens whatever holds a model: a shipped one, a run's workdir, a bundle, a published one."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from flax.traverse_util import flatten_dict
+
+from diffusiongemma.checkpoints import bundle, hf_import
+from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.transformer import Gemma
+
+ASSETS = Path(__file__).parents[1] / 'assets'
+BUILTIN = {
+    'builtin': ASSETS / 'student',
+    'builtin-student': ASSETS / 'student',
+    'builtin-teacher': ASSETS / 'teacher',
+}
+STUDENT_DIR = 'student'  # in a workdir: the student that `distill` exports
+
+
+def load_model(path: str | Path, dtype: Any = jnp.float32) -> tuple[Gemma, dict, Tokenizer | None]:
+    """Loads a model, its parameters and its tokenizer.
+
+    Args:
+      path: 'builtin' (the shipped student), 'builtin-teacher', a bundle, the workdir of a run
+        (the student that it exported, else the averaged parameters of its newest checkpoint),
+        or a directory in the published format (config.json and safetensors).
+      dtype: of the parameters and the computation.
+
+    Returns:
+      The model (a DiffusionGemma where it can denoise, else a Gemma), its parameters, and the
+      tokenizer, or None where the directory has none.
+
+    Raises:
+      FileNotFoundError: there is no such model.
+      ValueError: the files do not fit together; the message names the tensor.
+    """
+    directory = BUILTIN.get(str(path), Path(path))
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f'no model at {directory}: pass a directory, or one of {sorted(BUILTIN)}.'
+        )
+    if bundle.is_bundle(directory / STUDENT_DIR):
+        directory = directory / STUDENT_DIR
+    if bundle.is_bundle(directory):
+        model, params = bundle.load_bundle(directory, dtype)
+    elif (directory / CHECKPOINTS_DIR).is_dir():
+        model, params = _load_run(directory, dtype)
+    else:
+        model, params = hf_import.load_hf(directory, dtype)
+    tokenizer_file = directory / bundle.TOKENIZER_FILE
+    tokenizer = Tokenizer.load(str(tokenizer_file)) if tokenizer_file.exists() else None
+    return model, params, tokenizer
+
+
+def _load_run(workdir: Path, dtype: Any) -> tuple[Gemma, dict]:
+    """The averaged parameters of a run's newest checkpoint, and their model."""
+    step, about, ema_params = read_ema(workdir)
+    if 'model' not in about:
+        raise ValueError(
+            f'the checkpoint of step {step} in {workdir} does not say which model it is of; '
+            'finish its run, which exports a model.'
+        )
+    model = bundle.model_for(ModelConfig.from_dict(about['model']), dtype)
+    bundle.check_params(model, flatten_dict(ema_params, sep='/'), f'{workdir}, step {step}')
+    logging.info('%s: averaged parameters of step %d', workdir, step)
+    return model, jax.tree.map(lambda leaf: leaf.astype(dtype), ema_params)

@@ -1,0 +1,112 @@
+"""Examples from a JSONL file: one object with a prompt and a response on each line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+
+def parse_row(line: bytes, where: str, prompt_feature: str, response_feature: str) -> dict:
+    """One line as an example; keys other than the two features are kept as they are.
+
+    Args:
+      line: a line of the file.
+      where: file and line number, for error messages.
+      prompt_feature: key of the prompt; the example has it as 'prompt'.
+      response_feature: key of the response; the example has it as 'response'.
+
+    Raises:
+      ValueError: on anything but a JSON object whose two features are text.
+    """
+    try:
+        row = json.loads(line.decode('utf-8'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{where}: invalid JSON: {error}') from error
+    if not isinstance(row, dict):
+        raise ValueError(
+            f'{where}: expected an object like {{"{prompt_feature}": "...", '
+            f'"{response_feature}": "..."}}, got {type(row).__name__}.'
+        )
+    for name in (prompt_feature, response_feature):
+        if name not in row:
+            raise ValueError(f'{where}: missing "{name}"; the keys there are {sorted(row)}.')
+        if not isinstance(row[name], str):
+            raise ValueError(
+                f'{where}: "{name}" must be a string, got {type(row[name]).__name__}: '
+                f'{json.dumps(row[name])[:80]}.'
+            )
+        try:
+            row[name].encode('utf-8')
+        except UnicodeEncodeError as error:
+            raise ValueError(f'{where}: "{name}" is no valid Unicode text: {error}') from error
+    prompt, response = row[prompt_feature], row[response_feature]
+    rest = {k: v for k, v in row.items() if k not in (prompt_feature, response_feature)}
+    return {**rest, 'prompt': prompt, 'response': response}
+
+
+class JsonlSource:
+    """Random access to the rows of a JSONL file.
+
+    Every row is checked once, at construction. Only the place of each row is held in memory;
+    blank lines are skipped.
+
+    Attributes:
+      fingerprint: hash of the content; a file that was only moved keeps it.
+    """
+
+    def __init__(
+        self,
+        path: epath.PathLike,
+        prompt_feature: str = 'prompt',
+        response_feature: str = 'response',
+    ):
+        """Reads the file once.
+
+        Raises:
+          FileNotFoundError: when there is no such file.
+          ValueError: on the first bad row, with its line number, or when there is no row.
+        """
+        self._file = epath.Path(path)
+        self._features = prompt_feature, response_feature
+        if not self._file.is_file():
+            raise FileNotFoundError(
+                f'No file at {self._file}. Give the path of a JSONL file with one '
+                f'{{"{prompt_feature}": ..., "{response_feature}": ...}} a line.'
+            )
+        digest = hashlib.sha256()
+        spans, numbers, offset = [], [], 0  # (start, length) and line number of each row
+        with self._file.open('rb') as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    parse_row(line, f'{self._file}, line {number}', *self._features)
+                    spans.append((offset, len(line)))
+                    numbers.append(number)
+                    digest.update(line.strip() + b'\n')
+                offset += len(line)
+        if not spans:
+            raise ValueError(f'{self._file}: empty dataset, the file has no rows.')
+        self._spans = np.array(spans, np.int64)
+        self._numbers = np.array(numbers, np.int64)
+        self.fingerprint = f'jsonl {digest.hexdigest()[:16]}'
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'index {index} is out of range for {self!r}.')
+        start, length = self._spans[index].tolist()
+        with self._file.open('rb') as file:  # opened anew: safe in threads, and picklable
+            file.seek(start)
+            line = file.read(length)
+        where = f'{self._file}, line {self._numbers[index]}'
+        return parse_row(line, where, *self._features)
+
+    def __repr__(self) -> str:  # grain identifies a source by its repr
+        return f'JsonlSource({str(self._file)!r}, rows={len(self)})'

@@ -1,0 +1,25 @@
+"""Distils an AR teacher into a diffusion student, then shows what it gained.
+
+python -m diffusiongemma.distill --config=configs/tiny.py --workdir=/tmp/diffusiongemma
+"""
+
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from diffusiongemma.distillation.run import distill
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything of the run goes.')
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f'unexpected arguments {argv[1:]}')
+    distill(_CONFIG.value, Path(_WORKDIR.value))
+
+
+if __name__ == '__main__':
+    flags.mark_flags_as_required(['config', 'workdir'])
+    app.run(main)

@@ -1,0 +1,230 @@
+"""A distillation run from teacher to evaluated student: targets, stage 1, evaluation."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from diffusiongemma import run_config
+from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
+from diffusiongemma.checkpoints.load import STUDENT_DIR, load_model
+from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
+from diffusiongemma.data.pipeline import eval_examples, make_train_iterator
+from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.diffusion.corruption import Corruption, MaskedCorruption, UniformCorruption
+from diffusiongemma.distillation.loop import LoopConfig, fit, start_or_resume
+from diffusiongemma.distillation.reporting import read_metrics
+from diffusiongemma.distillation.stage1 import (
+    Stage1Config,
+    make_stage1_step,
+    student_params_from_teacher,
+)
+from diffusiongemma.distillation.state import (
+    OptimizerConfig,
+    TrainState,
+    create_state,
+    make_optimizer,
+)
+from diffusiongemma.distillation.targets import TargetsConfig, write_targets
+from diffusiongemma.evaluation.compare import Comparison, EvalConfig, compare
+from diffusiongemma.evaluation.report import comparison_table, plot_run, print_samples
+from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
+from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
+from diffusiongemma.sampling import Sampler, SamplingConfig
+
+CONFIG_KEYS = (
+    'seed', 'dtype', 'mesh', 'teacher', 'canvas_length', 'targets', 'data', 'corruption',
+    'stage1', 'optimizer', 'train', 'sampling', 'eval',
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """Shape of a training batch.
+
+    Attributes:
+      batch_size: rows, over all processes.
+      row_length: tokens of a row.
+      canvases_per_row: canvas slots of a row.
+    """
+
+    batch_size: int
+    row_length: int
+    canvases_per_row: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The frozen AR model that is distilled."""
+
+    model: Gemma
+    params: dict
+    tokenizer: Tokenizer
+
+
+def distill(config: ConfigDict, workdir: Path) -> Comparison:
+    """Runs the distillation of `config`; goes on where an interrupted one stopped.
+
+    `workdir` then holds config.json, targets/, checkpoints/, tensorboard/, metrics.jsonl, the
+    exported student in student/, evaluation.json and distillation.png.
+    """
+    run_config.check_keys(config, CONFIG_KEYS)
+    run_config.write_resolved(config, workdir)
+    teacher = load_teacher(config)
+    logging.info('teacher: %d parameters', parameter_count(teacher.params))
+    targets = write_targets(
+        teacher.model,
+        teacher.params,
+        teacher.tokenizer,
+        run_config.build(TargetsConfig, config.targets, 'targets'),
+        workdir / 'targets',
+        seed=config.seed,
+    )
+    student_model, state = train_student(config, teacher, targets, workdir)
+    save_bundle(
+        workdir / STUDENT_DIR,
+        student_model.config,
+        state.ema_params,
+        teacher.tokenizer,
+        dtype='bfloat16',
+        about={'teacher': str(config.teacher), 'steps': int(state.step), 'seed': config.seed},
+    )
+    return evaluate_run(config, teacher, workdir)
+
+
+def load_teacher(config: ConfigDict) -> Teacher:
+    """The teacher of `config.teacher`; raises ValueError when it has no tokenizer."""
+    model, params, tokenizer = load_model(config.teacher, run_config.compute_dtype(config))
+    if tokenizer is None:
+        raise ValueError(f'{config.teacher} has no tokenizer.model; copy it there.')
+    return Teacher(Gemma(model.config.replace(canvas_length=0), model.dtype), params, tokenizer)
+
+
+def corruption_process(name: str, tokenizer: Tokenizer) -> Corruption:
+    """The forward process of `config.corruption`: 'uniform' or 'masked'."""
+    if name == 'uniform':
+        return UniformCorruption(tokenizer.vocab_size)
+    if name == 'masked':
+        return MaskedCorruption(tokenizer.mask_id)
+    raise ValueError(f"config.corruption must be 'uniform' or 'masked', got {name!r}.")
+
+
+def train_student(
+    config: ConfigDict, teacher: Teacher, targets: DataSpec, workdir: Path
+) -> tuple[DiffusionGemma, TrainState]:
+    """Stage 1: from the teacher's weights to a student, over `config.train.num_steps`."""
+    loop = run_config.build(LoopConfig, config.train, 'train')
+    optimizer_config = run_config.build(OptimizerConfig, config.optimizer, 'optimizer')
+    optimizer = make_optimizer(optimizer_config, loop.num_steps)
+    shape = run_config.build(BatchConfig, config.data, 'data')
+    sampling = sampling_config(config, teacher.tokenizer)
+    model = DiffusionGemma(
+        teacher.model.config.replace(canvas_length=config.canvas_length), teacher.model.dtype
+    )
+    mesh = make_mesh(config.mesh)
+    teacher_shardings = param_shardings(teacher.model, mesh)
+    teacher_params = jax.device_put(teacher.params, teacher_shardings)
+
+    def init() -> TrainState:
+        fresh = init_params(model, jax.random.key(config.seed))
+        return create_state(student_params_from_teacher(fresh, teacher.params), optimizer)
+
+    batches = make_train_iterator(
+        targets,
+        teacher.tokenizer,
+        batch_size=shape.batch_size,
+        row_length=shape.row_length,
+        canvases_per_row=shape.canvases_per_row,
+        canvas_length=config.canvas_length,
+        seed=config.seed,
+    )
+    about = describe_model(model.config, teacher.tokenizer.content_hash)
+    store = CheckpointStore(workdir, loop.max_to_keep, about)
+    state = start_or_resume(init, param_shardings(model, mesh), mesh, store, batches)
+    teacher.tokenizer.save(workdir / TOKENIZER_FILE)
+    train_step = jax.jit(
+        make_stage1_step(
+            model,
+            teacher.model,
+            optimizer,
+            corruption_process(config.corruption, teacher.tokenizer),
+            sampling.schedule,
+            run_config.build(Stage1Config, config.stage1, 'stage1'),
+            optimizer_config.ema_decay,
+            config.seed,
+        ),
+        donate_argnums=0,
+    )
+    state = fit(
+        lambda state, batch: train_step(state, teacher_params, batch),
+        state,
+        batches,
+        store,
+        loop,
+        workdir=workdir,
+        description='distill',
+        batch_sharding=batch_sharding(mesh, shape.batch_size),
+    )
+    store.close()
+    return model, state
+
+
+def sampling_config(config: ConfigDict, tokenizer: Tokenizer) -> SamplingConfig:
+    """The `SamplingConfig` of `config.sampling` for this tokenizer."""
+    fields = {
+        'stop_ids': tokenizer.stop_ids,
+        'pad_id': tokenizer.pad_id,
+        'vocab_size': tokenizer.vocab_size,
+    }
+    return run_config.build(SamplingConfig, fields | config.sampling.to_dict(), 'sampling')
+
+
+def compare_with_teacher(
+    config: ConfigDict, teacher: Teacher, checkpoint: str | Path
+) -> tuple[Comparison, list[dict[str, Any]], list[str], list[str]]:
+    """Evaluates the student in `checkpoint` against the teacher on `config.eval.source`.
+
+    Returns:
+      The numbers, the examples, the teacher's responses and the student's.
+    """
+    values = config.eval.to_dict()
+    examples = eval_examples(DataSpec.from_config(values.pop('source')))
+    eval_config = run_config.build(EvalConfig, values, 'eval')
+    student, student_params, tokenizer = load_model(checkpoint, run_config.compute_dtype(config))
+    if tokenizer is None or tokenizer.content_hash != teacher.tokenizer.content_hash:
+        raise ValueError(
+            f'{checkpoint} and the teacher {config.teacher} have different tokenizers; '
+            'a student is compared with the teacher that it was distilled from.'
+        )
+    sampling = sampling_config(config, tokenizer)
+    greedy = dataclasses.replace(sampling, temperature=0.0)
+    comparison, by_teacher, by_student = compare(
+        (Sampler(teacher.model, greedy, mode='autoregressive'), teacher.params),
+        (Sampler(student, sampling), student_params),
+        tokenizer,
+        examples,
+        eval_config,
+        jax.random.key(config.seed),
+    )
+    return comparison, examples, by_teacher, by_student
+
+
+def evaluate_run(config: ConfigDict, teacher: Teacher, workdir: Path) -> Comparison:
+    """Evaluates the exported student; prints the table and samples, writes plot and numbers."""
+    comparison, examples, by_teacher, by_student = compare_with_teacher(config, teacher, workdir)
+    console = Console()
+    print_samples(console, examples[:3], by_teacher[:3], by_student[:3])
+    console.print(comparison_table(comparison))
+    (workdir / 'evaluation.json').write_text(
+        json.dumps(dataclasses.asdict(comparison), indent=2) + '\n', encoding='utf-8'
+    )
+    plot_run(workdir / 'distillation.png', read_metrics(workdir), comparison)
+    console.print(f'plot: {workdir / "distillation.png"}  student: {workdir / STUDENT_DIR}')
+    return comparison

@@ -1,0 +1,90 @@
+"""What people look at: the table, samples side by side, the plot."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from diffusiongemma.evaluation.compare import Comparison
+from diffusiongemma.evaluation.tasks import is_correct
+
+
+def comparison_table(result: Comparison) -> Table:
+    """Teacher and student in two columns."""
+    table = Table(
+        title=f'{result.num_examples} held-out problems; '
+        f'speed at batch {result.speed_batch_size}, same process'
+    )
+    table.add_column('')
+    table.add_column('teacher (autoregressive)', justify='right')
+    table.add_column('student (diffusion)', justify='right')
+    table.add_row('accuracy', f'{result.teacher_accuracy:.1%}', f'{result.student_accuracy:.1%}')
+    table.add_row('denoising steps per canvas', '-', f'{result.denoising_steps_per_canvas:.2f}')
+    table.add_row('tokens per forward', '1.00', f'{result.tokens_per_forward:.2f}')
+    table.add_row(
+        'tokens/s',
+        f'{result.teacher_tokens_per_second:,.0f}',
+        f'{result.student_tokens_per_second:,.0f}',
+    )
+    table.add_row('ratio', '1.00x', f'{result.speedup:.2f}x')
+    return table
+
+
+def print_samples(
+    console: Console,
+    examples: Sequence[Mapping[str, Any]],
+    teacher_responses: Sequence[str],
+    student_responses: Sequence[str],
+) -> None:
+    """Prints each problem with the teacher's and the student's answer beside each other."""
+    for example, by_teacher, by_student in zip(
+        examples, teacher_responses, student_responses, strict=True
+    ):
+        grid = Table.grid(expand=True, padding=(0, 1))
+        grid.add_column(ratio=1)
+        grid.add_column(ratio=1)
+        for name, response in (('teacher', by_teacher), ('student', by_student)):
+            mark = '[green]right[/]' if is_correct(example, response) else '[red]wrong[/]'
+            grid.columns[0 if name == 'teacher' else 1].header = f'{name}: {mark}'
+        grid.show_header = True
+        grid.add_row(_plain(by_teacher), _plain(by_student))
+        console.print(_plain(f'\n{example["prompt"]}'), style='bold')
+        console.print(Panel(grid))
+
+
+def _plain(text: str) -> str:
+    """Text without console markup: a model may write square brackets."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def plot_run(path: Path, metrics: Sequence[Mapping[str, float]], result: Comparison) -> None:
+    """Writes a PNG: the losses of the run, and student against teacher."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout='constrained')
+    loss_axes, quality_axes, speed_axes = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    steps = [row['step'] for row in metrics]
+    for name, label in (('loss/denoise', 'denoise pass'), ('loss/encode', 'encode pass (KL)')):
+        loss_axes.plot(steps, [row[name] for row in metrics], label=label)
+    loss_axes.set(xlabel='step', ylabel='loss [nats/token]', title='distillation', yscale='log')
+    loss_axes.legend()
+    names, colors = ('teacher', 'student'), ('tab:gray', 'tab:blue')
+    bars = quality_axes.bar(
+        names, [100 * result.teacher_accuracy, 100 * result.student_accuracy], color=colors
+    )
+    quality_axes.bar_label(bars, fmt='%.1f')
+    quality_axes.set(ylabel='held-out accuracy [%]', ylim=(0, 108), title='quality')
+    bars = speed_axes.bar(
+        names, [result.teacher_tokens_per_second, result.student_tokens_per_second], color=colors
+    )
+    bars_format = '%.0f'
+    speed_axes.bar_label(bars, fmt=bars_format)
+    speed_axes.set(
+        ylabel=f'tokens/s at batch {result.speed_batch_size}', title=f'speed: {result.speedup:.2f}x'
+    )
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,39 @@
+"""Has the teacher of a config write the responses that a student will learn.
+
+python -m diffusiongemma.generate_targets --config=configs/tiny.py --output=/tmp/targets
+
+An interrupted run is finished by starting it again. `distill` does this step by itself.
+"""
+
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from diffusiongemma import run_config
+from diffusiongemma.distillation.run import load_teacher
+from diffusiongemma.distillation.targets import TargetsConfig, write_targets
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Directory for the targets.')
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f'unexpected arguments {argv[1:]}')
+    config = _CONFIG.value
+    teacher = load_teacher(config)
+    spec = write_targets(
+        teacher.model,
+        teacher.params,
+        teacher.tokenizer,
+        run_config.build(TargetsConfig, config.targets, 'targets'),
+        Path(_OUTPUT.value),
+        seed=config.seed,
+    )
+    print(f'targets: {spec.path}')
+
+
+if __name__ == '__main__':
+    flags.mark_flags_as_required(['config', 'output'])
+    app.run(main)

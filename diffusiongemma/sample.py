@@ -1,0 +1,97 @@
+"""Answers a prompt.
+
+python -m diffusiongemma.sample --prompt="Mia has 12 apples. She buys 3 more. How many now?"
+"""
+
+import dataclasses
+import json
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.sampling import Sampler, SamplingConfig, generate_text
+
+_CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', 'builtin', "A workdir, a bundle, a published checkpoint, or 'builtin'."
+)
+_PROMPT = flags.DEFINE_string('prompt', None, 'What to answer.')
+_MODE = flags.DEFINE_enum('mode', 'diffusion', ['diffusion', 'autoregressive'], 'Decode mode.')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy.', lower_bound=0.0)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    'max_new_tokens', 256, 'Longest answer in tokens.', lower_bound=1
+)
+_MAX_STEPS = flags.DEFINE_integer(
+    'max_denoising_steps', 48, 'Most denoise steps per canvas.', lower_bound=1
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the noise and the draws.')
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON line instead of text.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One answer and its cost; `seconds` is a second run, without compilation."""
+
+    text: str
+    tokens: list[int]
+    denoising_steps: int
+    tokens_per_forward: float
+    seconds: float
+
+
+def answer(
+    checkpoint: str, prompt: str, mode: str, seed: int, **settings: float
+) -> Answer:
+    """Answers `prompt`; `settings` are fields of `SamplingConfig`."""
+    model, params, tokenizer = load_model(checkpoint)
+    if tokenizer is None:
+        raise ValueError(f'{checkpoint} has no tokenizer.model; copy it there.')
+    sampler = Sampler(model, SamplingConfig.for_tokenizer(tokenizer, **settings), mode)
+    rng = jax.random.key(seed)
+
+    def run():
+        return jax.block_until_ready(
+            generate_text(sampler, params, tokenizer, [prompt], rng=rng)
+        )
+
+    run()  # compiles
+    start = time.perf_counter()
+    (text,), output = run()
+    seconds = time.perf_counter() - start
+    return Answer(
+        text=text,
+        tokens=np.asarray(output.tokens)[0, : int(output.lengths[0])].tolist(),
+        denoising_steps=int(output.denoising_steps[0]),
+        tokens_per_forward=float(output.tokens_per_forward[0]),
+        seconds=seconds,
+    )
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f'unexpected arguments {argv[1:]}')
+    result = answer(
+        _CHECKPOINT.value,
+        _PROMPT.value,
+        _MODE.value,
+        _SEED.value,
+        temperature=_TEMPERATURE.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        max_denoising_steps=_MAX_STEPS.value,
+    )
+    if _JSON.value:
+        print(json.dumps(dataclasses.asdict(result)))
+        return
+    print(result.text)
+    print(
+        f'[{len(result.tokens)} tokens, {result.denoising_steps} forward passes, '
+        f'{result.tokens_per_forward:.2f} tokens per forward, '
+        f'{len(result.tokens) / result.seconds:,.0f} tokens/s]'
+    )
+
+
+if __name__ == '__main__':
+    flags.mark_flag_as_required('prompt')
+    app.run(main)

@@ -1,0 +1,80 @@
+"""Token by token on the encode pass: the baseline, and how the teacher is sampled."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.sampling import passes
+from diffusiongemma.sampling.epilogue import draw_tokens
+from diffusiongemma.sampling.passes import CausalModel
+from diffusiongemma.sampling.randomness import fold_in_rows, row_keys
+from diffusiongemma.sampling.state import GenerationState, SamplerOutput, SamplingConfig
+
+
+def generate(
+    model: CausalModel,
+    config: SamplingConfig,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    rng: jax.Array,
+) -> SamplerOutput:
+    """Responses to a batch of prompts, with a K/V cache and in one compiled program.
+
+    Args:
+      model: a Gemma, or a denoiser, of which only the encode pass is used.
+      config: how to sample; of it count `temperature` and what ends a response.
+      params: the model's parameters.
+      tokens: [B, P] int32 prompts, right-padded.
+      lengths: [B] int32, tokens of each prompt, at least 1.
+      rng: one key, or one per row [B].
+    """
+    state = start(model, config, params, tokens, lengths, rng)
+    state = jax.lax.while_loop(
+        lambda state: state.running,
+        lambda state: next_token(model, config, params, state),
+        state,
+    )
+    return state.output()
+
+
+def start(
+    model: CausalModel,
+    config: SamplingConfig,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    rng: jax.Array,
+) -> GenerationState:
+    """Prefills the prompts and emits the first token; arguments as of `generate`."""
+    # The last token is never encoded.
+    capacity = tokens.shape[1] + config.max_new_tokens - 1
+    hidden, cache = passes.prefill(model, params, tokens, lengths, capacity)
+    state = GenerationState.create(config, cache, row_keys(rng, tokens.shape[0]))
+    return _emit_next(model, config, params, state, hidden)
+
+
+def next_token(
+    model: CausalModel, config: SamplingConfig, params: Any, state: GenerationState
+) -> GenerationState:
+    """Encodes each unfinished row's latest token and emits the next one."""
+    latest = jax.lax.dynamic_slice_in_dim(state.tokens, state.blocks - 1, 1, axis=1)  # [B, 1]
+    hidden, cache = passes.extend(model, params, state.cache, latest, ~state.finished)
+    return _emit_next(model, config, params, state.replace(cache=cache), hidden[:, 0])
+
+
+def _emit_next(
+    model: CausalModel,
+    config: SamplingConfig,
+    params: Any,
+    state: GenerationState,
+    hidden: jax.Array,
+) -> GenerationState:
+    logits = model.apply({'params': params}, hidden, method='unembed')  # [B, V]
+    if config.temperature == 0:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    else:
+        keys = fold_in_rows(state.keys, state.blocks)
+        token = draw_tokens(logits / config.temperature, keys)
+    return state.emit(config, token[:, None], passes=1)

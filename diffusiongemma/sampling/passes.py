@@ -1,0 +1,141 @@
+"""The model as sampling sees it: what it must offer, and its passes against the K/V cache."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.models.cache import KVCache, Prefix
+
+
+class CausalModel(Protocol):
+    """A flax module that can be sampled autoregressively.
+
+    `config` holds at least `vocab_size`. Keys and values may be any pytree of arrays
+    [..., T, K, H] with the batch in front of T; the sampler only stores and returns them.
+    """
+
+    config: Any
+
+    def apply(self, variables: dict, *args: Any, method: str) -> Any: ...
+
+    def encode(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        prefix: Prefix | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Causal pass over tokens [B, T]: hidden states [B, T, D], keys and values."""
+        ...
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 logits [..., V]."""
+        ...
+
+
+class DenoisingModel(CausalModel, Protocol):
+    """A flax module that can also denoise; `config` holds `canvas_length` too."""
+
+    def denoise(
+        self,
+        canvas: jax.Array,
+        starts: jax.Array,
+        segment_ids: jax.Array,
+        prefix: Prefix,
+        soft_embeddings: jax.Array | None = None,
+    ) -> jax.Array:
+        """Canvases [B, N, C] behind a prefix -> float32 logits [B, N, C, V]."""
+        ...
+
+    def soft_embed(self, logits: jax.Array) -> jax.Array:
+        """[..., V] -> expected embeddings [..., D], the self-conditioning input."""
+        ...
+
+
+def prefill(
+    model: CausalModel, params: Any, tokens: jax.Array, lengths: jax.Array, capacity: int
+) -> tuple[jax.Array, KVCache]:
+    """Encodes the prompts.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokens: [B, P] int32, right-padded.
+      lengths: [B] int32, tokens of each prompt.
+      capacity: S >= P, slots of the cache.
+
+    Returns:
+      The hidden state of each prompt's last token [B, D] and a cache that holds the prompts.
+    """
+    width = tokens.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
+    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+    hidden, kv = model.apply({'params': params}, tokens, positions, segment_ids, method='encode')
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+    def grow(block: jax.Array) -> jax.Array:
+        padding = [(0, 0)] * block.ndim
+        padding[-3] = (0, capacity - width)
+        return jnp.pad(block, padding)
+
+    return last, KVCache(kv=jax.tree.map(grow, kv), lengths=lengths)
+
+
+def extend(
+    model: CausalModel, params: Any, cache: KVCache, tokens: jax.Array, active: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """Encodes T more tokens of each active row behind its cached ones (commit, AR step).
+
+    Args:
+      model: the model.
+      params: its parameters.
+      cache: what the rows hold so far; rows may differ in length.
+      tokens: [B, T] int32.
+      active: [B] bool; the cache of the other rows stays as it is.
+
+    Returns:
+      Hidden states [B, T, D] and the longer cache.
+    """
+    length = tokens.shape[1]
+    positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+    segment_ids = jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
+    hidden, kv = model.apply(
+        {'params': params}, tokens, positions, segment_ids, cache.as_prefix(), method='encode'
+    )
+    return hidden, cache.append(kv, jnp.where(active, length, 0))
+
+
+def denoise(
+    model: DenoisingModel,
+    params: Any,
+    cache: KVCache,
+    canvas: jax.Array,
+    soft_embeddings: jax.Array,
+) -> jax.Array:
+    """One denoise pass over a canvas [B, C] behind the cached tokens: logits [B, C, V]."""
+    starts = cache.lengths[:, None]
+    logits = model.apply(
+        {'params': params},
+        canvas[:, None],
+        starts,
+        jnp.ones_like(starts),
+        cache.as_prefix(),
+        soft_embeddings[:, None],
+        method='denoise',
+    )
+    return logits[:, 0]
+
+
+def soft_embed(model: DenoisingModel, params: Any, logits: jax.Array) -> jax.Array:
+    """Self-conditioning input of the next denoise pass: [B, C, V] -> [B, C, D]."""
+    return model.apply({'params': params}, logits, method='soft_embed')
+
+
+def no_soft_embeddings(
+    model: DenoisingModel, params: Any, batch_size: int, canvas_length: int
+) -> jax.Array:
+    """Zeros [B, C, D] in the model's own dtype: self-conditioning of a first step."""
+    logits = jax.ShapeDtypeStruct((batch_size, canvas_length, model.config.vocab_size), jnp.float32)
+    out = jax.eval_shape(lambda p, x: soft_embed(model, p, x), params, logits)
+    return jnp.zeros(out.shape, out.dtype)

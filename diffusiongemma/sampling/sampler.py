@@ -1,0 +1,227 @@
+"""The sampler that other code imports: checks its input, then runs one compiled program."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma.sampling import autoregressive, diffusion
+from diffusiongemma.sampling.passes import CausalModel
+from diffusiongemma.sampling.randomness import typed_key
+from diffusiongemma.sampling.state import GenerationState, SamplerOutput, SamplingConfig
+
+_STATIC = ('model', 'config')
+
+
+class _Mode(NamedTuple):
+    """The compiled pieces of a decode mode."""
+
+    generate: Callable[..., SamplerOutput]
+    start: Callable[..., GenerationState]
+    advance: Callable[..., GenerationState]
+
+
+def _compiled(*functions: Callable) -> _Mode:
+    return _Mode(*(jax.jit(function, static_argnames=_STATIC) for function in functions))
+
+
+_MODES = {
+    'diffusion': _compiled(diffusion.generate, diffusion.start, diffusion.next_canvas),
+    'autoregressive': _compiled(
+        autoregressive.generate, autoregressive.start, autoregressive.next_token
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Generates responses to a batch of prompts.
+
+        sampler = Sampler(model, SamplingConfig.for_tokenizer(tokenizer, max_new_tokens=512))
+        tokens, lengths = pad_prompts([tokenizer.format_prompt('Hello')], tokenizer.pad_id)
+        output = sampler(params, tokens, lengths, rng=jax.random.key(0))
+
+    It compiles once for each shape of `tokens` and may be called inside another `jax.jit`.
+    A row's tokens depend on its prompt and its key alone, not on the rows beside it.
+
+    Attributes:
+      model: a flax module with the passes of `DenoisingModel`; those of `CausalModel` do for
+        the autoregressive mode.
+      config: how to sample.
+      mode: 'diffusion', or 'autoregressive' for the baseline on the encode pass.
+    """
+
+    model: CausalModel
+    config: SamplingConfig = SamplingConfig()
+    mode: str = 'diffusion'
+
+    def __post_init__(self):
+        if self.mode not in _MODES:
+            raise ValueError(f'mode must be one of {sorted(_MODES)}, got {self.mode!r}.')
+        if self.mode == 'diffusion' and not getattr(self.model.config, 'canvas_length', 0):
+            raise ValueError(
+                f"mode 'diffusion' needs a model with a canvas, but canvas_length of this "
+                f'{type(self.model).__name__} is 0. Use a DiffusionGemma, or '
+                "mode='autoregressive'."
+            )
+        vocab_size = self.model.config.vocab_size
+        ids = (self.config.pad_id, *self.config.stop_ids)
+        if max(ids) >= vocab_size or (self.config.vocab_size or 0) > vocab_size:
+            raise ValueError(
+                f'The model knows {vocab_size} tokens, but the sampling config has '
+                f'pad_id={self.config.pad_id}, stop_ids={self.config.stop_ids}, '
+                f'vocab_size={self.config.vocab_size}. Is it made for another tokenizer?'
+            )
+
+    def __call__(
+        self, params: Any, tokens: jax.Array, lengths: jax.Array, *, rng: jax.Array
+    ) -> SamplerOutput:
+        """Generates until every row met a stop token or has max_new_tokens tokens.
+
+        Args:
+          params: the model's parameters.
+          tokens: [B, P] integer prompts, right-padded (see `pad_prompts`).
+          lengths: [B] integer, tokens of each prompt.
+          rng: one key, of which row r uses `fold_in(rng, r)`, or one key per row [B].
+
+        Returns:
+          Tokens [B, max_new_tokens], lengths and costs.
+
+        Raises:
+          ValueError: when shapes, types, lengths, token ids or keys are unfit. Values are
+            checked where they are known, which inside another jit they are not.
+        """
+        tokens, lengths = self._checked(tokens, lengths, rng)
+        generate = _MODES[self.mode].generate
+        return generate(self.model, self.config, params, tokens, lengths, rng)
+
+    def stream(
+        self, params: Any, tokens: jax.Array, lengths: jax.Array, *, rng: jax.Array
+    ) -> Iterator[SamplerOutput]:
+        """Yields every canvas as soon as it is done; arguments and errors as of a call.
+
+        Put side by side the yielded tokens are those of a call with the same arguments, and the
+        numbers add up to its numbers. In each, `tokens` is [B, C] (narrower where
+        max_new_tokens cuts the last canvas; [B, 1] in the autoregressive mode), and `lengths`
+        is how many of them belong to the response: 0 in rows that have finished before.
+        """
+        tokens, lengths = self._checked(tokens, lengths, rng)
+        return self._stream(params, tokens, lengths, rng)
+
+    def _stream(
+        self, params: Any, tokens: jax.Array, lengths: jax.Array, rng: jax.Array
+    ) -> Iterator[SamplerOutput]:
+        mode = _MODES[self.mode]
+        block = self.model.config.canvas_length if self.mode == 'diffusion' else 1
+        state = mode.start(self.model, self.config, params, tokens, lengths, rng)
+        done, before = 0, jax.tree.map(jnp.zeros_like, state.output())
+        while True:
+            if int(state.blocks) > done:
+                after = state.output()
+                new = jax.tree.map(jnp.subtract, after, before)
+                yield new.replace(tokens=after.tokens[:, done * block : (done + 1) * block])
+                done, before = done + 1, after
+            if not state.running:
+                return
+            state = mode.advance(self.model, self.config, params, state)
+
+    def _checked(
+        self, tokens: jax.Array, lengths: jax.Array, rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Tokens and lengths as int32 arrays; raises ValueError."""
+        shape = np.shape(tokens)
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(
+                f'tokens must be [batch, prompt width], neither of them 0, got shape {shape}. '
+                'pad_prompts makes them from lists of ids.'
+            )
+        if np.shape(lengths) != shape[:1]:
+            raise ValueError(
+                f'lengths must hold one number per row of tokens, {shape[:1]}, got shape '
+                f'{np.shape(lengths)}.'
+            )
+        for name, array in (('tokens', tokens), ('lengths', lengths)):
+            if not jnp.issubdtype(jnp.result_type(array), jnp.integer):
+                raise ValueError(f'{name} must be integers, got {jnp.result_type(array)}.')
+        key_shape = typed_key(rng).shape
+        if key_shape not in ((), shape[:1]):
+            raise ValueError(
+                f'rng must be one key or one per row, {shape[:1]}, got keys of shape {key_shape}.'
+            )
+        if _is_known(tokens) and _is_known(lengths):
+            check_prompts(np.asarray(tokens), np.asarray(lengths), self.model.config.vocab_size)
+        return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+
+
+def check_prompts(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:
+    """Raises ValueError on a length or a token id that is out of range."""
+    width = tokens.shape[1]
+    bad = np.flatnonzero((lengths < 1) | (lengths > width))
+    if bad.size:
+        raise ValueError(
+            f'Prompt lengths must lie in [1, {width}], the width of tokens; row {bad[0]} has '
+            f'{lengths[bad[0]]}. An empty prompt needs at least the bos token.'
+        )
+    inside = np.arange(width) < lengths[:, None]
+    wrong = np.argwhere(inside & ((tokens < 0) | (tokens >= vocab_size)))
+    if wrong.size:
+        row, column = wrong[0]
+        raise ValueError(
+            f'Token {tokens[row, column]} in row {row}, column {column} is outside the '
+            f"model's vocabulary of {vocab_size}. Was the prompt made with another tokenizer?"
+        )
+
+
+def _is_known(array: Any) -> bool:
+    """Whether the values can be read on this host."""
+    if isinstance(array, jax.core.Tracer):
+        return False
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]],
+    pad_id: int = 0,
+    *,
+    multiple: int = 64,
+    width: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right-pads prompts to a common width that few batches differ in.
+
+    A sampler compiles once for each width, hence the rounding.
+
+    Args:
+      prompts: token ids of each prompt.
+      pad_id: fills the rest.
+      multiple: the longest prompt is rounded up to a multiple of it.
+      width: exact width P instead of the rounded one.
+
+    Returns:
+      tokens [B, P] int32 and lengths [B] int32.
+
+    Raises:
+      ValueError: when there is no prompt, an empty one, or one longer than `width`.
+    """
+    if not prompts:
+        raise ValueError('No prompts to pad: pass at least one list of token ids.')
+    if multiple < 1:
+        raise ValueError(f'multiple must be >= 1, got {multiple}.')
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not lengths.all():
+        raise ValueError(
+            f'Prompt {int(lengths.argmin())} is empty; a prompt holds at least the bos token.'
+        )
+    if width is None:
+        width = -(-int(lengths.max()) // multiple) * multiple
+    if lengths.max() > width:
+        raise ValueError(
+            f'Prompt {int(lengths.argmax())} has {lengths.max()} tokens and does not fit in '
+            f'width={width}. Shorten it or raise the width.'
+        )
+    tokens = np.full((len(prompts), width), pad_id, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, lengths

@@ -1,0 +1,37 @@
+"""Noise level and softmax temperature of each denoise step."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class TemperatureSchedule:
+    """Temperature falls linearly with the noise level: t_max at t = 1, t_min towards t = 0.
+
+    Attributes:
+      t_min: temperature at noise level 0, > 0.
+      t_max: temperature at noise level 1, >= t_min.
+      num_steps: T, the steps from pure noise to a clean canvas.
+    """
+
+    t_min: float = 0.4
+    t_max: float = 0.8
+    num_steps: int = 48
+
+    def __post_init__(self):
+        if not 0 < self.t_min <= self.t_max:
+            raise ValueError(
+                f'temperatures need 0 < t_min <= t_max, got t_min={self.t_min} and '
+                f't_max={self.t_max}. For greedy decoding set temperature=0 instead.'
+            )
+        if self.num_steps < 1:
+            raise ValueError(f'a schedule needs at least one step, got {self.num_steps}.')
+
+    def noise_level(self, step: int | jax.Array) -> float | jax.Array:
+        """t = 1 - n/T of step n = 0 .. T-1."""
+        return 1.0 - step / self.num_steps
+
+    def temperature(self, noise_level: float | jax.Array) -> float | jax.Array:
+        """Divisor of the logits at a noise level in [0, 1]."""
+        return self.t_min + (self.t_max - self.t_min) * noise_level

@@ -1,0 +1,243 @@
+"""What sampling is told (SamplingConfig), carries (the two states) and returns (SamplerOutput)."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.models.cache import KVCache
+from diffusiongemma.sampling.acceptance import AcceptanceRule, EntropyBound
+from diffusiongemma.sampling.schedule import TemperatureSchedule
+from diffusiongemma.sampling.stopping import StableAndConfident, StoppingRule
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How to sample. Frozen and hashable; the defaults are those of the released models.
+
+    Attributes:
+      max_new_tokens: length limit of a response; need not be a multiple of the canvas length.
+      max_denoising_steps: T, limit of denoise steps per canvas.
+      entropy_bound: nats, bound of the `EntropyBound` acceptance.
+      t_min: temperature towards the last denoise step.
+      t_max: temperature of the first denoise step.
+      stability_threshold: previous steps that must agree, see `StableAndConfident`.
+      confidence_threshold: mean entropy in nats, see `StableAndConfident`.
+      temperature: factor on the schedule's temperatures, and the softmax temperature of the
+        autoregressive mode. 0 is greedy: the candidates are the most likely tokens, while the
+        entropies are still those of the schedule's distribution.
+      stop_ids: tokens that end a response. The default is the <eos> of Gemma's vocabularies;
+        a chat model ends its turn with another one, see `for_tokenizer`. () never stops.
+      pad_id: fills the output behind a response's end.
+      vocab_size: noise is uniform over token ids below it; None for the model's vocabulary.
+      acceptance: a rule that replaces the entropy bound.
+      stopping: a rule that replaces stability and confidence.
+    """
+
+    max_new_tokens: int = 256
+    max_denoising_steps: int = 48
+    entropy_bound: float = 0.1
+    t_min: float = 0.4
+    t_max: float = 0.8
+    stability_threshold: int = 1
+    confidence_threshold: float = 0.005
+    temperature: float = 1.0
+    stop_ids: tuple[int, ...] = (1,)
+    pad_id: int = 0
+    vocab_size: int | None = None
+    acceptance: AcceptanceRule | None = None
+    stopping: StoppingRule | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, 'stop_ids', tuple(int(i) for i in self.stop_ids))
+        if self.max_new_tokens < 1:
+            raise ValueError(
+                f'max_new_tokens must be >= 1, got {self.max_new_tokens}; '
+                'it is the longest response that you want.'
+            )
+        if self.max_denoising_steps < 1:
+            raise ValueError(
+                f'max_denoising_steps must be >= 1, got {self.max_denoising_steps}; '
+                'the released models use 48.'
+            )
+        if not 0 <= self.temperature < float('inf'):
+            raise ValueError(
+                f'temperature must be finite and >= 0, got {self.temperature}; '
+                'use 0 for greedy decoding, 1 for the schedule as it is.'
+            )
+        if self.pad_id < 0 or min(self.stop_ids, default=0) < 0:
+            raise ValueError(
+                f'pad_id and stop_ids are token ids >= 0, got {self.pad_id} and {self.stop_ids}; '
+                'SamplingConfig.for_tokenizer fills them in.'
+            )
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(
+                f"vocab_size must be >= 1, got {self.vocab_size}; use None for the model's own."
+            )
+        # These check the numbers that they are made of.
+        _ = self.schedule, self.acceptance_rule, self.stopping_rule
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Any, **fields: Any) -> 'SamplingConfig':
+        """A config with the tokenizer's `stop_ids`, `pad_id` and `vocab_size`.
+
+        Args:
+          tokenizer: a `diffusiongemma.data.tokenizer.Tokenizer`.
+          **fields: any other field, or another value for one of these three.
+        """
+        known = {
+            'stop_ids': tokenizer.stop_ids,
+            'pad_id': tokenizer.pad_id,
+            'vocab_size': tokenizer.vocab_size,
+        }
+        return cls(**(known | fields))
+
+    @property
+    def schedule(self) -> TemperatureSchedule:
+        return TemperatureSchedule(self.t_min, self.t_max, self.max_denoising_steps)
+
+    @property
+    def acceptance_rule(self) -> AcceptanceRule:
+        return self.acceptance or EntropyBound(self.entropy_bound)
+
+    @property
+    def stopping_rule(self) -> StoppingRule:
+        return self.stopping or StableAndConfident(
+            self.stability_threshold, self.confidence_threshold
+        )
+
+
+@flax.struct.dataclass
+class SamplerOutput:
+    """Responses, and what they cost.
+
+    Attributes:
+      tokens: [B, max_new_tokens] int32, pad id behind a response's end.
+      lengths: [B] int32, tokens of each response, its stop token included.
+      denoising_steps: [B] int32, denoise passes over all canvases of a row, without the
+        prefill and the commits. Autoregressive: passes that gave a token, the prefill included.
+      canvases: [B] int32, canvases that a row took; 0 when autoregressive.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    denoising_steps: jax.Array
+    canvases: jax.Array
+
+    @property
+    def tokens_per_forward(self) -> jax.Array:
+        """TPF [B] float32, tokens per denoise pass; 1 when autoregressive."""
+        return self.lengths / jnp.maximum(self.denoising_steps, 1)
+
+
+@flax.struct.dataclass
+class DenoiseState:
+    """The inner loop's carry: one canvas of every row.
+
+    Attributes:
+      step: [] int32, n, denoise steps taken.
+      canvas: [B, C] int32, noisy tokens that the next step reads.
+      argmax_history: [B, W, C] int32, argmax canvases of the latest W steps, the newest last;
+        -1 before the first step. W is the stopping rule's.
+      soft_embeddings: [B, C, D], self-conditioning of the next step.
+      stopped: [B] bool; such a row keeps its canvas, history and soft embeddings.
+      steps: [B] int32, denoise steps that a row took before it stopped.
+    """
+
+    step: jax.Array
+    canvas: jax.Array
+    argmax_history: jax.Array
+    soft_embeddings: jax.Array
+    stopped: jax.Array
+    steps: jax.Array
+
+    @property
+    def argmax(self) -> jax.Array:
+        """[B, C] int32, the canvas that is committed."""
+        return self.argmax_history[:, -1]
+
+
+@flax.struct.dataclass
+class GenerationState:
+    """The outer loop's carry, of every decode mode.
+
+    Attributes:
+      cache: keys and values of the prompts and of what has been committed.
+      keys: [B] random keys, one stream per row.
+      blocks: [] int32, blocks emitted so far: canvases, or tokens when autoregressive.
+      tokens: [B, max_new_tokens] int32, responses so far, pad id elsewhere.
+      lengths: [B] int32, tokens of the responses so far.
+      finished: [B] bool, stop token or length limit reached; such a row never changes again.
+      denoising_steps: [B] int32, as in SamplerOutput.
+      canvases: [B] int32, as in SamplerOutput.
+    """
+
+    cache: KVCache
+    keys: jax.Array
+    blocks: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    finished: jax.Array
+    denoising_steps: jax.Array
+    canvases: jax.Array
+
+    @classmethod
+    def create(cls, config: SamplingConfig, cache: KVCache, keys: jax.Array) -> 'GenerationState':
+        """Empty responses behind the cached prompts."""
+        batch_size = cache.lengths.shape[0]
+        zeros = jnp.zeros((batch_size,), jnp.int32)
+        return cls(
+            cache=cache,
+            keys=keys,
+            blocks=jnp.zeros((), jnp.int32),
+            tokens=jnp.full((batch_size, config.max_new_tokens), config.pad_id, jnp.int32),
+            lengths=zeros,
+            finished=zeros.astype(bool),
+            denoising_steps=zeros,
+            canvases=zeros,
+        )
+
+    @property
+    def running(self) -> jax.Array:
+        """[] bool, some row is unfinished."""
+        return ~jnp.all(self.finished)
+
+    def emit(
+        self, config: SamplingConfig, block: jax.Array, passes: int | jax.Array
+    ) -> 'GenerationState':
+        """Appends a block of tokens to the responses of the unfinished rows.
+
+        A response ends with its first stop token, or where it is max_new_tokens long.
+
+        Args:
+          config: stop ids.
+          block: [B, T] int32.
+          passes: [B] int32 or scalar, denoise passes that the block took.
+        """
+        length = block.shape[1]
+        stops = jnp.any(block[..., None] == jnp.asarray(config.stop_ids, jnp.int32), axis=-1)
+        stopped = jnp.any(stops, axis=-1)
+        counts = jnp.where(stopped, jnp.argmax(stops, axis=-1) + 1, length)
+        counts = jnp.where(self.finished, 0, counts)  # [B]
+        offsets = jnp.arange(length)
+        limit = self.tokens.shape[1]
+        slots = jnp.where(offsets < counts[:, None], self.lengths[:, None] + offsets, limit)
+        rows = jnp.arange(block.shape[0])[:, None]
+        lengths = jnp.minimum(self.lengths + counts, limit)
+        return self.replace(
+            blocks=self.blocks + 1,
+            tokens=self.tokens.at[rows, slots].set(block, mode='drop'),
+            lengths=lengths,
+            finished=self.finished | stopped | (lengths >= limit),
+            denoising_steps=self.denoising_steps + jnp.where(self.finished, 0, passes),
+        )
+
+    def output(self) -> SamplerOutput:
+        return SamplerOutput(
+            tokens=self.tokens,
+            lengths=self.lengths,
+            denoising_steps=self.denoising_steps,
+            canvases=self.canvases,
+        )

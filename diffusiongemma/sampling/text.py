@@ -1,0 +1,59 @@
+"""From text to text: tokenise prompts, sample, decode."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.sampling.sampler import Sampler, pad_prompts
+from diffusiongemma.sampling.state import SamplerOutput
+
+
+def generate_text(
+    sampler: Sampler,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    rng: jax.Array,
+    system: str | None = None,
+    multiple: int = 64,
+) -> tuple[list[str], SamplerOutput]:
+    """Answers each prompt as the model's turn of a conversation.
+
+    Args:
+      sampler: made with `SamplingConfig.for_tokenizer(tokenizer)`.
+      params: the model's parameters.
+      tokenizer: the model's tokenizer.
+      prompts: one user turn each; they form one batch.
+      rng: one key, or one per prompt.
+      system: system text of all prompts.
+      multiple: prompts are padded to a multiple of it.
+
+    Returns:
+      The responses without their turn end, and the sampler's output.
+
+    Raises:
+      ValueError: when the sampler would not stop at the tokenizer's end of turn, or when
+        there are no prompts.
+    """
+    missing = sorted(set(tokenizer.stop_ids) - set(sampler.config.stop_ids))
+    if missing:
+        raise ValueError(
+            f'stop_ids={sampler.config.stop_ids} of the sampling config lack {missing}, with '
+            'which this tokenizer ends a turn. Make it with SamplingConfig.for_tokenizer.'
+        )
+    formatted = [tokenizer.format_prompt(prompt, system) for prompt in prompts]
+    tokens, lengths = pad_prompts(formatted, tokenizer.pad_id, multiple=multiple)
+    output = sampler(params, tokens, lengths, rng=rng)
+    return decode_responses(tokenizer, output), output
+
+
+def decode_responses(tokenizer: Tokenizer, output: SamplerOutput) -> list[str]:
+    """Text of each row's response; special tokens, the stop token among them, are skipped."""
+    rows, lengths = np.asarray(output.tokens), np.asarray(output.lengths)
+    return [
+        tokenizer.decode(row[:length].tolist()) for row, length in zip(rows, lengths, strict=True)
+    ]

@@ -1,0 +1,274 @@
+"""Reading the published format: files, index, config and the mapping to parameters."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from diffusiongemma.checkpoints.hf_config import model_config_from_hf, read_hf_config
+from diffusiongemma.checkpoints.hf_import import load_hf
+from diffusiongemma.checkpoints.safetensors_reader import TensorReader
+from diffusiongemma.models import DiffusionGemma, Gemma
+
+HELDOUT = Path(__file__).parent / 'data' / 'tiny_heldout'
+INDEX = 'model.safetensors.index.json'
+DOWN_PROJ = 'model.decoder.layers.1.mlp.down_proj.weight'
+
+
+@pytest.fixture(scope='module')
+def tensors():
+    return load_file(HELDOUT / 'model.safetensors')
+
+
+@pytest.fixture(scope='module')
+def params():
+    return load_hf(HELDOUT, jnp.float32)[1]
+
+
+def write(directory, tensors, config=None):
+    """A checkpoint of one file."""
+    directory.mkdir(exist_ok=True)
+    shutil.copyfile(HELDOUT / 'config.json', directory / 'config.json')
+    if config is not None:
+        (directory / 'config.json').write_text(json.dumps(config))
+    save_file(tensors, directory / 'model.safetensors')
+    return directory
+
+
+def write_sharded(directory, tensors):
+    """A checkpoint of three files with an index; returns the index."""
+    shutil.copyfile(HELDOUT / 'config.json', directory / 'config.json')
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(3):
+        file = f'model-{i + 1:05d}-of-00003.safetensors'
+        save_file({name: tensors[name] for name in names[i::3]}, directory / file)
+        weight_map |= dict.fromkeys(names[i::3], file)
+    index = {'metadata': {'total_size': 0}, 'weight_map': weight_map}
+    (directory / INDEX).write_text(json.dumps(index))
+    return index
+
+
+def hf_config(**changes):
+    """The parsed config.json of the held-out checkpoint with other text values; None deletes."""
+    content = json.loads((HELDOUT / 'config.json').read_text())
+    text = content['text_config'] | changes
+    content['text_config'] = {
+        name: v for name, v in text.items() if name not in changes or v is not None
+    }
+    return content
+
+
+def assert_trees_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_shards_with_an_index_equal_the_single_file(tmp_path, tensors, params):
+    write_sharded(tmp_path, tensors)
+    assert_trees_equal(load_hf(tmp_path, jnp.float32)[1], params)
+
+
+def test_stacked_parameters_hold_the_tensors_of_their_layers(tensors, params):
+    # Layers 1 and 3 are the second place of the pattern in its two repetitions.
+    down = params['backbone']['layers']['layer_1']['mlp']['down']
+    np.testing.assert_array_equal(down[0], tensors[DOWN_PROJ].T)
+    np.testing.assert_array_equal(down[1], tensors[DOWN_PROJ.replace('.1.', '.3.')].T)
+
+
+def test_encode_and_denoise_scalars_come_from_encoder_and_decoder(tensors, params):
+    layer = params['backbone']['layers']['layer_0']
+    encoder = [tensors[f'model.encoder.language_model.layers.{i}.layer_scalar'] for i in (0, 2)]
+    decoder = [tensors[f'model.decoder.layers.{i}.layer_scalar'] for i in (0, 2)]
+    np.testing.assert_array_equal(layer['encode_scalar'], np.concatenate(encoder))
+    np.testing.assert_array_equal(layer['denoise_scalar'], np.concatenate(decoder))
+
+
+def test_bfloat16_tensors_are_read_as_they_are_stored(tmp_path, tensors):
+    stored = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
+    loaded = load_hf(write(tmp_path, stored), jnp.bfloat16)[1]
+    norm = loaded['backbone']['final_norm']['scale']
+    assert norm.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(norm, stored['model.decoder.norm.weight'])
+
+
+def test_tensors_of_the_vision_tower_are_left_out(tmp_path, tensors, params):
+    more = {
+        'model.encoder.vision_tower.patch_embedder.input_proj.weight': np.ones((2, 2), np.float32),
+        'model.encoder.embed_vision.embedding_projection.weight': np.ones((2, 2), np.float32),
+    }
+    assert_trees_equal(load_hf(write(tmp_path, tensors | more), jnp.float32)[1], params)
+
+
+def test_tied_copies_of_the_decoder_are_left_out(tmp_path, tensors, params):
+    copies = {
+        'lm_head.weight': tensors['model.decoder.embed_tokens.weight'],
+        DOWN_PROJ.replace('decoder', 'encoder.language_model'): tensors[DOWN_PROJ],
+    }
+    assert_trees_equal(load_hf(write(tmp_path, tensors | copies), jnp.float32)[1], params)
+
+
+def test_a_truncated_file_is_named(tmp_path, tensors):
+    path = write(tmp_path, tensors) / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match='model.safetensors is damaged or truncated'):
+        load_hf(tmp_path, jnp.float32)
+
+
+def test_a_truncated_shard_is_found_before_any_tensor_is_read(tmp_path, tensors):
+    write_sharded(tmp_path, tensors)
+    shard = tmp_path / 'model-00002-of-00003.safetensors'
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(ValueError, match='model-00002-of-00003.safetensors is damaged'):
+        TensorReader(tmp_path)
+
+
+def test_a_file_that_is_no_safetensors_is_named(tmp_path, tensors):
+    (write(tmp_path, tensors) / 'model.safetensors').write_bytes(b'version https://git-lfs')
+    with pytest.raises(ValueError, match='model.safetensors is damaged'):
+        load_hf(tmp_path, jnp.float32)
+
+
+def test_a_missing_shard_is_named(tmp_path, tensors):
+    write_sharded(tmp_path, tensors)
+    (tmp_path / 'model-00003-of-00003.safetensors').unlink()
+    with pytest.raises(FileNotFoundError, match='model-00003-of-00003.safetensors is missing'):
+        load_hf(tmp_path, jnp.float32)
+
+
+def test_an_index_that_places_a_tensor_in_the_wrong_shard_is_an_error(tmp_path, tensors):
+    index = write_sharded(tmp_path, tensors)
+    wrong = next(
+        f for f in set(index['weight_map'].values()) if f != index['weight_map'][DOWN_PROJ]
+    )
+    index['weight_map'][DOWN_PROJ] = wrong
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f'places {DOWN_PROJ} in {wrong}'):
+        load_hf(tmp_path, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('{"weight_map": ', 'no index with a "weight_map"'),
+        ('{"metadata": {}}', 'no index with a "weight_map"'),
+        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', 'no file beside it'),
+    ],
+)
+def test_an_index_of_another_form_is_an_error(tmp_path, content, message):
+    shutil.copyfile(HELDOUT / 'config.json', tmp_path / 'config.json')
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_hf(tmp_path, jnp.float32)
+
+
+def test_a_directory_without_weights_says_what_it_looked_for(tmp_path):
+    shutil.copyfile(HELDOUT / 'config.json', tmp_path / 'config.json')
+    with pytest.raises(FileNotFoundError, match='neither model.safetensors nor'):
+        load_hf(tmp_path, jnp.float32)
+
+
+def test_missing_unknown_and_misshaped_tensors_are_all_named(tmp_path, tensors):
+    changed = dict(tensors)
+    del changed[DOWN_PROJ]
+    changed['model.decoder.layers.9.mlp.down_proj.weight'] = tensors[DOWN_PROJ]
+    changed['model.decoder.norm.weight'] = np.ones(7, np.float32)
+    with pytest.raises(ValueError) as error:
+        load_hf(write(tmp_path, changed), jnp.float32)
+    message = str(error.value)
+    assert f'{DOWN_PROJ} is missing (for backbone/layers/layer_1/mlp/down)' in message
+    assert 'model.decoder.layers.9.mlp.down_proj.weight is unknown' in message
+    assert 'norm.weight has shape (7,), config.json asks for (48,)' in message
+    assert 'backbone/final_norm/scale' in message
+
+
+def test_a_model_without_experts_is_dense(tmp_path, tensors):
+    moe = ('.experts.', '.router.', 'layernorm_1.', 'layernorm_2.')
+    dense = {name: v for name, v in tensors.items() if not any(part in name for part in moe)}
+    model, loaded = load_hf(write(tmp_path, dense, hf_config(num_experts=0)), jnp.float32)
+    assert model.config.moe is None
+    assert 'moe' not in loaded['backbone']['layers']['layer_0']
+
+
+def test_the_kind_of_model_follows_from_its_type():
+    assert isinstance(load_hf(HELDOUT, jnp.float32)[0], DiffusionGemma)
+    teacher = load_hf(HELDOUT.parent / 'tiny_gemma4', jnp.float32)[0]
+    assert type(teacher) is Gemma
+
+
+def test_per_layer_config_and_the_older_global_keys_mean_the_same():
+    older = hf_config(per_layer_config=None, global_head_dim=16, num_global_key_value_heads=2)
+    assert model_config_from_hf(older) == read_hf_config(HELDOUT)
+
+
+def test_values_that_are_left_out_take_the_defaults_of_the_format():
+    short = hf_config(layer_types=None, rope_parameters=None, per_layer_config=None)
+    short['text_config'] |= {'num_hidden_layers': 12}
+    config = model_config_from_hf(short)
+    assert config.layer_types == (*['sliding'] * 5, 'full') * 2
+    assert (config.sliding.rope_theta, config.full.rope_theta) == (1e4, 1e6)
+    assert (config.sliding.rope_fraction, config.full.rope_fraction) == (1.0, 0.25)
+    assert (config.full.head_dim, config.full.num_kv_heads) == (512, 3)
+    assert config.final_logit_softcap == 30.0
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'attention_bias': True}, 'attention_bias'),
+        ({'hidden_activation': 'silu'}, 'hidden_activation=silu'),
+        ({'tie_word_embeddings': False}, 'tie_word_embeddings'),
+        ({'use_bidirectional_attention': 'all'}, 'use_bidirectional_attention'),
+        ({'hidden_size_per_layer_input': 8}, 'hidden_size_per_layer_input'),
+        ({'num_kv_shared_layers': 2}, 'num_kv_shared_layers'),
+        ({'num_hidden_layers': 5}, 'num_hidden_layers is 5, but layer_types has 4'),
+        ({'layer_types': ['full_attention', 'linear_attention'] * 2}, 'linear_attention'),
+        ({'per_layer_config': {'1': {'head_dim': 16}}}, 'layers of one type must be alike'),
+        ({'per_layer_config': {str(i): {'intermediate_size': 8} for i in range(4)}}, 'intermed'),
+        (
+            {'rope_parameters': {
+                'full_attention': {'rope_type': 'yarn', 'rope_theta': 1e6},
+                'sliding_attention': {'rope_theta': 1e4},
+            }},
+            'rotary embedding .* full layers is not supported',
+        ),
+        ({'hidden_size': None}, "lacks the key 'hidden_size'"),
+        ({'num_key_value_heads': 4}, 'num_heads=6 is not a multiple of the 4'),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_an_error_that_names_it(tmp_path, changes, message):
+    (tmp_path / 'config.json').write_text(json.dumps(hf_config(**changes)))
+    with pytest.raises(ValueError, match=f'config.json.*{message}'):
+        read_hf_config(tmp_path)
+
+
+def test_another_model_type_is_an_error_that_lists_the_known_ones(tmp_path):
+    (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="'llama' cannot be read; supported: .*diffusion_gemma"):
+        read_hf_config(tmp_path)
+
+
+def test_the_released_26b_config_is_the_documented_architecture():
+    """Sizes of the published 26B-A4B: 5 sliding layers to 1 full, 128 experts, 8 of them used."""
+    config = model_config_from_hf({
+        'model_type': 'diffusion_gemma',
+        'canvas_length': 256,
+        'text_config': {
+            'vocab_size': 262_144, 'hidden_size': 2816, 'intermediate_size': 2112,
+            'num_hidden_layers': 30, 'num_attention_heads': 16, 'num_key_value_heads': 8,
+            'head_dim': 256, 'global_head_dim': 512, 'num_global_key_value_heads': 2,
+            'sliding_window': 1024, 'num_experts': 128, 'top_k_experts': 8,
+            'moe_intermediate_size': 704, 'attention_k_eq_v': True, 'enable_moe_block': True,
+        },
+    })  # fmt: skip
+    assert config.num_groups == 5 and not config.tail
+    assert (config.full.num_kv_heads, config.full.head_dim) == (2, 512)
+    assert config.full.value_is_key and not config.sliding.value_is_key
+    assert config.moe.num_experts == 128 and config.canvas_length == 256

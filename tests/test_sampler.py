@@ -1,0 +1,482 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_model import toy
+
+from diffusiongemma.sampling import Sampler, SamplingConfig, diffusion, pad_prompts
+from diffusiongemma.sampling.passes import extend
+from diffusiongemma.sampling.randomness import fold_in_rows, row_keys
+from diffusiongemma.sampling.state import DenoiseState
+
+C, PAD = 4, 22
+PROMPTS = [[2, 5, 7, 11, 3], [4], [9, 9, 6]]
+KEY = jax.random.key(0)
+BOTH = pytest.mark.parametrize('mode', ['diffusion', 'autoregressive'])
+
+
+def config(**fields):
+    """Never stops unless told; pads with a token of its own."""
+    fields = {'max_new_tokens': 16, 'stop_ids': (), 'pad_id': PAD, 'vocab_size': PAD} | fields
+    return SamplingConfig(**fields)
+
+
+FEW_STEPS = config(max_denoising_steps=2)  # the draws still show in what is committed
+
+
+@functools.cache
+def sample(sampling_config, mode='diffusion', prompts=3, width=8, seed=0):
+    """The sampler's output for the first `prompts` of PROMPTS, as numpy arrays."""
+    model, params = toy(C)
+    tokens, lengths = pad_prompts(PROMPTS[:prompts], PAD, width=width)
+    sampler = Sampler(model, sampling_config, mode)
+    return jax.tree.map(np.asarray, sampler(params, tokens, lengths, rng=jax.random.key(seed)))
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def config_that_stops_row_0(mode, index):
+    """A stop token that row 0 meets first at `index` of its response, other rows later or not."""
+    tokens = sample(config(), mode).tokens
+    stop = int(tokens[0, index])
+    assert stop not in tokens[0, :index]
+    return config(stop_ids=(stop,))
+
+
+def first_new_index(mode, minimum):
+    """The first index from `minimum` on where row 0 has a token that it had not before."""
+    row = sample(config(), mode).tokens[0].tolist()
+    return next(i for i in range(minimum, len(row)) if row[i] not in row[:i])
+
+
+# The diffusion loop.
+
+
+def test_canvases_follow_the_models_rule_at_temperature_zero():
+    """The toy's target at a position is a function of the tokens before the canvas."""
+    tokens = sample(config(temperature=0)).tokens
+    for prompt, response in zip(PROMPTS, tokens.tolist(), strict=True):
+        known = list(prompt)
+        for begin in range(0, 16, C):
+            total = sum((token + 1) * (i + 2) for i, token in enumerate(known))
+            wanted = [(total + 5 * (len(known) + j)) % 23 for j in range(C)]
+            assert response[begin : begin + C] == wanted
+            known += wanted
+
+
+def test_rows_stop_at_their_own_step_and_before_the_limit():
+    steps = sample(config(max_new_tokens=C)).denoising_steps
+    assert len(set(steps.tolist())) > 1
+    assert (steps >= 2).all() and (steps < 48).all()
+
+
+def test_without_early_stop_every_canvas_takes_all_steps():
+    output = sample(config(max_denoising_steps=5, confidence_threshold=0))
+    assert output.denoising_steps.tolist() == [20, 20, 20]
+    assert output.canvases.tolist() == [4, 4, 4]
+    np.testing.assert_allclose(output.tokens_per_forward, 16 / 20)
+
+
+@dataclasses.dataclass(frozen=True)
+class AcceptEverything:
+    def accept(self, entropies):
+        return jnp.ones(entropies.shape, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class StopAfterFirst:
+    history_length = 1
+
+    def should_stop(self, argmax_history, entropies):
+        return jnp.ones(entropies.shape[0], bool)
+
+
+def test_rules_of_ones_own_replace_the_built_in_ones():
+    at_once = sample(config(stopping=StopAfterFirst()))
+    assert at_once.denoising_steps.tolist() == at_once.canvases.tolist() == [4, 4, 4]
+    everything = sample(config(max_denoising_steps=2, acceptance=AcceptEverything()))
+    assert_same(everything, sample(config(max_denoising_steps=2, entropy_bound=float('inf'))))
+    assert (everything.tokens != sample(FEW_STEPS).tokens).any()
+
+
+def test_a_stopped_row_keeps_its_canvas_history_and_soft_embeddings():
+    model, params = toy(C)
+    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
+    state = diffusion.start(model, config(), params, tokens, jnp.asarray(lengths), KEY)
+    keys = row_keys(KEY, 3)
+    active = jnp.array([True, False, True])
+    before = diffusion.denoise_canvas(
+        model, config(max_denoising_steps=1), params, state.cache, keys, jnp.ones(3, bool)
+    ).replace(stopped=~active)
+    after = diffusion.denoise_step(model, config(), params, state.cache, keys, before)
+    for name in ('canvas', 'argmax_history', 'soft_embeddings', 'steps'):
+        old, new = np.asarray(getattr(before, name)), np.asarray(getattr(after, name))
+        np.testing.assert_array_equal(new[1], old[1])
+        assert (new[0] != old[0]).any() and (new[2] != old[2]).any()
+
+
+def test_denoise_steps_accept_candidates_and_renoise_the_rest():
+    """Bound 0 accepts one position a step; the others are drawn anew each time."""
+    model, params = toy(C)
+    few = config(entropy_bound=0.0, confidence_threshold=0)
+    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
+    cache = diffusion.start(model, few, params, tokens, jnp.asarray(lengths), KEY).cache
+    keys = row_keys(KEY, 3)
+    start = DenoiseState(
+        step=jnp.int32(0),
+        canvas=jnp.zeros((3, C), jnp.int32),
+        argmax_history=jnp.full((3, 2, C), -1),
+        soft_embeddings=jnp.zeros((3, C, 23)),
+        stopped=jnp.zeros(3, bool),
+        steps=jnp.zeros(3, jnp.int32),
+    )
+    few_step = diffusion.denoise_step(model, few, params, cache, keys, start)
+    all_step = diffusion.denoise_step(
+        model, config(entropy_bound=float('inf')), params, cache, keys, start
+    )
+    assert (np.sum(np.asarray(few_step.canvas) == start.canvas, axis=-1) < C - 1).all()
+    agree = np.asarray(few_step.canvas == all_step.canvas)
+    assert agree.any(axis=-1).all() and not agree.all()
+    np.testing.assert_array_equal(few_step.argmax, all_step.argmax)
+
+
+def test_the_argmax_canvas_is_committed_not_the_noisy_one():
+    model, params = toy(C)
+    one_step = config(max_denoising_steps=1)
+    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
+    state = diffusion.start(model, one_step, params, tokens, jnp.asarray(lengths), KEY)
+    keys = fold_in_rows(state.keys, 0)
+    canvas = diffusion.denoise_canvas(model, one_step, params, state.cache, keys, jnp.ones(3, bool))
+    assert (canvas.argmax != canvas.canvas).any()
+    np.testing.assert_array_equal(sample(one_step).tokens[:, :C], canvas.argmax)
+
+
+def test_every_canvas_starts_from_noise_of_its_own():
+    tokens = sample(config(max_denoising_steps=1)).tokens.reshape(3, 4, C)
+    assert np.mean(tokens[:, 1:] != tokens[:, :-1]) > 0.8
+
+
+def test_every_step_draws_noise_of_its_own():
+    model, params = toy(C)
+    few = config(entropy_bound=0.0)
+    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
+    cache = diffusion.start(model, few, params, tokens, jnp.asarray(lengths), KEY).cache
+    keys = row_keys(KEY, 3)
+    first = diffusion.denoise_canvas(
+        model, config(max_denoising_steps=1), params, cache, keys, jnp.ones(3, bool)
+    )
+    again = [
+        diffusion.denoise_step(model, few, params, cache, keys, first.replace(step=jnp.int32(n)))
+        for n in (0, 1)
+    ]
+    assert np.mean(np.asarray(again[0].canvas != again[1].canvas)) > 0.5
+
+
+def test_committing_leaves_the_cache_of_finished_rows_alone():
+    model, params = toy(C)
+    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
+    cache = diffusion.start(model, config(), params, tokens, jnp.asarray(lengths), KEY).cache
+    block = jnp.full((3, C), 6)
+    _, longer = extend(model, params, cache, block, jnp.array([True, False, True]))
+    assert longer.lengths.tolist() == [5 + C, 1, 3 + C]
+    values, before = longer.kv['values'][..., 0, 0], cache.kv['values'][..., 0, 0]
+    for row, length in enumerate(lengths):
+        np.testing.assert_array_equal(values[row, :length], before[row, :length])
+    assert values[2, 3 : 3 + C].tolist() == [7 * (position + 2) for position in range(3, 3 + C)]
+
+
+def test_noise_stays_below_the_noise_vocabulary():
+    model, params = toy(C)
+    small = config(vocab_size=3, entropy_bound=0.0, max_denoising_steps=1)
+    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
+    cache = diffusion.start(model, small, params, tokens, jnp.asarray(lengths), KEY).cache
+    canvas = diffusion.denoise_canvas(
+        model, small, params, cache, row_keys(KEY, 3), jnp.ones(3, bool)
+    ).canvas
+    assert (np.sum(np.asarray(canvas) < 3, axis=-1) >= C - 1).all()
+
+
+# What both modes promise.
+
+
+@BOTH
+def test_the_same_key_gives_the_same_tokens_and_another_key_others(mode):
+    model, params = toy(C)
+    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
+    again = Sampler(model, FEW_STEPS, mode)(params, tokens, lengths, rng=jax.random.key(0))
+    assert_same(sample(FEW_STEPS, mode), jax.tree.map(np.asarray, again))
+    assert (sample(FEW_STEPS, mode, seed=1).tokens != again.tokens).any()
+
+
+@BOTH
+def test_rows_of_a_ragged_batch_equal_single_runs(mode):
+    batch = sample(FEW_STEPS, mode)
+    model, params = toy(C)
+    keys = row_keys(KEY, 3)
+    for row, prompt in enumerate(PROMPTS):
+        tokens, lengths = pad_prompts([prompt], PAD, multiple=1)
+        single = Sampler(model, FEW_STEPS, mode)(params, tokens, lengths, rng=keys[row : row + 1])
+        assert_same(
+            jax.tree.map(lambda a: np.asarray(a)[0], single),
+            jax.tree.map(lambda a, r=row: a[r], batch),
+        )
+
+
+def test_the_key_of_a_row_does_not_depend_on_the_batch_size():
+    np.testing.assert_array_equal(
+        jax.random.key_data(row_keys(KEY, 2)), jax.random.key_data(row_keys(KEY, 5)[:2])
+    )
+
+
+@BOTH
+def test_what_stands_in_the_padding_of_a_prompt_does_not_matter(mode):
+    model, params = toy(C)
+    tokens, lengths = pad_prompts(PROMPTS, 13, width=8)
+    output = Sampler(model, config(), mode)(params, tokens, lengths, rng=KEY)
+    assert_same(sample(config(), mode), jax.tree.map(np.asarray, output))
+
+
+@BOTH
+def test_raw_keys_give_the_tokens_of_typed_ones(mode):
+    model, params = toy(C)
+    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
+    output = Sampler(model, config(), mode)(params, tokens, lengths, rng=jax.random.PRNGKey(0))
+    assert_same(sample(config(), mode), jax.tree.map(np.asarray, output))
+
+
+@BOTH
+@pytest.mark.parametrize('minimum', [1, C], ids=['in the first canvas', 'in a later canvas'])
+def test_a_finished_row_never_changes_while_others_go_on(mode, minimum):
+    index = first_new_index(mode, minimum)
+    stopping = config_that_stops_row_0(mode, index)
+    free, output = sample(config(), mode), sample(stopping, mode)
+    assert output.lengths[0] == index + 1
+    np.testing.assert_array_equal(output.tokens[0, : index + 1], free.tokens[0, : index + 1])
+    assert (output.tokens[0, index + 1 :] == PAD).all()
+    assert (output.lengths[1:] > index + C).any()
+    alone = sample(stopping, mode, prompts=1)
+    assert_same(alone, jax.tree.map(lambda a: a[:1], output))
+
+
+@BOTH
+def test_everything_after_the_stop_token_is_pad(mode):
+    stops = (3, 8, 14, 19)
+    output = sample(config(stop_ids=stops, max_new_tokens=14), mode)
+    stopped = 0
+    for row, length in zip(output.tokens.tolist(), output.lengths.tolist(), strict=True):
+        assert not set(row[: length - 1]) & set(stops)
+        assert set(row[length:]) <= {PAD}
+        assert row[length - 1] in stops or length == 14
+        stopped += row[length - 1] in stops
+    assert stopped
+
+
+@BOTH
+def test_a_stop_token_at_position_0_leaves_one_token(mode):
+    output = sample(config(stop_ids=tuple(range(23))), mode)
+    assert output.lengths.tolist() == [1, 1, 1]
+    assert (output.tokens[:, 1:] == PAD).all() and (output.tokens[:, 0] != PAD).all()
+    assert output.canvases.tolist() == ([1, 1, 1] if mode == 'diffusion' else [0, 0, 0])
+
+
+@BOTH
+@pytest.mark.parametrize('limit', [3, 6])
+def test_a_limit_inside_a_canvas_cuts_the_response_there(mode, limit):
+    output = sample(config(max_new_tokens=limit), mode)
+    np.testing.assert_array_equal(output.tokens, sample(config(), mode).tokens[:, :limit])
+    assert output.lengths.tolist() == [limit] * 3
+
+
+@BOTH
+def test_a_stop_token_behind_the_limit_does_not_count(mode):
+    index = first_new_index(mode, 2)
+    stopping = config_that_stops_row_0(mode, index)
+    cut = sample(config(stop_ids=stopping.stop_ids, max_new_tokens=index), mode)
+    assert cut.lengths[0] == index
+
+
+@BOTH
+def test_the_sampler_runs_inside_another_jit_without_transfers_to_the_host(mode):
+    model, params = toy(C)
+    tokens, lengths = jax.tree.map(jnp.asarray, pad_prompts(PROMPTS, PAD, width=8))
+    sampler = Sampler(model, config(), mode)
+
+    @jax.jit
+    def lengths_and_mean(params, tokens, lengths, rng):
+        output = sampler(params, tokens, lengths, rng=rng)
+        return output, jnp.mean(output.lengths)
+
+    compiled = lengths_and_mean.lower(params, tokens, lengths, KEY).compile()
+    with jax.transfer_guard('disallow'):
+        output, mean = jax.block_until_ready(compiled(params, tokens, lengths, KEY))
+    assert_same(sample(config(), mode), jax.tree.map(np.asarray, output))
+    assert mean == 16
+
+
+@BOTH
+def test_streamed_blocks_put_side_by_side_are_the_calls_output(mode):
+    model, params = toy(C)
+    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
+    index = first_new_index(mode, 1)
+    stops = config_that_stops_row_0(mode, index).stop_ids
+    sampler = Sampler(model, config(stop_ids=stops, max_new_tokens=14), mode)
+    blocks = list(sampler.stream(params, tokens, lengths, rng=KEY))
+    whole = sampler(params, tokens, lengths, rng=KEY)
+    joined = np.concatenate([block.tokens for block in blocks], axis=1)
+    width = joined.shape[1]
+    np.testing.assert_array_equal(joined, whole.tokens[:, :width])
+    assert (np.asarray(whole.tokens[:, width:]) == PAD).all()
+    for name in ('lengths', 'denoising_steps', 'canvases'):
+        total = sum(np.asarray(getattr(block, name)) for block in blocks)
+        np.testing.assert_array_equal(total, getattr(whole, name))
+    assert len(blocks) > 1 and blocks[-1].lengths[0] == 0
+
+
+# The autoregressive mode.
+
+
+def naive_greedy(model, params, prompt, count):
+    """Token by token over the whole sequence, without a cache."""
+
+    @jax.jit
+    def next_token(tokens, length):
+        positions = jnp.arange(tokens.shape[1])[None]
+        segment_ids = (positions < length).astype(jnp.int32)
+        hidden, _ = model.apply({'params': params}, tokens, positions, segment_ids, method='encode')
+        return jnp.argmax(model.apply({'params': params}, hidden[0], method='unembed')[length - 1])
+
+    tokens = np.zeros((1, len(prompt) + count), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for length in range(len(prompt), tokens.shape[1]):
+        tokens[0, length] = next_token(tokens, length)
+    return tokens[0, len(prompt) :].tolist()
+
+
+def test_greedy_autoregression_equals_a_loop_without_cache():
+    model, params = toy(C)
+    output = sample(config(temperature=0), 'autoregressive')
+    for prompt, row in zip(PROMPTS, output.tokens.tolist(), strict=True):
+        assert row == naive_greedy(model, params, prompt, 16)
+
+
+def test_an_autoregressive_token_costs_one_forward_pass():
+    output = sample(config(stop_ids=(3, 8, 14, 19)), 'autoregressive')
+    np.testing.assert_array_equal(output.denoising_steps, output.lengths)
+    np.testing.assert_array_equal(output.tokens_per_forward, 1)
+
+
+def test_draws_follow_the_models_distribution_at_the_temperature():
+    model, params = toy(C)
+    count = 2000
+    tokens, lengths = np.tile([[2, 5, 7]], (count, 1)), np.full(count, 3)
+    one = config(max_new_tokens=1, temperature=2.0)
+    drawn = Sampler(model, one, 'autoregressive')(params, tokens, lengths, rng=KEY).tokens[:, 0]
+    hidden, _ = model.apply(
+        {'params': params},
+        jnp.asarray([[2, 5, 7]]),
+        jnp.arange(3)[None],
+        jnp.ones((1, 3), int),
+        method='encode',
+    )
+    logits = model.apply({'params': params}, hidden[0, -1], method='unembed')
+    frequencies = np.bincount(drawn, minlength=23) / count
+    np.testing.assert_allclose(frequencies, jax.nn.softmax(logits / 2.0), atol=0.03)
+
+
+# The border.
+
+
+def test_samplers_of_equal_parts_are_equal_and_hashable():
+    model, _ = toy(C)
+    assert hash(Sampler(model, config())) == hash(Sampler(model, config()))
+    assert Sampler(model, config()) == Sampler(model, config())
+    assert Sampler(model, config()) != Sampler(model, config(temperature=0))
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'tokens': np.zeros(4, int)}, r'tokens must be \[batch, prompt width\].*\(4,\)'),
+        ({'tokens': np.zeros((2, 0), int)}, r'got shape \(2, 0\)'),
+        ({'tokens': np.ones((2, 4))}, 'tokens must be integers, got float'),
+        ({'lengths': np.array([1.0, 2.0])}, 'lengths must be integers, got float'),
+        ({'lengths': np.array([1, 2, 3])}, r'one number per row of tokens, \(2,\)'),
+        ({'lengths': np.array([1, 0])}, 'row 1 has 0'),
+        ({'lengths': np.array([5, 1])}, r'lie in \[1, 4\].*row 0 has 5'),
+        ({'tokens': np.full((2, 4), 23)}, 'Token 23 in row 0, column 0 is outside .* of 23'),
+        ({'tokens': np.full((2, 4), -1)}, 'Token -1 in row 0'),
+        ({'rng': jax.random.split(KEY, 3)}, r'one key or one per row, \(2,\).*\(3,\)'),
+    ],
+)
+def test_unfit_input_is_refused_with_its_value(changes, message):
+    model, params = toy(C)
+    good = {'tokens': np.ones((2, 4), int), 'lengths': np.array([4, 1]), 'rng': KEY}
+    sampler = Sampler(model, config())
+    with pytest.raises(ValueError, match=message):
+        sampler(params, **(good | changes))
+    with pytest.raises(ValueError, match=message):
+        sampler.stream(params, **(good | changes))
+
+
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        ({'max_new_tokens': 0}, 'max_new_tokens must be >= 1, got 0'),
+        ({'max_denoising_steps': 0}, 'max_denoising_steps must be >= 1, got 0'),
+        ({'temperature': -1.0}, 'temperature must be finite and >= 0, got -1.0'),
+        ({'temperature': float('nan')}, 'temperature must be finite'),
+        ({'t_min': 0.9}, 't_min=0.9 and t_max=0.8'),
+        ({'entropy_bound': -1.0}, 'entropy_bound must be >= 0 nats, got -1.0'),
+        ({'stability_threshold': -1}, 'stability_threshold must be >= 0 steps, got -1'),
+        ({'stop_ids': (1, -2)}, r'token ids >= 0, got 22 and \(1, -2\)'),
+        ({'vocab_size': 0}, 'vocab_size must be >= 1, got 0'),
+    ],
+)
+def test_an_unfit_config_is_refused_with_its_value(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+@pytest.mark.parametrize('fields', [{'pad_id': 23}, {'stop_ids': (23,)}, {'vocab_size': 24}])
+def test_a_config_of_another_vocabulary_is_refused(fields):
+    with pytest.raises(ValueError, match='The model knows 23 tokens'):
+        Sampler(toy(C)[0], config(**fields))
+
+
+def test_a_model_without_canvas_is_refused_by_the_diffusion_mode_alone():
+    model, _ = toy(canvas_length=0)
+    Sampler(model, config(), 'autoregressive')
+    with pytest.raises(ValueError, match='canvas_length of this ToyModel is 0'):
+        Sampler(model, config())
+
+
+def test_an_unknown_mode_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"\['autoregressive', 'diffusion'\], got 'magic'"):
+        Sampler(toy(C)[0], config(), 'magic')
+
+
+def test_prompts_are_padded_to_a_multiple():
+    tokens, lengths = pad_prompts([[5, 6, 7], [8]], pad_id=9, multiple=4)
+    assert tokens.tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]
+    assert lengths.tolist() == [3, 1]
+    assert pad_prompts([[1] * 4], multiple=4)[0].shape == (1, 4)
+    assert pad_prompts([[1] * 5], multiple=4)[0].shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    'prompts, options, message',
+    [
+        ([], {}, 'No prompts'),
+        ([[1], []], {}, 'Prompt 1 is empty'),
+        ([[1], [1, 2, 3]], {'width': 2}, 'Prompt 1 has 3 tokens .* width=2'),
+        ([[1]], {'multiple': 0}, 'multiple must be >= 1, got 0'),
+    ],
+)
+def test_prompts_that_can_not_be_padded_are_refused(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        pad_prompts(prompts, **options)
