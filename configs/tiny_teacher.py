@@ -39,6 +39,6 @@ def get_config() -> ConfigDict:
                 'row_length': 256,
             },
             'optimizer': {'learning_rate': 3e-3, 'warmup_steps': 150, 'ema_decay': 0.995},
-            'train': {'num_steps': 2000, 'report_every': 20, 'checkpoint_every': 200},
+            'train': {'num_steps': 2200, 'report_every': 20, 'checkpoint_every': 200},
         }
     )

@@ -1,0 +1,267 @@
+"""Training checkpoints, model bundles, and opening whatever holds a model."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffusiongemma.checkpoints.bundle import load_bundle, save_bundle
+from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.checkpoints.store import CheckpointStore, describe_model, read_ema
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
+from diffusiongemma.models import (
+    AttentionConfig,
+    DiffusionGemma,
+    Gemma,
+    ModelConfig,
+    MoEConfig,
+    init_params,
+)
+
+CONFIG = ModelConfig(
+    vocab_size=37,
+    width=16,
+    num_heads=2,
+    ffn_width=24,
+    layer_types=('sliding', 'full', 'sliding'),
+    sliding=AttentionConfig(num_kv_heads=2, head_dim=8, window=4),
+    full=AttentionConfig(num_kv_heads=1, head_dim=8, value_is_key=True),
+    moe=MoEConfig(num_experts=3, top_k=2, expert_width=8),
+    canvas_length=4,
+)
+DATA_STATE = {'version': 1, 'grain': {'next_index': 12}}
+
+
+def make_state(config=CONFIG, seed=0):
+    """A training state whose EMA differs from its parameters."""
+    params = init_params(DiffusionGemma(config), jax.random.key(seed))
+    state = create_state(params, make_optimizer(OptimizerConfig(), 10))
+    ema = jax.tree.map(lambda leaf: leaf + 1, params)
+    return state.replace(step=jnp.asarray(seed, jnp.int32), ema_params=ema)
+
+
+def abstract(state):
+    return jax.eval_shape(lambda: state)
+
+
+def about(config=CONFIG, tokenizer_hash='0123'):
+    return describe_model(config, tokenizer_hash)
+
+
+def save(workdir, *steps, **kwargs):
+    """Saves one state per step, made from the step as seed."""
+    store = CheckpointStore(workdir, about=about(), **kwargs)
+    for step in steps:
+        store.save(step, make_state(seed=step), DATA_STATE | {'step': step})
+    store.close()
+
+
+def assert_trees_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+
+
+def test_the_newest_state_and_place_in_the_data_come_back(tmp_path):
+    save(tmp_path, 3, 7)
+    state, data_state = CheckpointStore(tmp_path, about=about()).restore(abstract(make_state()))
+    assert_trees_equal(state, make_state(seed=7))
+    assert data_state == DATA_STATE | {'step': 7}
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, max_to_keep=2)
+    assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['3', '4']
+
+
+def test_a_state_is_saved_as_it_was_although_its_buffers_are_donated(tmp_path):
+    add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {'w': jnp.zeros((512, 2048))}
+    store = CheckpointStore(tmp_path)
+    store.save(1, state, {})
+    for _ in range(3):
+        state = add(state)
+    store.wait()
+    restored, _ = store.restore(abstract(state))
+    np.testing.assert_array_equal(restored['w'], 0.0)
+
+
+def test_arrays_are_restored_into_the_shardings_that_are_asked_for(tmp_path):
+    save(tmp_path, 1)
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ('fsdp',))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract(make_state()),
+    )
+    state, _ = CheckpointStore(tmp_path).restore(wanted)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(state))
+
+
+def test_a_checkpoint_without_its_last_file_is_not_seen(tmp_path):
+    save(tmp_path, 3)
+    directory = tmp_path / 'checkpoints'
+    partial = directory / '9.orbax-checkpoint-tmp-0'  # the name of a save in progress
+    shutil.copytree(directory / '3', partial)
+    (partial / 'state' / 'manifest.ocdbt').unlink()
+    store = CheckpointStore(tmp_path)
+    assert store.latest_step == 3
+    assert_trees_equal(store.restore(abstract(make_state()))[0], make_state(seed=3))
+
+
+def test_a_process_that_dies_while_saving_leaves_a_complete_checkpoint(tmp_path):
+    script = textwrap.dedent(
+        """
+        import os, sys
+        import numpy as np
+        from diffusiongemma.checkpoints.store import CheckpointStore
+        store = CheckpointStore(sys.argv[1])
+        store.save(1, {'w': np.full((64, 64), 1.0)}, {'step': 1})
+        store.wait()
+        store.save(2, {'w': np.full((2048, 2048), 2.0)}, {'step': 2})
+        os._exit(9)
+        """
+    )
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
+    done = subprocess.run([sys.executable, '-c', script, str(tmp_path)], env=environment)
+    assert done.returncode == 9
+    store = CheckpointStore(tmp_path)
+    # Step 2 may have got through in time; what counts is that the newest one is whole.
+    size = {1: 64, 2: 2048}[store.latest_step]
+    wanted = {'w': jax.ShapeDtypeStruct((size, size), np.float64)}
+    state, data_state = store.restore(wanted)
+    assert data_state == {'step': store.latest_step}
+    np.testing.assert_array_equal(state['w'], store.latest_step)
+    store.save(3, {'w': np.zeros(2)}, {})  # and the run can go on
+    store.wait()
+    assert store.latest_step == 3
+
+
+def test_a_step_that_is_there_already_is_not_dropped_silently(tmp_path):
+    save(tmp_path, 5)
+    with pytest.raises(ValueError, match='step 4 cannot be saved: .* has step 5 already'):
+        CheckpointStore(tmp_path).save(4, make_state(), {})
+
+
+def test_restoring_from_a_directory_without_checkpoints_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no complete checkpoint in'):
+        CheckpointStore(tmp_path / 'new').restore(abstract(make_state()))
+
+
+def test_restoring_into_another_shape_names_the_parameter(tmp_path):
+    save(tmp_path, 1)
+    wider = abstract(make_state(CONFIG.replace(ffn_width=32)))
+    with pytest.raises(ValueError, match=r'mlp/down: saved \(1, 24, 16\), expected \(1, 32, 16\)'):
+        CheckpointStore(tmp_path).restore(wider)
+
+
+def test_restoring_into_another_structure_names_what_is_missing(tmp_path):
+    save(tmp_path, 1)
+    dense = abstract(make_state(CONFIG.replace(moe=None)))
+    with pytest.raises(ValueError, match=r'moe/experts/down: saved \(.*\), expected nothing'):
+        CheckpointStore(tmp_path).restore(dense)
+
+
+@pytest.mark.parametrize(
+    ('other', 'message'),
+    [
+        (about(CONFIG.replace(norm_eps=1e-5)), 'model.norm_eps: saved 1e-06, now 1e-05'),
+        (about(tokenizer_hash='4567'), "tokenizer_hash: saved '0123', now '4567'"),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path, other, message):
+    """Neither shows in the shapes, so that nothing else would notice."""
+    save(tmp_path, 1)
+    with pytest.raises(ValueError, match=message):
+        CheckpointStore(tmp_path, about=other).restore(abstract(make_state()))
+
+
+def test_averaged_parameters_are_read_without_the_rest(tmp_path):
+    save(tmp_path, 1, 2)
+    step, description, ema = read_ema(tmp_path)
+    assert step == 2
+    assert ModelConfig.from_dict(description['model']) == CONFIG
+    assert_trees_equal(ema, make_state(seed=2).ema_params)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
+def test_a_bundle_comes_back_bit_for_bit(tmp_path, dtype):
+    cast = jax.tree.map(
+        lambda leaf: leaf.astype(dtype), init_params(DiffusionGemma(CONFIG), jax.random.key(0))
+    )
+    save_bundle(tmp_path, CONFIG, cast, Tokenizer.load('builtin'))
+    model, params, tokenizer = load_model(tmp_path, dtype)
+    assert_trees_equal(params, cast)
+    assert model == DiffusionGemma(CONFIG, dtype)
+    assert tokenizer.content_hash == Tokenizer.load('builtin').content_hash
+
+
+def test_arrays_that_lie_in_another_order_in_memory_are_bundled_right(tmp_path):
+    params = jax.device_get(init_params(DiffusionGemma(CONFIG), jax.random.key(0)))
+    turned = jax.tree.map(np.asfortranarray, params)
+    turned = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), turned, params)
+    save_bundle(tmp_path, CONFIG, turned, Tokenizer.load('builtin'))
+    assert_trees_equal(jax.device_get(load_model(tmp_path)[1]), params)
+
+
+def test_a_bundle_with_another_config_names_the_parameter_and_both_shapes(tmp_path):
+    params = init_params(DiffusionGemma(CONFIG), jax.random.key(0))
+    save_bundle(tmp_path, CONFIG.replace(width=32), params, Tokenizer.load('builtin'))
+    message = r'embedder/embedding has shape \(37, 16\), the config asks for \(37, 32\)'
+    with pytest.raises(ValueError, match=message):
+        load_bundle(tmp_path, jnp.float32)
+
+
+def test_a_damaged_bundle_is_named(tmp_path):
+    params = init_params(DiffusionGemma(CONFIG), jax.random.key(0))
+    save_bundle(tmp_path, CONFIG, params, Tokenizer.load('builtin'))
+    path = tmp_path / 'params.safetensors'
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match='params.safetensors is damaged'):
+        load_model(tmp_path)
+
+
+def test_an_unfinished_run_opens_as_its_averaged_parameters(tmp_path):
+    save(tmp_path, 2)
+    Tokenizer.load('builtin').save(tmp_path / 'tokenizer.model')
+    model, params, tokenizer = load_model(tmp_path)
+    assert model == DiffusionGemma(CONFIG, jnp.float32)
+    assert_trees_equal(params, make_state(seed=2).ema_params)
+    assert tokenizer.vocab_size == Tokenizer.load('builtin').vocab_size
+
+
+def test_a_finished_run_opens_as_the_student_that_it_exported(tmp_path):
+    save(tmp_path, 2)
+    exported = init_params(DiffusionGemma(CONFIG), jax.random.key(99))
+    save_bundle(tmp_path / 'student', CONFIG, exported, Tokenizer.load('builtin'))
+    assert_trees_equal(load_model(tmp_path)[1], exported)
+
+
+def test_a_model_without_canvas_opens_as_a_gemma(tmp_path):
+    config = CONFIG.replace(canvas_length=0)
+    params = init_params(Gemma(config), jax.random.key(0))
+    save_bundle(tmp_path, config, params, Tokenizer.load('builtin'))
+    assert type(load_model(tmp_path)[0]) is Gemma
+
+
+def test_a_path_without_a_model_is_an_error_that_lists_the_shipped_ones(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: pass a directory, or one of .'builtin'"):
+        load_model(tmp_path / 'nowhere')
+
+
+def test_the_workdir_of_a_run_without_any_checkpoint_says_so(tmp_path):
+    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'config.json').write_text(json.dumps({'seed': 0}))
+    with pytest.raises(FileNotFoundError, match='no complete checkpoint in'):
+        load_model(Path(tmp_path))
