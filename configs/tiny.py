@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
             'canvas_length': 32,
             # Stage 0: the teacher answers these prompts; the student learns its answers.
             'targets': {
-                'source': {'kind': 'wordmath', 'split': 'train', 'size': 6_000, 'seed': 1},
+                'source': {'kind': 'wordmath', 'split': 'train', 'size': 2_048, 'seed': 1},
                 'batch_size': 128,
                 'max_new_tokens': 96,
             },
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
             'corruption': 'uniform',
             'stage1': {'kd_weight': 1.0, 'ar_weight': 0.1, 'self_conditioning_rate': 0.5},
             'optimizer': {'learning_rate': 1e-3, 'warmup_steps': 50, 'ema_decay': 0.99},
-            'train': {'num_steps': 240, 'report_every': 10, 'checkpoint_every': 60},
+            'train': {'num_steps': 200, 'report_every': 10, 'checkpoint_every': 60},
             'sampling': {
                 'max_new_tokens': 96,
                 'max_denoising_steps': 16,
