@@ -93,7 +93,8 @@ def write_targets(
                 indices = range(first, min(first + SHARD_SIZE, len(source)))
                 rows = _answer(sampler, params, tokenizer, source, indices, config, seed)
                 _write_atomically(shard, ''.join(json.dumps(row) + '\n' for row in rows))
-            logging.info('targets: %d of %d prompts', min(first + SHARD_SIZE, len(source)), len(source))
+            done = min(first + SHARD_SIZE, len(source))
+            logging.info('targets: %d of %d prompts', done, len(source))
         _write_atomically(complete, ''.join(shard.read_text('utf-8') for shard in shards))
         for shard in shards:
             shard.unlink()

@@ -98,5 +98,6 @@ class KVCache:
     def as_prefix(self) -> Prefix:
         """The filled slots as a prefix of segment 1."""
         batch_size = self.lengths.shape[0]
-        slots = jnp.broadcast_to(jnp.arange(self.capacity, dtype=jnp.int32), (batch_size, self.capacity))
+        slots = jnp.arange(self.capacity, dtype=jnp.int32)
+        slots = jnp.broadcast_to(slots, (batch_size, self.capacity))
         return Prefix(self.kv, slots, (slots < self.lengths[:, None]).astype(jnp.int32))

@@ -1,0 +1,122 @@
+"""Who sees whom in the three passes, and that the cache changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma.models import DiffusionGemma, KVCache, Prefix, init_params
+
+
+@pytest.fixture(params=['tiny_config', 'tiny_moe_config'])
+def model_and_params(request):
+    model = DiffusionGemma(request.getfixturevalue(request.param))
+    params = init_params(model, jax.random.key(0))
+    noise = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+    # Off the trivial initial values, the zero output of the self-conditioning among them.
+    leaves, structure = jax.tree.flatten(params)
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, noise, strict=True)]
+    return model, jax.tree.unflatten(structure, leaves)
+
+
+def tokens_of(model, seed, *shape):
+    return jax.random.randint(jax.random.key(seed), shape, 0, model.config.vocab_size)
+
+
+def encode(model, params, tokens, first=0, prefix=None, segment_ids=None, positions=None):
+    if positions is None:
+        positions = jnp.broadcast_to(first + jnp.arange(tokens.shape[1]), tokens.shape)
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(tokens)
+    args = (tokens, positions, segment_ids, prefix)
+    return model.apply({'params': params}, *args, method='encode')
+
+
+def test_encoding_in_blocks_through_the_cache_equals_one_causal_pass(model_and_params):
+    model, params = model_and_params
+    tokens = tokens_of(model, 2, 2, 17)
+    whole, _ = encode(model, params, tokens)
+    cache, parts, start = KVCache.create(model.config, 2, 17), [], 0
+    for size in (6, 1, 4, 1, 5):
+        hidden, kv = encode(model, params, tokens[:, start : start + size], start, cache.as_prefix())
+        cache = cache.append(kv, jnp.full((2,), size))
+        parts.append(hidden)
+        start += size
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
+
+
+def test_rolling_the_cache_back_forgets_what_was_behind(model_and_params):
+    model, params = model_and_params
+    tokens, other = tokens_of(model, 2, 1, 9), tokens_of(model, 3, 1, 4)
+    _, kv = encode(model, params, tokens)
+    cache = KVCache.create(model.config, 1, 12).append(kv, jnp.array([9]))
+    rolled = cache.replace(lengths=jnp.array([5]))
+    continued, _ = encode(model, params, other, 5, rolled.as_prefix())
+    whole, _ = encode(model, params, jnp.concatenate([tokens[:, :5], other], axis=1))
+    np.testing.assert_allclose(continued, whole[:, 5:], atol=1e-5)
+
+
+def test_a_packed_document_has_the_hidden_states_and_canvas_logits_of_running_alone(
+    model_and_params,
+):
+    model, params = model_and_params
+    a, b = tokens_of(model, 2, 1, 9), tokens_of(model, 3, 1, 8)
+    packed = jnp.concatenate([a, b], axis=1)
+    segment_ids = jnp.array([[1] * 9 + [2] * 8])
+    positions = jnp.array([[*range(9), *range(8)]])
+    canvases = tokens_of(model, 4, 1, 2, model.config.canvas_length)
+    hidden, kv = encode(model, params, packed, segment_ids=segment_ids, positions=positions)
+    logits = model.apply(
+        {'params': params}, canvases, jnp.array([[5, 4]]), jnp.array([[1, 2]]),
+        Prefix(kv, positions, segment_ids), method='denoise',
+    )  # fmt: skip
+    for n, (document, start) in enumerate(((a, 5), (b, 4))):
+        alone, kv = encode(model, params, document)
+        where = slice(0, 9) if n == 0 else slice(9, 17)
+        np.testing.assert_allclose(hidden[:, where], alone, atol=1e-5)
+        ones = jnp.ones_like(document)
+        prefix = Prefix(kv, jnp.arange(document.shape[1])[None], ones)
+        alone_logits = model.apply(
+            {'params': params}, canvases[:, n : n + 1], jnp.array([[start]]), ones[:, :1], prefix,
+            method='denoise',
+        )  # fmt: skip
+        np.testing.assert_allclose(logits[:, n], alone_logits[:, 0], atol=1e-5)
+
+
+def test_a_later_canvas_never_changes_an_earlier_one(model_and_params):
+    model, params = model_and_params
+    length = model.config.canvas_length
+    clean = tokens_of(model, 2, 1, 5 + 2 * length)
+    noisy = tokens_of(model, 3, 1, 2, length)
+
+    def logits(clean, noisy):
+        _, kv = encode(model, params, clean)
+        prefix = Prefix(kv, jnp.arange(clean.shape[1])[None], jnp.ones_like(clean))
+        starts, segments = jnp.array([[5, 5 + length]]), jnp.ones((1, 2), jnp.int32)
+        args = (noisy, starts, segments, prefix)
+        return model.apply({'params': params}, *args, method='denoise')
+
+    before = logits(clean, noisy)
+    changed_clean = clean.at[0, 5 + length].set((clean[0, 5 + length] + 1) % 37)
+    changed_noisy = noisy.at[0, 1, 2].set((noisy[0, 1, 2] + 1) % 37)
+    after = logits(changed_clean, changed_noisy)
+    np.testing.assert_array_equal(before[:, 0], after[:, 0])
+    assert jnp.max(jnp.abs(before[:, 1] - after[:, 1])) > 1e-3
+
+
+def test_a_canvas_sees_all_of_itself_and_its_self_conditioning(model_and_params):
+    model, params = model_and_params
+    prompt, canvas = tokens_of(model, 2, 1, 6), tokens_of(model, 3, 1, 1, 4)
+    _, kv = encode(model, params, prompt)
+    prefix = Prefix(kv, jnp.arange(6)[None], jnp.ones_like(prompt))
+    ones = jnp.ones((1, 1), jnp.int32)
+
+    def logits(canvas, soft=None):
+        return model.apply({'params': params}, canvas, 6 * ones, ones, prefix, soft, method='denoise')
+
+    base = logits(canvas)
+    last_changed = logits(canvas.at[0, 0, 3].set((canvas[0, 0, 3] + 1) % 37))
+    assert jnp.all(jnp.max(jnp.abs(base - last_changed), axis=-1) > 1e-6)  # every position
+    soft = model.apply({'params': params}, base, method='soft_embed')
+    assert jnp.max(jnp.abs(base - logits(canvas, soft))) > 1e-4
+    np.testing.assert_allclose(base, logits(canvas, jnp.zeros_like(soft)), atol=1e-6)

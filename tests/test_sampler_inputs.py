@@ -1,0 +1,104 @@
+import jax
+import numpy as np
+import pytest
+from toy_model import toy
+
+from diffusiongemma.sampling import Sampler, SamplingConfig, pad_prompts
+
+C = 4
+KEY = jax.random.key(0)
+
+
+def config(**fields):
+    return SamplingConfig(**({'stop_ids': (), 'pad_id': 22} | fields))
+
+
+def test_samplers_of_equal_parts_are_equal_and_hashable():
+    model, _ = toy(C)
+    assert hash(Sampler(model, config())) == hash(Sampler(model, config()))
+    assert Sampler(model, config()) == Sampler(model, config())
+    assert Sampler(model, config()) != Sampler(model, config(temperature=0))
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'tokens': np.zeros(4, int)}, r'tokens must be \[batch, prompt width\].*\(4,\)'),
+        ({'tokens': np.zeros((2, 0), int)}, r'got shape \(2, 0\)'),
+        ({'tokens': np.ones((2, 4))}, 'tokens must be integers, got float'),
+        ({'lengths': np.array([1.0, 2.0])}, 'lengths must be integers, got float'),
+        ({'lengths': np.array([1, 2, 3])}, r'one number per row of tokens, \(2,\)'),
+        ({'lengths': np.array([1, 0])}, 'row 1 has 0'),
+        ({'lengths': np.array([5, 1])}, r'lie in \[1, 4\].*row 0 has 5'),
+        ({'tokens': np.full((2, 4), 23)}, 'Token 23 in row 0, column 0 is outside .* of 23'),
+        ({'tokens': np.full((2, 4), -1)}, 'Token -1 in row 0'),
+        ({'rng': jax.random.split(KEY, 3)}, r'one key or one per row, \(2,\).*\(3,\)'),
+    ],
+)
+def test_unfit_input_is_refused_with_its_value(changes, message):
+    model, params = toy(C)
+    good = {'tokens': np.ones((2, 4), int), 'lengths': np.array([4, 1]), 'rng': KEY}
+    sampler = Sampler(model, config())
+    with pytest.raises(ValueError, match=message):
+        sampler(params, **(good | changes))
+    with pytest.raises(ValueError, match=message):
+        sampler.stream(params, **(good | changes))
+
+
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        ({'max_new_tokens': 0}, 'max_new_tokens must be >= 1, got 0'),
+        ({'max_denoising_steps': 0}, 'max_denoising_steps must be >= 1, got 0'),
+        ({'temperature': -1.0}, 'temperature must be finite and >= 0, got -1.0'),
+        ({'temperature': float('nan')}, 'temperature must be finite'),
+        ({'t_min': 0.9}, 't_min=0.9 and t_max=0.8'),
+        ({'entropy_bound': -1.0}, 'entropy_bound must be >= 0 nats, got -1.0'),
+        ({'stability_threshold': -1}, 'stability_threshold must be >= 0 steps, got -1'),
+        ({'stop_ids': (1, -2)}, r'token ids >= 0, got 22 and \(1, -2\)'),
+        ({'vocab_size': 0}, 'vocab_size must be >= 1, got 0'),
+    ],
+)
+def test_an_unfit_config_is_refused_with_its_value(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+@pytest.mark.parametrize('fields', [{'pad_id': 23}, {'stop_ids': (23,)}, {'vocab_size': 24}])
+def test_a_config_of_another_vocabulary_is_refused(fields):
+    with pytest.raises(ValueError, match='The model knows 23 tokens'):
+        Sampler(toy(C)[0], config(**fields))
+
+
+def test_a_model_without_canvas_is_refused_by_the_diffusion_mode_alone():
+    model, _ = toy(canvas_length=0)
+    Sampler(model, config(), 'autoregressive')
+    with pytest.raises(ValueError, match='canvas_length of this ToyModel is 0'):
+        Sampler(model, config())
+
+
+def test_an_unknown_mode_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"\['autoregressive', 'diffusion'\], got 'magic'"):
+        Sampler(toy(C)[0], config(), 'magic')
+
+
+def test_prompts_are_padded_to_a_multiple():
+    tokens, lengths = pad_prompts([[5, 6, 7], [8]], pad_id=9, multiple=4)
+    assert tokens.tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]
+    assert lengths.tolist() == [3, 1]
+    assert pad_prompts([[1] * 4], multiple=4)[0].shape == (1, 4)
+    assert pad_prompts([[1] * 5], multiple=4)[0].shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    'prompts, options, message',
+    [
+        ([], {}, 'No prompts'),
+        ([[1], []], {}, 'Prompt 1 is empty'),
+        ([[1], [1, 2, 3]], {'width': 2}, 'Prompt 1 has 3 tokens .* width=2'),
+        ([[1]], {'multiple': 0}, 'multiple must be >= 1, got 0'),
+    ],
+)
+def test_prompts_that_can_not_be_padded_are_refused(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        pad_prompts(prompts, **options)
