@@ -14,8 +14,11 @@ from diffusiongemma.distillation.stage1 import (
     stage1_loss,
     student_params_from_teacher,
 )
-from diffusiongemma.models import DiffusionGemma, Gemma, init_params
+from diffusiongemma.models import DiffusionGemma, Gemma
+from diffusiongemma.models import init_params as init_params_eagerly
 from diffusiongemma.sampling import TemperatureSchedule
+
+init_params = jax.jit(init_params_eagerly, static_argnums=0)
 
 
 def test_losses_have_their_enumerated_values():
@@ -82,16 +85,16 @@ def test_unused_canvas_slots_do_not_count(tiny_config, batch):
     model = DiffusionGemma(tiny_config)
     params = init_params(model, jax.random.key(0))
     changed = batch | {'canvas_tokens': batch['canvas_tokens'].at[0, 2].set(7)}
-    before, _ = loss_of(model, params, batch, self_conditioning_rate=0.0)
-    after, _ = loss_of(model, params, changed, self_conditioning_rate=0.0)
+    loss = jax.jit(lambda b: loss_of(model, params, b, self_conditioning_rate=0.0)[0])
+    before, after = loss(batch), loss(changed)
     np.testing.assert_allclose(before, after, rtol=1e-6)
 
 
 def test_the_denoise_loss_reaches_every_parameter_but_the_unused_scalar(tiny_config, batch):
     model = DiffusionGemma(tiny_config)
     params = init_params(model, jax.random.key(0))
-    grads = jax.grad(
-        lambda p: loss_of(model, p, batch, ar_weight=0.1, self_conditioning_rate=1.0)[0]
+    grads = jax.jit(
+        jax.grad(lambda p: loss_of(model, p, batch, ar_weight=0.1, self_conditioning_rate=1.0)[0])
     )(params)
     flat, _ = jax.tree_util.tree_flatten_with_path(grads)
     # The self-conditioning starts at a zero output: only its last matrix moves at first.
