@@ -28,6 +28,8 @@ from diffusiongemma.models import (
     init_params,
 )
 
+pytestmark = pytest.mark.slow  # compiles many models: minutes
+
 CONFIG = ModelConfig(
     vocab_size=37,
     width=16,
