@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             'seed': 0,
+            'init': '',  # a model to go on from; empty: random parameters
             'tokenizer': 'builtin',
             'dtype': 'float32',
             'mesh': {'data': -1},

@@ -10,7 +10,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from diffusiongemma import run_config
-from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE
+from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
+from diffusiongemma.checkpoints.load import EXPORT_DIR, load_model
 from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
 from diffusiongemma.data.pipeline import make_train_iterator
 from diffusiongemma.data.tokenizer import Tokenizer
@@ -28,11 +29,14 @@ from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and metrics go.')
 
-CONFIG_KEYS = ('seed', 'tokenizer', 'dtype', 'mesh', 'model', 'data', 'optimizer', 'train')
+CONFIG_KEYS = ('seed', 'init', 'tokenizer', 'dtype', 'mesh', 'model', 'data', 'optimizer', 'train')
 
 
 def train(config: ConfigDict, workdir: Path) -> TrainState:
-    """Trains the Gemma of `config`, going on from the newest checkpoint in `workdir`."""
+    """Trains the Gemma of `config`, going on from the newest checkpoint in `workdir`.
+
+    The averaged parameters are exported to `workdir`/model.
+    """
     run_config.check_keys(config, CONFIG_KEYS)
     run_config.write_resolved(config, workdir)
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -54,7 +58,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     about = describe_model(model.config, tokenizer.content_hash)
     store = CheckpointStore(workdir, loop.max_to_keep, about)
     state = start_or_resume(
-        lambda: create_state(init_params(model, jax.random.key(config.seed)), optimizer),
+        lambda: create_state(_initial_params(config, model), optimizer),
         param_shardings(model, mesh),
         mesh,
         store,
@@ -63,7 +67,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     tokenizer.save(workdir / TOKENIZER_FILE)
     logging.info('%d parameters', parameter_count(state.params))
     train_step = make_ar_train_step(model, optimizer, optimizer_config.ema_decay)
-    return fit(
+    state = fit(
         jax.jit(train_step, donate_argnums=0),
         state,
         batches,
@@ -73,6 +77,27 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         description='teacher',
         batch_sharding=batch_sharding(mesh, config.data.batch_size),
     )
+    store.close()
+    about = {'init': config.init, 'seed': config.seed, 'steps': int(state.step)}
+    save_bundle(
+        workdir / EXPORT_DIR,
+        model.config,
+        state.ema_params,
+        tokenizer,
+        dtype='bfloat16',
+        about=about,
+    )
+    return state
+
+
+def _initial_params(config: ConfigDict, model: Gemma) -> dict:
+    """Random parameters, or those of the model `config.init`."""
+    if not config.init:
+        return init_params(model, jax.random.key(config.seed))
+    source, params, _ = load_model(config.init)
+    if source.config != model.config:
+        raise ValueError(f'config.init: {config.init} is not a model of config.model.')
+    return params
 
 
 def main(argv: list[str]) -> None:

@@ -20,7 +20,7 @@ BUILTIN = {
     'builtin-student': ASSETS / 'student',
     'builtin-teacher': ASSETS / 'teacher',
 }
-STUDENT_DIR = 'student'  # in a workdir: the student that `distill` exports
+EXPORT_DIR = 'model'  # in a workdir: the model that the run exports
 
 
 def load_model(path: str | Path, dtype: Any = jnp.float32) -> tuple[Gemma, dict, Tokenizer | None]:
@@ -28,7 +28,7 @@ def load_model(path: str | Path, dtype: Any = jnp.float32) -> tuple[Gemma, dict,
 
     Args:
       path: 'builtin' (the shipped student), 'builtin-teacher', a bundle, the workdir of a run
-        (the student that it exported, else the averaged parameters of its newest checkpoint),
+        (the model that it exported, else the averaged parameters of its newest checkpoint),
         or a directory in the published format (config.json and safetensors).
       dtype: of the parameters and the computation.
 
@@ -45,8 +45,8 @@ def load_model(path: str | Path, dtype: Any = jnp.float32) -> tuple[Gemma, dict,
         raise FileNotFoundError(
             f'no model at {directory}: pass a directory, or one of {sorted(BUILTIN)}.'
         )
-    if bundle.is_bundle(directory / STUDENT_DIR):
-        directory = directory / STUDENT_DIR
+    if bundle.is_bundle(directory / EXPORT_DIR):
+        directory = directory / EXPORT_DIR
     if bundle.is_bundle(directory):
         model, params = bundle.load_bundle(directory, dtype)
     elif (directory / CHECKPOINTS_DIR).is_dir():

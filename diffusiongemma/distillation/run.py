@@ -12,7 +12,7 @@ from rich.console import Console
 
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
-from diffusiongemma.checkpoints.load import STUDENT_DIR, load_model
+from diffusiongemma.checkpoints.load import EXPORT_DIR, load_model
 from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
 from diffusiongemma.data.pipeline import eval_examples, make_train_iterator
 from diffusiongemma.data.sources import DataSpec
@@ -73,7 +73,7 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
     """Runs the distillation of `config`; goes on where an interrupted one stopped.
 
     `workdir` then holds config.json, targets/, checkpoints/, tensorboard/, metrics.jsonl, the
-    exported student in student/, evaluation.json and distillation.png.
+    exported student in model/, evaluation.json and distillation.png.
     """
     run_config.check_keys(config, CONFIG_KEYS)
     run_config.write_resolved(config, workdir)
@@ -89,7 +89,7 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
     )
     student_model, state = train_student(config, teacher, targets, workdir)
     save_bundle(
-        workdir / STUDENT_DIR,
+        workdir / EXPORT_DIR,
         student_model.config,
         state.ema_params,
         teacher.tokenizer,
@@ -226,5 +226,5 @@ def evaluate_run(config: ConfigDict, teacher: Teacher, workdir: Path) -> Compari
         json.dumps(dataclasses.asdict(comparison), indent=2) + '\n', encoding='utf-8'
     )
     plot_run(workdir / 'distillation.png', read_metrics(workdir), comparison)
-    console.print(f'plot: {workdir / "distillation.png"}  student: {workdir / STUDENT_DIR}')
+    console.print(f'plot: {workdir / "distillation.png"}  student: {workdir / EXPORT_DIR}')
     return comparison

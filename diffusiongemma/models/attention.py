@@ -98,23 +98,31 @@ def attend(
       [B, M, T, N, H] in the query's dtype.
     """
     b, m, t, n, h = query.shape
-    block_key, block_value = block_kv
-    num_kv_heads = block_key.shape[-2]
-    query = query.reshape(b, m, t, num_kv_heads, n // num_kv_heads, h)
-    scores = jnp.einsum(
-        'bmtkgh,bmskh->bmkgts', query, block_key, preferred_element_type=jnp.float32
-    )
-    scores = jnp.where(mask.block[:, :, None, None], scores, MASKED_SCORE)
-    prefix_key, prefix_value = (a.astype(query.dtype) for a in prefix_kv)
-    prefix_length = prefix_key.shape[1]
+    k = block_kv[0].shape[-2]
+    # Heads in front of tokens: each product below is one batched matrix product, and so are
+    # its gradients, with no transposes in between.
+    query = query.reshape(b, m, t, k, n // k, h).transpose(0, 3, 1, 4, 2, 5)
+    query = query.reshape(b, k, m, n // k * t, h)
+    block_key, block_value = (a.transpose(0, 3, 1, 2, 4) for a in block_kv)  # [B, K, M, T, H]
+    prefix_key, prefix_value = (
+        a.astype(query.dtype).transpose(0, 2, 1, 3) for a in prefix_kv
+    )  # [B, K, S, H]
+
+    def visible_scores(scores: jax.Array, visible: jax.Array) -> jax.Array:
+        scores = scores.reshape(b, k, m, n // k, t, -1)
+        return jnp.where(visible[:, None, :, None], scores, MASKED_SCORE)
+
+    float32 = {'preferred_element_type': jnp.float32}
+    scores = jnp.einsum('bkmrh,bkmsh->bkmrs', query, block_key, **float32)
+    scores = visible_scores(scores, mask.block)
+    prefix_length = prefix_key.shape[2]
     if prefix_length:
-        prefix_scores = jnp.einsum(
-            'bmtkgh,bskh->bmkgts', query, prefix_key, preferred_element_type=jnp.float32
-        )
-        prefix_scores = jnp.where(mask.prefix[:, :, None, None], prefix_scores, MASKED_SCORE)
-        scores = jnp.concatenate([prefix_scores, scores], axis=-1)
-    probs = jax.nn.softmax(scores, axis=-1).astype(query.dtype)  # [B, M, K, G, T, S + T]
-    context = jnp.einsum('bmkgts,bmskh->bmtkgh', probs[..., prefix_length:], block_value)
+        prefix_scores = jnp.einsum('bkmrh,bksh->bkmrs', query, prefix_key, **float32)
+        scores = jnp.concatenate([visible_scores(prefix_scores, mask.prefix), scores], axis=-1)
+    probs = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    probs = probs.reshape(b, k, m, n // k * t, prefix_length + t)
+    context = jnp.einsum('bkmrs,bkmsh->bkmrh', probs[..., prefix_length:], block_value)
     if prefix_length:
-        context += jnp.einsum('bmkgts,bskh->bmtkgh', probs[..., :prefix_length], prefix_value)
+        context += jnp.einsum('bkmrs,bksh->bkmrh', probs[..., :prefix_length], prefix_value)
+    context = context.reshape(b, k, m, n // k, t, h).transpose(0, 2, 4, 1, 3, 5)
     return context.reshape(b, m, t, n, h)
