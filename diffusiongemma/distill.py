@@ -5,9 +5,10 @@ python -m diffusiongemma.distill --config=configs/tiny.py --workdir=/tmp/diffusi
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from diffusiongemma import run_config
 from diffusiongemma.distillation.run import distill
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
@@ -15,11 +16,10 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything of the run goe
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f'unexpected arguments {argv[1:]}')
+    del argv
     distill(_CONFIG.value, Path(_WORKDIR.value))
 
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'workdir'])
-    app.run(main)
+    run_config.run_main(main)

@@ -6,10 +6,11 @@ python -m diffusiongemma.evaluate --checkpoint=builtin --config=configs/tiny.py
 import dataclasses
 import json
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
+from diffusiongemma import run_config
 from diffusiongemma.distillation.run import compare_with_teacher, load_teacher
 from diffusiongemma.evaluation.report import comparison_table
 
@@ -20,8 +21,7 @@ _CHECKPOINT = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f'unexpected arguments {argv[1:]}')
+    del argv
     config = _CONFIG.value
     comparison, *_ = compare_with_teacher(config, load_teacher(config), _CHECKPOINT.value)
     Console().print(comparison_table(comparison))
@@ -30,4 +30,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config'])
-    app.run(main)
+    run_config.run_main(main)

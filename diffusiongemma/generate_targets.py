@@ -7,7 +7,7 @@ An interrupted run is finished by starting it again. `distill` does this step by
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from diffusiongemma import run_config
@@ -19,8 +19,7 @@ _OUTPUT = flags.DEFINE_string('output', None, 'Directory for the targets.')
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f'unexpected arguments {argv[1:]}')
+    del argv
     config = _CONFIG.value
     teacher = load_teacher(config)
     spec = write_targets(
@@ -36,4 +35,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'output'])
-    app.run(main)
+    run_config.run_main(main)

@@ -1,12 +1,15 @@
-"""From an ml_collections config to the objects that a run needs."""
+"""What the entry points share: from a config to the objects of a run, errors on the way."""
 
 import dataclasses
 import difflib
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
+from absl import app, logging
 from ml_collections import ConfigDict
 
 from diffusiongemma.data.sources import DataSpec
@@ -73,3 +76,22 @@ def write_resolved(config: ConfigDict, workdir: Path) -> None:
     """Writes what the run was configured with to `workdir`/config.json."""
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """Runs an absl program; what the user can mend ends in one line on stderr and exit code 1.
+
+    The traceback is logged with --verbosity=1.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f'unexpected arguments {argv[1:]}')
+        try:
+            main(argv)
+        except (ValueError, FileNotFoundError, FloatingPointError) as error:
+            logging.debug('where it happened:', exc_info=True)
+            print(f'error: {error}', file=sys.stderr)
+            sys.exit(1)
+
+    app.run(guarded)

@@ -9,8 +9,9 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.sampling import Sampler, SamplingConfig, generate_text
 
@@ -41,9 +42,7 @@ class Answer:
     seconds: float
 
 
-def answer(
-    checkpoint: str, prompt: str, mode: str, seed: int, **settings: float
-) -> Answer:
+def answer(checkpoint: str, prompt: str, mode: str, seed: int, **settings: float) -> Answer:
     """Answers `prompt`; `settings` are fields of `SamplingConfig`."""
     model, params, tokenizer = load_model(checkpoint)
     if tokenizer is None:
@@ -52,9 +51,7 @@ def answer(
     rng = jax.random.key(seed)
 
     def run():
-        return jax.block_until_ready(
-            generate_text(sampler, params, tokenizer, [prompt], rng=rng)
-        )
+        return jax.block_until_ready(generate_text(sampler, params, tokenizer, [prompt], rng=rng))
 
     run()  # compiles
     start = time.perf_counter()
@@ -70,8 +67,7 @@ def answer(
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f'unexpected arguments {argv[1:]}')
+    del argv
     result = answer(
         _CHECKPOINT.value,
         _PROMPT.value,
@@ -94,4 +90,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flag_as_required('prompt')
-    app.run(main)
+    run_config.run_main(main)

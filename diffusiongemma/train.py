@@ -6,7 +6,7 @@ python -m diffusiongemma.train --config=configs/tiny_teacher.py --workdir=/tmp/t
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from diffusiongemma import run_config
@@ -101,11 +101,10 @@ def _initial_params(config: ConfigDict, model: Gemma) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f'unexpected arguments {argv[1:]}')
+    del argv
     train(_CONFIG.value, Path(_WORKDIR.value))
 
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'workdir'])
-    app.run(main)
+    run_config.run_main(main)

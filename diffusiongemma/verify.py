@@ -23,8 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
+from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.distillation.losses import cross_entropy
 from diffusiongemma.models.cache import KVCache
@@ -178,8 +179,7 @@ def holds(found: Mapping[str, float]) -> bool:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f'unexpected arguments {argv[1:]}')
+    del argv
     if not Path(_GOLDEN.value).is_file():
         raise FileNotFoundError(f'no golden file at {_GOLDEN.value}.')
     model, params, _ = load_model(_CHECKPOINT.value)
@@ -196,4 +196,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['checkpoint', 'golden'])
-    app.run(main)
+    run_config.run_main(main)

@@ -1,8 +1,20 @@
-"""The tiny configs that tests share."""
+"""What tests share: eight virtual CPU devices, compiled programs, tiny configs."""
 
-import pytest
+import os
+import tempfile
 
-from diffusiongemma.models import AttentionConfig, ModelConfig, MoEConfig
+# Before jax starts, and for the processes that tests start. Equal programs of different tests
+# and processes are compiled once.
+_COMPILED = tempfile.TemporaryDirectory(prefix='diffusiongemma-tests-')
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _COMPILED.name
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+
+import pytest  # noqa: E402
+
+from diffusiongemma.models import AttentionConfig, ModelConfig, MoEConfig  # noqa: E402
 
 
 @pytest.fixture

@@ -45,7 +45,8 @@ def test_encoding_in_blocks_through_the_cache_equals_one_causal_pass(model_and_p
     whole, _ = encode(model, params, tokens)
     cache, parts, start = KVCache.create(model.config, 2, 17), [], 0
     for size in (6, 1, 1, 1, 6, 1, 1):
-        hidden, kv = encode(model, params, tokens[:, start : start + size], start, cache.as_prefix())
+        block = tokens[:, start : start + size]
+        hidden, kv = encode(model, params, block, start, cache.as_prefix())
         cache = cache.append(kv, jnp.full((2,), size))
         parts.append(hidden)
         start += size

@@ -1,4 +1,4 @@
-"""Where examples come from: built-in tasks, JSONL files, TFDS datasets, a teacher's answers.
+"""Where examples come from: built-in tasks, JSONL files, TFDS datasets.
 
     >>> source = load_source(DataSpec(kind='wordmath', split='test', size=100))
     >>> sorted(source[0])
@@ -15,7 +15,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from diffusiongemma.data import jsonl, targets
+from diffusiongemma.data import jsonl
 from diffusiongemma.data.tasks import sudoku, wordmath
 
 DEFAULT_TASK_SIZE = 1_000_000
@@ -25,12 +25,10 @@ _FIELDS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     'sudoku': ('split', 'seed', 'box', 'min_clues', 'max_clues'),
     'jsonl': ('path', 'prompt_feature', 'response_feature'),
     'tfds': ('name', 'path', 'split', 'prompt_feature', 'response_feature'),
-    'targets': ('path',),
 }
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     'jsonl': ('path',),
     'tfds': ('name',),
-    'targets': ('path',),
 }
 
 
@@ -54,9 +52,9 @@ class DataSpec:
     """Names a source.
 
     Attributes:
-      kind: 'wordmath' or 'sudoku' (built-in tasks), 'jsonl', 'tfds' or 'targets'.
+      kind: 'wordmath' or 'sudoku' (built-in tasks), 'jsonl' or 'tfds'.
       name: TFDS dataset, with its config and version where wanted: 'name/config:1.0.0'.
-      path: file (jsonl), directory (targets) or data directory (tfds; TFDS's own by default).
+      path: file (jsonl) or data directory (tfds; TFDS's own by default).
       split: 'train' or 'test' of a task; any split of a TFDS dataset, slices included.
       size: number of examples. A task makes that many (by default 1,000,000); of other kinds
         the first so many are used (by default all).
@@ -169,8 +167,6 @@ def load_source(spec: DataSpec) -> Source:
         )
     if spec.kind == 'jsonl':
         source = jsonl.JsonlSource(spec.path, spec.prompt_feature, spec.response_feature)
-    elif spec.kind == 'targets':
-        source = targets.TargetsSource(spec.path)
     else:
         # TFDS takes long to import, and most runs do without it.
         from diffusiongemma.data.tfds_source import TfdsSource

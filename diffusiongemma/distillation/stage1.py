@@ -80,9 +80,7 @@ def draw_noise(
     return NoisyCanvases(noisy, corrupted, noise_level, self_condition)
 
 
-def canvas_teacher_logits(
-    teacher_logits: jax.Array, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
+def canvas_teacher_logits(teacher_logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Teacher conditionals p_T(x_i | x_<i, c) for every canvas position.
 
     Args:

@@ -170,5 +170,3 @@ def _build(cls, values: dict, where: str):
             f'{where}: unknown keys {unknown}, missing keys {missing}; known: {sorted(names)}.'
         )
     return cls(**values)
-
-

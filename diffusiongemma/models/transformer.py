@@ -176,9 +176,7 @@ class Gemma(nn.Module):
         if prefix is None:
             prefix = Prefix.empty(self.config, tokens.shape[0], self.dtype)
         masks = {
-            kind: causal_mask(
-                positions, segment_ids, prefix, self.config.attention(kind).window
-            )
+            kind: causal_mask(positions, segment_ids, prefix, self.config.attention(kind).window)
             for kind in sorted(set(self.config.layer_types))
         }
         context = PassContext(rope_by_kind(self.config, positions[:, None]), masks)

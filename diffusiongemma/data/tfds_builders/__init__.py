@@ -1,7 +1,7 @@
 """TFDS builders of the built-in tasks, registered when this package is imported.
 
     >>> import tensorflow_datasets as tfds
-    >>> from diffusiongemma.data import tfds_builders
+    >>> from diffusiongemma.data import tfds_builders  # registers them
     >>> tfds_builders.prepare('diffusiongemma_wordmath', data_dir='/tmp/tfds')
     >>> tfds.data_source('diffusiongemma_wordmath', split='train', data_dir='/tmp/tfds')[0]
 

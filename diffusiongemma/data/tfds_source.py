@@ -1,0 +1,87 @@
+"""Examples from any TFDS dataset that has a text feature for the prompt and one for the response."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from diffusiongemma.data import tfds_builders  # noqa: F401, registers the built-in datasets
+
+
+class TfdsSource:
+    """Random access to a split of a TFDS dataset, without TensorFlow.
+
+    A dataset that is not in the data directory yet is downloaded and prepared as ArrayRecord.
+
+    Attributes:
+      fingerprint: names the dataset, its version and its split.
+    """
+
+    def __init__(
+        self, name: str, split: str, data_dir: str, prompt_feature: str, response_feature: str
+    ):
+        """Opens the dataset.
+
+        Args:
+          name: of the dataset, with its config and version where wanted: 'name/config:1.0.0'.
+          split: any split expression of TFDS, such as 'train' or 'train[:10%]'.
+          data_dir: where TFDS keeps its data; its own default if empty.
+          prompt_feature: feature that becomes 'prompt'.
+          response_feature: feature that becomes 'response'.
+
+        Raises:
+          ValueError: there is no such dataset, split or feature, the split is empty, or the
+            dataset was prepared in a format without random access.
+        """
+        tfds_builders.register()
+        self._name = f'tfds:{name}:{split}'
+        self._features = {prompt_feature: 'prompt', response_feature: 'response'}
+        try:
+            builder = tfds.builder(name, data_dir=data_dir or None, file_format='array_record')
+        except tfds.core.registered.DatasetNotFoundError as error:
+            raise ValueError(f'TFDS has no dataset {name!r}; check its name.') from error
+        except ValueError as error:
+            raise ValueError(
+                f'{name!r} cannot be read with random access ({error}); prepare it again with '
+                'file_format="array_record", or use another data directory.'
+            ) from error
+        known = sorted(builder.info.features)
+        missing = [feature for feature in self._features if feature not in known]
+        if missing:
+            raise ValueError(
+                f'{name!r} has no feature {missing}; it has {known}. Set prompt_feature and '
+                'response_feature.'
+            )
+        builder.download_and_prepare()
+        try:
+            self._rows = builder.as_data_source(split=split)
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f'{name!r} has no split {split!r}; it has {sorted(builder.info.splits)}.'
+            ) from error
+        if not len(self._rows):
+            raise ValueError(f'{self._name}: empty dataset.')
+        self.fingerprint = f'tfds {builder.info.full_name} {split}'
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'index {index} is out of range for {self!r}.')
+        row = self._rows[index % len(self)]
+        return {self._features.get(key, key): _plain(value) for key, value in row.items()}
+
+    def __repr__(self) -> str:
+        return f'TfdsSource({self._name!r}, rows={len(self)})'
+
+
+def _plain(value: Any) -> Any:
+    """Text as str, scalars as Python numbers, everything else as it is."""
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    return value.decode('utf-8') if isinstance(value, bytes) else value

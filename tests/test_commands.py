@@ -1,0 +1,130 @@
+"""The commands of the README, each in a process of its own, as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY_MOE = 'tests/data/tiny_moe'
+PROMPT = 'Paul is 17 years old. Omar is 4 years older than Paul. How old is Omar?'
+
+
+def run(program, *arguments, code=0):
+    """Standard output and error of `python -m diffusiongemma.<program>`."""
+    done = subprocess.run(
+        [sys.executable, '-m', f'diffusiongemma.{program}', *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    """The workdir of the main job, shortened to two steps."""
+    directory = tmp_path_factory.mktemp('run')
+    out, _ = run(
+        'distill',
+        '--config=configs/tiny.py',
+        f'--workdir={directory}',
+        '--config.mesh.data=1',
+        '--config.mesh.fsdp=8',
+        '--config.targets.source.size=32',
+        '--config.targets.batch_size=32',
+        '--config.train.num_steps=2',
+        '--config.eval.source.size=4',
+        '--config.eval.batch_size=4',
+        '--config.eval.speed_batches=1',
+    )
+    (directory / 'stdout').write_text(out)
+    return directory
+
+
+def test_the_main_job_shows_a_table_samples_and_leaves_a_plot_and_a_checkpoint(workdir):
+    out = (workdir / 'stdout').read_text()
+    for row in (
+        'accuracy',
+        'denoising steps per canvas',
+        'tokens per forward',
+        'tokens/s',
+        'ratio',
+    ):
+        assert row in out
+    assert out.count('teacher:') == out.count('student:') - 1 == 3  # samples; and where it is
+    assert (workdir / 'distillation.png').read_bytes().startswith(b'\x89PNG')
+    assert (workdir / 'checkpoints' / '2').is_dir()
+    assert json.loads((workdir / 'evaluation.json').read_text())['teacher_accuracy'] > 0
+    assert list((workdir / 'tensorboard').iterdir())
+    assert json.loads((workdir / 'config.json').read_text())['train']['num_steps'] == 2
+
+
+def test_evaluate_ends_with_one_json_line(workdir):
+    out, _ = run(
+        'evaluate',
+        f'--checkpoint={workdir}',
+        '--config=configs/tiny.py',
+        '--config.eval.source.size=4',
+        '--config.eval.batch_size=4',
+        '--config.eval.speed_batches=1',
+    )
+    result = json.loads(out.splitlines()[-1])
+    assert result['num_examples'] == 4
+    assert {
+        'teacher_accuracy', 'student_accuracy', 'tokens_per_forward',
+        'denoising_steps_per_canvas', 'speedup',
+    } <= set(result)  # fmt: skip
+    assert 1 <= result['denoising_steps_per_canvas'] <= 16
+
+
+def test_sample_answers_with_the_student_of_a_run(workdir):
+    out, _ = run('sample', f'--checkpoint={workdir}', f'--prompt={PROMPT}', '--max_new_tokens=32')
+    assert 'tokens per forward' in out
+
+
+@pytest.mark.parametrize('mode', ['diffusion', 'autoregressive'])
+def test_sample_answers_at_once_with_the_shipped_student(mode):
+    out, _ = run('sample', f'--prompt={PROMPT}', f'--mode={mode}', '--json')
+    answer = json.loads(out)
+    assert set(answer) == {'text', 'tokens', 'denoising_steps', 'tokens_per_forward', 'seconds'}
+    assert answer['text'].endswith('The answer is 21.')
+    assert answer['denoising_steps'] >= 1
+
+
+def test_verify_compares_a_published_checkpoint_with_golden_outputs():
+    out, _ = run('verify', f'--checkpoint={TINY_MOE}', f'--golden={TINY_MOE}/golden.npz')
+    found = json.loads(out.splitlines()[-1])
+    assert found['accepted'] == 0
+    assert max(found.values()) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ('program', 'arguments', 'message'),
+    [
+        ('sample', ['--checkpoint=/nowhere', '--prompt=hi'], 'error: no model at /nowhere'),
+        (
+            'verify',
+            ['--checkpoint=/nowhere', f'--golden={TINY_MOE}/golden.npz'],
+            'error: no model at /nowhere',
+        ),
+        (
+            'distill',
+            ['--config=configs/tiny.py', '--workdir={tmp}', '--config.train.num_step=3'],
+            'config.train.num_step',
+        ),
+        (
+            'distill',
+            ['--config=configs/tiny.py', '--workdir={tmp}', '--config.teacher=/nowhere'],
+            'error: no model at /nowhere',
+        ),
+    ],
+)
+def test_bad_input_ends_in_one_clear_message(program, arguments, message, tmp_path):
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    _, err = run(program, *arguments, code=1)
+    assert message in err
+    assert 'Traceback' not in err

@@ -1,0 +1,239 @@
+"""JSONL files, data specs, packing, and the resumable stream of batches."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusiongemma.data.packing import RowLayout, pack_examples
+from diffusiongemma.data.pipeline import eval_examples, make_train_iterator
+from diffusiongemma.data.sources import DataSpec, load_source
+from diffusiongemma.data.tokenizer import Tokenizer
+
+
+class Letters:
+    """A tokenizer of one token a letter; the response ends with token 1."""
+
+    pad_id = 0
+
+    def format_prompt(self, prompt):
+        return [ord(letter) for letter in prompt]
+
+    def format_response(self, response):
+        return [ord(letter) for letter in response] + [1]
+
+
+def write_rows(path, *rows):
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return DataSpec(kind='jsonl', path=str(path))
+
+
+def test_jsonl_rows_come_back_in_order_with_their_other_keys(tmp_path):
+    spec = write_rows(
+        tmp_path / 'a.jsonl',
+        {'prompt': 'p', 'response': 'r', 'id': 3},
+        {'prompt': 'q', 'response': 's'},
+    )
+    assert eval_examples(spec) == [
+        {'prompt': 'p', 'response': 'r', 'id': 3},
+        {'prompt': 'q', 'response': 's'},
+    ]
+
+
+def test_jsonl_features_may_have_other_names(tmp_path):
+    write_rows(tmp_path / 'a.jsonl', {'q': 'two?', 'a': 'yes'})
+    spec = DataSpec(
+        kind='jsonl', path=str(tmp_path / 'a.jsonl'), prompt_feature='q', response_feature='a'
+    )
+    assert load_source(spec)[0] == {'prompt': 'two?', 'response': 'yes'}
+
+
+@pytest.mark.parametrize(
+    ('second_line', 'message'),
+    [
+        ('{"prompt": "p"}', r'a.jsonl.*2.*missing "response"'),
+        ('{"prompt": "p", ', r'a.jsonl.*2.*invalid JSON'),
+        ('[1]', r'a.jsonl.*2.*expected an object'),
+        ('{"prompt": "p", "response": 4}', r'a.jsonl.*2.*"response" must be a string'),
+    ],
+)
+def test_a_bad_jsonl_row_is_named_by_its_line(tmp_path, second_line, message):
+    path = tmp_path / 'a.jsonl'
+    path.write_text('{"prompt": "p", "response": "r"}\n' + second_line + '\n')
+    with pytest.raises(ValueError, match=message):
+        load_source(DataSpec(kind='jsonl', path=str(path)))
+
+
+def test_an_empty_jsonl_file_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match='empty'):
+        load_source(write_rows(tmp_path / 'a.jsonl'))
+
+
+def test_a_missing_jsonl_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match='nowhere.jsonl'):
+        load_source(DataSpec(kind='jsonl', path=str(tmp_path / 'nowhere.jsonl')))
+
+
+@pytest.mark.parametrize(
+    ('config', 'message'),
+    [
+        ({'kind': 'wordmaths'}, "did you mean 'wordmath'"),
+        ({'kind': 'wordmath', 'sede': 1}, "did you mean 'seed'"),
+        ({'kind': 'jsonl'}, "needs 'path'"),
+        ({'kind': 'wordmath', 'size': 0}, 'size must be an integer >= 1'),
+        ({'kind': 'wordmath', 'path': 'x'}, r"no use for \['path'\]"),
+        ({'split': 'train'}, "needs 'kind'"),
+    ],
+)
+def test_a_bad_data_spec_says_what_is_wrong(config, message):
+    with pytest.raises(ValueError, match=message):
+        DataSpec.from_config(config)
+
+
+LAYOUT = RowLayout(row_length=24, canvases_per_row=6, canvas_length=4)
+texts = st.text('abcdefgh', min_size=1, max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=12))
+def test_packing_keeps_every_document_whole_and_cuts_its_response_in_canvases(pairs):
+    examples = [{'prompt': prompt, 'response': response} for prompt, response in pairs]
+    batch = pack_examples(examples, Letters(), LAYOUT)
+    found, found_canvases = [], []
+    for row in range(len(batch['tokens'])):
+        segments = batch['segment_ids'][row]
+        for segment in range(1, segments.max() + 1):
+            where = np.flatnonzero(segments == segment)
+            assert (np.diff(where) == 1).all()
+            np.testing.assert_array_equal(batch['positions'][row, where], range(len(where)))
+            tokens = batch['tokens'][row, where].tolist()
+            is_target = batch['target_mask'][row, where]
+            assert (np.diff(is_target.astype(int)) >= 0).all()  # the prompt, then the response
+            found.append(tokens)
+            response = tokens[int(np.argmax(is_target)) :]
+            canvases = np.flatnonzero(batch['canvas_segment_ids'][row] == segment)
+            joined = batch['canvas_tokens'][row, canvases].reshape(-1).tolist()
+            assert joined[: len(response)] == response
+            assert set(joined[len(response) :]) <= {0} and len(joined) - len(response) < 4
+            for canvas in canvases:
+                offset, start = (
+                    batch[name][row, canvas] for name in ('canvas_offsets', 'canvas_starts')
+                )
+                assert where[start] == offset
+                assert batch['tokens'][row, offset] == batch['canvas_tokens'][row, canvas, 0]
+            found_canvases.append(response)
+        assert not batch['target_mask'][row, segments == 0].any()
+    letters = Letters()
+    wanted = [letters.format_prompt(p) + letters.format_response(r) for p, r in pairs]
+    assert sorted(found) == sorted(wanted)
+    assert sorted(found_canvases) == sorted(letters.format_response(r) for _, r in pairs)
+
+
+def test_a_document_that_fits_no_row_is_dropped_whole():
+    examples = [{'prompt': 'a' * 30, 'response': 'b'}, {'prompt': 'c', 'response': 'd'}]
+    batch = pack_examples(examples, Letters(), LAYOUT)
+    assert batch['tokens'][0, :3].tolist() == [ord('c'), ord('d'), 1]
+    assert batch['segment_ids'].max() == 1
+    with pytest.raises(ValueError, match='No example fits'):
+        pack_examples(examples[:1], Letters(), LAYOUT)
+
+
+def stream(**changes):
+    sizes = {'batch_size': 2, 'row_length': 256, 'canvases_per_row': 8, 'canvas_length': 32}
+    sources = changes.pop('sources', DataSpec(kind='wordmath', size=300))
+    arguments = sizes | {'seed': 3} | changes
+    return make_train_iterator(sources, Tokenizer.load('builtin'), **arguments)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_a_stream_is_a_function_of_its_arguments():
+    first, second, other = stream(), stream(), stream(seed=4)
+    batch = next(first)
+    assert_same(batch, next(second))
+    assert not np.array_equal(batch['tokens'], next(other)['tokens'])
+
+
+def test_a_stream_goes_on_where_its_state_was_taken():
+    first = stream()
+    for _ in range(3):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    wanted = [next(first) for _ in range(4)]
+    resumed = stream()
+    resumed.set_state(state)
+    for batch in wanted:
+        assert_same(batch, next(resumed))
+
+
+def test_the_state_of_another_stream_is_refused():
+    with pytest.raises(ValueError, match='seed: saved 3, now 4'):
+        stream(seed=4).set_state(stream().get_state())
+
+
+class Marked:
+    """Examples that are all alike."""
+
+    def __init__(self, letter, size=50):
+        self._example = {'prompt': letter, 'response': letter}
+        self._size = size
+
+    def __len__(self):
+        return self._size
+
+    def __getitem__(self, index):
+        return self._example
+
+
+def test_sources_are_mixed_by_weight():
+    batches = make_train_iterator(
+        [Marked('a'), Marked('b')],
+        Letters(),
+        batch_size=8,
+        row_length=30,
+        canvases_per_row=0,
+        canvas_length=0,
+        seed=0,
+        weights=(3, 1),
+    )
+    tokens = np.concatenate([next(batches)['tokens'] for _ in range(10)])
+    ratio = np.sum(tokens == ord('a')) / np.sum(tokens == ord('b'))
+    assert 2.7 < ratio < 3.3
+
+
+class Numbered(Marked):
+    """Examples that say which they are."""
+
+    def __getitem__(self, index):
+        return {'prompt': chr(100 + index), 'response': 'x'}
+
+
+def test_processes_read_disjoint_shards_of_an_epoch():
+    def seen(process_index):
+        batches = make_train_iterator(
+            Numbered('', 40),
+            Letters(),
+            batch_size=1,
+            row_length=3,
+            canvases_per_row=0,
+            canvas_length=0,
+            seed=0,
+            process_index=process_index,
+            process_count=2,
+            packing_bins=1,
+        )
+        return [int(next(batches)['tokens'][0, 0]) for _ in range(20)]
+
+    first, second = seen(0), seen(1)
+    assert sorted(first + second) == list(range(100, 140))
+
+
+def test_data_that_fits_no_row_is_an_error_and_not_an_endless_search():
+    with pytest.raises(ValueError, match='fit no row'):
+        next(stream(row_length=8, sources=DataSpec(kind='wordmath', size=10), prefetch=0))

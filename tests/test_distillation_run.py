@@ -1,0 +1,153 @@
+"""Whole runs on tiny models: resume after a crash, and what a workdir then holds."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.distillation import reporting
+from diffusiongemma.distillation.run import Teacher, train_student
+from diffusiongemma.distillation.targets import TargetsConfig, write_targets
+from diffusiongemma.models import Gemma, init_params
+from diffusiongemma.train import train
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
+import tiny  # noqa: E402
+import tiny_teacher  # noqa: E402
+
+DATA = DataSpec(kind='wordmath', size=200)
+SMALL = {'width': 16, 'num_heads': 2, 'ffn_width': 16, 'layer_types': ('sliding', 'full')}
+
+
+@pytest.fixture
+def teacher(tiny_config) -> Teacher:
+    """A random teacher with the vocabulary of the built-in tokenizer."""
+    tokenizer = Tokenizer.load('builtin')
+    config = tiny_config.replace(vocab_size=tokenizer.vocab_size, canvas_length=0)
+    model = Gemma(config)
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    return Teacher(model, params, tokenizer)
+
+
+def student_config(**changes) -> ConfigDict:
+    config = tiny.get_config()
+    config.mesh = {'data': 1, 'fsdp': 8}
+    config.canvas_length = 8
+    config.data = {'batch_size': 8, 'row_length': 128, 'canvases_per_row': 12}
+    config.train = {'num_steps': 4, 'report_every': 1, 'checkpoint_every': 2}
+    config.update(changes)
+    return config
+
+
+def assert_equal(a, b):
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def crash_at(monkeypatch, step):
+    """The next run dies when it reports `step`."""
+    report = reporting.Reporter.report
+
+    def report_or_die(self, at, *args, **kwargs):
+        if at == step:
+            raise KeyboardInterrupt
+        report(self, at, *args, **kwargs)
+
+    monkeypatch.setattr(reporting.Reporter, 'report', report_or_die)
+
+
+def test_an_interrupted_distillation_ends_as_one_that_was_not(teacher, tmp_path, monkeypatch):
+    _, whole = train_student(student_config(), teacher, DATA, tmp_path / 'whole')
+    with monkeypatch.context() as patch:
+        crash_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_student(student_config(), teacher, DATA, tmp_path / 'cut')
+    _, resumed = train_student(student_config(), teacher, DATA, tmp_path / 'cut')
+    assert int(resumed.step) == 4
+    assert_equal(whole, resumed)  # the same noise, and the same data in the same order
+    steps = [row['step'] for row in reporting.read_metrics(tmp_path / 'cut')]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_workdir_of_other_data_is_refused(teacher, tmp_path):
+    train_student(student_config(), teacher, DATA, tmp_path)
+    longer = student_config(train={'num_steps': 6, 'report_every': 1, 'checkpoint_every': 2})
+    with pytest.raises(ValueError, match='belongs to another data stream'):
+        train_student(longer, teacher, DataSpec(kind='wordmath', size=100), tmp_path)
+
+
+def test_a_workdir_of_another_model_is_refused(teacher, tmp_path):
+    train_student(student_config(), teacher, DATA, tmp_path)
+    with pytest.raises(ValueError, match='canvas_length: saved 8, now 4'):
+        train_student(student_config(canvas_length=4), teacher, DATA, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(teacher, tmp_path):
+    train_student(student_config(), teacher, DATA, tmp_path)
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, teacher.params)
+    longer = student_config(train={'num_steps': 6, 'report_every': 1, 'checkpoint_every': 1})
+    broken_teacher = Teacher(teacher.model, broken, teacher.tokenizer)
+    with pytest.raises(FloatingPointError, match='not finite at step 5'):
+        train_student(longer, broken_teacher, DATA, tmp_path)
+    assert [path.name for path in sorted((tmp_path / 'checkpoints').iterdir())] == ['2', '4']
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(teacher, tmp_path):
+    config = student_config(stage1={'kd_wieght': 1.0})
+    del config.stage1['kd_weight']
+    with pytest.raises(ValueError, match="did you mean 'kd_weight'"):
+        train_student(config, teacher, DATA, tmp_path)
+
+
+def test_training_exports_a_model_that_a_later_run_starts_from(tmp_path):
+    config = tiny_teacher.get_config()
+    config.mesh = {'data': 8}
+    config.model.update(SMALL)
+    config.model.sliding.update({'num_kv_heads': 1, 'head_dim': 8, 'window': 16})
+    config.model.full.update({'head_dim': 8})
+    config.data.batch_size, config.data.row_length = 8, 64
+    config.data.sources = ({'kind': 'wordmath', 'split': 'train', 'size': 200},)
+    config.train = {'num_steps': 2, 'report_every': 1, 'checkpoint_every': 2}
+    state = train(config, tmp_path / 'first')
+    model, params, tokenizer = load_model(tmp_path / 'first')
+    assert isinstance(model, Gemma) and tokenizer is not None
+    jax.tree.map(
+        lambda ours, saved: np.testing.assert_allclose(ours, saved, rtol=1e-2, atol=1e-6),
+        state.ema_params,
+        params,
+    )
+    config.init = str(tmp_path / 'first')
+    config.optimizer.learning_rate = 1e-9
+    second = train(config, tmp_path / 'second')
+    jax.tree.map(
+        lambda ours, saved: np.testing.assert_allclose(ours, saved, atol=1e-6),
+        second.ema_params,
+        params,
+    )
+
+
+def test_answers_of_the_teacher_are_written_once(teacher, tmp_path, monkeypatch):
+    """A teacher whose every answer ends at once: its embedding of the turn end is the largest."""
+    stop = teacher.tokenizer.stop_ids[0]
+    embedding = np.zeros(teacher.params['embedder']['embedding'].shape, np.float32)
+    params = dict(teacher.params, embedder={'embedding': embedding})
+    embedding[:, :] = 1e-3
+    embedding[stop] = 1.0
+    arguments = (teacher.model, params, teacher.tokenizer)
+    config = TargetsConfig(
+        {'kind': 'wordmath', 'size': 20}, batch_size=8, max_new_tokens=4, prompt_multiple=128
+    )
+    spec = write_targets(*arguments, config, tmp_path, seed=0)
+    written = Path(spec.path).read_text()
+    assert 0 < len(written.splitlines()) <= 20
+    monkeypatch.setattr('diffusiongemma.distillation.targets.Sampler', None)  # not needed again
+    assert write_targets(*arguments, config, tmp_path, seed=0) == spec
+    assert Path(spec.path).read_text() == written
+    with pytest.raises(ValueError, match='made with another seed'):
+        write_targets(*arguments, config, tmp_path, seed=1)
