@@ -132,22 +132,21 @@ def test_training_exports_a_model_that_a_later_run_starts_from(tmp_path):
     )
 
 
-def test_answers_of_the_teacher_are_written_once(teacher, tmp_path, monkeypatch):
-    """A teacher whose every answer ends at once: its embedding of the turn end is the largest."""
-    stop = teacher.tokenizer.stop_ids[0]
-    embedding = np.zeros(teacher.params['embedder']['embedding'].shape, np.float32)
-    params = dict(teacher.params, embedder={'embedding': embedding})
-    embedding[:, :] = 1e-3
-    embedding[stop] = 1.0
-    arguments = (teacher.model, params, teacher.tokenizer)
-    config = TargetsConfig(
-        {'kind': 'wordmath', 'size': 20}, batch_size=8, max_new_tokens=4, prompt_multiple=128
-    )
-    spec = write_targets(*arguments, config, tmp_path, seed=0)
+def test_answers_of_the_teacher_are_written_once(tmp_path, monkeypatch):
+    model, params, tokenizer = load_model('builtin-teacher')
+    config = TargetsConfig({'kind': 'wordmath', 'size': 6}, batch_size=4, max_new_tokens=96)
+    spec = write_targets(model, params, tokenizer, config, tmp_path, seed=0)
     written = Path(spec.path).read_text()
-    assert 0 < len(written.splitlines()) <= 20
+    assert 0 < len(written.splitlines()) <= 6
     monkeypatch.setattr('diffusiongemma.distillation.targets.Sampler', None)  # not needed again
-    assert write_targets(*arguments, config, tmp_path, seed=0) == spec
+    assert write_targets(model, params, tokenizer, config, tmp_path, seed=0) == spec
     assert Path(spec.path).read_text() == written
     with pytest.raises(ValueError, match='made with another seed'):
-        write_targets(*arguments, config, tmp_path, seed=1)
+        write_targets(model, params, tokenizer, config, tmp_path, seed=1)
+
+
+def test_answers_that_do_not_end_are_left_out(teacher, tmp_path):
+    config = TargetsConfig({'kind': 'wordmath', 'size': 4}, batch_size=4, max_new_tokens=2)
+    arguments = (teacher.model, teacher.params, teacher.tokenizer, config, tmp_path)
+    with pytest.raises(ValueError, match='no answer of the teacher ended within'):
+        write_targets(*arguments, seed=0)

@@ -16,8 +16,6 @@ from diffusiongemma.checkpoints.hf_import import load_hf
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
 from diffusiongemma.models import DiffusionGemma, Gemma
 
-pytestmark = pytest.mark.slow  # compiles many models: minutes
-
 HELDOUT = Path(__file__).parent / 'data' / 'tiny_heldout'
 INDEX = 'model.safetensors.index.json'
 DOWN_PROJ = 'model.decoder.layers.1.mlp.down_proj.weight'

@@ -72,19 +72,17 @@ def run_step(config, axes, batch):
     return state, metrics
 
 
-@pytest.mark.parametrize('routed', [False, True])
-def test_a_step_is_the_same_on_one_device_and_on_eight(tiny_config, tiny_moe_config, batch, routed):
-    config = (tiny_moe_config if routed else tiny_config).replace(
-        vocab_size=TOKENIZER.vocab_size, canvas_length=8
+def test_a_step_is_the_same_on_one_device_and_on_eight(tiny_moe_config, batch):
+    config = tiny_moe_config.replace(
+        vocab_size=TOKENIZER.vocab_size, canvas_length=8, layer_types=('sliding', 'full')
     )
-    axes = {'data': 2, 'fsdp': 2, 'expert': 2} if routed else {'data': 2, 'fsdp': 2, 'tensor': 2}
     alone, alone_metrics = run_step(config, {'data': 1}, batch)
-    spread, spread_metrics = run_step(config, axes, batch)
+    spread, spread_metrics = run_step(config, {'fsdp': 2, 'tensor': 2, 'expert': 2}, batch)
     assert len(jax.tree.leaves(spread.params)[0].sharding.device_set) == 8
     some = spread.params['backbone']['layers']['layer_0']['mlp']['up']
     assert some.addressable_shards[0].data.size < some.size  # really spread, not copied
     for name in alone_metrics:
-        np.testing.assert_allclose(alone_metrics[name], spread_metrics[name], rtol=2e-4)
+        np.testing.assert_allclose(alone_metrics[name], spread_metrics[name], rtol=2e-4, atol=1e-6)
     # Adam's first step has the size of the learning rate whatever the gradient's, so tiny
     # gradients may differ in sign; the moments compare the gradients themselves.
     for ours, theirs in zip(

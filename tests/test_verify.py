@@ -14,8 +14,6 @@ from safetensors.numpy import load_file, save_file
 from diffusiongemma import verify
 from diffusiongemma.checkpoints.load import load_model
 
-pytestmark = pytest.mark.slow  # compiles many models: minutes
-
 DATA = Path(__file__).parent / 'data'
 
 

@@ -1,4 +1,4 @@
-"""Examples from any TFDS dataset that has a text feature for the prompt and one for the response."""
+"""Examples from any TFDS dataset that has a text feature each for prompt and response."""
 
 from __future__ import annotations
 
