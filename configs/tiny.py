@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
         {
             'seed': 0,
             'dtype': 'float32',
-            'mesh': {'data': -1},
+            'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
             'teacher': 'builtin-teacher',
             'canvas_length': 32,
             # Stage 0: the teacher answers these prompts; the student learns its answers.

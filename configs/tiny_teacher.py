@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
             'init': '',  # a model to go on from; empty: random parameters
             'tokenizer': 'builtin',
             'dtype': 'float32',
-            'mesh': {'data': -1},
+            'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
             'model': {
                 'vocab_size': 1024,
                 'width': 256,

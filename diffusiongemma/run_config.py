@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax.numpy as jnp
-from absl import app, logging
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from diffusiongemma.data.sources import DataSpec
@@ -28,9 +29,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f'did you mean {near[0]!r}?' if near else f'known keys: {sorted(fields)}.'
-            raise ValueError(f'config.{where} has no key {name!r}; {hint}')
+            raise ValueError(f'config.{where} has no key {name!r}; {_hint(name, fields)}')
     missing = [
         name
         for name, field in fields.items()
@@ -64,9 +63,7 @@ def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
     """Raises ValueError when the config has a top-level key that this program does not read."""
     for name in config:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f'did you mean {near[0]!r}?' if near else f'known keys: {sorted(known)}.'
-            raise ValueError(f'config has no key {name!r}; {hint}')
+            raise ValueError(f'config has no key {name!r}; {_hint(name, known)}')
     missing = [name for name in known if name not in config]
     if missing:
         raise ValueError(f'config lacks {missing}; see configs/tiny.py.')
@@ -91,7 +88,41 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             main(argv)
         except (ValueError, FileNotFoundError, FloatingPointError) as error:
             logging.debug('where it happened:', exc_info=True)
-            print(f'error: {error}', file=sys.stderr)
-            sys.exit(1)
+            _fail(str(error))
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags; an override of a config key that does not exist is named."""
+    for argument in argv[1:]:
+        name, _, path = argument.lstrip('-').partition('=')
+        if name == 'config' and not Path(path.partition(':')[0]).is_file():
+            _fail(f'no config file {path}; the ones of this project are in configs/.')
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(str(error))
+    except (AttributeError, KeyError, TypeError) as error:
+        # ml_collections names only the last part of a key that the config does not have.
+        missing = next(iter(re.findall(r'\w+', str(error))), '')
+        for argument in argv[1:]:
+            name = argument.lstrip('-').partition('=')[0]
+            if name.startswith('config.') and missing in name.split('.'):
+                *parents, last = name.split('.')[1:]
+                config = flags.FLAGS['config'].value
+                for parent in parents:
+                    config = config.get(parent, {}) if hasattr(config, 'get') else {}
+                where = '.'.join(['config', *parents])
+                _fail(f'{where} has no key {last!r}; {_hint(last, config)}')
+        _fail(f'{error}; check the overrides of --config.')
+
+
+def _fail(message: str) -> NoReturn:
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(1)
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f'did you mean {near[0]!r}?' if near else f'known keys: {sorted(known)}.'

@@ -114,8 +114,9 @@ def test_verify_compares_a_published_checkpoint_with_golden_outputs():
         (
             'distill',
             ['--config=configs/tiny.py', '--workdir={tmp}', '--config.train.num_step=3'],
-            'config.train.num_step',
+            "error: config.train has no key 'num_step'; did you mean 'num_steps'?",
         ),
+        ('distill', ['--config=configs/none.py', '--workdir={tmp}'], 'configs/none.py'),
         (
             'distill',
             ['--config=configs/tiny.py', '--workdir={tmp}', '--config.teacher=/nowhere'],
@@ -128,3 +129,39 @@ def test_bad_input_ends_in_one_clear_message(program, arguments, message, tmp_pa
     _, err = run(program, *arguments, code=1)
     assert message in err
     assert 'Traceback' not in err
+
+
+def test_the_launch_script_prints_the_command_that_it_would_run(tmp_path):
+    script = str(ROOT / 'launch' / 'single_node.sh')
+    arguments = [script, '--dry_run', 'configs/tiny.py', str(tmp_path), '--config.seed=3']
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        'python', '-m', 'diffusiongemma.distill', '--config=configs/tiny.py',
+        f'--workdir={tmp_path}', '--config.seed=3',
+    ]  # fmt: skip
+    missing = [script, '--dry_run', 'configs/none.py', str(tmp_path)]
+    done = subprocess.run(missing, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and 'no config file configs/none.py' in done.stderr
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'colabs').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_a_colab_runs_from_top_to_bottom(path):
+    cells = json.loads(path.read_text())['cells']
+    source = '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+    done = subprocess.run([sys.executable, '-c', source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_python_block_of_the_readme_runs_as_it_is_printed():
+    block = (ROOT / 'README.md').read_text().split('```python\n')[1].split('```')[0]
+    done = subprocess.run([sys.executable, '-c', block], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'The answer is 21' in done.stdout
+
+
+def test_the_benchmark_of_the_decode_modes_prints_a_ratio():
+    arguments = ['--batches=2', '--batch_sizes=1', '--max_new_tokens=32']
+    program = [sys.executable, 'benchmarks/decode_modes.py', *arguments]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'ratio' in done.stdout and 'x' in done.stdout

@@ -1,0 +1,79 @@
+"""Diffusion against autoregressive decoding: same weights, same prompts, same process.
+
+    python benchmarks/decode_modes.py --checkpoint=builtin --batch_sizes=1,8
+
+Prints one row per batch size: tokens/s of both modes (median over batches, prefill included,
+compilation not), their ratio, and the quartiles of the ratio over batches.
+"""
+
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from diffusiongemma import run_config
+from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.data.pipeline import eval_examples
+from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.sampling import Sampler, SamplingConfig, pad_prompts
+
+_CHECKPOINT = flags.DEFINE_string('checkpoint', 'builtin', 'A diffusion student.')
+_BATCH_SIZES = flags.DEFINE_list('batch_sizes', ['1', '8'], 'Rows per batch.')
+_BATCHES = flags.DEFINE_integer('batches', 16, 'Timed batches per batch size.', lower_bound=2)
+_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 96, 'Longest answer.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('max_denoising_steps', 16, 'Per canvas.', lower_bound=1)
+
+PROMPT_WIDTH = 128  # one compiled program per mode and batch size
+
+
+def tokens_per_second(samplers, params, prompts, tokenizer) -> np.ndarray:
+    """[modes, batches]: the modes take turns on every batch, after one run to compile."""
+    speeds = np.zeros((len(samplers), len(prompts)))
+    for i, batch in enumerate([prompts[0], *prompts]):
+        tokens, lengths = pad_prompts(batch, tokenizer.pad_id, multiple=PROMPT_WIDTH)
+        for mode, sampler in enumerate(samplers):
+            start = time.perf_counter()
+            output = sampler(params, tokens, lengths, rng=jax.random.key(i))
+            count = int(np.sum(jax.block_until_ready(output).lengths))
+            if i:
+                speeds[mode, i - 1] = count / (time.perf_counter() - start)
+    return speeds
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    model, params, tokenizer = load_model(_CHECKPOINT.value)
+    config = SamplingConfig.for_tokenizer(
+        tokenizer,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        max_denoising_steps=_STEPS.value,
+        temperature=0.0,
+    )
+    samplers = [Sampler(model, config, mode) for mode in ('autoregressive', 'diffusion')]
+    table = Table(title=f'{_CHECKPOINT.value} on {jax.devices()[0].device_kind}')
+    for name in ('batch', 'autoregressive [tok/s]', 'diffusion [tok/s]', 'ratio', 'quartiles'):
+        table.add_column(name, justify='right')
+    for size in (int(value) for value in _BATCH_SIZES.value):
+        examples = eval_examples(
+            DataSpec(kind='wordmath', split='test', size=size * _BATCHES.value)
+        )
+        prompts = [tokenizer.format_prompt(example['prompt']) for example in examples]
+        batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        speeds = tokens_per_second(samplers, params, batches, tokenizer)
+        low, ratio, high = np.percentile(speeds[1] / speeds[0], [25, 50, 75])
+        by_mode = np.median(speeds, axis=1)
+        table.add_row(
+            str(size),
+            f'{by_mode[0]:,.0f}',
+            f'{by_mode[1]:,.0f}',
+            f'{ratio:.2f}x',
+            f'{low:.2f}-{high:.2f}',
+        )
+    Console().print(table)
+
+
+if __name__ == '__main__':
+    run_config.run_main(main)
