@@ -19,6 +19,7 @@ setup(
         'array-record; platform_system == "Linux"',
         'flax>=0.12',
         'grain>=0.2.12',
+        'importlib_resources',  # tensorflow-datasets needs it and does not say so
         'jax>=0.7',
         'matplotlib',
         'ml-collections>=1.0',

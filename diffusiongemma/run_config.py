@@ -104,17 +104,14 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:
         _fail(str(error))
     except (AttributeError, KeyError, TypeError) as error:
-        # ml_collections names only the last part of a key that the config does not have.
+        # ml_collections names only the last part of the key, and the nearest one if there is one.
         missing = next(iter(re.findall(r'\w+', str(error))), '')
+        nearest = re.findall(r'Did you mean "(\w+)"', str(error))
+        hint = f'did you mean {nearest[0]!r}?' if nearest else 'its keys are in the config file.'
         for argument in argv[1:]:
-            name = argument.lstrip('-').partition('=')[0]
-            if name.startswith('config.') and missing in name.split('.'):
-                *parents, last = name.split('.')[1:]
-                config = flags.FLAGS['config'].value
-                for parent in parents:
-                    config = config.get(parent, {}) if hasattr(config, 'get') else {}
-                where = '.'.join(['config', *parents])
-                _fail(f'{where} has no key {last!r}; {_hint(last, config)}')
+            parents, _, last = argument.lstrip('-').partition('=')[0].rpartition('.')
+            if parents.startswith('config') and last == missing:
+                _fail(f'{parents} has no key {last!r}; {hint}')
         _fail(f'{error}; check the overrides of --config.')
 
 
