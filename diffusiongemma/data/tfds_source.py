@@ -36,7 +36,6 @@ class TfdsSource:
           ValueError: there is no such dataset, split or feature, the split is empty, or the
             dataset was prepared in a format without random access.
         """
-        tfds_builders.register()
         self._name = f'tfds:{name}:{split}'
         self._features = {prompt_feature: 'prompt', response_feature: 'response'}
         try:
