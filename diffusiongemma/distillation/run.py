@@ -104,7 +104,7 @@ def load_teacher(config: ConfigDict) -> Teacher:
     model, params, tokenizer = load_model(config.teacher, run_config.compute_dtype(config))
     if tokenizer is None:
         raise ValueError(f'{config.teacher} has no tokenizer.model; copy it there.')
-    return Teacher(Gemma(model.config.replace(canvas_length=0), model.dtype), params, tokenizer)
+    return Teacher(Gemma(model.config.autoregressive, model.dtype), params, tokenizer)
 
 
 def corruption_process(name: str, tokenizer: Tokenizer) -> Corruption:

@@ -217,13 +217,15 @@ def student_params_from_teacher(student_params: dict, teacher_params: dict) -> d
     """Copies the teacher's weights into a freshly initialised student.
 
     The student's additions keep their initial values, except that each layer's denoise
-    scalar starts at its encode scalar.
+    scalar starts at its encode scalar, and a separate denoiser at the teacher's layers.
 
     Raises:
       ValueError: a weight of the teacher is missing in the student or has another shape.
     """
     from flax.traverse_util import flatten_dict, unflatten_dict
 
+    if 'denoise_backbone' in student_params:
+        teacher_params = teacher_params | {'denoise_backbone': teacher_params['backbone']}
     student, teacher = flatten_dict(student_params), flatten_dict(teacher_params)
     for path, value in teacher.items():
         have = student[path].shape if path in student else None

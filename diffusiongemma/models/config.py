@@ -65,6 +65,8 @@ class ModelConfig:
       full: attention of the full layers.
       moe: routed experts in every layer, or None for a dense model.
       canvas_length: C, tokens denoised at once; 0 for a purely autoregressive model.
+      separate_denoiser: the denoise pass has layers of its own (a second set of weights), so
+        that the encode pass can stay exactly the teacher's. Embedding and K/V cache are shared.
       query_scale: factor on queries before the softmax. Gemma 4 uses 1.0.
       value_norm: RMS-normalise values (without scale).
       layer_scalar: the residual stream is scaled once per layer.
@@ -82,6 +84,7 @@ class ModelConfig:
     full: AttentionConfig
     moe: MoEConfig | None = None
     canvas_length: int = 0
+    separate_denoiser: bool = False
     query_scale: float = 1.0
     value_norm: bool = True
     layer_scalar: bool = True
@@ -105,6 +108,8 @@ class ModelConfig:
                 )
         if self.canvas_length < 0:
             raise ValueError(f'canvas_length must be >= 0, got {self.canvas_length}.')
+        if self.separate_denoiser and not self.canvas_length:
+            raise ValueError('separate_denoiser needs a canvas_length > 0.')
         if self.final_logit_softcap is not None and self.final_logit_softcap <= 0:
             raise ValueError(
                 f'final_logit_softcap must be > 0 or None, got {self.final_logit_softcap}.'
@@ -136,6 +141,11 @@ class ModelConfig:
     def tail(self) -> tuple[str, ...]:
         """Layer types left over after the last whole repetition; applied one by one."""
         return self.layer_types[self.num_groups * len(self.pattern) :]
+
+    @property
+    def autoregressive(self) -> 'ModelConfig':
+        """The same backbone without a denoise pass."""
+        return self.replace(canvas_length=0, separate_denoiser=False)
 
     def attention(self, kind: str) -> AttentionConfig:
         """The attention of a layer type, 'sliding' or 'full'."""

@@ -8,7 +8,7 @@ from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.layers import GatedMLP, RMSNorm, rms_normalize
 from diffusiongemma.models.masks import canvas_mask
-from diffusiongemma.models.transformer import Gemma, PassContext, rope_by_kind
+from diffusiongemma.models.transformer import Backbone, Gemma, PassContext, rope_by_kind
 
 
 class SelfConditioning(nn.Module):
@@ -36,7 +36,11 @@ class SelfConditioning(nn.Module):
 
 
 class DiffusionGemma(Gemma):
-    """The denoiser. `encode` is the causal pass of its parent, on the same weights."""
+    """The denoiser. `encode` is the causal pass of its parent.
+
+    Both passes run on the same weights but for the layer scalars (as released), or on two
+    backbones with `config.separate_denoiser`.
+    """
 
     def setup(self):
         if not self.config.is_diffusion:
@@ -46,6 +50,8 @@ class DiffusionGemma(Gemma):
             )
         super().setup()
         self.self_conditioning = SelfConditioning(self.config, self.dtype)
+        if self.config.separate_denoiser:
+            self.denoise_backbone = Backbone(self.config.autoregressive, self.dtype)
 
     def denoise(
         self,
@@ -77,7 +83,10 @@ class DiffusionGemma(Gemma):
         positions = starts[..., None] + jnp.arange(length)  # [B, M, C]
         context = PassContext(rope_by_kind(self.config, positions), masks)
         x = self.self_conditioning(self.embedder.encode(canvas), soft_embeddings)
-        hidden, _ = self.backbone(x, prefix.kv, context, 'denoise')
+        if self.config.separate_denoiser:
+            hidden, _ = self.denoise_backbone(x, prefix.kv, context, 'encode')
+        else:
+            hidden, _ = self.backbone(x, prefix.kv, context, 'denoise')
         return self.unembed(hidden)
 
     def soft_embed(self, logits: jax.Array) -> jax.Array:

@@ -153,7 +153,9 @@ class Gemma(nn.Module):
         self.embedder = Embedder(
             config.vocab_size, config.width, config.final_logit_softcap, self.dtype
         )
-        self.backbone = Backbone(config, self.dtype)
+        self.backbone = Backbone(
+            config.autoregressive if config.separate_denoiser else config, self.dtype
+        )
 
     def encode(
         self,
