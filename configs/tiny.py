@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
                 'source': {'kind': 'wordmath', 'split': 'train', 'size': 2_048, 'seed': 1},
                 'batch_size': 128,
                 'max_new_tokens': 96,
+                'sequence_level': True,
             },
             'data': {'batch_size': 16, 'row_length': 256, 'canvases_per_row': 3},
             'corruption': 'uniform',
