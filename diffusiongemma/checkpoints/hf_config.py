@@ -90,6 +90,7 @@ def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
         layer_types=kinds,
         sliding=_attention(text, kinds, SLIDING, model_type),
         full=_attention(text, kinds, FULL, model_type),
+        max_positions=text.get('max_position_embeddings'),
         moe=_moe(text, model_type),
         norm_eps=text.get('rms_norm_eps', 1e-6),
         **family,

@@ -63,6 +63,8 @@ class ModelConfig:
       layer_types: 'sliding' or 'full' for each layer, in order.
       sliding: attention of the sliding layers.
       full: attention of the full layers.
+      max_positions: longest sequence that the model is made for, prompt and response; None for
+        no limit.
       moe: routed experts in every layer, or None for a dense model.
       canvas_length: C, tokens denoised at once; 0 for a purely autoregressive model.
       separate_denoiser: the denoise pass has layers of its own (a second set of weights), so
@@ -82,6 +84,7 @@ class ModelConfig:
     layer_types: tuple[str, ...]
     sliding: AttentionConfig
     full: AttentionConfig
+    max_positions: int | None = None
     moe: MoEConfig | None = None
     canvas_length: int = 0
     separate_denoiser: bool = False
