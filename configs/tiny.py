@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
             'dtype': 'float32',
             'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
             'teacher': 'builtin-teacher',
+            'init': '',  # a student to go on from; empty: starts from the teacher's weights
             'canvas_length': 64,
             'separate_denoiser': True,  # the encode pass stays exactly the teacher
             # Stage 0: the teacher answers these prompts; the student learns its answers.
@@ -24,7 +25,12 @@ def get_config() -> ConfigDict:
                 'max_new_tokens': 96,
                 'sequence_level': True,
             },
-            'data': {'batch_size': 16, 'row_length': 256, 'canvases_per_row': 3},
+            'data': {
+                'batch_size': 16,
+                'row_length': 256,
+                'canvases_per_row': 3,
+                'random_offset_rate': 0.0,
+            },
             'corruption': 'uniform',
             'ar_weight': 0.1,  # of no effect on a separate denoiser, whose encode pass is frozen
             'stage1': {'kd_weight': 1.0, 'self_conditioning_rate': 0.5},

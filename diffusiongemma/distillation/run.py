@@ -43,8 +43,8 @@ from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
 CONFIG_KEYS = (
-    'seed', 'dtype', 'mesh', 'teacher', 'canvas_length', 'separate_denoiser', 'targets', 'data',
-    'corruption', 'ar_weight', 'stage1', 'stage2', 'optimizer', 'train', 'sampling', 'eval',
+    'seed', 'dtype', 'mesh', 'teacher', 'init', 'canvas_length', 'separate_denoiser', 'targets',
+    'data', 'corruption', 'ar_weight', 'stage1', 'stage2', 'optimizer', 'train', 'sampling', 'eval',
 )  # fmt: skip
 
 
@@ -56,11 +56,13 @@ class BatchConfig:
       batch_size: rows, over all processes.
       row_length: tokens of a row.
       canvases_per_row: canvas slots of a row.
+      random_offset_rate: share of the documents whose canvases start inside the response.
     """
 
     batch_size: int
     row_length: int
     canvases_per_row: int
+    random_offset_rate: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +161,7 @@ def train_student(
     constants = Constants(teacher=None if frozen else teacher_params, student=frozen)
 
     def init() -> TrainState:
-        fresh = init_params(model, jax.random.key(config.seed))
-        params = student_params_from_teacher(fresh, teacher.params)
+        params = initial_student(config, model, teacher)
         return create_state(trained_params(model.config, params), optimizer)
 
     batches = make_train_iterator(
@@ -171,6 +172,7 @@ def train_student(
         canvases_per_row=shape.canvases_per_row,
         canvas_length=config.canvas_length,
         seed=config.seed,
+        random_offset_rate=shape.random_offset_rate,
     )
     about = describe_model(model.config, teacher.tokenizer.content_hash)
     store = CheckpointStore(workdir, loop.max_to_keep, about)
@@ -204,6 +206,20 @@ def train_student(
         )
     store.close()
     return model, state
+
+
+def initial_student(config: ConfigDict, model: DiffusionGemma, teacher: Teacher) -> dict:
+    """The student's first parameters: the teacher's, or those of the student `config.init`."""
+    if not config.init:
+        fresh = init_params(model, jax.random.key(config.seed))
+        return student_params_from_teacher(fresh, teacher.params)
+    source, params, _ = load_model(config.init)
+    if source.config != model.config:
+        raise ValueError(
+            f'config.init: {config.init} is not the student that this config describes; it has '
+            f'{source.config}, the config asks for {model.config}.'
+        )
+    return params
 
 
 def sampling_config(config: ConfigDict, tokenizer: Tokenizer) -> SamplingConfig:
