@@ -19,7 +19,9 @@ _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', 'builtin', "A workdir, a bundle, a published checkpoint, or 'builtin'."
 )
 _PROMPT = flags.DEFINE_string('prompt', None, 'What to answer.')
-_MODE = flags.DEFINE_enum('mode', 'diffusion', ['diffusion', 'autoregressive'], 'Decode mode.')
+_MODE = flags.DEFINE_enum(
+    'mode', 'diffusion', ['diffusion', 'autoregressive', 'lossless'], 'Decode mode.'
+)
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy.', lower_bound=0.0)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     'max_new_tokens', 128, 'Longest answer in tokens.', lower_bound=1

@@ -15,7 +15,7 @@ from diffusiongemma.sampling.state import DenoiseState
 C, PAD = 4, 22
 PROMPTS = [[2, 5, 7, 11, 3], [4], [9, 9, 6]]
 KEY = jax.random.key(0)
-BOTH = pytest.mark.parametrize('mode', ['diffusion', 'autoregressive'])
+EVERY_MODE = pytest.mark.parametrize('mode', ['diffusion', 'autoregressive', 'lossless'])
 
 
 def config(**fields):
@@ -134,6 +134,8 @@ def test_denoise_steps_accept_candidates_and_renoise_the_rest():
         soft_embeddings=jnp.zeros((3, C, 23)),
         stopped=jnp.zeros(3, bool),
         steps=jnp.zeros(3, jnp.int32),
+        pinned=jnp.full((3, C), -1),
+        max_steps=jnp.full(3, 48),
     )
     few_step = diffusion.denoise_step(model, few, params, cache, keys, start)
     all_step = diffusion.denoise_step(
@@ -154,6 +156,19 @@ def test_the_argmax_canvas_is_committed_not_the_noisy_one():
     canvas = diffusion.denoise_canvas(model, one_step, params, state.cache, keys, jnp.ones(3, bool))
     assert (canvas.argmax != canvas.canvas).any()
     np.testing.assert_array_equal(sample(one_step).tokens[:, :C], canvas.argmax)
+
+
+def test_a_pinned_token_stays_in_its_place_and_takes_nothing_of_the_entropy_bound():
+    model, params = toy(C)
+    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
+    bound = config(entropy_bound=0.0, max_denoising_steps=3)
+    state = diffusion.start(model, bound, params, tokens, jnp.asarray(lengths), KEY)
+    pinned = jnp.tile(jnp.array([-1, 7, -1, 5]), (3, 1))
+    canvas = diffusion.denoise_canvas(
+        model, bound, params, state.cache, row_keys(KEY, 3), jnp.ones(3, bool), pinned
+    )
+    for result in (canvas.canvas, canvas.argmax):
+        np.testing.assert_array_equal(result[:, [1, 3]], [[7, 5]] * 3)
 
 
 def test_every_canvas_starts_from_noise_of_its_own():
@@ -201,10 +216,10 @@ def test_noise_stays_below_the_noise_vocabulary():
     assert (np.sum(np.asarray(canvas) < 3, axis=-1) >= C - 1).all()
 
 
-# What both modes promise.
+# What every mode promises.
 
 
-@BOTH
+@EVERY_MODE
 def test_the_same_key_gives_the_same_tokens_and_another_key_others(mode):
     model, params = toy(C)
     tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
@@ -213,7 +228,7 @@ def test_the_same_key_gives_the_same_tokens_and_another_key_others(mode):
     assert (sample(FEW_STEPS, mode, seed=1).tokens != again.tokens).any()
 
 
-@BOTH
+@EVERY_MODE
 def test_rows_of_a_ragged_batch_equal_single_runs(mode):
     batch = sample(FEW_STEPS, mode)
     model, params = toy(C)
@@ -233,7 +248,7 @@ def test_the_key_of_a_row_does_not_depend_on_the_batch_size():
     )
 
 
-@BOTH
+@EVERY_MODE
 def test_what_stands_in_the_padding_of_a_prompt_does_not_matter(mode):
     model, params = toy(C)
     tokens, lengths = pad_prompts(PROMPTS, 13, width=8)
@@ -241,7 +256,7 @@ def test_what_stands_in_the_padding_of_a_prompt_does_not_matter(mode):
     assert_same(sample(config(), mode), jax.tree.map(np.asarray, output))
 
 
-@BOTH
+@EVERY_MODE
 def test_raw_keys_give_the_tokens_of_typed_ones(mode):
     model, params = toy(C)
     tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
@@ -249,7 +264,7 @@ def test_raw_keys_give_the_tokens_of_typed_ones(mode):
     assert_same(sample(config(), mode), jax.tree.map(np.asarray, output))
 
 
-@BOTH
+@EVERY_MODE
 @pytest.mark.parametrize('minimum', [1, C], ids=['in the first canvas', 'in a later canvas'])
 def test_a_finished_row_never_changes_while_others_go_on(mode, minimum):
     index = first_new_index(mode, minimum)
@@ -263,7 +278,7 @@ def test_a_finished_row_never_changes_while_others_go_on(mode, minimum):
     assert_same(alone, jax.tree.map(lambda a: a[:1], output))
 
 
-@BOTH
+@EVERY_MODE
 def test_everything_after_the_stop_token_is_pad(mode):
     stops = (3, 8, 14, 19)
     output = sample(config(stop_ids=stops, max_new_tokens=14), mode)
@@ -276,15 +291,15 @@ def test_everything_after_the_stop_token_is_pad(mode):
     assert stopped
 
 
-@BOTH
+@EVERY_MODE
 def test_a_stop_token_at_position_0_leaves_one_token(mode):
     output = sample(config(stop_ids=tuple(range(23))), mode)
     assert output.lengths.tolist() == [1, 1, 1]
     assert (output.tokens[:, 1:] == PAD).all() and (output.tokens[:, 0] != PAD).all()
-    assert output.canvases.tolist() == ([1, 1, 1] if mode == 'diffusion' else [0, 0, 0])
+    assert output.canvases.tolist() == ([0] * 3 if mode == 'autoregressive' else [1] * 3)
 
 
-@BOTH
+@EVERY_MODE
 @pytest.mark.parametrize('limit', [3, 6])
 def test_a_limit_inside_a_canvas_cuts_the_response_there(mode, limit):
     output = sample(config(max_new_tokens=limit), mode)
@@ -292,7 +307,7 @@ def test_a_limit_inside_a_canvas_cuts_the_response_there(mode, limit):
     assert output.lengths.tolist() == [limit] * 3
 
 
-@BOTH
+@EVERY_MODE
 def test_a_stop_token_behind_the_limit_does_not_count(mode):
     index = first_new_index(mode, 2)
     stopping = config_that_stops_row_0(mode, index)
@@ -300,7 +315,7 @@ def test_a_stop_token_behind_the_limit_does_not_count(mode):
     assert cut.lengths[0] == index
 
 
-@BOTH
+@EVERY_MODE
 def test_the_sampler_runs_inside_another_jit_without_transfers_to_the_host(mode):
     model, params = toy(C)
     tokens, lengths = jax.tree.map(jnp.asarray, pad_prompts(PROMPTS, PAD, width=8))
@@ -318,7 +333,7 @@ def test_the_sampler_runs_inside_another_jit_without_transfers_to_the_host(mode)
     assert mean == 16
 
 
-@BOTH
+@EVERY_MODE
 def test_streamed_blocks_put_side_by_side_are_the_calls_output(mode):
     model, params = toy(C)
     tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
@@ -327,10 +342,12 @@ def test_streamed_blocks_put_side_by_side_are_the_calls_output(mode):
     sampler = Sampler(model, config(stop_ids=stops, max_new_tokens=14), mode)
     blocks = list(sampler.stream(params, tokens, lengths, rng=KEY))
     whole = sampler(params, tokens, lengths, rng=KEY)
-    joined = np.concatenate([block.tokens for block in blocks], axis=1)
-    width = joined.shape[1]
-    np.testing.assert_array_equal(joined, whole.tokens[:, :width])
-    assert (np.asarray(whole.tokens[:, width:]) == PAD).all()
+    for row in range(3):
+        parts = [block.tokens[row, : block.lengths[row]] for block in blocks]
+        np.testing.assert_array_equal(
+            np.concatenate(parts), whole.tokens[row, : whole.lengths[row]]
+        )
+        assert all((block.tokens[row, block.lengths[row] :] == PAD).all() for block in blocks)
     for name in ('lengths', 'denoising_steps', 'canvases'):
         total = sum(np.asarray(getattr(block, name)) for block in blocks)
         np.testing.assert_array_equal(total, getattr(whole, name))

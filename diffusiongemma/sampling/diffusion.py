@@ -91,6 +91,8 @@ def denoise_canvas(
     cache: KVCache,
     keys: jax.Array,
     active: jax.Array,
+    pinned: jax.Array | None = None,
+    max_steps: jax.Array | None = None,
 ) -> DenoiseState:
     """Takes a canvas from noise to its last step, row by row as far as each row needs.
 
@@ -101,6 +103,9 @@ def denoise_canvas(
       cache: the tokens before the canvas.
       keys: [B] keys of this canvas.
       active: [B] bool; the other rows take no step.
+      pinned: [B, C] int32, the token that a position holds throughout, -1 where it is open;
+        None for all open.
+      max_steps: [B] int32, limit of each row's steps beside the config's; None for no other.
 
     Returns:
       The state after the last step; `argmax` is the result, `steps` its cost.
@@ -108,19 +113,30 @@ def denoise_canvas(
     batch_size, length = keys.shape[0], model.config.canvas_length
     noise_keys, step_keys = split_rows(keys)
     window = config.stopping_rule.history_length
+    if pinned is None:
+        pinned = jnp.full((batch_size, length), -1, jnp.int32)
+    if max_steps is None:
+        max_steps = jnp.full((batch_size,), config.max_denoising_steps, jnp.int32)
     state = DenoiseState(
         step=jnp.zeros((), jnp.int32),
-        canvas=uniform_tokens(noise_keys, length, _noise_vocab(model, config)),
+        canvas=hold(pinned, uniform_tokens(noise_keys, length, _noise_vocab(model, config))),
         argmax_history=jnp.full((batch_size, window, length), -1, jnp.int32),
         soft_embeddings=passes.no_soft_embeddings(model, params, batch_size, length),
         stopped=~active,
         steps=jnp.zeros((batch_size,), jnp.int32),
+        pinned=pinned,
+        max_steps=max_steps,
     )
     return jax.lax.while_loop(
         lambda state: (state.step < config.max_denoising_steps) & ~jnp.all(state.stopped),
         lambda state: denoise_step(model, config, params, cache, step_keys, state),
         state,
     )
+
+
+def hold(pinned: jax.Array, canvas: jax.Array) -> jax.Array:
+    """The canvas with its pinned tokens in their places; [..., C] int32 twice."""
+    return jnp.where(pinned >= 0, pinned, canvas)
 
 
 def denoise_step(
@@ -149,14 +165,16 @@ def denoise_step(
 
     logits = passes.denoise(model, params, cache, state.canvas, state.soft_embeddings)  # [B, C, V]
     prediction = read_logits(logits, temperature, None if greedy else candidate_keys)
-    accepted = config.acceptance_rule.accept(prediction.entropies)  # [B, C]
+    # A pinned position is certain, and takes nothing of the entropy bound.
+    entropies = jnp.where(state.pinned >= 0, 0.0, prediction.entropies)
+    accepted = config.acceptance_rule.accept(entropies)  # [B, C]
     # Nothing is frozen: every position that is not accepted now becomes noise again.
     noise = uniform_tokens(noise_keys, accepted.shape[-1], _noise_vocab(model, config))
-    canvas = jnp.where(accepted, prediction.candidates, noise)
-    history = jnp.concatenate(
-        [state.argmax_history[:, 1:], prediction.argmax[:, None]], axis=1
-    )  # [B, W, C]
-    stop = config.stopping_rule.should_stop(history, prediction.entropies)
+    canvas = hold(state.pinned, jnp.where(accepted, prediction.candidates, noise))
+    argmax = hold(state.pinned, prediction.argmax)
+    history = jnp.concatenate([state.argmax_history[:, 1:], argmax[:, None]], axis=1)  # [B, W, C]
+    stop = config.stopping_rule.should_stop(history, entropies)
+    stop |= state.step + 1 >= state.max_steps
     soft_embeddings = passes.soft_embed(model, params, logits / temperature)  # [B, C, D]
 
     def unless_stopped(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -170,6 +188,8 @@ def denoise_step(
         soft_embeddings=unless_stopped(soft_embeddings, state.soft_embeddings),
         stopped=state.stopped | stop,
         steps=state.steps + ~state.stopped,
+        pinned=state.pinned,
+        max_steps=state.max_steps,
     )
 
 

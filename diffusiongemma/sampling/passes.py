@@ -87,23 +87,35 @@ def extend(
 ) -> tuple[jax.Array, KVCache]:
     """Encodes T more tokens of each active row behind its cached ones (commit, AR step).
 
+    Arguments as of `encode_block`.
+
+    Returns:
+      Hidden states [B, T, D] and the longer cache; that of inactive rows stays as it is.
+    """
+    hidden, kv = encode_block(model, params, cache, tokens, active)
+    return hidden, cache.append(kv, jnp.where(active, tokens.shape[1], 0))
+
+
+def encode_block(
+    model: CausalModel, params: Any, cache: KVCache, tokens: jax.Array, active: jax.Array
+) -> tuple[jax.Array, Any]:
+    """The causal pass over T tokens behind the cached ones; the cache is not written.
+
     Args:
       model: the model.
       params: its parameters.
       cache: what the rows hold so far; rows may differ in length.
       tokens: [B, T] int32.
-      active: [B] bool; the cache of the other rows stays as it is.
+      active: [B] bool; what is returned for the other rows means nothing.
 
     Returns:
-      Hidden states [B, T, D] and the longer cache.
+      Hidden states [B, T, D], keys and values of the block.
     """
-    length = tokens.shape[1]
-    positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     segment_ids = jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
-    hidden, kv = model.apply(
+    return model.apply(
         {'params': params}, tokens, positions, segment_ids, cache.as_prefix(), method='encode'
     )
-    return hidden, cache.append(kv, jnp.where(active, length, 0))
 
 
 def denoise(

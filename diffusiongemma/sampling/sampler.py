@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusiongemma.sampling import autoregressive, diffusion
+from diffusiongemma.sampling import autoregressive, diffusion, lossless
 from diffusiongemma.sampling.passes import CausalModel
 from diffusiongemma.sampling.randomness import typed_key
 from diffusiongemma.sampling.state import GenerationState, SamplerOutput, SamplingConfig
@@ -33,6 +33,7 @@ _MODES = {
     'autoregressive': _compiled(
         autoregressive.generate, autoregressive.start, autoregressive.next_token
     ),
+    'lossless': _compiled(lossless.generate, lossless.start, lossless.next_draft),
 }
 
 
@@ -51,7 +52,9 @@ class Sampler:
       model: a flax module with the passes of `DenoisingModel`; those of `CausalModel` do for
         the autoregressive mode.
       config: how to sample.
-      mode: 'diffusion', or 'autoregressive' for the baseline on the encode pass.
+      mode: 'diffusion'; 'autoregressive', the baseline on the encode pass; or 'lossless', whose
+        output is distributed exactly as the autoregressive one: canvases are drafts that the
+        causal pass verifies.
     """
 
     model: CausalModel
@@ -61,9 +64,9 @@ class Sampler:
     def __post_init__(self):
         if self.mode not in _MODES:
             raise ValueError(f'mode must be one of {sorted(_MODES)}, got {self.mode!r}.')
-        if self.mode == 'diffusion' and not getattr(self.model.config, 'canvas_length', 0):
+        if self.mode != 'autoregressive' and not getattr(self.model.config, 'canvas_length', 0):
             raise ValueError(
-                f"mode 'diffusion' needs a model with a canvas, but canvas_length of this "
+                f'mode {self.mode!r} needs a model with a canvas, but canvas_length of this '
                 f'{type(self.model).__name__} is 0. Use a DiffusionGemma, or '
                 "mode='autoregressive'."
             )
@@ -103,10 +106,10 @@ class Sampler:
     ) -> Iterator[SamplerOutput]:
         """Yields every canvas as soon as it is done; arguments and errors as of a call.
 
-        Put side by side the yielded tokens are those of a call with the same arguments, and the
-        numbers add up to its numbers. In each, `tokens` is [B, C] (narrower where
-        max_new_tokens cuts the last canvas; [B, 1] in the autoregressive mode), and `lengths`
-        is how many of them belong to the response: 0 in rows that have finished before.
+        In each, `tokens` is [B, C] ([B, 1] in the autoregressive mode; narrower where
+        max_new_tokens leaves less room), and `lengths` is how many of them belong to the response:
+        0 in rows that have finished before. Put behind each other a row's tokens are those of a
+        call with the same arguments, and the numbers add up to its numbers.
         """
         tokens, lengths = self._checked(tokens, lengths, rng)
         return self._stream(params, tokens, lengths, rng)
@@ -115,18 +118,27 @@ class Sampler:
         self, params: Any, tokens: jax.Array, lengths: jax.Array, rng: jax.Array
     ) -> Iterator[SamplerOutput]:
         mode = _MODES[self.mode]
-        block = self.model.config.canvas_length if self.mode == 'diffusion' else 1
+        block = 1 if self.mode == 'autoregressive' else self.model.config.canvas_length
         state = mode.start(self.model, self.config, params, tokens, lengths, rng)
         done, before = 0, jax.tree.map(jnp.zeros_like, state.output())
         while True:
             if int(state.blocks) > done:
                 after = state.output()
                 new = jax.tree.map(jnp.subtract, after, before)
-                yield new.replace(tokens=after.tokens[:, done * block : (done + 1) * block])
+                yield new.replace(tokens=self._latest(before, after, block))
                 done, before = done + 1, after
             if not state.running:
                 return
             state = mode.advance(self.model, self.config, params, state)
+
+    def _latest(self, before: SamplerOutput, after: SamplerOutput, block: int) -> jax.Array:
+        """What each row gained between two outputs, [B, at most block], pad id behind it."""
+        limit = after.tokens.shape[1]
+        gained = after.lengths > before.lengths
+        width = min(block, limit - int(jnp.min(jnp.where(gained, before.lengths, limit - 1))))
+        slots = before.lengths[:, None] + jnp.arange(width)  # [B, width]
+        latest = jnp.take_along_axis(after.tokens, jnp.minimum(slots, limit - 1), axis=1)
+        return jnp.where(slots < after.lengths[:, None], latest, self.config.pad_id)
 
     def _checked(
         self, tokens: jax.Array, lengths: jax.Array, rng: jax.Array

@@ -20,6 +20,8 @@ class SamplingConfig:
     Attributes:
       max_new_tokens: length limit of a response; need not be a multiple of the canvas length.
       max_denoising_steps: T, limit of denoise steps per canvas.
+      max_draft_steps: limit of denoise steps per draft in the lossless mode; fewer are taken as
+        long as drafts hold.
       entropy_bound: nats, bound of the `EntropyBound` acceptance.
       t_min: temperature towards the last denoise step.
       t_max: temperature of the first denoise step.
@@ -38,6 +40,7 @@ class SamplingConfig:
 
     max_new_tokens: int = 256
     max_denoising_steps: int = 48
+    max_draft_steps: int = 4
     entropy_bound: float = 0.1
     t_min: float = 0.4
     t_max: float = 0.8
@@ -62,6 +65,8 @@ class SamplingConfig:
                 f'max_denoising_steps must be >= 1, got {self.max_denoising_steps}; '
                 'the released models use 48.'
             )
+        if self.max_draft_steps < 1:
+            raise ValueError(f'max_draft_steps must be >= 1, got {self.max_draft_steps}.')
         if not 0 <= self.temperature < float('inf'):
             raise ValueError(
                 f'temperature must be finite and >= 0, got {self.temperature}; '
@@ -118,7 +123,8 @@ class SamplerOutput:
       lengths: [B] int32, tokens of each response, its stop token included.
       denoising_steps: [B] int32, denoise passes over all canvases of a row, without the
         prefill and the commits. Autoregressive: passes that gave a token, the prefill included.
-      canvases: [B] int32, canvases that a row took; 0 when autoregressive.
+      canvases: [B] int32, canvases that a row took (lossless: drafts, each of them verified by
+        a causal pass); 0 when autoregressive.
     """
 
     tokens: jax.Array
@@ -144,6 +150,8 @@ class DenoiseState:
       soft_embeddings: [B, C, D], self-conditioning of the next step.
       stopped: [B] bool; such a row keeps its canvas, history and soft embeddings.
       steps: [B] int32, denoise steps that a row took before it stopped.
+      pinned: [B, C] int32, the token that a position holds throughout; -1 where it is open.
+      max_steps: [B] int32, steps at which a row stops at the latest.
     """
 
     step: jax.Array
@@ -152,6 +160,8 @@ class DenoiseState:
     soft_embeddings: jax.Array
     stopped: jax.Array
     steps: jax.Array
+    pinned: jax.Array
+    max_steps: jax.Array
 
     @property
     def argmax(self) -> jax.Array:
@@ -205,7 +215,11 @@ class GenerationState:
         return ~jnp.all(self.finished)
 
     def emit(
-        self, config: SamplingConfig, block: jax.Array, passes: int | jax.Array
+        self,
+        config: SamplingConfig,
+        block: jax.Array,
+        passes: int | jax.Array,
+        limits: jax.Array | None = None,
     ) -> 'GenerationState':
         """Appends a block of tokens to the responses of the unfinished rows.
 
@@ -215,11 +229,15 @@ class GenerationState:
           config: stop ids.
           block: [B, T] int32.
           passes: [B] int32 or scalar, denoise passes that the block took.
+          limits: [B] int32, tokens of the block that count; None for all.
         """
         length = block.shape[1]
+        if limits is None:
+            limits = jnp.full(block.shape[:1], length)
         stops = jnp.any(block[..., None] == jnp.asarray(config.stop_ids, jnp.int32), axis=-1)
+        stops &= jnp.arange(length) < limits[:, None]
         stopped = jnp.any(stops, axis=-1)
-        counts = jnp.where(stopped, jnp.argmax(stops, axis=-1) + 1, length)
+        counts = jnp.where(stopped, jnp.argmax(stops, axis=-1) + 1, limits)
         counts = jnp.where(self.finished, 0, counts)  # [B]
         offsets = jnp.arange(length)
         limit = self.tokens.shape[1]

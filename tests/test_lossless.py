@@ -1,0 +1,151 @@
+"""The lossless mode writes what autoregressive decoding would have written."""
+
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from toy_model import ToyConfig, ToyModel, toy
+
+from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.data.pipeline import eval_examples
+from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.sampling import Sampler, SamplingConfig, pad_prompts
+from diffusiongemma.sampling.lossless import verify
+
+DATA = pathlib.Path(__file__).parent / 'data'
+
+
+def both(model, params, config, tokens, lengths, rng):
+    """Outputs of the autoregressive and of the lossless mode, as numpy arrays."""
+    outputs = (
+        Sampler(model, config, mode)(params, tokens, lengths, rng=rng)
+        for mode in ('autoregressive', 'lossless')
+    )
+    return (jax.tree.map(np.asarray, output) for output in outputs)
+
+
+def greedy(**fields):
+    return SamplingConfig(**({'temperature': 0, 'stop_ids': (), 'pad_id': 22} | fields))
+
+
+@pytest.mark.parametrize('max_draft_steps', [1, 3])
+def test_greedy_text_is_that_of_autoregression_on_many_prompts(max_draft_steps):
+    model, params = toy(4)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 500)
+    tokens = rng.integers(0, 22, (500, 8))
+    config = greedy(max_new_tokens=21, stop_ids=(3, 11), max_draft_steps=max_draft_steps)
+    expected, found = both(model, params, config, tokens, lengths, jax.random.key(0))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.lengths, expected.lengths)
+    assert (found.denoising_steps <= max_draft_steps * found.canvases).all()
+
+
+@pytest.mark.parametrize('name', ['tiny_moe', 'tiny_heldout'])
+def test_greedy_text_is_that_of_autoregression_on_a_random_network(name):
+    model, params, _ = load_model(DATA / name)
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(1, 15, 24)
+    tokens = rng.integers(3, 190, (24, 14))  # longer than the window
+    config = greedy(max_new_tokens=20, pad_id=0)
+    expected, found = both(model, params, config, tokens, lengths, jax.random.key(0))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+def test_a_draft_that_is_right_costs_one_pass_for_many_tokens():
+    """The shipped student drafts what its own encode pass, the teacher, would write."""
+    model, params, tokenizer = load_model('builtin')
+    examples = eval_examples(DataSpec(kind='wordmath', split='test', size=16))
+    prompts = [tokenizer.format_prompt(example['prompt']) for example in examples]
+    config = SamplingConfig.for_tokenizer(tokenizer, temperature=0, max_new_tokens=96)
+    tokens, lengths = pad_prompts(prompts, tokenizer.pad_id)
+    expected, found = both(model, params, config, tokens, lengths, jax.random.key(0))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    passes = found.denoising_steps + found.canvases
+    assert found.lengths.sum() > 3 * passes.sum()
+
+
+@pytest.mark.slow
+def test_greedy_text_is_the_teachers_on_the_built_in_test_set():
+    model, params, tokenizer = load_model('builtin')
+    teacher, teacher_params, _ = load_model('builtin-teacher')
+    config = SamplingConfig.for_tokenizer(tokenizer, temperature=0, max_new_tokens=96)
+    examples = eval_examples(DataSpec(kind='wordmath', split='test', size=512))
+    for first in range(0, 512, 64):
+        prompts = [tokenizer.format_prompt(e['prompt']) for e in examples[first : first + 64]]
+        tokens, lengths = pad_prompts(prompts, tokenizer.pad_id, width=96)
+        rng = jax.random.key(first)
+        found = Sampler(model, config, 'lossless')(params, tokens, lengths, rng=rng)
+        expected = Sampler(teacher, config, 'autoregressive')(
+            teacher_params, tokens, lengths, rng=rng
+        )
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+def autoregressive_distribution(model, params, prompt, count, temperature):
+    """Probability of each of the V^count responses, enumerated."""
+    size = model.config.vocab_size
+    responses = np.array(list(itertools.product(range(size), repeat=count)))
+    tokens = np.concatenate([np.tile(prompt, (len(responses), 1)), responses], axis=1)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    variables = {'params': params}
+    hidden, _ = model.apply(
+        variables, jnp.asarray(tokens), positions, jnp.ones_like(positions), method='encode'
+    )
+    logits = model.apply(variables, hidden, method='unembed') / temperature
+    log_probs = np.asarray(jax.nn.log_softmax(logits[:, len(prompt) - 1 : -1]))
+    chosen = np.take_along_axis(log_probs, responses[..., None], axis=-1)[..., 0]
+    return np.exp(chosen.sum(axis=-1))
+
+
+@pytest.mark.parametrize('temperature', [1.0, 2.0])
+def test_sampled_text_has_the_distribution_of_autoregression(temperature):
+    model = ToyModel(ToyConfig(vocab_size=4, canvas_length=3))
+    params = model.init(jax.random.key(7))['params']
+    prompt, count, draws = [2, 1, 3], 4, 60_000  # more than one canvas
+    expected = autoregressive_distribution(model, params, prompt, count, temperature)
+    config = SamplingConfig(
+        max_new_tokens=count, temperature=temperature, stop_ids=(), max_draft_steps=2
+    )
+    tokens, lengths = np.tile([prompt], (draws, 1)), np.full(draws, 3)
+    output = Sampler(model, config, 'lossless')(params, tokens, lengths, rng=jax.random.key(3))
+    places = 4 ** np.arange(count)[::-1]
+    observed = np.bincount(np.asarray(output.tokens) @ places, minlength=4**count)
+    np.testing.assert_allclose(expected.sum(), 1, rtol=1e-5)
+    common = expected * draws >= 5  # the others are one cell
+    cells = [np.append(x[common], x[~common].sum()) for x in (observed, expected * draws)]
+    cells = [x[cells[1] > 0] for x in cells]
+    assert scipy.stats.chisquare(*cells, sum_check=False).pvalue > 1e-3
+    assert np.mean(np.asarray(output.canvases)) < count  # some drafts held
+
+
+def test_the_test_of_the_distribution_can_fail():
+    """Taking the next token from p itself, not from what is left of it, is noticed."""
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+    draft, draws = 0, 60_000
+    keys = jax.random.split(jax.random.key(0), draws)
+    stacked = jnp.broadcast_to(logits, (draws, 2, 3))
+    drafts = jnp.full((draws, 2), draft)
+    counts, following = verify(stacked, drafts, 1.0, keys)
+    second = np.where(counts == 2, draft, following)
+    right = scipy.stats.chisquare(np.bincount(second, minlength=3), np.exp(logits) * draws)
+    assert right.pvalue > 1e-3
+    careless = np.where(
+        counts == 2, draft, jax.random.categorical(jax.random.key(1), stacked[:, 0])
+    )
+    wrong = scipy.stats.chisquare(np.bincount(careless, minlength=3), np.exp(logits) * draws)
+    assert wrong.pvalue < 1e-12
+
+
+def test_what_is_refused_is_not_drawn_again():
+    logits = jnp.zeros((200, 4, 5))
+    draft = jnp.tile(jnp.array([1, 2, 3, 4]), (200, 1))
+    keys = jax.random.split(jax.random.key(0), 200)
+    counts, following = verify(logits, draft, 1.0, keys)
+    assert set(np.unique(counts)) == {1, 2, 3, 4}
+    refused = np.asarray(counts) < 4
+    assert (following[refused] != draft[refused, counts[refused]]).all()
