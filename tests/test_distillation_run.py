@@ -92,6 +92,17 @@ def test_an_unfinished_run_opens_as_the_teacher_with_a_trained_denoise_pass(teac
     assert np.any(moved != params['backbone']['final_norm']['scale'])
 
 
+def test_a_run_may_start_from_a_student(teacher, tmp_path):
+    _, first = train_student(student_config(), teacher, DATA, tmp_path / 'first')
+    config = student_config(init=str(tmp_path / 'first'))
+    config.optimizer.learning_rate = 1e-12
+    _, second = train_student(config, teacher, DATA, tmp_path / 'second')
+    assert_equal(first.ema_params, second.ema_params)
+    with pytest.raises(ValueError, match='config.init: .* is not the student'):
+        config = student_config(init=str(tmp_path / 'first'), canvas_length=4)
+        train_student(config, teacher, DATA, tmp_path / 'third')
+
+
 def test_a_workdir_of_other_data_is_refused(teacher, tmp_path):
     train_student(student_config(), teacher, DATA, tmp_path)
     longer = student_config(train={'num_steps': 6, 'report_every': 1, 'checkpoint_every': 2})

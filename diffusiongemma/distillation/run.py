@@ -160,8 +160,13 @@ def train_student(
     frozen = frozen_params(model.config, teacher_params)
     constants = Constants(teacher=None if frozen else teacher_params, student=frozen)
 
+    source = load_student(config, model) if config.init else None
+
     def init() -> TrainState:
-        params = initial_student(config, model, teacher)
+        params = source
+        if params is None:
+            fresh = init_params(model, jax.random.key(config.seed))
+            params = student_params_from_teacher(fresh, teacher.params)
         return create_state(trained_params(model.config, params), optimizer)
 
     batches = make_train_iterator(
@@ -208,11 +213,8 @@ def train_student(
     return model, state
 
 
-def initial_student(config: ConfigDict, model: DiffusionGemma, teacher: Teacher) -> dict:
-    """The student's first parameters: the teacher's, or those of the student `config.init`."""
-    if not config.init:
-        fresh = init_params(model, jax.random.key(config.seed))
-        return student_params_from_teacher(fresh, teacher.params)
+def load_student(config: ConfigDict, model: DiffusionGemma) -> dict:
+    """The parameters of `config.init`, which must be a student like `model`."""
     source, params, _ = load_model(config.init)
     if source.config != model.config:
         raise ValueError(
