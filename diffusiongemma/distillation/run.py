@@ -216,10 +216,14 @@ def train_student(
 def load_student(config: ConfigDict, model: DiffusionGemma) -> dict:
     """The parameters of `config.init`, which must be a student like `model`."""
     source, params, _ = load_model(config.init)
-    if source.config != model.config:
+    has, asked = source.config.to_dict(), model.config.to_dict()
+    differing = [
+        f'{name}={has[name]!r}, not {asked[name]!r}' for name in asked if has[name] != asked[name]
+    ]
+    if differing:
         raise ValueError(
-            f'config.init: {config.init} is not the student that this config describes; it has '
-            f'{source.config}, the config asks for {model.config}.'
+            f'config.init: {config.init} is not the student that this config describes: it has '
+            f'{"; ".join(differing)}.'
         )
     return params
 
