@@ -268,7 +268,7 @@ def test_the_released_26b_config_is_the_documented_architecture():
             'moe_intermediate_size': 704, 'attention_k_eq_v': True, 'enable_moe_block': True,
         },
     })  # fmt: skip
-    assert config.num_groups == 5 and not config.tail
+    assert config.kv_layers.num_groups == 5 and not config.kv_layers.tail
     assert (config.full.num_kv_heads, config.full.head_dim) == (2, 512)
     assert config.full.value_is_key and not config.sliding.value_is_key
     assert config.moe.num_experts == 128 and config.canvas_length == 256

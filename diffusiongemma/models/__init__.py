@@ -1,7 +1,7 @@
 """Backbone, teacher and denoiser."""
 
 from diffusiongemma.models.cache import KVCache, Prefix
-from diffusiongemma.models.config import AttentionConfig, ModelConfig, MoEConfig
+from diffusiongemma.models.config import AttentionConfig, ModelConfig, MoEConfig, PerLayerConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
 
@@ -12,6 +12,7 @@ __all__ = [
     'KVCache',
     'MoEConfig',
     'ModelConfig',
+    'PerLayerConfig',
     'Prefix',
     'init_params',
     'parameter_count',
