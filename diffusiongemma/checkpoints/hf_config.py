@@ -109,7 +109,7 @@ def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
         full=_attention(text, kinds, FULL, model_type),
         moe=_moe(text, model_type),
         per_layer=_per_layer(text, model_type),
-        **_kv_sharing(text, model_type),
+        **_kv_sharing(text),
         norm_eps=text.get('rms_norm_eps', 1e-6),
         **family,
     )
@@ -174,8 +174,8 @@ def _per_layer(text: Mapping[str, Any], model_type: str) -> PerLayerConfig | Non
     return PerLayerConfig(width, text.get('vocab_size_per_layer_input', 262_144)) if width else None
 
 
-def _kv_sharing(text: Mapping[str, Any], model_type: str) -> dict[str, int | None]:
-    shared = text.get('num_kv_shared_layers', 0) if model_type in GEMMA4_TYPES else 0
+def _kv_sharing(text: Mapping[str, Any]) -> dict[str, int | None]:
+    shared = text.get('num_kv_shared_layers') or 0  # other families: checked to be unset
     wide = shared and text.get('use_double_wide_mlp', False)
     return {
         'num_kv_shared_layers': shared,
