@@ -287,8 +287,7 @@ def test_another_model_type_is_an_error_that_lists_the_known_ones(tmp_path):
         read_hf_config(tmp_path)
 
 
-# Text parts of the published config.json files, as far as public copies show them. That of Gemma 3
-# 4B leaves the most out.
+# Values of the released models; that of Gemma 3 without what are the defaults of its format.
 RELEASED = {
     'gemma3_4b': {
         'model_type': 'gemma3',

@@ -26,7 +26,7 @@ GEMMA3_TYPES = ('gemma3', 'gemma3_text')
 MODEL_TYPES = DIFFUSION_TYPES + GEMMA4_TYPES + GEMMA3_TYPES
 
 _LAYER_TYPES = {'sliding_attention': SLIDING, 'full_attention': FULL}
-# What the published files of Gemma 3 4B leave out (Gemma3TextConfig of transformers).
+# Gemma3TextConfig of transformers 5.17.0: multimodal files may say only what differs from it.
 _GEMMA3_DEFAULTS = {
     'vocab_size': 262_208,
     'num_attention_heads': 8,
