@@ -15,16 +15,26 @@ def get_config() -> ConfigDict:
             'dtype': 'float32',
             'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
             'teacher': 'builtin-teacher',
-            'canvas_length': 32,
+            'init': '',  # a student to go on from; empty: starts from the teacher's weights
+            'canvas_length': 64,
+            'separate_denoiser': True,  # the encode pass stays exactly the teacher
             # Stage 0: the teacher answers these prompts; the student learns its answers.
             'targets': {
                 'source': {'kind': 'wordmath', 'split': 'train', 'size': 2_048, 'seed': 1},
                 'batch_size': 128,
                 'max_new_tokens': 96,
+                'sequence_level': True,
             },
-            'data': {'batch_size': 8, 'row_length': 256, 'canvases_per_row': 8},
+            'data': {
+                'batch_size': 16,
+                'row_length': 256,
+                'canvases_per_row': 3,
+                'random_offset_rate': 0.0,
+            },
             'corruption': 'uniform',
-            'stage1': {'kd_weight': 1.0, 'ar_weight': 0.1, 'self_conditioning_rate': 0.5},
+            'ar_weight': 0.1,  # of no effect on a separate denoiser, whose encode pass is frozen
+            'stage1': {'kd_weight': 1.0, 'self_conditioning_rate': 0.5},
+            'stage2': {'first_step': 100, 'num_steps': 2, 'all_noise_rate': 0.5},
             'optimizer': {'learning_rate': 1e-3, 'warmup_steps': 50, 'ema_decay': 0.99},
             'train': {'num_steps': 200, 'report_every': 10, 'checkpoint_every': 60},
             'sampling': {

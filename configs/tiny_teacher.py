@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
                 'width': 256,
                 'num_heads': 4,
                 'ffn_width': 768,
+                'max_positions': 256,
                 'layer_types': ('sliding', 'sliding', 'sliding', 'sliding', 'full'),
                 'sliding': {'num_kv_heads': 2, 'head_dim': 64, 'window': 128},
                 'full': {

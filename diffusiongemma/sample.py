@@ -22,7 +22,7 @@ _PROMPT = flags.DEFINE_string('prompt', None, 'What to answer.')
 _MODE = flags.DEFINE_enum('mode', 'diffusion', ['diffusion', 'autoregressive'], 'Decode mode.')
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy.', lower_bound=0.0)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    'max_new_tokens', 256, 'Longest answer in tokens.', lower_bound=1
+    'max_new_tokens', 128, 'Longest answer in tokens.', lower_bound=1
 )
 _MAX_STEPS = flags.DEFINE_integer(
     'max_denoising_steps', 48, 'Most denoise steps per canvas.', lower_bound=1

@@ -106,6 +106,7 @@ def test_verify_compares_a_published_checkpoint_with_golden_outputs():
     ('program', 'arguments', 'message'),
     [
         ('sample', ['--checkpoint=/nowhere', '--prompt=hi'], 'error: no model at /nowhere'),
+        ('sample', [f'--prompt={"word " * 300}'], 'Shorten the prompt.'),
         (
             'verify',
             ['--checkpoint=/nowhere', f'--golden={TINY_MOE}/golden.npz'],

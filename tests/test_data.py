@@ -237,3 +237,33 @@ def test_processes_read_disjoint_shards_of_an_epoch():
 def test_data_that_fits_no_row_is_an_error_and_not_an_endless_search():
     with pytest.raises(ValueError, match='fit no row'):
         next(stream(row_length=8, sources=DataSpec(kind='wordmath', size=10), prefetch=0))
+
+
+def test_canvases_of_some_documents_start_inside_the_response():
+    at_the_start = []
+    stream = make_train_iterator(
+        DataSpec(kind='wordmath', size=300),
+        Tokenizer.load('builtin'),
+        batch_size=4,
+        row_length=256,
+        canvases_per_row=12,
+        canvas_length=16,
+        seed=0,
+        random_offset_rate=0.5,
+    )
+    for _ in range(8):
+        batch = next(stream)
+        rows, slots = np.nonzero(batch['canvas_segment_ids'])
+        for row, slot in zip(rows, slots, strict=True):
+            offset = batch['canvas_offsets'][row, slot]
+            canvas = batch['canvas_tokens'][row, slot]
+            inside = batch['segment_ids'][row] == batch['canvas_segment_ids'][row, slot]
+            inside[:offset] = False
+            held = batch['tokens'][row][inside][: len(canvas)]
+            np.testing.assert_array_equal(canvas[: len(held)], held)  # what really stands there
+            first = slot == 0 or (
+                batch['canvas_segment_ids'][row, slot - 1] != batch['canvas_segment_ids'][row, slot]
+            )
+            if first:
+                at_the_start.append(not batch['target_mask'][row, offset - 1])
+    assert 0.35 < np.mean(at_the_start) < 0.65  # half of them, and the few random offsets of 0

@@ -41,6 +41,7 @@ def student_config(**changes) -> ConfigDict:
     config.canvas_length = 8
     config.data = {'batch_size': 8, 'row_length': 128, 'canvases_per_row': 12}
     config.train = {'num_steps': 4, 'report_every': 1, 'checkpoint_every': 2}
+    config.stage2.first_step = 1
     config.update(changes)
     return config
 
@@ -62,17 +63,33 @@ def crash_at(monkeypatch, step):
     monkeypatch.setattr(reporting.Reporter, 'report', report_or_die)
 
 
-def test_an_interrupted_distillation_ends_as_one_that_was_not(teacher, tmp_path, monkeypatch):
-    _, whole = train_student(student_config(), teacher, DATA, tmp_path / 'whole')
+@pytest.mark.parametrize('separate', [True, False])
+def test_an_interrupted_distillation_ends_as_one_that_was_not(
+    separate, teacher, tmp_path, monkeypatch
+):
+    def config():
+        return student_config(separate_denoiser=separate)
+
+    _, whole = train_student(config(), teacher, DATA, tmp_path / 'whole')
     with monkeypatch.context() as patch:
         crash_at(patch, 3)
         with pytest.raises(KeyboardInterrupt):
-            train_student(student_config(), teacher, DATA, tmp_path / 'cut')
-    _, resumed = train_student(student_config(), teacher, DATA, tmp_path / 'cut')
+            train_student(config(), teacher, DATA, tmp_path / 'cut')
+    _, resumed = train_student(config(), teacher, DATA, tmp_path / 'cut')
     assert int(resumed.step) == 4
     assert_equal(whole, resumed)  # the same noise, and the same data in the same order
     steps = [row['step'] for row in reporting.read_metrics(tmp_path / 'cut')]
     assert steps == [1, 2, 3, 4]
+
+
+def test_an_unfinished_run_opens_as_the_teacher_with_a_trained_denoise_pass(teacher, tmp_path):
+    _, state = train_student(student_config(), teacher, DATA, tmp_path)
+    model, params, _ = load_model(tmp_path)
+    assert model.config.separate_denoiser
+    assert_equal({name: params[name] for name in teacher.params}, teacher.params)
+    assert_equal({name: params[name] for name in state.ema_params}, state.ema_params)
+    moved = params['denoise_backbone']['final_norm']['scale']
+    assert np.any(moved != params['backbone']['final_norm']['scale'])
 
 
 def test_a_workdir_of_other_data_is_refused(teacher, tmp_path):

@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 import pytest
-from toy_model import toy
+from toy_model import ToyConfig, ToyModel, toy
 
 from diffusiongemma.sampling import Sampler, SamplingConfig, pad_prompts
 
@@ -43,6 +43,17 @@ def test_unfit_input_is_refused_with_its_value(changes, message):
         sampler(params, **(good | changes))
     with pytest.raises(ValueError, match=message):
         sampler.stream(params, **(good | changes))
+
+
+def test_a_prompt_that_leaves_no_room_for_the_response_is_refused():
+    model = ToyModel(ToyConfig(max_positions=8))
+    params = toy()[1]
+    tokens, lengths = np.ones((2, 8), int), np.array([3, 5])
+    Sampler(model, config(max_new_tokens=3))(params, tokens, lengths, rng=KEY)
+    with pytest.raises(ValueError, match='row 1 has 5 tokens.* lower max_new_tokens to at most 3'):
+        Sampler(model, config(max_new_tokens=4))(params, tokens, lengths, rng=KEY)
+    with pytest.raises(ValueError, match='row 0 has 8 tokens, but the model has 8 positions'):
+        Sampler(model, config(max_new_tokens=1))(params, tokens, np.array([8, 1]), rng=KEY)
 
 
 @pytest.mark.parametrize(

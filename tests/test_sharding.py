@@ -8,12 +8,10 @@ from diffusiongemma.data.pipeline import make_train_iterator
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.diffusion import UniformCorruption
-from diffusiongemma.distillation.stage1 import (
-    Stage1Config,
-    make_stage1_step,
-    student_params_from_teacher,
-)
+from diffusiongemma.distillation.stage1 import Stage1
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
+from diffusiongemma.distillation.step import Constants, make_distillation_step
+from diffusiongemma.distillation.student import student_params_from_teacher
 from diffusiongemma.models import DiffusionGemma, Gemma, init_params
 from diffusiongemma.parallel import (
     batch_sharding,
@@ -54,19 +52,18 @@ def run_step(config, axes, batch):
     )
     state = create_state(student_params, optimizer)
     shardings = state_shardings(state, param_shardings(model, mesh), mesh)
-    step = make_stage1_step(
+    step = make_distillation_step(
         model,
         teacher,
+        Stage1(UniformCorruption(config.vocab_size), TemperatureSchedule()),
         optimizer,
-        UniformCorruption(config.vocab_size),
-        TemperatureSchedule(),
-        Stage1Config(),
-        0.9,
-        0,
+        ar_weight=0.1,
+        ema_decay=0.9,
+        seed=0,
     )
     state, metrics = jax.jit(step, out_shardings=(shardings, None))(
         jax.device_put(state, shardings),
-        jax.device_put(teacher_params, param_shardings(teacher, mesh)),
+        Constants(jax.device_put(teacher_params, param_shardings(teacher, mesh)), {}),
         jax.device_put(batch, batch_sharding(mesh, 4)),
     )
     return state, metrics

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 class ToyConfig:
     vocab_size: int = 23
     canvas_length: int = 4
+    max_positions: int | None = None
 
 
 class ToyModel(nn.Module):

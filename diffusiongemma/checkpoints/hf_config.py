@@ -107,6 +107,7 @@ def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
         layer_types=kinds,
         sliding=_attention(text, kinds, SLIDING, model_type),
         full=_attention(text, kinds, FULL, model_type),
+        max_positions=text.get('max_position_embeddings'),
         moe=_moe(text, model_type),
         per_layer=_per_layer(text, model_type),
         **_kv_sharing(text),

@@ -22,6 +22,7 @@ BUILTIN = {
     'builtin-teacher': ASSETS / 'teacher',
 }
 EXPORT_DIR = 'model'  # in a workdir: the model that the run exports
+BASE_DIR = 'base'  # in a workdir: the model whose parameters the run leaves as they are
 
 
 def load_model(path: str | Path, dtype: Any = jnp.float32) -> tuple[Gemma, dict, Tokenizer | None]:
@@ -74,6 +75,8 @@ def _load_run(workdir: Path, dtype: Any) -> tuple[Gemma, dict]:
             'finish its run, which exports a model.'
         )
     model = bundle.model_for(ModelConfig.from_dict(about['model']), dtype)
+    if bundle.is_bundle(workdir / BASE_DIR):
+        ema_params = bundle.load_bundle(workdir / BASE_DIR, dtype)[1] | ema_params
     bundle.check_params(model, flatten_dict(ema_params, sep='/'), f'{workdir}, step {step}')
     logging.info('%s: averaged parameters of step %d', workdir, step)
     return model, jax.tree.map(lambda leaf: leaf.astype(dtype), ema_params)

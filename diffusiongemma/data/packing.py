@@ -2,8 +2,9 @@
 
 A document is one tokenised example: its prompt, its response and the turn end that stops it.
 Several documents share a row. `segment_ids` tells them apart (1, 2, ... in order, 0 = empty),
-and each document's response is cut in canvases of its own. Nothing is ever cut short: a document
-that fits no row is dropped whole, and counted.
+and each document's response is cut in canvases of its own, from its first token on or, for a share
+of the documents, from a random one. Nothing is ever cut short: a document that fits no row is
+dropped whole, and counted.
 
 The keys of a batch, with B rows of length L, N canvases a row, C tokens a canvas:
 
@@ -52,14 +53,22 @@ class RowLayout:
       canvases_per_row: canvas slots in a row, N; 0 leaves the canvases out.
       canvas_length: tokens in a canvas, C.
       pad_id: what stands where there is no document.
+      random_offset_rate: share of the documents whose canvases start at a random token of the
+        response's first canvas (what is before it only serves as prefix). A decoder that
+        starts canvases where its last one was cut short needs such examples.
     """
 
     row_length: int
     canvases_per_row: int
     canvas_length: int
     pad_id: int = 0
+    random_offset_rate: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.random_offset_rate <= 1:
+            raise ValueError(
+                f'random_offset_rate must lie in [0, 1], got {self.random_offset_rate}.'
+            )
         if self.row_length < 1:
             raise ValueError(f'row_length must be >= 1, got {self.row_length}.')
         if self.canvases_per_row < 0:
@@ -114,16 +123,27 @@ def misfit(document: Document, layout: RowLayout) -> str | None:
     return None
 
 
-def document_features(document: Document, layout: RowLayout) -> Features:
-    """The document's share of a row: T tokens and their mask, n canvases and their starts."""
+def draw_offset(document: Document, layout: RowLayout, rng: np.random.Generator) -> int:
+    """Index in the response at which the document's canvases start; mostly or always 0."""
+    if rng.random() >= layout.random_offset_rate:
+        return 0
+    return int(rng.integers(min(layout.canvas_length, len(document.response))))
+
+
+def document_features(document: Document, layout: RowLayout, offset: int = 0) -> Features:
+    """The document's share of a row: T tokens and their mask, n canvases and their starts.
+
+    Canvases begin at token `offset` of the response.
+    """
     length = len(document.tokens)
     features = {
         'tokens': document.tokens,  # [T]
         'target_mask': np.arange(length) >= document.prompt_length,  # [T]
     }
     if layout.canvases_per_row:
-        canvases = cut_canvases(document.response, layout.canvas_length, layout.pad_id)
-        starts = document.prompt_length + layout.canvas_length * np.arange(len(canvases))
+        canvases = cut_canvases(document.response[offset:], layout.canvas_length, layout.pad_id)
+        first = document.prompt_length + offset
+        starts = first + layout.canvas_length * np.arange(len(canvases))
         features['canvas_tokens'] = canvases  # [n, C]
         features['canvas_starts'] = starts.astype(np.int32)  # [n]
     return features

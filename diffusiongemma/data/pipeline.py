@@ -40,12 +40,15 @@ class _Tokenize:
         # The last document of one epoch and the first of the next are up to 2 * size apart.
         self._limit = min(2 * size, _MAX_CONSECUTIVE_DROPS)
 
-    def __call__(self, example: Mapping[str, Any]) -> packing.Features | None:
+    def __call__(
+        self, example: Mapping[str, Any], rng: np.random.Generator
+    ) -> packing.Features | None:
         document = packing.tokenize(example, self._tokenizer)
         reason = packing.misfit(document, self._layout)
         if reason is None:
             self._consecutive = 0
-            return packing.document_features(document, self._layout)
+            offset = packing.draw_offset(document, self._layout, rng)
+            return packing.document_features(document, self._layout, offset)
         self._dropped.add(reason)
         self._consecutive += 1
         if self._consecutive >= self._limit:
@@ -140,6 +143,7 @@ def make_train_iterator(
     canvases_per_row: int,
     canvas_length: int,
     seed: int,
+    random_offset_rate: float = 0.0,
     weights: Sequence[float] | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -156,7 +160,8 @@ def make_train_iterator(
       row_length: tokens of a row; longer documents are dropped with a warning.
       canvases_per_row: canvas slots of a row; 0 leaves the canvas keys out.
       canvas_length: tokens of a canvas.
-      seed: of the shuffles, in [0, 2**32).
+      seed: of the shuffles and the offsets, in [0, 2**32).
+      random_offset_rate: see `packing.RowLayout`.
       weights: share of each source, in documents; by default each spec's own weight, 1 for a
         source that came without a spec.
       process_index: which shard is read; each epoch's shards are disjoint.
@@ -176,7 +181,9 @@ def make_train_iterator(
         raise ValueError(f'process_index must be in [0, {process_count}), got {process_index}.')
     if not 0 <= seed < 2**32:
         raise ValueError(f'seed must be in [0, 2**32), got {seed}.')
-    layout = packing.RowLayout(row_length, canvases_per_row, canvas_length, tokenizer.pad_id)
+    layout = packing.RowLayout(
+        row_length, canvases_per_row, canvas_length, tokenizer.pad_id, random_offset_rate
+    )
     listed = _listed(sources)
     shares = _weights(listed, weights)
     parts, described = [], []
@@ -191,7 +198,7 @@ def make_train_iterator(
         part = grain.MapDataset.source(source).shuffle(seed=_source_seed(seed, index))
         part = part[process_index::process_count]
         tokenize = _Tokenize(name, len(part), tokenizer, layout)
-        parts.append(part.repeat().map(tokenize))
+        parts.append(part.repeat().random_map(tokenize, seed=_source_seed(seed, index)))
         identity = getattr(source, 'fingerprint', name)
         described.append({'name': identity, 'size': len(source), 'weight': shares[index]})
     examples = grain.MapDataset.mix(parts, shares) if len(parts) > 1 else parts[0]
@@ -211,6 +218,7 @@ def make_train_iterator(
         'row_length': row_length,
         'canvases_per_row': canvases_per_row,
         'canvas_length': canvas_length,
+        'random_offset_rate': random_offset_rate,
         'seed': seed,
         'process': [process_index, process_count],
         'packing_bins': packing_bins,

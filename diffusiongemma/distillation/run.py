@@ -1,4 +1,4 @@
-"""A distillation run from teacher to evaluated student: targets, stage 1, evaluation."""
+"""A distillation run from teacher to evaluated student: targets, both stages, evaluation."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
-from diffusiongemma.checkpoints.load import EXPORT_DIR, load_model
+from diffusiongemma.checkpoints.load import BASE_DIR, EXPORT_DIR, load_model
 from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
 from diffusiongemma.data.pipeline import eval_examples, make_train_iterator
 from diffusiongemma.data.sources import DataSpec
@@ -20,16 +20,19 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.diffusion.corruption import Corruption, MaskedCorruption, UniformCorruption
 from diffusiongemma.distillation.loop import LoopConfig, fit, start_or_resume
 from diffusiongemma.distillation.reporting import read_metrics
-from diffusiongemma.distillation.stage1 import (
-    Stage1Config,
-    make_stage1_step,
-    student_params_from_teacher,
-)
+from diffusiongemma.distillation.stage1 import Stage1
+from diffusiongemma.distillation.stage2 import Stage2
 from diffusiongemma.distillation.state import (
     OptimizerConfig,
     TrainState,
     create_state,
     make_optimizer,
+)
+from diffusiongemma.distillation.step import Constants, Objective, make_distillation_step
+from diffusiongemma.distillation.student import (
+    frozen_params,
+    student_params_from_teacher,
+    trained_params,
 )
 from diffusiongemma.distillation.targets import TargetsConfig, write_targets
 from diffusiongemma.evaluation.compare import Comparison, EvalConfig, compare
@@ -40,8 +43,8 @@ from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
 CONFIG_KEYS = (
-    'seed', 'dtype', 'mesh', 'teacher', 'canvas_length', 'targets', 'data', 'corruption',
-    'stage1', 'optimizer', 'train', 'sampling', 'eval',
+    'seed', 'dtype', 'mesh', 'teacher', 'init', 'canvas_length', 'separate_denoiser', 'targets',
+    'data', 'corruption', 'ar_weight', 'stage1', 'stage2', 'optimizer', 'train', 'sampling', 'eval',
 )  # fmt: skip
 
 
@@ -53,11 +56,13 @@ class BatchConfig:
       batch_size: rows, over all processes.
       row_length: tokens of a row.
       canvases_per_row: canvas slots of a row.
+      random_offset_rate: share of the documents whose canvases start inside the response.
     """
 
     batch_size: int
     row_length: int
     canvases_per_row: int
+    random_offset_rate: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +96,7 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
     save_bundle(
         workdir / EXPORT_DIR,
         student_model.config,
-        state.ema_params,
+        frozen_params(student_model.config, teacher.params) | state.ema_params,
         teacher.tokenizer,
         dtype='bfloat16',
         about={'teacher': str(config.teacher), 'steps': int(state.step), 'seed': config.seed},
@@ -116,25 +121,48 @@ def corruption_process(name: str, tokenizer: Tokenizer) -> Corruption:
     raise ValueError(f"config.corruption must be 'uniform' or 'masked', got {name!r}.")
 
 
+def objectives(config: ConfigDict, tokenizer: Tokenizer) -> list[tuple[Objective, int]]:
+    """The objectives of the run in their order, each with the step at which it ends."""
+    corruption = corruption_process(config.corruption, tokenizer)
+    sampling = sampling_config(config, tokenizer)
+    shared = {'corruption': corruption, 'schedule': sampling.schedule}
+    stage2 = config.stage2.to_dict()
+    first_step, last_step = stage2.pop('first_step'), config.train.num_steps
+    stages = [
+        (run_config.build(Stage1, shared | config.stage1.to_dict(), 'stage1'), first_step),
+        (
+            run_config.build(
+                Stage2, shared | {'acceptance': sampling.acceptance_rule} | stage2, 'stage2'
+            ),
+            last_step,
+        ),
+    ]
+    return [(objective, min(end, last_step)) for objective, end in stages]
+
+
 def train_student(
     config: ConfigDict, teacher: Teacher, targets: DataSpec, workdir: Path
 ) -> tuple[DiffusionGemma, TrainState]:
-    """Stage 1: from the teacher's weights to a student, over `config.train.num_steps`."""
+    """From the teacher's weights to a student: stage 1, then stage 2."""
     loop = run_config.build(LoopConfig, config.train, 'train')
     optimizer_config = run_config.build(OptimizerConfig, config.optimizer, 'optimizer')
     optimizer = make_optimizer(optimizer_config, loop.num_steps)
     shape = run_config.build(BatchConfig, config.data, 'data')
-    sampling = sampling_config(config, teacher.tokenizer)
+    stages = objectives(config, teacher.tokenizer)
     model = DiffusionGemma(
-        teacher.model.config.replace(canvas_length=config.canvas_length), teacher.model.dtype
+        teacher.model.config.replace(
+            canvas_length=config.canvas_length, separate_denoiser=config.separate_denoiser
+        ),
+        teacher.model.dtype,
     )
     mesh = make_mesh(config.mesh)
-    teacher_shardings = param_shardings(teacher.model, mesh)
-    teacher_params = jax.device_put(teacher.params, teacher_shardings)
+    teacher_params = jax.device_put(teacher.params, param_shardings(teacher.model, mesh))
+    frozen = frozen_params(model.config, teacher_params)
+    constants = Constants(teacher=None if frozen else teacher_params, student=frozen)
 
     def init() -> TrainState:
-        fresh = init_params(model, jax.random.key(config.seed))
-        return create_state(student_params_from_teacher(fresh, teacher.params), optimizer)
+        params = initial_student(config, model, teacher)
+        return create_state(trained_params(model.config, params), optimizer)
 
     batches = make_train_iterator(
         targets,
@@ -144,36 +172,54 @@ def train_student(
         canvases_per_row=shape.canvases_per_row,
         canvas_length=config.canvas_length,
         seed=config.seed,
+        random_offset_rate=shape.random_offset_rate,
     )
     about = describe_model(model.config, teacher.tokenizer.content_hash)
     store = CheckpointStore(workdir, loop.max_to_keep, about)
-    state = start_or_resume(init, param_shardings(model, mesh), mesh, store, batches)
+    shardings = trained_params(model.config, param_shardings(model, mesh))
+    state = start_or_resume(init, shardings, mesh, store, batches)
     teacher.tokenizer.save(workdir / TOKENIZER_FILE)
-    train_step = jax.jit(
-        make_stage1_step(
+    if frozen:  # checkpoints hold the trained part only
+        save_bundle(workdir / BASE_DIR, teacher.model.config, teacher.params, teacher.tokenizer)
+    for objective, last_step in stages:
+        if int(state.step) >= last_step:
+            continue
+        step = make_distillation_step(
             model,
             teacher.model,
+            objective,
             optimizer,
-            corruption_process(config.corruption, teacher.tokenizer),
-            sampling.schedule,
-            run_config.build(Stage1Config, config.stage1, 'stage1'),
-            optimizer_config.ema_decay,
-            config.seed,
-        ),
-        donate_argnums=0,
-    )
-    state = fit(
-        lambda state, batch: train_step(state, teacher_params, batch),
-        state,
-        batches,
-        store,
-        loop,
-        workdir=workdir,
-        description='distill',
-        batch_sharding=batch_sharding(mesh, shape.batch_size),
-    )
+            ar_weight=config.ar_weight,
+            ema_decay=optimizer_config.ema_decay,
+            seed=config.seed,
+        )
+        step = jax.jit(step, donate_argnums=0)
+        state = fit(
+            lambda state, batch, step=step: step(state, constants, batch),
+            state,
+            batches,
+            store,
+            dataclasses.replace(loop, num_steps=last_step),
+            workdir=workdir,
+            description=type(objective).__name__.lower(),
+            batch_sharding=batch_sharding(mesh, shape.batch_size),
+        )
     store.close()
     return model, state
+
+
+def initial_student(config: ConfigDict, model: DiffusionGemma, teacher: Teacher) -> dict:
+    """The student's first parameters: the teacher's, or those of the student `config.init`."""
+    if not config.init:
+        fresh = init_params(model, jax.random.key(config.seed))
+        return student_params_from_teacher(fresh, teacher.params)
+    source, params, _ = load_model(config.init)
+    if source.config != model.config:
+        raise ValueError(
+            f'config.init: {config.init} is not the student that this config describes; it has '
+            f'{source.config}, the config asks for {model.config}.'
+        )
+    return params
 
 
 def sampling_config(config: ConfigDict, tokenizer: Tokenizer) -> SamplingConfig:

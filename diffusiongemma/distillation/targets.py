@@ -26,11 +26,14 @@ class TargetsConfig:
     """What the teacher answers.
 
     Attributes:
-      source: the prompts; their own responses are not used.
+      source: the prompts; their own responses are not used, unless `sequence_level` is off.
       batch_size: prompts answered at once.
       max_new_tokens: longest answer; a longer one is left out, never cut.
       temperature: 0 for greedy answers.
       prompt_multiple: prompts are padded to a multiple of this.
+      sequence_level: the student learns the teacher's answers. Off, for an ablation or where the
+        source's own responses are what the teacher would say: it learns those, and nothing is
+        written.
     """
 
     source: DataSpec
@@ -38,6 +41,7 @@ class TargetsConfig:
     max_new_tokens: int = 256
     temperature: float = 0.0
     prompt_multiple: int = 64
+    sequence_level: bool = True
 
     def __post_init__(self):
         if not isinstance(self.source, DataSpec):
@@ -76,6 +80,8 @@ def write_targets(
       ValueError: the directory holds targets that were made otherwise, or no answer ended
         within max_new_tokens.
     """
+    if not config.sequence_level:
+        return config.source
     directory.mkdir(parents=True, exist_ok=True)
     _check_made_alike(directory / 'made_from.json', _fingerprint(params, tokenizer, config, seed))
     complete = directory / 'targets.jsonl'

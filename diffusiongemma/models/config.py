@@ -126,6 +126,8 @@ class ModelConfig:
       layer_types: 'sliding' or 'full' for each layer, in order.
       sliding: attention of the sliding layers.
       full: attention of the full layers.
+      max_positions: longest sequence that the model is made for, prompt and response; None for
+        no limit.
       moe: routed experts in every layer, or None for a dense model.
       per_layer: per-layer embeddings, or None.
       num_kv_shared_layers: the last layers have no keys and values of their own; each attends
@@ -149,6 +151,7 @@ class ModelConfig:
     layer_types: tuple[str, ...]
     sliding: AttentionConfig
     full: AttentionConfig
+    max_positions: int | None = None
     moe: MoEConfig | None = None
     per_layer: PerLayerConfig | None = None
     num_kv_shared_layers: int = 0

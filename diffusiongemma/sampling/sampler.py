@@ -153,6 +153,7 @@ class Sampler:
             )
         if _is_known(tokens) and _is_known(lengths):
             check_prompts(np.asarray(tokens), np.asarray(lengths), self.model.config.vocab_size)
+            check_fits(np.asarray(lengths), self.config.max_new_tokens, self.model.config)
         return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
 
@@ -172,6 +173,21 @@ def check_prompts(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> N
         raise ValueError(
             f'Token {tokens[row, column]} in row {row}, column {column} is outside the '
             f"model's vocabulary of {vocab_size}. Was the prompt made with another tokenizer?"
+        )
+
+
+def check_fits(lengths: np.ndarray, max_new_tokens: int, config: Any) -> None:
+    """Raises ValueError when a prompt and its response may exceed the model's max_positions."""
+    limit = getattr(config, 'max_positions', None)
+    longest = int(lengths.max())
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f'The prompt in row {int(lengths.argmax())} has {longest} tokens; with '
+            f'max_new_tokens={max_new_tokens} that is more than the {limit} positions of the '
+            f'model. Shorten the prompt, or lower max_new_tokens to at most {limit - longest}.'
+            if longest < limit
+            else f'The prompt in row {int(lengths.argmax())} has {longest} tokens, but the model '
+            f'has {limit} positions for prompt and response. Shorten the prompt.'
         )
 
 

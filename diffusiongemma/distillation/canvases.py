@@ -1,0 +1,131 @@
+"""Noisy canvases of a packed batch: how they are drawn, denoised, and scored on each position."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.diffusion.corruption import Corruption, sample_noise_levels
+from diffusiongemma.distillation.losses import denoise_loss, masked_mean
+from diffusiongemma.models.cache import Prefix
+
+Batch = dict[str, jax.Array]
+
+
+class NoisyCanvases(NamedTuple):
+    """What one draw of the noise gives.
+
+    Attributes:
+      tokens: [B, N, C] int32 noisy canvases.
+      corrupted: [B, N, C] bool.
+      noise_level: [B, N] float32.
+    """
+
+    tokens: jax.Array
+    corrupted: jax.Array
+    noise_level: jax.Array
+
+
+def draw_noise(
+    key: jax.Array,
+    canvases: jax.Array,
+    corruption: Corruption,
+    *,
+    min_noise_level: float,
+    all_noise_rate: float = 0.0,
+) -> NoisyCanvases:
+    """Noises clean canvases [B, N, C], each at a level t of its own.
+
+    Args:
+      key: PRNG key.
+      canvases: clean tokens.
+      corruption: the forward process.
+      min_noise_level: t ~ U(min_noise_level, 1), evenly spread over the batch.
+      all_noise_rate: probability that a canvas is all noise (t = 1) instead, as where the
+        sampler starts.
+    """
+    level_key, all_key, noise_key = jax.random.split(key, 3)
+    noise_level = sample_noise_levels(level_key, canvases.shape[:2], min_noise_level)
+    all_noise = jax.random.bernoulli(all_key, all_noise_rate, noise_level.shape)
+    noise_level = jnp.where(all_noise, 1.0, noise_level)
+    noisy, corrupted = corruption.corrupt(noise_key, canvases, noise_level[..., None])
+    return NoisyCanvases(noisy, corrupted, noise_level)
+
+
+def denoise(
+    model: nn.Module,
+    params: dict,
+    batch: Batch,
+    prefix: Prefix,
+    noisy: jax.Array,
+    soft_embeddings: jax.Array | None = None,
+) -> jax.Array:
+    """Denoise logits [B, N, C, V] of noisy canvases [B, N, C] at the places of the batch's."""
+    starts, segment_ids = batch['canvas_starts'], batch['canvas_segment_ids']
+    return model.apply(
+        {'params': params}, noisy, starts, segment_ids, prefix, soft_embeddings, method='denoise'
+    )
+
+
+def canvas_teacher_logits(teacher_logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Teacher conditionals p_T(x_i | x_<i, c) for every canvas position.
+
+    Args:
+      teacher_logits: [B, L, V] causal logits on the clean row.
+      batch: a packed batch.
+
+    Returns:
+      Logits [B, N, C, V], and [B, N, C] bool: the position is a token of the document.
+      Elsewhere (padding after the end, unused slots) the logits mean nothing.
+    """
+    canvas_length = batch['canvas_tokens'].shape[-1]
+    index = batch['canvas_offsets'][..., None] + jnp.arange(canvas_length)  # [B, N, C]
+    row_length = batch['tokens'].shape[1]
+    clipped = jnp.clip(index, 1, row_length - 1)
+    rows = jnp.arange(index.shape[0])[:, None, None]
+    same_document = batch['segment_ids'][rows, clipped] == batch['canvas_segment_ids'][..., None]
+    used = (batch['canvas_segment_ids'] > 0)[..., None]
+    return teacher_logits[rows, clipped - 1], same_document & used & (index < row_length)
+
+
+def used_positions(batch: Batch) -> jax.Array:
+    """[B, N, C] bool, positions of canvases that hold a document's tokens or its padding."""
+    used = (batch['canvas_segment_ids'] > 0)[..., None]
+    return jnp.broadcast_to(used, batch['canvas_tokens'].shape)
+
+
+def mixed_loss(
+    logits: jax.Array,
+    batch: Batch,
+    teacher_logits: jax.Array,
+    noisy: NoisyCanvases,
+    kd_weight: float,
+) -> jax.Array:
+    """Mean of (1 - w) CE(x | q_S) + w KL(p_T || q_S) over the used positions.
+
+    w = kd_weight * t on corrupted positions of the document, 0 on kept ones and on padding: at
+    t = 1 the teacher's conditional has the hard label's expectation with less variance; as t
+    falls the right context carries evidence that the causal teacher does not have.
+
+    Args:
+      logits: [B, N, C, V] denoiser logits.
+      batch: a packed batch.
+      teacher_logits: [B, L, V] causal logits on the clean rows.
+      noisy: the canvases that were denoised.
+      kd_weight: share of the KL at t = 1.
+
+    Returns:
+      [] float32, nats per token.
+    """
+    targets, has_target = canvas_teacher_logits(teacher_logits, batch)
+    weight = kd_weight * noisy.noise_level[..., None]
+    weight = jnp.where(noisy.corrupted & has_target, weight, 0.0)
+    per_token = denoise_loss(logits, batch['canvas_tokens'], targets, weight)
+    return masked_mean(per_token, used_positions(batch))
+
+
+def argmax_accuracy(logits: jax.Array, batch: Batch, mask: jax.Array) -> jax.Array:
+    """Share of the positions [B, N, C] in `mask` whose most likely token is the clean one."""
+    hits = jnp.argmax(logits, axis=-1) == batch['canvas_tokens']
+    return masked_mean(hits.astype(jnp.float32), mask & used_positions(batch))

@@ -1,0 +1,136 @@
+"""The distillation step: batch -> encode -> objective -> gradients -> update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffusiongemma.distillation.losses import next_token_kl
+from diffusiongemma.distillation.state import TrainState, apply_gradients
+from diffusiongemma.models.cache import Prefix
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Objective(Protocol):
+    """What the denoise pass is trained on."""
+
+    def loss(
+        self,
+        model: nn.Module,
+        params: dict,
+        key: jax.Array,
+        batch: Batch,
+        prefix: Prefix,
+        teacher_logits: jax.Array,
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss of the denoise pass on one batch.
+
+        Args:
+          model: a DiffusionGemma.
+          params: all its parameters.
+          key: of the noise.
+          batch: a packed batch (`data.packing`).
+          prefix: the clean rows, encoded.
+          teacher_logits: [B, L, V] causal logits of the teacher on the clean rows.
+
+        Returns:
+          The loss [] in nats per token, and metrics.
+        """
+        ...
+
+
+class Constants(NamedTuple):
+    """Parameters that a step reads and never changes.
+
+    Attributes:
+      teacher: the AR teacher's, or None where the student's own encode pass is frozen: it
+        then is the teacher, and one causal pass serves both.
+      student: the frozen part of the student's (`student.frozen_params`).
+    """
+
+    teacher: dict | None
+    student: dict
+
+
+def causal_pass(model: nn.Module, params: dict, batch: Batch) -> tuple[jax.Array, Prefix]:
+    """Causal logits [B, L, V] of the clean rows, and the rows as a prefix for canvases."""
+    variables = {'params': params}
+    positions, segment_ids = batch['positions'], batch['segment_ids']
+    hidden, kv = model.apply(variables, batch['tokens'], positions, segment_ids, method='encode')
+    logits = model.apply(variables, hidden, method='unembed')
+    return logits, Prefix(kv, positions, segment_ids)
+
+
+def distillation_loss(
+    model: nn.Module,
+    teacher: nn.Module,
+    objective: Objective,
+    ar_weight: float,
+    params: dict,
+    constants: Constants,
+    key: jax.Array,
+    batch: Batch,
+) -> tuple[jax.Array, Metrics]:
+    """The objective plus ar_weight * KL(p_T || a_S), which keeps the encode pass at the teacher.
+
+    Args:
+      model: a DiffusionGemma.
+      teacher: the AR Gemma.
+      objective: of the denoise pass.
+      ar_weight: weight of the causal KL.
+      params: the trained part of the student's parameters.
+      constants: the rest, and the teacher's.
+      key: of the noise.
+      batch: a packed batch.
+
+    Returns:
+      The loss [] and metrics.
+    """
+    params = constants.student | params
+    ar_logits, prefix = causal_pass(model, params, batch)
+    if constants.teacher is None:
+        teacher_logits, ar_kl = jax.lax.stop_gradient(ar_logits), jnp.zeros(())
+    else:
+        teacher_logits, _ = causal_pass(teacher, constants.teacher, batch)
+        ar_kl = next_token_kl(teacher_logits, ar_logits, batch['target_mask'])
+    denoise, metrics = objective.loss(model, params, key, batch, prefix, teacher_logits)
+    loss = denoise + ar_weight * ar_kl
+    return loss, {'loss': loss, 'loss/denoise': denoise, 'loss/encode': ar_kl} | metrics
+
+
+def make_distillation_step(
+    model: nn.Module,
+    teacher: nn.Module,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    ar_weight: float,
+    ema_decay: float,
+    seed: int,
+) -> Callable[[TrainState, Constants, Batch], tuple[TrainState, Metrics]]:
+    """The train step: (state, constants, batch) -> (state, metrics).
+
+    The noise of a step depends on `seed` and the step alone, so that a resumed run draws
+    what an uninterrupted one would have drawn.
+    """
+
+    def train_step(
+        state: TrainState, constants: Constants, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
+            return distillation_loss(
+                model, teacher, objective, ar_weight, params, constants, key, batch
+            )
+
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+        metrics['gradient_norm'] = optax.global_norm(grads)
+        return apply_gradients(state, grads, optimizer, ema_decay), metrics
+
+    return train_step

@@ -1,0 +1,231 @@
+"""The distillation objectives: exact values, gradients, and the start from the teacher."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma.diffusion import MaskedCorruption, UniformCorruption, sample_noise_levels
+from diffusiongemma.distillation.canvases import canvas_teacher_logits, denoise, draw_noise
+from diffusiongemma.distillation.losses import cross_entropy, denoise_loss, kl_divergence
+from diffusiongemma.distillation.stage1 import Stage1
+from diffusiongemma.distillation.stage2 import Stage2
+from diffusiongemma.distillation.step import Constants, causal_pass, distillation_loss
+from diffusiongemma.distillation.student import (
+    frozen_params,
+    student_params_from_teacher,
+    trained_params,
+)
+from diffusiongemma.models import DiffusionGemma, Gemma
+from diffusiongemma.models import init_params as init_params_eagerly
+from diffusiongemma.sampling import EntropyBound, TemperatureSchedule
+
+init_params = jax.jit(init_params_eagerly, static_argnums=0)
+
+
+def test_losses_have_their_enumerated_values():
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.25]))
+    target = jnp.log(jnp.array([0.25, 0.5, 0.25]))
+    np.testing.assert_allclose(cross_entropy(logits, jnp.array(1)), np.log(4), rtol=1e-6)
+    expected = 0.25 * np.log(0.5) + 0.5 * np.log(2)
+    np.testing.assert_allclose(kl_divergence(target, logits), expected, rtol=1e-5)
+    mixed = denoise_loss(logits, jnp.array(1), target, jnp.array(0.25))
+    np.testing.assert_allclose(mixed, 0.75 * np.log(4) + 0.25 * expected, rtol=1e-5)
+
+
+def test_noise_levels_are_spread_evenly_over_the_batch():
+    levels = np.sort(np.ravel(sample_noise_levels(jax.random.key(0), (4, 8), 0.0)))
+    np.testing.assert_allclose(np.diff(levels), 1 / 32, atol=1e-5)
+
+
+@pytest.mark.parametrize('process', [UniformCorruption(11), MaskedCorruption(4)])
+def test_corruption_keeps_what_it_does_not_mark(process):
+    tokens = jax.random.randint(jax.random.key(0), (64, 16), 0, 11)
+    level = jnp.linspace(0, 1, 64)[:, None]
+    noisy, corrupted = process.corrupt(jax.random.key(1), tokens, level)
+    np.testing.assert_array_equal(noisy[~corrupted], tokens[~corrupted])
+    assert not corrupted[0].any() and corrupted[-1].all()
+    assert 0.4 < float(corrupted.mean()) < 0.6
+
+
+@pytest.fixture
+def batch():
+    """One row: a document of 4 prompt and 6 response tokens, in canvases of 4."""
+    tokens = jnp.array([[5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 0, 0]])
+    return {
+        'tokens': tokens,
+        'segment_ids': jnp.array([[1] * 10 + [0] * 2]),
+        'positions': jnp.array([[*range(10), 0, 0]]),
+        'target_mask': jnp.array([[False] * 4 + [True] * 6 + [False] * 2]),
+        'canvas_tokens': jnp.array([[[11, 12, 13, 14], [15, 16, 0, 0], [0, 0, 0, 0]]]),
+        'canvas_segment_ids': jnp.array([[1, 1, 0]]),
+        'canvas_starts': jnp.array([[4, 8, 0]]),
+        'canvas_offsets': jnp.array([[4, 8, 0]]),
+    }
+
+
+def test_teacher_logits_of_a_canvas_are_those_that_predict_its_tokens(batch):
+    logits = jnp.arange(12.0)[None, :, None]  # the row index stands for the logits
+    found, has_target = canvas_teacher_logits(logits, batch)
+    np.testing.assert_array_equal(found[0, 0, :, 0], [3, 4, 5, 6])
+    np.testing.assert_array_equal(found[0, 1, :2, 0], [7, 8])
+    np.testing.assert_array_equal(has_target[0, 0], [True] * 4)
+    np.testing.assert_array_equal(has_target[0, 1], [True, True, False, False])
+    assert not has_target[0, 2].any()
+
+
+def objective(name, config, **settings):
+    shared = {
+        'corruption': UniformCorruption(config.vocab_size),
+        'schedule': TemperatureSchedule(),
+    }
+    if name == 'stage1':
+        return Stage1(**shared, **settings)
+    return Stage2(**shared, acceptance=EntropyBound(1.0), **settings)
+
+
+def loss_of(model, params, batch, name='stage1', teacher_params=None, **settings):
+    """The loss with a teacher of its own, or with the student's frozen encode pass as teacher."""
+    teacher = Gemma(model.config.autoregressive)
+    constants = Constants(teacher_params, {})
+    if model.config.separate_denoiser:
+        constants = Constants(None, frozen_params(model.config, teacher_params))
+    return distillation_loss(
+        model,
+        teacher,
+        objective(name, model.config, **settings),
+        0.1,
+        params,
+        constants,
+        jax.random.key(0),
+        batch,
+    )
+
+
+@pytest.fixture(params=['stage1', 'stage2'])
+def stage(request):
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=['shared', 'separate'])
+def student(request, tiny_config):
+    """A student off its teacher, its trained parameters, and its teacher's."""
+    model = DiffusionGemma(tiny_config.replace(separate_denoiser=request.param))
+    teacher_params = init_params(Gemma(tiny_config.autoregressive), jax.random.key(3))
+    params = trained_params(model.config, init_params(model, jax.random.key(0)))
+    return model, params, teacher_params
+
+
+def test_unused_canvas_slots_do_not_count(student, batch, stage):
+    model, params, teacher_params = student
+    changed = batch | {'canvas_tokens': batch['canvas_tokens'].at[0, 2].set(7)}
+    loss = jax.jit(lambda b: loss_of(model, params, b, stage, teacher_params)[0])
+    np.testing.assert_allclose(loss(batch), loss(changed), rtol=1e-6)
+
+
+def test_the_loss_reaches_every_trained_parameter(student, batch, stage):
+    model, params, teacher_params = student
+    settings = {'self_conditioning_rate': 1.0} if stage == 'stage1' else {}
+    grads = jax.jit(
+        jax.grad(lambda p: loss_of(model, p, batch, stage, teacher_params, **settings)[0])
+    )(params)
+    flat, _ = jax.tree_util.tree_flatten_with_path(grads)
+    # The self-conditioning starts at a zero output: only its last matrix moves at first.
+    still = {
+        jax.tree_util.keystr(path) for path, leaf in flat if float(jnp.max(jnp.abs(leaf))) == 0
+    }
+    assert all('self_conditioning' in name and 'down' not in name for name in still), still
+
+
+def test_stage_2_in_one_step_is_stage_1_without_self_conditioning(student, batch):
+    model, params, teacher_params = student
+    one_step = {'num_steps': 1, 'all_noise_rate': 0.0}
+
+    @jax.jit
+    def losses(params):
+        first = loss_of(model, params, batch, 'stage1', teacher_params, self_conditioning_rate=0.0)
+        return first[0], loss_of(model, params, batch, 'stage2', teacher_params, **one_step)[0]
+
+    np.testing.assert_allclose(*losses(params), rtol=1e-6)
+
+
+def test_no_gradient_flows_from_one_step_to_the_next(student, batch):
+    model, params, teacher_params = student
+    full = frozen_params(model.config, teacher_params) | params
+    logits = jax.random.normal(jax.random.key(4), (1, 3, 4, model.config.vocab_size))
+
+    def what_is_fed_back(params, logits):
+        stage2 = objective('stage2', model.config)
+        canvas, soft = stage2.advance(model, params, jax.random.key(5), logits, jnp.ones((1, 3)))
+        return jnp.sum(soft) + jnp.sum(canvas)
+
+    grads = jax.jit(jax.grad(what_is_fed_back, argnums=(0, 1)))(full, logits)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+def test_the_next_canvas_of_stage_2_keeps_what_is_accepted_and_renoises_the_rest(tiny_config):
+    model = DiffusionGemma(tiny_config)
+    params = init_params(model, jax.random.key(0))
+    sure = 40.0 * jax.nn.one_hot(jnp.array([3, 9, 9, 3]), tiny_config.vocab_size)
+    logits = sure * jnp.array([1.0, 0.0, 1.0, 0.0])[:, None]  # sure of the first and the third
+    stage2 = objective('stage2', tiny_config)
+    keys = jax.random.split(jax.random.key(0), 64)
+    canvas, _ = jax.vmap(
+        lambda key: stage2.advance(model, params, key, logits[None, None], jnp.ones((1, 1)))
+    )(keys)
+    canvas = canvas[:, 0, 0]
+    np.testing.assert_array_equal(canvas[:, [0, 2]], [[3, 9]] * 64)
+    # Of the two that nothing is known about, the bound lets the first one pass: its argmax.
+    assert len(np.unique(canvas[:, 1])) == 1 and len(np.unique(canvas[:, 3])) > 16
+
+
+def test_the_certainty_term_is_the_entropy_where_the_argmax_is_right(tiny_config, batch):
+    model = DiffusionGemma(tiny_config)
+    params = init_params(model, jax.random.key(0))
+    teacher_params = init_params(Gemma(tiny_config.autoregressive), jax.random.key(3))
+    one_step = {'num_steps': 1, 'all_noise_rate': 1.0}
+
+    # The canvases are all noise, whatever the clean tokens: so half of these can be right.
+    key = jax.random.split(jax.random.key(0))[0]
+    noisy = draw_noise(
+        key,
+        batch['canvas_tokens'],
+        UniformCorruption(tiny_config.vocab_size),
+        min_noise_level=1e-3,
+        all_noise_rate=1.0,
+    )
+    _, prefix = causal_pass(model, params, batch)
+    logits = denoise(model, params, batch, prefix, noisy.tokens)
+    right = jnp.zeros((1, 3, 4), bool).at[0, 0].set(True).at[0, 1, 1].set(True)
+    best = jnp.argmax(logits, axis=-1)
+    batch = batch | {'canvas_tokens': jnp.where(right, best, (best + 1) % tiny_config.vocab_size)}
+
+    def loss(weight):
+        settings = one_step | {'certainty_weight': weight}
+        return jax.jit(lambda p: loss_of(model, p, batch, 'stage2', teacher_params, **settings)[0])(
+            params
+        )
+
+    log_probs = jax.nn.log_softmax(logits)
+    entropies = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+    expected = jnp.sum(entropies * right) / jnp.sum(right)
+    np.testing.assert_allclose(loss(2.0) - loss(1.0), expected, rtol=1e-4)
+
+
+def test_a_fresh_student_encodes_exactly_as_its_teacher(tiny_config):
+    teacher = Gemma(tiny_config.replace(canvas_length=0))
+    student = DiffusionGemma(tiny_config)
+    teacher_params = init_params(teacher, jax.random.key(3))
+    params = student_params_from_teacher(init_params(student, jax.random.key(0)), teacher_params)
+    tokens = jnp.arange(8)[None]
+    args = (tokens, tokens, jnp.ones_like(tokens))
+    ours, _ = student.apply({'params': params}, *args, method='encode')
+    theirs, _ = teacher.apply({'params': teacher_params}, *args, method='encode')
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_teacher_of_another_shape_is_refused_by_name(tiny_config):
+    teacher = Gemma(tiny_config.replace(canvas_length=0, ffn_width=40))
+    student_params = init_params(DiffusionGemma(tiny_config), jax.random.key(0))
+    with pytest.raises(ValueError, match='mlp.*40'):
+        student_params_from_teacher(student_params, init_params(teacher, jax.random.key(0)))
