@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffusiongemma.checkpoints.load import load_model
-from diffusiongemma.distillation.stage1 import student_params_from_teacher
+from diffusiongemma.distillation.student import student_params_from_teacher
 from diffusiongemma.models import (
     PRESETS,
     DiffusionGemma,
