@@ -17,7 +17,12 @@ os.environ['XLA_FLAGS'] = (
 
 import pytest  # noqa: E402
 
-from diffusiongemma.models import AttentionConfig, ModelConfig, MoEConfig  # noqa: E402
+from diffusiongemma.models import (  # noqa: E402
+    AttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    PerLayerConfig,
+)
 
 
 @pytest.fixture
@@ -41,3 +46,33 @@ def tiny_config() -> ModelConfig:
 def tiny_moe_config(tiny_config) -> ModelConfig:
     """The same with routed experts."""
     return tiny_config.replace(moe=MoEConfig(num_experts=4, top_k=2, expert_width=16))
+
+
+@pytest.fixture
+def tiny_gemma3_config(tiny_config) -> ModelConfig:
+    """The differences of Gemma 3: (1 + w) norms, scaled queries and positions, no value norm."""
+    attention = {'num_kv_heads': 1, 'head_dim': 8}
+    return tiny_config.replace(
+        sliding=AttentionConfig(**attention, window=5),
+        full=AttentionConfig(**attention, rope_theta=1e6, rope_scale=8.0),
+        query_scale=8**-0.5,
+        value_norm=False,
+        layer_scalar=False,
+        norm_scale_offset=1.0,
+        final_logit_softcap=None,
+    )
+
+
+@pytest.fixture
+def tiny_e2b_config(tiny_config) -> ModelConfig:
+    """The differences of E2B: per-layer embeddings, and shared keys and values with a wide MLP.
+
+    Both stacks have a scanned pattern and a tail, and a source of keys and values in each.
+    """
+    return tiny_config.replace(
+        layer_types=('sliding', 'full', 'sliding', 'sliding', 'full', 'sliding'),
+        full=AttentionConfig(num_kv_heads=1, head_dim=16, rope_theta=1e6, rope_fraction=0.25),
+        per_layer=PerLayerConfig(width=6, vocab_size=37),
+        num_kv_shared_layers=3,
+        kv_shared_ffn_width=96,
+    )

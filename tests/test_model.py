@@ -9,16 +9,27 @@ import pytest
 
 from diffusiongemma.models import DiffusionGemma, KVCache, Prefix, init_params
 
+FAMILIES = ['tiny_config', 'tiny_moe_config', 'tiny_gemma3_config', 'tiny_e2b_config']
 
-@pytest.fixture(params=['tiny_config', 'tiny_moe_config'])
+
+def random_params(model, seed=0):
+    """Parameters with every norm, scalar and output away from its initial value; not compiled."""
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, shape):
+        noise = 0.2 * rng.standard_normal(shape.shape, np.float32)
+        if path[-1].key == 'scale':
+            return 0.6 - model.config.norm_scale_offset + noise  # 0.6: no saturated softmax
+        return 1 + noise if path[-1].key.endswith(('_scalar', '_scale')) else noise
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(params=FAMILIES)
 def model_and_params(request):
     model = DiffusionGemma(request.getfixturevalue(request.param))
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
-    noise = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
-    # Off the trivial initial values, the zero output of the self-conditioning among them.
-    leaves, structure = jax.tree.flatten(params)
-    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, noise, strict=True)]
-    return model, jax.tree.unflatten(structure, leaves)
+    return model, random_params(model)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'method'))
@@ -128,3 +139,25 @@ def test_a_canvas_sees_all_of_itself_and_its_self_conditioning(model_and_params)
     soft = apply(model, params, base, method='soft_embed')
     assert jnp.max(jnp.abs(base - logits(canvas, soft))) > 1e-4
     np.testing.assert_allclose(base, logits(canvas, jnp.zeros_like(soft)), atol=1e-6)
+
+
+def test_a_canvas_of_one_token_is_a_causal_step_where_embeddings_are_normed(model_and_params):
+    """Then only the scalars differ: prefix, window, shared K/V, per-layer embeddings are alike."""
+    model, params = model_and_params
+    embedding = params['embedder']['embedding']
+    normed = embedding / np.linalg.norm(embedding, axis=-1, keepdims=True)
+
+    def with_equal_scalars(path, leaf):
+        if path[-1].key == 'embedding' and path[0].key == 'embedder':
+            return normed
+        return np.ones_like(leaf) if path[-1].key.endswith('_scalar') else leaf
+
+    params = jax.tree_util.tree_map_with_path(with_equal_scalars, params)
+    tokens = tokens_of(model, 2, 2, 9)
+    hidden, kv = encode(model, params, tokens)
+    prefix = Prefix(kv, jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones_like(tokens))
+    ones = jnp.ones((2, 1), jnp.int32)
+    args = (tokens[:, None, -1:], 8 * ones, ones, prefix)
+    logits = apply(model, params, *args, method='denoise')[:, 0, 0]
+    causal = apply(model, params, hidden[:, -1], method='unembed')
+    np.testing.assert_allclose(logits, causal, atol=1e-4)

@@ -1,6 +1,7 @@
 """Reading the published format: files, index, config and the mapping to parameters."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from diffusiongemma.checkpoints.hf_config import model_config_from_hf, read_hf_config
 from diffusiongemma.checkpoints.hf_import import load_hf
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
-from diffusiongemma.models import DiffusionGemma, Gemma
+from diffusiongemma.models import PRESETS, DiffusionGemma, Gemma
 
 HELDOUT = Path(__file__).parent / 'data' / 'tiny_heldout'
 INDEX = 'model.safetensors.index.json'
@@ -113,6 +114,37 @@ def test_tied_copies_of_the_decoder_are_left_out(tmp_path, tensors, params):
         DOWN_PROJ.replace('decoder', 'encoder.language_model'): tensors[DOWN_PROJ],
     }
     assert_trees_equal(load_hf(write(tmp_path, tensors | copies), jnp.float32)[1], params)
+
+
+def test_what_is_left_out_is_logged_by_part(tmp_path, caplog):
+    shutil.copytree(HELDOUT.parent / 'tiny_gemma3_scaled', tmp_path, dirs_exist_ok=True)
+    with caplog.at_level('INFO', logger='absl'):
+        config = load_hf(tmp_path, jnp.float32)[0].config
+    assert config.full.rope_scale == 8.0 and config.sliding.rope_scale == 1.0
+    assert re.search(r'left out.*: multi_modal_projector \(2\), vision_tower \(\d\d\)', caplog.text)
+
+
+def test_keys_and_values_that_a_file_still_has_for_sharing_layers_are_left_out(tmp_path, caplog):
+    source = HELDOUT.parent / 'tiny_gemma4_e2b'
+    _, expected = load_hf(source, jnp.float32)
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / 'model.safetensors')
+    tensors |= {
+        name.replace('.4.', '.6.'): value
+        for name, value in tensors.items()
+        if re.search(r'\.4\.self_attn\.[kv]_', name)
+    }
+    save_file(tensors, tmp_path / 'model.safetensors')
+    with caplog.at_level('INFO', logger='absl'):
+        assert_trees_equal(load_hf(tmp_path, jnp.float32)[1], expected)
+    assert 'keys and values of layers that share those of an earlier one (3)' in caplog.text
+
+
+def test_keys_of_a_layer_that_does_not_exist_are_unknown(tmp_path, tensors):
+    name = 'model.decoder.layers.1.self_attn.k_proj.weight'
+    more = {name.replace('.1.', '.4.'): tensors[name]}
+    with pytest.raises(ValueError, match='layers.4.self_attn.k_proj.weight is unknown'):
+        load_hf(write(tmp_path, tensors | more), jnp.float32)
 
 
 def test_a_truncated_file_is_named(tmp_path, tensors):
@@ -255,9 +287,36 @@ def test_another_model_type_is_an_error_that_lists_the_known_ones(tmp_path):
         read_hf_config(tmp_path)
 
 
-def test_the_released_26b_config_is_the_documented_architecture():
-    """Sizes of the published 26B-A4B: 5 sliding layers to 1 full, 128 experts, 8 of them used."""
-    config = model_config_from_hf({
+# Values of the released models; that of Gemma 3 without what are the defaults of its format.
+RELEASED = {
+    'gemma3_4b': {
+        'model_type': 'gemma3',
+        'text_config': {
+            'hidden_size': 2560, 'intermediate_size': 10_240, 'num_hidden_layers': 34,
+            'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'}, 'sliding_window': 1024,
+        },
+    },
+    'gemma4_e2b': {
+        'model_type': 'gemma4',
+        'text_config': {
+            'hidden_size': 1536, 'intermediate_size': 6144, 'num_hidden_layers': 35,
+            'num_attention_heads': 8, 'num_key_value_heads': 1, 'head_dim': 256,
+            'global_head_dim': 512, 'vocab_size': 262_144, 'vocab_size_per_layer_input': 262_144,
+            'num_kv_shared_layers': 20, 'hidden_size_per_layer_input': 256,
+            'use_double_wide_mlp': True, 'sliding_window': 512, 'final_logit_softcapping': 30.0,
+            'layer_types': [*['sliding_attention'] * 4, 'full_attention'] * 7,
+        },
+    },
+    'gemma4_12b': {
+        'model_type': 'gemma4_unified',
+        'text_config': {
+            'hidden_size': 3840, 'intermediate_size': 15_360, 'num_hidden_layers': 48,
+            'num_attention_heads': 16, 'num_key_value_heads': 8, 'head_dim': 256,
+            'num_global_key_value_heads': 1, 'attention_k_eq_v': True, 'vocab_size': 262_144,
+            'sliding_window': 1024, 'final_logit_softcapping': 30.0,
+        },
+    },
+    'diffusiongemma_26b_a4b': {
         'model_type': 'diffusion_gemma',
         'canvas_length': 256,
         'text_config': {
@@ -267,8 +326,14 @@ def test_the_released_26b_config_is_the_documented_architecture():
             'sliding_window': 1024, 'num_experts': 128, 'top_k_experts': 8,
             'moe_intermediate_size': 704, 'attention_k_eq_v': True, 'enable_moe_block': True,
         },
-    })  # fmt: skip
-    assert config.num_groups == 5 and not config.tail
-    assert (config.full.num_kv_heads, config.full.head_dim) == (2, 512)
-    assert config.full.value_is_key and not config.sliding.value_is_key
-    assert config.moe.num_experts == 128 and config.canvas_length == 256
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_a_released_config_is_the_preset(name):
+    config = model_config_from_hf(RELEASED[name])
+    if name == 'gemma3_4b':  # 64 rows more, for images
+        assert config.vocab_size == 262_208
+        config = config.replace(vocab_size=262_144)
+    assert config == PRESETS[name]

@@ -1,8 +1,8 @@
 """config.json of the published format -> ModelConfig.
 
-Read are DiffusionGemma, and the autoregressive Gemma 3 and Gemma 4 (text) that can be its
-teacher. What a config.json leaves out takes the default of the public transformers code; what the
-backbone cannot do is an error rather than another model.
+Read are DiffusionGemma, and the text backbones of the autoregressive Gemma 3 and Gemma 4 that can
+be its teacher. What a config.json leaves out takes the default of the public transformers code;
+what the backbone cannot do is an error rather than another model.
 """
 
 import json
@@ -10,14 +10,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusiongemma.models.config import FULL, SLIDING, AttentionConfig, ModelConfig, MoEConfig
+from diffusiongemma.models.config import (
+    FULL,
+    SLIDING,
+    AttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    PerLayerConfig,
+)
 
 DIFFUSION_TYPES = ('diffusion_gemma',)
-GEMMA4_TYPES = ('gemma4', 'gemma4_text')
+GEMMA4_E_TYPES = ('gemma4', 'gemma4_text')  # those that may have per-layer embeddings
+GEMMA4_TYPES = GEMMA4_E_TYPES + ('gemma4_unified', 'gemma4_unified_text')
 GEMMA3_TYPES = ('gemma3', 'gemma3_text')
 MODEL_TYPES = DIFFUSION_TYPES + GEMMA4_TYPES + GEMMA3_TYPES
 
 _LAYER_TYPES = {'sliding_attention': SLIDING, 'full_attention': FULL}
+# Gemma3TextConfig of transformers 5.17.0: multimodal files may say only what differs from it.
+_GEMMA3_DEFAULTS = {
+    'vocab_size': 262_208,
+    'num_attention_heads': 8,
+    'num_key_value_heads': 4,
+    'head_dim': 256,
+    'sliding_window': 4096,
+}
 _GLOBAL_HEAD_DIM = 512  # where a config has neither per_layer_config nor global_head_dim
 _ROPE = {
     'gemma4': {
@@ -74,6 +90,7 @@ def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
         text = content.get('text_config', content)
         family = {'final_logit_softcap': text.get('final_logit_softcapping')}
     if model_type in GEMMA3_TYPES:
+        text = _GEMMA3_DEFAULTS | text
         family |= {
             'query_scale': text.get('query_pre_attn_scalar', 256) ** -0.5,
             'value_norm': False,
@@ -92,6 +109,8 @@ def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
         full=_attention(text, kinds, FULL, model_type),
         max_positions=text.get('max_position_embeddings'),
         moe=_moe(text, model_type),
+        per_layer=_per_layer(text, model_type),
+        **_kv_sharing(text),
         norm_eps=text.get('rms_norm_eps', 1e-6),
         **family,
     )
@@ -102,19 +121,17 @@ def _check_supported(content: Mapping[str, Any], text: Mapping[str, Any], model_
     used = {
         'attention_bias': text.get('attention_bias'),
         'attn_logit_softcapping': text.get('attn_logit_softcapping'),
-        'num_kv_shared_layers': text.get('num_kv_shared_layers'),
-        'use_double_wide_mlp': text.get('use_double_wide_mlp'),
         # Vision tokens may see each other; text stays causal ("vision").
         'use_bidirectional_attention': text.get('use_bidirectional_attention') in (True, 'all'),
         'tie_word_embeddings=false': not (
             text.get('tie_word_embeddings', True) and content.get('tie_word_embeddings', True)
         ),
-        # Per-layer embeddings of E2B and E4B; transformers assumes them where nothing is said.
-        'hidden_size_per_layer_input': text.get(
-            'hidden_size_per_layer_input', 256 if model_type in GEMMA4_TYPES else 0
-        ),
         'quantization_config': content.get('quantization_config'),
     }
+    if model_type not in GEMMA4_TYPES:
+        used |= {name: text.get(name) for name in ('num_kv_shared_layers', 'use_double_wide_mlp')}
+    if model_type not in GEMMA4_E_TYPES:
+        used['hidden_size_per_layer_input'] = text.get('hidden_size_per_layer_input')
     unsupported = [name for name, value in used.items() if value]
     activation = text.get('hidden_activation', 'gelu_pytorch_tanh')
     if activation != 'gelu_pytorch_tanh':
@@ -150,6 +167,23 @@ def _moe(text: Mapping[str, Any], model_type: str) -> MoEConfig | None:
     )
 
 
+def _per_layer(text: Mapping[str, Any], model_type: str) -> PerLayerConfig | None:
+    if model_type not in GEMMA4_E_TYPES:
+        return None
+    # transformers assumes per-layer embeddings where a file says nothing about them.
+    width = text.get('hidden_size_per_layer_input', 256)
+    return PerLayerConfig(width, text.get('vocab_size_per_layer_input', 262_144)) if width else None
+
+
+def _kv_sharing(text: Mapping[str, Any]) -> dict[str, int | None]:
+    shared = text.get('num_kv_shared_layers') or 0  # other families: checked to be unset
+    wide = shared and text.get('use_double_wide_mlp', False)
+    return {
+        'num_kv_shared_layers': shared,
+        'kv_shared_ffn_width': 2 * text['intermediate_size'] if wide else None,
+    }
+
+
 def _attention(
     text: Mapping[str, Any], kinds: tuple[str, ...], kind: str, model_type: str
 ) -> AttentionConfig:
@@ -165,6 +199,7 @@ def _attention(
         head_dim=sizes['head_dim'],
         rope_theta=rope['rope_theta'],
         rope_fraction=rope.get('partial_rotary_factor', 1.0),
+        rope_scale=rope.get('factor', 1.0),
         window=None if full else text['sliding_window'],
         value_is_key=value_is_key,
     )
@@ -206,7 +241,7 @@ def _rope(text: Mapping[str, Any], kind: str, gemma3: bool) -> dict[str, Any]:
     """Rotary parameters of one layer type.
 
     Raises:
-      ValueError: frequencies other than theta^(-2i/H), or zero from some i on.
+      ValueError: frequencies other than theta^(-2i/H) / factor, or zero from some i on.
     """
     name = next(name for name, ours in _LAYER_TYPES.items() if ours == kind)
     given = text.get('rope_parameters')
@@ -221,9 +256,9 @@ def _rope(text: Mapping[str, Any], kind: str, gemma3: bool) -> dict[str, Any]:
     if not rope or gemma3:
         rope = _ROPE['gemma3' if gemma3 else 'gemma4'][kind] | rope
     rope_type = rope.get('rope_type', 'default')
-    partial = rope.get('partial_rotary_factor', 1.0) != 1.0
-    if rope_type not in ('default', 'proportional') or (rope_type == 'default' and partial):
+    whole = rope.get('partial_rotary_factor', 1.0) == 1.0
+    unscaled = rope.get('factor', 1.0) == 1.0
+    supported = {'default': whole and unscaled, 'linear': whole, 'proportional': True}
+    if not supported.get(rope_type, False):
         raise ValueError(f'rotary embedding {rope} of the {kind} layers is not supported.')
-    if rope.get('factor', 1.0) != 1.0:
-        raise ValueError(f'rotary scaling {rope} of the {kind} layers is not supported.')
     return rope

@@ -4,10 +4,13 @@ A table gives for each of our parameters the tensor it comes from and how its ax
 Layers are stacked over repetitions of the layer pattern, as the scan wants them.
 
 DiffusionGemma stores its backbone once, under `model.decoder.`; the encoder adds one scalar per
-layer. An autoregressive Gemma has the same names under another prefix.
+layer. An autoregressive Gemma has the same names under another prefix. Left out, with a line in
+the log, are the vision and audio towers, and the key and value weights that files may still have
+for layers that share the keys and values of an earlier one.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +24,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from diffusiongemma.checkpoints.bundle import model_for
 from diffusiongemma.checkpoints.hf_config import read_hf_config
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
-from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.transformer import Gemma, init_params
 
 DECODER = 'model.decoder.'
 ENCODER = 'model.encoder.language_model.'
 # Where an autoregressive Gemma has its backbone: beside a vision tower (new and old files), alone.
 AUTOREGRESSIVE = ('model.language_model.', 'language_model.model.', 'model.')
-LEFT_OUT = re.compile(
-    r'(model\.)?(encoder\.)?'
-    r'(vision_tower|embed_vision|audio_tower|embed_audio|multi_modal_projector)\.'
+TOWERS = re.compile(
+    r'(model\.)?(encoder\.)?(?P<part>vision_tower|embed_vision|vision_embedder|audio_tower|'
+    r'embed_audio|multi_modal_projector)\.'
 )
+SHARED_KV = re.compile(r'layers\.(?P<layer>\d+)\.self_attn\.[kv]_(proj|norm)\.weight')
+HEADS = ('lm_head.weight', 'language_model.lm_head.weight')
 
 
 class Source(NamedTuple):
@@ -75,9 +80,10 @@ def load_hf(directory: Path, dtype: Any) -> tuple[Gemma, dict]:
 
 
 class _TensorNames:
-    """Full tensor names in one checkpoint."""
+    """Full tensor names in one checkpoint, and what those mean that no parameter takes."""
 
     def __init__(self, config: ModelConfig, reader: TensorReader):
+        self._kv_shared = range(config.kv_shared_layers.first, config.num_layers)
         if config.is_diffusion:
             self.backbone, self._encoder = DECODER, ENCODER
         else:
@@ -91,7 +97,17 @@ class _TensorNames:
         """Whether a tensor only repeats one that is read: the head, or the encoder's backbone."""
         in_decoder = self.backbone + name.removeprefix(self._encoder)
         encoder = name.startswith(self._encoder) and in_decoder in wanted
-        return encoder or name == 'lm_head.weight'
+        return encoder or name in HEADS
+
+    def left_out(self, name: str) -> str | None:
+        """What a tensor that no text pass uses is part of; None for any other."""
+        tower = TOWERS.match(name)
+        if tower:
+            return tower['part']
+        shared = SHARED_KV.fullmatch(name.removeprefix(self.backbone))
+        if shared and int(shared['layer']) in self._kv_shared:
+            return 'keys and values of layers that share those of an earlier one'
+        return None
 
 
 def sources(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[tuple[Any, Source]]:
@@ -103,21 +119,26 @@ def sources(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[tupl
       shape: of the parameter.
     """
     parts = name.split('/')
-    if parts[:2] == ['backbone', 'layers']:
-        slot = int(parts[2].removeprefix('layer_'))
+    if parts[0] == 'backbone' and parts[1] in STACKS:
+        stack: LayerStack = getattr(config, STACKS[parts[1]])
+        slot, path = int(parts[2].removeprefix('layer_')), parts[3:]
+        if parts[1].endswith('tail'):
+            return [(..., _layer_source(path, stack.tail_first + slot, shape))]
+        period = len(stack.pattern)
         return [
-            (group, _layer_source(parts[3:], group * len(config.pattern) + slot, shape[1:]))
-            for group in range(config.num_groups)
+            (group, _layer_source(path, stack.first + group * period + slot, shape[1:]))
+            for group in range(stack.num_groups)
         ]
-    if parts[:2] == ['backbone', 'tail']:
-        slot = int(parts[2].removeprefix('layer_'))
-        layer = config.num_groups * len(config.pattern) + slot
-        return [(..., _layer_source(parts[3:], layer, shape))]
     kernels = {'gate': 'gate_proj', 'up': 'up_proj', 'down': 'down_proj'}
     table = {
         'embedder/embedding': _plain('embed_tokens.weight', shape),
         'backbone/final_norm/scale': _plain('norm.weight', shape),
         'self_conditioning/pre_norm/scale': _plain('self_conditioning.pre_norm.weight', shape),
+        'per_layer_embedder/embedding': _packed('embed_tokens_per_layer.weight', shape),
+        'per_layer_embedder/projection': _linear('per_layer_model_projection.weight', shape, 1),
+        'per_layer_embedder/projection_norm/scale': _plain(
+            'per_layer_projection_norm.weight', shape
+        ),
     } | {
         f'self_conditioning/mlp/{ours}': _linear(f'self_conditioning.{theirs}.weight', shape, 1)
         for ours, theirs in kernels.items()
@@ -125,6 +146,13 @@ def sources(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[tupl
     return [(..., table[name])]
 
 
+# Where the backbone has its layers, and the config's word for them.
+STACKS = {
+    'layers': 'kv_layers',
+    'tail': 'kv_layers',
+    'shared_layers': 'kv_shared_layers',
+    'shared_tail': 'kv_shared_layers',
+}
 NORMS = {
     'pre_attention_norm': 'input_layernorm',
     'post_attention_norm': 'post_attention_layernorm',
@@ -133,6 +161,7 @@ NORMS = {
     'post_mlp_norm': 'post_feedforward_layernorm_1',
     'post_moe_norm': 'post_feedforward_layernorm_2',
     'pre_moe_norm': 'pre_feedforward_layernorm_2',
+    'post_per_layer_norm': 'post_per_layer_input_norm',
 }
 
 
@@ -153,6 +182,9 @@ def _layer_source(path: list[str], layer: int, shape: tuple[int, ...]) -> Source
             return _linear(f'{prefix}self_attn.o_proj.weight', shape, 2)
         case ['mlp', kernel]:
             return _linear(f'{prefix}mlp.{kernel}_proj.weight', shape, 1)
+        case ['per_layer', ('gate' | 'projection') as kernel]:
+            theirs = {'gate': 'per_layer_input_gate', 'projection': 'per_layer_projection'}
+            return _linear(f'{prefix}{theirs[kernel]}.weight', shape, 1)
         case ['moe', 'router', 'kernel']:
             return _linear(f'{prefix}router.proj.weight', shape, 1)
         case ['moe', 'router', name]:
@@ -171,6 +203,11 @@ def _layer_source(path: list[str], layer: int, shape: tuple[int, ...]) -> Source
 
 def _plain(tensor: str, shape: tuple[int, ...]) -> Source:
     return Source(tensor, shape, lambda x: x)
+
+
+def _packed(tensor: str, shape: tuple[int, ...]) -> Source:
+    """A table [V, layers, P] from a matrix [V, layers * P]."""
+    return Source(tensor, (shape[0], int(np.prod(shape[1:]))), lambda x: x.reshape(shape))
 
 
 def _linear(tensor: str, shape: tuple[int, ...], num_inputs: int) -> Source:
@@ -200,15 +237,16 @@ def _check(
                     f'{tensor} has shape {have}, config.json asks for {source.shape} '
                     f'(for {parameter})'
                 )
-    others = sorted(set(reader.shapes) - wanted)
-    left_out = [name for name in others if LEFT_OUT.match(name)]
-    problems += [
-        f'{name} is unknown'
-        for name in others
-        if not LEFT_OUT.match(name) and not names.is_tied_copy(name, wanted)
-    ]
+    left_out = Counter()
+    for name in sorted(set(reader.shapes) - wanted):
+        part = names.left_out(name)
+        if part is not None:
+            left_out[part] += 1
+        elif not names.is_tied_copy(name, wanted):
+            problems.append(f'{name} is unknown')
     if problems:
         more = f' (and {len(problems) - 5} more)' if len(problems) > 5 else ''
         raise ValueError(f'{directory}: {"; ".join(problems[:5])}{more}.')
     if left_out:
-        logging.info('left out %d tensors of the vision and audio towers', len(left_out))
+        parts = ', '.join(f'{part} ({count})' for part, count in sorted(left_out.items()))
+        logging.info('%s: tensors left out, the text needs none of them: %s', directory, parts)

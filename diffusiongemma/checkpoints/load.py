@@ -12,6 +12,7 @@ from diffusiongemma.checkpoints import bundle, hf_import
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.models.transformer import Gemma
 
 ASSETS = Path(__file__).parents[1] / 'assets'
@@ -38,10 +39,16 @@ def load_model(path: str | Path, dtype: Any = jnp.float32) -> tuple[Gemma, dict,
       tokenizer, or None where the directory has none.
 
     Raises:
-      FileNotFoundError: there is no such model.
+      FileNotFoundError: there is no such model, or `path` names a preset, which has no weights.
       ValueError: the files do not fit together; the message names the tensor.
     """
     directory = BUILTIN.get(str(path), Path(path))
+    if not directory.is_dir() and str(path) in PRESETS:
+        raise FileNotFoundError(
+            f'{path} is a preset, which has no weights: pass the directory of a downloaded '
+            'checkpoint (config.json and safetensors) of that model. For the architecture alone '
+            f"use diffusiongemma.models.presets.PRESETS['{path}']."
+        )
     if not directory.is_dir():
         raise FileNotFoundError(
             f'no model at {directory}: pass a directory, or one of {sorted(BUILTIN)}.'

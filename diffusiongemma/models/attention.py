@@ -21,12 +21,14 @@ class Attention(nn.Module):
     """One attention sub-layer of type `kind` ('sliding' or 'full').
 
     Queries, keys (with scale) and values (without) are RMS-normed per head, then queries and
-    keys are rotated. Scores and softmax are float32.
+    keys are rotated. Scores and softmax are float32. With `shares_kv` the layer has queries
+    only: its keys and values are those of an earlier layer.
     """
 
     config: ModelConfig
     kind: str
     dtype: jnp.dtype
+    shares_kv: bool = False
 
     def setup(self):
         config, attention = self.config, self.config.attention(self.kind)
@@ -35,8 +37,9 @@ class Attention(nn.Module):
             self, 'query', kernel_init(d), (d, n, h), ('embed', 'heads', 'head_dim')
         )
         kv_axes = ('embed', 'kv_heads', 'head_dim')
-        self.key = logical_param(self, 'key', kernel_init(d), (d, k, h), kv_axes)
-        if not attention.value_is_key:
+        if not self.shares_kv:
+            self.key = logical_param(self, 'key', kernel_init(d), (d, k, h), kv_axes)
+        if not (self.shares_kv or attention.value_is_key):
             self.value = logical_param(self, 'value', kernel_init(d), (d, k, h), kv_axes)
         self.output = logical_param(
             self, 'output', kernel_init(n * h), (n, h, d), ('heads', 'head_dim', 'embed')
@@ -45,27 +48,16 @@ class Attention(nn.Module):
         init_value = (h * config.query_scale**2) ** -0.25
         norm = {'eps': config.norm_eps, 'scale_offset': config.norm_scale_offset}
         self.query_norm = RMSNorm(**norm, init_value=init_value)
-        self.key_norm = RMSNorm(**norm, init_value=init_value)
+        if not self.shares_kv:
+            self.key_norm = RMSNorm(**norm, init_value=init_value)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        mask: AttentionMask,
-        prefix_kv: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Attends from M blocks of T tokens to the prefix and to their own block.
+    def keys_and_values(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, M, T, K, H] of M blocks of T tokens x [B, M, T, D].
 
-        Args:
-          x: [B, M, T, D].
-          rope: cosine and sine tables [B, M, T, H/2] at the tokens' positions.
-          mask: who sees whom.
-          prefix_kv: keys and values of the prefix, [B, S, K, H] each.
-
-        Returns:
-          The output [B, M, T, D] and the block's keys and values, [B, M, T, K, H] each.
+        Not for a layer that shares an earlier one's.
         """
-        query = jnp.einsum('bmtd,dnh->bmtnh', x, self.query.astype(self.dtype))
         key = jnp.einsum('bmtd,dkh->bmtkh', x, self.key.astype(self.dtype))
         if self.config.attention(self.kind).value_is_key:
             value = key
@@ -73,11 +65,32 @@ class Attention(nn.Module):
             value = jnp.einsum('bmtd,dkh->bmtkh', x, self.value.astype(self.dtype))
         if self.config.value_norm:
             value = rms_normalize(value, self.config.norm_eps).astype(self.dtype)
+        return apply_rope(self.key_norm(key), *rope), value
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask: AttentionMask,
+        prefix_kv: tuple[jax.Array, jax.Array],
+        block_kv: tuple[jax.Array, jax.Array],
+    ) -> jax.Array:
+        """Attends from M blocks of T tokens to the prefix and to their own block.
+
+        Args:
+          x: [B, M, T, D].
+          rope: cosine and sine tables [B, M, T, H/2] at the tokens' positions.
+          mask: who sees whom.
+          prefix_kv: keys and values of the prefix, [B, S, K, H] each.
+          block_kv: keys and values of the blocks, [B, M, T, K, H] each.
+
+        Returns:
+          [B, M, T, D].
+        """
+        query = jnp.einsum('bmtd,dnh->bmtnh', x, self.query.astype(self.dtype))
         query = apply_rope(self.query_norm(query), *rope) * self.config.query_scale
-        key = apply_rope(self.key_norm(key), *rope)
-        context = attend(query, (key, value), prefix_kv, mask)  # [B, M, T, N, H]
-        output = jnp.einsum('bmtnh,nhd->bmtd', context, self.output.astype(self.dtype))
-        return output, (key, value)
+        context = attend(query, block_kv, prefix_kv, mask)  # [B, M, T, N, H]
+        return jnp.einsum('bmtnh,nhd->bmtd', context, self.output.astype(self.dtype))
 
 
 def attend(

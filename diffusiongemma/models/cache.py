@@ -2,7 +2,8 @@
 
 `KV` is a pair (groups, tail). `groups` has one (key, value) pair for each position of the
 layer pattern, stacked over its G repetitions: [G, B, S, K, H]. `tail` has one pair for each
-leftover layer: [B, S, K, H]. Keys are stored after their norm and rotary embedding.
+leftover layer: [B, S, K, H]. Keys are stored after their norm and rotary embedding. Layers that
+share the keys and values of an earlier one have none here.
 """
 
 from typing import Any
@@ -24,8 +25,20 @@ def zeros_kv(config: ModelConfig, batch_size: int, length: int, dtype: Any) -> K
         shape = (*lead, batch_size, length, attention.num_kv_heads, attention.head_dim)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-    groups = tuple(pair(kind, config.num_groups) for kind in config.pattern)
-    return groups, tuple(pair(kind) for kind in config.tail)
+    stack = config.kv_layers
+    groups = tuple(pair(kind, stack.num_groups) for kind in stack.pattern)
+    return groups, tuple(pair(kind) for kind in stack.tail)
+
+
+def last_kv(config: ModelConfig, kv: KV, kind: str) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of the last layer of a type that has its own, [B, ..., K, H] each."""
+    (groups, tail), stack = kv, config.kv_layers
+    for pair, tail_kind in zip(reversed(tail), reversed(stack.tail), strict=True):
+        if tail_kind == kind:
+            return pair
+    slot = max(i for i, slot_kind in enumerate(stack.pattern) if slot_kind == kind)
+    key, value = groups[slot]
+    return key[-1], value[-1]
 
 
 @flax.struct.dataclass

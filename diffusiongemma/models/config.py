@@ -16,6 +16,8 @@ class AttentionConfig:
       rope_theta: base wavelength of the rotary embedding.
       rope_fraction: share of the H/2 frequencies that rotate ("proportional" RoPE);
         the others are zero.
+      rope_scale: positions are divided by it ("linear" scaling; 8 in the full layers of the
+        Gemma 3 models that read more than 32K tokens).
       window: keys that a query sees, itself included; None for the whole prefix.
       value_is_key: no value projection; the value is the raw key projection.
     """
@@ -24,6 +26,7 @@ class AttentionConfig:
     head_dim: int
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0
+    rope_scale: float = 1.0
     window: int | None = None
     value_is_key: bool = False
 
@@ -34,6 +37,8 @@ class AttentionConfig:
             raise ValueError(f'window must be >= 1 or None (no window), got {self.window}.')
         if not 0 <= self.rope_fraction <= 1:
             raise ValueError(f'rope_fraction must lie in [0, 1], got {self.rope_fraction}.')
+        if self.rope_scale <= 0:
+            raise ValueError(f'rope_scale must be > 0, got {self.rope_scale}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,64 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PerLayerConfig:
+    """Per-layer embeddings: every token has a small vector for each layer (Gemma 4 E2B, E4B).
+
+    Attributes:
+      width: P of each vector.
+      vocab_size: tokens that have such vectors; at least the model's V.
+    """
+
+    width: int
+    vocab_size: int
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise ValueError(f'the width of per-layer embeddings must be >= 1, got {self.width}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStack:
+    """Consecutive layers that differ in nothing but their type.
+
+    Whole repetitions of a pattern are scanned; what is left over is applied one by one.
+
+    Attributes:
+      first: number of its first layer in the model.
+      types: 'sliding' or 'full' for each layer.
+      shares_kv: the layers attend to keys and values of earlier ones and have none themselves.
+    """
+
+    first: int
+    types: tuple[str, ...]
+    shares_kv: bool = False
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The shortest run of layer types that, repeated, gives `types`."""
+        types = self.types
+        for period in range(1, len(types) + 1):
+            if all(types[i] == types[i % period] for i in range(len(types))):
+                return types[:period]
+        return types
+
+    @property
+    def num_groups(self) -> int:
+        """G, whole repetitions of the pattern: these layers are scanned."""
+        return len(self.types) // len(self.pattern) if self.types else 0
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """Layer types left over after the last whole repetition; applied one by one."""
+        return self.types[self.num_groups * len(self.pattern) :]
+
+    @property
+    def tail_first(self) -> int:
+        """Number of the first tail layer in the model."""
+        return self.first + len(self.types) - len(self.tail)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A Gemma backbone, and with `canvas_length` > 0 a DiffusionGemma.
 
@@ -66,6 +129,10 @@ class ModelConfig:
       max_positions: longest sequence that the model is made for, prompt and response; None for
         no limit.
       moe: routed experts in every layer, or None for a dense model.
+      per_layer: per-layer embeddings, or None.
+      num_kv_shared_layers: the last layers have no keys and values of their own; each attends
+        to those of the last layer of its type before them.
+      kv_shared_ffn_width: F of these last layers; None for `ffn_width`.
       canvas_length: C, tokens denoised at once; 0 for a purely autoregressive model.
       separate_denoiser: the denoise pass has layers of its own (a second set of weights), so
         that the encode pass can stay exactly the teacher's. Embedding and K/V cache are shared.
@@ -86,6 +153,9 @@ class ModelConfig:
     full: AttentionConfig
     max_positions: int | None = None
     moe: MoEConfig | None = None
+    per_layer: PerLayerConfig | None = None
+    num_kv_shared_layers: int = 0
+    kv_shared_ffn_width: int | None = None
     canvas_length: int = 0
     separate_denoiser: bool = False
     query_scale: float = 1.0
@@ -109,6 +179,7 @@ class ModelConfig:
                     f'num_heads={self.num_heads} is not a multiple of the {kv_heads} key/value '
                     f'heads of the {kind} layers.'
                 )
+        self._check_per_layer_and_sharing()
         if self.canvas_length < 0:
             raise ValueError(f'canvas_length must be >= 0, got {self.canvas_length}.')
         if self.separate_denoiser and not self.canvas_length:
@@ -117,6 +188,26 @@ class ModelConfig:
             raise ValueError(
                 f'final_logit_softcap must be > 0 or None, got {self.final_logit_softcap}.'
             )
+
+    def _check_per_layer_and_sharing(self):
+        if self.per_layer is not None and self.per_layer.vocab_size < self.vocab_size:
+            raise ValueError(
+                f'per-layer embeddings of {self.per_layer.vocab_size} tokens are too few for a '
+                f'vocabulary of {self.vocab_size}.'
+            )
+        if not 0 <= self.num_kv_shared_layers < self.num_layers:
+            raise ValueError(
+                f'num_kv_shared_layers must lie in [0, {self.num_layers - 1}] for '
+                f'{self.num_layers} layers, got {self.num_kv_shared_layers}.'
+            )
+        orphans = sorted(set(self.kv_shared_layers.types) - set(self.kv_layers.types))
+        if orphans:
+            raise ValueError(
+                f'the last {self.num_kv_shared_layers} layers share keys and values, but no layer '
+                f'of type {orphans} before them has any.'
+            )
+        if self.kv_shared_ffn_width is not None and not self.num_kv_shared_layers:
+            raise ValueError('kv_shared_ffn_width is set, but num_kv_shared_layers is 0.')
 
     @property
     def num_layers(self) -> int:
@@ -127,23 +218,15 @@ class ModelConfig:
         return self.canvas_length > 0
 
     @property
-    def pattern(self) -> tuple[str, ...]:
-        """The shortest run of layer types that, repeated, gives `layer_types`."""
-        types = self.layer_types
-        for period in range(1, len(types) + 1):
-            if all(types[i] == types[i % period] for i in range(len(types))):
-                return types[:period]
-        return types
+    def kv_layers(self) -> LayerStack:
+        """The layers with keys and values of their own: what a K/V cache holds."""
+        return LayerStack(0, self.layer_types[: self.num_layers - self.num_kv_shared_layers])
 
     @property
-    def num_groups(self) -> int:
-        """G, whole repetitions of the pattern: these layers are scanned."""
-        return self.num_layers // len(self.pattern)
-
-    @property
-    def tail(self) -> tuple[str, ...]:
-        """Layer types left over after the last whole repetition; applied one by one."""
-        return self.layer_types[self.num_groups * len(self.pattern) :]
+    def kv_shared_layers(self) -> LayerStack:
+        """The layers behind them, which share their keys and values."""
+        first = self.num_layers - self.num_kv_shared_layers
+        return LayerStack(first, self.layer_types[first:], shares_kv=True)
 
     @property
     def autoregressive(self) -> 'ModelConfig':
@@ -153,6 +236,10 @@ class ModelConfig:
     def attention(self, kind: str) -> AttentionConfig:
         """The attention of a layer type, 'sliding' or 'full'."""
         return self.sliding if kind == SLIDING else self.full
+
+    def ffn_width_of(self, shares_kv: bool) -> int:
+        """F of the layers with keys and values of their own, or of those that share them."""
+        return (self.kv_shared_ffn_width if shares_kv else None) or self.ffn_width
 
     def replace(self, **changes) -> 'ModelConfig':
         return dataclasses.replace(self, **changes)
@@ -165,7 +252,12 @@ class ModelConfig:
     def from_dict(cls, values: dict) -> 'ModelConfig':
         """Raises ValueError when a key is unknown or a required one is missing."""
         values = dict(values)
-        nested = {'sliding': AttentionConfig, 'full': AttentionConfig, 'moe': MoEConfig}
+        nested = {
+            'sliding': AttentionConfig,
+            'full': AttentionConfig,
+            'moe': MoEConfig,
+            'per_layer': PerLayerConfig,
+        }
         for name, nested_cls in nested.items():
             if values.get(name) is not None:
                 values[name] = _build(nested_cls, values[name], f'model config, {name!r}')

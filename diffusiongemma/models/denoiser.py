@@ -83,10 +83,11 @@ class DiffusionGemma(Gemma):
         positions = starts[..., None] + jnp.arange(length)  # [B, M, C]
         context = PassContext(rope_by_kind(self.config, positions), masks)
         x = self.self_conditioning(self.embedder.encode(canvas), soft_embeddings)
+        per_layer = self.per_layer_inputs(canvas, x)
         if self.config.separate_denoiser:
-            hidden, _ = self.denoise_backbone(x, prefix.kv, context, 'encode')
+            hidden, _ = self.denoise_backbone(x, prefix.kv, context, 'encode', per_layer)
         else:
-            hidden, _ = self.backbone(x, prefix.kv, context, 'denoise')
+            hidden, _ = self.backbone(x, prefix.kv, context, 'denoise', per_layer)
         return self.unembed(hidden)
 
     def soft_embed(self, logits: jax.Array) -> jax.Array:

@@ -122,17 +122,18 @@ class Embedder(nn.Module):
 
 
 def rope_tables(
-    positions: jax.Array, head_dim: int, theta: float, fraction: float
+    positions: jax.Array, head_dim: int, theta: float, fraction: float, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the rotary embedding, [..., H/2] float32 for positions [...].
 
     Frequency i is theta^(-2i/H) for i < fraction * H/2 and zero above ("proportional"
-    RoPE of Gemma 4; fraction 1 is the usual one, Su et al. 2021, arXiv:2104.09864).
+    RoPE of Gemma 4; fraction 1 is the usual one, Su et al. 2021, arXiv:2104.09864). All are
+    divided by `scale` ("linear" scaling of Gemma 3, Chen et al. 2023, arXiv:2306.15595).
     """
     half = head_dim // 2
     index = jnp.arange(half, dtype=jnp.float32)
     frequency = jnp.where(index < int(fraction * half), theta ** (-2.0 * index / head_dim), 0.0)
-    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = positions[..., None].astype(jnp.float32) * (frequency / scale)
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -1,7 +1,8 @@
 """The Gemma backbone and the autoregressive Gemma (the teacher).
 
 Layers are scanned over repetitions of the layer pattern, so that compile time does not
-grow with depth. One pass runs over M blocks of T tokens per row (see masks.py).
+grow with depth; layers that share keys and values are a second scan behind those that have
+their own. One pass runs over M blocks of T tokens per row (see masks.py).
 """
 
 from typing import Any, Literal
@@ -12,21 +13,46 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.attention import Attention
-from diffusiongemma.models.cache import KV, Prefix
-from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.cache import KV, Prefix, last_kv
+from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.layers import Embedder, GatedMLP, RMSNorm, logical_param, rope_tables
 from diffusiongemma.models.masks import AttentionMask, causal_mask
 from diffusiongemma.models.moe import MoE
+from diffusiongemma.models.per_layer import PerLayerEmbedder, PerLayerUpdate
 
 Pass = Literal['encode', 'denoise']
 
 
+KVPair = tuple[jax.Array, jax.Array]
+
+
 @flax.struct.dataclass
 class PassContext:
-    """What all layers of one pass share: rotary tables and masks by layer type."""
+    """What all layers of one pass share, by layer type.
+
+    Attributes:
+      rope: rotary tables.
+      mask: who sees whom.
+      shared_kv: for layers without keys and values of their own: those of the prefix
+        [B, S, K, H] and of the blocks [B, M, T, K, H] that they attend to.
+    """
 
     rope: dict[str, tuple[jax.Array, jax.Array]]
     mask: dict[str, AttentionMask]
+    shared_kv: dict[str, tuple[KVPair, KVPair]] = flax.struct.field(default_factory=dict)
+
+
+@flax.struct.dataclass
+class LayerInput:
+    """What one layer gets besides the residual stream.
+
+    Attributes:
+      prefix_kv: keys and values [B, S, K, H] of the prefix, None where the layer shares some.
+      per_layer: per-layer embeddings [B, M, T, P], None in a model without them.
+    """
+
+    prefix_kv: KVPair | None
+    per_layer: jax.Array | None
 
 
 class Layer(nn.Module):
@@ -39,32 +65,43 @@ class Layer(nn.Module):
     kind: str
     which: Pass
     dtype: jnp.dtype
+    shares_kv: bool = False
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, prefix_kv: tuple[jax.Array, jax.Array], context: PassContext
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """x [B, M, T, D] -> the same shape, and the block's keys and values."""
+        self, x: jax.Array, given: LayerInput, context: PassContext
+    ) -> tuple[jax.Array, KVPair | None]:
+        """x [B, M, T, D] -> the same shape, and the block's own keys and values, if any."""
         config = self.config
 
         def norm(name: str, value: jax.Array) -> jax.Array:
             return RMSNorm(config.norm_eps, config.norm_scale_offset, name=name)(value)
 
-        attended, block_kv = Attention(config, self.kind, self.dtype, name='attention')(
-            norm('pre_attention_norm', x),
-            context.rope[self.kind],
-            context.mask[self.kind],
-            prefix_kv,
-        )
+        attended, own_kv = self._attend(norm('pre_attention_norm', x), given, context)
         x = x + norm('post_attention_norm', attended)
-        mlp = GatedMLP(config.width, config.ffn_width, self.dtype, name='mlp')
+        ffn_width = config.ffn_width_of(self.shares_kv)
+        mlp = GatedMLP(config.width, ffn_width, self.dtype, name='mlp')
         update = mlp(norm('pre_ffn_norm', x))
         if config.moe is not None:
             moe = MoE(config.width, config.moe, config.norm_eps, self.dtype, name='moe')
             routed = moe(x, norm('pre_moe_norm', x))
             update = norm('post_mlp_norm', update) + norm('post_moe_norm', routed)
         x = x + norm('post_ffn_norm', update)
-        return x * self._output_scalar().astype(self.dtype), block_kv
+        if config.per_layer is not None:
+            update = PerLayerUpdate(config, self.dtype, name='per_layer')(x, given.per_layer)
+            x = x + norm('post_per_layer_norm', update)
+        return x * self._output_scalar().astype(self.dtype), own_kv
+
+    def _attend(
+        self, x: jax.Array, given: LayerInput, context: PassContext
+    ) -> tuple[jax.Array, KVPair | None]:
+        attention = Attention(self.config, self.kind, self.dtype, self.shares_kv, name='attention')
+        rope, mask = context.rope[self.kind], context.mask[self.kind]
+        if self.shares_kv:
+            prefix_kv, block_kv = context.shared_kv[self.kind]
+            return attention(x, rope, mask, prefix_kv, block_kv), None
+        own_kv = attention.keys_and_values(x, rope)
+        return attention(x, rope, mask, given.prefix_kv, own_kv), own_kv
 
     def _output_scalar(self) -> jax.Array:
         scalars = {'encode': jnp.ones(())}
@@ -82,17 +119,48 @@ class LayerGroup(nn.Module):
     kinds: tuple[str, ...]
     which: Pass
     dtype: jnp.dtype
+    shares_kv: bool
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, prefix_kv: tuple, context: PassContext
+        self, x: jax.Array, given: tuple[LayerInput, ...], context: PassContext
     ) -> tuple[jax.Array, tuple]:
         block_kv = []
         for i, kind in enumerate(self.kinds):
-            layer = Layer(self.config, kind, self.which, self.dtype, name=f'layer_{i}')
-            x, kv = layer(x, prefix_kv[i], context)
+            layer = Layer(
+                self.config, kind, self.which, self.dtype, self.shares_kv, name=f'layer_{i}'
+            )
+            x, kv = layer(x, given[i], context)
             block_kv.append(kv)
         return x, tuple(block_kv)
+
+
+def layer_inputs(
+    stack: LayerStack, prefix_kv: KV | None, per_layer: jax.Array | None
+) -> tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]]:
+    """Inputs of the scanned layers (for each place of the pattern, G in front) and of the tail.
+
+    Args:
+      stack: the layers.
+      prefix_kv: their keys and values of the prefix, or None where they have none.
+      per_layer: [B, M, T, all layers, P], or None.
+    """
+    period = len(stack.pattern)
+
+    def per_layer_of(layers: slice | int) -> jax.Array | None:
+        if per_layer is None:
+            return None
+        if isinstance(layers, int):
+            return per_layer[..., layers, :]
+        return jnp.moveaxis(per_layer[..., layers, :], -2, 0)  # [G, B, M, T, P]
+
+    groups_kv, tail_kv = prefix_kv or ((None,) * period, (None,) * len(stack.tail))
+    groups = tuple(
+        LayerInput(kv, per_layer_of(slice(stack.first + i, stack.tail_first, period)))
+        for i, kv in enumerate(groups_kv)
+    )
+    tail = tuple(LayerInput(kv, per_layer_of(stack.tail_first + i)) for i, kv in enumerate(tail_kv))
+    return groups, tail
 
 
 class Backbone(nn.Module):
@@ -103,26 +171,58 @@ class Backbone(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, prefix_kv: KV, context: PassContext, which: Pass
+        self,
+        x: jax.Array,
+        prefix_kv: KV,
+        context: PassContext,
+        which: Pass,
+        per_layer: jax.Array | None = None,
     ) -> tuple[jax.Array, KV]:
-        """x [B, M, T, D] -> normed hidden [B, M, T, D], keys and values [.., B, M, T, K, H]."""
+        """x [B, M, T, D] -> normed hidden [B, M, T, D], keys and values [.., B, M, T, K, H].
+
+        `per_layer` [B, M, T, layers, P] are the per-layer embeddings, where the model has them.
+        """
         config = self.config
-        groups_kv, tail_kv = prefix_kv
+        given = layer_inputs(config.kv_layers, prefix_kv, per_layer)
+        x, block_kv = self._run(config.kv_layers, which, x, given, context)
+        shared = config.kv_shared_layers
+        if shared.types:
+            sources = {
+                kind: (last_kv(config, prefix_kv, kind), last_kv(config, block_kv, kind))
+                for kind in sorted(set(shared.types))
+            }
+            given = layer_inputs(shared, None, per_layer)
+            x, _ = self._run(shared, which, x, given, context.replace(shared_kv=sources))
+        x = RMSNorm(config.norm_eps, config.norm_scale_offset, name='final_norm')(x)
+        return x, block_kv
+
+    def _run(
+        self,
+        stack: LayerStack,
+        which: Pass,
+        x: jax.Array,
+        given: tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]],
+        context: PassContext,
+    ) -> tuple[jax.Array, tuple]:
+        """The layers of one stack: hidden states and the keys and values that they made."""
         scanned = nn.scan(
             LayerGroup,
             variable_axes={'params': 0},
             split_rngs={'params': True},
             in_axes=(0, nn.broadcast),
-            length=config.num_groups,
+            length=stack.num_groups,
             metadata_params={nn.PARTITION_NAME: 'layers'},
         )
-        groups = scanned(config, config.pattern, which, self.dtype, name='layers')
-        x, block_groups = groups(x, groups_kv, context)
+        fields = {'config': self.config, 'which': which, 'dtype': self.dtype}
+        fields['shares_kv'] = stack.shares_kv
+        name = 'shared_{}' if stack.shares_kv else '{}'
+        group_inputs, tail_inputs = given
+        groups = scanned(kinds=stack.pattern, **fields, name=name.format('layers'))
+        x, block_groups = groups(x, group_inputs, context)
         block_tail = ()
-        if config.tail:
-            tail = LayerGroup(config, config.tail, which, self.dtype, name='tail')
-            x, block_tail = tail(x, tail_kv, context)
-        x = RMSNorm(config.norm_eps, config.norm_scale_offset, name='final_norm')(x)
+        if stack.tail:
+            tail = LayerGroup(kinds=stack.tail, **fields, name=name.format('tail'))
+            x, block_tail = tail(x, tail_inputs, context)
         return x, (block_groups, block_tail)
 
 
@@ -132,7 +232,11 @@ def rope_by_kind(config: ModelConfig, positions: jax.Array) -> dict:
     for kind in sorted(set(config.layer_types)):
         attention = config.attention(kind)
         tables[kind] = rope_tables(
-            positions, attention.head_dim, attention.rope_theta, attention.rope_fraction
+            positions,
+            attention.head_dim,
+            attention.rope_theta,
+            attention.rope_fraction,
+            attention.rope_scale,
         )
     return tables
 
@@ -153,6 +257,8 @@ class Gemma(nn.Module):
         self.embedder = Embedder(
             config.vocab_size, config.width, config.final_logit_softcap, self.dtype
         )
+        if config.per_layer is not None:
+            self.per_layer_embedder = PerLayerEmbedder(config, self.dtype)
         self.backbone = Backbone(
             config.autoregressive if config.separate_denoiser else config, self.dtype
         )
@@ -183,8 +289,15 @@ class Gemma(nn.Module):
         }
         context = PassContext(rope_by_kind(self.config, positions[:, None]), masks)
         x = self.embedder.encode(tokens)[:, None]  # [B, 1, T, D]
-        hidden, block_kv = self.backbone(x, prefix.kv, context, 'encode')
+        per_layer = self.per_layer_inputs(tokens[:, None], x)
+        hidden, block_kv = self.backbone(x, prefix.kv, context, 'encode', per_layer)
         return hidden[:, 0], jax.tree.map(lambda a: a.squeeze(-4), block_kv)
+
+    def per_layer_inputs(self, tokens: jax.Array, embeddings: jax.Array) -> jax.Array | None:
+        """Tokens [...] and their embeddings [..., D] -> [..., layers, P], or None without PLE."""
+        if self.config.per_layer is None:
+            return None
+        return self.per_layer_embedder(tokens, embeddings)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 soft-capped logits [..., V]."""

@@ -1,0 +1,47 @@
+"""How many parameters a config has, without making any."""
+
+import dataclasses
+
+import jax
+from flax.traverse_util import flatten_dict
+
+from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.transformer import Gemma, init_params
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of one model.
+
+    Attributes:
+      total: all of them; embedding and output head are one table.
+      embedding: of the token embedding.
+      per_layer: of the per-layer embeddings.
+      active: what one token reads: without the per-layer embeddings, of which it reads one row,
+        and without the experts that it is not routed to. What model cards call "active" for a
+        mixture of experts and "effective" for E2B and E4B.
+    """
+
+    total: int
+    embedding: int
+    per_layer: int
+    active: int
+
+    @property
+    def bfloat16_bytes(self) -> int:
+        return 2 * self.total
+
+
+def parameter_counts(config: ModelConfig) -> ParameterCounts:
+    """Counts the parameters that `init_params` would make."""
+    model = (DiffusionGemma if config.is_diffusion else Gemma)(config)
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    sizes = {name: leaf.size for name, leaf in flatten_dict(shapes, sep='/').items()}
+    total = sum(sizes.values())
+    per_layer = sizes.get('per_layer_embedder/embedding', 0)
+    unused = sum(size for name, size in sizes.items() if '/experts/' in name)
+    if config.moe is not None:
+        unused -= unused * config.moe.top_k // config.moe.num_experts
+    embedding = sizes['embedder/embedding']
+    return ParameterCounts(total, embedding, per_layer, total - per_layer - unused)

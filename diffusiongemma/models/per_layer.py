@@ -1,0 +1,65 @@
+"""Per-layer embeddings (Gemma 4 E2B and E4B): a small vector of each token for each layer.
+
+The vector has two parts: one looked up by the token's id, one projected from the embeddings that
+enter the first layer. In the denoise pass the first part comes from the ids of the noisy canvas
+and the second from the canvas embeddings after self-conditioning, so that both passes run the
+same code and what the previous step believed reaches every layer. No public model has per-layer
+embeddings and a denoise pass: this is a choice of this project.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.layers import RMSNorm, kernel_init, logical_param
+
+
+class PerLayerEmbedder(nn.Module):
+    """Per-layer inputs of all layers, before the first one runs."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        config, per_layer = self.config, self.config.per_layer
+        d, num_layers, p = config.width, config.num_layers, per_layer.width
+        self.embedding = logical_param(
+            self,
+            'embedding',
+            nn.initializers.normal(stddev=p**-0.5),
+            (per_layer.vocab_size, num_layers, p),
+            ('vocab', 'layers', 'embed'),
+        )
+        self.projection = logical_param(
+            self, 'projection', kernel_init(1), (d, num_layers, p), ('embed', 'layers', 'mlp')
+        )
+        self.projection_norm = RMSNorm(config.norm_eps, config.norm_scale_offset)
+
+    def __call__(self, tokens: jax.Array, embeddings: jax.Array) -> jax.Array:
+        """Tokens [...] int32 and what enters the first layer [..., D] -> [..., layers, P]."""
+        width = self.config.per_layer.width
+        looked_up = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        looked_up *= jnp.asarray(width**0.5, self.dtype)
+        projected = jnp.einsum('...d,dlp->...lp', embeddings, self.projection.astype(self.dtype))
+        projected = self.projection_norm(projected * self.config.width**-0.5)
+        return (projected + looked_up) * 2**-0.5
+
+
+class PerLayerUpdate(nn.Module):
+    """(gelu_tanh(x Wg) * per-layer input) Wp: what a layer makes of its per-layer input."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        d, p = self.config.width, self.config.per_layer.width
+        self.gate = logical_param(self, 'gate', kernel_init(d), (d, p), ('embed', 'mlp'))
+        self.projection = logical_param(
+            self, 'projection', kernel_init(p), (p, d), ('mlp', 'embed')
+        )
+
+    def __call__(self, x: jax.Array, per_layer: jax.Array) -> jax.Array:
+        """x [..., D], per-layer input [..., P] -> [..., D]."""
+        hidden = nn.gelu(x @ self.gate.astype(self.dtype), approximate=True) * per_layer
+        return hidden @ self.projection.astype(self.dtype)
