@@ -32,6 +32,15 @@ _ROPE = {
 }
 
 
+def is_published(directory: Path) -> bool:
+    """Whether `directory` has a config.json of a model that can be read."""
+    try:
+        content = json.loads((directory / 'config.json').read_text(encoding='utf-8'))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get('model_type') in MODEL_TYPES
+
+
 def read_hf_config(directory: Path) -> ModelConfig:
     """The model described by `directory`/config.json.
 

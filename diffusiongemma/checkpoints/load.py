@@ -13,6 +13,7 @@ from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.transformer import Gemma
+from diffusiongemma.parallel.sharding import param_shardings
 
 ASSETS = Path(__file__).parents[1] / 'assets'
 BUILTIN = {
@@ -24,14 +25,19 @@ EXPORT_DIR = 'model'  # in a workdir: the model that the run exports
 BASE_DIR = 'base'  # in a workdir: the model whose parameters the run leaves as they are
 
 
-def load_model(path: str | Path, dtype: Any = jnp.float32) -> tuple[Gemma, dict, Tokenizer | None]:
+def load_model(
+    path: str | Path, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Gemma, dict, Tokenizer | None]:
     """Loads a model, its parameters and its tokenizer.
 
     Args:
       path: 'builtin' (the shipped student), 'builtin-teacher', a bundle, the workdir of a run
         (the model that it exported, else the averaged parameters of its newest checkpoint),
         or a directory in the published format (config.json and safetensors).
-      dtype: of the parameters and the computation.
+      dtype: of the parameters and the computation; None keeps the parameters as they are stored
+        and computes in float32.
+      mesh: parameters are created in their shards on it (see `parallel.make_mesh`), without ever
+        being whole on the host; None for the default device.
 
     Returns:
       The model (a DiffusionGemma where it can denoise, else a Gemma), its parameters, and the
@@ -41,25 +47,30 @@ def load_model(path: str | Path, dtype: Any = jnp.float32) -> tuple[Gemma, dict,
       FileNotFoundError: there is no such model.
       ValueError: the files do not fit together; the message names the tensor.
     """
-    directory = BUILTIN.get(str(path), Path(path))
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f'no model at {directory}: pass a directory, or one of {sorted(BUILTIN)}.'
-        )
-    if bundle.is_bundle(directory / EXPORT_DIR):
-        directory = directory / EXPORT_DIR
+    directory = model_directory(path)
     if bundle.is_bundle(directory):
-        model, params = bundle.load_bundle(directory, dtype)
+        model, params = bundle.load_bundle(directory, dtype, mesh)
     elif (directory / CHECKPOINTS_DIR).is_dir():
-        model, params = _load_run(directory, dtype)
+        model, params = _load_run(directory, dtype, mesh)
     else:
-        model, params = hf_import.load_hf(directory, dtype)
+        model, params = hf_import.load_hf(directory, dtype, mesh)
     tokenizer_file = directory / bundle.TOKENIZER_FILE
     tokenizer = Tokenizer.load(str(tokenizer_file)) if tokenizer_file.exists() else None
     return model, params, tokenizer
 
 
-def _load_run(workdir: Path, dtype: Any) -> tuple[Gemma, dict]:
+def model_directory(path: str | Path) -> Path:
+    """Where the files of a model lie; raises FileNotFoundError when there is no such directory."""
+    directory = BUILTIN.get(str(path), Path(path))
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f'no model at {directory}: pass a directory, or one of {sorted(BUILTIN)}.'
+        )
+    exported = directory / EXPORT_DIR
+    return exported if bundle.is_bundle(exported) else directory
+
+
+def _load_run(workdir: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> tuple[Gemma, dict]:
     """The averaged parameters of a run's newest checkpoint, and their model."""
     step, about, ema_params = read_ema(workdir)
     if 'model' not in about:
@@ -67,9 +78,10 @@ def _load_run(workdir: Path, dtype: Any) -> tuple[Gemma, dict]:
             f'the checkpoint of step {step} in {workdir} does not say which model it is of; '
             'finish its run, which exports a model.'
         )
-    model = bundle.model_for(ModelConfig.from_dict(about['model']), dtype)
+    model = bundle.model_for(ModelConfig.from_dict(about['model']), dtype or jnp.float32)
     if bundle.is_bundle(workdir / BASE_DIR):
         ema_params = bundle.load_bundle(workdir / BASE_DIR, dtype)[1] | ema_params
     bundle.check_params(model, flatten_dict(ema_params, sep='/'), f'{workdir}, step {step}')
     logging.info('%s: averaged parameters of step %d', workdir, step)
-    return model, jax.tree.map(lambda leaf: leaf.astype(dtype), ema_params)
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), ema_params)
+    return model, cast if mesh is None else jax.device_put(cast, param_shardings(model, mesh))
