@@ -80,20 +80,20 @@ class TensorReader:
         return file_of
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = {}
+        shapes, unplaced = {}, []
         for file_name in sorted(set(self._file_of.values())):
             expected = {name for name, where in self._file_of.items() if where == file_name}
             with self._open(file_name) as file:
                 held = set(file.keys())
-                absent, more = sorted(expected - held), sorted(held - expected)
+                absent = sorted(expected - held)
                 if absent:
                     raise ValueError(
                         f'{INDEX_FILE} places {absent[0]} in {file_name}, which does not hold it.'
                     )
-                if more:
-                    raise ValueError(
-                        f'{file_name} holds {more[0]}, which {INDEX_FILE} does not place there.'
-                    )
+                unplaced += [(file_name, name) for name in sorted(held - expected)]
                 for name in expected:
                     shapes[name] = tuple(file.get_slice(name).get_shape())
+        if unplaced:
+            file_name, name = unplaced[0]
+            raise ValueError(f'{file_name} holds {name}, which {INDEX_FILE} does not place there.')
         return shapes
