@@ -33,7 +33,9 @@ _ROPE = {
 
 
 def is_published(directory: Path) -> bool:
-    """Whether `directory` has a config.json of a model that can be read."""
+    """Whether `directory` is a checkpoint in the published format that can be read."""
+    if not any(directory.glob('*.safetensors')):
+        return False
     try:
         content = json.loads((directory / 'config.json').read_text(encoding='utf-8'))
     except (FileNotFoundError, ValueError):

@@ -9,9 +9,9 @@ layer. An autoregressive Gemma has the same names under another prefix.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -70,12 +70,27 @@ def load_hf(
         any tensor is read.
     """
     config = read_hf_config(directory)
-    reader = TensorReader(directory)
+    return load_tensors(TensorReader(directory), config, dtype, mesh)
+
+
+class Reader(Protocol):
+    """Published tensors by name, wherever they come from."""
+
+    directory: Path
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+def load_tensors(
+    reader: Reader, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh | None
+) -> tuple[Gemma, dict]:
+    """Model and parameters of `config` from a reader's tensors, see `load_hf`."""
     model = model_for(config, dtype or jnp.float32)
     shapes = param_shapes(model)
     table = {name: sources(config, name, shape) for name, shape in shapes.items()}
     names = TensorNames(config, reader.shapes)
-    _check(table, names, reader, directory)
+    _check(table, names, reader, reader.directory)
     shardings = flat_shardings(model, mesh)
 
     def tensors(name: str) -> Iterator[tuple[Any, np.ndarray]]:
@@ -86,7 +101,7 @@ def load_hf(
         name: assemble(shape, dtype, shardings[name], tensors(name))
         for name, shape in shapes.items()
     }
-    logging.info('%s: read %d parameters', directory, len(params))
+    logging.info('%s: read %d parameters', reader.directory, len(params))
     return model, unflatten_dict(params, sep='/')
 
 
@@ -199,7 +214,7 @@ def _linear(tensor: str, shape: tuple[int, ...], num_inputs: int) -> Source:
 def _check(
     table: dict[str, list[tuple[Any, Source]]],
     names: TensorNames,
-    reader: TensorReader,
+    reader: Reader,
     directory: Path,
 ) -> None:
     """Raises ValueError unless the reader holds exactly what the table asks for."""

@@ -1,4 +1,4 @@
-"""Opens whatever holds a model: a shipped one, a run's workdir, a bundle, a published one."""
+"""Opens whatever holds a model: a shipped one, a workdir, a bundle, a published or an orbax one."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from absl import logging
 from flax.traverse_util import flatten_dict
 
-from diffusiongemma.checkpoints import bundle, hf_import
+from diffusiongemma.checkpoints import bundle, hf_import, orbax_import
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig
@@ -33,7 +33,8 @@ def load_model(
     Args:
       path: 'builtin' (the shipped student), 'builtin-teacher', a bundle, the workdir of a run
         (the model that it exported, else the averaged parameters of its newest checkpoint),
-        or a directory in the published format (config.json and safetensors).
+        a directory in the published format (config.json and safetensors), or one of Google's
+        orbax checkpoints (see `orbax_import`).
       dtype: of the parameters and the computation; None keeps the parameters as they are stored
         and computes in float32.
       mesh: parameters are created in their shards on it (see `parallel.make_mesh`), without ever
@@ -52,6 +53,8 @@ def load_model(
         model, params = bundle.load_bundle(directory, dtype, mesh)
     elif (directory / CHECKPOINTS_DIR).is_dir():
         model, params = _load_run(directory, dtype, mesh)
+    elif orbax_import.is_orbax(directory):
+        model, params = orbax_import.load_orbax(directory, dtype, mesh)
     else:
         model, params = hf_import.load_hf(directory, dtype, mesh)
     tokenizer_file = directory / bundle.TOKENIZER_FILE
