@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from absl import logging
 from flax.traverse_util import flatten_dict
 
-from diffusiongemma.checkpoints import bundle, hf_import, orbax_import
+from diffusiongemma.checkpoints import adapters, bundle, hf_import, orbax_import
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.lora import LoraConfig, base_params, merge_lora
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel.sharding import param_shardings
 
@@ -33,8 +34,8 @@ def load_model(
     Args:
       path: 'builtin' (the shipped student), 'builtin-teacher', a bundle, the workdir of a run
         (the model that it exported, else the averaged parameters of its newest checkpoint),
-        a directory in the published format (config.json and safetensors), or one of Google's
-        orbax checkpoints (see `orbax_import`).
+        a directory in the published format (config.json and safetensors), one of Google's
+        orbax checkpoints (see `orbax_import`), or adapters, which are merged into their base.
       dtype: of the parameters and the computation; None keeps the parameters as they are stored
         and computes in float32.
       mesh: parameters are created in their shards on it (see `parallel.make_mesh`), without ever
@@ -49,6 +50,8 @@ def load_model(
       ValueError: the files do not fit together; the message names the tensor.
     """
     directory = model_directory(path)
+    if adapters.is_adapters(directory):
+        return _load_adapted(directory, dtype, mesh)
     if bundle.is_bundle(directory):
         model, params = bundle.load_bundle(directory, dtype, mesh)
     elif (directory / CHECKPOINTS_DIR).is_dir():
@@ -83,8 +86,41 @@ def _load_run(workdir: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> tupl
         )
     model = bundle.model_for(ModelConfig.from_dict(about['model']), dtype or jnp.float32)
     if bundle.is_bundle(workdir / BASE_DIR):
-        ema_params = bundle.load_bundle(workdir / BASE_DIR, dtype)[1] | ema_params
+        base = bundle.load_bundle(workdir / BASE_DIR, dtype)[1]
+        if 'lora' in about:
+            start = base_params(model.config, base)
+            ema_params = merge_lora(start, ema_params, LoraConfig(**about['lora']))
+        else:
+            ema_params = base | ema_params
     bundle.check_params(model, flatten_dict(ema_params, sep='/'), f'{workdir}, step {step}')
     logging.info('%s: averaged parameters of step %d', workdir, step)
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), ema_params)
     return model, cast if mesh is None else jax.device_put(cast, param_shardings(model, mesh))
+
+
+def _load_adapted(
+    directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None
+) -> tuple[Gemma, dict, Tokenizer | None]:
+    """The base that adapters name, with them merged in, and its tokenizer."""
+    found = adapters.read_adapters(directory)
+    base = found.base
+    if base not in BUILTIN and not Path(base).is_dir():
+        base = directory / base
+        if not base.is_dir():
+            raise FileNotFoundError(
+                f'{directory} adapts the model {found.base}, which is not there; change "base" in '
+                f'{directory / adapters.CONFIG_FILE} to where it is.'
+            )
+    base_model, params, tokenizer = load_model(base, dtype, mesh)
+    if adapters.fingerprint(params) != found.base_fingerprint:
+        raise ValueError(f'{directory} does not adapt {base}: its weights are of another model.')
+    model = bundle.model_for(found.model, base_model.dtype)
+    merge = jax.jit(merge_lora, static_argnums=2)
+    merged = merge(base_params(found.model, params), found.params, found.lora)
+    bundle.check_params(model, flatten_dict(merged, sep='/'), str(directory))
+    logging.info('%s: adapters of rank %d on %s', directory, found.lora.rank, base)
+    embedding = params['embedder']['embedding']
+    merged = jax.tree.map(lambda leaf: jnp.asarray(leaf, embedding.dtype), merged)
+    if mesh is not None:
+        merged = jax.device_put(merged, param_shardings(model, mesh))
+    return model, merged, tokenizer
