@@ -8,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from dense_student import save_dense_student
 from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -118,12 +119,13 @@ def test_a_dtype_that_is_asked_for_is_that_of_all_text_tensors(tmp_path):
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['dtype'] == 'bfloat16'
 
 
-def test_the_shipped_student_gets_tokenizer_files_and_sampling_settings(tmp_path):
-    convert('builtin', tmp_path / 'out', 'hf', generation=lambda config: {'t_max': 0.8})
+def test_a_bundle_gets_tokenizer_files_and_sampling_settings(tmp_path):
+    student = save_dense_student(tmp_path / 'student')
+    convert(student, tmp_path / 'out', 'hf', generation=lambda config: {'t_max': 0.8})
     names = {path.name for path in (tmp_path / 'out').iterdir()}
     assert {'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja'} <= names
     generation = json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
-    tokenizer = load_model('builtin')[2]
+    tokenizer = load_model(student)[2]
     assert generation['eos_token_id'] == list(tokenizer.stop_ids)
     assert generation['t_max'] == 0.8
     special = json.loads((tmp_path / 'out' / 'tokenizer_config.json').read_text())
@@ -147,7 +149,7 @@ def test_a_dense_denoiser_with_an_expert_that_writes_zeros_is_the_same_function(
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'separate_denoiser': True}, 'separate_denoiser is two'),
+        ({'separate_denoiser': True}, 'separate_denoiser=True is two; distil'),
         ({'layer_types': ('full', 'sliding')}, 'last layer .* sliding'),
         ({'query_scale': 0.5}, 'query_scale=0.5 would be read as 1.0'),
         ({'final_logit_softcap': None}, 'final_logit_softcap is None'),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_student import save_dense_student
 
 from diffusiongemma import verify
 from diffusiongemma.checkpoints.convert import convert
@@ -72,11 +73,26 @@ def our_passes(model, params, tokens, canvas):
         return apply(hidden, method='unembed'), denoised[:, 0]
 
 
-@pytest.mark.parametrize('source', ['tiny_moe', 'tiny_heldout', 'builtin'])
+@pytest.fixture(scope='module')
+def dense(tmp_path_factory):
+    """A dense denoiser of ours, and its export."""
+    directory = tmp_path_factory.mktemp('dense')
+    student = save_dense_student(directory / 'student')
+    return student, export(student, directory / 'out')
+
+
+@pytest.mark.parametrize('source', ['tiny_moe', 'tiny_heldout'])
 def test_transformers_loads_a_denoiser_and_both_passes_agree(tmp_path, source):
-    path = source if source == 'builtin' else DATA / source
+    assert_passes_agree(DATA / source, export(DATA / source, tmp_path / 'out'))
+
+
+def test_a_dense_denoiser_loads_and_agrees_too(dense):
+    assert_passes_agree(*dense)
+
+
+def assert_passes_agree(path, exported):
     cls = transformers.DiffusionGemmaForBlockDiffusion
-    model = load_whole(cls, export(path, tmp_path / 'out'))
+    model = load_whole(cls, exported)
     ours, params, _ = load_model(path)
     canvas = CANVAS[:, : ours.config.canvas_length]
     theirs = their_passes(model, TOKENS, canvas)
@@ -115,10 +131,10 @@ def test_transformers_loads_an_autoregressive_gemma_and_logits_agree(
     np.testing.assert_allclose(mine, theirs, atol=verify.TOLERANCE)
 
 
-def test_the_exported_tokenizer_and_chat_template_give_our_ids(tmp_path):
-    pytest.importorskip('sentencepiece')
-    theirs = transformers.AutoTokenizer.from_pretrained(export('builtin', tmp_path / 'out'))
-    ours = load_model('builtin')[2]
+def test_the_exported_tokenizer_and_chat_template_give_our_ids(dense):
+    student, exported = dense
+    theirs = transformers.AutoTokenizer.from_pretrained(exported)
+    ours = load_model(student)[2]
     text = 'Mia has 12 apples.  She buys 3 more.\nHow many now? é'
     assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text)
     chat = theirs.apply_chat_template(
@@ -127,9 +143,8 @@ def test_the_exported_tokenizer_and_chat_template_give_our_ids(tmp_path):
     assert chat['input_ids'] == ours.format_prompt(text)
 
 
-def test_the_exported_sampling_settings_are_those_of_the_sampler(tmp_path):
-    cls = transformers.DiffusionGemmaForBlockDiffusion
-    config = load_whole(cls, export('builtin', tmp_path / 'out')).generation_config
+def test_the_exported_sampling_settings_are_those_of_the_sampler(dense):
+    config = transformers.DiffusionGemmaGenerationConfig.from_pretrained(dense[1])
     assert config.sampler_config.entropy_bound == SamplingConfig().entropy_bound
     assert config.max_denoising_steps == SamplingConfig().max_denoising_steps
     assert (config.t_min, config.t_max) == (0.4, 0.8)

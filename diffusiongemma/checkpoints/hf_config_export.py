@@ -173,7 +173,10 @@ def _check_faithful(config: ModelConfig, content: Mapping[str, Any], model_type:
     """Raises ValueError unless `content` describes `config`, for us and for transformers."""
     problems = []
     if config.separate_denoiser:
-        problems.append('it has one set of layers, and separate_denoiser is two')
+        problems.append(
+            'it has one set of layers for both passes, and separate_denoiser=True is two; distil '
+            'with separate_denoiser=False for a model that it can hold'
+        )
     else:
         problems += _differences(config, content)
     if model_type != 'gemma3_text' and config.layer_types[-1] != FULL:
