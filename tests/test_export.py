@@ -96,6 +96,15 @@ def test_without_a_base_the_config_still_describes_the_same_model():
     assert model_config_from_hf(json.loads(json.dumps(content))) == config
 
 
+def test_the_vision_tower_of_a_base_that_is_no_denoiser_is_not_taken_over():
+    """Its tensors have other names than a denoiser's."""
+    config = load_model(DATA / 'tiny_moe')[0].config
+    base = json.loads((DATA / 'tiny_moe' / 'config.json').read_text())
+    for model_type, layers in (('diffusion_gemma', 1), ('gemma4', 0)):
+        content = hf_config(config, 'float32', TokenIds(), base | {'model_type': model_type})
+        assert content['vision_config']['num_hidden_layers'] == layers
+
+
 def test_small_shards_have_an_index_and_the_format_that_torch_readers_want(tmp_path):
     convert(DATA / 'tiny_heldout', tmp_path / 'out', 'hf', max_shard_bytes=100_000)
     files = sorted((tmp_path / 'out').glob('model-*.safetensors'))

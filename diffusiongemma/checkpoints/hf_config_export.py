@@ -10,7 +10,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from diffusiongemma.checkpoints.hf_config import model_config_from_hf
+from diffusiongemma.checkpoints.hf_config import DIFFUSION_TYPES, model_config_from_hf
 from diffusiongemma.models.config import FULL, SLIDING, AttentionConfig, ModelConfig
 
 _ARCHITECTURES = {
@@ -97,7 +97,7 @@ def hf_config(
             'model_type': model_type,
             'canvas_length': config.canvas_length,
             'text_config': text,
-            'vision_config': base.get('vision_config') or PLACEHOLDER_VISION,
+            'vision_config': vision_config(base) or PLACEHOLDER_VISION,
             'tie_word_embeddings': True,
         }
     else:
@@ -105,6 +105,11 @@ def hf_config(
     content = head | content
     _check_faithful(config, content, model_type)
     return content
+
+
+def vision_config(base: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The vision tower that a denoiser can take over: that of another one, by the same names."""
+    return base.get('vision_config') if base.get('model_type') in DIFFUSION_TYPES else None
 
 
 def _model_type(config: ModelConfig) -> str:

@@ -18,7 +18,12 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from diffusiongemma.checkpoints.hf_config_export import PLACEHOLDER_VISION, TokenIds, hf_config
+from diffusiongemma.checkpoints.hf_config_export import (
+    PLACEHOLDER_VISION,
+    TokenIds,
+    hf_config,
+    vision_config,
+)
 from diffusiongemma.checkpoints.hf_import import LEFT_OUT, Source, TensorNames, sources
 from diffusiongemma.checkpoints.placement import param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import INDEX_FILE, SINGLE_FILE, TensorReader
@@ -183,7 +188,7 @@ def _vision_tensors(
     base: Path | None, base_config: Mapping[str, Any], dtype: np.dtype, width: int
 ) -> list[_Tensor]:
     """The base checkpoint's vision tower as it is stored, or the placeholder's zeros."""
-    if base_config.get('vision_config'):
+    if vision_config(base_config):
         reader = TensorReader(base)
         return [
             _Tensor(name, shape, reader.dtype(name), lambda name=name: reader.read(name))
