@@ -176,7 +176,12 @@ def test_sizes_of_no_released_model_ask_for_a_config(tmp_path):
 
 def test_sizes_of_a_released_model_need_no_config(tmp_path, monkeypatch):
     """Shown on a tiny model that is declared to be released."""
-    numbers = {'sliding_window': 8, 'top_k_experts': 2, 'canvas_length': 16}
+    numbers = {
+        'sliding_window': 8,
+        'max_position_embeddings': 512,
+        'top_k_experts': 2,
+        'canvas_length': 16,
+    }
     monkeypatch.setattr(orbax_import, '_RELEASED', {(64, 6): numbers})
     directory = write(tmp_path / 'model', google_tree('tiny_moe'))
     assert load_model(directory)[0] == load_model(DATA / 'tiny_moe')[0]

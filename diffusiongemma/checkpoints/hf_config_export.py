@@ -137,6 +137,8 @@ def _text_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
             _LAYER_TYPES[kind]: _rope(config.attention(kind)) for kind in (FULL, SLIDING)
         },
     }
+    if config.max_positions is not None:
+        text['max_position_embeddings'] = config.max_positions
     if model_type == 'gemma3_text':
         return text | {
             'query_pre_attn_scalar': round(config.query_scale**-2),
@@ -204,10 +206,12 @@ def _differences(config: ModelConfig, content: Mapping[str, Any]) -> list[str]:
         read = model_config_from_hf(content)
     except (KeyError, ValueError, TypeError) as error:
         return [str(error)]
-    # An attention type that no layer has does not count.
+    # An attention type that no layer has does not count, and "no limit" is some large number.
     unused = {
         name: getattr(config, name) for name in (SLIDING, FULL) if name not in config.layer_types
     }
+    if config.max_positions is None:
+        unused['max_positions'] = None
     ours, theirs = (
         flatten_dict(c.to_dict(), sep='.') for c in (config, dataclasses.replace(read, **unused))
     )

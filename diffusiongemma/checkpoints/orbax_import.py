@@ -34,8 +34,13 @@ _TOWERS = re.compile(
 )
 # (width, layers) of a released model -> what its shapes do not show.
 _RELEASED = {
-    (2816, 30): {'sliding_window': 1024, 'top_k_experts': 8, 'canvas_length': 256},
-    (5376, 60): {'sliding_window': 1024},
+    (2816, 30): {
+        'sliding_window': 1024,
+        'max_position_embeddings': 262_144,
+        'top_k_experts': 8,
+        'canvas_length': 256,
+    },
+    (5376, 60): {'sliding_window': 1024, 'max_position_embeddings': 262_144},
 }
 _Convert = Callable[[Any], Any]
 _Leaf = tuple[str, _Convert]  # a leaf of the checkpoint, and how a published tensor comes from it
@@ -254,6 +259,7 @@ def _released_config(
         'head_dim': head_dim,
         'per_layer_config': {str(i): full for i, f in enumerate(is_full) if f},
         'sliding_window': released['sliding_window'],
+        'max_position_embeddings': released['max_position_embeddings'],
         'final_logit_softcapping': 30.0,
         'attention_k_eq_v': True,
         'hidden_size_per_layer_input': 0,

@@ -94,6 +94,11 @@ def lora_student(config: ConfigDict, model: DiffusionGemma) -> LoraStudent | Non
     values = config.lora.to_dict()
     if not values.get('rank'):
         return None
+    if config.init:
+        raise ValueError(
+            f'config.init={config.init} and config.lora.rank={values["rank"]}: adapters start from '
+            'the teacher; set one of them to nothing.'
+        )
     lora = run_config.build(LoraConfig, values, 'lora')
     if (lora.passes == DENOISE) != model.config.separate_denoiser:
         raise ValueError(
