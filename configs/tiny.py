@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
             'init': '',  # a student to go on from; empty: starts from the teacher's weights
             'canvas_length': 64,
             'separate_denoiser': True,  # the encode pass stays exactly the teacher
+            'lora': {'rank': 0, 'alpha': 16.0, 'passes': 'denoise'},  # rank 0: train all layers
             # Stage 0: the teacher answers these prompts; the student learns its answers.
             'targets': {
                 'source': {'kind': 'wordmath', 'split': 'train', 'size': 2_048, 'seed': 1},

@@ -186,6 +186,14 @@ def test_an_index_that_places_a_tensor_in_the_wrong_shard_is_an_error(tmp_path, 
         load_hf(tmp_path, jnp.float32)
 
 
+def test_a_tensor_that_the_index_does_not_know_is_named(tmp_path, tensors):
+    index = write_sharded(tmp_path, tensors)
+    del index['weight_map'][DOWN_PROJ]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f'holds {DOWN_PROJ}, which {INDEX} does not place there'):
+        load_hf(tmp_path, jnp.float32)
+
+
 @pytest.mark.parametrize(
     ('content', 'message'),
     [

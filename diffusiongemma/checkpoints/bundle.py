@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from diffusiongemma.checkpoints.placement import assemble, flat_shardings, param_shapes
+from diffusiongemma.checkpoints.safetensors_reader import TensorReader
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
-from diffusiongemma.models.transformer import Gemma, init_params
+from diffusiongemma.models.transformer import Gemma
 
 CONFIG_FILE = 'config.json'
 PARAMS_FILE = 'params.safetensors'
@@ -69,8 +71,17 @@ def save_bundle(
     partial.replace(directory / PARAMS_FILE)
 
 
-def load_bundle(directory: Path, dtype: Any) -> tuple[Gemma, dict]:
+def load_bundle(
+    directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Gemma, dict]:
     """Reads a bundle: (model, parameters), both in `dtype`.
+
+    Parameters are read one at a time, straight into their shards.
+
+    Args:
+      directory: of the bundle.
+      dtype: of the parameters and the computation; None keeps what is stored.
+      mesh: the parameters are created in their shards on it; None for the default device.
 
     Raises:
       FileNotFoundError: a file of the bundle is missing.
@@ -85,28 +96,31 @@ def load_bundle(directory: Path, dtype: Any) -> tuple[Gemma, dict]:
         raise ValueError(f'{config_path} is no JSON ({error}); copy it again.') from error
     if content.get('format') != FORMAT:
         raise ValueError(f'{config_path}: format {content.get("format")!r}, expected {FORMAT!r}.')
-    model = model_for(ModelConfig.from_dict(content['model']), dtype)
-    try:
-        arrays = load_file(directory / PARAMS_FILE)
-    except SafetensorError as error:
-        raise ValueError(
-            f'{directory / PARAMS_FILE} is damaged ({error}); copy it again.'
-        ) from error
-    check_params(model, arrays, str(directory))
-    params = {name: np.asarray(value, dtype) for name, value in arrays.items()}
-    return model, jax.device_put(unflatten_dict(params, sep='/'))
+    model = model_for(ModelConfig.from_dict(content['model']), dtype or jnp.float32)
+    reader = TensorReader(directory, PARAMS_FILE)
+    check_shapes(model, reader.shapes, str(directory))
+    shardings = flat_shardings(model, mesh)
+    params = {
+        name: assemble(shape, dtype, shardings[name], [(..., reader.read(name))])
+        for name, shape in reader.shapes.items()
+    }
+    return model, unflatten_dict(params, sep='/')
 
 
-def check_params(model: Gemma, arrays: Mapping[str, np.ndarray], where: str) -> None:
+def check_params(model: Gemma, arrays: Mapping[str, Any], where: str) -> None:
     """Raises ValueError unless `arrays` (by '/'-joined name) are the parameters of `model`."""
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    wanted = {name: value.shape for name, value in flatten_dict(shapes, sep='/').items()}
-    problems = [f'{name} is missing' for name in sorted(set(wanted) - set(arrays))]
-    problems += [f'{name} is unknown' for name in sorted(set(arrays) - set(wanted))]
+    check_shapes(model, {name: value.shape for name, value in arrays.items()}, where)
+
+
+def check_shapes(model: Gemma, found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises ValueError unless `found` (by '/'-joined name) are the shapes that `model` has."""
+    wanted = param_shapes(model)
+    problems = [f'{name} is missing' for name in sorted(set(wanted) - set(found))]
+    problems += [f'{name} is unknown' for name in sorted(set(found) - set(wanted))]
     problems += [
-        f'{name} has shape {tuple(arrays[name].shape)}, the config asks for {wanted[name]}'
-        for name in sorted(set(arrays) & set(wanted))
-        if tuple(arrays[name].shape) != wanted[name]
+        f'{name} has shape {tuple(found[name])}, the config asks for {wanted[name]}'
+        for name in sorted(set(found) & set(wanted))
+        if tuple(found[name]) != wanted[name]
     ]
     if problems:
         more = f' (and {len(problems) - 5} more)' if len(problems) > 5 else ''

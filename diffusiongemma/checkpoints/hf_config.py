@@ -48,6 +48,17 @@ _ROPE = {
 }
 
 
+def is_published(directory: Path) -> bool:
+    """Whether `directory` is a checkpoint in the published format that can be read."""
+    if not any(directory.glob('*.safetensors')):
+        return False
+    try:
+        content = json.loads((directory / 'config.json').read_text(encoding='utf-8'))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get('model_type') in MODEL_TYPES
+
+
 def read_hf_config(directory: Path) -> ModelConfig:
     """The model described by `directory`/config.json.
 

@@ -1,7 +1,8 @@
 """Weights of the published format (Hugging Face safetensors) -> parameters.
 
 A table gives for each of our parameters the tensor it comes from and how its axes change.
-Layers are stacked over repetitions of the layer pattern, as the scan wants them.
+Layers are stacked over repetitions of the layer pattern, as the scan wants them. `hf_export.py`
+writes with the same table.
 
 DiffusionGemma stores its backbone once, under `model.decoder.`; the encoder adds one scalar per
 layer. An autoregressive Gemma has the same names under another prefix. Left out, with a line in
@@ -11,21 +12,22 @@ for layers that share the keys and values of an earlier one.
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from diffusiongemma.checkpoints.bundle import model_for
 from diffusiongemma.checkpoints.hf_config import read_hf_config
+from diffusiongemma.checkpoints.placement import assemble, flat_shardings, param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
 from diffusiongemma.models.config import LayerStack, ModelConfig
-from diffusiongemma.models.transformer import Gemma, init_params
+from diffusiongemma.models.transformer import Gemma
 
 DECODER = 'model.decoder.'
 ENCODER = 'model.encoder.language_model.'
@@ -42,7 +44,9 @@ HEADS = ('lm_head.weight', 'language_model.lm_head.weight')
 class Source(NamedTuple):
     """Where a parameter comes from: a tensor, the shape it must have, and a change of axes.
 
-    `tensor` starts below the prefix of the backbone. `of_encoder`: it is the encoder's own.
+    `tensor` starts below the prefix of the backbone. `convert` gives a *view* of the tensor's
+    memory with the axes of the parameter: import copies out of it, export writes into it.
+    `of_encoder`: it is the encoder's own.
     """
 
     tensor: str
@@ -51,11 +55,19 @@ class Source(NamedTuple):
     of_encoder: bool = False
 
 
-def load_hf(directory: Path, dtype: Any) -> tuple[Gemma, dict]:
+def load_hf(
+    directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Gemma, dict]:
     """Reads a published checkpoint: (model, parameters).
 
-    Tensors are read one at a time into the stacked parameters, so that the host holds little more
-    than one parameter beside what is already on the device.
+    Tensors are read one at a time, cast, and copied into the shards of one parameter after the
+    other: beside what is on the devices already the host holds one tensor and what its devices
+    hold of one parameter (its layers stacked).
+
+    Args:
+      directory: of the checkpoint.
+      dtype: of the parameters and the computation; None keeps what is stored.
+      mesh: the parameters are created in their shards on it; None for the default device.
 
     Raises:
       FileNotFoundError: config.json or weights are missing.
@@ -63,31 +75,53 @@ def load_hf(directory: Path, dtype: Any) -> tuple[Gemma, dict]:
         any tensor is read.
     """
     config = read_hf_config(directory)
-    reader = TensorReader(directory)
-    model = model_for(config, dtype)
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    flat_shapes = flatten_dict(shapes, sep='/')
-    table = {name: sources(config, name, shape.shape) for name, shape in flat_shapes.items()}
-    names = _TensorNames(config, reader)
-    _check(table, names, reader, directory)
-    params = {}
-    for name, shape in flat_shapes.items():
-        value = np.empty(shape.shape, dtype)
+    return load_tensors(TensorReader(directory), config, dtype, mesh)
+
+
+class Reader(Protocol):
+    """Published tensors by name, wherever they come from."""
+
+    directory: Path
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+def load_tensors(
+    reader: Reader, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh | None
+) -> tuple[Gemma, dict]:
+    """Model and parameters of `config` from a reader's tensors, see `load_hf`."""
+    model = model_for(config, dtype or jnp.float32)
+    shapes = param_shapes(model)
+    table = {name: sources(config, name, shape) for name, shape in shapes.items()}
+    names = TensorNames(config, reader.shapes)
+    _check(table, names, reader, reader.directory)
+    shardings = flat_shardings(model, mesh)
+
+    def tensors(name: str) -> Iterator[tuple[Any, np.ndarray]]:
         for index, source in table[name]:
-            value[index] = source.convert(reader.read(names.of(source)))
-        params[name] = jnp.asarray(value)
+            yield index, source.convert(reader.read(names.of(source)))
+
+    params = {
+        name: assemble(shape, dtype, shardings[name], tensors(name))
+        for name, shape in shapes.items()
+    }
+    logging.info('%s: read %d parameters', reader.directory, len(params))
     return model, unflatten_dict(params, sep='/')
 
 
-class _TensorNames:
-    """Full tensor names in one checkpoint, and what those mean that no parameter takes."""
+class TensorNames:
+    """Full tensor names in one checkpoint, and what those mean that no parameter takes.
 
-    def __init__(self, config: ModelConfig, reader: TensorReader):
+    `present` are the names that the checkpoint has, if it exists yet.
+    """
+
+    def __init__(self, config: ModelConfig, present: Collection[str] = ()):
         self._kv_shared = range(config.kv_shared_layers.first, config.num_layers)
         if config.is_diffusion:
             self.backbone, self._encoder = DECODER, ENCODER
         else:
-            found = [p for p in AUTOREGRESSIVE if f'{p}embed_tokens.weight' in reader.shapes]
+            found = [p for p in AUTOREGRESSIVE if f'{p}embed_tokens.weight' in present]
             self.backbone = self._encoder = found[0] if found else AUTOREGRESSIVE[-1]
 
     def of(self, source: Source) -> str:
@@ -171,7 +205,7 @@ def _layer_source(path: list[str], layer: int, shape: tuple[int, ...]) -> Source
     match path:
         case [('encode_scalar' | 'denoise_scalar') as which]:
             of_encoder = which == 'encode_scalar'
-            return Source(f'{prefix}layer_scalar', (1,), lambda x: x[0], of_encoder)
+            return Source(f'{prefix}layer_scalar', (1,), lambda x: x.reshape(()), of_encoder)
         case [norm, 'scale'] if norm in NORMS:
             return _plain(f'{prefix}{NORMS[norm]}.weight', shape)
         case ['attention', ('query_norm' | 'key_norm') as norm, 'scale']:
@@ -219,8 +253,8 @@ def _linear(tensor: str, shape: tuple[int, ...], num_inputs: int) -> Source:
 
 def _check(
     table: dict[str, list[tuple[Any, Source]]],
-    names: _TensorNames,
-    reader: TensorReader,
+    names: TensorNames,
+    reader: Reader,
     directory: Path,
 ) -> None:
     """Raises ValueError unless the reader holds exactly what the table asks for."""

@@ -1,4 +1,4 @@
-"""Opens whatever holds a model: a shipped one, a run's workdir, a bundle, a published one."""
+"""Opens whatever holds a model: a shipped one, a workdir, a bundle, a published or an orbax one."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from absl import logging
 from flax.traverse_util import flatten_dict
 
-from diffusiongemma.checkpoints import bundle, hf_import
+from diffusiongemma.checkpoints import adapters, bundle, hf_import, orbax_import
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.lora import LoraConfig, base_params, merge_lora
 from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.models.transformer import Gemma
+from diffusiongemma.parallel.sharding import param_shardings
 
 ASSETS = Path(__file__).parents[1] / 'assets'
 BUILTIN = {
@@ -25,14 +27,20 @@ EXPORT_DIR = 'model'  # in a workdir: the model that the run exports
 BASE_DIR = 'base'  # in a workdir: the model whose parameters the run leaves as they are
 
 
-def load_model(path: str | Path, dtype: Any = jnp.float32) -> tuple[Gemma, dict, Tokenizer | None]:
+def load_model(
+    path: str | Path, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Gemma, dict, Tokenizer | None]:
     """Loads a model, its parameters and its tokenizer.
 
     Args:
       path: 'builtin' (the shipped student), 'builtin-teacher', a bundle, the workdir of a run
         (the model that it exported, else the averaged parameters of its newest checkpoint),
-        or a directory in the published format (config.json and safetensors).
-      dtype: of the parameters and the computation.
+        a directory in the published format (config.json and safetensors), one of Google's
+        orbax checkpoints (see `orbax_import`), or adapters, which are merged into their base.
+      dtype: of the parameters and the computation; None keeps the parameters as they are stored
+        and computes in float32.
+      mesh: parameters are created in their shards on it (see `parallel.make_mesh`), without ever
+        being whole on the host; None for the default device.
 
     Returns:
       The model (a DiffusionGemma where it can denoise, else a Gemma), its parameters, and the
@@ -42,6 +50,24 @@ def load_model(path: str | Path, dtype: Any = jnp.float32) -> tuple[Gemma, dict,
       FileNotFoundError: there is no such model, or `path` names a preset, which has no weights.
       ValueError: the files do not fit together; the message names the tensor.
     """
+    directory = model_directory(path)
+    if adapters.is_adapters(directory):
+        return _load_adapted(directory, dtype, mesh)
+    if bundle.is_bundle(directory):
+        model, params = bundle.load_bundle(directory, dtype, mesh)
+    elif (directory / CHECKPOINTS_DIR).is_dir():
+        model, params = _load_run(directory, dtype, mesh)
+    elif orbax_import.is_orbax(directory):
+        model, params = orbax_import.load_orbax(directory, dtype, mesh)
+    else:
+        model, params = hf_import.load_hf(directory, dtype, mesh)
+    tokenizer_file = directory / bundle.TOKENIZER_FILE
+    tokenizer = Tokenizer.load(str(tokenizer_file)) if tokenizer_file.exists() else None
+    return model, params, tokenizer
+
+
+def model_directory(path: str | Path) -> Path:
+    """Where the files of a model lie; raises FileNotFoundError when there is no such directory."""
     directory = BUILTIN.get(str(path), Path(path))
     if not directory.is_dir() and str(path) in PRESETS:
         raise FileNotFoundError(
@@ -53,20 +79,11 @@ def load_model(path: str | Path, dtype: Any = jnp.float32) -> tuple[Gemma, dict,
         raise FileNotFoundError(
             f'no model at {directory}: pass a directory, or one of {sorted(BUILTIN)}.'
         )
-    if bundle.is_bundle(directory / EXPORT_DIR):
-        directory = directory / EXPORT_DIR
-    if bundle.is_bundle(directory):
-        model, params = bundle.load_bundle(directory, dtype)
-    elif (directory / CHECKPOINTS_DIR).is_dir():
-        model, params = _load_run(directory, dtype)
-    else:
-        model, params = hf_import.load_hf(directory, dtype)
-    tokenizer_file = directory / bundle.TOKENIZER_FILE
-    tokenizer = Tokenizer.load(str(tokenizer_file)) if tokenizer_file.exists() else None
-    return model, params, tokenizer
+    exported = directory / EXPORT_DIR
+    return exported if bundle.is_bundle(exported) else directory
 
 
-def _load_run(workdir: Path, dtype: Any) -> tuple[Gemma, dict]:
+def _load_run(workdir: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> tuple[Gemma, dict]:
     """The averaged parameters of a run's newest checkpoint, and their model."""
     step, about, ema_params = read_ema(workdir)
     if 'model' not in about:
@@ -74,9 +91,43 @@ def _load_run(workdir: Path, dtype: Any) -> tuple[Gemma, dict]:
             f'the checkpoint of step {step} in {workdir} does not say which model it is of; '
             'finish its run, which exports a model.'
         )
-    model = bundle.model_for(ModelConfig.from_dict(about['model']), dtype)
+    model = bundle.model_for(ModelConfig.from_dict(about['model']), dtype or jnp.float32)
     if bundle.is_bundle(workdir / BASE_DIR):
-        ema_params = bundle.load_bundle(workdir / BASE_DIR, dtype)[1] | ema_params
+        base = bundle.load_bundle(workdir / BASE_DIR, dtype)[1]
+        if 'lora' in about:
+            start = base_params(model.config, base)
+            ema_params = merge_lora(start, ema_params, LoraConfig(**about['lora']))
+        else:
+            ema_params = base | ema_params
     bundle.check_params(model, flatten_dict(ema_params, sep='/'), f'{workdir}, step {step}')
     logging.info('%s: averaged parameters of step %d', workdir, step)
-    return model, jax.tree.map(lambda leaf: leaf.astype(dtype), ema_params)
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), ema_params)
+    return model, cast if mesh is None else jax.device_put(cast, param_shardings(model, mesh))
+
+
+def _load_adapted(
+    directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None
+) -> tuple[Gemma, dict, Tokenizer | None]:
+    """The base that adapters name, with them merged in, and its tokenizer."""
+    found = adapters.read_adapters(directory)
+    base = found.base
+    if base not in BUILTIN and not Path(base).is_dir():
+        base = directory / base
+        if not base.is_dir():
+            raise FileNotFoundError(
+                f'{directory} adapts the model {found.base}, which is not there; change "base" in '
+                f'{directory / adapters.CONFIG_FILE} to where it is.'
+            )
+    base_model, params, tokenizer = load_model(base, dtype, mesh)
+    if adapters.fingerprint(params) != found.base_fingerprint:
+        raise ValueError(f'{directory} does not adapt {base}: its weights are of another model.')
+    model = bundle.model_for(found.model, base_model.dtype)
+    merge = jax.jit(merge_lora, static_argnums=2)
+    merged = merge(base_params(found.model, params), found.params, found.lora)
+    bundle.check_params(model, flatten_dict(merged, sep='/'), str(directory))
+    logging.info('%s: adapters of rank %d on %s', directory, found.lora.rank, base)
+    embedding = params['embedder']['embedding']
+    merged = jax.tree.map(lambda leaf: jnp.asarray(leaf, embedding.dtype), merged)
+    if mesh is not None:
+        merged = jax.device_put(merged, param_shardings(model, mesh))
+    return model, merged, tokenizer

@@ -4,17 +4,24 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 SINGLE_FILE = 'model.safetensors'
 INDEX_FILE = 'model.safetensors.index.json'
+_DTYPES = {
+    'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16,
+    'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8,
+    'BOOL': np.bool_,
+}  # fmt: skip
 
 
 class TensorReader:
     """The tensors of a checkpoint directory by name, read one at a time.
 
-    Only headers are read on construction.
+    They are in one file, `single`, or in the shards that an index places them in. Only headers
+    are read on construction.
 
     Attributes:
       shapes: shape of every tensor.
@@ -24,16 +31,16 @@ class TensorReader:
       ValueError: a file is damaged, or the index does not fit the shards.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, single: str = SINGLE_FILE):
         self.directory = directory
-        if (directory / SINGLE_FILE).exists():
-            with self._open(SINGLE_FILE) as file:
-                self._file_of = dict.fromkeys(file.keys(), SINGLE_FILE)
+        if (directory / single).exists():
+            with self._open(single) as file:
+                self._file_of = dict.fromkeys(file.keys(), single)
         elif (directory / INDEX_FILE).exists():
             self._file_of = self._read_index(directory / INDEX_FILE)
         else:
             raise FileNotFoundError(
-                f'{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; it is no checkpoint '
+                f'{directory} has neither {single} nor {INDEX_FILE}; it is no checkpoint '
                 'in the published format.'
             )
         self.shapes: Mapping[str, tuple[int, ...]] = self._read_shapes()
@@ -42,6 +49,14 @@ class TensorReader:
         """One tensor in its stored dtype."""
         with self._open(self._file_of[name]) as file:
             return file.get_tensor(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """Stored dtype of one tensor; raises ValueError where numpy has none like it."""
+        with self._open(self._file_of[name]) as file:
+            stored = file.get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise ValueError(f'{self.directory}: {name} is stored as {stored}, not supported.')
+        return np.dtype(_DTYPES[stored])
 
     def _open(self, file_name: str) -> safe_open:
         path = self.directory / file_name
@@ -65,15 +80,20 @@ class TensorReader:
         return file_of
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = {}
+        shapes, unplaced = {}, []
         for file_name in sorted(set(self._file_of.values())):
             expected = {name for name, where in self._file_of.items() if where == file_name}
             with self._open(file_name) as file:
-                absent = sorted(expected - set(file.keys()))
+                held = set(file.keys())
+                absent = sorted(expected - held)
                 if absent:
                     raise ValueError(
                         f'{INDEX_FILE} places {absent[0]} in {file_name}, which does not hold it.'
                     )
+                unplaced += [(file_name, name) for name in sorted(held - expected)]
                 for name in expected:
                     shapes[name] = tuple(file.get_slice(name).get_shape())
+        if unplaced:
+            file_name, name = unplaced[0]
+            raise ValueError(f'{file_name} holds {name}, which {INDEX_FILE} does not place there.')
         return shapes

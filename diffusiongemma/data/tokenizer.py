@@ -154,6 +154,10 @@ class Tokenizer:
                 raise ValueError(f'Token id {i} is outside the vocabulary of {self.vocab_size}.')
         return self._processor.decode([i for i in ids if i not in self.special_ids])
 
+    def piece(self, token_id: int) -> str:
+        """The name of a token, special or not."""
+        return self._processor.id_to_piece(token_id)
+
     def _turn(self, role: str, text: str) -> list[int]:
         header = self._processor.encode(f'{role}\n')
         newline = self._processor.encode('\n')

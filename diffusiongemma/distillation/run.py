@@ -19,6 +19,7 @@ from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.diffusion.corruption import Corruption, MaskedCorruption, UniformCorruption
 from diffusiongemma.distillation.loop import LoopConfig, fit, start_or_resume
+from diffusiongemma.distillation.lora import lora_student
 from diffusiongemma.distillation.reporting import read_metrics
 from diffusiongemma.distillation.stage1 import Stage1
 from diffusiongemma.distillation.stage2 import Stage2
@@ -28,7 +29,12 @@ from diffusiongemma.distillation.state import (
     create_state,
     make_optimizer,
 )
-from diffusiongemma.distillation.step import Constants, Objective, make_distillation_step
+from diffusiongemma.distillation.step import (
+    Constants,
+    Objective,
+    join_parts,
+    make_distillation_step,
+)
 from diffusiongemma.distillation.student import (
     frozen_params,
     student_params_from_teacher,
@@ -43,8 +49,9 @@ from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
 CONFIG_KEYS = (
-    'seed', 'dtype', 'mesh', 'teacher', 'init', 'canvas_length', 'separate_denoiser', 'targets',
-    'data', 'corruption', 'ar_weight', 'stage1', 'stage2', 'optimizer', 'train', 'sampling', 'eval',
+    'seed', 'dtype', 'mesh', 'teacher', 'init', 'canvas_length', 'separate_denoiser', 'lora',
+    'targets', 'data', 'corruption', 'ar_weight', 'stage1', 'stage2', 'optimizer', 'train',
+    'sampling', 'eval',
 )  # fmt: skip
 
 
@@ -93,13 +100,20 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
         seed=config.seed,
     )
     student_model, state = train_student(config, teacher, targets, workdir)
+    about = {'teacher': str(config.teacher), 'steps': int(state.step), 'seed': config.seed}
+    lora = lora_student(config, student_model)
+    if lora is None:
+        params = frozen_params(student_model.config, teacher.params) | state.ema_params
+    else:
+        lora.save(workdir, state.ema_params, teacher.params, str(config.teacher), about)
+        params = lora.combine(lora.base(teacher.params, make_mesh(config.mesh)), state.ema_params)
     save_bundle(
         workdir / EXPORT_DIR,
         student_model.config,
-        frozen_params(student_model.config, teacher.params) | state.ema_params,
+        params,
         teacher.tokenizer,
         dtype='bfloat16',
-        about={'teacher': str(config.teacher), 'steps': int(state.step), 'seed': config.seed},
+        about=about,
     )
     return evaluate_run(config, teacher, workdir)
 
@@ -157,12 +171,20 @@ def train_student(
     )
     mesh = make_mesh(config.mesh)
     teacher_params = jax.device_put(teacher.params, param_shardings(teacher.model, mesh))
-    frozen = frozen_params(model.config, teacher_params)
-    constants = Constants(teacher=None if frozen else teacher_params, student=frozen)
+    lora = lora_student(config, model)
+    if lora is None:
+        frozen = frozen_params(model.config, teacher_params)
+        constants = Constants(teacher=None if frozen else teacher_params, student=frozen)
+        shardings = trained_params(model.config, param_shardings(model, mesh))
+    else:
+        constants = lora.constants(teacher_params, mesh)
+        shardings = lora.shardings(teacher_params, mesh)
 
     source = load_student(config, model) if config.init else None
 
     def init() -> TrainState:
+        if lora is not None:
+            return create_state(lora.init(teacher.params), optimizer)
         params = source
         if params is None:
             fresh = init_params(model, jax.random.key(config.seed))
@@ -180,11 +202,12 @@ def train_student(
         random_offset_rate=shape.random_offset_rate,
     )
     about = describe_model(model.config, teacher.tokenizer.content_hash)
+    if lora is not None:
+        about['lora'] = json.loads(json.dumps(dataclasses.asdict(lora.config)))
     store = CheckpointStore(workdir, loop.max_to_keep, about)
-    shardings = trained_params(model.config, param_shardings(model, mesh))
     state = start_or_resume(init, shardings, mesh, store, batches)
     teacher.tokenizer.save(workdir / TOKENIZER_FILE)
-    if frozen:  # checkpoints hold the trained part only
+    if constants.student:  # checkpoints hold the trained part only
         save_bundle(workdir / BASE_DIR, teacher.model.config, teacher.params, teacher.tokenizer)
     for objective, last_step in stages:
         if int(state.step) >= last_step:
@@ -197,6 +220,7 @@ def train_student(
             ar_weight=config.ar_weight,
             ema_decay=optimizer_config.ema_decay,
             seed=config.seed,
+            combine=join_parts if lora is None else lora.combine,
         )
         step = jax.jit(step, donate_argnums=0)
         state = fit(

@@ -44,6 +44,15 @@ class Objective(Protocol):
         ...
 
 
+# All parameters of the student from its frozen and its trained part.
+Combine = Callable[[dict, Any], dict]
+
+
+def join_parts(frozen: dict, trained: dict) -> dict:
+    """The parts are different parameters."""
+    return frozen | trained
+
+
 class Constants(NamedTuple):
     """Parameters that a step reads and never changes.
 
@@ -75,6 +84,7 @@ def distillation_loss(
     constants: Constants,
     key: jax.Array,
     batch: Batch,
+    combine: Combine = join_parts,
 ) -> tuple[jax.Array, Metrics]:
     """The objective plus ar_weight * KL(p_T || a_S), which keeps the encode pass at the teacher.
 
@@ -87,11 +97,12 @@ def distillation_loss(
       constants: the rest, and the teacher's.
       key: of the noise.
       batch: a packed batch.
+      combine: how the parts make the whole.
 
     Returns:
       The loss [] and metrics.
     """
-    params = constants.student | params
+    params = combine(constants.student, params)
     ar_logits, prefix = causal_pass(model, params, batch)
     if constants.teacher is None:
         teacher_logits, ar_kl = jax.lax.stop_gradient(ar_logits), jnp.zeros(())
@@ -112,6 +123,7 @@ def make_distillation_step(
     ar_weight: float,
     ema_decay: float,
     seed: int,
+    combine: Combine = join_parts,
 ) -> Callable[[TrainState, Constants, Batch], tuple[TrainState, Metrics]]:
     """The train step: (state, constants, batch) -> (state, metrics).
 
@@ -126,7 +138,7 @@ def make_distillation_step(
 
         def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
             return distillation_loss(
-                model, teacher, objective, ar_weight, params, constants, key, batch
+                model, teacher, objective, ar_weight, params, constants, key, batch, combine
             )
 
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)

@@ -1,0 +1,116 @@
+"""Adapters alone on disk: adapter.json + adapter.safetensors in a directory that names its base."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
+
+from diffusiongemma.checkpoints.safetensors_reader import TensorReader
+from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.lora import LoraConfig
+
+CONFIG_FILE = 'adapter.json'
+PARAMS_FILE = 'adapter.safetensors'
+FORMAT = 'diffusiongemma-lora-1'
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """What an adapter directory holds.
+
+    Attributes:
+      lora: how the adapters are merged.
+      params: the adapters, float32.
+      model: config of the adapted model.
+      base: path or alias of the base.
+      base_fingerprint: of the base's parameters.
+    """
+
+    lora: LoraConfig
+    params: dict
+    model: ModelConfig
+    base: str
+    base_fingerprint: str
+
+
+def is_adapters(directory: Path) -> bool:
+    """Whether `directory` holds adapters."""
+    return (directory / CONFIG_FILE).exists()
+
+
+def fingerprint(params: Mapping[str, Any]) -> str:
+    """Tells base models apart by their norms' scales, in bfloat16 whatever they are loaded in."""
+    digest = hashlib.sha256()
+    for name, value in sorted(flatten_dict(params['backbone'], sep='/').items()):
+        if name.endswith('/scale'):
+            scale = np.asarray(jax.device_get(value)).astype(ml_dtypes.bfloat16)
+            digest.update(name.encode() + scale.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_adapters(
+    directory: Path,
+    lora: LoraConfig,
+    adapters: Mapping[str, Any],
+    model: ModelConfig,
+    *,
+    base: str,
+    base_fingerprint: str,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes adapters; `load_model` opens the directory as the adapted model.
+
+    Args:
+      directory: is created; older adapters in it are replaced.
+      lora: how they are merged.
+      adapters: from `init_lora`, trained.
+      model: config of the adapted model.
+      base: path or alias of the base; a relative path may also start at `directory`.
+      base_fingerprint: `fingerprint` of the base's parameters.
+      about: JSON values on how the adapters were made.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    flat = flatten_dict(jax.device_get(dict(adapters)), sep='/')
+    arrays = {name: np.array(value, np.float32, order='C') for name, value in flat.items()}
+    save_file(arrays, directory / PARAMS_FILE, metadata={'format': FORMAT})
+    content = {
+        'format': FORMAT,
+        'base': base,
+        'base_fingerprint': base_fingerprint,
+        'lora': dataclasses.asdict(lora),
+        'model': model.to_dict(),
+        'about': dict(about or {}),
+    }
+    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+
+
+def read_adapters(directory: Path) -> Adapters:
+    """Reads what `save_adapters` wrote.
+
+    Raises:
+      FileNotFoundError: the weights are missing.
+      ValueError: a file is damaged, or of another format.
+    """
+    path = directory / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path} is no JSON ({error}); copy it again.') from error
+    if content.get('format') != FORMAT:
+        raise ValueError(f'{path}: format {content.get("format")!r}, expected {FORMAT!r}.')
+    reader = TensorReader(directory, PARAMS_FILE)
+    return Adapters(
+        lora=LoraConfig(**content['lora']),
+        params=unflatten_dict({name: reader.read(name) for name in reader.shapes}, sep='/'),
+        model=ModelConfig.from_dict(content['model']),
+        base=content['base'],
+        base_fingerprint=content['base_fingerprint'],
+    )

@@ -1,0 +1,62 @@
+"""From any format that `load_model` opens to the published one, or to a bundle."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusiongemma.checkpoints import bundle, hf_export
+from diffusiongemma.checkpoints.hf_config import is_published
+from diffusiongemma.checkpoints.load import load_model, model_directory
+from diffusiongemma.models.config import ModelConfig
+
+FORMATS = ('hf', 'bundle')
+
+
+def convert(
+    source: str | Path,
+    output: Path,
+    format: str,
+    *,
+    dtype: Any = None,
+    max_shard_bytes: int = hf_export.MAX_SHARD_BYTES,
+    base: Path | None = None,
+    generation: Callable[[ModelConfig], Mapping[str, Any]] | None = None,
+) -> None:
+    """Reads a model and writes it to a new directory.
+
+    Args:
+      source: whatever `load_model` opens.
+      output: is created.
+      format: 'hf' (published) or 'bundle'.
+      dtype: of the parameters; None keeps theirs.
+      max_shard_bytes: largest file of the published format.
+      base: published checkpoint to take over what the model does not hold, see `save_hf`;
+        defaults to `source` where that is one.
+      generation: gives generation_config.json for a model whose base has none.
+
+    Raises:
+      FileNotFoundError: there is no model at `source`.
+      ValueError: it cannot be read, the format cannot hold it, or `output` holds a model.
+    """
+    if format not in FORMATS:
+        raise ValueError(f'format must be one of {FORMATS}, got {format!r}.')
+    directory = model_directory(source)
+    hf_export.check_empty(output)
+    model, params, tokenizer = load_model(source, dtype)
+    if format == 'bundle':
+        if tokenizer is None:
+            raise ValueError(f'{directory} has no tokenizer.model; a bundle needs it.')
+        about = {'converted_from': directory.name}
+        bundle.save_bundle(output, model.config, params, tokenizer, about=about)
+        return
+    if base is None and is_published(directory):
+        base = directory
+    hf_export.save_hf(
+        output,
+        model.config,
+        params,
+        tokenizer,
+        max_shard_bytes=max_shard_bytes,
+        generation=generation(model.config) if generation else None,
+        base=base,
+    )

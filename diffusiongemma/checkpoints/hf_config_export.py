@@ -1,0 +1,222 @@
+"""ModelConfig -> config.json of the published format; the inverse of hf_config.py.
+
+What is written is read back and compared, so that a model which the format cannot hold is an
+error here rather than another model there.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+from diffusiongemma.checkpoints.hf_config import DIFFUSION_TYPES, model_config_from_hf
+from diffusiongemma.models.config import FULL, SLIDING, AttentionConfig, ModelConfig
+
+_ARCHITECTURES = {
+    'diffusion_gemma': 'DiffusionGemmaForBlockDiffusion',
+    'gemma4_text': 'Gemma4ForCausalLM',
+    'gemma3_text': 'Gemma3ForCausalLM',
+}
+_LAYER_TYPES = {SLIDING: 'sliding_attention', FULL: 'full_attention'}
+# Settings that a ModelConfig does not have; a base checkpoint's own values come first. The values
+# are those of the public transformers configs.
+_TEXT_DEFAULTS = {
+    'attention_bias': False,
+    'attention_dropout': 0.0,
+    'hidden_activation': 'gelu_pytorch_tanh',
+    'initializer_range': 0.02,
+    'max_position_embeddings': 131_072,
+    'use_bidirectional_attention': None,
+}
+# Neither of the 26 B checkpoint's image tokens is in a small vocabulary, which is what is wanted:
+# a token that is an image's place would be taken for padding.
+_DIFFUSION_DEFAULTS = {
+    'boi_token_id': 255_999,
+    'eoi_token_id': 258_882,
+    'image_token_id': 258_880,
+    'initializer_range': 0.02,
+}
+# transformers 5.17 builds the vision tower always. Without one to take over it gets one of no
+# layers, whose three tensors (all zeros) are written beside the text model's.
+PLACEHOLDER_VISION = {
+    'model_type': 'gemma4_vision',
+    'hidden_size': 8,
+    'intermediate_size': 8,
+    'num_hidden_layers': 0,
+    'num_attention_heads': 1,
+    'num_key_value_heads': 1,
+    'head_dim': 8,
+    'patch_size': 1,
+    'position_embedding_size': 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIds:
+    """Special tokens as config.json and generation_config.json name them."""
+
+    pad: int = 0
+    bos: int = 2
+    eos: tuple[int, ...] = (1,)
+
+    def to_hf(self) -> dict[str, Any]:
+        """`eos_token_id` is a number where there is one."""
+        eos = self.eos[0] if len(self.eos) == 1 else list(self.eos)
+        return {'pad_token_id': self.pad, 'bos_token_id': self.bos, 'eos_token_id': eos}
+
+
+def hf_config(
+    config: ModelConfig, dtype: str, tokens: TokenIds, base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+      config: of the model.
+      dtype: name of the weights' dtype.
+      tokens: special tokens, where the base has none.
+      base: config.json of the checkpoint that the model comes from: its settings that a
+        `ModelConfig` does not have (token ids, vision tower, longest position) are taken over.
+
+    Raises:
+      ValueError: the format cannot hold this model; the message names what.
+    """
+    base = dict(base or {})
+    model_type = _model_type(config)
+    base_text = base.get('text_config', base)
+    text = _TEXT_DEFAULTS | tokens.to_hf()
+    text |= {name: base_text[name] for name in text if name in base_text}
+    text |= _text_config(config, model_type)
+    head = {'architectures': [_ARCHITECTURES[model_type]], 'dtype': dtype}
+    if config.is_diffusion:
+        text |= {'model_type': 'diffusion_gemma_text'}
+        content = _DIFFUSION_DEFAULTS | {
+            name: base[name] for name in _DIFFUSION_DEFAULTS if base.get(name) is not None
+        }
+        content |= {
+            'model_type': model_type,
+            'canvas_length': config.canvas_length,
+            'text_config': text,
+            'vision_config': vision_config(base) or PLACEHOLDER_VISION,
+            'tie_word_embeddings': True,
+        }
+    else:
+        content = text | {'model_type': model_type, 'use_cache': True}
+    content = head | content
+    _check_faithful(config, content, model_type)
+    return content
+
+
+def vision_config(base: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The vision tower that a denoiser can take over: that of another one, by the same names."""
+    return base.get('vision_config') if base.get('model_type') in DIFFUSION_TYPES else None
+
+
+def _model_type(config: ModelConfig) -> str:
+    if config.is_diffusion:
+        return 'diffusion_gemma'
+    return 'gemma3_text' if config.norm_scale_offset else 'gemma4_text'
+
+
+def _text_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    """What follows from the `ModelConfig`."""
+    text = {
+        'vocab_size': config.vocab_size,
+        'hidden_size': config.width,
+        'intermediate_size': config.ffn_width,
+        'num_hidden_layers': config.num_layers,
+        'layer_types': [_LAYER_TYPES[kind] for kind in config.layer_types],
+        'num_attention_heads': config.num_heads,
+        'num_key_value_heads': config.sliding.num_kv_heads,
+        'head_dim': config.sliding.head_dim,
+        'sliding_window': config.sliding.window,
+        'rms_norm_eps': config.norm_eps,
+        'final_logit_softcapping': config.final_logit_softcap,
+        'tie_word_embeddings': True,
+        'rope_parameters': {
+            _LAYER_TYPES[kind]: _rope(config.attention(kind)) for kind in (FULL, SLIDING)
+        },
+    }
+    if config.max_positions is not None:
+        text['max_position_embeddings'] = config.max_positions
+    if model_type == 'gemma3_text':
+        return text | {
+            'query_pre_attn_scalar': round(config.query_scale**-2),
+            'attn_logit_softcapping': None,
+            'use_bidirectional_attention': False,
+        }
+    full = {'head_dim': config.full.head_dim, 'num_key_value_heads': config.full.num_kv_heads}
+    text['per_layer_config'] = {
+        str(layer): dict(full) for layer, kind in enumerate(config.layer_types) if kind == FULL
+    }
+    moe = config.moe
+    text |= {
+        'num_experts': moe.num_experts if moe else None,
+        'top_k_experts': moe.top_k if moe else None,
+        'moe_intermediate_size': moe.expert_width if moe else None,
+    }
+    if model_type == 'gemma4_text':
+        text |= {
+            'enable_moe_block': moe is not None,
+            'attention_k_eq_v': config.full.value_is_key,
+            'hidden_size_per_layer_input': 0,
+            'num_kv_shared_layers': 0,
+            'use_double_wide_mlp': False,
+        }
+    return text
+
+
+def _rope(attention: AttentionConfig) -> dict[str, Any]:
+    if attention.rope_fraction == 1.0:
+        return {'rope_type': 'default', 'rope_theta': attention.rope_theta}
+    return {
+        'rope_type': 'proportional',
+        'partial_rotary_factor': attention.rope_fraction,
+        'rope_theta': attention.rope_theta,
+    }
+
+
+def _check_faithful(config: ModelConfig, content: Mapping[str, Any], model_type: str) -> None:
+    """Raises ValueError unless `content` describes `config`, for us and for transformers."""
+    problems = []
+    if config.separate_denoiser:
+        problems.append(
+            'it has one set of layers for both passes, and separate_denoiser=True is two; distil '
+            'with separate_denoiser=False for a model that it can hold'
+        )
+    else:
+        problems += _differences(config, content)
+    if model_type != 'gemma3_text' and config.layer_types[-1] != FULL:
+        problems.append('transformers makes the last layer a full one, and here it is sliding')
+    if model_type == 'gemma3_text' and config.width % config.num_heads:
+        problems.append(f'transformers wants {config.num_heads} heads to divide {config.width}')
+    if config.is_diffusion and config.final_logit_softcap is None:
+        problems.append('final_logit_softcap is None')
+    if config.is_diffusion and config.moe is None:
+        problems.append('every layer needs experts, and moe is None')
+    if problems:
+        raise ValueError(
+            f'the published format ({model_type}) cannot hold this model: '
+            f'{"; ".join(problems)}. Keep it as a bundle (--format=bundle).'
+        )
+
+
+def _differences(config: ModelConfig, content: Mapping[str, Any]) -> list[str]:
+    try:
+        read = model_config_from_hf(content)
+    except (KeyError, ValueError, TypeError) as error:
+        return [str(error)]
+    # An attention type that no layer has does not count, and "no limit" is some large number.
+    unused = {
+        name: getattr(config, name) for name in (SLIDING, FULL) if name not in config.layer_types
+    }
+    if config.max_positions is None:
+        unused['max_positions'] = None
+    ours, theirs = (
+        flatten_dict(c.to_dict(), sep='.') for c in (config, dataclasses.replace(read, **unused))
+    )
+    return [
+        f'{name}={value} would be read as {theirs.get(name)}'
+        for name, value in ours.items()
+        if value != theirs.get(name)
+    ]

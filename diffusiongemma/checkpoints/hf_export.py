@@ -1,0 +1,270 @@
+"""Parameters -> the published format (Hugging Face safetensors), for transformers and others.
+
+Writes with the table that `hf_import.py` reads with: a tensor is allocated, seen through the
+`convert` of each parameter that it holds, and filled through these views. What a bundle does not
+hold (vision tower, token ids, tokenizer files) can come from a base checkpoint.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
+
+from diffusiongemma.checkpoints.hf_config_export import (
+    PLACEHOLDER_VISION,
+    TokenIds,
+    hf_config,
+    vision_config,
+)
+from diffusiongemma.checkpoints.hf_import import TOWERS, Source, TensorNames, sources
+from diffusiongemma.checkpoints.placement import param_shapes
+from diffusiongemma.checkpoints.safetensors_reader import INDEX_FILE, SINGLE_FILE, TensorReader
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.models.config import ModelConfig, MoEConfig
+from diffusiongemma.models.denoiser import DiffusionGemma
+
+MAX_SHARD_BYTES = 5 * 10**9
+CONFIG_FILE, GENERATION_FILE = 'config.json', 'generation_config.json'
+TOKENIZER_FILES = (
+    'tokenizer.model', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
+    'added_tokens.json', 'chat_template.jinja', 'chat_template.json', 'processor_config.json',
+    'preprocessor_config.json',
+)  # fmt: skip
+_NULL_EXPERT = MoEConfig(num_experts=1, top_k=1, expert_width=8)
+# As `Tokenizer.format_prompt` writes a conversation; the beginning of the text is part of it.
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<START>' + ('model' if message['role'] == "
+    "'assistant' else message['role']) + '\\n' + message['content'] + '<END>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<START>model\\n' }}{% endif %}"
+)
+
+
+class _Tensor(NamedTuple):
+    """A tensor that is yet to be made: its name, shape and dtype, and how to make it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def save_hf(
+    directory: Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    generation: Mapping[str, Any] | None = None,
+    base: Path | None = None,
+) -> None:
+    """Writes a checkpoint in the published format.
+
+    A dense denoiser gets one expert that writes zeros, because the format wants experts in every
+    layer: `with_null_expert`.
+
+    Args:
+      directory: is created; must not hold a model yet.
+      config: of the model.
+      params: nested dict of arrays. They are fetched from the devices one tensor at a time; the
+        host holds one shard of the checkpoint.
+      tokenizer: of the model, or None.
+      dtype: of the tensors; None keeps that of the parameters.
+      max_shard_bytes: a file is closed before it would grow beyond it; one tensor may.
+      generation: content of generation_config.json besides the token ids, where the base has none.
+      base: checkpoint in the published format that the model comes from: its vision tower,
+        tokenizer files and settings that a `ModelConfig` does not have are taken over.
+
+    Raises:
+      ValueError: the directory holds a model already, or the format cannot hold this one; the
+        message says what and what to do.
+    """
+    if config.is_diffusion and config.moe is None:
+        logging.info('the denoiser is dense: the format gets one expert that writes zeros')
+        config, params = with_null_expert(config, params)
+    base_config = json.loads((base / CONFIG_FILE).read_text(encoding='utf-8')) if base else {}
+    tokens = _token_ids(tokenizer)
+    dtype_name = str(np.dtype(dtype or params['embedder']['embedding'].dtype))
+    content = hf_config(config, dtype_name, tokens, base_config)
+    check_empty(directory)
+    tensors = list(_text_tensors(config, flatten_dict(dict(params), sep='/'), dtype))
+    if config.is_diffusion:
+        tensors += _vision_tensors(base, base_config, tensors[0].dtype, config.width)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_tensors(directory, tensors, max_shard_bytes)
+    _write_tokenizer(directory, tokenizer, base)
+    if base is not None and (base / GENERATION_FILE).exists():
+        shutil.copyfile(base / GENERATION_FILE, directory / GENERATION_FILE)
+    else:
+        _write_json(directory / GENERATION_FILE, dict(generation or {}) | tokens.to_hf())
+    _write_json(directory / CONFIG_FILE, content)  # last: without it there is no model yet
+    logging.info('%s: wrote %d tensors in %s', directory, len(tensors), dtype_name)
+
+
+def with_null_expert(
+    config: ModelConfig, params: Mapping[str, Any]
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """A dense model as a mixture with one expert that writes zeros, the form the format wants.
+
+    The dense MLP's output passes one norm more, so that outputs move by the epsilon of that norm
+    (below 1e-4 in the logits of the shipped student), not by more.
+    """
+    config = config.replace(moe=_NULL_EXPERT)
+    flat = flatten_dict(dict(params), sep='/')
+    dtype = flat['embedder/embedding'].dtype
+    for name, shape in param_shapes(DiffusionGemma(config)).items():
+        if name not in flat:
+            one = 1.0 - config.norm_scale_offset if name.endswith('norm/scale') else 1.0
+            flat[name] = np.full(shape, one if name.endswith('scale') else 0.0, dtype)
+    return config, unflatten_dict(flat, sep='/')
+
+
+def check_empty(directory: Path) -> None:
+    """Raises ValueError when `directory` holds a model: files of two would be mixed."""
+    there = sorted(path.name for path in directory.glob('*.safetensors'))
+    there += [name for name in (CONFIG_FILE, INDEX_FILE) if (directory / name).exists()]
+    if there:
+        raise ValueError(
+            f'{directory} holds {there[0]} already; choose a new directory, or delete this one.'
+        )
+
+
+def _token_ids(tokenizer: Tokenizer | None) -> TokenIds:
+    if tokenizer is None:
+        return TokenIds()
+    return TokenIds(tokenizer.pad_id, tokenizer.bos_id, tokenizer.stop_ids)
+
+
+def _text_tensors(config: ModelConfig, params: Mapping[str, Any], dtype: Any) -> Iterator[_Tensor]:
+    """The tensors of the text model, in the order of the parameters."""
+    names = TensorNames(config)
+    params = {name: _on_host(value) for name, value in params.items()}
+    parts: dict[str, list[tuple[str, Any, Source]]] = {}
+    for name, value in params.items():
+        for index, source in sources(config, name, tuple(value.shape)):
+            parts.setdefault(names.of(source), []).append((name, index, source))
+
+    def make(tensor: str) -> np.ndarray:
+        array = np.empty(parts[tensor][0][2].shape, dtype or params[parts[tensor][0][0]].dtype)
+        for name, index, source in parts[tensor]:
+            view = source.convert(array)
+            if not np.may_share_memory(view, array):
+                raise RuntimeError(f'the conversion of {tensor} to {name} copies; see Source.')
+            view[...] = jax.device_get(params[name][index])
+        return array
+
+    for tensor, held in parts.items():
+        name, _, source = held[0]
+        yield _Tensor(
+            tensor,
+            source.shape,
+            np.dtype(dtype or params[name].dtype),
+            lambda tensor=tensor: make(tensor),
+        )
+
+
+def _on_host(value: Any) -> Any:
+    """The same array, as numpy where that copies nothing; others are fetched tensor by tensor."""
+    on_device = isinstance(value, jax.Array) and (
+        len(value.devices()) > 1 or next(iter(value.devices())).platform != 'cpu'
+    )
+    return value if on_device else np.asarray(value)
+
+
+def _vision_tensors(
+    base: Path | None, base_config: Mapping[str, Any], dtype: np.dtype, width: int
+) -> list[_Tensor]:
+    """The base checkpoint's vision tower as it is stored, or the placeholder's zeros."""
+    if vision_config(base_config):
+        reader = TensorReader(base)
+        return [
+            _Tensor(name, shape, reader.dtype(name), lambda name=name: reader.read(name))
+            for name, shape in reader.shapes.items()
+            if TOWERS.match(name)
+        ]
+    hidden, patch = PLACEHOLDER_VISION['hidden_size'], PLACEHOLDER_VISION['patch_size']
+    positions = PLACEHOLDER_VISION['position_embedding_size']
+    embedder = 'model.encoder.vision_tower.patch_embedder.'
+    shapes = {
+        f'{embedder}input_proj.weight': (hidden, 3 * patch**2),
+        f'{embedder}position_embedding_table': (2, positions, hidden),
+        'model.encoder.embed_vision.embedding_projection.weight': (width, hidden),
+    }
+    return [
+        _Tensor(name, shape, dtype, lambda shape=shape: np.zeros(shape, dtype))
+        for name, shape in shapes.items()
+    ]
+
+
+def _write_tensors(directory: Path, tensors: list[_Tensor], max_shard_bytes: int) -> None:
+    """One file, or numbered shards with their index; one shard at a time is in memory."""
+    shards, filled = [[]], 0
+    for tensor in sorted(tensors):
+        if shards[-1] and filled + tensor.size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.size
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f'model-{number:05d}-of-{len(shards):05d}.safetensors'
+        file = SINGLE_FILE if len(shards) == 1 else file
+        arrays = {tensor.name: tensor.make() for tensor in shard}
+        save_file(arrays, directory / file, metadata={'format': 'pt'})
+        weight_map |= dict.fromkeys(arrays, file)
+    if len(shards) > 1:
+        total = sum(tensor.size for tensor in tensors)
+        index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+        _write_json(directory / INDEX_FILE, index)
+
+
+def _write_tokenizer(directory: Path, tokenizer: Tokenizer | None, base: Path | None) -> None:
+    """The base's tokenizer files where it has the same tokenizer; else what transformers needs."""
+    model = base / 'tokenizer.model' if base is not None else None
+    other = (
+        tokenizer is not None
+        and model is not None
+        and model.exists()
+        and Tokenizer.load(str(model)).content_hash != tokenizer.content_hash
+    )
+    if base is not None and not other:
+        for name in TOKENIZER_FILES:
+            if (base / name).exists():
+                shutil.copyfile(base / name, directory / name)
+    if tokenizer is None or (directory / 'tokenizer_config.json').exists():
+        return
+    tokenizer.save(directory / 'tokenizer.model')
+    pieces = {id_: tokenizer.piece(id_) for id_ in sorted(tokenizer.special_ids)}
+    start, end = pieces[tokenizer.turn_start_id], pieces[tokenizer.turn_end_id]
+    content = {
+        'tokenizer_class': 'GemmaTokenizer',
+        'add_bos_token': True,
+        'clean_up_tokenization_spaces': False,
+        'bos_token': pieces[tokenizer.bos_id],
+        'eos_token': pieces[tokenizer.eos_id],
+        'pad_token': pieces[tokenizer.pad_id],
+        'unk_token': pieces[tokenizer.unk_id],
+        'mask_token': pieces[tokenizer.mask_id],
+        'extra_special_tokens': [start, end],
+    }
+    _write_json(directory / 'tokenizer_config.json', content)
+    template = re.sub('<START>', lambda _: start, _CHAT_TEMPLATE)
+    template = re.sub('<END>', lambda _: end, template)
+    (directory / 'chat_template.jinja').write_text(template, encoding='utf-8')
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n', encoding='utf-8')

@@ -1,0 +1,186 @@
+"""Writing the published format: bit-identical to what was read, or an error that says why not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from dense_student import save_dense_student
+from flax.traverse_util import flatten_dict
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from diffusiongemma.checkpoints.convert import convert
+from diffusiongemma.checkpoints.hf_config import model_config_from_hf
+from diffusiongemma.checkpoints.hf_config_export import TokenIds, hf_config
+from diffusiongemma.checkpoints.hf_export import save_hf, with_null_expert
+from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.models import DiffusionGemma
+from diffusiongemma.models import init_params as init_params_eagerly
+
+init_params = jax.jit(init_params_eagerly, static_argnums=0)
+DATA = Path(__file__).parent / 'data'
+NAMES = ('tiny_moe', 'tiny_heldout', 'tiny_gemma3', 'tiny_gemma4')
+PLACEHOLDER = ('vision_tower.patch_embedder.', 'embed_vision.')
+
+
+def stored_tensors(directory):
+    """All tensors of a checkpoint directory, whatever its files are."""
+    tensors = {}
+    for path in directory.glob('*.safetensors'):
+        tensors |= load_file(path)
+    return tensors
+
+
+def assert_same_tensors(directory, reference, *, allow=()):
+    ours, theirs = stored_tensors(directory), stored_tensors(reference)
+    extra = [name for name in set(ours) - set(theirs) if not any(part in name for part in allow)]
+    assert not extra and not set(theirs) - set(ours)
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype, name
+        assert ours[name].tobytes() == value.tobytes(), name
+
+
+def bfloat16_copy(directory, target):
+    """A checkpoint with its tensors in bfloat16."""
+    shutil.copytree(directory, target)
+    tensors = load_file(directory / 'model.safetensors')
+    cast = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
+    save_file(cast, target / 'model.safetensors')
+    return target
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_what_was_read_is_written_back_bit_for_bit(tmp_path, name):
+    convert(DATA / name, tmp_path / 'out', 'hf')
+    allow = PLACEHOLDER if name == 'tiny_heldout' else ()  # it has no vision tower to take over
+    assert_same_tensors(tmp_path / 'out', DATA / name, allow=allow)
+
+
+@pytest.mark.parametrize('name', ['tiny_moe', 'tiny_gemma3'])
+def test_bfloat16_goes_to_a_bundle_and_back_bit_for_bit(tmp_path, name):
+    source = bfloat16_copy(DATA / name, tmp_path / 'bfloat16')
+    tokenizer = Path(__file__).parents[1] / 'diffusiongemma' / 'assets' / 'tokenizer.model'
+    shutil.copyfile(tokenizer, source / 'tokenizer.model')
+    convert(source, tmp_path / 'bundle', 'bundle')
+    assert (tmp_path / 'bundle' / 'params.safetensors').exists()
+    convert(tmp_path / 'bundle', tmp_path / 'out', 'hf', base=source)
+    assert_same_tensors(tmp_path / 'out', source)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_config_says_what_the_reference_says(tmp_path, name):
+    convert(DATA / name, tmp_path / 'out', 'hf')
+    ours = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    theirs = json.loads((DATA / name / 'config.json').read_text())
+    left_out = {'transformers_version', '_sliding_window_pattern'}
+    if name == 'tiny_heldout':  # transformers cannot load a model without vision tower
+        left_out.add('vision_config')
+        assert ours['vision_config']['num_hidden_layers'] == 0
+    ours, theirs = flatten_dict(ours, sep='.'), flatten_dict(theirs, sep='.')
+    different = {
+        key: (value, ours.get(key, 'nothing'))
+        for key, value in theirs.items()
+        if ours.get(key) != value and key not in left_out
+    }
+    unused = {'text_config.vocab_size_per_layer_input', 'vocab_size_per_layer_input'}
+    assert set(different) <= unused, different
+
+
+def test_without_a_base_the_config_still_describes_the_same_model():
+    config = load_model(DATA / 'tiny_moe')[0].config
+    content = hf_config(config, 'float32', TokenIds())
+    assert model_config_from_hf(json.loads(json.dumps(content))) == config
+
+
+def test_the_vision_tower_of_a_base_that_is_no_denoiser_is_not_taken_over():
+    """Its tensors have other names than a denoiser's."""
+    config = load_model(DATA / 'tiny_moe')[0].config
+    base = json.loads((DATA / 'tiny_moe' / 'config.json').read_text())
+    for model_type, layers in (('diffusion_gemma', 1), ('gemma4', 0)):
+        content = hf_config(config, 'float32', TokenIds(), base | {'model_type': model_type})
+        assert content['vision_config']['num_hidden_layers'] == layers
+
+
+def test_small_shards_have_an_index_and_the_format_that_torch_readers_want(tmp_path):
+    convert(DATA / 'tiny_heldout', tmp_path / 'out', 'hf', max_shard_bytes=100_000)
+    files = sorted((tmp_path / 'out').glob('model-*.safetensors'))
+    index = json.loads((tmp_path / 'out' / 'model.safetensors.index.json').read_text())
+    assert len(files) > 3 and files[0].name == f'model-00001-of-{len(files):05d}.safetensors'
+    assert all(path.stat().st_size < 110_000 for path in files)
+    for path in files:
+        with safe_open(path, 'numpy') as file:
+            assert file.metadata() == {'format': 'pt'}
+            assert {n for n, where in index['weight_map'].items() if where == path.name} == set(
+                file.keys()
+            )
+    total = sum(value.nbytes for value in stored_tensors(tmp_path / 'out').values())
+    assert index['metadata']['total_size'] == total
+    assert_same_tensors(tmp_path / 'out', DATA / 'tiny_heldout', allow=PLACEHOLDER)
+
+
+def test_a_dtype_that_is_asked_for_is_that_of_all_text_tensors(tmp_path):
+    convert(DATA / 'tiny_gemma4', tmp_path / 'out', 'hf', dtype=ml_dtypes.bfloat16)
+    assert {v.dtype for v in stored_tensors(tmp_path / 'out').values()} == {np.dtype('bfloat16')}
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['dtype'] == 'bfloat16'
+
+
+def test_a_bundle_gets_tokenizer_files_and_sampling_settings(tmp_path):
+    student = save_dense_student(tmp_path / 'student')
+    convert(student, tmp_path / 'out', 'hf', generation=lambda config: {'t_max': 0.8})
+    names = {path.name for path in (tmp_path / 'out').iterdir()}
+    assert {'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja'} <= names
+    generation = json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
+    tokenizer = load_model(student)[2]
+    assert generation['eos_token_id'] == list(tokenizer.stop_ids)
+    assert generation['t_max'] == 0.8
+    special = json.loads((tmp_path / 'out' / 'tokenizer_config.json').read_text())
+    assert special['extra_special_tokens'] == ['<|turn>', '<turn|>']
+
+
+def test_a_dense_denoiser_with_an_expert_that_writes_zeros_is_the_same_function(tiny_config):
+    config = tiny_config.replace(layer_types=('full',))
+    params = init_params(DiffusionGemma(config), jax.random.key(0))
+    moe_config, moe_params = with_null_expert(config, params)
+    tokens = np.arange(8).reshape(2, 4)
+
+    def logits(config, params):
+        apply = jax.jit(DiffusionGemma(config).apply)
+        return apply({'params': params}, tokens)
+
+    ours, theirs = logits(config, params), logits(moe_config, moe_params)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'separate_denoiser': True}, 'separate_denoiser=True is two; distil'),
+        ({'layer_types': ('full', 'sliding')}, 'last layer .* sliding'),
+        ({'query_scale': 0.5}, 'query_scale=0.5 would be read as 1.0'),
+        ({'final_logit_softcap': None}, 'final_logit_softcap is None'),
+        ({'layer_scalar': False}, 'layer_scalar=False would be read as True'),
+    ],
+)
+def test_a_model_that_the_format_cannot_hold_is_an_error_that_says_what_to_do(
+    tmp_path, tiny_moe_config, changes, message
+):
+    config = tiny_moe_config.replace(**({'layer_types': ('sliding', 'full')} | changes))
+    params = jax.eval_shape(lambda: init_params(DiffusionGemma(config), jax.random.key(0)))
+    with pytest.raises(ValueError, match=f'cannot hold this model: .*{message}.*--format=bundle'):
+        save_hf(tmp_path / 'out', config, params)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('format', ['hf', 'bundle'])
+def test_a_directory_that_holds_a_model_is_not_written_into(tmp_path, format):
+    with pytest.raises(ValueError, match='already; choose a new directory'):
+        convert(DATA / 'tiny_heldout', DATA / 'tiny_moe', format)
+
+
+def test_a_bundle_needs_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match='has no tokenizer.model; a bundle needs it'):
+        convert(DATA / 'tiny_heldout', tmp_path / 'out', 'bundle')

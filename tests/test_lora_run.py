@@ -1,0 +1,91 @@
+"""Distillation that trains adapters alone: config.lora."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.distillation.lora import ADAPTERS_DIR, lora_student
+from diffusiongemma.distillation.run import Teacher, train_student
+from diffusiongemma.models import DiffusionGemma, Gemma, init_params
+from diffusiongemma.parallel import make_mesh
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
+import tiny  # noqa: E402
+
+DATA = DataSpec(kind='wordmath', size=100)
+
+
+@pytest.fixture
+def teacher(tiny_config) -> Teacher:
+    """A random teacher with the vocabulary of the built-in tokenizer."""
+    tokenizer = Tokenizer.load('builtin')
+    config = tiny_config.replace(
+        vocab_size=tokenizer.vocab_size, canvas_length=0, layer_types=('full', 'full')
+    )
+    model = Gemma(config)
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    return Teacher(model, params, tokenizer)
+
+
+def lora_config(**changes):
+    config = tiny.get_config()
+    config.mesh = {'data': 1, 'fsdp': 4, 'tensor': 2}
+    config.canvas_length = 8
+    config.data = {'batch_size': 4, 'row_length': 64, 'canvases_per_row': 4}
+    config.train = {'num_steps': 2, 'report_every': 1, 'checkpoint_every': 2}
+    config.stage2.first_step = 2  # stage 1 alone
+    config.lora.rank = 2
+    config.update(changes)
+    return config
+
+
+def test_only_adapters_are_trained_and_the_encode_pass_stays_the_teachers(teacher, tmp_path):
+    config = lora_config()
+    model, state = train_student(config, teacher, DATA, tmp_path)
+    names = flatten_dict(state.params, sep='/')
+    assert all(
+        name.startswith('self_conditioning/') or name.endswith(('/lora_a', '/lora_b'))
+        for name in names
+    )
+    assert not any(name.startswith(('backbone/', 'embedder/')) for name in names)
+    moved = [name for name, value in names.items() if name.endswith('lora_b') and value.any()]
+    assert moved and all(name.startswith('denoise_backbone/') for name in moved)
+
+    # The run opens although nothing is exported yet, and its encode pass is the teacher's.
+    _, params, tokenizer = load_model(tmp_path)
+    assert tokenizer is not None
+    for name in ('backbone', 'embedder'):
+        for ours, theirs in zip(
+            jax.tree.leaves(params[name]), jax.tree.leaves(teacher.params[name]), strict=True
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+
+    # The adapters alone, on the same teacher, are the same model.
+    student = lora_student(config, model)
+    base = tmp_path / 'base'  # the run's copy of the teacher
+    student.save(tmp_path, state.ema_params, teacher.params, str(base), {})
+    found, adapted, _ = load_model(tmp_path / ADAPTERS_DIR)
+    assert found.config == model.config
+    merged = student.combine(student.base(teacher.params, make_mesh(config.mesh)), state.ema_params)
+    assert jax.tree.structure(adapted) == jax.tree.structure(merged)
+    for ours, theirs in zip(jax.tree.leaves(adapted), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_adapters_of_one_pass_need_a_denoiser_of_its_own(teacher):
+    config = lora_config(separate_denoiser=False)
+    model = DiffusionGemma(teacher.model.config.replace(canvas_length=8))
+    with pytest.raises(ValueError, match="lora.passes='denoise' needs .*separate_denoiser=True"):
+        lora_student(config, model)
+
+
+def test_rank_0_trains_everything(teacher):
+    model = DiffusionGemma(teacher.model.config.replace(canvas_length=8))
+    assert lora_student(lora_config(lora={'rank': 0}), model) is None
