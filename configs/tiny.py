@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
             'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
             'teacher': 'builtin-teacher',
             'init': '',  # a student to go on from; empty: starts from the teacher's weights
-            'canvas_length': 64,
+            'canvas_length': 16,
+            'predict_next': True,  # what the teacher has learnt holds from the first step on
             'separate_denoiser': True,  # the encode pass stays exactly the teacher
             'lora': {'rank': 0, 'alpha': 16.0, 'passes': 'denoise'},  # rank 0: train all layers
             # Stage 0: the teacher answers these prompts; the student learns its answers.
@@ -29,7 +30,7 @@ def get_config() -> ConfigDict:
             'data': {
                 'batch_size': 16,
                 'row_length': 256,
-                'canvases_per_row': 3,
+                'canvases_per_row': 10,
                 'random_offset_rate': 0.0,
             },
             'corruption': 'uniform',

@@ -63,8 +63,17 @@ def denoise(
 ) -> jax.Array:
     """Denoise logits [B, N, C, V] of noisy canvases [B, N, C] at the places of the batch's."""
     starts, segment_ids = batch['canvas_starts'], batch['canvas_segment_ids']
+    before = jnp.maximum(batch['canvas_offsets'] - 1, 0)
+    previous = jnp.take_along_axis(batch['tokens'], before, axis=1)  # [B, N]
     return model.apply(
-        {'params': params}, noisy, starts, segment_ids, prefix, soft_embeddings, method='denoise'
+        {'params': params},
+        noisy,
+        starts,
+        segment_ids,
+        prefix,
+        soft_embeddings,
+        previous,
+        method='denoise',
     )
 
 

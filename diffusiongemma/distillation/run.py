@@ -49,9 +49,9 @@ from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
 CONFIG_KEYS = (
-    'seed', 'dtype', 'mesh', 'teacher', 'init', 'canvas_length', 'separate_denoiser', 'lora',
-    'targets', 'data', 'corruption', 'ar_weight', 'stage1', 'stage2', 'optimizer', 'train',
-    'sampling', 'eval',
+    'seed', 'dtype', 'mesh', 'teacher', 'init', 'canvas_length', 'separate_denoiser',
+    'predict_next', 'lora', 'targets', 'data', 'corruption', 'ar_weight', 'stage1', 'stage2',
+    'optimizer', 'train', 'sampling', 'eval',
 )  # fmt: skip
 
 
@@ -165,7 +165,9 @@ def train_student(
     stages = objectives(config, teacher.tokenizer)
     model = DiffusionGemma(
         teacher.model.config.replace(
-            canvas_length=config.canvas_length, separate_denoiser=config.separate_denoiser
+            canvas_length=config.canvas_length,
+            separate_denoiser=config.separate_denoiser,
+            predict_next=config.predict_next,
         ),
         teacher.model.dtype,
     )

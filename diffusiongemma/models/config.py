@@ -136,6 +136,10 @@ class ModelConfig:
       canvas_length: C, tokens denoised at once; 0 for a purely autoregressive model.
       separate_denoiser: the denoise pass has layers of its own (a second set of weights), so
         that the encode pass can stay exactly the teacher's. Embedding and K/V cache are shared.
+      predict_next: a canvas token is predicted at the position before its own, as the
+        autoregressive pass predicts it: the denoise pass runs over the token before the canvas
+        and all of the canvas but its last token. What a teacher has learnt then holds from the
+        first step on (Gong et al. 2024, arXiv:2410.17891). The released models do not.
       query_scale: factor on queries before the softmax. Gemma 4 uses 1.0.
       value_norm: RMS-normalise values (without scale).
       layer_scalar: the residual stream is scaled once per layer.
@@ -158,6 +162,7 @@ class ModelConfig:
     kv_shared_ffn_width: int | None = None
     canvas_length: int = 0
     separate_denoiser: bool = False
+    predict_next: bool = False
     query_scale: float = 1.0
     value_norm: bool = True
     layer_scalar: bool = True
@@ -182,8 +187,8 @@ class ModelConfig:
         self._check_per_layer_and_sharing()
         if self.canvas_length < 0:
             raise ValueError(f'canvas_length must be >= 0, got {self.canvas_length}.')
-        if self.separate_denoiser and not self.canvas_length:
-            raise ValueError('separate_denoiser needs a canvas_length > 0.')
+        if (self.separate_denoiser or self.predict_next) and not self.canvas_length:
+            raise ValueError('separate_denoiser and predict_next need a canvas_length > 0.')
         if self.final_logit_softcap is not None and self.final_logit_softcap <= 0:
             raise ValueError(
                 f'final_logit_softcap must be > 0 or None, got {self.final_logit_softcap}.'
@@ -231,7 +236,7 @@ class ModelConfig:
     @property
     def autoregressive(self) -> 'ModelConfig':
         """The same backbone without a denoise pass."""
-        return self.replace(canvas_length=0, separate_denoiser=False)
+        return self.replace(canvas_length=0, separate_denoiser=False, predict_next=False)
 
     def attention(self, kind: str) -> AttentionConfig:
         """The attention of a layer type, 'sliding' or 'full'."""

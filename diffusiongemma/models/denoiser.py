@@ -60,6 +60,7 @@ class DiffusionGemma(Gemma):
         segment_ids: jax.Array,
         prefix: Prefix,
         soft_embeddings: jax.Array | None = None,
+        previous: jax.Array | None = None,
     ) -> jax.Array:
         """The denoise pass over M canvases per row (sampling: M = 1).
 
@@ -69,10 +70,18 @@ class DiffusionGemma(Gemma):
           segment_ids: [B, M] int32, document of each canvas; 0 for an unused slot.
           prefix: the clean tokens, as cache or as the K/V of a packed training row.
           soft_embeddings: [B, M, C, D] from `soft_embed`, or None at the first step.
+          previous: [B, M] int32, the token before each canvas; needed with
+            `config.predict_next`, and only there.
 
         Returns:
           float32 logits [B, M, C, V].
         """
+        if self.config.predict_next:
+            canvas = _behind(previous[..., None], canvas, axis=-1)
+            starts = starts - 1
+            if soft_embeddings is not None:
+                nothing = jnp.zeros_like(soft_embeddings[..., :1, :])
+                soft_embeddings = _behind(nothing, soft_embeddings, axis=-2)
         length = canvas.shape[-1]
         masks = {
             kind: canvas_mask(
@@ -102,4 +111,12 @@ class DiffusionGemma(Gemma):
         _, kv = self.encode(tokens, positions, ones)
         starts = jnp.full((batch_size, 1), length, jnp.int32)
         prefix = Prefix(kv, positions, ones)
-        return self.denoise(tokens[:, None], starts, ones[:, :1], prefix)[:, 0]
+        previous = tokens[:, -1:]
+        logits = self.denoise(tokens[:, None], starts, ones[:, :1], prefix, previous=previous)
+        return logits[:, 0]
+
+
+def _behind(first: jax.Array, rest: jax.Array, axis: int) -> jax.Array:
+    """`first` and all of `rest` but its last element along `axis`."""
+    kept = jax.lax.slice_in_dim(rest, 0, rest.shape[axis] - 1, axis=axis)
+    return jnp.concatenate([first, kept], axis=axis)

@@ -64,7 +64,7 @@ def start(
     # The last canvas is never committed.
     capacity = tokens.shape[1] + (max_canvases - 1) * canvas_length
     _, cache = passes.prefill(model, params, tokens, lengths, capacity)
-    return GenerationState.create(config, cache, row_keys(rng, tokens.shape[0]))
+    return GenerationState.create(config, cache, row_keys(rng, tokens.shape[0]), tokens)
 
 
 def next_canvas(
@@ -73,7 +73,9 @@ def next_canvas(
     """Denoises one canvas of every unfinished row, emits it and commits it to the cache."""
     active = ~state.finished
     keys = fold_in_rows(state.keys, state.blocks)
-    canvas = denoise_canvas(model, config, params, state.cache, keys, active)
+    canvas = denoise_canvas(
+        model, config, params, state.cache, keys, active, last_token=state.last_token
+    )
     state = state.emit(config, canvas.argmax, canvas.steps)
     state = state.replace(canvases=state.canvases + active)
 
@@ -93,6 +95,7 @@ def denoise_canvas(
     active: jax.Array,
     pinned: jax.Array | None = None,
     max_steps: jax.Array | None = None,
+    last_token: jax.Array | None = None,
 ) -> DenoiseState:
     """Takes a canvas from noise to its last step, row by row as far as each row needs.
 
@@ -106,6 +109,7 @@ def denoise_canvas(
       pinned: [B, C] int32, the token that a position holds throughout, -1 where it is open;
         None for all open.
       max_steps: [B] int32, limit of each row's steps beside the config's; None for no other.
+      last_token: [B] int32, the last cached token; may be None for a model that needs none.
 
     Returns:
       The state after the last step; `argmax` is the result, `steps` its cost.
@@ -117,6 +121,8 @@ def denoise_canvas(
         pinned = jnp.full((batch_size, length), -1, jnp.int32)
     if max_steps is None:
         max_steps = jnp.full((batch_size,), config.max_denoising_steps, jnp.int32)
+    if last_token is None:
+        last_token = jnp.zeros((batch_size,), jnp.int32)
     state = DenoiseState(
         step=jnp.zeros((), jnp.int32),
         canvas=hold(pinned, uniform_tokens(noise_keys, length, _noise_vocab(model, config))),
@@ -126,6 +132,7 @@ def denoise_canvas(
         steps=jnp.zeros((batch_size,), jnp.int32),
         pinned=pinned,
         max_steps=max_steps,
+        last_token=last_token,
     )
     return jax.lax.while_loop(
         lambda state: (state.step < config.max_denoising_steps) & ~jnp.all(state.stopped),
@@ -163,7 +170,9 @@ def denoise_step(
     if not greedy:
         temperature = temperature * config.temperature
 
-    logits = passes.denoise(model, params, cache, state.canvas, state.soft_embeddings)  # [B, C, V]
+    logits = passes.denoise(
+        model, params, cache, state.canvas, state.soft_embeddings, state.last_token
+    )  # [B, C, V]
     prediction = read_logits(logits, temperature, None if greedy else candidate_keys)
     # A pinned position is certain, and takes nothing of the entropy bound.
     entropies = jnp.where(state.pinned >= 0, 0.0, prediction.entropies)
@@ -190,6 +199,7 @@ def denoise_step(
         steps=state.steps + ~state.stopped,
         pinned=state.pinned,
         max_steps=state.max_steps,
+        last_token=state.last_token,
     )
 
 

@@ -94,7 +94,7 @@ def start(
     first_keys, keys = split_rows(row_keys(rng, batch_size))
     logits = model.apply({'params': params}, hidden, method='unembed')  # [B, V]
     return LosslessState(
-        generation=GenerationState.create(config, cache, keys),
+        generation=GenerationState.create(config, cache, keys, tokens),
         pending=_draw(logits, config.temperature, first_keys),
         draft_steps=jnp.ones((batch_size,), jnp.int32),
     )
@@ -110,7 +110,15 @@ def next_draft(
     length = model.config.canvas_length
     pinned = jnp.full((active.shape[0], length), -1, jnp.int32).at[:, 0].set(state.pending)
     draft = denoise_canvas(
-        model, config, params, generation.cache, draft_keys, active, pinned, state.draft_steps
+        model,
+        config,
+        params,
+        generation.cache,
+        draft_keys,
+        active,
+        pinned,
+        state.draft_steps,
+        generation.last_token,
     )
     hidden, block_kv = passes.encode_block(model, params, generation.cache, draft.argmax, active)
     logits = model.apply({'params': params}, hidden, method='unembed')  # [B, C, V]

@@ -45,7 +45,11 @@ class DenoisingModel(CausalModel, Protocol):
         prefix: Prefix,
         soft_embeddings: jax.Array | None = None,
     ) -> jax.Array:
-        """Canvases [B, N, C] behind a prefix -> float32 logits [B, N, C, V]."""
+        """Canvases [B, N, C] behind a prefix -> float32 logits [B, N, C, V].
+
+        A model whose config has a true `predict_next` also gets `previous` [B, N] int32, the
+        token before each canvas.
+        """
         ...
 
     def soft_embed(self, logits: jax.Array) -> jax.Array:
@@ -124,9 +128,14 @@ def denoise(
     cache: KVCache,
     canvas: jax.Array,
     soft_embeddings: jax.Array,
+    last_token: jax.Array,
 ) -> jax.Array:
-    """One denoise pass over a canvas [B, C] behind the cached tokens: logits [B, C, V]."""
+    """One denoise pass over a canvas [B, C] behind the cached tokens: logits [B, C, V].
+
+    `last_token` [B] int32 is the last of the cached tokens.
+    """
     starts = cache.lengths[:, None]
+    predict_next = getattr(model.config, 'predict_next', False)
     logits = model.apply(
         {'params': params},
         canvas[:, None],
@@ -134,6 +143,7 @@ def denoise(
         jnp.ones_like(starts),
         cache.as_prefix(),
         soft_embeddings[:, None],
+        **({'previous': last_token[:, None]} if predict_next else {}),
         method='denoise',
     )
     return logits[:, 0]

@@ -152,6 +152,7 @@ class DenoiseState:
       steps: [B] int32, denoise steps that a row took before it stopped.
       pinned: [B, C] int32, the token that a position holds throughout; -1 where it is open.
       max_steps: [B] int32, steps at which a row stops at the latest.
+      last_token: [B] int32, the token before the canvas.
     """
 
     step: jax.Array
@@ -162,6 +163,7 @@ class DenoiseState:
     steps: jax.Array
     pinned: jax.Array
     max_steps: jax.Array
+    last_token: jax.Array
 
     @property
     def argmax(self) -> jax.Array:
@@ -176,6 +178,7 @@ class GenerationState:
     Attributes:
       cache: keys and values of the prompts and of what has been committed.
       keys: [B] random keys, one stream per row.
+      last_token: [B] int32, each row's latest token: of its response, else of its prompt.
       blocks: [] int32, blocks emitted so far: canvases, or tokens when autoregressive.
       tokens: [B, max_new_tokens] int32, responses so far, pad id elsewhere.
       lengths: [B] int32, tokens of the responses so far.
@@ -186,6 +189,7 @@ class GenerationState:
 
     cache: KVCache
     keys: jax.Array
+    last_token: jax.Array
     blocks: jax.Array
     tokens: jax.Array
     lengths: jax.Array
@@ -194,13 +198,16 @@ class GenerationState:
     canvases: jax.Array
 
     @classmethod
-    def create(cls, config: SamplingConfig, cache: KVCache, keys: jax.Array) -> 'GenerationState':
-        """Empty responses behind the cached prompts."""
+    def create(
+        cls, config: SamplingConfig, cache: KVCache, keys: jax.Array, prompts: jax.Array
+    ) -> 'GenerationState':
+        """Empty responses behind the cached prompts [B, P], of which the cache has the lengths."""
         batch_size = cache.lengths.shape[0]
         zeros = jnp.zeros((batch_size,), jnp.int32)
         return cls(
             cache=cache,
             keys=keys,
+            last_token=jnp.take_along_axis(prompts, cache.lengths[:, None] - 1, axis=1)[:, 0],
             blocks=jnp.zeros((), jnp.int32),
             tokens=jnp.full((batch_size, config.max_new_tokens), config.pad_id, jnp.int32),
             lengths=zeros,
@@ -243,8 +250,10 @@ class GenerationState:
         limit = self.tokens.shape[1]
         slots = jnp.where(offsets < counts[:, None], self.lengths[:, None] + offsets, limit)
         rows = jnp.arange(block.shape[0])[:, None]
+        latest = jnp.take_along_axis(block, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
         lengths = jnp.minimum(self.lengths + counts, limit)
         return self.replace(
+            last_token=jnp.where(counts > 0, latest, self.last_token),
             blocks=self.blocks + 1,
             tokens=self.tokens.at[rows, slots].set(block, mode='drop'),
             lengths=lengths,
