@@ -266,3 +266,18 @@ def test_the_workdir_of_a_run_without_any_checkpoint_says_so(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps({'seed': 0}))
     with pytest.raises(FileNotFoundError, match='no complete checkpoint in'):
         load_model(Path(tmp_path))
+
+
+def test_a_bundle_takes_what_it_lacks_from_its_base(tmp_path):
+    tokenizer = Tokenizer.load('builtin')
+    config = CONFIG.replace(separate_denoiser=True)
+    params = init_params(DiffusionGemma(config), jax.random.key(0))
+    teacher = {name: params[name] for name in ('embedder', 'backbone')}
+    own = {name: value for name, value in params.items() if name not in teacher}
+    save_bundle(tmp_path / 'teacher', CONFIG.autoregressive, teacher, tokenizer)
+    save_bundle(tmp_path / 'student', config, own, tokenizer, base='../teacher')
+    _, found = load_bundle(tmp_path / 'student', jnp.float32)
+    assert_trees_equal(found, params)
+    shutil.rmtree(tmp_path / 'teacher')
+    with pytest.raises(FileNotFoundError, match='teacher'):
+        load_bundle(tmp_path / 'student', jnp.float32)

@@ -1,7 +1,9 @@
 """Model bundles: config.json + params.safetensors + tokenizer.model in one directory.
 
 The format of the shipped models and of what a run exports. Parameters keep their dtype; a
-parameter's name is its path in the tree, joined by '/'.
+parameter's name is its path in the tree, joined by '/'. A bundle may name a `base`, another bundle
+beside it, that has the parameters which it lacks: a student with a denoiser of its own need not
+repeat its teacher.
 """
 
 import json
@@ -46,6 +48,7 @@ def save_bundle(
     *,
     dtype: Any = None,
     about: Mapping[str, Any] | None = None,
+    base: str | None = None,
 ) -> None:
     """Writes a bundle.
 
@@ -56,6 +59,7 @@ def save_bundle(
       tokenizer: of the model; written into the bundle.
       dtype: parameters are cast to it; None keeps theirs.
       about: JSON values on how the model was made.
+      base: path, from `directory`, of a bundle with the parameters that `params` lacks.
     """
     directory.mkdir(parents=True, exist_ok=True)
     flat = flatten_dict(jax.device_get(params), sep='/')
@@ -66,6 +70,8 @@ def save_bundle(
     partial = directory / (PARAMS_FILE + '.partial')
     save_file(arrays, partial, metadata={'format': FORMAT})
     content = {'format': FORMAT, 'model': config.to_dict(), 'about': dict(about or {})}
+    if base is not None:
+        content['base'] = base
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
     tokenizer.save(directory / TOKENIZER_FILE)
     partial.replace(directory / PARAMS_FILE)
@@ -97,12 +103,16 @@ def load_bundle(
     if content.get('format') != FORMAT:
         raise ValueError(f'{config_path}: format {content.get("format")!r}, expected {FORMAT!r}.')
     model = model_for(ModelConfig.from_dict(content['model']), dtype or jnp.float32)
-    reader = TensorReader(directory, PARAMS_FILE)
-    check_shapes(model, reader.shapes, str(directory))
+    reader_of = {}
+    for where in filter(None, (content.get('base'), '.')):
+        reader = TensorReader(directory / where, PARAMS_FILE)
+        reader_of |= dict.fromkeys(reader.shapes, reader)
+    shapes = {name: reader.shapes[name] for name, reader in reader_of.items()}
+    check_shapes(model, shapes, str(directory))
     shardings = flat_shardings(model, mesh)
     params = {
-        name: assemble(shape, dtype, shardings[name], [(..., reader.read(name))])
-        for name, shape in reader.shapes.items()
+        name: assemble(shape, dtype, shardings[name], [(..., reader_of[name].read(name))])
+        for name, shape in shapes.items()
     }
     return model, unflatten_dict(params, sep='/')
 
