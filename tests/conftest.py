@@ -4,10 +4,11 @@ import os
 import tempfile
 
 # Before jax starts, and for the processes that tests start. Equal programs of different tests
-# and processes are compiled once.
-_COMPILED = tempfile.TemporaryDirectory(prefix='diffusiongemma-tests-')
+# and processes are compiled once; pytest's workers inherit the cache of the process above them.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix='diffusiongemma-tests-')
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = _COMPILED.name
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['JAX_COMPILATION_CACHE_DIR'] = _COMPILED.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 os.environ['XLA_FLAGS'] = (

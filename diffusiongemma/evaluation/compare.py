@@ -46,20 +46,26 @@ class Decoded:
 
     Attributes:
       responses: text of each.
-      tokens: emitted tokens, over all examples.
+      tokens: ids of each, the stop token included.
       passes: denoise passes (autoregressive: forward passes), over all examples.
       canvases: canvases, over all examples; 0 when autoregressive.
     """
 
     responses: list[str]
-    tokens: int
+    tokens: list[list[int]]
     passes: int
     canvases: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.tokens))
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What the student gained and what it lost.
+    """What the student gained and what it lost, in both of its modes.
+
+    All speeds are of the same process, prompts and batch size, prefill included.
 
     Attributes:
       teacher_accuracy: share of the problems that greedy AR decoding of the teacher solves.
@@ -67,8 +73,13 @@ class Comparison:
       tokens_per_forward: tokens the student emits per denoise pass.
       denoising_steps_per_canvas: denoise passes per canvas.
       teacher_tokens_per_second: of AR decoding with a K/V cache.
-      student_tokens_per_second: of the student.
-      speedup: their ratio; same process, same prompts, same batch size, prefill included.
+      student_tokens_per_second: of the student in diffusion mode.
+      speedup: their ratio.
+      lossless_accuracy: of the student in lossless mode.
+      lossless_exact_match: share of its responses that equal the teacher's token for token.
+      lossless_tokens_per_pass: tokens per pass of that mode, drafts and verifications counted.
+      lossless_tokens_per_second: of that mode.
+      lossless_speedup: its ratio to the teacher's.
       num_examples: problems behind the accuracies.
       speed_batch_size: rows per batch behind the speeds.
     """
@@ -80,6 +91,11 @@ class Comparison:
     teacher_tokens_per_second: float
     student_tokens_per_second: float
     speedup: float
+    lossless_accuracy: float
+    lossless_exact_match: float
+    lossless_tokens_per_pass: float
+    lossless_tokens_per_second: float
+    lossless_speedup: float
     num_examples: int
     speed_batch_size: int
 
@@ -93,13 +109,14 @@ def decode(
     rng: jax.Array,
 ) -> Decoded:
     """Answers every example, `config.batch_size` rows at once; each row has its own key."""
-    responses, tokens, passes, canvases = [], 0, 0, 0
+    responses, tokens, passes, canvases = [], [], 0, 0
     keys = jax.random.split(rng, len(examples))
     for first in range(0, len(examples), config.batch_size):
         chunk = examples[first : first + config.batch_size]
         output = _run(sampler, params, tokenizer, chunk, config, keys[first : first + len(chunk)])
         responses += decode_responses(tokenizer, output)
-        tokens += int(np.sum(output.lengths))
+        rows, lengths = np.asarray(output.tokens), np.asarray(output.lengths)
+        tokens += [row[:length].tolist() for row, length in zip(rows, lengths, strict=True)]
         passes += int(np.sum(output.denoising_steps))
         canvases += int(np.sum(output.canvases))
     return Decoded(responses, tokens, passes, canvases)
@@ -155,21 +172,29 @@ def compare(
       rng: for the student's noise.
 
     Returns:
-      The numbers, the teacher's responses and the student's.
+      The numbers, the teacher's responses and the student's in diffusion mode.
     """
-    by_teacher = decode(*teacher, tokenizer, examples, config, rng)
-    by_student = decode(*student, tokenizer, examples, config, rng)
-    teacher_speed, student_speed = tokens_per_second(
-        [teacher, student], tokenizer, examples, config, rng
+    lossless = dataclasses.replace(student[0], mode='lossless'), student[1]
+    contestants = [teacher, student, lossless]
+    by_teacher, by_student, by_lossless = (
+        decode(*contestant, tokenizer, examples, config, rng) for contestant in contestants
     )
+    speeds = tokens_per_second(contestants, tokenizer, examples, config, rng)
+    same = [a == b for a, b in zip(by_teacher.tokens, by_lossless.tokens, strict=True)]
     comparison = Comparison(
         teacher_accuracy=accuracy(examples, by_teacher.responses),
         student_accuracy=accuracy(examples, by_student.responses),
-        tokens_per_forward=by_student.tokens / max(by_student.passes, 1),
+        tokens_per_forward=by_student.num_tokens / max(by_student.passes, 1),
         denoising_steps_per_canvas=by_student.passes / max(by_student.canvases, 1),
-        teacher_tokens_per_second=teacher_speed,
-        student_tokens_per_second=student_speed,
-        speedup=student_speed / teacher_speed,
+        teacher_tokens_per_second=speeds[0],
+        student_tokens_per_second=speeds[1],
+        speedup=speeds[1] / speeds[0],
+        lossless_accuracy=accuracy(examples, by_lossless.responses),
+        lossless_exact_match=sum(same) / len(same),
+        lossless_tokens_per_pass=by_lossless.num_tokens
+        / (by_lossless.passes + by_lossless.canvases),
+        lossless_tokens_per_second=speeds[2],
+        lossless_speedup=speeds[2] / speeds[0],
         num_examples=len(examples),
         speed_batch_size=config.speed_batch_size,
     )

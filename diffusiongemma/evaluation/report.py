@@ -13,23 +13,36 @@ from diffusiongemma.evaluation.tasks import is_correct
 
 
 def comparison_table(result: Comparison) -> Table:
-    """Teacher and student in two columns."""
+    """Teacher and student in columns; in lossless mode a verification is a forward pass too."""
     table = Table(
         title=f'{result.num_examples} held-out problems; '
         f'speed at batch {result.speed_batch_size}, same process'
     )
-    table.add_column('')
-    table.add_column('teacher (autoregressive)', justify='right')
-    table.add_column('student (diffusion)', justify='right')
-    table.add_row('accuracy', f'{result.teacher_accuracy:.1%}', f'{result.student_accuracy:.1%}')
-    table.add_row('denoising steps per canvas', '-', f'{result.denoising_steps_per_canvas:.2f}')
-    table.add_row('tokens per forward', '1.00', f'{result.tokens_per_forward:.2f}')
+    for name in ('', 'teacher (autoregressive)', 'student (diffusion)', 'student (lossless)'):
+        table.add_column(name, justify='right' if name else 'left')
+    table.add_row(
+        'accuracy',
+        f'{result.teacher_accuracy:.1%}',
+        f'{result.student_accuracy:.1%}',
+        f'{result.lossless_accuracy:.1%}',
+    )
+    table.add_row("equal to the teacher's", '100.0%', '-', f'{result.lossless_exact_match:.1%}')
+    table.add_row(
+        'denoising steps per canvas', '-', f'{result.denoising_steps_per_canvas:.2f}', '-'
+    )
+    table.add_row(
+        'tokens per forward',
+        '1.00',
+        f'{result.tokens_per_forward:.2f}',
+        f'{result.lossless_tokens_per_pass:.2f}',
+    )
     table.add_row(
         'tokens/s',
         f'{result.teacher_tokens_per_second:,.0f}',
         f'{result.student_tokens_per_second:,.0f}',
+        f'{result.lossless_tokens_per_second:,.0f}',
     )
-    table.add_row('ratio', '1.00x', f'{result.speedup:.2f}x')
+    table.add_row('ratio', '1.00x', f'{result.speedup:.2f}x', f'{result.lossless_speedup:.2f}x')
     return table
 
 
@@ -70,21 +83,26 @@ def plot_run(path: Path, metrics: Sequence[Mapping[str, float]], result: Compari
     loss_axes, quality_axes, speed_axes = figure.subplots(1, 3, width_ratios=(2, 1, 1))
     steps = [row['step'] for row in metrics]
     for name, label in (('loss/denoise', 'denoise pass'), ('loss/encode', 'encode pass (KL)')):
-        loss_axes.plot(steps, [row[name] for row in metrics], label=label)
+        losses = [row[name] for row in metrics]
+        if any(losses):  # a frozen encode pass has none
+            loss_axes.plot(steps, losses, label=label)
     loss_axes.set(xlabel='step', ylabel='loss [nats/token]', title='distillation', yscale='log')
     loss_axes.legend()
-    names, colors = ('teacher', 'student'), ('tab:gray', 'tab:blue')
-    bars = quality_axes.bar(
-        names, [100 * result.teacher_accuracy, 100 * result.student_accuracy], color=colors
-    )
+    names = ('teacher', 'student', 'lossless')
+    colors = ('tab:gray', 'tab:blue', 'tab:green')
+    accuracies = (result.teacher_accuracy, result.student_accuracy, result.lossless_accuracy)
+    bars = quality_axes.bar(names, [100 * value for value in accuracies], color=colors)
     quality_axes.bar_label(bars, fmt='%.1f')
     quality_axes.set(ylabel='held-out accuracy [%]', ylim=(0, 108), title='quality')
-    bars = speed_axes.bar(
-        names, [result.teacher_tokens_per_second, result.student_tokens_per_second], color=colors
+    speeds = (
+        result.teacher_tokens_per_second,
+        result.student_tokens_per_second,
+        result.lossless_tokens_per_second,
     )
-    bars_format = '%.0f'
-    speed_axes.bar_label(bars, fmt=bars_format)
+    bars = speed_axes.bar(names, speeds, color=colors)
+    speed_axes.bar_label(bars, fmt='%.0f')
     speed_axes.set(
-        ylabel=f'tokens/s at batch {result.speed_batch_size}', title=f'speed: {result.speedup:.2f}x'
+        ylabel=f'tokens/s at batch {result.speed_batch_size}',
+        title=f'speed: {result.speedup:.2f}x, lossless {result.lossless_speedup:.2f}x',
     )
     figure.savefig(path, dpi=120)
