@@ -9,34 +9,7 @@ from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.epilogue import draw_tokens
 from diffusiongemma.sampling.passes import CausalModel
 from diffusiongemma.sampling.randomness import fold_in_rows, row_keys
-from diffusiongemma.sampling.state import GenerationState, SamplerOutput, SamplingConfig
-
-
-def generate(
-    model: CausalModel,
-    config: SamplingConfig,
-    params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    rng: jax.Array,
-) -> SamplerOutput:
-    """Responses to a batch of prompts, with a K/V cache and in one compiled program.
-
-    Args:
-      model: a Gemma, or a denoiser, of which only the encode pass is used.
-      config: how to sample; of it count `temperature` and what ends a response.
-      params: the model's parameters.
-      tokens: [B, P] int32 prompts, right-padded.
-      lengths: [B] int32, tokens of each prompt, at least 1.
-      rng: one key, or one per row [B].
-    """
-    state = start(model, config, params, tokens, lengths, rng)
-    state = jax.lax.while_loop(
-        lambda state: state.running,
-        lambda state: next_token(model, config, params, state),
-        state,
-    )
-    return state.output()
+from diffusiongemma.sampling.state import GenerationState, SamplingConfig
 
 
 def start(
@@ -47,7 +20,16 @@ def start(
     lengths: jax.Array,
     rng: jax.Array,
 ) -> GenerationState:
-    """Prefills the prompts and emits the first token; arguments as of `generate`."""
+    """Prefills the prompts and emits the first token.
+
+    Args:
+      model: a Gemma, or a denoiser, of which only the encode pass is used.
+      config: how to sample; of it count `temperature` and what ends a response.
+      params: the model's parameters.
+      tokens: [B, P] int32 prompts, right-padded.
+      lengths: [B] int32, tokens of each prompt, at least 1.
+      rng: one key, or one per row [B].
+    """
     # The last token is never encoded.
     capacity = tokens.shape[1] + config.max_new_tokens - 1
     hidden, cache = passes.prefill(model, params, tokens, lengths, capacity)

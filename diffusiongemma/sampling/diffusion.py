@@ -1,8 +1,8 @@
 """Generation by discrete diffusion: canvas after canvas, each denoised as a whole.
 
 prefill -> while rows are unfinished { noise -> while rows are uncertain { denoise -> accept ->
-renoise -> stop? } -> emit -> commit }. Both loops are `lax.while_loop`s, so that the whole of
-`generate` compiles to one program that never waits for the host.
+renoise -> stop? } -> emit -> commit }. Both loops are `lax.while_loop`s (the outer one is the
+sampler's), so that the whole compiles to one program that never waits for the host.
 """
 
 from typing import Any
@@ -18,36 +18,8 @@ from diffusiongemma.sampling.randomness import fold_in_rows, row_keys, split_row
 from diffusiongemma.sampling.state import (
     DenoiseState,
     GenerationState,
-    SamplerOutput,
     SamplingConfig,
 )
-
-
-def generate(
-    model: DenoisingModel,
-    config: SamplingConfig,
-    params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    rng: jax.Array,
-) -> SamplerOutput:
-    """Responses to a batch of prompts.
-
-    Args:
-      model: the denoiser.
-      config: how to sample.
-      params: the denoiser's parameters.
-      tokens: [B, P] int32 prompts, right-padded.
-      lengths: [B] int32, tokens of each prompt, at least 1.
-      rng: one key, or one per row [B].
-    """
-    state = start(model, config, params, tokens, lengths, rng)
-    state = jax.lax.while_loop(
-        lambda state: state.running,
-        lambda state: next_canvas(model, config, params, state),
-        state,
-    )
-    return state.output()
 
 
 def start(
@@ -58,7 +30,16 @@ def start(
     lengths: jax.Array,
     rng: jax.Array,
 ) -> GenerationState:
-    """Prefills the prompts; arguments as of `generate`."""
+    """Prefills the prompts.
+
+    Args:
+      model: the denoiser.
+      config: how to sample.
+      params: the model's parameters.
+      tokens: [B, P] int32 prompts, right-padded.
+      lengths: [B] int32, tokens of each prompt, at least 1.
+      rng: one key, or one per row [B].
+    """
     canvas_length = model.config.canvas_length
     max_canvases = -(-config.max_new_tokens // canvas_length)
     # The last canvas is never committed.

@@ -51,33 +51,6 @@ class LosslessState:
         return self.generation.output()
 
 
-def generate(
-    model: DenoisingModel,
-    config: SamplingConfig,
-    params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    rng: jax.Array,
-) -> SamplerOutput:
-    """Responses to a batch of prompts, distributed as `autoregressive.generate` draws them.
-
-    Args:
-      model: the denoiser.
-      config: how to sample.
-      params: the denoiser's parameters.
-      tokens: [B, P] int32 prompts, right-padded.
-      lengths: [B] int32, tokens of each prompt, at least 1.
-      rng: one key, or one per row [B].
-    """
-    state = start(model, config, params, tokens, lengths, rng)
-    state = jax.lax.while_loop(
-        lambda state: state.running,
-        lambda state: next_draft(model, config, params, state),
-        state,
-    )
-    return state.output()
-
-
 def start(
     model: DenoisingModel,
     config: SamplingConfig,
@@ -86,7 +59,16 @@ def start(
     lengths: jax.Array,
     rng: jax.Array,
 ) -> LosslessState:
-    """Prefills the prompts and draws the first tokens; arguments as of `generate`."""
+    """Prefills the prompts and draws the first tokens.
+
+    Args:
+      model: the denoiser.
+      config: how to sample.
+      params: the model's parameters.
+      tokens: [B, P] int32 prompts, right-padded.
+      lengths: [B] int32, tokens of each prompt, at least 1.
+      rng: one key, or one per row [B].
+    """
     batch_size = tokens.shape[0]
     hidden, cache = passes.prefill(
         model, params, tokens, lengths, tokens.shape[1] + config.max_new_tokens

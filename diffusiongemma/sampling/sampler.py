@@ -17,23 +17,37 @@ _STATIC = ('model', 'config')
 
 
 class _Mode(NamedTuple):
-    """The compiled pieces of a decode mode."""
+    """The compiled pieces of a decode mode: the whole of it, its start, and one more block."""
 
     generate: Callable[..., SamplerOutput]
     start: Callable[..., GenerationState]
     advance: Callable[..., GenerationState]
 
 
-def _compiled(*functions: Callable) -> _Mode:
-    return _Mode(*(jax.jit(function, static_argnames=_STATIC) for function in functions))
+def _compiled(start: Callable, advance: Callable) -> _Mode:
+    def generate(
+        model: CausalModel,
+        config: SamplingConfig,
+        params: Any,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        rng: jax.Array,
+    ) -> SamplerOutput:
+        state = start(model, config, params, tokens, lengths, rng)
+        state = jax.lax.while_loop(
+            lambda state: state.running,
+            lambda state: advance(model, config, params, state),
+            state,
+        )
+        return state.output()
+
+    return _Mode(*(jax.jit(f, static_argnames=_STATIC) for f in (generate, start, advance)))
 
 
 _MODES = {
-    'diffusion': _compiled(diffusion.generate, diffusion.start, diffusion.next_canvas),
-    'autoregressive': _compiled(
-        autoregressive.generate, autoregressive.start, autoregressive.next_token
-    ),
-    'lossless': _compiled(lossless.generate, lossless.start, lossless.next_draft),
+    'diffusion': _compiled(diffusion.start, diffusion.next_canvas),
+    'autoregressive': _compiled(autoregressive.start, autoregressive.next_token),
+    'lossless': _compiled(lossless.start, lossless.next_draft),
 }
 
 
