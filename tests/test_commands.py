@@ -86,7 +86,7 @@ def test_sample_answers_with_the_student_of_a_run(workdir):
     assert 'tokens per forward' in out
 
 
-@pytest.mark.parametrize('mode', ['diffusion', 'autoregressive'])
+@pytest.mark.parametrize('mode', ['diffusion', 'autoregressive', 'lossless'])
 def test_sample_answers_at_once_with_the_shipped_student(mode):
     out, _ = run('sample', f'--prompt={PROMPT}', f'--mode={mode}', '--json')
     answer = json.loads(out.splitlines()[-1])
