@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -12,12 +13,14 @@ from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import reporting
-from diffusiongemma.distillation.run import Teacher, train_student
+from diffusiongemma.distillation.run import Teacher, distill, load_teacher, train_student
+from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
 from diffusiongemma.distillation.targets import TargetsConfig, write_targets
 from diffusiongemma.models import Gemma, init_params
 from diffusiongemma.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
+import jsonl  # noqa: E402
 import tiny  # noqa: E402
 import tiny_teacher  # noqa: E402
 
@@ -61,6 +64,31 @@ def crash_at(monkeypatch, step):
         report(self, at, *args, **kwargs)
 
     monkeypatch.setattr(reporting.Reporter, 'report', report_or_die)
+
+
+def test_the_masters_are_float32_whatever_the_teacher_is_stored_in():
+    params = {'kernel': jnp.ones(2, jnp.bfloat16)}
+    state = create_state(params, make_optimizer(OptimizerConfig(), num_steps=2))
+    assert state.params['kernel'].dtype == state.ema_params['kernel'].dtype == jnp.float32
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert moments and all(leaf.dtype == jnp.float32 for leaf in moments)
+
+
+@pytest.mark.parametrize('lacking', ['train', 'test'])
+def test_a_file_that_is_not_there_is_named_before_the_run_starts(tmp_path, lacking):
+    for name in {'train', 'test'} - {lacking}:
+        (tmp_path / f'{name}.jsonl').write_text('{"prompt": "a", "response": "b"}')
+    config = jsonl.get_config()
+    config.targets.source.path = str(tmp_path / 'train.jsonl')
+    config.eval.source.path = str(tmp_path / 'test.jsonl')
+    with pytest.raises(FileNotFoundError, match=f'No file at .*{lacking}.jsonl'):
+        distill(config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_recipe_without_its_teacher_says_how_to_give_it():
+    with pytest.raises(ValueError, match='config.teacher is empty: give the directory'):
+        load_teacher(student_config(teacher=''))
 
 
 @pytest.mark.parametrize('separate', [True, False])

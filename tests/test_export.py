@@ -17,13 +17,17 @@ from diffusiongemma.checkpoints.convert import convert
 from diffusiongemma.checkpoints.hf_config import model_config_from_hf
 from diffusiongemma.checkpoints.hf_config_export import TokenIds, hf_config
 from diffusiongemma.checkpoints.hf_export import save_hf, with_null_expert
+from diffusiongemma.checkpoints.hf_import import TOWERS
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.models import DiffusionGemma
 from diffusiongemma.models import init_params as init_params_eagerly
 
 init_params = jax.jit(init_params_eagerly, static_argnums=0)
 DATA = Path(__file__).parent / 'data'
-NAMES = ('tiny_moe', 'tiny_heldout', 'tiny_gemma3', 'tiny_gemma4')
+AUTOREGRESSIVE = (
+    'tiny_gemma3', 'tiny_gemma3_scaled', 'tiny_gemma4', 'tiny_gemma4_moe', 'tiny_gemma4_e2b',
+)  # fmt: skip
+NAMES = ('tiny_moe', 'tiny_heldout', 'tiny_padded') + AUTOREGRESSIVE
 PLACEHOLDER = ('vision_tower.patch_embedder.', 'embed_vision.')
 
 
@@ -35,8 +39,21 @@ def stored_tensors(directory):
     return tensors
 
 
+def text_tensors(directory):
+    """Those of an autoregressive model's text alone, under the names of a model without tower."""
+    return {
+        name.replace('language_model.', ''): value
+        for name, value in stored_tensors(directory).items()
+        if not TOWERS.match(name)
+    }
+
+
 def assert_same_tensors(directory, reference, *, allow=()):
-    ours, theirs = stored_tensors(directory), stored_tensors(reference)
+    is_text = reference.name in AUTOREGRESSIVE
+    ours, theirs = (
+        stored_tensors(directory),
+        (text_tensors if is_text else stored_tensors)(reference),
+    )
     extra = [name for name in set(ours) - set(theirs) if not any(part in name for part in allow)]
     assert not extra and not set(theirs) - set(ours)
     for name, value in theirs.items():
@@ -56,11 +73,29 @@ def bfloat16_copy(directory, target):
 @pytest.mark.parametrize('name', NAMES)
 def test_what_was_read_is_written_back_bit_for_bit(tmp_path, name):
     convert(DATA / name, tmp_path / 'out', 'hf')
-    allow = PLACEHOLDER if name == 'tiny_heldout' else ()  # it has no vision tower to take over
+    # Denoisers without vision tower to take over get one of no layers.
+    allow = PLACEHOLDER if name in ('tiny_heldout', 'tiny_padded') else ()
     assert_same_tensors(tmp_path / 'out', DATA / name, allow=allow)
+    configs = [load_model(directory)[0].config for directory in (DATA / name, tmp_path / 'out')]
+    assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize('name', ['tiny_moe', 'tiny_gemma3'])
+def test_keys_and_values_that_a_sharing_layer_does_not_use_are_not_written(tmp_path):
+    source = tmp_path / 'source'
+    shutil.copytree(DATA / 'tiny_gemma4_e2b', source)
+    tensors = load_file(source / 'model.safetensors')
+    unused = {
+        f'model.layers.7.self_attn.{name}.weight': tensors[
+            f'model.layers.1.self_attn.{name}.weight'
+        ]
+        for name in ('k_proj', 'v_proj', 'k_norm')
+    }
+    save_file(tensors | unused, source / 'model.safetensors')
+    convert(source, tmp_path / 'out', 'hf')
+    assert_same_tensors(tmp_path / 'out', DATA / 'tiny_gemma4_e2b')
+
+
+@pytest.mark.parametrize('name', ['tiny_moe', 'tiny_gemma3', 'tiny_gemma4_e2b'])
 def test_bfloat16_goes_to_a_bundle_and_back_bit_for_bit(tmp_path, name):
     source = bfloat16_copy(DATA / name, tmp_path / 'bfloat16')
     tokenizer = Path(__file__).parents[1] / 'diffusiongemma' / 'assets' / 'tokenizer.model'
@@ -77,7 +112,9 @@ def test_the_config_says_what_the_reference_says(tmp_path, name):
     ours = json.loads((tmp_path / 'out' / 'config.json').read_text())
     theirs = json.loads((DATA / name / 'config.json').read_text())
     left_out = {'transformers_version', '_sliding_window_pattern'}
-    if name == 'tiny_heldout':  # transformers cannot load a model without vision tower
+    if name in AUTOREGRESSIVE:  # of a model beside a vision tower the text is written alone
+        theirs = theirs.get('text_config', theirs)
+    elif theirs['vision_config'] is None:  # transformers cannot load a model without vision tower
         left_out.add('vision_config')
         assert ours['vision_config']['num_hidden_layers'] == 0
     ours, theirs = flatten_dict(ours, sep='.'), flatten_dict(theirs, sep='.')
@@ -86,8 +123,27 @@ def test_the_config_says_what_the_reference_says(tmp_path, name):
         for key, value in theirs.items()
         if ours.get(key) != value and key not in left_out
     }
-    unused = {'text_config.vocab_size_per_layer_input', 'vocab_size_per_layer_input'}
+    # A denoiser has no per-layer embeddings; other configs may say 0, or how many tokens have none.
+    unused = {'text_config.vocab_size_per_layer_input', 'text_config.hidden_size_per_layer_input'}
+    if not ours.get('hidden_size_per_layer_input'):
+        unused.add('vocab_size_per_layer_input')
     assert set(different) <= unused, different
+
+
+def test_a_config_without_longest_position_has_that_of_transformers():
+    for name, longest in (('tiny_gemma3', 131_072), ('tiny_gemma4', 131_072)):
+        content = json.loads((DATA / name / 'config.json').read_text())
+        del content['max_position_embeddings']
+        assert model_config_from_hf(content).max_positions == longest
+    content |= {'model_type': 'gemma4_unified_text', 'hidden_size_per_layer_input': 0}
+    assert model_config_from_hf(content).max_positions == 262_144
+
+
+@pytest.mark.parametrize('longest', [1000, None])
+def test_the_longest_position_is_the_models_own_or_else_its_bases(longest):
+    config = load_model(DATA / 'tiny_gemma4')[0].config.replace(max_positions=longest)
+    content = hf_config(config, 'float32', TokenIds(), {'max_position_embeddings': 32})
+    assert model_config_from_hf(content).max_positions == (longest or 32)
 
 
 def test_without_a_base_the_config_still_describes_the_same_model():

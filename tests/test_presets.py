@@ -81,7 +81,7 @@ def test_the_table_of_models_says_what_the_presets_have(name):
     row = (
         f'| `{name}` | {config.num_layers} | {config.width} | {counts.total / 1e9:.2f}B | '
         f'{counts.active / 1e9:.2f}B | {(counts.embedding + counts.per_layer) / 1e9:.2f}B | '
-        f'{counts.bfloat16_bytes / 1e9:.1f} GB |'
+        f'{counts.bfloat16_bytes / 1e9:.1f} GB | {config.max_positions // 1024}K |'
     )
     assert row in DOCS.read_text(encoding='utf-8').splitlines()
 

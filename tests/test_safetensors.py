@@ -333,6 +333,7 @@ RELEASED = {
             'head_dim': 256, 'global_head_dim': 512, 'num_global_key_value_heads': 2,
             'sliding_window': 1024, 'num_experts': 128, 'top_k_experts': 8,
             'moe_intermediate_size': 704, 'attention_k_eq_v': True, 'enable_moe_block': True,
+            'max_position_embeddings': 262_144,
         },
     },
 }  # fmt: skip

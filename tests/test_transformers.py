@@ -20,8 +20,8 @@ torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
 DATA = Path(__file__).parent / 'data'
-TOKENS = np.random.default_rng(0).integers(3, 97, (2, 20))
-CANVAS = np.random.default_rng(1).integers(0, 97, (2, 32))
+TOKENS = np.random.default_rng(0).integers(3, 96, (2, 20))
+CANVAS = np.random.default_rng(1).integers(0, 96, (2, 32))
 
 
 def export(source, directory):
@@ -81,7 +81,7 @@ def dense(tmp_path_factory):
     return student, export(student, directory / 'out')
 
 
-@pytest.mark.parametrize('source', ['tiny_moe', 'tiny_heldout'])
+@pytest.mark.parametrize('source', ['tiny_moe', 'tiny_heldout', 'tiny_padded'])
 def test_transformers_loads_a_denoiser_and_both_passes_agree(tmp_path, source):
     assert_passes_agree(DATA / source, export(DATA / source, tmp_path / 'out'))
 
@@ -113,7 +113,10 @@ def test_transformers_agrees_with_the_golden_outputs_of_the_original(tmp_path):
     ('source', 'architecture'),
     [
         ('tiny_gemma3', 'Gemma3ForCausalLM'),
+        ('tiny_gemma3_scaled', 'Gemma3ForCausalLM'),
         ('tiny_gemma4', 'Gemma4ForCausalLM'),
+        ('tiny_gemma4_moe', 'Gemma4ForCausalLM'),
+        ('tiny_gemma4_e2b', 'Gemma4ForCausalLM'),
         ('builtin-teacher', 'Gemma4ForCausalLM'),
     ],
 )

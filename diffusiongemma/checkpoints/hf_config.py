@@ -21,7 +21,8 @@ from diffusiongemma.models.config import (
 
 DIFFUSION_TYPES = ('diffusion_gemma',)
 GEMMA4_E_TYPES = ('gemma4', 'gemma4_text')  # those that may have per-layer embeddings
-GEMMA4_TYPES = GEMMA4_E_TYPES + ('gemma4_unified', 'gemma4_unified_text')
+UNIFIED_TYPES = ('gemma4_unified', 'gemma4_unified_text')
+GEMMA4_TYPES = GEMMA4_E_TYPES + UNIFIED_TYPES
 GEMMA3_TYPES = ('gemma3', 'gemma3_text')
 MODEL_TYPES = DIFFUSION_TYPES + GEMMA4_TYPES + GEMMA3_TYPES
 
@@ -118,7 +119,9 @@ def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
         layer_types=kinds,
         sliding=_attention(text, kinds, SLIDING, model_type),
         full=_attention(text, kinds, FULL, model_type),
-        max_positions=text.get('max_position_embeddings'),
+        max_positions=text.get(
+            'max_position_embeddings', 262_144 if model_type in UNIFIED_TYPES else 131_072
+        ),
         moe=_moe(text, model_type),
         per_layer=_per_layer(text, model_type),
         **_kv_sharing(text),

@@ -76,14 +76,14 @@ def hf_config(
       dtype: name of the weights' dtype.
       tokens: special tokens, where the base has none.
       base: config.json of the checkpoint that the model comes from: its settings that a
-        `ModelConfig` does not have (token ids, vision tower, longest position) are taken over.
+        `ModelConfig` does not have (token ids, vision tower) are taken over.
 
     Raises:
       ValueError: the format cannot hold this model; the message names what.
     """
     base = dict(base or {})
     model_type = _model_type(config)
-    base_text = base.get('text_config', base)
+    base_text = base | base.get('text_config', {})  # token ids may stand beside the text's config
     text = _TEXT_DEFAULTS | tokens.to_hf()
     text |= {name: base_text[name] for name in text if name in base_text}
     text |= _text_config(config, model_type)
@@ -159,21 +159,34 @@ def _text_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
         text |= {
             'enable_moe_block': moe is not None,
             'attention_k_eq_v': config.full.value_is_key,
-            'hidden_size_per_layer_input': 0,
-            'num_kv_shared_layers': 0,
-            'use_double_wide_mlp': False,
         }
+        text |= _per_layer(config) | _kv_sharing(config)
     return text
 
 
-def _rope(attention: AttentionConfig) -> dict[str, Any]:
-    if attention.rope_fraction == 1.0:
-        return {'rope_type': 'default', 'rope_theta': attention.rope_theta}
+def _per_layer(config: ModelConfig) -> dict[str, Any]:
+    if config.per_layer is None:
+        return {'hidden_size_per_layer_input': 0}
     return {
-        'rope_type': 'proportional',
-        'partial_rotary_factor': attention.rope_fraction,
-        'rope_theta': attention.rope_theta,
+        'hidden_size_per_layer_input': config.per_layer.width,
+        'vocab_size_per_layer_input': config.per_layer.vocab_size,
     }
+
+
+def _kv_sharing(config: ModelConfig) -> dict[str, Any]:
+    return {
+        'num_kv_shared_layers': config.num_kv_shared_layers,
+        'use_double_wide_mlp': config.kv_shared_ffn_width == 2 * config.ffn_width,
+    }
+
+
+def _rope(attention: AttentionConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {'rope_type': 'default', 'rope_theta': attention.rope_theta}
+    if attention.rope_scale != 1.0:
+        rope |= {'rope_type': 'linear', 'factor': attention.rope_scale}
+    if attention.rope_fraction != 1.0:  # a factor divides these positions too
+        rope |= {'rope_type': 'proportional', 'partial_rotary_factor': attention.rope_fraction}
+    return rope
 
 
 def _check_faithful(config: ModelConfig, content: Mapping[str, Any], model_type: str) -> None:

@@ -85,13 +85,14 @@ def fit(
 
 
 def start_or_resume(
-    init: Callable[[], TrainState],
+    init: Callable[..., TrainState],
     params_sharding: Any,
     mesh: jax.sharding.Mesh,
     store: CheckpointStore,
     batches: Any,
+    *args: Any,
 ) -> TrainState:
-    """The state to train from: the newest checkpoint if there is one, else `init()`.
+    """The state to train from: the newest checkpoint if there is one, else `init(*args)`.
 
     On resume `batches` is moved to the place in the data where the checkpoint was taken.
 
@@ -99,8 +100,8 @@ def start_or_resume(
       ValueError: the checkpoint is of another shape, or of another data stream.
     """
     if store.latest_step is None:
-        return init_sharded(init, params_sharding, mesh)[0]
-    abstract = jax.eval_shape(init)
+        return init_sharded(init, params_sharding, mesh, *args)[0]
+    abstract = jax.eval_shape(init, *args)
     shardings = state_shardings(abstract, params_sharding, mesh)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

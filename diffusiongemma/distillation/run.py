@@ -15,7 +15,7 @@ from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
 from diffusiongemma.checkpoints.load import BASE_DIR, EXPORT_DIR, load_model
 from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
 from diffusiongemma.data.pipeline import eval_examples, make_train_iterator
-from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.data.sources import DataSpec, load_source
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.diffusion.corruption import Corruption, MaskedCorruption, UniformCorruption
 from diffusiongemma.distillation.loop import LoopConfig, fit, start_or_resume
@@ -88,6 +88,8 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
     exported student in model/, evaluation.json and distillation.png.
     """
     run_config.check_keys(config, CONFIG_KEYS)
+    for source in (config.targets.source, config.eval.source):  # rather than after hours
+        load_source(DataSpec.from_config(source))
     run_config.write_resolved(config, workdir)
     teacher = load_teacher(config)
     logging.info('teacher: %d parameters', parameter_count(teacher.params))
@@ -119,11 +121,23 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
 
 
 def load_teacher(config: ConfigDict) -> Teacher:
-    """The teacher of `config.teacher`; raises ValueError when it has no tokenizer."""
-    model, params, tokenizer = load_model(config.teacher, run_config.compute_dtype(config))
+    """The teacher of `config.teacher`; raises ValueError without one, or without its tokenizer."""
+    if not config.teacher:
+        raise ValueError(
+            'config.teacher is empty: give the directory of the downloaded checkpoint with '
+            '--config.teacher=DIRECTORY.'
+        )
+    dtype = run_config.compute_dtype(config)
+    model, params, tokenizer = load_model(config.teacher, dtype, _mesh_to_load_on(config))
     if tokenizer is None:
         raise ValueError(f'{config.teacher} has no tokenizer.model; copy it there.')
     return Teacher(Gemma(model.config.autoregressive, model.dtype), params, tokenizer)
+
+
+def _mesh_to_load_on(config: ConfigDict) -> jax.sharding.Mesh | None:
+    """The run's mesh where it splits parameters; a copy on one device serves where it does not."""
+    mesh = make_mesh(config.mesh)
+    return mesh if mesh.size > mesh.shape['data'] else None
 
 
 def corruption_process(name: str, tokenizer: Tokenizer) -> Corruption:
@@ -182,16 +196,18 @@ def train_student(
         constants = lora.constants(teacher_params, mesh)
         shardings = lora.shardings(teacher_params, mesh)
 
-    source = load_student(config, model) if config.init else None
-
-    def init() -> TrainState:
+    def init(source: dict) -> TrainState:
+        """From the teacher's parameters, or those of the student `config.init`."""
         if lora is not None:
-            return create_state(lora.init(teacher.params), optimizer)
-        params = source
-        if params is None:
+            return create_state(lora.init(source), optimizer)
+        if not config.init:
             fresh = init_params(model, jax.random.key(config.seed))
-            params = student_params_from_teacher(fresh, teacher.params)
-        return create_state(trained_params(model.config, params), optimizer)
+            source = student_params_from_teacher(fresh, source)
+        return create_state(trained_params(model.config, source), optimizer)
+
+    source = teacher_params
+    if config.init:
+        source = jax.device_put(load_student(config, model), param_shardings(model, mesh))
 
     batches = make_train_iterator(
         targets,
@@ -207,7 +223,7 @@ def train_student(
     if lora is not None:
         about['lora'] = json.loads(json.dumps(dataclasses.asdict(lora.config)))
     store = CheckpointStore(workdir, loop.max_to_keep, about)
-    state = start_or_resume(init, shardings, mesh, store, batches)
+    state = start_or_resume(init, shardings, mesh, store, batches, source)
     teacher.tokenizer.save(workdir / TOKENIZER_FILE)
     if constants.student:  # checkpoints hold the trained part only
         save_bundle(workdir / BASE_DIR, teacher.model.config, teacher.params, teacher.tokenizer)
@@ -241,7 +257,7 @@ def train_student(
 
 def load_student(config: ConfigDict, model: DiffusionGemma) -> dict:
     """The parameters of `config.init`: a student like `model`, but for its canvas length."""
-    source, params, _ = load_model(config.init)
+    source, params, _ = load_model(config.init, mesh=_mesh_to_load_on(config))
     has, asked = source.config.to_dict(), model.config.to_dict()
     differing = [
         f'{name}={has[name]!r}, not {asked[name]!r}'
@@ -277,7 +293,8 @@ def compare_with_teacher(
     values = config.eval.to_dict()
     examples = eval_examples(DataSpec.from_config(values.pop('source')))
     eval_config = run_config.build(EvalConfig, values, 'eval')
-    student, student_params, tokenizer = load_model(checkpoint, run_config.compute_dtype(config))
+    dtype = run_config.compute_dtype(config)
+    student, student_params, tokenizer = load_model(checkpoint, dtype, _mesh_to_load_on(config))
     if tokenizer is None or tokenizer.content_hash != teacher.tokenizer.content_hash:
         raise ValueError(
             f'{checkpoint} and the teacher {config.teacher} have different tokenizers; '

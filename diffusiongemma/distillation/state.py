@@ -87,7 +87,8 @@ def _is_matrix(path: tuple, leaf: Any) -> bool:
 
 
 def create_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0 whose EMA equals the parameters."""
+    """A state at step 0 whose EMA equals the parameters; both in float32, whatever these are."""
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

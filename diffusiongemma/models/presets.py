@@ -9,6 +9,9 @@ Sources, unless a preset names another:
   have 64 more rows of embeddings (262,208) from 4B on, for image tokens: `load_model` follows the
   checkpoint.
 - Gemma 4: `gemma/gm/nn/gemma4/_gemma4.py` there, and `Gemma4TextConfig` of transformers 5.17.0.
+- `max_positions`: the context lengths of the technical report of Gemma 3 (arXiv:2503.19786: 32K for
+  1B, 128K for the others) and of the model cards of Gemma 3 270M (32K), Gemma 4 (128K for E2B and
+  E4B, 256K for the others; ai.google.dev/gemma/docs/core) and DiffusionGemma (256K).
 """
 
 from diffusiongemma.models.config import (
@@ -21,6 +24,7 @@ from diffusiongemma.models.config import (
 )
 
 VOCAB_SIZE = 262_144
+_K = 1024
 
 
 def _layer_types(num_layers: int, every: int = 6) -> tuple[str, ...]:
@@ -36,6 +40,7 @@ def _gemma3(
     num_kv_heads: int,
     ffn_width: int,
     window: int,
+    max_positions: int,
     head_dim: int = 256,
     query_scale: float = 256**-0.5,
     rope_scale: float = 1.0,
@@ -49,6 +54,7 @@ def _gemma3(
         layer_types=_layer_types(num_layers),
         sliding=AttentionConfig(**attention, rope_theta=1e4, window=window),
         full=AttentionConfig(**attention, rope_theta=1e6, rope_scale=rope_scale),
+        max_positions=max_positions,
         query_scale=query_scale,
         value_norm=False,
         layer_scalar=False,
@@ -66,6 +72,7 @@ def _gemma4(
     num_full_kv_heads: int,
     ffn_width: int,
     window: int,
+    max_positions: int,
     value_is_key: bool,
     **more,
 ) -> ModelConfig:
@@ -83,15 +90,28 @@ def _gemma4(
             rope_fraction=0.25,
             value_is_key=value_is_key,
         ),
+        max_positions=max_positions,
         **more,
     )
 
 
 GEMMA3_270M = _gemma3(
-    width=640, num_layers=18, num_heads=4, num_kv_heads=1, ffn_width=2048, window=512
+    width=640,
+    num_layers=18,
+    num_heads=4,
+    num_kv_heads=1,
+    ffn_width=2048,
+    window=512,
+    max_positions=32 * _K,
 )
 GEMMA3_1B = _gemma3(
-    width=1152, num_layers=26, num_heads=4, num_kv_heads=1, ffn_width=6912, window=512
+    width=1152,
+    num_layers=26,
+    num_heads=4,
+    num_kv_heads=1,
+    ffn_width=6912,
+    window=512,
+    max_positions=32 * _K,
 )
 GEMMA3_4B = _gemma3(
     width=2560,
@@ -100,6 +120,7 @@ GEMMA3_4B = _gemma3(
     num_kv_heads=4,
     ffn_width=10_240,
     window=1024,
+    max_positions=128 * _K,
     rope_scale=8.0,
 )
 GEMMA3_12B = _gemma3(
@@ -109,6 +130,7 @@ GEMMA3_12B = _gemma3(
     num_kv_heads=8,
     ffn_width=15_360,
     window=1024,
+    max_positions=128 * _K,
     rope_scale=8.0,
 )
 GEMMA3_27B = _gemma3(
@@ -118,6 +140,7 @@ GEMMA3_27B = _gemma3(
     num_kv_heads=16,
     ffn_width=21_504,
     window=1024,
+    max_positions=128 * _K,
     head_dim=128,
     query_scale=(5376 / 32) ** -0.5,
     rope_scale=8.0,
@@ -131,6 +154,7 @@ GEMMA4_E2B = _gemma4(
     num_full_kv_heads=1,
     ffn_width=6144,
     window=512,
+    max_positions=128 * _K,
     value_is_key=False,
     per_layer=PerLayerConfig(width=256, vocab_size=VOCAB_SIZE),
     num_kv_shared_layers=20,
@@ -144,6 +168,7 @@ GEMMA4_E4B = _gemma4(
     num_full_kv_heads=2,
     ffn_width=10_240,
     window=512,
+    max_positions=128 * _K,
     value_is_key=False,
     per_layer=PerLayerConfig(width=256, vocab_size=VOCAB_SIZE),
     num_kv_shared_layers=18,
@@ -159,6 +184,7 @@ GEMMA4_12B = _gemma4(
     num_full_kv_heads=1,
     ffn_width=15_360,
     window=1024,
+    max_positions=256 * _K,
     value_is_key=True,
 )
 GEMMA4_31B = _gemma4(
@@ -169,6 +195,7 @@ GEMMA4_31B = _gemma4(
     num_full_kv_heads=4,
     ffn_width=21_504,
     window=1024,
+    max_positions=256 * _K,
     value_is_key=True,
 )
 GEMMA4_26B_A4B = _gemma4(
@@ -179,6 +206,7 @@ GEMMA4_26B_A4B = _gemma4(
     num_full_kv_heads=2,
     ffn_width=2112,
     window=1024,
+    max_positions=256 * _K,
     value_is_key=True,
     moe=MoEConfig(num_experts=128, top_k=8, expert_width=704),
 )

@@ -90,7 +90,12 @@ def state_shardings(abstract_state: Any, params_sharding: Any, mesh: Mesh) -> An
     )
 
 
-def init_sharded(init: Callable[[], Any], params_sharding: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """Runs `init` with its outputs created in their shards; returns (state, shardings)."""
-    shardings = state_shardings(jax.eval_shape(init), params_sharding, mesh)
-    return jax.jit(init, out_shardings=shardings)(), shardings
+def init_sharded(
+    init: Callable[..., Any], params_sharding: Any, mesh: Mesh, *args: Any
+) -> tuple[Any, Any]:
+    """Runs `init(*args)` with its outputs created in their shards; returns (state, shardings).
+
+    Large arrays belong in `args`: what `init` closes over becomes part of the program.
+    """
+    shardings = state_shardings(jax.eval_shape(init, *args), params_sharding, mesh)
+    return jax.jit(init, out_shardings=shardings)(*args), shardings

@@ -1,0 +1,58 @@
+r"""Distils the built-in teacher on prompts of your own, from a JSONL file.
+
+Meant for 2 CPU cores. Each line of TRAIN and TEST is {"prompt": "...", "response": "..."}; the
+student learns the teacher's answers to the prompts, or with --config.targets.sequence_level=False
+the responses. Prompt and response have at most 256 tokens together, as the teacher.
+
+  python -m diffusiongemma.distill --config=configs/jsonl.py --workdir=/tmp/jsonl \
+    --config.targets.source.path=TRAIN --config.eval.source.path=TEST
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            'seed': 0,
+            'dtype': 'float32',
+            'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
+            'teacher': 'builtin-teacher',
+            'init': '',  # a student to go on from; empty: starts from the teacher's weights
+            'canvas_length': 16,
+            'predict_next': True,  # what the teacher has learnt holds from the first step on
+            'separate_denoiser': True,  # the encode pass stays exactly the teacher
+            'lora': {'rank': 0, 'alpha': 16.0, 'passes': 'denoise'},  # rank 0: train all layers
+            'targets': {
+                'source': {'kind': 'jsonl', 'path': 'train.jsonl'},
+                'batch_size': 32,
+                'max_new_tokens': 96,
+                'sequence_level': True,
+            },
+            'data': {
+                'batch_size': 16,
+                'row_length': 256,  # the teacher's longest sequence
+                'canvases_per_row': 10,
+                'random_offset_rate': 0.0,
+            },
+            'corruption': 'uniform',
+            'ar_weight': 0.1,  # of no effect on a separate denoiser, whose encode pass is frozen
+            'stage1': {'kd_weight': 1.0, 'self_conditioning_rate': 0.5},
+            'stage2': {'first_step': 100, 'num_steps': 2, 'all_noise_rate': 0.5},
+            'optimizer': {'learning_rate': 1e-3, 'warmup_steps': 50, 'ema_decay': 0.99},
+            'train': {'num_steps': 200, 'report_every': 10, 'checkpoint_every': 60},
+            'sampling': {
+                'max_new_tokens': 96,
+                'max_denoising_steps': 16,
+                'entropy_bound': 0.1,
+                'temperature': 0.0,
+            },
+            'eval': {
+                # Responses count as right where they are TEST's to the letter.
+                'source': {'kind': 'jsonl', 'path': 'test.jsonl', 'size': 256},
+                'batch_size': 32,
+                'speed_batch_size': 1,
+                'speed_batches': 24,
+            },
+        }
+    )

@@ -1,0 +1,61 @@
+"""Distils the built-in teacher into a student that fills in a sudoku as one canvas.
+
+Meant for 2 CPU cores. The grid of 9 x 9 is one canvas of 96 tokens, of which any may be settled
+first, where the teacher has to write row by row.
+
+  python -m diffusiongemma.distill --config=configs/sudoku.py --workdir=/tmp/sudoku
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            'seed': 0,
+            'dtype': 'float32',
+            'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
+            'teacher': 'builtin-teacher',
+            'init': '',  # a student to go on from; empty: starts from the teacher's weights
+            'canvas_length': 96,  # a solved grid has 90 tokens
+            'predict_next': True,  # what the teacher has learnt holds from the first step on
+            'separate_denoiser': True,  # the encode pass stays exactly the teacher
+            'lora': {'rank': 0, 'alpha': 16.0, 'passes': 'denoise'},  # rank 0: train all layers
+            'targets': {
+                'source': {'kind': 'sudoku', 'split': 'train', 'size': 100_000, 'seed': 1},
+                'batch_size': 128,
+                'max_new_tokens': 96,
+                # There is one solution, which the teacher rarely finds: learn it from the data.
+                'sequence_level': False,
+            },
+            'data': {
+                'batch_size': 8,
+                'row_length': 400,  # two puzzles of 103 tokens with their solutions
+                'canvases_per_row': 2,
+                'random_offset_rate': 0.0,
+            },
+            'corruption': 'uniform',
+            'ar_weight': 0.1,  # of no effect on a separate denoiser, whose encode pass is frozen
+            'stage1': {'kd_weight': 0.0, 'self_conditioning_rate': 0.5},  # nor its guesses
+            'stage2': {
+                'first_step': 1_500,
+                'num_steps': 2,
+                'all_noise_rate': 0.5,
+                'kd_weight': 0.0,
+            },
+            'optimizer': {'learning_rate': 1e-3, 'warmup_steps': 100, 'ema_decay': 0.99},
+            'train': {'num_steps': 2_000, 'report_every': 20, 'checkpoint_every': 200},
+            'sampling': {
+                'max_new_tokens': 96,
+                'max_denoising_steps': 32,
+                'entropy_bound': 0.1,
+                'temperature': 0.0,
+            },
+            'eval': {
+                'source': {'kind': 'sudoku', 'split': 'test', 'size': 128},
+                'batch_size': 32,
+                'speed_batch_size': 1,
+                'speed_batches': 8,
+            },
+        }
+    )

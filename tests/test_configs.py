@@ -1,0 +1,121 @@
+"""Every config in configs/ is one that its program accepts, and a recipe's student fits."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from diffusiongemma import run_config, train
+from diffusiongemma.data.packing import RowLayout
+from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.distillation import run
+from diffusiongemma.distillation.loop import LoopConfig
+from diffusiongemma.distillation.lora import lora_student
+from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
+from diffusiongemma.distillation.targets import TargetsConfig
+from diffusiongemma.evaluation.compare import EvalConfig
+from diffusiongemma.models import PRESETS, DiffusionGemma, Gemma, init_params
+from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings, state_shardings
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+TEACHERS = ['tiny_teacher']
+STUDENTS = sorted({path.stem for path in CONFIGS.glob('*.py')} - set(TEACHERS))
+RECIPES = {  # bytes of a device, and devices
+    'gemma3_270m': (80e9, 1),
+    'gemma3_1b': (80e9, 8),
+    'gemma4_e2b': (80e9, 8),
+    'gemma4_26b_a4b': (141e9, 8),
+}
+TOKENIZER = Tokenizer.load('builtin')
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def student_of(config, preset):
+    names = ('canvas_length', 'separate_denoiser', 'predict_next')
+    return preset.replace(**{name: config[name] for name in names})
+
+
+@pytest.mark.parametrize('name', STUDENTS + TEACHERS)
+def test_a_config_says_what_it_is_for_its_hardware_and_the_command_that_runs_it(name):
+    text = (CONFIGS / f'{name}.py').read_text(encoding='utf-8').split('"""')[1]
+    program = 'train' if name in TEACHERS else 'distill'
+    assert 'Meant for ' in text and f'python -m diffusiongemma.{program} ' in text
+    assert f'--config=configs/{name}.py' in text
+
+
+@pytest.mark.parametrize('name', TEACHERS)
+def test_a_teachers_config_builds_everything_of_its_run(name):
+    config = load(name)
+    run_config.check_keys(config, train.CONFIG_KEYS)
+    loop = run_config.build(LoopConfig, config.train, 'train')
+    make_optimizer(run_config.build(OptimizerConfig, config.optimizer, 'optimizer'), loop.num_steps)
+    assert run_config.data_specs(config)
+    assert run_config.model_config(config).vocab_size == TOKENIZER.vocab_size
+
+
+@pytest.mark.parametrize('name', STUDENTS)
+def test_a_students_config_builds_everything_of_its_run(name):
+    config = load(name)
+    run_config.check_keys(config, run.CONFIG_KEYS)
+    run_config.compute_dtype(config)
+    loop = run_config.build(LoopConfig, config.train, 'train')
+    make_optimizer(run_config.build(OptimizerConfig, config.optimizer, 'optimizer'), loop.num_steps)
+    stage1, stage2 = run.objectives(config, TOKENIZER)
+    assert 0 < stage1[1] < stage2[1] == loop.num_steps
+    data = run_config.build(run.BatchConfig, config.data, 'data')
+    RowLayout(data.row_length, data.canvases_per_row, config.canvas_length)
+    targets = run_config.build(TargetsConfig, config.targets, 'targets')
+    response = data.canvases_per_row * config.canvas_length
+    assert targets.max_new_tokens <= response <= data.row_length
+    values = config.eval.to_dict()
+    DataSpec.from_config(values.pop('source'))
+    run_config.build(EvalConfig, values, 'eval')
+
+
+@pytest.mark.parametrize('name', STUDENTS)
+def test_adapters_need_no_more_than_a_rank(name):
+    config = load(name)
+    config.lora.rank = 8
+    preset = PRESETS.get(name, PRESETS['gemma3_270m'])
+    assert lora_student(config, DiffusionGemma(student_of(config, preset))) is not None
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_the_training_state_of_a_recipe_takes_what_its_config_says(name):
+    config, (memory, num_devices) = load(name), RECIPES[name]
+    preset = PRESETS[name]
+    assert config.data.row_length <= preset.max_positions
+    mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
+    batch_sharding(mesh, config.data.batch_size)
+    if preset.moe is not None:
+        assert preset.moe.num_experts % mesh.shape['expert'] == 0
+    model = DiffusionGemma(student_of(config, preset))
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    state = jax.eval_shape(
+        lambda key: create_state(init_params(model, key), optimizer), jax.random.key(0)
+    )
+    student = param_shardings(model, mesh)
+    state_bytes = bytes_per_device(state, state_shardings(state, student, mesh))
+    gradient_bytes = bytes_per_device(state.params, student)
+    gemma = Gemma(model.config.autoregressive)
+    teacher = jax.eval_shape(lambda key: init_params(gemma, key), jax.random.key(0))
+    teacher_bytes = bytes_per_device(teacher, param_shardings(gemma, mesh)) / 2  # in bfloat16
+    text = (CONFIGS / f'{name}.py').read_text(encoding='utf-8')
+    assert f' {state_bytes / 1e9:.1f} GB\n  gradients' in text
+    assert f' {(gradient_bytes + teacher_bytes) / 1e9:.1f} GB\n' in text
+    together = float(text.split('  together ')[1].split()[0])
+    assert state_bytes + gradient_bytes + teacher_bytes < together * 1e9 < 0.9 * memory
+
+
+def bytes_per_device(shapes, shardings):
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs)
