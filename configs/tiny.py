@@ -41,7 +41,8 @@ def get_config() -> ConfigDict:
             'train': {'num_steps': 240, 'report_every': 10, 'checkpoint_every': 80},
             'sampling': {
                 'max_new_tokens': 96,
-                'max_denoising_steps': 16,
+                'max_denoising_steps': 4,
+                'max_draft_steps': 1,
                 'entropy_bound': 0.1,
                 'temperature': 0.0,
             },

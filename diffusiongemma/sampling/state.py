@@ -20,8 +20,8 @@ class SamplingConfig:
     Attributes:
       max_new_tokens: length limit of a response; need not be a multiple of the canvas length.
       max_denoising_steps: T, limit of denoise steps per canvas.
-      max_draft_steps: limit of denoise steps per draft in the lossless mode; fewer are taken as
-        long as drafts hold.
+      max_draft_steps: limit of denoise steps per draft in the lossless mode. A row whose draft
+        fell early takes one step more for the next, one whose draft held wholly one less.
       entropy_bound: nats, bound of the `EntropyBound` acceptance.
       t_min: temperature towards the last denoise step.
       t_max: temperature of the first denoise step.
@@ -40,7 +40,7 @@ class SamplingConfig:
 
     max_new_tokens: int = 256
     max_denoising_steps: int = 48
-    max_draft_steps: int = 4
+    max_draft_steps: int = 1
     entropy_bound: float = 0.1
     t_min: float = 0.4
     t_max: float = 0.8
