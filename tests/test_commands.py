@@ -1,6 +1,7 @@
 """The commands of the README, each in a process of its own, as a user runs them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TINY_MOE = 'tests/data/tiny_moe'
+# As users run them: with all of XLA's optimisations, which the tests' own programs do without.
+ENVIRONMENT = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
 PROMPT = 'Paul is 17 years old. Omar is 4 years older than Paul. How old is Omar?'
 
 
@@ -17,6 +20,7 @@ def run(program, *arguments, code=0):
     done = subprocess.run(
         [sys.executable, '-m', f'diffusiongemma.{program}', *arguments],
         cwd=ROOT,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
@@ -135,13 +139,15 @@ def test_bad_input_ends_in_one_clear_message(program, arguments, message, tmp_pa
 def test_the_launch_script_prints_the_command_that_it_would_run(tmp_path):
     script = str(ROOT / 'launch' / 'single_node.sh')
     arguments = [script, '--dry_run', 'configs/tiny.py', str(tmp_path), '--config.seed=3']
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == [
         'python', '-m', 'diffusiongemma.distill', '--config=configs/tiny.py',
         f'--workdir={tmp_path}', '--config.seed=3',
     ]  # fmt: skip
     missing = [script, '--dry_run', 'configs/none.py', str(tmp_path)]
-    done = subprocess.run(missing, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(missing, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and 'no config file configs/none.py' in done.stderr
 
 
@@ -149,13 +155,17 @@ def test_the_launch_script_prints_the_command_that_it_would_run(tmp_path):
 def test_a_colab_runs_from_top_to_bottom(path):
     cells = json.loads(path.read_text())['cells']
     source = '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
-    done = subprocess.run([sys.executable, '-c', source], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-c', source], env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_the_python_block_of_the_readme_runs_as_it_is_printed():
     block = (ROOT / 'README.md').read_text().split('```python\n')[1].split('```')[0]
-    done = subprocess.run([sys.executable, '-c', block], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-c', block], env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert 'The answer is 21' in done.stdout
 
@@ -163,6 +173,6 @@ def test_the_python_block_of_the_readme_runs_as_it_is_printed():
 def test_the_benchmark_of_the_decode_modes_prints_a_ratio():
     arguments = ['--batches=2', '--batch_sizes=1', '--max_new_tokens=32']
     program = [sys.executable, 'benchmarks/decode_modes.py', *arguments]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(program, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 'ratio' in done.stdout and 'x' in done.stdout

@@ -136,6 +136,7 @@ def test_denoise_steps_accept_candidates_and_renoise_the_rest():
         steps=jnp.zeros(3, jnp.int32),
         pinned=jnp.full((3, C), -1),
         max_steps=jnp.full(3, 48),
+        last_token=jnp.zeros(3, jnp.int32),
     )
     few_step = diffusion.denoise_step(model, few, params, cache, keys, start)
     all_step = diffusion.denoise_step(
@@ -185,8 +186,9 @@ def test_every_step_draws_noise_of_its_own():
     first = diffusion.denoise_canvas(
         model, config(max_denoising_steps=1), params, cache, keys, jnp.ones(3, bool)
     )
+    going_on = first.replace(stopped=jnp.zeros(3, bool))
     again = [
-        diffusion.denoise_step(model, few, params, cache, keys, first.replace(step=jnp.int32(n)))
+        diffusion.denoise_step(model, few, params, cache, keys, going_on.replace(step=jnp.int32(n)))
         for n in (0, 1)
     ]
     assert np.mean(np.asarray(again[0].canvas != again[1].canvas)) > 0.5

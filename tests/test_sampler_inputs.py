@@ -89,7 +89,9 @@ def test_a_model_without_canvas_is_refused_by_the_diffusion_mode_alone():
 
 
 def test_an_unknown_mode_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"\['autoregressive', 'diffusion'\], got 'magic'"):
+    with pytest.raises(
+        ValueError, match=r"\['autoregressive', 'diffusion', 'lossless'\], got 'magic'"
+    ):
         Sampler(toy(C)[0], config(), 'magic')
 
 
