@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TINY_MOE = 'tests/data/tiny_moe'
-# As users run them: with all of XLA's optimisations, which the tests' own programs do without.
-ENVIRONMENT = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+# As users run them: on one device, with all of XLA's optimisations.
+ENVIRONMENT = os.environ | {'XLA_FLAGS': ''}
 PROMPT = 'Paul is 17 years old. Omar is 4 years older than Paul. How old is Omar?'
 
 
@@ -36,8 +36,6 @@ def workdir(tmp_path_factory):
         'distill',
         '--config=configs/tiny.py',
         f'--workdir={directory}',
-        '--config.mesh.data=1',
-        '--config.mesh.fsdp=8',
         '--config.targets.source.size=32',
         '--config.targets.batch_size=32',
         '--config.train.num_steps=2',

@@ -15,11 +15,12 @@ from diffusiongemma.evaluation.tasks import is_correct
 def comparison_table(result: Comparison) -> Table:
     """Teacher and student in columns; in lossless mode a verification is a forward pass too."""
     table = Table(
-        title=f'{result.num_examples} held-out problems; '
-        f'speed at batch {result.speed_batch_size}, same process'
+        title=f'{result.num_examples} held-out problems: the teacher (autoregressive), the student '
+        f'in both modes; speed at batch {result.speed_batch_size}, same process'
     )
-    for name in ('', 'teacher (autoregressive)', 'student (diffusion)', 'student (lossless)'):
-        table.add_column(name, justify='right' if name else 'left')
+    table.add_column('', no_wrap=True)
+    for name in ('teacher', 'diffusion', 'lossless'):
+        table.add_column(name, justify='right')
     table.add_row(
         'accuracy',
         f'{result.teacher_accuracy:.1%}',
