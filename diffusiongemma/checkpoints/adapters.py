@@ -13,6 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.lora import LoraConfig
@@ -100,10 +101,7 @@ def read_adapters(directory: Path) -> Adapters:
       ValueError: a file is damaged, or of another format.
     """
     path = directory / CONFIG_FILE
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{path} is no JSON ({error}); copy it again.') from error
+    content = read_json(path)
     if content.get('format') != FORMAT:
         raise ValueError(f'{path}: format {content.get("format")!r}, expected {FORMAT!r}.')
     reader = TensorReader(directory, PARAMS_FILE)

@@ -17,6 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.placement import assemble, flat_shardings, param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
 from diffusiongemma.data.tokenizer import Tokenizer
@@ -96,10 +97,7 @@ def load_bundle(
     config_path = directory / CONFIG_FILE
     if not config_path.exists():
         raise FileNotFoundError(f'{directory} has {PARAMS_FILE} but no {CONFIG_FILE}.')
-    try:
-        content = json.loads(config_path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{config_path} is no JSON ({error}); copy it again.') from error
+    content = read_json(config_path)
     if content.get('format') != FORMAT:
         raise ValueError(f'{config_path}: format {content.get("format")!r}, expected {FORMAT!r}.')
     model = model_for(ModelConfig.from_dict(content['model']), dtype or jnp.float32)

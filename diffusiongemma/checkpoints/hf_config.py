@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.models.config import (
     FULL,
     SLIDING,
@@ -70,10 +71,7 @@ def read_hf_config(directory: Path) -> ModelConfig:
     path = directory / 'config.json'
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing; a checkpoint needs it beside its weights.')
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{path} is no JSON ({error}); copy it again.') from error
+    content = read_json(path)
     try:
         return model_config_from_hf(content)
     except KeyError as error:

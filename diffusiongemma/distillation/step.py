@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.losses import next_token_kl
 from diffusiongemma.distillation.state import TrainState, apply_gradients
 from diffusiongemma.models.cache import Prefix
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
