@@ -23,7 +23,8 @@ pytestmark = pytest.mark.slow
 
 TINY = pathlib.Path(__file__).parent / 'data' / 'tiny_moe'
 CANVAS = 16
-KEY = jax.random.key(3)
+SEEDS = range(20)
+STOP_ID = 37
 FIELDS = {
     'max_new_tokens': 3 * CANVAS,
     'max_denoising_steps': 24,
@@ -39,9 +40,9 @@ FIELDS = {
 class Draws:
     """Stands in for torch's random functions with the draws of `Sampler` for the same key."""
 
-    def __init__(self, batch_size, vocab_size):
+    def __init__(self, key, batch_size, vocab_size):
         self.vocab_size = vocab_size
-        self.rows = row_keys(KEY, batch_size)
+        self.rows = row_keys(key, batch_size)
         self.canvas = -1
         self.step = None
 
@@ -69,32 +70,29 @@ class Draws:
 
 
 def reference_generate(
-    checkpoint, monkeypatch, prompt, stop_id, *, entropy_bound, pad_id, **fields
+    model, monkeypatch, key, prompt, stop_id, *, entropy_bound, pad_id, **fields
 ):
     """The reference's new tokens and its tokens per forward."""
-    from transformers import DiffusionGemmaForBlockDiffusion
     from transformers.models.diffusion_gemma import generation_diffusion_gemma as reference
 
-    model = DiffusionGemmaForBlockDiffusion.from_pretrained(
-        checkpoint, attn_implementation='eager', dtype=torch.float32
-    ).eval()
-    draws = Draws(prompt.shape[0], model.config.text_config.vocab_size)
-    monkeypatch.setattr(torch, 'randint', draws.randint)
-    monkeypatch.setattr(torch, 'multinomial', draws.multinomial)
+    draws = Draws(key, prompt.shape[0], model.config.text_config.vocab_size)
     prepare = model._prepare_denoiser_inputs
 
     def prepare_canvas(**kwargs):
         draws.new_canvas()
         return prepare(**kwargs)
 
-    monkeypatch.setattr(model, '_prepare_denoiser_inputs', prepare_canvas)
     config = reference.DiffusionGemmaGenerationConfig(
         sampler_config=reference.EntropyBoundSamplerConfig(entropy_bound),
         eos_token_id=[stop_id],
         pad_token_id=pad_id,
         **fields,
     )
-    output = model.generate(torch.from_numpy(prompt).long(), generation_config=config)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, 'randint', draws.randint)
+        patched.setattr(torch, 'multinomial', draws.multinomial)
+        patched.setattr(model, '_prepare_denoiser_inputs', prepare_canvas)
+        output = model.generate(torch.from_numpy(prompt).long(), generation_config=config)
     return output.sequences[:, prompt.shape[1] :].numpy(), output.tokens_per_forward.numpy()
 
 
@@ -117,22 +115,28 @@ def checkpoint(tmp_path_factory):
 
 
 def test_tokens_and_step_counts_equal_those_of_the_reference(checkpoint, monkeypatch):
+    from transformers import DiffusionGemmaForBlockDiffusion
+
     prompt = np.load(TINY / 'golden.npz')['prompt']
     lengths = np.full(len(prompt), prompt.shape[1])
     model, params, _ = load_model(checkpoint)
-
-    def generate(stop_ids):
-        config = SamplingConfig(stop_ids=stop_ids, **FIELDS)
-        return Sampler(model, config)(params, prompt, lengths, rng=KEY)
-
-    stop_id = int(generate(()).tokens[0, CANVAS + 3])
-    ours = generate((stop_id,))
-    theirs, tokens_per_forward = reference_generate(
-        checkpoint, monkeypatch, prompt, stop_id, **FIELDS
-    )
-    # A run in which rows stop at steps of their own, and one of them in a canvas of its own.
-    limit = FIELDS['max_denoising_steps'] * np.asarray(ours.canvases)
-    assert (ours.denoising_steps < limit).all()
-    assert ours.lengths[0] < ours.lengths[1]
-    np.testing.assert_array_equal(ours.tokens, theirs)
-    np.testing.assert_allclose(ours.tokens_per_forward, tokens_per_forward, rtol=1e-6)
+    reference = DiffusionGemmaForBlockDiffusion.from_pretrained(
+        checkpoint, attn_implementation='eager', dtype=torch.float32
+    ).eval()
+    sampler = Sampler(model, SamplingConfig(stop_ids=(STOP_ID,), **FIELDS))
+    stopped_early = rows_apart = 0
+    for seed in SEEDS:
+        key = jax.random.key(seed)
+        ours = sampler(params, prompt, lengths, rng=key)
+        theirs, tokens_per_forward = reference_generate(
+            reference, monkeypatch, key, prompt, STOP_ID, **FIELDS
+        )
+        width = theirs.shape[1]  # the reference ends with its last canvas
+        np.testing.assert_array_equal(ours.tokens[:, :width], theirs, err_msg=f'seed {seed}')
+        assert (np.asarray(ours.tokens[:, width:]) == FIELDS['pad_id']).all()
+        np.testing.assert_allclose(ours.tokens_per_forward, tokens_per_forward, rtol=1e-6)
+        limit = FIELDS['max_denoising_steps'] * np.asarray(ours.canvases)
+        stopped_early += bool((ours.denoising_steps < limit).all())
+        rows_apart += bool(ours.lengths[0] != ours.lengths[1])
+    # Runs in which canvases settle before the last step, and rows end in canvases of their own.
+    assert stopped_early > len(SEEDS) / 2 and rows_apart > 2

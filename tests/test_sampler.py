@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from toy_model import toy
 
-from diffusiongemma.sampling import Sampler, SamplingConfig, diffusion, pad_prompts
+from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, diffusion, pad_prompts
 from diffusiongemma.sampling.passes import extend
 from diffusiongemma.sampling.randomness import fold_in_rows, row_keys
-from diffusiongemma.sampling.state import DenoiseState
+from diffusiongemma.sampling.sampler import prefilled
+from diffusiongemma.sampling.state import CanvasTask
 
 C, PAD = 4, 22
 PROMPTS = [[2, 5, 7, 11, 3], [4], [9, 9, 6]]
@@ -34,6 +35,23 @@ def sample(sampling_config, mode='diffusion', prompts=3, width=8, seed=0):
     tokens, lengths = pad_prompts(PROMPTS[:prompts], PAD, width=width)
     sampler = Sampler(model, sampling_config, mode)
     return jax.tree.map(np.asarray, sampler(params, tokens, lengths, rng=jax.random.key(seed)))
+
+
+def prompts_in_cache(sampling_config):
+    """The toy, its parameters and the state behind PROMPTS."""
+    model, params = toy(C)
+    tokens, lengths = jax.tree.map(jnp.asarray, pad_prompts(PROMPTS, PAD, width=8))
+    state, _ = prefilled(model, sampling_config, params, tokens, lengths, KEY, Controls())
+    return model, params, state
+
+
+def canvas_of_every_row(**fields):
+    """A task of three rows with the keys of KEY."""
+    last_token = jnp.array([prompt[-1] for prompt in PROMPTS])
+    active = jnp.ones(3, bool)
+    return CanvasTask(
+        **({'keys': row_keys(KEY, 3), 'active': active, 'last_token': last_token} | fields)
+    )
 
 
 def assert_same(one, other):
@@ -84,8 +102,8 @@ def test_without_early_stop_every_canvas_takes_all_steps():
 
 @dataclasses.dataclass(frozen=True)
 class AcceptEverything:
-    def accept(self, entropies):
-        return jnp.ones(entropies.shape, bool)
+    def next_canvas(self, proposal):
+        return proposal.candidates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +123,12 @@ def test_rules_of_ones_own_replace_the_built_in_ones():
 
 
 def test_a_stopped_row_keeps_its_canvas_history_and_soft_embeddings():
-    model, params = toy(C)
-    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
-    state = diffusion.start(model, config(), params, tokens, jnp.asarray(lengths), KEY)
-    keys = row_keys(KEY, 3)
-    active = jnp.array([True, False, True])
-    before = diffusion.denoise_canvas(
-        model, config(max_denoising_steps=1), params, state.cache, keys, jnp.ones(3, bool)
-    ).replace(stopped=~active)
-    after = diffusion.denoise_step(model, config(), params, state.cache, keys, before)
-    for name in ('canvas', 'argmax_history', 'soft_embeddings', 'steps'):
+    model, params, state = prompts_in_cache(config())
+    task, once = canvas_of_every_row(), config(max_denoising_steps=1)
+    before = diffusion.denoise_canvas(model, once, params, state.cache, task)
+    before = before.replace(stopped=jnp.array([False, True, False]))
+    after = diffusion.denoise_step(model, config(), params, state.cache, task, before)
+    for name in ('canvas', 'argmax_history', 'entropies', 'soft_embeddings', 'steps'):
         old, new = np.asarray(getattr(before, name)), np.asarray(getattr(after, name))
         np.testing.assert_array_equal(new[1], old[1])
         assert (new[0] != old[0]).any() and (new[2] != old[2]).any()
@@ -122,25 +136,14 @@ def test_a_stopped_row_keeps_its_canvas_history_and_soft_embeddings():
 
 def test_denoise_steps_accept_candidates_and_renoise_the_rest():
     """Bound 0 accepts one position a step; the others are drawn anew each time."""
-    model, params = toy(C)
     few = config(entropy_bound=0.0, confidence_threshold=0)
-    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
-    cache = diffusion.start(model, few, params, tokens, jnp.asarray(lengths), KEY).cache
-    keys = row_keys(KEY, 3)
-    start = DenoiseState(
-        step=jnp.int32(0),
-        canvas=jnp.zeros((3, C), jnp.int32),
-        argmax_history=jnp.full((3, 2, C), -1),
-        soft_embeddings=jnp.zeros((3, C, 23)),
-        stopped=jnp.zeros(3, bool),
-        steps=jnp.zeros(3, jnp.int32),
-        pinned=jnp.full((3, C), -1),
-        max_steps=jnp.full(3, 48),
-        last_token=jnp.zeros(3, jnp.int32),
-    )
-    few_step = diffusion.denoise_step(model, few, params, cache, keys, start)
-    all_step = diffusion.denoise_step(
-        model, config(entropy_bound=float('inf')), params, cache, keys, start
+    model, params, state = prompts_in_cache(few)
+    task = canvas_of_every_row()
+    start = diffusion.first_noise(model, few, params, task)
+    start = start.replace(canvas=jnp.zeros((3, C), jnp.int32))
+    few_step, all_step = (
+        diffusion.denoise_step(model, rule, params, state.cache, task, start)
+        for rule in (few, config(entropy_bound=float('inf')))
     )
     assert (np.sum(np.asarray(few_step.canvas) == start.canvas, axis=-1) < C - 1).all()
     agree = np.asarray(few_step.canvas == all_step.canvas)
@@ -148,28 +151,25 @@ def test_denoise_steps_accept_candidates_and_renoise_the_rest():
     np.testing.assert_array_equal(few_step.argmax, all_step.argmax)
 
 
-def test_the_argmax_canvas_is_committed_not_the_noisy_one():
-    model, params = toy(C)
+def test_the_argmax_canvas_is_committed_unless_the_noisy_one_is_asked_for():
     one_step = config(max_denoising_steps=1)
-    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
-    state = diffusion.start(model, one_step, params, tokens, jnp.asarray(lengths), KEY)
-    keys = fold_in_rows(state.keys, 0)
-    canvas = diffusion.denoise_canvas(model, one_step, params, state.cache, keys, jnp.ones(3, bool))
+    model, params, state = prompts_in_cache(one_step)
+    task = canvas_of_every_row(keys=fold_in_rows(state.keys, 0))
+    canvas = diffusion.denoise_canvas(model, one_step, params, state.cache, task)
     assert (canvas.argmax != canvas.canvas).any()
     np.testing.assert_array_equal(sample(one_step).tokens[:, :C], canvas.argmax)
+    noisy = sample(dataclasses.replace(one_step, commits='canvas')).tokens[:, :C]
+    np.testing.assert_array_equal(noisy, canvas.canvas)
 
 
 def test_a_pinned_token_stays_in_its_place_and_takes_nothing_of_the_entropy_bound():
-    model, params = toy(C)
-    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
     bound = config(entropy_bound=0.0, max_denoising_steps=3)
-    state = diffusion.start(model, bound, params, tokens, jnp.asarray(lengths), KEY)
-    pinned = jnp.tile(jnp.array([-1, 7, -1, 5]), (3, 1))
-    canvas = diffusion.denoise_canvas(
-        model, bound, params, state.cache, row_keys(KEY, 3), jnp.ones(3, bool), pinned
-    )
+    model, params, state = prompts_in_cache(bound)
+    task = canvas_of_every_row(pinned=jnp.tile(jnp.array([-1, 7, -1, 5]), (3, 1)))
+    canvas = diffusion.denoise_canvas(model, bound, params, state.cache, task)
     for result in (canvas.canvas, canvas.argmax):
         np.testing.assert_array_equal(result[:, [1, 3]], [[7, 5]] * 3)
+    np.testing.assert_array_equal(canvas.entropies[:, [1, 3]], 0)
 
 
 def test_every_canvas_starts_from_noise_of_its_own():
@@ -178,44 +178,36 @@ def test_every_canvas_starts_from_noise_of_its_own():
 
 
 def test_every_step_draws_noise_of_its_own():
-    model, params = toy(C)
-    few = config(entropy_bound=0.0)
-    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
-    cache = diffusion.start(model, few, params, tokens, jnp.asarray(lengths), KEY).cache
-    keys = row_keys(KEY, 3)
-    first = diffusion.denoise_canvas(
-        model, config(max_denoising_steps=1), params, cache, keys, jnp.ones(3, bool)
-    )
+    few, once = config(entropy_bound=0.0), config(max_denoising_steps=1)
+    model, params, state = prompts_in_cache(few)
+    task = canvas_of_every_row()
+    first = diffusion.denoise_canvas(model, once, params, state.cache, task)
     going_on = first.replace(stopped=jnp.zeros(3, bool))
     again = [
-        diffusion.denoise_step(model, few, params, cache, keys, going_on.replace(step=jnp.int32(n)))
+        diffusion.denoise_step(
+            model, few, params, state.cache, task, going_on.replace(step=jnp.int32(n))
+        )
         for n in (0, 1)
     ]
     assert np.mean(np.asarray(again[0].canvas != again[1].canvas)) > 0.5
 
 
 def test_committing_leaves_the_cache_of_finished_rows_alone():
-    model, params = toy(C)
-    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
-    cache = diffusion.start(model, config(), params, tokens, jnp.asarray(lengths), KEY).cache
-    block = jnp.full((3, C), 6)
+    model, params, state = prompts_in_cache(config())
+    cache, block = state.cache, jnp.full((3, C), 6)
     _, longer = extend(model, params, cache, block, jnp.array([True, False, True]))
     assert longer.lengths.tolist() == [5 + C, 1, 3 + C]
     values, before = longer.kv['values'][..., 0, 0], cache.kv['values'][..., 0, 0]
-    for row, length in enumerate(lengths):
+    for row, length in enumerate(cache.lengths):
         np.testing.assert_array_equal(values[row, :length], before[row, :length])
     assert values[2, 3 : 3 + C].tolist() == [7 * (position + 2) for position in range(3, 3 + C)]
 
 
 def test_noise_stays_below_the_noise_vocabulary():
-    model, params = toy(C)
     small = config(vocab_size=3, entropy_bound=0.0, max_denoising_steps=1)
-    tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
-    cache = diffusion.start(model, small, params, tokens, jnp.asarray(lengths), KEY).cache
-    canvas = diffusion.denoise_canvas(
-        model, small, params, cache, row_keys(KEY, 3), jnp.ones(3, bool)
-    ).canvas
-    assert (np.sum(np.asarray(canvas) < 3, axis=-1) >= C - 1).all()
+    model, params, state = prompts_in_cache(small)
+    canvas = diffusion.denoise_canvas(model, small, params, state.cache, canvas_of_every_row())
+    assert (np.sum(np.asarray(canvas.canvas) < 3, axis=-1) >= C - 1).all()
 
 
 # What every mode promises.

@@ -2,7 +2,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusiongemma.sampling import StableAndConfident, TemperatureSchedule
+from diffusiongemma.sampling import (
+    AllOf,
+    MeanEntropy,
+    Never,
+    StableAndConfident,
+    TemperatureSchedule,
+    TokenStability,
+)
 
 SURE, UNSURE = 0.001, 0.02
 
@@ -72,3 +79,44 @@ def test_temperature_falls_from_t_max_by_equal_steps_and_never_reaches_t_min():
 def test_an_impossible_schedule_is_refused(fields):
     with pytest.raises(ValueError):
         TemperatureSchedule(**fields)
+
+
+def test_token_stability_looks_at_tokens_alone():
+    rule = TokenStability(num_steps=2)
+    assert should_stop(rule, [[4, 5], [4, 5], [4, 5]], UNSURE)
+    assert not should_stop(rule, [[-1, -1], [4, 5], [4, 5]], SURE)
+
+
+def test_mean_entropy_looks_at_entropies_alone():
+    assert should_stop(MeanEntropy(0.005), [[-1, -1], [4, 5]], SURE)
+    assert not should_stop(MeanEntropy(0.005), [[4, 5], [4, 5]], UNSURE)
+
+
+def test_never_goes_on():
+    assert not should_stop(Never(), [[4, 5], [4, 5]], 0.0)
+
+
+def test_all_of_needs_every_rule_and_shows_each_its_own_history():
+    both = AllOf((TokenStability(1), MeanEntropy(0.005)))
+    assert both.history_length == 2
+    for history in ([[4, 5], [4, 5]], [[4, 6], [4, 5]], [[-1, -1], [4, 5]]):
+        for mean_entropy in (SURE, UNSURE):
+            expected = should_stop(StableAndConfident(1, 0.005), history, mean_entropy)
+            assert should_stop(both, history, mean_entropy) == expected
+    three = AllOf([TokenStability(2), Never()])
+    assert three.history_length == 3 and not should_stop(three, [[1], [1], [1]], 0.0)
+
+
+@pytest.mark.parametrize(
+    'make', [lambda: TokenStability(0), lambda: MeanEntropy(-1.0), lambda: AllOf(())]
+)
+def test_rules_that_cannot_be_are_refused(make):
+    with pytest.raises(ValueError, match='must be >=|at least one rule'):
+        make()
+
+
+def test_the_exponent_bends_the_temperatures_between_the_same_ends():
+    linear, early = TemperatureSchedule(0.4, 0.8, 4), TemperatureSchedule(0.4, 0.8, 4, exponent=2.0)
+    assert early.temperature(1.0) == linear.temperature(1.0) == 0.8
+    assert early.temperature(0.0) == linear.temperature(0.0) == 0.4
+    assert early.temperature(0.5) == pytest.approx(0.5)

@@ -1,25 +1,55 @@
 """Sampling: the diffusion decoder, its autoregressive baseline, and the rules they follow."""
 
-from diffusiongemma.sampling.acceptance import AcceptanceRule, EntropyBound
+from diffusiongemma.sampling.acceptance import (
+    AcceptanceRule,
+    Ancestral,
+    ConfidenceThreshold,
+    EntropyBound,
+    Margin,
+    Proposal,
+    TopK,
+)
+from diffusiongemma.sampling.controls import Controls, allow, ban, exact_lengths, pin
 from diffusiongemma.sampling.passes import CausalModel, DenoisingModel
 from diffusiongemma.sampling.sampler import Sampler, pad_prompts
 from diffusiongemma.sampling.schedule import TemperatureSchedule
 from diffusiongemma.sampling.state import SamplerOutput, SamplingConfig
-from diffusiongemma.sampling.stopping import StableAndConfident, StoppingRule
+from diffusiongemma.sampling.stopping import (
+    AllOf,
+    MeanEntropy,
+    Never,
+    StableAndConfident,
+    StoppingRule,
+    TokenStability,
+)
 from diffusiongemma.sampling.text import decode_responses, generate_text
 
 __all__ = [
     'AcceptanceRule',
+    'AllOf',
+    'Ancestral',
     'CausalModel',
+    'ConfidenceThreshold',
+    'Controls',
     'DenoisingModel',
     'EntropyBound',
+    'Margin',
+    'MeanEntropy',
+    'Never',
+    'Proposal',
     'Sampler',
     'SamplerOutput',
     'SamplingConfig',
     'StableAndConfident',
     'StoppingRule',
     'TemperatureSchedule',
+    'TokenStability',
+    'TopK',
+    'allow',
+    'ban',
     'decode_responses',
+    'exact_lengths',
     'generate_text',
     'pad_prompts',
+    'pin',
 ]

@@ -1,24 +1,62 @@
-"""Which positions of a canvas keep their candidate token after a denoise step."""
+"""What becomes of each position of a canvas after a denoise step.
+
+A rule is a small frozen object with one pure method, `next_canvas`. Those that only choose which
+positions take their candidate have that choice as `accept` too.
+"""
 
 import dataclasses
 from typing import Protocol
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 
-class AcceptanceRule(Protocol):
-    """Chooses positions from the entropies of their predictions."""
+@flax.struct.dataclass
+class Proposal:
+    """What one denoise step has to offer to a rule.
 
-    def accept(self, entropies: jax.Array) -> jax.Array:
-        """Returns the accepted positions.
+    Attributes:
+      canvas: [B, C] int32, the tokens that the step read.
+      candidates: [B, C] int32, a token drawn at each position.
+      noise: [B, C] int32, fresh noise: uniform tokens, or the mask token.
+      open: [B, C] bool, positions that the rule decides on. The others, which are pinned or
+        (masked diffusion) unmasked already, keep their token.
+      entropies: [B, C] float32, entropy of the predictions in nats; 0 where not open.
+      confidences: [B, C] float32, probability of the candidates; 1 where not open.
+      margins: [B, C] float32, probability of the likeliest token less that of the second; 1 where
+        not open.
+      noise_level: [] float32, t of the canvas that the step read.
+      next_noise_level: [] float32, s < t of the canvas that the rule makes.
+      keys: [B] keys for a rule that draws.
+      vocab_size: uniform noise is drawn from this many tokens; None with masked diffusion.
+    """
 
-        Args:
-          entropies: [..., C] float32, entropy in nats of the prediction at each position.
+    canvas: jax.Array
+    candidates: jax.Array
+    noise: jax.Array
+    open: jax.Array
+    entropies: jax.Array
+    confidences: jax.Array
+    margins: jax.Array
+    noise_level: jax.Array
+    next_noise_level: jax.Array
+    keys: jax.Array
+    vocab_size: int | None = flax.struct.field(pytree_node=False)
 
-        Returns:
-          [..., C] bool.
+    def take(self, accepted: jax.Array) -> jax.Array:
+        """The next canvas if the `accepted` [B, C] positions take their candidate.
+
+        Nothing is frozen: every other open position becomes noise again.
         """
+        return jnp.where(self.open, jnp.where(accepted, self.candidates, self.noise), self.canvas)
+
+
+class AcceptanceRule(Protocol):
+    """Makes the next canvas; hashable, since the sampler compiles it in."""
+
+    def next_canvas(self, proposal: Proposal) -> jax.Array:
+        """Returns the canvas that the next denoise step reads, [B, C] int32."""
         ...
 
 
@@ -54,3 +92,127 @@ class EntropyBound:
         sums_before = jnp.concatenate([jnp.zeros_like(ascending[..., :1]), sums], axis=-1)
         rank = jnp.argsort(order, axis=-1)
         return jnp.take_along_axis(sums_before <= self.entropy_bound, rank, axis=-1)
+
+    def next_canvas(self, proposal: Proposal) -> jax.Array:
+        """Accepted positions take their candidate, the others become noise: [B, C] int32."""
+        return proposal.take(self.accept(proposal.entropies))
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """Accepts the k open positions with the most probable candidates (MaskGIT's rule,
+    Chang et al. 2022, arXiv:2202.04200); of equally probable ones the first.
+
+    Attributes:
+      k: positions per step, >= 1.
+    """
+
+    k: int = 1
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ValueError(f'k must be >= 1 position per denoise step, got {self.k}.')
+
+    def accept(self, confidences: jax.Array, open_positions: jax.Array) -> jax.Array:
+        """[..., C] float32 and [..., C] bool -> [..., C] bool, k of the open ones (or all)."""
+        order = jnp.argsort(jnp.where(open_positions, -confidences, jnp.inf), axis=-1, stable=True)
+        return open_positions & (jnp.argsort(order, axis=-1) < self.k)
+
+    def next_canvas(self, proposal: Proposal) -> jax.Array:
+        """Accepted positions take their candidate, the others become noise: [B, C] int32."""
+        return proposal.take(self.accept(proposal.confidences, proposal.open))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfidenceThreshold:
+    """Accepts candidates of at least a given probability, and the most probable one in any case
+    (the parallel decoding of Fast-dLLM, Wu et al. 2025, arXiv:2505.22618).
+
+    Attributes:
+      threshold: probability in [0, 1].
+    """
+
+    threshold: float = 0.9
+
+    def __post_init__(self):
+        _check_probability('threshold', self.threshold)
+
+    def accept(self, confidences: jax.Array, open_positions: jax.Array) -> jax.Array:
+        """[..., C] float32 and [..., C] bool -> [..., C] bool."""
+        return _above(confidences, open_positions, self.threshold)
+
+    def next_canvas(self, proposal: Proposal) -> jax.Array:
+        """Accepted positions take their candidate, the others become noise: [B, C] int32."""
+        return proposal.take(self.accept(proposal.confidences, proposal.open))
+
+
+@dataclasses.dataclass(frozen=True)
+class Margin:
+    """Accepts positions whose likeliest token leads the second by at least a given probability,
+    and the one that leads most in any case (top-k margin of Kim et al. 2025, arXiv:2502.06768,
+    with a threshold in place of a number).
+
+    Attributes:
+      threshold: difference of probabilities in [0, 1].
+    """
+
+    threshold: float = 0.8
+
+    def __post_init__(self):
+        _check_probability('threshold', self.threshold)
+
+    def accept(self, margins: jax.Array, open_positions: jax.Array) -> jax.Array:
+        """[..., C] float32 and [..., C] bool -> [..., C] bool."""
+        return _above(margins, open_positions, self.threshold)
+
+    def next_canvas(self, proposal: Proposal) -> jax.Array:
+        """Accepted positions take their candidate, the others become noise: [B, C] int32."""
+        return proposal.take(self.accept(proposal.margins, proposal.open))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ancestral:
+    """Draws the next canvas from the exact reverse posterior of the corruption.
+
+    With the candidate as x_0, position by position x_s ~ q(x_s | x_t, x_0) (D3PM, Austin et al.
+    2021, arXiv:2107.03006). Samples then have the distribution that the denoiser stands for, up to
+    what drawing the positions of a step independently loses, which vanishes as steps grow. For
+    that the candidates must be drawn at temperature 1, no canvas may stop early, and what is
+    committed is the canvas itself: `SamplingConfig.ancestral` sets all three.
+
+    Uniform corruption to level t keeps a token with probability a_t = 1 - t. With a = a_t / a_s,
+    q(x_s | x_t, x_0) is proportional to
+    (a [x_s = x_t] + (1 - a) / V) (a_s [x_s = x_0] + (1 - a_s) / V),
+    a mixture of x_t, x_0 and a uniform token. A masked token is unmasked with probability
+    (t - s) / t.
+    """
+
+    def next_canvas(self, proposal: Proposal) -> jax.Array:
+        """[B, C] int32."""
+        length = proposal.canvas.shape[-1]
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(proposal.keys)
+        t, s = proposal.noise_level, proposal.next_noise_level
+        if proposal.vocab_size is None:
+            return proposal.take(uniform < (t - s) / t)
+        size = proposal.vocab_size
+        kept = (1 - t) / (1 - s)  # s < 1
+        same = proposal.canvas == proposal.candidates
+        stays = kept * (1 - s) * same + kept * s / size
+        takes = jnp.broadcast_to((1 - kept) * (1 - s) / size, stays.shape)
+        becomes_noise = jnp.broadcast_to((1 - kept) * s / size, stays.shape)
+        threshold = uniform * (stays + takes + becomes_noise)
+        drawn = jnp.where(threshold < stays + takes, proposal.candidates, proposal.noise)
+        drawn = jnp.where(threshold < stays, proposal.canvas, drawn)
+        return jnp.where(proposal.open, drawn, proposal.canvas)
+
+
+def _above(values: jax.Array, open_positions: jax.Array, threshold: float) -> jax.Array:
+    """Open positions whose value reaches the threshold, and the first largest one."""
+    ranked = jnp.where(open_positions, values, -jnp.inf)
+    best = jnp.arange(values.shape[-1]) == jnp.argmax(ranked, axis=-1, keepdims=True)
+    return open_positions & ((values >= threshold) | best)
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f'{name} is a probability in [0, 1], got {value}.')

@@ -3,12 +3,12 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from diffusiongemma.sampling import passes
-from diffusiongemma.sampling.epilogue import draw_tokens
+from diffusiongemma.sampling.controls import restrict
+from diffusiongemma.sampling.epilogue import adjust, draw
 from diffusiongemma.sampling.passes import CausalModel
-from diffusiongemma.sampling.randomness import fold_in_rows, row_keys
+from diffusiongemma.sampling.randomness import fold_in_rows
 from diffusiongemma.sampling.state import GenerationState, SamplingConfig
 
 
@@ -16,47 +16,72 @@ def start(
     model: CausalModel,
     config: SamplingConfig,
     params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    rng: jax.Array,
+    state: GenerationState,
+    hidden: jax.Array,
 ) -> GenerationState:
-    """Prefills the prompts and emits the first token.
+    """Emits the first token.
 
     Args:
       model: a Gemma, or a denoiser, of which only the encode pass is used.
-      config: how to sample; of it count `temperature` and what ends a response.
+      config: how to sample; steps and rules of the diffusion mode are of no effect.
       params: the model's parameters.
-      tokens: [B, P] int32 prompts, right-padded.
-      lengths: [B] int32, tokens of each prompt, at least 1.
-      rng: one key, or one per row [B].
+      state: the prompts.
+      hidden: [B, D], hidden states of their last tokens.
     """
-    # The last token is never encoded.
-    capacity = tokens.shape[1] + config.max_new_tokens - 1
-    hidden, cache = passes.prefill(model, params, tokens, lengths, capacity)
-    state = GenerationState.create(config, cache, row_keys(rng, tokens.shape[0]), tokens)
-    return _emit_next(model, config, params, state, hidden)
+    token = first_token(model, config, params, state, hidden, fold_in_rows(state.keys, 0))
+    return state.emit(config, token[:, None], passes=1)
 
 
 def next_token(
     model: CausalModel, config: SamplingConfig, params: Any, state: GenerationState
 ) -> GenerationState:
     """Encodes each unfinished row's latest token and emits the next one."""
-    latest = jax.lax.dynamic_slice_in_dim(state.tokens, state.blocks - 1, 1, axis=1)  # [B, 1]
+    latest = state.last_token[:, None]
     hidden, cache = passes.extend(model, params, state.cache, latest, ~state.finished)
-    return _emit_next(model, config, params, state.replace(cache=cache), hidden[:, 0])
+    state = state.replace(cache=cache)
+    keys = fold_in_rows(state.keys, state.lengths)
+    token = first_token(model, config, params, state, hidden[:, 0], keys)
+    return state.emit(config, token[:, None], passes=1)
 
 
-def _emit_next(
+def first_token(
     model: CausalModel,
     config: SamplingConfig,
     params: Any,
     state: GenerationState,
     hidden: jax.Array,
-) -> GenerationState:
-    logits = model.apply({'params': params}, hidden, method='unembed')  # [B, V]
-    if config.temperature == 0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    else:
-        keys = fold_in_rows(state.keys, state.blocks)
-        token = draw_tokens(logits / config.temperature, keys)
-    return state.emit(config, token[:, None], passes=1)
+    keys: jax.Array,
+) -> jax.Array:
+    """Draws the first token that is not emitted yet.
+
+    Args:
+      model: its head makes the logits.
+      config: how to sample.
+      params: the model's parameters.
+      state: the responses so far.
+      hidden: [B, D], hidden states of the latest tokens.
+      keys: [B] keys.
+
+    Returns:
+      [B] int32.
+    """
+    logits = model.apply({'params': params}, hidden, method='unembed')[:, None]  # [B, 1, V]
+    logits = next_token_logits(config, state, logits, state.lengths)
+    return draw(logits[:, 0], state.temperature(config), keys)
+
+
+def next_token_logits(
+    config: SamplingConfig, state: GenerationState, logits: jax.Array, offsets: jax.Array
+) -> jax.Array:
+    """Logits [B, T, V] of the distribution that autoregressive decoding draws from.
+
+    Args:
+      config: temperature, top_k, top_p.
+      state: its controls say what is allowed, and may set the temperature.
+      logits: [B, T, V] of the causal pass.
+      offsets: [B] int32, place in the response of the token that the first of them predict.
+    """
+    length, controls = logits.shape[1], state.controls
+    pinned = controls.pinned_at(offsets, length)
+    logits = restrict(logits, pinned, controls.allowed_at(offsets, length))
+    return adjust(logits, state.temperature(config), config.top_k, config.top_p)

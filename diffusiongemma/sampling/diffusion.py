@@ -12,10 +12,13 @@ import jax.numpy as jnp
 
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
-from diffusiongemma.sampling.epilogue import read_logits
+from diffusiongemma.sampling.acceptance import Proposal
+from diffusiongemma.sampling.controls import OPEN, restrict
+from diffusiongemma.sampling.epilogue import draw, keep_top, per_row, read_logits
 from diffusiongemma.sampling.passes import DenoisingModel
-from diffusiongemma.sampling.randomness import fold_in_rows, row_keys, split_rows, uniform_tokens
+from diffusiongemma.sampling.randomness import fold_in_rows, split_rows, uniform_tokens
 from diffusiongemma.sampling.state import (
+    CanvasTask,
     DenoiseState,
     GenerationState,
     SamplingConfig,
@@ -26,43 +29,53 @@ def start(
     model: DenoisingModel,
     config: SamplingConfig,
     params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    rng: jax.Array,
+    state: GenerationState,
+    hidden: jax.Array,
 ) -> GenerationState:
-    """Prefills the prompts.
-
-    Args:
-      model: the denoiser.
-      config: how to sample.
-      params: the model's parameters.
-      tokens: [B, P] int32 prompts, right-padded.
-      lengths: [B] int32, tokens of each prompt, at least 1.
-      rng: one key, or one per row [B].
-    """
-    canvas_length = model.config.canvas_length
-    max_canvases = -(-config.max_new_tokens // canvas_length)
-    # The last canvas is never committed.
-    capacity = tokens.shape[1] + (max_canvases - 1) * canvas_length
-    _, cache = passes.prefill(model, params, tokens, lengths, capacity)
-    return GenerationState.create(config, cache, row_keys(rng, tokens.shape[0]), tokens)
+    """The state as it is: prompts are cached, and a canvas needs no hidden state."""
+    del model, config, params, hidden
+    return state
 
 
 def next_canvas(
     model: DenoisingModel, config: SamplingConfig, params: Any, state: GenerationState
 ) -> GenerationState:
     """Denoises one canvas of every unfinished row, emits it and commits it to the cache."""
-    active = ~state.finished
-    keys = fold_in_rows(state.keys, state.blocks)
-    canvas = denoise_canvas(
-        model, config, params, state.cache, keys, active, last_token=state.last_token
+    task = canvas_task(model, state)
+    canvas = denoise_canvas(model, config, params, state.cache, task)
+    return commit_canvas(model, config, params, state, canvas)
+
+
+def canvas_task(model: DenoisingModel, state: GenerationState) -> CanvasTask:
+    """The next canvas of every row."""
+    length, controls = model.config.canvas_length, state.controls
+    return CanvasTask(
+        keys=fold_in_rows(state.keys, state.canvases),
+        active=~state.finished,
+        last_token=state.last_token,
+        pinned=controls.pinned_at(state.lengths, length),
+        seed=controls.seed_at(state.lengths, length),
+        allowed=controls.allowed_at(state.lengths, length),
+        temperature=controls.temperature,
     )
-    state = state.emit(config, canvas.argmax, canvas.steps)
+
+
+def commit_canvas(
+    model: DenoisingModel,
+    config: SamplingConfig,
+    params: Any,
+    state: GenerationState,
+    canvas: DenoiseState,
+) -> GenerationState:
+    """Emits a canvas and encodes it behind the cached tokens of the rows that go on."""
+    active, tokens = ~state.finished, canvas.result(config)
+    state = state.emit(config, tokens, canvas.steps)
     state = state.replace(canvases=state.canvases + active)
 
     def commit(cache: KVCache) -> KVCache:
-        return passes.extend(model, params, cache, canvas.argmax, ~state.finished)[1]
+        return passes.extend(model, params, cache, tokens, ~state.finished)[1]
 
+    # The last canvas is never committed.
     cache = jax.lax.cond(state.running, commit, lambda cache: cache, state.cache)
     return state.replace(cache=cache)
 
@@ -72,11 +85,7 @@ def denoise_canvas(
     config: SamplingConfig,
     params: Any,
     cache: KVCache,
-    keys: jax.Array,
-    active: jax.Array,
-    pinned: jax.Array | None = None,
-    max_steps: jax.Array | None = None,
-    last_token: jax.Array | None = None,
+    task: CanvasTask,
 ) -> DenoiseState:
     """Takes a canvas from noise to its last step, row by row as far as each row needs.
 
@@ -85,46 +94,44 @@ def denoise_canvas(
       config: how to sample.
       params: the denoiser's parameters.
       cache: the tokens before the canvas.
-      keys: [B] keys of this canvas.
-      active: [B] bool; the other rows take no step.
-      pinned: [B, C] int32, the token that a position holds throughout, -1 where it is open;
-        None for all open.
-      max_steps: [B] int32, limit of each row's steps beside the config's; None for no other.
-      last_token: [B] int32, the last cached token; may be None for a model that needs none.
+      task: the canvas.
 
     Returns:
-      The state after the last step; `argmax` is the result, `steps` its cost.
+      The state after the last step; `result` is the canvas to commit, `steps` its cost.
     """
-    batch_size, length = keys.shape[0], model.config.canvas_length
-    noise_keys, step_keys = split_rows(keys)
-    window = config.stopping_rule.history_length
-    if pinned is None:
-        pinned = jnp.full((batch_size, length), -1, jnp.int32)
-    if max_steps is None:
-        max_steps = jnp.full((batch_size,), config.max_denoising_steps, jnp.int32)
-    if last_token is None:
-        last_token = jnp.zeros((batch_size,), jnp.int32)
-    state = DenoiseState(
-        step=jnp.zeros((), jnp.int32),
-        canvas=hold(pinned, uniform_tokens(noise_keys, length, _noise_vocab(model, config))),
-        argmax_history=jnp.full((batch_size, window, length), -1, jnp.int32),
-        soft_embeddings=passes.no_soft_embeddings(model, params, batch_size, length),
-        stopped=~active,
-        steps=jnp.zeros((batch_size,), jnp.int32),
-        pinned=pinned,
-        max_steps=max_steps,
-        last_token=last_token,
-    )
     return jax.lax.while_loop(
-        lambda state: (state.step < config.max_denoising_steps) & ~jnp.all(state.stopped),
-        lambda state: denoise_step(model, config, params, cache, step_keys, state),
-        state,
+        lambda state: unsettled(config, state),
+        lambda state: denoise_step(model, config, params, cache, task, state),
+        first_noise(model, config, params, task),
     )
 
 
-def hold(pinned: jax.Array, canvas: jax.Array) -> jax.Array:
-    """The canvas with its pinned tokens in their places; [..., C] int32 twice."""
-    return jnp.where(pinned >= 0, pinned, canvas)
+def unsettled(config: SamplingConfig, state: DenoiseState) -> jax.Array:
+    """[] bool, some row takes another denoise step."""
+    return (state.step < config.max_denoising_steps) & ~jnp.all(state.stopped)
+
+
+def first_noise(
+    model: DenoisingModel, config: SamplingConfig, params: Any, task: CanvasTask
+) -> DenoiseState:
+    """The canvas before its first denoise step: noise but for what is seeded or pinned."""
+    batch_size, length = task.keys.shape[0], model.config.canvas_length
+    window = config.stopping_rule.history_length
+    canvas = _noise(model, config, split_rows(task.keys)[0], length)
+    return DenoiseState(
+        step=jnp.zeros((), jnp.int32),
+        canvas=hold(task.pinned, hold(task.seed, canvas)),
+        argmax_history=jnp.full((batch_size, window, length), -1, jnp.int32),
+        entropies=jnp.full((batch_size, length), jnp.inf, jnp.float32),
+        soft_embeddings=passes.no_soft_embeddings(model, params, batch_size, length),
+        stopped=~task.active,
+        steps=jnp.zeros((batch_size,), jnp.int32),
+    )
+
+
+def hold(tokens: jax.Array | None, canvas: jax.Array) -> jax.Array:
+    """The canvas with these tokens in their places; [..., C] int32 twice, or None and one."""
+    return canvas if tokens is None else jnp.where(tokens == OPEN, canvas, tokens)
 
 
 def denoise_step(
@@ -132,7 +139,7 @@ def denoise_step(
     config: SamplingConfig,
     params: Any,
     cache: KVCache,
-    keys: jax.Array,
+    task: CanvasTask,
     state: DenoiseState,
 ) -> DenoiseState:
     """One denoise pass, and what follows from it; stopped rows keep their state.
@@ -142,46 +149,105 @@ def denoise_step(
       config: how to sample.
       params: the denoiser's parameters.
       cache: the tokens before the canvas.
-      keys: [B] keys of this canvas; the step is folded in here.
+      task: the canvas.
       state: the state after `state.step` steps.
     """
-    candidate_keys, noise_keys = split_rows(fold_in_rows(keys, state.step))
-    temperature = config.schedule.temperature(config.schedule.noise_level(state.step))
-    greedy = config.temperature == 0
-    if not greedy:
-        temperature = temperature * config.temperature
-
+    keys = fold_in_rows(split_rows(task.keys)[1], state.step)
     logits = passes.denoise(
-        model, params, cache, state.canvas, state.soft_embeddings, state.last_token
+        model, params, cache, state.canvas, state.soft_embeddings, task.last_token
     )  # [B, C, V]
-    prediction = read_logits(logits, temperature, None if greedy else candidate_keys)
-    # A pinned position is certain, and takes nothing of the entropy bound.
-    entropies = jnp.where(state.pinned >= 0, 0.0, prediction.entropies)
-    accepted = config.acceptance_rule.accept(entropies)  # [B, C]
-    # Nothing is frozen: every position that is not accepted now becomes noise again.
-    noise = uniform_tokens(noise_keys, accepted.shape[-1], _noise_vocab(model, config))
-    canvas = hold(state.pinned, jnp.where(accepted, prediction.candidates, noise))
-    argmax = hold(state.pinned, prediction.argmax)
+    settled = _settled(config, task, state.canvas)
+    shaped = _shape(config, task, state.step, logits, settled)
+    proposal, argmax = _propose(model, config, task, state, keys, shaped, settled)
+    canvas = config.acceptance_rule.next_canvas(proposal)
     history = jnp.concatenate([state.argmax_history[:, 1:], argmax[:, None]], axis=1)  # [B, W, C]
-    stop = config.stopping_rule.should_stop(history, entropies)
-    stop |= state.step + 1 >= state.max_steps
-    soft_embeddings = passes.soft_embed(model, params, logits / temperature)  # [B, C, D]
+    stop = config.stopping_rule.should_stop(history, proposal.entropies)
+    if config.mask_id is not None:
+        stop |= jnp.all(canvas != config.mask_id, axis=-1)
+    if task.max_steps is not None:
+        stop |= state.step + 1 >= task.max_steps
+    soft_embeddings = passes.soft_embed(model, params, shaped)  # [B, C, D]
 
     def unless_stopped(new: jax.Array, old: jax.Array) -> jax.Array:
-        stopped = state.stopped.reshape(-1, *[1] * (old.ndim - 1))
-        return jnp.where(stopped, old, new)
+        return jnp.where(per_row(state.stopped, old), old, new)
 
     return DenoiseState(
         step=state.step + 1,
         canvas=unless_stopped(canvas, state.canvas),
         argmax_history=unless_stopped(history, state.argmax_history),
+        entropies=unless_stopped(proposal.entropies, state.entropies),
         soft_embeddings=unless_stopped(soft_embeddings, state.soft_embeddings),
         stopped=state.stopped | stop,
         steps=state.steps + ~state.stopped,
-        pinned=state.pinned,
-        max_steps=state.max_steps,
-        last_token=state.last_token,
     )
+
+
+def _settled(config: SamplingConfig, task: CanvasTask, canvas: jax.Array) -> jax.Array | None:
+    """[B, C] int32, tokens that this step may not change, -1 elsewhere; None for no such token."""
+    if config.mask_id is None:
+        return task.pinned
+    return hold(task.pinned, jnp.where(canvas == config.mask_id, OPEN, canvas))
+
+
+def _shape(
+    config: SamplingConfig,
+    task: CanvasTask,
+    step: jax.Array,
+    logits: jax.Array,
+    settled: jax.Array | None,
+) -> jax.Array:
+    """Logits [B, C, V] of the step's distribution: at its temperature, without banned tokens."""
+    factor = jnp.asarray(_temperature(config, task), jnp.float32)
+    temperature = config.schedule.temperature(config.schedule.noise_level(step))
+    shaped = logits / per_row(temperature * jnp.where(factor == 0, 1.0, factor), logits)
+    if config.mask_id is not None:
+        shaped = shaped.at[..., config.mask_id].set(-jnp.inf)
+    return restrict(shaped, settled, task.allowed)
+
+
+def _propose(
+    model: DenoisingModel,
+    config: SamplingConfig,
+    task: CanvasTask,
+    state: DenoiseState,
+    keys: jax.Array,
+    shaped: jax.Array,
+    settled: jax.Array | None,
+) -> tuple[Proposal, jax.Array]:
+    """What the shaped logits [B, C, V] offer, and their argmax canvas [B, C]."""
+    candidate_keys, noise_keys = split_rows(keys)
+    argmax = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
+    adjusted = keep_top(shaped, config.top_k, config.top_p)
+    candidates = draw(adjusted, _temperature(config, task), candidate_keys)
+    prediction = read_logits(shaped, candidates, argmax)
+    length = state.canvas.shape[-1]
+    proposal = Proposal(
+        canvas=state.canvas,
+        candidates=candidates,
+        noise=_noise(model, config, noise_keys, length),
+        open=jnp.ones(argmax.shape, bool) if settled is None else settled == OPEN,
+        entropies=prediction.entropies,
+        confidences=prediction.confidences,
+        margins=prediction.margins,
+        noise_level=config.schedule.noise_level(state.step),
+        next_noise_level=config.schedule.noise_level(state.step + 1),
+        keys=fold_in_rows(noise_keys, 1),
+        vocab_size=None if config.mask_id is not None else _noise_vocab(model, config),
+    )
+    return proposal, argmax
+
+
+def _temperature(config: SamplingConfig, task: CanvasTask) -> float | jax.Array:
+    return config.temperature if task.temperature is None else task.temperature
+
+
+def _noise(
+    model: DenoisingModel, config: SamplingConfig, keys: jax.Array, length: int
+) -> jax.Array:
+    """[B, length] int32: uniform tokens, or the mask token."""
+    if config.mask_id is not None:
+        return jnp.full((keys.shape[0], length), config.mask_id, jnp.int32)
+    return uniform_tokens(keys, length, _noise_vocab(model, config))
 
 
 def _noise_vocab(model: DenoisingModel, config: SamplingConfig) -> int:

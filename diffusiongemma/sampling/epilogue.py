@@ -13,27 +13,103 @@ class Prediction:
       candidates: [B, C] int32, a token drawn from the shaped distribution.
       argmax: [B, C] int32, the most likely token.
       entropies: [B, C] float32, entropy of the shaped distribution in nats.
+      confidences: [B, C] float32, probability of the candidate.
+      margins: [B, C] float32, probability of the likeliest token less that of the second.
     """
 
     candidates: jax.Array
     argmax: jax.Array
     entropies: jax.Array
+    confidences: jax.Array
+    margins: jax.Array
 
 
-def read_logits(
-    logits: jax.Array, temperature: float | jax.Array, keys: jax.Array | None
-) -> Prediction:
-    """Candidate, argmax and entropy of softmax(logits / temperature).
+def read_logits(shaped: jax.Array, candidates: jax.Array, argmax: jax.Array) -> Prediction:
+    """Reads a step's statistics off its shaped logits; what nobody uses, XLA leaves out.
 
     Args:
-      logits: [B, C, V] float32.
-      temperature: scalar > 0.
-      keys: [B] keys for the candidates, or None to take the argmax as candidate.
+      shaped: [B, C, V] float32, logits divided by the temperature.
+      candidates: [B, C] int32.
+      argmax: [B, C] int32.
     """
-    shaped = logits / temperature
-    argmax = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
-    candidates = argmax if keys is None else draw_tokens(shaped, keys)
-    return Prediction(candidates=candidates, argmax=argmax, entropies=entropy(shaped))
+    log_z = jax.nn.logsumexp(shaped, axis=-1)
+    likeliest = jnp.exp(_pick(shaped, argmax) - log_z)
+    is_best = jnp.arange(shaped.shape[-1]) == argmax[..., None]
+    second = jnp.exp(jnp.max(jnp.where(is_best, -jnp.inf, shaped), axis=-1) - log_z)
+    return Prediction(
+        candidates=candidates,
+        argmax=argmax,
+        entropies=entropy(shaped),
+        confidences=jnp.exp(_pick(shaped, candidates) - log_z),
+        margins=likeliest - second,
+    )
+
+
+def adjust(
+    logits: jax.Array, temperature: float | jax.Array, top_k: int | None, top_p: float | None
+) -> jax.Array:
+    """Logits [B, ..., V] of the distribution that tokens are drawn from.
+
+    Args:
+      logits: [B, ..., V] float32.
+      temperature: a number >= 0, or [B]; rows at 0 are not scaled.
+      top_k, top_p: see `keep_top`.
+    """
+    if always_greedy(temperature):
+        return logits
+    temperature = jnp.asarray(temperature, jnp.float32)
+    scaled = logits / per_row(jnp.where(temperature == 0, 1.0, temperature), logits)
+    return keep_top(scaled, top_k, top_p)
+
+
+def draw(adjusted: jax.Array, temperature: float | jax.Array, keys: jax.Array) -> jax.Array:
+    """Draws from softmax(adjusted), or takes the argmax in rows at temperature 0.
+
+    Args:
+      adjusted: [B, ..., V] float32, see `adjust`.
+      temperature: a number >= 0, or [B].
+      keys: [B] keys.
+
+    Returns:
+      [B, ...] int32.
+    """
+    argmax = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    if always_greedy(temperature):
+        return argmax
+    greedy = per_row(jnp.asarray(temperature) == 0, argmax)
+    return jnp.where(greedy, argmax, draw_tokens(adjusted, keys))
+
+
+def always_greedy(temperature: float | jax.Array) -> bool:
+    """Whether the temperature is known to be 0 when the program is compiled."""
+    return isinstance(temperature, (int, float)) and temperature == 0
+
+
+def per_row(values: jax.Array, like: jax.Array) -> jax.Array:
+    """[B] values with the trailing axes of `like`, so that they broadcast; scalars as they are."""
+    return values.reshape(-1, *[1] * (like.ndim - 1)) if values.ndim else values
+
+
+def keep_top(logits: jax.Array, top_k: int | None, top_p: float | None) -> jax.Array:
+    """Bans all but the likeliest tokens (-inf): [..., V] -> [..., V].
+
+    Args:
+      logits: [..., V] float32, already divided by the temperature.
+      top_k: keeps the k likeliest tokens (more on a tie); None for all.
+      top_p: then keeps the smallest set of likeliest tokens whose probability reaches p
+        (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751); None for all.
+    """
+    if top_k is not None and top_k < logits.shape[-1]:
+        lowest = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
+    if top_p is not None and top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        probs = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        count = jnp.sum(before < top_p, axis=-1, keepdims=True)  # >= 1
+        lowest = jnp.take_along_axis(descending, count - 1, axis=-1)
+        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
+    return logits
 
 
 def draw_tokens(logits: jax.Array, keys: jax.Array) -> jax.Array:
@@ -52,3 +128,8 @@ def entropy(logits: jax.Array) -> jax.Array:
     total = jnp.sum(weights, axis=-1)
     weighted = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=-1)
     return jnp.log(total) - weighted / total
+
+
+def _pick(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Logits [..., V] of the tokens [...]."""
+    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]

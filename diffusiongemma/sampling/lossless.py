@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.sampling import passes
-from diffusiongemma.sampling.diffusion import denoise_canvas
-from diffusiongemma.sampling.epilogue import draw_tokens
+from diffusiongemma.sampling.autoregressive import first_token, next_token_logits
+from diffusiongemma.sampling.controls import OPEN
+from diffusiongemma.sampling.diffusion import canvas_task, denoise_canvas, hold
+from diffusiongemma.sampling.epilogue import always_greedy, draw, per_row
 from diffusiongemma.sampling.passes import DenoisingModel
-from diffusiongemma.sampling.randomness import fold_in_rows, row_keys, split_rows
+from diffusiongemma.sampling.randomness import split_rows
 from diffusiongemma.sampling.state import GenerationState, SamplerOutput, SamplingConfig
 
 
@@ -43,10 +45,6 @@ class LosslessState:
     def running(self) -> jax.Array:
         return self.generation.running
 
-    @property
-    def blocks(self) -> jax.Array:
-        return self.generation.blocks
-
     def output(self) -> SamplerOutput:
         return self.generation.output()
 
@@ -55,30 +53,23 @@ def start(
     model: DenoisingModel,
     config: SamplingConfig,
     params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    rng: jax.Array,
+    state: GenerationState,
+    hidden: jax.Array,
 ) -> LosslessState:
-    """Prefills the prompts and draws the first tokens.
+    """Draws the first tokens.
 
     Args:
       model: the denoiser.
       config: how to sample.
       params: the model's parameters.
-      tokens: [B, P] int32 prompts, right-padded.
-      lengths: [B] int32, tokens of each prompt, at least 1.
-      rng: one key, or one per row [B].
+      state: the prompts.
+      hidden: [B, D], hidden states of their last tokens.
     """
-    batch_size = tokens.shape[0]
-    hidden, cache = passes.prefill(
-        model, params, tokens, lengths, tokens.shape[1] + config.max_new_tokens
-    )
-    first_keys, keys = split_rows(row_keys(rng, batch_size))
-    logits = model.apply({'params': params}, hidden, method='unembed')  # [B, V]
+    first_keys, keys = split_rows(state.keys)
     return LosslessState(
-        generation=GenerationState.create(config, cache, keys, tokens),
-        pending=_draw(logits, config.temperature, first_keys),
-        draft_steps=jnp.ones((batch_size,), jnp.int32),
+        generation=state.replace(keys=keys),
+        pending=first_token(model, config, params, state, hidden, first_keys),
+        draft_steps=jnp.ones_like(state.lengths),
     )
 
 
@@ -86,45 +77,39 @@ def next_draft(
     model: DenoisingModel, config: SamplingConfig, params: Any, state: LosslessState
 ) -> LosslessState:
     """Drafts a canvas of every unfinished row, verifies it, emits and caches what holds."""
-    generation = state.generation
-    active = ~generation.finished
-    draft_keys, verify_keys = split_rows(fold_in_rows(generation.keys, generation.blocks))
-    length = model.config.canvas_length
-    pinned = jnp.full((active.shape[0], length), -1, jnp.int32).at[:, 0].set(state.pending)
-    draft = denoise_canvas(
-        model,
-        config,
-        params,
-        generation.cache,
-        draft_keys,
-        active,
-        pinned,
-        state.draft_steps,
-        generation.last_token,
-    )
-    hidden, block_kv = passes.encode_block(model, params, generation.cache, draft.argmax, active)
+    before = state.generation
+    length, active = model.config.canvas_length, ~before.finished
+    task = canvas_task(model, before)
+    draft_keys, verify_keys = split_rows(task.keys)
+    nothing = jnp.full((active.shape[0], length), OPEN, jnp.int32)
+    pinned = hold(task.pinned, nothing).at[:, 0].set(state.pending)
+    task = task.replace(keys=draft_keys, pinned=pinned, max_steps=state.draft_steps)
+    denoised = denoise_canvas(model, config, params, before.cache, task)
+    draft = denoised.argmax
+    hidden, block_kv = passes.encode_block(model, params, before.cache, draft, active)
     logits = model.apply({'params': params}, hidden, method='unembed')  # [B, C, V]
-    counts, pending = verify(logits, draft.argmax, config.temperature, verify_keys)
-    cache = generation.cache.append(block_kv, jnp.where(active, counts, 0))
-    generation = generation.emit(config, draft.argmax, draft.steps, counts)
+    logits = next_token_logits(config, before, logits, before.lengths + 1)
+    counts, pending = verify(logits, draft, before.temperature(config), verify_keys)
+    after = before.emit(config, draft, denoised.steps, counts)
+    cache = before.cache.append(block_kv, after.lengths - before.lengths)
     # A draft that held wholly was worth fewer steps, one that fell early is worth more.
     steps = state.draft_steps - (counts == length) + (counts < length // 4)
     return LosslessState(
-        generation=generation.replace(cache=cache, canvases=generation.canvases + active),
+        generation=after.replace(cache=cache, canvases=before.canvases + active),
         pending=pending,
         draft_steps=jnp.clip(steps, 1, config.max_draft_steps),
     )
 
 
 def verify(
-    logits: jax.Array, draft: jax.Array, temperature: float, keys: jax.Array
+    logits: jax.Array, draft: jax.Array, temperature: float | jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """How much of each draft holds, and the token that follows.
 
     Args:
-      logits: [B, C, V] causal logits; those at i predict token i + 1.
+      logits: [B, C, V] of the autoregressive distributions; those at i predict token i + 1.
       draft: [B, C] int32; its first token is known to be right.
-      temperature: of the autoregressive distribution, 0 for greedy.
+      temperature: a number or [B]; where it is 0, greedily.
       keys: [B] keys.
 
     Returns:
@@ -133,24 +118,17 @@ def verify(
     length = draft.shape[1]
     accept_keys, next_keys = split_rows(keys)
     predicting, proposed = logits[:, :-1], draft[:, 1:]
-    if temperature == 0:
-        holds = jnp.argmax(predicting, axis=-1) == proposed
-    else:
-        log_probs = jax.nn.log_softmax(predicting / temperature, axis=-1)
+    holds = jnp.argmax(predicting, axis=-1) == proposed
+    if not always_greedy(temperature):
+        log_probs = jax.nn.log_softmax(predicting, axis=-1)
         log_probs = jnp.take_along_axis(log_probs, proposed[..., None], axis=-1)[..., 0]
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (length - 1,)))(accept_keys)
-        holds = uniform < jnp.exp(log_probs)
+        greedy = per_row(jnp.asarray(temperature) == 0, holds)
+        holds = jnp.where(greedy, holds, uniform < jnp.exp(log_probs))
     counts = 1 + jnp.sum(jnp.cumprod(holds.astype(jnp.int32), axis=-1), axis=-1)  # [B]
     last = jnp.take_along_axis(logits, (counts - 1)[:, None, None], axis=1)[:, 0]  # [B, V]
     # The residual distribution: p without the token that was refused, if one was.
     refused = jnp.take_along_axis(draft, jnp.minimum(counts, length - 1)[:, None], axis=1)
     refused = jnp.where(counts[:, None] < length, refused, -1)
     last = jnp.where(jnp.arange(last.shape[-1]) == refused, -jnp.inf, last)
-    return counts, _draw(last, temperature, next_keys)
-
-
-def _draw(logits: jax.Array, temperature: float, keys: jax.Array) -> jax.Array:
-    """[B, V] -> [B] int32, greedy at temperature 0."""
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return draw_tokens(logits / temperature, keys)
+    return counts, draw(last, temperature, next_keys)

@@ -26,8 +26,8 @@ def typed_key(rng: jax.Array) -> jax.Array:
 
 
 def fold_in_rows(keys: jax.Array, data: int | jax.Array) -> jax.Array:
-    """Folds the same number into every row's key: [B] keys -> [B] keys."""
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+    """Folds a number, the same or one per row [B], into the rows' keys: [B] keys -> [B] keys."""
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(data, keys.shape))
 
 
 def split_rows(keys: jax.Array) -> tuple[jax.Array, jax.Array]:

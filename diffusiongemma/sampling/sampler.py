@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusiongemma.sampling import autoregressive, diffusion, lossless
+from diffusiongemma.sampling import autoregressive, diffusion, lossless, passes
+from diffusiongemma.sampling.controls import Controls, is_known
 from diffusiongemma.sampling.passes import CausalModel
-from diffusiongemma.sampling.randomness import typed_key
+from diffusiongemma.sampling.randomness import row_keys, typed_key
 from diffusiongemma.sampling.state import GenerationState, SamplerOutput, SamplingConfig
 
 _STATIC = ('model', 'config')
@@ -24,7 +25,23 @@ class _Mode(NamedTuple):
     advance: Callable[..., GenerationState]
 
 
-def _compiled(start: Callable, advance: Callable) -> _Mode:
+def _compiled(first: Callable, advance: Callable) -> _Mode:
+    def start(
+        model: CausalModel,
+        config: SamplingConfig,
+        params: Any,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        rng: jax.Array,
+        controls: Controls,
+    ) -> GenerationState:
+        return first(
+            model,
+            config,
+            params,
+            *prefilled(model, config, params, tokens, lengths, rng, controls),
+        )
+
     def generate(
         model: CausalModel,
         config: SamplingConfig,
@@ -32,16 +49,37 @@ def _compiled(start: Callable, advance: Callable) -> _Mode:
         tokens: jax.Array,
         lengths: jax.Array,
         rng: jax.Array,
+        controls: Controls,
     ) -> SamplerOutput:
-        state = start(model, config, params, tokens, lengths, rng)
         state = jax.lax.while_loop(
             lambda state: state.running,
             lambda state: advance(model, config, params, state),
-            state,
+            start(model, config, params, tokens, lengths, rng, controls),
         )
         return state.output()
 
     return _Mode(*(jax.jit(f, static_argnames=_STATIC) for f in (generate, start, advance)))
+
+
+def prefilled(
+    model: CausalModel,
+    config: SamplingConfig,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    rng: jax.Array,
+    controls: Controls,
+) -> tuple[GenerationState, jax.Array]:
+    """Caches the prompts; arguments as of a call of `Sampler`.
+
+    Returns:
+      Empty responses behind them, and the hidden states [B, D] of the prompts' last tokens.
+    """
+    capacity = tokens.shape[1] + config.max_new_tokens
+    hidden, cache = passes.prefill(model, params, tokens, lengths, capacity)
+    last_token = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
+    keys = row_keys(rng, tokens.shape[0])
+    return GenerationState.create(config, cache, last_token, keys, controls), hidden
 
 
 _MODES = {
@@ -85,16 +123,23 @@ class Sampler:
                 "mode='autoregressive'."
             )
         vocab_size = self.model.config.vocab_size
-        ids = (self.config.pad_id, *self.config.stop_ids)
+        ids = (self.config.pad_id, self.config.mask_id or 0, *self.config.stop_ids)
         if max(ids) >= vocab_size or (self.config.vocab_size or 0) > vocab_size:
             raise ValueError(
                 f'The model knows {vocab_size} tokens, but the sampling config has '
                 f'pad_id={self.config.pad_id}, stop_ids={self.config.stop_ids}, '
+                f'mask_id={self.config.mask_id}, '
                 f'vocab_size={self.config.vocab_size}. Is it made for another tokenizer?'
             )
 
     def __call__(
-        self, params: Any, tokens: jax.Array, lengths: jax.Array, *, rng: jax.Array
+        self,
+        params: Any,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        *,
+        rng: jax.Array,
+        controls: Controls | None = None,
     ) -> SamplerOutput:
         """Generates until every row met a stop token or has max_new_tokens tokens.
 
@@ -103,20 +148,26 @@ class Sampler:
           tokens: [B, P] integer prompts, right-padded (see `pad_prompts`).
           lengths: [B] integer, tokens of each prompt.
           rng: one key, of which row r uses `fold_in(rng, r)`, or one key per row [B].
+          controls: settings and constraints of the rows; None for none.
 
         Returns:
           Tokens [B, max_new_tokens], lengths and costs.
 
         Raises:
-          ValueError: when shapes, types, lengths, token ids or keys are unfit. Values are
-            checked where they are known, which inside another jit they are not.
+          ValueError: when shapes, types, lengths, token ids, keys or controls are unfit. Values
+            are checked where they are known, which inside another jit they are not.
         """
-        tokens, lengths = self._checked(tokens, lengths, rng)
-        generate = _MODES[self.mode].generate
-        return generate(self.model, self.config, params, tokens, lengths, rng)
+        arguments = self._checked(tokens, lengths, rng, controls)
+        return _MODES[self.mode].generate(self.model, self.config, params, *arguments)
 
     def stream(
-        self, params: Any, tokens: jax.Array, lengths: jax.Array, *, rng: jax.Array
+        self,
+        params: Any,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        *,
+        rng: jax.Array,
+        controls: Controls | None = None,
     ) -> Iterator[SamplerOutput]:
         """Yields every canvas as soon as it is done; arguments and errors as of a call.
 
@@ -125,22 +176,19 @@ class Sampler:
         0 in rows that have finished before. Put behind each other a row's tokens are those of a
         call with the same arguments, and the numbers add up to its numbers.
         """
-        tokens, lengths = self._checked(tokens, lengths, rng)
-        return self._stream(params, tokens, lengths, rng)
+        return self._stream(params, self._checked(tokens, lengths, rng, controls))
 
-    def _stream(
-        self, params: Any, tokens: jax.Array, lengths: jax.Array, rng: jax.Array
-    ) -> Iterator[SamplerOutput]:
+    def _stream(self, params: Any, arguments: tuple) -> Iterator[SamplerOutput]:
         mode = _MODES[self.mode]
         block = 1 if self.mode == 'autoregressive' else self.model.config.canvas_length
-        state = mode.start(self.model, self.config, params, tokens, lengths, rng)
-        done, before = 0, jax.tree.map(jnp.zeros_like, state.output())
+        state = mode.start(self.model, self.config, params, *arguments)
+        before = jax.tree.map(jnp.zeros_like, state.output())
         while True:
-            if int(state.blocks) > done:
-                after = state.output()
+            after = state.output()
+            if jnp.any(after.lengths > before.lengths):
                 new = jax.tree.map(jnp.subtract, after, before)
                 yield new.replace(tokens=self._latest(before, after, block))
-                done, before = done + 1, after
+                before = after
             if not state.running:
                 return
             state = mode.advance(self.model, self.config, params, state)
@@ -155,9 +203,9 @@ class Sampler:
         return jnp.where(slots < after.lengths[:, None], latest, self.config.pad_id)
 
     def _checked(
-        self, tokens: jax.Array, lengths: jax.Array, rng: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Tokens and lengths as int32 arrays; raises ValueError."""
+        self, tokens: jax.Array, lengths: jax.Array, rng: jax.Array, controls: Controls | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Controls]:
+        """The arguments of a call, tokens and lengths as int32 arrays; raises ValueError."""
         shape = np.shape(tokens)
         if len(shape) != 2 or 0 in shape:
             raise ValueError(
@@ -177,10 +225,13 @@ class Sampler:
             raise ValueError(
                 f'rng must be one key or one per row, {shape[:1]}, got keys of shape {key_shape}.'
             )
-        if _is_known(tokens) and _is_known(lengths):
-            check_prompts(np.asarray(tokens), np.asarray(lengths), self.model.config.vocab_size)
-            check_fits(np.asarray(lengths), self.config.max_new_tokens, self.model.config)
-        return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+        vocab_size, max_new_tokens = self.model.config.vocab_size, self.config.max_new_tokens
+        if is_known(tokens) and is_known(lengths):
+            check_prompts(np.asarray(tokens), np.asarray(lengths), vocab_size)
+            check_fits(np.asarray(lengths), max_new_tokens, self.model.config)
+        controls = Controls() if controls is None else controls
+        controls.check(shape[0], vocab_size, max_new_tokens)
+        return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), rng, controls
 
 
 def check_prompts(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:
@@ -215,13 +266,6 @@ def check_fits(lengths: np.ndarray, max_new_tokens: int, config: Any) -> None:
             else f'The prompt in row {int(lengths.argmax())} has {longest} tokens, but the model '
             f'has {limit} positions for prompt and response. Shorten the prompt.'
         )
-
-
-def _is_known(array: Any) -> bool:
-    """Whether the values can be read on this host."""
-    if isinstance(array, jax.core.Tracer):
-        return False
-    return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
 def pad_prompts(

@@ -7,17 +7,19 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class TemperatureSchedule:
-    """Temperature falls linearly with the noise level: t_max at t = 1, t_min towards t = 0.
+    """Temperature falls with the noise level t: t_min + (t_max - t_min) * t ** exponent.
 
     Attributes:
       t_min: temperature at noise level 0, > 0.
       t_max: temperature at noise level 1, >= t_min.
       num_steps: T, the steps from pure noise to a clean canvas.
+      exponent: > 0; 1 is linear, a larger one cools early, a smaller one late.
     """
 
     t_min: float = 0.4
     t_max: float = 0.8
     num_steps: int = 48
+    exponent: float = 1.0
 
     def __post_init__(self):
         if not 0 < self.t_min <= self.t_max:
@@ -27,11 +29,13 @@ class TemperatureSchedule:
             )
         if self.num_steps < 1:
             raise ValueError(f'a schedule needs at least one step, got {self.num_steps}.')
+        if not 0 < self.exponent < float('inf'):
+            raise ValueError(f'the exponent must be finite and > 0, got {self.exponent}.')
 
     def noise_level(self, step: int | jax.Array) -> float | jax.Array:
-        """t = 1 - n/T of step n = 0 .. T-1."""
+        """t = 1 - n/T before step n = 0 .. T-1 (and 0 behind the last one, n = T)."""
         return 1.0 - step / self.num_steps
 
     def temperature(self, noise_level: float | jax.Array) -> float | jax.Array:
         """Divisor of the logits at a noise level in [0, 1]."""
-        return self.t_min + (self.t_max - self.t_min) * noise_level
+        return self.t_min + (self.t_max - self.t_min) * noise_level**self.exponent

@@ -1,4 +1,5 @@
-"""What sampling is told (SamplingConfig), carries (the two states) and returns (SamplerOutput)."""
+"""What sampling is told (SamplingConfig, CanvasTask), carries (the two states) and returns
+(SamplerOutput)."""
 
 import dataclasses
 from typing import Any
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.cache import KVCache
-from diffusiongemma.sampling.acceptance import AcceptanceRule, EntropyBound
+from diffusiongemma.sampling.acceptance import AcceptanceRule, Ancestral, EntropyBound
+from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.schedule import TemperatureSchedule
-from diffusiongemma.sampling.stopping import StableAndConfident, StoppingRule
+from diffusiongemma.sampling.stopping import Never, StableAndConfident, StoppingRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +27,23 @@ class SamplingConfig:
       entropy_bound: nats, bound of the `EntropyBound` acceptance.
       t_min: temperature towards the last denoise step.
       t_max: temperature of the first denoise step.
+      temperature_exponent: how the temperature falls between them, see `TemperatureSchedule`.
       stability_threshold: previous steps that must agree, see `StableAndConfident`.
       confidence_threshold: mean entropy in nats, see `StableAndConfident`.
       temperature: factor on the schedule's temperatures, and the softmax temperature of the
         autoregressive mode. 0 is greedy: the candidates are the most likely tokens, while the
         entropies are still those of the schedule's distribution.
+      top_k: candidates, and tokens of the autoregressive mode, are drawn from the k likeliest
+        tokens; None from all. Entropies and confidences are those of the whole distribution.
+      top_p: likewise, from the fewest likeliest tokens whose probability reaches p.
       stop_ids: tokens that end a response. The default is the <eos> of Gemma's vocabularies;
         a chat model ends its turn with another one, see `for_tokenizer`. () never stops.
       pad_id: fills the output behind a response's end.
       vocab_size: noise is uniform over token ids below it; None for the model's vocabulary.
+      mask_id: the mask token of a model trained with masked corruption: noise is then this token,
+        and a position that took a candidate keeps it. None: uniform noise.
+      commits: 'argmax', the argmax canvas of the last step, or 'canvas', what the acceptance
+        rule made of it.
       acceptance: a rule that replaces the entropy bound.
       stopping: a rule that replaces stability and confidence.
     """
@@ -44,12 +54,17 @@ class SamplingConfig:
     entropy_bound: float = 0.1
     t_min: float = 0.4
     t_max: float = 0.8
+    temperature_exponent: float = 1.0
     stability_threshold: int = 1
     confidence_threshold: float = 0.005
     temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
     stop_ids: tuple[int, ...] = (1,)
     pad_id: int = 0
     vocab_size: int | None = None
+    mask_id: int | None = None
+    commits: str = 'argmax'
     acceptance: AcceptanceRule | None = None
     stopping: StoppingRule | None = None
 
@@ -81,6 +96,12 @@ class SamplingConfig:
             raise ValueError(
                 f"vocab_size must be >= 1, got {self.vocab_size}; use None for the model's own."
             )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f'top_k must be >= 1 token, got {self.top_k}; None keeps all.')
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f'top_p must lie in (0, 1], got {self.top_p}; None keeps all tokens.')
+        if self.commits not in ('argmax', 'canvas'):
+            raise ValueError(f"commits must be 'argmax' or 'canvas', got {self.commits!r}.")
         # These check the numbers that they are made of.
         _ = self.schedule, self.acceptance_rule, self.stopping_rule
 
@@ -99,9 +120,17 @@ class SamplingConfig:
         }
         return cls(**(known | fields))
 
+    @classmethod
+    def ancestral(cls, **fields: Any) -> 'SamplingConfig':
+        """Ancestral sampling of the diffusion process: all steps, at temperature 1, as drawn."""
+        exact = {'acceptance': Ancestral(), 'stopping': Never(), 'commits': 'canvas'}
+        return cls(**(exact | {'t_min': 1.0, 't_max': 1.0} | fields))
+
     @property
     def schedule(self) -> TemperatureSchedule:
-        return TemperatureSchedule(self.t_min, self.t_max, self.max_denoising_steps)
+        return TemperatureSchedule(
+            self.t_min, self.t_max, self.max_denoising_steps, self.temperature_exponent
+        )
 
     @property
     def acceptance_rule(self) -> AcceptanceRule:
@@ -139,6 +168,31 @@ class SamplerOutput:
 
 
 @flax.struct.dataclass
+class CanvasTask:
+    """One canvas of every row: what its denoise steps need to know, and none of them changes.
+
+    Attributes:
+      keys: [B] random keys of this canvas.
+      active: [B] bool; the other rows take no step.
+      last_token: [B] int32, the token before the canvas.
+      pinned: [B, C] int32, the token that a position holds throughout, -1 where it is open.
+      seed: [B, C] int32, tokens to start from, -1 for noise.
+      allowed: bool that broadcasts to [B, C, V], tokens that a position may hold.
+      temperature: [B] float32 in place of the config's.
+      max_steps: [B] int32, limit of each row's steps beside the config's.
+    """
+
+    keys: jax.Array
+    active: jax.Array
+    last_token: jax.Array
+    pinned: jax.Array | None = None
+    seed: jax.Array | None = None
+    allowed: jax.Array | None = None
+    temperature: jax.Array | None = None
+    max_steps: jax.Array | None = None
+
+
+@flax.struct.dataclass
 class DenoiseState:
     """The inner loop's carry: one canvas of every row.
 
@@ -147,28 +201,28 @@ class DenoiseState:
       canvas: [B, C] int32, noisy tokens that the next step reads.
       argmax_history: [B, W, C] int32, argmax canvases of the latest W steps, the newest last;
         -1 before the first step. W is the stopping rule's.
+      entropies: [B, C] float32, of the latest step's predictions in nats.
       soft_embeddings: [B, C, D], self-conditioning of the next step.
-      stopped: [B] bool; such a row keeps its canvas, history and soft embeddings.
+      stopped: [B] bool; such a row keeps all of the above.
       steps: [B] int32, denoise steps that a row took before it stopped.
-      pinned: [B, C] int32, the token that a position holds throughout; -1 where it is open.
-      max_steps: [B] int32, steps at which a row stops at the latest.
-      last_token: [B] int32, the token before the canvas.
     """
 
     step: jax.Array
     canvas: jax.Array
     argmax_history: jax.Array
+    entropies: jax.Array
     soft_embeddings: jax.Array
     stopped: jax.Array
     steps: jax.Array
-    pinned: jax.Array
-    max_steps: jax.Array
-    last_token: jax.Array
 
     @property
     def argmax(self) -> jax.Array:
-        """[B, C] int32, the canvas that is committed."""
+        """[B, C] int32, the most likely tokens of the latest step."""
         return self.argmax_history[:, -1]
+
+    def result(self, config: SamplingConfig) -> jax.Array:
+        """[B, C] int32, the canvas that is committed."""
+        return self.argmax if config.commits == 'argmax' else self.canvas
 
 
 @flax.struct.dataclass
@@ -178,10 +232,11 @@ class GenerationState:
     Attributes:
       cache: keys and values of the prompts and of what has been committed.
       keys: [B] random keys, one stream per row.
+      controls: what the call asks of the rows.
       last_token: [B] int32, each row's latest token: of its response, else of its prompt.
-      blocks: [] int32, blocks emitted so far: canvases, or tokens when autoregressive.
       tokens: [B, max_new_tokens] int32, responses so far, pad id elsewhere.
       lengths: [B] int32, tokens of the responses so far.
+      limits: [B] int32, the most tokens that each response may have.
       finished: [B] bool, stop token or length limit reached; such a row never changes again.
       denoising_steps: [B] int32, as in SamplerOutput.
       canvases: [B] int32, as in SamplerOutput.
@@ -189,32 +244,46 @@ class GenerationState:
 
     cache: KVCache
     keys: jax.Array
+    controls: Controls
     last_token: jax.Array
-    blocks: jax.Array
     tokens: jax.Array
     lengths: jax.Array
+    limits: jax.Array
     finished: jax.Array
     denoising_steps: jax.Array
     canvases: jax.Array
 
     @classmethod
     def create(
-        cls, config: SamplingConfig, cache: KVCache, keys: jax.Array, prompts: jax.Array
+        cls,
+        config: SamplingConfig,
+        cache: KVCache,
+        last_token: jax.Array,
+        keys: jax.Array,
+        controls: Controls,
     ) -> 'GenerationState':
-        """Empty responses behind the cached prompts [B, P], of which the cache has the lengths."""
-        batch_size = cache.lengths.shape[0]
-        zeros = jnp.zeros((batch_size,), jnp.int32)
+        """Empty responses behind the cached tokens, the last of which are last_token [B]."""
+        zeros = jnp.zeros_like(last_token)
+        limits = zeros + config.max_new_tokens
+        if controls.max_new_tokens is not None:
+            limits = jnp.minimum(limits, controls.max_new_tokens)
         return cls(
             cache=cache,
             keys=keys,
-            last_token=jnp.take_along_axis(prompts, cache.lengths[:, None] - 1, axis=1)[:, 0],
-            blocks=jnp.zeros((), jnp.int32),
-            tokens=jnp.full((batch_size, config.max_new_tokens), config.pad_id, jnp.int32),
+            controls=controls,
+            last_token=last_token,
+            tokens=jnp.full((zeros.size, config.max_new_tokens), config.pad_id, jnp.int32),
             lengths=zeros,
-            finished=zeros.astype(bool),
+            limits=limits,
+            finished=limits == 0,
             denoising_steps=zeros,
             canvases=zeros,
         )
+
+    def temperature(self, config: SamplingConfig) -> float | jax.Array:
+        """The config's number, or one per row [B]."""
+        given = self.controls.temperature
+        return config.temperature if given is None else given
 
     @property
     def running(self) -> jax.Array:
@@ -226,38 +295,36 @@ class GenerationState:
         config: SamplingConfig,
         block: jax.Array,
         passes: int | jax.Array,
-        limits: jax.Array | None = None,
+        counts: jax.Array | None = None,
     ) -> 'GenerationState':
         """Appends a block of tokens to the responses of the unfinished rows.
 
-        A response ends with its first stop token, or where it is max_new_tokens long.
+        A response ends with its first stop token, or at its limit.
 
         Args:
           config: stop ids.
           block: [B, T] int32.
           passes: [B] int32 or scalar, denoise passes that the block took.
-          limits: [B] int32, tokens of the block that count; None for all.
+          counts: [B] int32, tokens of the block that count; None for all.
         """
-        length = block.shape[1]
-        if limits is None:
-            limits = jnp.full(block.shape[:1], length)
+        offsets = jnp.arange(block.shape[1])
+        counts = block.shape[1] if counts is None else counts
+        counts = jnp.minimum(counts, self.limits - self.lengths)
         stops = jnp.any(block[..., None] == jnp.asarray(config.stop_ids, jnp.int32), axis=-1)
-        stops &= jnp.arange(length) < limits[:, None]
+        stops &= offsets < counts[:, None]
         stopped = jnp.any(stops, axis=-1)
-        counts = jnp.where(stopped, jnp.argmax(stops, axis=-1) + 1, limits)
+        counts = jnp.where(stopped, jnp.argmax(stops, axis=-1) + 1, counts)
         counts = jnp.where(self.finished, 0, counts)  # [B]
-        offsets = jnp.arange(length)
-        limit = self.tokens.shape[1]
-        slots = jnp.where(offsets < counts[:, None], self.lengths[:, None] + offsets, limit)
+        slots = self.lengths[:, None] + offsets
+        slots = jnp.where(offsets < counts[:, None], slots, self.tokens.shape[1])
         rows = jnp.arange(block.shape[0])[:, None]
         latest = jnp.take_along_axis(block, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
-        lengths = jnp.minimum(self.lengths + counts, limit)
+        lengths = self.lengths + counts
         return self.replace(
             last_token=jnp.where(counts > 0, latest, self.last_token),
-            blocks=self.blocks + 1,
             tokens=self.tokens.at[rows, slots].set(block, mode='drop'),
             lengths=lengths,
-            finished=self.finished | stopped | (lengths >= limit),
+            finished=self.finished | stopped | (lengths >= self.limits),
             denoising_steps=self.denoising_steps + jnp.where(self.finished, 0, passes),
         )
 

@@ -65,3 +65,89 @@ class StableAndConfident:
         stable = jnp.all(argmax_history == current, axis=(1, 2))
         confident = jnp.mean(entropies, axis=-1) < self.confidence_threshold
         return stable & confident
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStability:
+    """Stops when the argmax canvas has not changed for some steps, however uncertain it is.
+
+    Attributes:
+      num_steps: previous steps whose argmax canvas must equal the current one, >= 1.
+    """
+
+    num_steps: int = 2
+
+    def __post_init__(self):
+        if self.num_steps < 1:
+            raise ValueError(f'num_steps must be >= 1 previous step, got {self.num_steps}.')
+
+    @property
+    def history_length(self) -> int:
+        return self.num_steps + 1
+
+    def should_stop(self, argmax_history: jax.Array, entropies: jax.Array) -> jax.Array:
+        """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool."""
+        del entropies
+        history = argmax_history[:, -self.history_length :]
+        return jnp.all(history == history[:, -1:], axis=(1, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanEntropy:
+    """Stops when the predictions are certain on average, stable or not.
+
+    Attributes:
+      threshold: the mean entropy of the canvas must lie below it, nats.
+    """
+
+    threshold: float = 0.005
+    history_length = 1
+
+    def __post_init__(self):
+        if not self.threshold >= 0:
+            raise ValueError(f'threshold must be >= 0 nats, got {self.threshold}.')
+
+    def should_stop(self, argmax_history: jax.Array, entropies: jax.Array) -> jax.Array:
+        """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool."""
+        del argmax_history
+        return jnp.mean(entropies, axis=-1) < self.threshold
+
+
+@dataclasses.dataclass(frozen=True)
+class Never:
+    """Takes every denoise step that the config allows."""
+
+    history_length = 1
+
+    def should_stop(self, argmax_history: jax.Array, entropies: jax.Array) -> jax.Array:
+        """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool, all False."""
+        del argmax_history
+        return jnp.zeros(entropies.shape[0], bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class AllOf:
+    """Stops when every one of several rules would.
+
+    Attributes:
+      rules: at least one.
+    """
+
+    rules: tuple[StoppingRule, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, 'rules', tuple(self.rules))
+        if not self.rules:
+            raise ValueError('AllOf needs at least one rule; Never() is the rule that never stops.')
+
+    @property
+    def history_length(self) -> int:
+        return max(rule.history_length for rule in self.rules)
+
+    def should_stop(self, argmax_history: jax.Array, entropies: jax.Array) -> jax.Array:
+        """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool."""
+        votes = [
+            rule.should_stop(argmax_history[:, -rule.history_length :], entropies)
+            for rule in self.rules
+        ]
+        return jnp.all(jnp.stack(votes), axis=0)

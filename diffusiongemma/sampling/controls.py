@@ -1,0 +1,215 @@
+"""What a call asks of each row beyond its prompt: arrays of static shape, so that nothing compiles
+anew when their values change.
+
+Positions count from the start of the response: position 0 is its first token.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+OPEN = -1  # a position without a pinned token, a seed or a set
+
+
+@flax.struct.dataclass
+class Controls:
+    """Settings and constraints of the rows of a batch; what is None asks for nothing.
+
+    They hold in every mode: where a token is not allowed, the autoregressive distribution is
+    that of the others, and lossless mode equals it.
+
+    Attributes:
+      temperature: [B] float32 >= 0 in place of the config's; 0 is greedy.
+      max_new_tokens: [B] int32, at most the config's; 0 gives an empty response.
+      pinned: [B, T] int32, the token that a position holds, `OPEN` (-1) where it is open. Text
+        between a prefix and a suffix is filled in by pinning the suffix.
+      seed: [B, T] int32, tokens that a canvas starts from, -1 where it starts from noise. They
+        can change; of no effect in the autoregressive mode.
+      allowed_sets: [G, V] bool, sets of allowed tokens.
+      allowed_index: [B, T] int32, which set holds at a position, -1 for none. None: the first
+        set holds everywhere.
+    """
+
+    temperature: jax.Array | None = None
+    max_new_tokens: jax.Array | None = None
+    pinned: jax.Array | None = None
+    seed: jax.Array | None = None
+    allowed_sets: jax.Array | None = None
+    allowed_index: jax.Array | None = None
+
+    def pinned_at(self, offsets: jax.Array, length: int) -> jax.Array | None:
+        """Pinned tokens [B, length] from position offsets [B] on, or None."""
+        return None if self.pinned is None else _slice(self.pinned, offsets, length)
+
+    def seed_at(self, offsets: jax.Array, length: int) -> jax.Array | None:
+        """Seed tokens [B, length] from position offsets [B] on, or None."""
+        return None if self.seed is None else _slice(self.seed, offsets, length)
+
+    def allowed_at(self, offsets: jax.Array, length: int) -> jax.Array | None:
+        """Allowed tokens from position offsets [B] on, [B or 1, length or 1, V] bool, or None."""
+        if self.allowed_sets is None:
+            return None
+        if self.allowed_index is None:
+            return self.allowed_sets[:1, None]
+        index = _slice(self.allowed_index, offsets, length)
+        sets = self.allowed_sets[jnp.maximum(index, 0)]  # [B, length, V]
+        return sets | (index == OPEN)[..., None]
+
+    def check(self, batch_size: int, vocab_size: int, max_new_tokens: int) -> None:
+        """Raises ValueError on unfit shapes, and on unfit values where they are known."""
+        rows = {'temperature': self.temperature, 'max_new_tokens': self.max_new_tokens}
+        positions = {
+            'pinned': self.pinned,
+            'seed': self.seed,
+            'allowed_index': self.allowed_index,
+        }
+        for name, array in rows.items():
+            if array is not None and np.shape(array) != (batch_size,):
+                raise ValueError(
+                    f'controls.{name} must hold one number per row, ({batch_size},), got shape '
+                    f'{np.shape(array)}.'
+                )
+        for name, array in positions.items():
+            shape = np.shape(array)
+            if array is not None and (len(shape) != 2 or shape[0] != batch_size):
+                raise ValueError(
+                    f'controls.{name} must be [{batch_size}, positions], got shape {shape}.'
+                )
+        sets = np.shape(self.allowed_sets)
+        if self.allowed_sets is not None and (len(sets) != 2 or sets[1] != vocab_size):
+            raise ValueError(
+                f'controls.allowed_sets must be [sets, {vocab_size}] bool, got shape {sets}.'
+            )
+        if self.allowed_sets is None and self.allowed_index is not None:
+            raise ValueError('controls.allowed_index needs allowed_sets, the sets that it names.')
+        if all(is_known(array) for array in jax.tree.leaves(self)):
+            self._check_values(vocab_size, max_new_tokens)
+
+    def _check_values(self, vocab_size: int, max_new_tokens: int) -> None:
+        _check_range('temperature', self.temperature, 0, np.finfo(np.float32).max)
+        _check_range('max_new_tokens', self.max_new_tokens, 0, max_new_tokens)
+        _check_range('pinned', self.pinned, OPEN, vocab_size - 1)
+        _check_range('seed', self.seed, OPEN, vocab_size - 1)
+        if self.allowed_sets is None:
+            return
+        sets = np.asarray(self.allowed_sets)
+        _check_range('allowed_index', self.allowed_index, OPEN, len(sets) - 1)
+        used = np.zeros((1, 1), int) if self.allowed_index is None else self.allowed_index
+        used = np.asarray(used)
+        empty = np.argwhere((used >= 0) & ~sets.any(axis=-1)[used])
+        if empty.size:
+            row, position = empty[0]
+            raise ValueError(
+                f'controls.allowed_sets bans every token at position {position} of row {row} (set '
+                f'{used[row, position]} is empty). Allow at least one token.'
+            )
+        if self.pinned is not None:
+            self._check_pinned(np.asarray(self.pinned), used, sets)
+
+    def _check_pinned(self, pinned: np.ndarray, used: np.ndarray, sets: np.ndarray) -> None:
+        width = max(pinned.shape[1], used.shape[1]) if self.allowed_index is not None else 0
+        index = np.zeros_like(pinned)
+        if width:
+            index = np.full((len(pinned), width), OPEN)
+            index[:, : used.shape[1]] = used
+            index = index[:, : pinned.shape[1]]
+        banned = (pinned != OPEN) & (index != OPEN) & ~sets[index, pinned]
+        if banned.any():
+            row, position = np.argwhere(banned)[0]
+            raise ValueError(
+                f'controls pin token {pinned[row, position]} at position {position} of row {row}, '
+                'where allowed_sets bans it.'
+            )
+
+
+def restrict(logits: jax.Array, pinned: jax.Array | None, allowed: jax.Array | None) -> jax.Array:
+    """Logits with every token that may not be there at -inf.
+
+    Where nothing at all would be left (a set that bans everything, which `Controls.check`
+    refuses where it can read the values), the set is ignored.
+
+    Args:
+      logits: [B, T, V] float32.
+      pinned: [B, T] int32, or None.
+      allowed: bool that broadcasts to [B, T, V], or None.
+    """
+    tokens = jnp.arange(logits.shape[-1])
+    if allowed is not None:
+        logits = jnp.where(allowed | ~jnp.any(allowed, -1, keepdims=True), logits, -jnp.inf)
+    if pinned is not None:
+        # The pinned token may be one that the model deems impossible: it counts as certain.
+        here = tokens == pinned[..., None]
+        logits = jnp.where(pinned[..., None] == OPEN, logits, jnp.where(here, 0.0, -jnp.inf))
+    return logits
+
+
+def pin(responses: Sequence[Sequence[int | None]]) -> jax.Array:
+    """`Controls.pinned` from one list per row: token ids, None where a position is open."""
+    width = max((len(row) for row in responses), default=0)
+    pinned = np.full((len(responses), max(width, 1)), OPEN, np.int32)
+    for row, response in zip(pinned, responses, strict=True):
+        row[: len(response)] = [OPEN if token is None else token for token in response]
+    return jnp.asarray(pinned)
+
+
+def allow(tokens: Sequence[int], vocab_size: int) -> jax.Array:
+    """One row of `Controls.allowed_sets` [V] with these tokens alone."""
+    return jnp.zeros(vocab_size, bool).at[jnp.asarray(list(tokens), jnp.int32)].set(True)
+
+
+def ban(tokens: Sequence[int], vocab_size: int) -> jax.Array:
+    """One row of `Controls.allowed_sets` [V] with all but these tokens."""
+    return ~allow(tokens, vocab_size)
+
+
+def exact_lengths(lengths: Sequence[int], stop_ids: Sequence[int], vocab_size: int) -> Controls:
+    """Controls under which row r's response ends with its lengths[r]-th token, the stop token.
+
+    Args:
+      lengths: tokens of each response, its stop token included; >= 1.
+      stop_ids: the config's; the first of them ends the responses.
+      vocab_size: V.
+
+    Raises:
+      ValueError: when a length is < 1 or there is no stop token.
+    """
+    if min(lengths, default=0) < 1:
+        raise ValueError(f'lengths must be >= 1, the stop token, got {list(lengths)}.')
+    if not stop_ids:
+        raise ValueError('A length target needs a stop token that ends the response.')
+    positions = np.arange(max(lengths))
+    ends = np.asarray(lengths)[:, None] - 1
+    return Controls(
+        pinned=jnp.asarray(np.where(positions == ends, stop_ids[0], OPEN), jnp.int32),
+        allowed_sets=ban(stop_ids, vocab_size)[None],
+        allowed_index=jnp.asarray(np.where(positions < ends, 0, OPEN), jnp.int32),
+    )
+
+
+def is_known(array: Any) -> bool:
+    """Whether the values can be read on this host."""
+    if isinstance(array, jax.core.Tracer):
+        return False
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def _slice(table: jax.Array, offsets: jax.Array, length: int) -> jax.Array:
+    """[B, T] -> [B, length] from offsets [B] on, OPEN behind the end."""
+    columns = offsets[:, None] + jnp.arange(length)
+    return jnp.take_along_axis(table, columns, axis=1, mode='fill', fill_value=OPEN)
+
+
+def _check_range(name: str, array: jax.Array | None, low: float, high: float) -> None:
+    if array is None:
+        return
+    values = np.asarray(array)
+    bad = np.argwhere(~((values >= low) & (values <= high)))
+    if bad.size:
+        place = ', '.join(str(i) for i in bad[0])
+        raise ValueError(
+            f'controls.{name}[{place}] is {values[tuple(bad[0])]}, but must lie in [{low}, {high}].'
+        )
