@@ -19,6 +19,7 @@ from diffusiongemma.sampling import (
     pad_prompts,
     pin,
 )
+from diffusiongemma.sampling.sampler import MODES
 
 C, PAD, V, LIMIT = 4, 22, 23, 14
 PROMPTS = [[2, 5, 7, 11, 3], [4], [9, 9, 6]]
@@ -157,8 +158,6 @@ def test_lossless_equals_autoregression_under_constraints(temperature):
 
 @EVERY_MODE
 def test_other_values_do_not_compile_anew(mode):
-    from diffusiongemma.sampling.sampler import _MODES
-
     def controls(seed):
         rng = np.random.default_rng(seed)
         return Controls(
@@ -170,9 +169,9 @@ def test_other_values_do_not_compile_anew(mode):
         )
 
     sample(mode, controls(0))
-    compiled = _MODES[mode].generate._cache_size()
+    compiled = MODES[mode].generate._cache_size()
     first, second = sample(mode, controls(1)), sample(mode, controls(2))
-    assert _MODES[mode].generate._cache_size() == compiled
+    assert MODES[mode].generate._cache_size() == compiled
     assert (first.tokens != second.tokens).any()
 
 

@@ -59,6 +59,11 @@ class Controls:
         sets = self.allowed_sets[jnp.maximum(index, 0)]  # [B, length, V]
         return sets | (index == OPEN)[..., None]
 
+    def rows(self, indices: np.ndarray) -> 'Controls':
+        """The controls of some rows, [len(indices)] of them; their sets stay."""
+        per_row = jax.tree.map(lambda array: array[indices], self.replace(allowed_sets=None))
+        return per_row.replace(allowed_sets=self.allowed_sets)
+
     def check(self, batch_size: int, vocab_size: int, max_new_tokens: int) -> None:
         """Raises ValueError on unfit shapes, and on unfit values where they are known."""
         rows = {'temperature': self.temperature, 'max_new_tokens': self.max_new_tokens}

@@ -45,6 +45,18 @@ class LosslessState:
     def running(self) -> jax.Array:
         return self.generation.running
 
+    @property
+    def finished(self) -> jax.Array:
+        return self.generation.finished
+
+    def insert(self, new: 'LosslessState', slots: jax.Array) -> 'LosslessState':
+        """As `GenerationState.insert`."""
+        return LosslessState(
+            generation=self.generation.insert(new.generation, slots),
+            pending=self.pending.at[slots].set(new.pending, mode='drop'),
+            draft_steps=self.draft_steps.at[slots].set(new.draft_steps, mode='drop'),
+        )
+
     def output(self) -> SamplerOutput:
         return self.generation.output()
 

@@ -17,15 +17,23 @@ from diffusiongemma.sampling.state import GenerationState, SamplerOutput, Sampli
 _STATIC = ('model', 'config')
 
 
-class _Mode(NamedTuple):
-    """The compiled pieces of a decode mode: the whole of it, its start, and one more block."""
+class Mode(NamedTuple):
+    """The compiled pieces of a decode mode.
+
+    Attributes:
+      generate: the whole of it, from prompts to the output.
+      start: from prompts to the state before the first block.
+      advance: one more block of every unfinished row.
+      until_one_finishes: blocks until another row is finished.
+    """
 
     generate: Callable[..., SamplerOutput]
     start: Callable[..., GenerationState]
     advance: Callable[..., GenerationState]
+    until_one_finishes: Callable[..., GenerationState]
 
 
-def _compiled(first: Callable, advance: Callable) -> _Mode:
+def _compiled(first: Callable, advance: Callable) -> Mode:
     def start(
         model: CausalModel,
         config: SamplingConfig,
@@ -58,7 +66,18 @@ def _compiled(first: Callable, advance: Callable) -> _Mode:
         )
         return state.output()
 
-    return _Mode(*(jax.jit(f, static_argnames=_STATIC) for f in (generate, start, advance)))
+    def until_one_finishes(
+        model: CausalModel, config: SamplingConfig, params: Any, state: GenerationState
+    ) -> GenerationState:
+        before = state.finished
+        return jax.lax.while_loop(
+            lambda state: state.running & jnp.all(state.finished == before),
+            lambda state: advance(model, config, params, state),
+            state,
+        )
+
+    functions = (generate, start, advance, until_one_finishes)
+    return Mode(*(jax.jit(function, static_argnames=_STATIC) for function in functions))
 
 
 def prefilled(
@@ -82,7 +101,7 @@ def prefilled(
     return GenerationState.create(config, cache, last_token, keys, controls), hidden
 
 
-_MODES = {
+MODES = {
     'diffusion': _compiled(diffusion.start, diffusion.next_canvas),
     'autoregressive': _compiled(autoregressive.start, autoregressive.next_token),
     'lossless': _compiled(lossless.start, lossless.next_draft),
@@ -114,8 +133,8 @@ class Sampler:
     mode: str = 'diffusion'
 
     def __post_init__(self):
-        if self.mode not in _MODES:
-            raise ValueError(f'mode must be one of {sorted(_MODES)}, got {self.mode!r}.')
+        if self.mode not in MODES:
+            raise ValueError(f'mode must be one of {sorted(MODES)}, got {self.mode!r}.')
         if self.mode != 'autoregressive' and not getattr(self.model.config, 'canvas_length', 0):
             raise ValueError(
                 f'mode {self.mode!r} needs a model with a canvas, but canvas_length of this '
@@ -157,8 +176,8 @@ class Sampler:
           ValueError: when shapes, types, lengths, token ids, keys or controls are unfit. Values
             are checked where they are known, which inside another jit they are not.
         """
-        arguments = self._checked(tokens, lengths, rng, controls)
-        return _MODES[self.mode].generate(self.model, self.config, params, *arguments)
+        arguments = self.checked(tokens, lengths, rng, controls)
+        return MODES[self.mode].generate(self.model, self.config, params, *arguments)
 
     def stream(
         self,
@@ -176,10 +195,10 @@ class Sampler:
         0 in rows that have finished before. Put behind each other a row's tokens are those of a
         call with the same arguments, and the numbers add up to its numbers.
         """
-        return self._stream(params, self._checked(tokens, lengths, rng, controls))
+        return self._stream(params, self.checked(tokens, lengths, rng, controls))
 
     def _stream(self, params: Any, arguments: tuple) -> Iterator[SamplerOutput]:
-        mode = _MODES[self.mode]
+        mode = MODES[self.mode]
         block = 1 if self.mode == 'autoregressive' else self.model.config.canvas_length
         state = mode.start(self.model, self.config, params, *arguments)
         before = jax.tree.map(jnp.zeros_like, state.output())
@@ -202,7 +221,7 @@ class Sampler:
         latest = jnp.take_along_axis(after.tokens, jnp.minimum(slots, limit - 1), axis=1)
         return jnp.where(slots < after.lengths[:, None], latest, self.config.pad_id)
 
-    def _checked(
+    def checked(
         self, tokens: jax.Array, lengths: jax.Array, rng: jax.Array, controls: Controls | None
     ) -> tuple[jax.Array, jax.Array, jax.Array, Controls]:
         """The arguments of a call, tokens and lengths as int32 arrays; raises ValueError."""

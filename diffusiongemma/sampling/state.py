@@ -328,6 +328,33 @@ class GenerationState:
             denoising_steps=self.denoising_steps + jnp.where(self.finished, 0, passes),
         )
 
+    def insert(self, new: 'GenerationState', slots: jax.Array) -> 'GenerationState':
+        """Puts the rows of another state, of the same capacity, in the place of some of these.
+
+        Args:
+          new: R rows.
+          slots: [R] int32, the row that each of them replaces; a slot >= B drops it.
+        """
+
+        def put(old: jax.Array, rows: jax.Array) -> jax.Array:
+            return old.at[slots].set(rows, mode='drop')
+
+        def put_kv(old: jax.Array, rows: jax.Array) -> jax.Array:
+            return old.at[..., slots, :, :, :].set(rows, mode='drop')
+
+        cache = KVCache(
+            kv=jax.tree.map(put_kv, self.cache.kv, new.cache.kv),
+            lengths=put(self.cache.lengths, new.cache.lengths),
+        )
+        # Sets of tokens belong to the batch and not to a row.
+        sets = self.controls.allowed_sets
+        controls = jax.tree.map(
+            put, self.controls.replace(allowed_sets=None), new.controls.replace(allowed_sets=None)
+        )
+        rest = {'cache': None, 'controls': None}
+        state = jax.tree.map(put, self.replace(**rest), new.replace(**rest))
+        return state.replace(cache=cache, controls=controls.replace(allowed_sets=sets))
+
     def output(self) -> SamplerOutput:
         return SamplerOutput(
             tokens=self.tokens,

@@ -1,0 +1,111 @@
+"""Typed decisions: one denoise pass gives the probabilities of a given set of answers."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma.sampling import diffusion, passes
+from diffusiongemma.sampling.controls import OPEN, Controls
+from diffusiongemma.sampling.sampler import Sampler, prefilled
+from diffusiongemma.sampling.state import CanvasTask
+
+
+def decide(
+    sampler: Sampler,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    answers: Sequence[Sequence[int]],
+    *,
+    rng: jax.Array,
+    before: Sequence[int] = (),
+    after: Sequence[int] = (),
+    num_draws: int = 1,
+) -> jax.Array:
+    """Probability of each answer, were the response `before`, one of the answers, `after`.
+
+    A canvas holds `before` and, behind room for the longest answer, nothing but noise. The
+    probability of an answer with its `after` is the product of those of its tokens at their
+    positions, and these are made to sum to one over the answers.
+
+    Args:
+      sampler: of a diffusion model; of its config only the noise counts.
+      params: the model's parameters.
+      tokens: [B, P] integer prompts, right-padded.
+      lengths: [B] integer.
+      answers: token ids of A answers, none empty.
+      rng: one key, or one per row [B].
+      before: tokens of the response before the answer.
+      after: tokens behind it that tell where it ends, such as a full stop or the stop token.
+        With answers of different lengths it must not be empty.
+      num_draws: passes with noise of their own whose probabilities are averaged.
+
+    Returns:
+      [B, A] float32, rows that sum to 1.
+
+    Raises:
+      ValueError: as a call of the sampler, and when the answers are unfit or do not fit into a
+        canvas.
+    """
+    tokens, lengths, rng, _ = sampler.checked(tokens, lengths, rng, None)
+    options = [[*answer, *after] for answer in answers]
+    widths = {len(answer) for answer in answers}
+    length = sampler.model.config.canvas_length
+    if not options or 0 in widths:
+        raise ValueError(f'answers must be token ids, at least one each, got {list(answers)}.')
+    if len(widths) > 1 and not after:
+        raise ValueError(
+            'The answers differ in length: give the tokens behind them as `after`, for instance '
+            'the stop token, so that a short answer is not a part of a long one.'
+        )
+    if len(before) + max(map(len, options)) > length:
+        raise ValueError(
+            f'`before`, the longest answer and `after` have {len(before)} + '
+            f'{max(map(len, options))} tokens; a canvas has {length}.'
+        )
+    if num_draws < 1:
+        raise ValueError(f'num_draws must be >= 1, got {num_draws}.')
+    places = np.full((len(options), length), OPEN)
+    for row, option in zip(places, options, strict=True):
+        row[len(before) : len(before) + len(option)] = option
+    pinned = np.full(length, OPEN)
+    pinned[: len(before)] = before
+    return _decide(
+        sampler, num_draws, params, tokens, lengths, rng, jnp.asarray(places), jnp.asarray(pinned)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=('sampler', 'num_draws'))
+def _decide(
+    sampler: Sampler,
+    num_draws: int,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    rng: jax.Array,
+    places: jax.Array,
+    pinned: jax.Array,
+) -> jax.Array:
+    model, config = sampler.model, sampler.config
+    state, _ = prefilled(model, config, params, tokens, lengths, rng, Controls())
+    pinned = jnp.broadcast_to(pinned, (tokens.shape[0], pinned.size))
+
+    def probabilities(draw: jax.Array) -> jax.Array:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, draw)
+        task = CanvasTask(keys, ~state.finished, state.last_token, pinned=pinned)
+        noisy = diffusion.first_noise(model, config, params, task)
+        logits = passes.denoise(
+            model, params, state.cache, noisy.canvas, noisy.soft_embeddings, task.last_token
+        )
+        log_probs = jax.nn.log_softmax(logits, axis=-1)  # [B, C, V]
+        chosen = jnp.take_along_axis(
+            log_probs, jnp.maximum(places, 0).T[None], axis=-1
+        )  # [B, C, A]
+        scores = jnp.sum(jnp.where(places.T == OPEN, 0.0, chosen), axis=1)  # [B, A]
+        return jax.nn.softmax(scores, axis=-1)
+
+    return jnp.mean(jax.lax.map(probabilities, jnp.arange(num_draws)), axis=0)
