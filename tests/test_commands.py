@@ -170,7 +170,7 @@ def test_the_python_block_of_the_readme_runs_as_it_is_printed():
 
 def test_the_benchmark_of_the_decode_modes_prints_a_ratio():
     arguments = ['--batches=2', '--batch_sizes=1', '--max_new_tokens=32']
-    program = [sys.executable, 'benchmarks/decode_modes.py', *arguments]
+    program = [sys.executable, 'benchmarks/sampler.py', *arguments]
     done = subprocess.run(program, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 'ratio' in done.stdout and 'x' in done.stdout

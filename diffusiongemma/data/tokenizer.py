@@ -23,6 +23,8 @@ BUILTIN = 'builtin'
 _BUILTIN_PATH = pathlib.Path(__file__).parents[1] / 'assets' / 'tokenizer.model'
 # The turn tokens of Gemma 4 and of Gemma 3, in order of preference.
 TURN_PIECES = (('<|turn>', '<turn|>'), ('<start_of_turn>', '<end_of_turn>'))
+# Gemma 4: asks for thoughts in the system turn; they stand between the other two in a response.
+THINK_PIECES = ('<|think|>', '<|channel>', '<channel|>')
 # Pieces that steer the model rather than stand for text. Control symbols of the model file are
 # always among them; released vocabularies hold the others as user-defined symbols, which
 # sentencepiece would find in plain text.
@@ -40,6 +42,7 @@ class Tokenizer:
       pad_id, eos_id, bos_id, unk_id, mask_id: ids of the common special tokens.
       turn_start_id, turn_end_id: ids of the tokens that open and close a turn.
       stop_ids: tokens after which a response is over.
+      think_ids: ids of the tokens that ask for thoughts, open and close their channel, or None.
       special_ids: tokens that stand for no text; `encode` avoids them and `decode` skips them.
       content_hash: sha256 of the model file, stored with whatever was made with it.
     """
@@ -89,6 +92,8 @@ class Tokenizer:
         # Gemma 3 knows no system role: its system text opens the user's turn.
         self._has_system_turn = turns[0] == TURN_PIECES[0]
         self.stop_ids: tuple[int, ...] = (self.eos_id, self.turn_end_id)
+        thinks = tuple(ids[piece] for piece in THINK_PIECES if piece in ids)
+        self.think_ids: tuple[int, ...] | None = thinks if len(thinks) == 3 else None
         self._byte_ids = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in range(256)]
         literals = sorted(ids, key=len, reverse=True)
         self._literal = re.compile('|'.join(re.escape(text) for text in (*literals, _SPACE)))
@@ -158,24 +163,57 @@ class Tokenizer:
         """The name of a token, special or not."""
         return self._processor.id_to_piece(token_id)
 
-    def _turn(self, role: str, text: str) -> list[int]:
+    def _turn(self, role: str, content: list[int]) -> list[int]:
         header = self._processor.encode(f'{role}\n')
         newline = self._processor.encode('\n')
-        return [self.turn_start_id, *header, *self.encode(text), self.turn_end_id, *newline]
+        return [self.turn_start_id, *header, *content, self.turn_end_id, *newline]
 
-    def format_prompt(self, prompt: str, system: str | None = None) -> list[int]:
+    def format_prompt(
+        self, prompt: str, system: str | None = None, thinking: bool = False
+    ) -> list[int]:
         """Ids of a conversation with one user turn, up to where the model's response starts.
 
         For Gemma 4 that is `<bos><|turn>user\\n{prompt}<turn|>\\n<|turn>model\\n`, with a turn of
-        the role `system` before it where there is a system text.
+        the role `system` before it where there is a system text, or where thoughts are asked for.
+
+        Raises:
+          ValueError: when thoughts are asked for and the tokenizer has no tokens for them.
         """
+        if thinking and self.think_ids is None:
+            raise ValueError(
+                f'{self._source} has no {", ".join(THINK_PIECES)}: its model does not think. '
+                'Ask without thinking.'
+            )
         ids = [self.bos_id]
-        if system is not None and self._has_system_turn:
-            ids += self._turn('system', system)
+        if self._has_system_turn and (thinking or system is not None):
+            content = [self.think_ids[0]] if thinking else []
+            ids += self._turn('system', content + self.encode(system or ''))
         elif system is not None:
             prompt = f'{system}\n\n{prompt}'
-        ids += self._turn('user', prompt)
-        return [*ids, self.turn_start_id, *self._processor.encode('model\n')]
+        return ids + self.format_turn(prompt)
+
+    def format_turn(self, prompt: str) -> list[int]:
+        """Ids of a user turn, up to where the model's response starts."""
+        header = [self.turn_start_id, *self._processor.encode('model\n')]
+        return self._turn('user', self.encode(prompt)) + header
+
+    def end_turn(self, response: Iterable[int]) -> list[int]:
+        """Ids of a response as a later turn sees it: without thoughts, its turn closed."""
+        ids = [i for i in self.split_thoughts(response)[1] if i not in self.stop_ids]
+        return [*ids, self.turn_end_id, *self._processor.encode('\n')]
+
+    def split_thoughts(self, response: Iterable[int]) -> tuple[list[int], list[int]]:
+        """The ids of a response inside its thought channels, and the others."""
+        if self.think_ids is None:
+            return [], list(response)
+        _, opens, closes = self.think_ids
+        thoughts, rest, inside = [], [], False
+        for i in response:
+            if i in (opens, closes):
+                inside = i == opens
+            else:
+                (thoughts if inside else rest).append(i)
+        return thoughts, rest
 
     def format_response(self, response: str) -> list[int]:
         """Ids of a response with the turn end that stops it."""

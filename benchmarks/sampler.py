@@ -1,0 +1,147 @@
+"""What the passes of the sampler cost, and the decode modes against each other.
+
+    python benchmarks/sampler.py --checkpoint=builtin --batch_sizes=1,8
+
+Same weights, same prompts, one process. A row for each batch size: milliseconds of a denoise step,
+of a commit (the causal pass over a canvas) and of an autoregressive token, medians over
+repetitions, many of them in one program; then a row for each mode: tokens/s (median over
+batches, prefill included, compilation not), the ratio to autoregressive decoding and its quartiles
+over batches.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from diffusiongemma import run_config
+from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.data.pipeline import eval_examples
+from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, pad_prompts
+from diffusiongemma.sampling import autoregressive, diffusion, passes
+from diffusiongemma.sampling.sampler import prefilled
+
+_CHECKPOINT = flags.DEFINE_string('checkpoint', 'builtin', 'A diffusion student.')
+_BATCH_SIZES = flags.DEFINE_list('batch_sizes', ['1', '8'], 'Rows per batch.')
+_BATCHES = flags.DEFINE_integer('batches', 16, 'Timed batches per batch size.', lower_bound=2)
+_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 96, 'Longest answer.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('max_denoising_steps', 16, 'Per canvas.', lower_bound=1)
+_REPETITIONS = flags.DEFINE_integer('repetitions', 9, 'Of each timed pass.', lower_bound=1)
+
+MODES = ('autoregressive', 'diffusion', 'lossless')
+PROMPT_WIDTH = 128  # one compiled program per mode and batch size
+PASSES = 32  # in one timed program
+
+
+def timed_passes(model, params, config, tokens, lengths) -> dict[str, Callable]:
+    """Programs of `PASSES` passes each, behind the cached prompts."""
+    rng = jax.random.key(0)
+    free = config.__class__(**(vars(config) | {'stop_ids': (), 'max_new_tokens': PASSES + 1}))
+    state, hidden = jax.jit(prefilled, static_argnums=(0, 1))(
+        model, free, params, jnp.asarray(tokens), jnp.asarray(lengths), rng, Controls()
+    )
+
+    def repeated(step):
+        return jax.jit(lambda params, carry: jax.lax.fori_loop(0, PASSES, step(params), carry))
+
+    task = diffusion.canvas_task(model, state)
+    canvas = diffusion.first_noise(model, free, params, task)
+    going_on = functools.partial(jnp.zeros_like, canvas.stopped)
+
+    def denoise(params):
+        def step(_, canvas):
+            canvas = diffusion.denoise_step(model, free, params, state.cache, task, canvas)
+            return canvas.replace(stopped=going_on())
+
+        return step
+
+    def commit(params):
+        def step(_, tokens):
+            hidden, _ = passes.encode_block(model, params, state.cache, tokens, task.active)
+            return tokens + (hidden[..., 0] > 1e9)  # so that no pass can be left out
+
+        return step
+
+    def token(params):
+        return lambda _, state: autoregressive.next_token(model, free, params, state)
+
+    first = autoregressive.start(model, free, params, state, hidden)
+    return {
+        'denoise step': functools.partial(repeated(denoise), params, canvas),
+        'commit': functools.partial(repeated(commit), params, canvas.canvas),
+        'autoregressive token': functools.partial(repeated(token), params, first),
+    }
+
+
+def milliseconds(program: Callable) -> float:
+    """Median time of one of the passes of a program."""
+    jax.block_until_ready(program())
+    times = []
+    for _ in range(_REPETITIONS.value):
+        start = time.perf_counter()
+        jax.block_until_ready(program())
+        times.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(times)) / PASSES
+
+
+def tokens_per_second(samplers, params, prompts, tokenizer) -> np.ndarray:
+    """[modes, batches]: the modes take turns on every batch, after one run to compile."""
+    speeds = np.zeros((len(samplers), len(prompts)))
+    for i, batch in enumerate([prompts[0], *prompts]):
+        tokens, lengths = pad_prompts(batch, tokenizer.pad_id, multiple=PROMPT_WIDTH)
+        for mode, sampler in enumerate(samplers):
+            start = time.perf_counter()
+            output = sampler(params, tokens, lengths, rng=jax.random.key(i))
+            count = int(np.sum(jax.block_until_ready(output).lengths))
+            if i:
+                speeds[mode, i - 1] = count / (time.perf_counter() - start)
+    return speeds
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    model, params, tokenizer = load_model(_CHECKPOINT.value)
+    config = SamplingConfig.for_tokenizer(
+        tokenizer,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        max_denoising_steps=_STEPS.value,
+        temperature=0.0,
+    )
+    samplers = [Sampler(model, config, mode) for mode in MODES]
+    title = f'{_CHECKPOINT.value} on {jax.devices()[0].device_kind}'
+    costs = Table('batch', 'pass', 'ms', 'ratio', title=f'{title}: one pass')
+    table = Table('batch', 'mode', 'tok/s', 'ratio', 'quartiles', title=f'{title}: decoding')
+    for size in (int(value) for value in _BATCH_SIZES.value):
+        examples = eval_examples(
+            DataSpec(kind='wordmath', split='test', size=size * _BATCHES.value)
+        )
+        prompts = [tokenizer.format_prompt(example['prompt']) for example in examples]
+        batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        first = pad_prompts(batches[0], tokenizer.pad_id, multiple=PROMPT_WIDTH)
+        programs = timed_passes(model, params, config, *first)
+        times = {name: milliseconds(program) for name, program in programs.items()}
+        for name, value in times.items():
+            ratio = value / times['autoregressive token']
+            costs.add_row(str(size), name, f'{value:.2f}', f'{ratio:.2f}x')
+        speeds = tokens_per_second(samplers, params, batches, tokenizer)
+        for mode, speed in zip(MODES, speeds, strict=True):
+            low, ratio, high = np.percentile(speed / speeds[0], [25, 50, 75])
+            table.add_row(
+                str(size),
+                mode,
+                f'{np.median(speed):,.0f}',
+                f'{ratio:.2f}x',
+                f'{low:.2f}-{high:.2f}',
+            )
+    Console().print(costs, table)
+
+
+if __name__ == '__main__':
+    run_config.run_main(main)

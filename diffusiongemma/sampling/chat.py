@@ -1,0 +1,159 @@
+"""A conversation whose K/V cache stays between turns: a turn encodes only what is new."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.sampling import passes
+from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.sampler import MODES, Sampler, check_fits, pad_prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What the model said, so far while it is streamed.
+
+    Attributes:
+      text: the answer.
+      thoughts: what it wrote into its thought channel.
+      tokens: all token ids of the response.
+      denoising_steps: denoise passes that it took.
+      finished: whether it ended with a stop token.
+    """
+
+    text: str
+    thoughts: str
+    tokens: list[int]
+    denoising_steps: int
+    finished: bool
+
+
+class ChatSampler:
+    """Holds one conversation.
+
+        chat = ChatSampler(sampler, params, tokenizer, rng=jax.random.key(0))
+        chat.send('Mia has 3 apples and buys 4. How many has she?').text
+
+    Attributes:
+      tokens: ids of the conversation so far, as the next turn will see it.
+      cached: how many of them are in the cache.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: Any,
+        tokenizer: Tokenizer,
+        *,
+        rng: jax.Array,
+        system: str | None = None,
+        thinking: bool = False,
+        capacity: int = 4096,
+        multiple: int = 64,
+    ):
+        """Starts an empty conversation.
+
+        Args:
+          sampler: made with `SamplingConfig.for_tokenizer(tokenizer)`; `max_new_tokens` limits
+            each response. Its mode may be changed between turns, see `mode`.
+          params: the model's parameters.
+          tokenizer: the model's tokenizer.
+          rng: one key; every turn draws from a stream of its own.
+          system: system text.
+          thinking: asks for thoughts. Later turns do not see them.
+          capacity: tokens of the whole conversation; the cache is made for so many.
+          multiple: what a turn encodes is padded to a multiple of it, so that few shapes compile.
+
+        Raises:
+          ValueError: when the sampler would not stop at the end of a turn, or thoughts are asked
+            for of a tokenizer that has no tokens for them.
+        """
+        missing = sorted(set(tokenizer.stop_ids) - set(sampler.config.stop_ids))
+        if missing:
+            raise ValueError(
+                f'stop_ids={sampler.config.stop_ids} of the sampling config lack {missing}, with '
+                'which this tokenizer ends a turn. Make it with SamplingConfig.for_tokenizer.'
+            )
+        self.sampler, self._params, self._tokenizer, self._rng = sampler, params, tokenizer, rng
+        self._system, self._thinking = system, thinking
+        self._capacity, self._multiple = capacity, multiple
+        tokenizer.format_prompt('', system, thinking)  # raises if it can't
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the conversation."""
+        self.tokens: list[int] = []
+        self._cache, self.cached, self._turns = None, 0, 0
+
+    def send(self, text: str) -> Reply:
+        """Answers a user turn; arguments and errors as of `stream`."""
+        *_, reply = self.stream(text)
+        return reply
+
+    def stream(self, text: str) -> Iterator[Reply]:
+        """Answers a user turn and yields the reply after every canvas (or token).
+
+        A turn that is not read to its end leaves the conversation as it was before it.
+
+        Raises:
+          ValueError: when the conversation with this turn and its longest response exceeds the
+            capacity or the model's positions.
+        """
+        if self._turns:
+            turn = self._tokenizer.format_turn(text)
+        else:
+            turn = self._tokenizer.format_prompt(text, self._system, self._thinking)
+        self._check_room(self.tokens + turn)
+        return self._respond(self.tokens + turn)
+
+    def _respond(self, tokens: list[int]) -> Iterator[Reply]:
+        sampler = self.sampler
+        mode, model, config = MODES[sampler.mode], sampler.model, sampler.config
+        new, lengths = pad_prompts(
+            [tokens[self.cached :]], self._tokenizer.pad_id, multiple=self._multiple
+        )
+        cache = self._cache
+        if cache is None:
+            cache = passes.empty_cache(model, self._params, 1, self._capacity)
+        rng = jax.random.fold_in(self._rng, self._turns)
+        state = mode.resume(
+            model, config, self._params, cache, new, lengths, rng[None], Controls()
+        )
+        prompt_cache = state.cache
+        while True:
+            response = np.asarray(state.tokens)[0, : int(state.lengths[0])].tolist()
+            if response:
+                yield self._reply(response, int(state.denoising_steps[0]))
+            if not state.running:
+                break
+            state = mode.advance(model, config, self._params, state)
+        thoughts, _ = self._tokenizer.split_thoughts(response)
+        # Later turns do not see thoughts: they go on from the cache before the response.
+        self._cache = prompt_cache if thoughts else state.cache
+        self.cached = int(self._cache.lengths[0])
+        self.tokens = tokens + self._tokenizer.end_turn(response)
+        self._turns += 1
+
+    def _check_room(self, tokens: list[int]) -> None:
+        new = self.sampler.config.max_new_tokens
+        check_fits(np.array([len(tokens)]), new, self.sampler.model.config)
+        if len(tokens) + new > self._capacity:
+            raise ValueError(
+                f'The conversation has {len(tokens)} tokens; with max_new_tokens={new} that is more '
+                f'than its capacity of {self._capacity}. reset() it, or make the ChatSampler with '
+                'a larger capacity.'
+            )
+
+    def _reply(self, response: list[int], denoising_steps: int) -> Reply:
+        thoughts, answer = self._tokenizer.split_thoughts(response)
+        return Reply(
+            text=self._tokenizer.decode(answer),
+            thoughts=self._tokenizer.decode(thoughts).removeprefix('thought\n'),
+            tokens=response,
+            denoising_steps=denoising_steps,
+            finished=response[-1] in self._tokenizer.stop_ids,
+        )
