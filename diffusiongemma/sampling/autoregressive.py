@@ -32,7 +32,7 @@ def start(
     """
     # The last token is never encoded.
     capacity = tokens.shape[1] + config.max_new_tokens - 1
-    hidden, cache = passes.prefill(model, params, tokens, lengths, capacity)
+    hidden, cache = passes.prefill(model, params, tokens, lengths, capacity, config.prefill_chunk)
     state = GenerationState.create(config, cache, row_keys(rng, tokens.shape[0]), tokens)
     return _emit_next(model, config, params, state, hidden)
 

@@ -44,7 +44,7 @@ def start(
     max_canvases = -(-config.max_new_tokens // canvas_length)
     # The last canvas is never committed.
     capacity = tokens.shape[1] + (max_canvases - 1) * canvas_length
-    _, cache = passes.prefill(model, params, tokens, lengths, capacity)
+    _, cache = passes.prefill(model, params, tokens, lengths, capacity, config.prefill_chunk)
     return GenerationState.create(config, cache, row_keys(rng, tokens.shape[0]), tokens)
 
 

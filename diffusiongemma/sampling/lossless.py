@@ -70,9 +70,8 @@ def start(
       rng: one key, or one per row [B].
     """
     batch_size = tokens.shape[0]
-    hidden, cache = passes.prefill(
-        model, params, tokens, lengths, tokens.shape[1] + config.max_new_tokens
-    )
+    capacity = tokens.shape[1] + config.max_new_tokens
+    hidden, cache = passes.prefill(model, params, tokens, lengths, capacity, config.prefill_chunk)
     first_keys, keys = split_rows(row_keys(rng, batch_size))
     logits = model.apply({'params': params}, hidden, method='unembed')  # [B, V]
     return LosslessState(

@@ -12,7 +12,11 @@ class CausalModel(Protocol):
     """A flax module that can be sampled autoregressively.
 
     `config` holds at least `vocab_size`. Keys and values may be any pytree of arrays
-    [..., T, K, H] with the batch in front of T; the sampler only stores and returns them.
+    [..., B, K, T, H]; the sampler only stores and returns them. A model may also have
+    `empty_kv(batch_size, capacity)`: zeros like the keys and values of `capacity` tokens, but with
+    fewer slots in place of T where a layer sees only the last tokens. Such an array is a ring
+    (`KVCache`), and `prefix.key_tokens(slots)` says which tokens it holds. Without that method the
+    cache has a slot for every token.
     """
 
     config: Any
@@ -58,7 +62,12 @@ class DenoisingModel(CausalModel, Protocol):
 
 
 def prefill(
-    model: CausalModel, params: Any, tokens: jax.Array, lengths: jax.Array, capacity: int
+    model: CausalModel,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    capacity: int,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Encodes the prompts.
 
@@ -67,23 +76,60 @@ def prefill(
       params: its parameters.
       tokens: [B, P] int32, right-padded.
       lengths: [B] int32, tokens of each prompt.
-      capacity: S >= P, slots of the cache.
+      capacity: S >= P, tokens that a row of the cache has room for.
+      chunk: prompts are encoded so many tokens at a time, which bounds the memory of masks and
+        activations; None for all at once.
 
     Returns:
       The hidden state of each prompt's last token [B, D] and a cache that holds the prompts.
     """
-    width = tokens.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
-    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden, kv = model.apply({'params': params}, tokens, positions, segment_ids, method='encode')
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    batch_size, width = tokens.shape
+    chunk = min(chunk or width, width)
+    padded = jnp.pad(tokens, ((0, 0), (0, -width % chunk)))
+    chunks = padded.reshape(batch_size, -1, chunk).swapaxes(0, 1)  # [chunks, B, T]
 
-    def grow(block: jax.Array) -> jax.Array:
-        padding = [(0, 0)] * block.ndim
-        padding[-3] = (0, capacity - width)
-        return jnp.pad(block, padding)
+    def append(cache: KVCache, tokens: jax.Array, prefix: Prefix | None):
+        counts = jnp.clip(lengths - cache.lengths, 0, chunk)
+        hidden, kv = _encode(model, params, tokens, counts, cache.lengths, prefix)
+        last = jnp.maximum(counts - 1, 0)[:, None, None]
+        last = jnp.take_along_axis(hidden, last, axis=1)[:, 0]  # [B, D]
+        return cache.append(kv, counts), last, counts > 0
 
-    return last, KVCache(kv=jax.tree.map(grow, kv), lengths=lengths)
+    def next_chunk(carry: tuple[KVCache, jax.Array], tokens: jax.Array):
+        cache, last = carry
+        cache, latest, some = append(cache, tokens, cache.as_prefix())
+        return (cache, jnp.where(some[:, None], latest, last)), None
+
+    cache, last, _ = append(empty_cache(model, params, batch_size, capacity), chunks[0], None)
+    if len(chunks) > 1:
+        (cache, last), _ = jax.lax.scan(next_chunk, (cache, last), chunks[1:])
+    return last, cache
+
+
+def empty_cache(model: CausalModel, params: Any, batch_size: int, capacity: int) -> KVCache:
+    """A cache for `capacity` tokens a row, with rings where the model has some."""
+    lengths = jnp.zeros((batch_size,), jnp.int32)
+    if hasattr(model, 'empty_kv'):
+        return KVCache(model.empty_kv(batch_size, capacity), lengths)
+    tokens = jnp.zeros((batch_size, capacity), jnp.int32)
+    _, kv = jax.eval_shape(lambda p: _encode(model, p, tokens, lengths, lengths, None), params)
+    return KVCache(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), kv), lengths)
+
+
+def _encode(
+    model: CausalModel,
+    params: Any,
+    tokens: jax.Array,
+    counts: jax.Array,
+    starts: jax.Array,
+    prefix: Prefix | None,
+) -> tuple[jax.Array, Any]:
+    """The causal pass over the first `counts` [B] of tokens [B, T], which begin at `starts` [B]."""
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions = starts[:, None] + index
+    segment_ids = (index < counts[:, None]).astype(jnp.int32)
+    args = (tokens, positions, segment_ids, prefix)
+    return model.apply({'params': params}, *args, method='encode')
 
 
 def extend(
@@ -115,11 +161,8 @@ def encode_block(
     Returns:
       Hidden states [B, T, D], keys and values of the block.
     """
-    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    segment_ids = jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
-    return model.apply(
-        {'params': params}, tokens, positions, segment_ids, cache.as_prefix(), method='encode'
-    )
+    counts = jnp.where(active, tokens.shape[1], 0)
+    return _encode(model, params, tokens, counts, cache.lengths, cache.as_prefix())
 
 
 def denoise(

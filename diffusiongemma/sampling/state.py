@@ -34,6 +34,8 @@ class SamplingConfig:
         a chat model ends its turn with another one, see `for_tokenizer`. () never stops.
       pad_id: fills the output behind a response's end.
       vocab_size: noise is uniform over token ids below it; None for the model's vocabulary.
+      prefill_chunk: prompts are encoded so many tokens at a time, for long ones whose attention
+        would not fit in memory; None for all at once.
       acceptance: a rule that replaces the entropy bound.
       stopping: a rule that replaces stability and confidence.
     """
@@ -50,6 +52,7 @@ class SamplingConfig:
     stop_ids: tuple[int, ...] = (1,)
     pad_id: int = 0
     vocab_size: int | None = None
+    prefill_chunk: int | None = None
     acceptance: AcceptanceRule | None = None
     stopping: StoppingRule | None = None
 
@@ -80,6 +83,11 @@ class SamplingConfig:
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(
                 f"vocab_size must be >= 1, got {self.vocab_size}; use None for the model's own."
+            )
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise ValueError(
+                f'prefill_chunk must be >= 1, got {self.prefill_chunk}; '
+                'use None to encode prompts in one pass.'
             )
         # These check the numbers that they are made of.
         _ = self.schedule, self.acceptance_rule, self.stopping_rule
