@@ -93,7 +93,7 @@ def prefill(
         hidden, kv = _encode(model, params, tokens, counts, cache.lengths, prefix)
         last = jnp.maximum(counts - 1, 0)[:, None, None]
         last = jnp.take_along_axis(hidden, last, axis=1)[:, 0]  # [B, D]
-        return cache.append(kv, counts), last, counts > 0
+        return _append(cache, hidden, kv, counts), last, counts > 0
 
     def next_chunk(carry: tuple[KVCache, jax.Array], tokens: jax.Array):
         cache, last = carry
@@ -132,6 +132,16 @@ def _encode(
     return model.apply({'params': params}, *args, method='encode')
 
 
+def _append(cache: KVCache, hidden: jax.Array, kv: Any, counts: jax.Array) -> KVCache:
+    """Appends the first `counts` [B] tokens of a block to the rows whose hidden states are finite.
+
+    That the write depends on the last hidden states puts it behind everything that the pass
+    reads. Otherwise XLA can't tell, and copies the whole cache twice in each step of a loop.
+    """
+    finite = jnp.isfinite(hidden[:, -1, 0])
+    return cache.append(kv, jnp.where(finite, counts, 0))
+
+
 def extend(
     model: CausalModel, params: Any, cache: KVCache, tokens: jax.Array, active: jax.Array
 ) -> tuple[jax.Array, KVCache]:
@@ -143,7 +153,7 @@ def extend(
       Hidden states [B, T, D] and the longer cache; that of inactive rows stays as it is.
     """
     hidden, kv = encode_block(model, params, cache, tokens, active)
-    return hidden, cache.append(kv, jnp.where(active, tokens.shape[1], 0))
+    return hidden, _append(cache, hidden, kv, jnp.where(active, tokens.shape[1], 0))
 
 
 def encode_block(
