@@ -24,8 +24,15 @@ from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec
-from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, pad_prompts
-from diffusiongemma.sampling import autoregressive, diffusion, passes
+from diffusiongemma.sampling import (
+    Controls,
+    Sampler,
+    SamplingConfig,
+    autoregressive,
+    diffusion,
+    pad_prompts,
+    passes,
+)
 from diffusiongemma.sampling.sampler import prefilled
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'builtin', 'A diffusion student.')

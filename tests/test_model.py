@@ -64,17 +64,6 @@ def test_encoding_in_blocks_through_the_cache_equals_one_causal_pass(model_and_p
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
 
 
-def test_rolling_the_cache_back_forgets_what_was_behind(model_and_params):
-    model, params = model_and_params
-    tokens, other = tokens_of(model, 2, 1, 9), tokens_of(model, 3, 1, 4)
-    _, kv = encode(model, params, tokens)
-    cache = KVCache.create(model.config, 1, 12).append(kv, jnp.array([9]))
-    rolled = cache.replace(lengths=jnp.array([5]))
-    continued, _ = encode(model, params, other, 5, rolled.as_prefix())
-    whole, _ = encode(model, params, jnp.concatenate([tokens[:, :5], other], axis=1))
-    np.testing.assert_allclose(continued, whole[:, 5:], atol=1e-5)
-
-
 def test_a_packed_document_has_the_hidden_states_and_canvas_logits_of_running_alone(
     model_and_params,
 ):

@@ -60,7 +60,8 @@ def test_a_canvas_behind_the_cache_has_the_logits_of_the_packed_row(batch):
         _, prefix = causal_pass(model, params, batch)
         packed = canvases.denoise(model, params, batch, prefix, noisy, soft)[:1, 1]
         before = jnp.asarray(batch['tokens'][:1, offset - start : offset])
-        _, cache = passes.prefill(model, params, before, jnp.array([start]), before.shape[1])
+        cache = passes.empty_cache(model, params, 1, before.shape[1])
+        _, cache = passes.prefill(model, params, cache, before, jnp.array([start]))
         cached = passes.denoise(model, params, cache, noisy[:1, 1], soft[:1, 1], before[:, -1])
         return packed, cached
 

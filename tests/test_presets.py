@@ -1,5 +1,6 @@
 """The presets have the published sizes, and all can be teachers and students."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from diffusiongemma.models import (
     DiffusionGemma,
     Gemma,
     ModelConfig,
+    cache_bytes,
     init_params,
     parameter_counts,
 )
@@ -84,6 +86,20 @@ def test_the_table_of_models_says_what_the_presets_have(name):
         f'{counts.bfloat16_bytes / 1e9:.1f} GB | {config.max_positions // 1024}K |'
     )
     assert row in DOCS.read_text(encoding='utf-8').splitlines()
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_the_table_of_caches_says_what_the_cache_of_a_preset_takes(name):
+    config = PRESETS[name]
+    everywhere = config.replace(sliding=dataclasses.replace(config.sliding, window=None))
+
+    def gigabytes(config, thousands):
+        if thousands * 1024 > config.max_positions:
+            return '-'
+        return f'{cache_bytes(config, thousands * 1024) / 1e9:.2f}'
+
+    cells = [gigabytes(c, context) for c in (config, everywhere) for context in (8, 32, 128, 256)]
+    assert f'| `{name}` | {" | ".join(cells)} |' in DOCS.read_text(encoding='utf-8').splitlines()
 
 
 @pytest.mark.parametrize('name', PRESETS)

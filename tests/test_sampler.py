@@ -197,7 +197,7 @@ def test_committing_leaves_the_cache_of_finished_rows_alone():
     cache, block = state.cache, jnp.full((3, C), 6)
     _, longer = extend(model, params, cache, block, jnp.array([True, False, True]))
     assert longer.lengths.tolist() == [5 + C, 1, 3 + C]
-    values, before = longer.kv['values'][..., 0, 0], cache.kv['values'][..., 0, 0]
+    values, before = longer.kv['values'][:, 0, :, 0], cache.kv['values'][:, 0, :, 0]
     for row, length in enumerate(cache.lengths):
         np.testing.assert_array_equal(values[row, :length], before[row, :length])
     assert values[2, 3 : 3 + C].tolist() == [7 * (position + 2) for position in range(3, 3 + C)]

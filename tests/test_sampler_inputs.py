@@ -68,6 +68,7 @@ def test_a_prompt_that_leaves_no_room_for_the_response_is_refused():
         ({'stability_threshold': -1}, 'stability_threshold must be >= 0 steps, got -1'),
         ({'stop_ids': (1, -2)}, r'token ids >= 0, got 22 and \(1, -2\)'),
         ({'vocab_size': 0}, 'vocab_size must be >= 1, got 0'),
+        ({'prefill_chunk': 0}, 'prefill_chunk must be >= 1, got 0'),
     ],
 )
 def test_an_unfit_config_is_refused_with_its_value(fields, message):

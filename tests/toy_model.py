@@ -40,10 +40,10 @@ class ToyModel(nn.Module):
             visible = (prefix.segment_ids[:, None, :] > 0) & (
                 prefix.positions[:, None, :] < positions[:, :, None]
             )
-            total += jnp.sum(visible * prefix.kv['values'][:, None, :, 0, 0], axis=-1)
+            total += jnp.sum(visible * prefix.kv['values'][:, :, :, 0], axis=-1)
         target = (total.astype(jnp.int32) + 7 * tokens) % self.config.vocab_size
         hidden = 3.0 * jax.nn.one_hot(target, self.config.vocab_size)
-        return hidden, {'values': values[..., None, None]}
+        return hidden, {'values': values[:, None, :, None]}  # [B, K=1, T, H=1]
 
     def unembed(self, hidden):
         return hidden @ self.embedding
@@ -53,7 +53,7 @@ class ToyModel(nn.Module):
         visible = (segment_ids[..., None] == prefix.segment_ids[:, None]) & (
             prefix.positions[:, None] < starts[..., None]
         )
-        total = jnp.sum(visible * prefix.kv['values'][:, None, :, 0, 0], axis=-1)  # [B, N]
+        total = jnp.sum(visible * prefix.kv['values'][:, :, :, 0], axis=-1)  # [B, N]
         positions = starts[..., None] + jnp.arange(length)
         target = (total[..., None].astype(jnp.int32) + 5 * positions) % size
         decoy = (2 * canvas + jnp.sum(canvas, axis=-1, keepdims=True)) % size

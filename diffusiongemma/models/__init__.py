@@ -1,6 +1,6 @@
 """Backbone, teacher and denoiser."""
 
-from diffusiongemma.models.cache import KVCache, Prefix
+from diffusiongemma.models.cache import KVCache, Prefix, cache_bytes
 from diffusiongemma.models.config import AttentionConfig, ModelConfig, MoEConfig, PerLayerConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.parameter_counts import ParameterCounts, parameter_counts
@@ -18,6 +18,7 @@ __all__ = [
     'ParameterCounts',
     'PerLayerConfig',
     'Prefix',
+    'cache_bytes',
     'init_params',
     'parameter_count',
     'parameter_counts',

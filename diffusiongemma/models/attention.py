@@ -54,7 +54,7 @@ class Attention(nn.Module):
     def keys_and_values(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, M, T, K, H] of M blocks of T tokens x [B, M, T, D].
+        """Keys and values [B, K, M, T, H] of M blocks of T tokens x [B, M, T, D].
 
         Not for a layer that shares an earlier one's.
         """
@@ -65,7 +65,9 @@ class Attention(nn.Module):
             value = jnp.einsum('bmtd,dkh->bmtkh', x, self.value.astype(self.dtype))
         if self.config.value_norm:
             value = rms_normalize(value, self.config.norm_eps).astype(self.dtype)
-        return apply_rope(self.key_norm(key), *rope), value
+        key = apply_rope(self.key_norm(key), *rope)
+        # Heads in front of tokens once and for all: what is cached is never transposed again.
+        return key.transpose(0, 3, 1, 2, 4), value.transpose(0, 3, 1, 2, 4)
 
     def __call__(
         self,
@@ -81,8 +83,8 @@ class Attention(nn.Module):
           x: [B, M, T, D].
           rope: cosine and sine tables [B, M, T, H/2] at the tokens' positions.
           mask: who sees whom.
-          prefix_kv: keys and values of the prefix, [B, S, K, H] each.
-          block_kv: keys and values of the blocks, [B, M, T, K, H] each.
+          prefix_kv: keys and values of the prefix, [B, K, S, H] each.
+          block_kv: keys and values of the blocks, [B, K, M, T, H] each.
 
         Returns:
           [B, M, T, D].
@@ -103,23 +105,21 @@ def attend(
 
     Args:
       query: [B, M, T, N, H].
-      block_kv: [B, M, T, K, H] each.
-      prefix_kv: [B, S, K, H] each; S may be 0.
+      block_kv: [B, K, M, T, H] each.
+      prefix_kv: [B, K, S, H] each; S may be 0.
       mask: who sees whom.
 
     Returns:
       [B, M, T, N, H] in the query's dtype.
     """
     b, m, t, n, h = query.shape
-    k = block_kv[0].shape[-2]
+    block_key, block_value = block_kv
+    prefix_key, prefix_value = (a.astype(query.dtype) for a in prefix_kv)
+    k, prefix_length = prefix_key.shape[1:3]
     # Heads in front of tokens: each product below is one batched matrix product, and so are
     # its gradients, with no transposes in between.
     query = query.reshape(b, m, t, k, n // k, h).transpose(0, 3, 1, 4, 2, 5)
     query = query.reshape(b, k, m, n // k * t, h)
-    block_key, block_value = (a.transpose(0, 3, 1, 2, 4) for a in block_kv)  # [B, K, M, T, H]
-    prefix_key, prefix_value = (
-        a.astype(query.dtype).transpose(0, 2, 1, 3) for a in prefix_kv
-    )  # [B, K, S, H]
 
     def visible_scores(scores: jax.Array, visible: jax.Array) -> jax.Array:
         scores = scores.reshape(b, k, m, n // k, t, -1)
@@ -128,7 +128,6 @@ def attend(
     float32 = {'preferred_element_type': jnp.float32}
     scores = jnp.einsum('bkmrh,bkmsh->bkmrs', query, block_key, **float32)
     scores = visible_scores(scores, mask.block)
-    prefix_length = prefix_key.shape[2]
     if prefix_length:
         prefix_scores = jnp.einsum('bkmrh,bksh->bkmrs', query, prefix_key, **float32)
         scores = jnp.concatenate([visible_scores(prefix_scores, mask.prefix), scores], axis=-1)

@@ -1,9 +1,10 @@
 """Keys and values: of a block of tokens, of a prefix to attend to, and the K/V cache.
 
 `KV` is a pair (groups, tail). `groups` has one (key, value) pair for each position of the
-layer pattern, stacked over its G repetitions: [G, B, S, K, H]. `tail` has one pair for each
-leftover layer: [B, S, K, H]. Keys are stored after their norm and rotary embedding. Layers that
-share the keys and values of an earlier one have none here.
+layer pattern, stacked over its G repetitions: [G, B, K, S, H]. `tail` has one pair for each
+leftover layer: [B, K, S, H]. Heads stand in front of tokens, as the products of attention want
+them. Keys are stored after their norm and rotary embedding. Layers that share the keys and values
+of an earlier one have none here.
 """
 
 from typing import Any
@@ -13,16 +14,32 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.masks import KeyTokens, canvas_prefix_window
 
 KV = tuple[tuple[tuple[jax.Array, jax.Array], ...], tuple[tuple[jax.Array, jax.Array], ...]]
 
 
-def zeros_kv(config: ModelConfig, batch_size: int, length: int, dtype: Any) -> KV:
-    """Zero keys and values for `length` tokens of each row."""
+def cache_slots(config: ModelConfig, capacity: int) -> dict[str, int]:
+    """Slots per row of a cache for `capacity` tokens, by layer type.
+
+    A layer with a window W keeps what a later pass may still see of it. A causal query sees the
+    W - 1 keys before its own. A canvas sees `canvas_prefix_window(W)` tokens, with `predict_next`
+    those before the last cached one, which then stands in the canvas itself.
+    """
+    slots = {}
+    for kind in sorted(set(config.kv_layers.types)):
+        window = config.attention(kind).window
+        needed = capacity if window is None else max(window - 1, canvas_prefix_window(window) + 1)
+        slots[kind] = min(capacity, needed)
+    return slots
+
+
+def zeros_kv(config: ModelConfig, batch_size: int, slots: dict[str, int], dtype: Any) -> KV:
+    """Zero keys and values of each row, `slots` of them in a layer of each type."""
 
     def pair(kind: str, *lead: int) -> tuple[jax.Array, jax.Array]:
         attention = config.attention(kind)
-        shape = (*lead, batch_size, length, attention.num_kv_heads, attention.head_dim)
+        shape = (*lead, batch_size, attention.num_kv_heads, slots[kind], attention.head_dim)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     stack = config.kv_layers
@@ -31,7 +48,7 @@ def zeros_kv(config: ModelConfig, batch_size: int, length: int, dtype: Any) -> K
 
 
 def last_kv(config: ModelConfig, kv: KV, kind: str) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of the last layer of a type that has its own, [B, ..., K, H] each."""
+    """Keys and values of the last layer of a type that has its own, [B, K, ..., H] each."""
     (groups, tail), stack = kv, config.kv_layers
     for pair, tail_kind in zip(reversed(tail), reversed(stack.tail), strict=True):
         if tail_kind == kind:
@@ -41,34 +58,63 @@ def last_kv(config: ModelConfig, kv: KV, kind: str) -> tuple[jax.Array, jax.Arra
     return key[-1], value[-1]
 
 
+def ring_tokens(lengths: jax.Array, slots: int) -> KeyTokens:
+    """What a ring of R slots holds of rows of `lengths` [B] tokens: the last R, p in slot p mod R.
+
+    A ring that no row has filled is a plain cache, where the slot of a token is its position.
+    """
+    last = lengths[:, None] - 1
+    positions = last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots  # [B, R]
+    return KeyTokens(positions, (positions >= 0).astype(jnp.int32))
+
+
 @flax.struct.dataclass
 class Prefix:
     """What a pass may attend to besides its own tokens; read only.
 
     Attributes:
-      kv: keys and values of S tokens.
+      kv: keys and values of S tokens; of a cache also leaves of fewer slots, which are rings.
       positions: [B, S] int32, position of each token in its document.
       segment_ids: [B, S] int32, document of each token; 0 marks an empty slot.
+      lengths: [B] int32, tokens of each row of a cache; None for packed rows.
     """
 
     kv: KV
     positions: jax.Array
     segment_ids: jax.Array
+    lengths: jax.Array | None = None
 
     @classmethod
     def empty(cls, config: ModelConfig, batch_size: int, dtype: Any) -> 'Prefix':
         """A prefix of no tokens (S = 0)."""
         nothing = jnp.zeros((batch_size, 0), jnp.int32)
-        return cls(zeros_kv(config, batch_size, 0, dtype), nothing, nothing)
+        return cls(zeros_kv(config, batch_size, cache_slots(config, 0), dtype), nothing, nothing)
+
+    def key_tokens(self, slots: int) -> KeyTokens:
+        """The tokens behind the keys of a leaf of that many slots."""
+        if slots == self.positions.shape[1]:
+            return KeyTokens(self.positions, self.segment_ids)
+        return ring_tokens(self.lengths, slots)
+
+    def tokens_by_kind(self, config: ModelConfig) -> dict[str, KeyTokens]:
+        """The tokens behind the keys of the layers of each type."""
+        (groups, tail), stack = self.kv, config.kv_layers
+        pairs = zip((*stack.pattern, *stack.tail), (*groups, *tail), strict=True)
+        return {kind: self.key_tokens(key.shape[-2]) for kind, (key, _) in pairs}
 
 
 @flax.struct.dataclass
 class KVCache:
-    """K/V cache with one document a row; the slot of a token is its position.
+    """K/V cache with one document a row. Rows only grow.
+
+    A leaf of R slots holds the last R tokens of a row: the token at position p is in slot p mod R
+    (`ring_tokens`). R is the capacity where a layer sees everything, and less where it has a window
+    (`cache_slots`). What is appended overwrites what falls out of the ring, so that a row can't
+    be shortened again: a draft is encoded first, and only what holds of it is appended.
 
     Attributes:
-      kv: keys and values of S slots (S = capacity).
-      lengths: [B] int32, filled slots of each row. Rolling a row back means to lower it.
+      kv: keys and values, [..., B, K, R, H].
+      lengths: [B] int32, tokens of each row.
     """
 
     kv: KV
@@ -79,38 +125,39 @@ class KVCache:
         cls, config: ModelConfig, batch_size: int, capacity: int, dtype: Any = jnp.float32
     ) -> 'KVCache':
         """An empty cache for `capacity` tokens a row."""
-        lengths = jnp.zeros((batch_size,), jnp.int32)
-        return cls(zeros_kv(config, batch_size, capacity, dtype), lengths)
-
-    @property
-    def capacity(self) -> int:
-        return jax.tree.leaves(self.kv)[0].shape[-3]
+        kv = zeros_kv(config, batch_size, cache_slots(config, capacity), dtype)
+        return cls(kv, jnp.zeros((batch_size,), jnp.int32))
 
     def append(self, block_kv: KV, counts: jax.Array) -> 'KVCache':
-        """Writes T tokens behind each row's last one and keeps the first `counts` of them.
+        """Appends the first `counts` of T tokens to each row.
 
         Args:
-          block_kv: keys and values of T tokens per row, as `encode` returns them.
-          counts: [B] int32, how many of the T tokens are real; the others are written but
-            stay outside `lengths`, so that a later append overwrites them. Slots beyond the
-            capacity are dropped: callers size the cache for what they keep.
+          block_kv: keys and values [..., B, K, T, H] of T tokens per row, as `encode` returns them.
+          counts: [B] int32, how many of the T tokens are appended; 0 leaves a row as it is.
         """
-        length = jax.tree.leaves(block_kv)[0].shape[-3]
-        rows = jnp.arange(self.lengths.shape[0])[:, None]  # [B, 1]
-        slots = self.lengths[:, None] + jnp.arange(length)  # [B, T]
+        counts = counts.astype(jnp.int32)
 
         def write(cache: jax.Array, block: jax.Array) -> jax.Array:
-            block = block.astype(cache.dtype)
-            if cache.ndim == 5:  # stacked over pattern groups
-                return cache.at[:, rows, slots].set(block, mode='drop')
-            return cache.at[rows, slots].set(block, mode='drop')
+            slots, length = cache.shape[-2], block.shape[-2]
+            index = jnp.arange(length)
+            last = counts[:, None]
+            written = (index < last) & (index >= last - slots)  # [B, T]; the rest is dropped
+            where = jnp.where(written, (self.lengths[:, None] + index) % slots, slots)
+            rows = jnp.arange(cache.shape[-4])[:, None]
+            stacked = cache.reshape(-1, *cache.shape[-4:])  # [G, B, K, R, H]
+            block = block.astype(cache.dtype).reshape(-1, *block.shape[-4:])
+            block = block.transpose(1, 3, 0, 2, 4)  # [B, T, G, K, H]
+            return stacked.at[:, rows, :, where].set(block, mode='drop').reshape(cache.shape)
 
-        kv = jax.tree.map(write, self.kv, block_kv)
-        return KVCache(kv, self.lengths + counts.astype(jnp.int32))
+        return KVCache(jax.tree.map(write, self.kv, block_kv), self.lengths + counts)
 
     def as_prefix(self) -> Prefix:
-        """The filled slots as a prefix of segment 1."""
-        batch_size = self.lengths.shape[0]
-        slots = jnp.arange(self.capacity, dtype=jnp.int32)
-        slots = jnp.broadcast_to(slots, (batch_size, self.capacity))
-        return Prefix(self.kv, slots, (slots < self.lengths[:, None]).astype(jnp.int32))
+        """What the rows hold, as a prefix of segment 1."""
+        slots = max(leaf.shape[-2] for leaf in jax.tree.leaves(self.kv))
+        return Prefix(self.kv, *ring_tokens(self.lengths, slots), self.lengths)
+
+
+def cache_bytes(config: ModelConfig, context: int, dtype: Any = jnp.bfloat16) -> int:
+    """Bytes of a K/V cache for one sequence of `context` tokens."""
+    cache = jax.eval_shape(lambda: KVCache.create(config, 1, context, dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.kv))

@@ -84,10 +84,8 @@ class DiffusionGemma(Gemma):
                 soft_embeddings = _behind(nothing, soft_embeddings, axis=-2)
         length = canvas.shape[-1]
         masks = {
-            kind: canvas_mask(
-                starts, segment_ids, length, prefix, self.config.attention(kind).window
-            )
-            for kind in sorted(set(self.config.layer_types))
+            kind: canvas_mask(starts, segment_ids, length, keys, self.config.attention(kind).window)
+            for kind, keys in prefix.tokens_by_kind(self.config).items()
         }
         positions = starts[..., None] + jnp.arange(length)  # [B, M, C]
         context = PassContext(rope_by_kind(self.config, positions), masks)

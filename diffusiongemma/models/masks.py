@@ -5,11 +5,23 @@ the denoise pass: M canvases of C tokens). Its keys are a shared prefix of S tok
 the block itself. True means visible.
 """
 
+from typing import NamedTuple
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.models.cache import Prefix
+
+class KeyTokens(NamedTuple):
+    """The tokens that the S keys of a prefix belong to.
+
+    Attributes:
+      positions: [B, S] int32, position of each token in its document.
+      segment_ids: [B, S] int32, document of each token; 0 where there is no token.
+    """
+
+    positions: jax.Array
+    segment_ids: jax.Array
 
 
 @flax.struct.dataclass
@@ -35,7 +47,7 @@ def canvas_prefix_window(window: int) -> int:
 
 
 def causal_mask(
-    positions: jax.Array, segment_ids: jax.Array, prefix: Prefix, window: int | None
+    positions: jax.Array, segment_ids: jax.Array, prefix: KeyTokens, window: int | None
 ) -> AttentionMask:
     """A token sees itself and what came before it in its own document.
 
@@ -64,7 +76,7 @@ def canvas_mask(
     starts: jax.Array,
     segment_ids: jax.Array,
     canvas_length: int,
-    prefix: Prefix,
+    prefix: KeyTokens,
     window: int | None,
 ) -> AttentionMask:
     """A canvas token sees its whole canvas and the prefix before the canvas.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.attention import Attention
-from diffusiongemma.models.cache import KV, Prefix, last_kv
+from diffusiongemma.models.cache import KV, Prefix, cache_slots, last_kv, zeros_kv
 from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.layers import Embedder, GatedMLP, RMSNorm, logical_param, rope_tables
 from diffusiongemma.models.masks import AttentionMask, causal_mask
@@ -34,7 +34,7 @@ class PassContext:
       rope: rotary tables.
       mask: who sees whom.
       shared_kv: for layers without keys and values of their own: those of the prefix
-        [B, S, K, H] and of the blocks [B, M, T, K, H] that they attend to.
+        [B, K, S, H] and of the blocks [B, K, M, T, H] that they attend to.
     """
 
     rope: dict[str, tuple[jax.Array, jax.Array]]
@@ -47,7 +47,7 @@ class LayerInput:
     """What one layer gets besides the residual stream.
 
     Attributes:
-      prefix_kv: keys and values [B, S, K, H] of the prefix, None where the layer shares some.
+      prefix_kv: keys and values [B, K, S, H] of the prefix, None where the layer shares some.
       per_layer: per-layer embeddings [B, M, T, P], None in a model without them.
     """
 
@@ -178,7 +178,7 @@ class Backbone(nn.Module):
         which: Pass,
         per_layer: jax.Array | None = None,
     ) -> tuple[jax.Array, KV]:
-        """x [B, M, T, D] -> normed hidden [B, M, T, D], keys and values [.., B, M, T, K, H].
+        """x [B, M, T, D] -> normed hidden [B, M, T, D], keys and values [.., B, K, M, T, H].
 
         `per_layer` [B, M, T, layers, P] are the per-layer embeddings, where the model has them.
         """
@@ -279,25 +279,29 @@ class Gemma(nn.Module):
           prefix: earlier tokens of the same documents, or None.
 
         Returns:
-          Final hidden states [B, T, D] and the keys and values of the T tokens.
+          Final hidden states [B, T, D] and the keys and values [.., B, K, T, H] of the T tokens.
         """
         if prefix is None:
             prefix = Prefix.empty(self.config, tokens.shape[0], self.dtype)
         masks = {
-            kind: causal_mask(positions, segment_ids, prefix, self.config.attention(kind).window)
-            for kind in sorted(set(self.config.layer_types))
+            kind: causal_mask(positions, segment_ids, keys, self.config.attention(kind).window)
+            for kind, keys in prefix.tokens_by_kind(self.config).items()
         }
         context = PassContext(rope_by_kind(self.config, positions[:, None]), masks)
         x = self.embedder.encode(tokens)[:, None]  # [B, 1, T, D]
         per_layer = self.per_layer_inputs(tokens[:, None], x)
         hidden, block_kv = self.backbone(x, prefix.kv, context, 'encode', per_layer)
-        return hidden[:, 0], jax.tree.map(lambda a: a.squeeze(-4), block_kv)
+        return hidden[:, 0], jax.tree.map(lambda a: a.squeeze(-3), block_kv)
 
     def per_layer_inputs(self, tokens: jax.Array, embeddings: jax.Array) -> jax.Array | None:
         """Tokens [...] and their embeddings [..., D] -> [..., layers, P], or None without PLE."""
         if self.config.per_layer is None:
             return None
         return self.per_layer_embedder(tokens, embeddings)
+
+    def empty_kv(self, batch_size: int, capacity: int) -> KV:
+        """Keys and values of an empty `KVCache`: windows shorter than its capacity are rings."""
+        return zeros_kv(self.config, batch_size, cache_slots(self.config, capacity), self.dtype)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 soft-capped logits [..., V]."""

@@ -120,14 +120,13 @@ class ChatSampler:
         if cache is None:
             cache = passes.empty_cache(model, self._params, 1, self._capacity)
         rng = jax.random.fold_in(self._rng, self._turns)
-        state = mode.resume(
-            model, config, self._params, cache, new, lengths, rng[None], Controls()
-        )
+        state = mode.resume(model, config, self._params, cache, new, lengths, rng[None], Controls())
         prompt_cache = state.cache
         while True:
-            response = np.asarray(state.tokens)[0, : int(state.lengths[0])].tolist()
+            output = state.output()
+            response = np.asarray(output.tokens)[0, : int(output.lengths[0])].tolist()
             if response:
-                yield self._reply(response, int(state.denoising_steps[0]))
+                yield self._reply(response, int(output.denoising_steps[0]))
             if not state.running:
                 break
             state = mode.advance(model, config, self._params, state)
@@ -143,9 +142,9 @@ class ChatSampler:
         check_fits(np.array([len(tokens)]), new, self.sampler.model.config)
         if len(tokens) + new > self._capacity:
             raise ValueError(
-                f'The conversation has {len(tokens)} tokens; with max_new_tokens={new} that is more '
-                f'than its capacity of {self._capacity}. reset() it, or make the ChatSampler with '
-                'a larger capacity.'
+                f'The conversation has {len(tokens)} tokens; with max_new_tokens={new} that is '
+                f'more than its capacity of {self._capacity}. reset() it, or make the ChatSampler '
+                'with a larger capacity.'
             )
 
     def _reply(self, response: list[int], denoising_steps: int) -> Reply:

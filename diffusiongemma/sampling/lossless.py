@@ -17,6 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.autoregressive import first_token, next_token_logits
 from diffusiongemma.sampling.controls import OPEN
@@ -44,6 +45,10 @@ class LosslessState:
     @property
     def running(self) -> jax.Array:
         return self.generation.running
+
+    @property
+    def cache(self) -> KVCache:
+        return self.generation.cache
 
     @property
     def finished(self) -> jax.Array:

@@ -12,7 +12,11 @@ class CausalModel(Protocol):
     """A flax module that can be sampled autoregressively.
 
     `config` holds at least `vocab_size`. Keys and values may be any pytree of arrays
-    [..., T, K, H] with the batch in front of T; the sampler only stores and returns them.
+    [..., B, K, T, H]; the sampler only stores and returns them. A model may also have
+    `empty_kv(batch_size, capacity)`: zeros like the keys and values of `capacity` tokens, but with
+    fewer slots in place of T where a layer sees only the last tokens. Such an array is a ring
+    (`KVCache`), and `prefix.key_tokens(slots)` says which tokens it holds. Without that method the
+    cache has a slot for every token.
     """
 
     config: Any
@@ -58,32 +62,88 @@ class DenoisingModel(CausalModel, Protocol):
 
 
 def prefill(
-    model: CausalModel, params: Any, tokens: jax.Array, lengths: jax.Array, capacity: int
+    model: CausalModel,
+    params: Any,
+    cache: KVCache,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    chunk: int | None = None,
+    *,
+    is_empty: bool = False,
 ) -> tuple[jax.Array, KVCache]:
-    """Encodes the prompts.
+    """Encodes prompts behind what is cached.
 
     Args:
       model: the model.
       params: its parameters.
+      cache: with room for them, see `empty_cache`.
       tokens: [B, P] int32, right-padded.
-      lengths: [B] int32, tokens of each prompt.
-      capacity: S >= P, slots of the cache.
+      lengths: [B] int32, tokens of each prompt, at least 1.
+      chunk: prompts are encoded so many tokens at a time, which bounds the memory of masks and
+        activations; None for all at once.
+      is_empty: that the cache holds nothing yet, which saves looking at it.
 
     Returns:
-      The hidden state of each prompt's last token [B, D] and a cache that holds the prompts.
+      The hidden state of each prompt's last token [B, D] and the longer cache.
     """
-    width = tokens.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
-    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden, kv = model.apply({'params': params}, tokens, positions, segment_ids, method='encode')
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    batch_size, width = tokens.shape
+    chunk = min(chunk or width, width)
+    padded = jnp.pad(tokens, ((0, 0), (0, -width % chunk)))
+    chunks = padded.reshape(batch_size, -1, chunk).swapaxes(0, 1)  # [chunks, B, T]
+    ends = cache.lengths + lengths
 
-    def grow(block: jax.Array) -> jax.Array:
-        padding = [(0, 0)] * block.ndim
-        padding[-3] = (0, capacity - width)
-        return jnp.pad(block, padding)
+    def append(cache: KVCache, tokens: jax.Array, prefix: Prefix | None):
+        counts = jnp.clip(ends - cache.lengths, 0, chunk)
+        hidden, kv = _encode(model, params, tokens, counts, cache.lengths, prefix)
+        last = jnp.maximum(counts - 1, 0)[:, None, None]
+        last = jnp.take_along_axis(hidden, last, axis=1)[:, 0]  # [B, D]
+        return _append(cache, hidden, kv, counts), last, counts > 0
 
-    return last, KVCache(kv=jax.tree.map(grow, kv), lengths=lengths)
+    def next_chunk(carry: tuple[KVCache, jax.Array], tokens: jax.Array):
+        cache, last = carry
+        cache, latest, some = append(cache, tokens, cache.as_prefix())
+        return (cache, jnp.where(some[:, None], latest, last)), None
+
+    cache, last, _ = append(cache, chunks[0], None if is_empty else cache.as_prefix())
+    if len(chunks) > 1:
+        (cache, last), _ = jax.lax.scan(next_chunk, (cache, last), chunks[1:])
+    return last, cache
+
+
+def empty_cache(model: CausalModel, params: Any, batch_size: int, capacity: int) -> KVCache:
+    """A cache for `capacity` tokens a row, with rings where the model has some."""
+    lengths = jnp.zeros((batch_size,), jnp.int32)
+    if hasattr(model, 'empty_kv'):
+        return KVCache(model.empty_kv(batch_size, capacity), lengths)
+    tokens = jnp.zeros((batch_size, capacity), jnp.int32)
+    _, kv = jax.eval_shape(lambda p: _encode(model, p, tokens, lengths, lengths, None), params)
+    return KVCache(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), kv), lengths)
+
+
+def _encode(
+    model: CausalModel,
+    params: Any,
+    tokens: jax.Array,
+    counts: jax.Array,
+    starts: jax.Array,
+    prefix: Prefix | None,
+) -> tuple[jax.Array, Any]:
+    """The causal pass over the first `counts` [B] of tokens [B, T], which begin at `starts` [B]."""
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions = starts[:, None] + index
+    segment_ids = (index < counts[:, None]).astype(jnp.int32)
+    args = (tokens, positions, segment_ids, prefix)
+    return model.apply({'params': params}, *args, method='encode')
+
+
+def _append(cache: KVCache, hidden: jax.Array, kv: Any, counts: jax.Array) -> KVCache:
+    """Appends the first `counts` [B] tokens of a block to the rows whose hidden states are finite.
+
+    That the write depends on the last hidden states puts it behind everything that the pass
+    reads. Otherwise XLA can't tell, and copies the whole cache twice in each step of a loop.
+    """
+    finite = jnp.isfinite(hidden[:, -1, 0])
+    return cache.append(kv, jnp.where(finite, counts, 0))
 
 
 def extend(
@@ -97,7 +157,7 @@ def extend(
       Hidden states [B, T, D] and the longer cache; that of inactive rows stays as it is.
     """
     hidden, kv = encode_block(model, params, cache, tokens, active)
-    return hidden, cache.append(kv, jnp.where(active, tokens.shape[1], 0))
+    return hidden, _append(cache, hidden, kv, jnp.where(active, tokens.shape[1], 0))
 
 
 def encode_block(
@@ -115,11 +175,8 @@ def encode_block(
     Returns:
       Hidden states [B, T, D], keys and values of the block.
     """
-    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    segment_ids = jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
-    return model.apply(
-        {'params': params}, tokens, positions, segment_ids, cache.as_prefix(), method='encode'
-    )
+    counts = jnp.where(active, tokens.shape[1], 0)
+    return _encode(model, params, tokens, counts, cache.lengths, cache.as_prefix())
 
 
 def denoise(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import autoregressive, diffusion, lossless, passes
 from diffusiongemma.sampling.controls import Controls, is_known
 from diffusiongemma.sampling.passes import CausalModel
@@ -23,12 +24,14 @@ class Mode(NamedTuple):
     Attributes:
       generate: the whole of it, from prompts to the output.
       start: from prompts to the state before the first block.
+      resume: the same from prompts behind what a cache holds.
       advance: one more block of every unfinished row.
       until_one_finishes: blocks until another row is finished.
     """
 
     generate: Callable[..., SamplerOutput]
     start: Callable[..., GenerationState]
+    resume: Callable[..., GenerationState]
     advance: Callable[..., GenerationState]
     until_one_finishes: Callable[..., GenerationState]
 
@@ -43,12 +46,21 @@ def _compiled(first: Callable, advance: Callable) -> Mode:
         rng: jax.Array,
         controls: Controls,
     ) -> GenerationState:
-        return first(
-            model,
-            config,
-            params,
-            *prefilled(model, config, params, tokens, lengths, rng, controls),
-        )
+        state = prefilled(model, config, params, tokens, lengths, rng, controls)
+        return first(model, config, params, *state)
+
+    def resume(
+        model: CausalModel,
+        config: SamplingConfig,
+        params: Any,
+        cache: KVCache,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        rng: jax.Array,
+        controls: Controls,
+    ) -> GenerationState:
+        state = prefilled(model, config, params, tokens, lengths, rng, controls, cache)
+        return first(model, config, params, *state)
 
     def generate(
         model: CausalModel,
@@ -76,7 +88,7 @@ def _compiled(first: Callable, advance: Callable) -> Mode:
             state,
         )
 
-    functions = (generate, start, advance, until_one_finishes)
+    functions = (generate, start, resume, advance, until_one_finishes)
     return Mode(*(jax.jit(function, static_argnames=_STATIC) for function in functions))
 
 
@@ -88,14 +100,22 @@ def prefilled(
     lengths: jax.Array,
     rng: jax.Array,
     controls: Controls,
+    cache: KVCache | None = None,
 ) -> tuple[GenerationState, jax.Array]:
     """Caches the prompts; arguments as of a call of `Sampler`.
+
+    With a `cache` they stand behind what it holds, and it must have room for the responses too.
 
     Returns:
       Empty responses behind them, and the hidden states [B, D] of the prompts' last tokens.
     """
-    capacity = tokens.shape[1] + config.max_new_tokens
-    hidden, cache = passes.prefill(model, params, tokens, lengths, capacity)
+    is_empty = cache is None
+    if cache is None:
+        capacity = tokens.shape[1] + config.max_new_tokens
+        cache = passes.empty_cache(model, params, tokens.shape[0], capacity)
+    hidden, cache = passes.prefill(
+        model, params, cache, tokens, lengths, config.prefill_chunk, is_empty=is_empty
+    )
     last_token = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
     keys = row_keys(rng, tokens.shape[0])
     return GenerationState.create(config, cache, last_token, keys, controls), hidden

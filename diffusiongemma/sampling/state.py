@@ -40,6 +40,8 @@ class SamplingConfig:
         a chat model ends its turn with another one, see `for_tokenizer`. () never stops.
       pad_id: fills the output behind a response's end.
       vocab_size: noise is uniform over token ids below it; None for the model's vocabulary.
+      prefill_chunk: prompts are encoded so many tokens at a time, for long ones whose attention
+        would not fit in memory; None for all at once.
       mask_id: the mask token of a model trained with masked corruption: noise is then this token,
         and a position that took a candidate keeps it. None: uniform noise.
       commits: 'argmax', the argmax canvas of the last step, or 'canvas', what the acceptance
@@ -63,6 +65,7 @@ class SamplingConfig:
     stop_ids: tuple[int, ...] = (1,)
     pad_id: int = 0
     vocab_size: int | None = None
+    prefill_chunk: int | None = None
     mask_id: int | None = None
     commits: str = 'argmax'
     acceptance: AcceptanceRule | None = None
@@ -95,6 +98,11 @@ class SamplingConfig:
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(
                 f"vocab_size must be >= 1, got {self.vocab_size}; use None for the model's own."
+            )
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise ValueError(
+                f'prefill_chunk must be >= 1, got {self.prefill_chunk}; '
+                'use None to encode prompts in one pass.'
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f'top_k must be >= 1 token, got {self.top_k}; None keeps all.')

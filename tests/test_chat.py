@@ -1,0 +1,136 @@
+"""Conversations on a cache that stays equal conversations that are encoded anew every turn."""
+
+import jax
+import numpy as np
+import pytest
+import test_tokenizer
+from test_model import random_params
+
+from diffusiongemma.data.tokenizer import THINK_PIECES, Tokenizer
+from diffusiongemma.models import DiffusionGemma
+from diffusiongemma.sampling import Sampler, SamplingConfig, pad_prompts
+from diffusiongemma.sampling.chat import ChatSampler
+
+KEY = jax.random.key(0)
+TURNS = ['Mia has 3 apples.', 'Why?', 'And then, what did she do with all of them after that?']
+EVERY_MODE = pytest.mark.parametrize('mode', ['diffusion', 'autoregressive', 'lossless'])
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    return Tokenizer(test_tokenizer._train(['<mask>', '<|turn>', '<turn|>', *THINK_PIECES]))
+
+
+@pytest.fixture
+def model(tiny_config, tokenizer):
+    return DiffusionGemma(tiny_config.replace(vocab_size=tokenizer.vocab_size))
+
+
+def make_chat(model, tokenizer, mode='diffusion', chat=None, **fields):
+    fields = {'max_new_tokens': 10, 'max_denoising_steps': 2, 'temperature': 0} | fields
+    config = SamplingConfig.for_tokenizer(tokenizer, **fields)
+    sampler = Sampler(model, config, mode)
+    return ChatSampler(
+        sampler, random_params(model), tokenizer, rng=KEY, capacity=400, **(chat or {})
+    )
+
+
+@EVERY_MODE
+def test_every_turn_answers_as_if_the_conversation_were_encoded_anew(model, tokenizer, mode):
+    """With windows shorter than the turns, and responses that end at their limit or before."""
+    first = make_chat(model, tokenizer, mode).send(TURNS[0]).tokens
+    stop_ids = (*tokenizer.stop_ids, first[6])
+    chat = make_chat(model, tokenizer, mode, {'system': 'Be kind.'}, stop_ids=stop_ids)
+    for turn, text in enumerate(TURNS):
+        before = chat.tokens
+        prompt = tokenizer.format_turn(text) if turn else tokenizer.format_prompt(text, 'Be kind.')
+        cached = chat.cached
+        reply = chat.send(text)
+        prompts = pad_prompts([before + prompt], width=300)
+        rng = jax.random.fold_in(KEY, turn)[None]
+        alone = chat.sampler(random_params(model), *prompts, rng=rng)
+        assert reply.tokens == alone.tokens[0, : int(alone.lengths[0])].tolist()
+        assert chat.tokens == before + prompt + tokenizer.end_turn(reply.tokens)
+        # Of what was there before, at most the last canvas and the end of the turn are new.
+        assert cached >= len(before) - model.config.canvas_length - 3
+    assert cached > 0
+
+
+def test_streaming_shows_the_reply_grow_and_an_abandoned_turn_leaves_no_trace(model, tokenizer):
+    chat = make_chat(model, tokenizer)
+    chat.send(TURNS[0])
+    tokens, cached = chat.tokens, chat.cached
+    abandoned = chat.stream(TURNS[1])
+    first = next(abandoned)
+    assert 0 < len(first.tokens) < 10 and not first.finished
+    abandoned.close()
+    assert (chat.tokens, chat.cached) == (tokens, cached)
+    parts = list(chat.stream(TURNS[1]))
+    assert parts[0].tokens == first.tokens and len(parts) == 3
+    for one, other in zip(parts, parts[1:], strict=False):
+        assert other.tokens[: len(one.tokens)] == one.tokens
+        assert other.denoising_steps > one.denoising_steps
+    chat.reset()
+    assert not chat.tokens
+    assert chat.send(TURNS[0]).tokens == make_chat(model, tokenizer).send(TURNS[0]).tokens
+
+
+def test_thoughts_are_told_apart_and_later_turns_do_not_see_them(model, tokenizer):
+    think, opens, closes = tokenizer.think_ids
+    prompt = tokenizer.format_prompt('Why?', thinking=True)
+    assert prompt[1:] == [
+        tokenizer.turn_start_id,
+        *tokenizer.encode('system\n'),
+        think,
+        tokenizer.turn_end_id,
+        *tokenizer.encode('\n'),
+        *tokenizer.format_turn('Why?'),
+    ]
+    thought, answer = tokenizer.encode('thought\nhm'), tokenizer.encode('Yes.')
+    response = [opens, *thought, closes, *answer, tokenizer.turn_end_id]
+    assert tokenizer.split_thoughts(response) == (thought, [*answer, tokenizer.turn_end_id])
+    expected = [*answer, tokenizer.turn_end_id, *tokenizer.encode('\n')]
+    assert tokenizer.end_turn(response) == expected
+
+    chat = make_chat(model, tokenizer, chat={'thinking': True})
+    reply = chat._reply(response, 3)
+    assert (reply.text, reply.thoughts, reply.finished) == ('Yes.', 'hm', True)
+    # The model is made to think: the cache goes on from before its response.
+    chat._tokenizer = ThinkingOutLoud(tokenizer)
+    reply = chat.send('Why?')
+    assert reply.thoughts and chat.cached == len(tokenizer.format_prompt('Why?', thinking=True))
+    following = chat.tokens + tokenizer.format_turn('And?')
+    second = chat.send('And?')
+    alone = chat.sampler(
+        random_params(model),
+        *pad_prompts([following], width=300),
+        rng=jax.random.fold_in(KEY, 1)[None],
+    )
+    assert second.tokens == np.asarray(alone.tokens)[0, : int(alone.lengths[0])].tolist()
+
+
+class ThinkingOutLoud:
+    """A tokenizer to which the first half of a response is thought."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def split_thoughts(self, response):
+        half = len(response) // 2
+        return response[:half], response[half:]
+
+    def end_turn(self, response):
+        return self._tokenizer.end_turn(self.split_thoughts(response)[1])
+
+
+def test_what_cannot_be_is_one_clear_error(model, tokenizer):
+    chat = make_chat(model, tokenizer)
+    with pytest.raises(ValueError, match='more than its capacity of 400'):
+        chat.send('apples ' * 400)
+    with pytest.raises(ValueError, match='lack .* with which this tokenizer ends a turn'):
+        make_chat(model, tokenizer, stop_ids=())
+    with pytest.raises(ValueError, match='its model does not think'):
+        Tokenizer.load().format_prompt('Why?', thinking=True)
