@@ -75,7 +75,7 @@ class TokenAutomaton:
             if np.any(next_states[state] != state):
                 raise ValueError(f'Every token must lead from state {state} back to it.')
         used = np.isin(np.arange(num_classes), token_classes)
-        distances = _distances(np.where(used, next_states, DEAD))
+        distances = shortest_distances(np.where(used, next_states, DEAD))
         rows, columns = -num_states % multiple, -num_classes % multiple
         return cls(
             token_classes=jnp.asarray(token_classes, jnp.int32),
@@ -106,8 +106,11 @@ class TokenAutomaton:
         return int(self.distances[START])
 
 
-def _distances(next_states: np.ndarray) -> np.ndarray:
-    """Breadth-first search from END and FREE against the arrows: [N, K] -> [N]."""
+def shortest_distances(next_states: np.ndarray) -> np.ndarray:
+    """Fewest tokens from each state to END or FREE: [N, K] -> [N] integer.
+
+    Breadth-first search against the arrows.
+    """
     num_states, num_classes = next_states.shape
     by_target = np.argsort(next_states, axis=None, kind='stable')
     bounds = np.searchsorted(next_states.ravel()[by_target], np.arange(num_states + 1))
