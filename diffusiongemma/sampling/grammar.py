@@ -51,20 +51,26 @@ def from_regex(
     columns, token_columns = _spell(byte_table, _vocabulary(tokenizer))
     stop_ids = tokenizer.stop_ids if stop_ids is None else stop_ids
     vocab_size = vocab_size or tokenizer.vocab_size
-    if vocab_size < max(tokenizer.vocab_size, *stop_ids):
+    if vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f'vocab_size={vocab_size} is less than the {tokenizer.vocab_size} tokens of the '
-            "tokenizer, or a stop id lies beyond it. Pass the model's vocab_size."
+            "tokenizer. Pass the model's, or None."
+        )
+    if not stop_ids or not 0 <= min(stop_ids) <= max(stop_ids) < vocab_size:
+        raise ValueError(
+            f'stop_ids must hold tokens in [0, {vocab_size}), one at least, got {stop_ids}; '
+            'without one no response would end.'
         )
     token_columns = np.pad(token_columns, (0, vocab_size - len(token_columns)))
     token_columns[list(stop_ids)] = len(columns)  # a column of their own
     classes, next_states = _prune(*_with_end(columns, accepting), token_columns)
-    if next_states[START].max() == DEAD:
+    automaton = TokenAutomaton.create(classes, next_states)
+    if automaton.min_tokens == UNREACHABLE:
         raise ValueError(
             f'No sequence of tokens of this vocabulary spells what {regex.shown(pattern)} matches. '
             'Does the tokenizer lack byte tokens?'
         )
-    return TokenAutomaton.create(classes, next_states)
+    return automaton
 
 
 def from_json_schema(
@@ -99,12 +105,12 @@ def from_texts(answers: Sequence[str], tokenizer: Tokenizer, **options: Any) -> 
 def _vocabulary(tokenizer: Tokenizer) -> list[bytes]:
     """Bytes of each token; raises ValueError where a text is more than those of its tokens."""
     vocabulary = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-    for i, text in enumerate(vocabulary):
-        if text.startswith(b' ') and not tokenizer.decode([i]).startswith(' '):
-            raise ValueError(
-                f'{tokenizer} drops the blank in front of a text (add_dummy_prefix), so that its '
-                'tokens do not spell what it decodes. Constraints need a tokenizer that does not.'
-            )
+    blank = next((i for i, text in enumerate(vocabulary) if text.startswith(b' ')), None)
+    if blank is not None and not tokenizer.decode([blank]).startswith(' '):
+        raise ValueError(
+            f'{tokenizer} drops the blank in front of a text (add_dummy_prefix), so that its '
+            'tokens do not spell what it decodes. Constraints need a tokenizer that does not.'
+        )
     return vocabulary
 
 

@@ -52,21 +52,15 @@ def byte_automaton(pattern: str, max_states: int) -> tuple[np.ndarray, np.ndarra
       ValueError: when the pattern is invalid, uses what is not supported, matches no string, or
         takes more than max_states states.
     """
+    nfa = _Nfa(max_states * _NFA_FACTOR)
     try:
         tree = sre_parser.parse(pattern)
+        end = nfa.sequence(_without_anchors(list(tree)), tree.state.flags, nfa.new_state())
+        table, accepting = _determinise(nfa, end, max_states)
     except re.error as error:
         raise ValueError(
             f'Invalid regular expression {shown(pattern)}: {error.msg} at position {error.pos}.'
         ) from error
-    items = list(tree)
-    while items and items[0][0] is sre.AT and items[0][1] in _START_ANCHORS:
-        del items[0]
-    while items and items[-1][0] is sre.AT and items[-1][1] in _END_ANCHORS:
-        del items[-1]
-    nfa = _Nfa(max_states * _NFA_FACTOR)
-    try:
-        end = nfa.sequence(items, tree.state.flags, nfa.new_state())
-        table, accepting = _determinise(nfa, end, max_states)
     except NotImplementedError as error:
         raise ValueError(
             f'The regular expression {shown(pattern)} has {error}, which is not supported. '
@@ -81,6 +75,15 @@ def byte_automaton(pattern: str, max_states: int) -> tuple[np.ndarray, np.ndarra
     if not accepting.any():
         raise ValueError(f'The regular expression {shown(pattern)} matches no string.')
     return table, accepting
+
+
+def _without_anchors(items: list) -> list:
+    """The items of a pattern without the anchors at its two ends."""
+    while items and items[0][0] is sre.AT and items[0][1] in _START_ANCHORS:
+        del items[0]
+    while items and items[-1][0] is sre.AT and items[-1][1] in _END_ANCHORS:
+        del items[-1]
+    return items
 
 
 def shown(pattern: str) -> str:
@@ -134,6 +137,8 @@ class _Nfa:
         return self._character(_ranges(op, value, flags), state)
 
     def _repeat(self, low: int, high: int, items: Any, flags: int, state: int) -> int:
+        if low > self._max_states or self._max_states < high < sre.MAXREPEAT:
+            raise OverflowError  # also where what is repeated takes no state
         for _ in range(low):
             state = self.sequence(items, flags, state)
         if high is sre.MAXREPEAT:
@@ -212,12 +217,11 @@ def _ranges(op: Any, value: Any, flags: int) -> list[tuple[int, int]]:
     if op is sre.ANY:
         return _complement([] if flags & re.DOTALL else [(10, 10)])
     if op is sre.CATEGORY:
-        return list(_category(str(value), bool(flags & re.ASCII)))
-    if op is sre.IN:
-        negated = value[0][0] is sre.NEGATE
-        ranges = [span for item in value[negated:] for span in _ranges(*item, flags)]
-        return _complement(ranges) if negated else _without_surrogates(ranges)
-    raise NotImplementedError(f'the element {op}')
+        return list(_category(value.name, bool(flags & re.ASCII)))
+    assert op is sre.IN, op
+    negated = value[0][0] is sre.NEGATE
+    ranges = [span for item in value[negated:] for span in _ranges(*item, flags)]
+    return _complement(ranges) if negated else _without_surrogates(ranges)
 
 
 def _complement(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
