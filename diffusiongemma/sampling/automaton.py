@@ -11,6 +11,8 @@ Tokens that no state tells apart share a class. Passes over the canvas see K cla
 the vocabulary is read before them, once, and after them, once.
 """
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -216,7 +218,8 @@ class CanvasPosterior:
             return beliefs, jnp.sum(flow, axis=1)
 
         next_states = self.automaton.next_states
-        beliefs = jax.nn.one_hot(self.states, self.automaton.num_states)  # [B, N]
+        num_states, dtype = self.automaton.num_states, self.logits.dtype
+        beliefs = jax.nn.one_hot(self.states, num_states, dtype=dtype)  # [B, N]
         by_position = jnp.moveaxis(self.messages, 1, 0)  # [C + 1, B, N]
         inputs = (jnp.moveaxis(self.class_scores, 1, 0), by_position[:-1], by_position[1:])
         _, masses = jax.lax.scan(step, beliefs, inputs)  # [C, B, K]
@@ -235,7 +238,8 @@ class CanvasPosterior:
         Returns:
           [B, C] int32.
         """
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, self.logits.shape[1:]))(keys)
+        shape, dtype = self.logits.shape[1:], self.logits.dtype
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, shape, dtype))(keys)
         return self._best(noise + self.logits, self.messages)
 
     def most_likely(self) -> jax.Array:
@@ -282,7 +286,7 @@ def condition(
     Positions behind a response's end are unconstrained. Fix a token by logits of -inf for the
     others, ban it by -inf for itself.
 
-    Costs O(B C N K) and O(B C V); the memory beside the logits is B (C + K) N.
+    Takes time O(B C (V + N K)), and B N (C + K) numbers beside arrays of the logits' shape.
 
     Args:
       automaton: the automaton.
@@ -318,7 +322,12 @@ def condition(
     )
 
 
-def _backward(automaton, class_scores, remaining, reduce) -> jax.Array:
+def _backward(
+    automaton: TokenAutomaton,
+    class_scores: jax.Array,
+    remaining: jax.Array,
+    reduce: Callable[..., jax.Array],
+) -> jax.Array:
     """What the positions from each on are worth to each state.
 
     Args:
@@ -342,7 +351,8 @@ def _backward(automaton, class_scores, remaining, reduce) -> jax.Array:
         before = only_in_time(reduce(worth, axis=-1), position)
         return before, before
 
-    last = only_in_time(jnp.zeros((class_scores.shape[0], automaton.num_states)), length)
+    shape = (class_scores.shape[0], automaton.num_states)
+    last = only_in_time(jnp.zeros(shape, class_scores.dtype), length)
     inputs = (jnp.moveaxis(class_scores, 1, 0), jnp.arange(length))
     _, messages = jax.lax.scan(step, last, inputs, reverse=True)  # [C, B, N]
     return jnp.concatenate([jnp.moveaxis(messages, 0, 1), last[:, None]], axis=1)
@@ -352,7 +362,9 @@ def _class_max(automaton: TokenAutomaton, scores: jax.Array) -> jax.Array:
     return _by_class(automaton, scores, jax.ops.segment_max)
 
 
-def _by_class(automaton: TokenAutomaton, values: jax.Array, segment_op) -> jax.Array:
+def _by_class(
+    automaton: TokenAutomaton, values: jax.Array, segment_op: Callable[..., jax.Array]
+) -> jax.Array:
     """[B, C, V] -> [B, C, K], reduced over the tokens of each class."""
     by_token = jnp.moveaxis(values, -1, 0)
     reduced = segment_op(by_token, automaton.token_classes, num_segments=automaton.num_classes)
