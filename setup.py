@@ -33,7 +33,7 @@ setup(
         'tensorflow-datasets>=4.9.9',
     ],
     extras_require={
-        'test': ['hypothesis', 'pytest', 'pytest-xdist', 'ruff'],
+        'test': ['hypothesis', 'jsonschema', 'pytest', 'pytest-xdist', 'ruff'],
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda12]'],
     },

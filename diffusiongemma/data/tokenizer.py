@@ -163,6 +163,15 @@ class Tokenizer:
         """The name of a token, special or not."""
         return self._processor.id_to_piece(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the UTF-8 bytes of a text; b'' for special tokens."""
+        if token_id in self.special_ids:
+            return b''
+        piece = self.piece(token_id)
+        if self._processor.is_byte(token_id):
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace(_SPACE, ' ').encode()
+
     def _turn(self, role: str, content: list[int]) -> list[int]:
         header = self._processor.encode(f'{role}\n')
         newline = self._processor.encode('\n')

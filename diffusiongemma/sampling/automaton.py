@@ -1,0 +1,376 @@
+"""Sampling under a finite automaton over tokens: canvases that are valid as a whole.
+
+A denoise pass gives each position of a canvas a distribution of its own. `condition` turns their
+product into its exact posterior given that the canvas is the start of a response that the
+automaton accepts and that can still end in time. Positions are then no longer independent, but
+they form a Markov chain over the states of the automaton, so that sums and maxima over all valid
+canvases take one pass backward over the canvas, and draws one forward (forward filtering and
+backward sampling of hidden Markov models, Rabiner 1989, with the directions exchanged).
+
+Tokens that no state tells apart share a class. Passes over the canvas see K classes and N states;
+the vocabulary is read before them, once, and after them, once.
+"""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# States that every automaton has, by index.
+DEAD = 0  # no response can be completed any more; nothing leaves it
+FREE = 1  # unconstrained: every token leads back here
+END = 2  # the stop token has been; what follows is no part of the response
+START = 3
+
+# Distance of states from which no response can be completed.
+UNREACHABLE = 2**30
+
+
+@flax.struct.dataclass
+class TokenAutomaton:
+    """A deterministic automaton over tokens; see `grammar` for how to make one.
+
+    A response is accepted when its last token, the stop token, leads to END. Automata of equal
+    shapes are served by one compiled program.
+
+    Attributes:
+      token_classes: [V] int32, class of each token.
+      next_states: [N, K] int32, the state after a token of a class.
+      distances: [N] int32, fewest tokens from a state to END, the stop token included. 0 for END
+        and FREE, UNREACHABLE where there is no way.
+    """
+
+    token_classes: jax.Array
+    next_states: jax.Array
+    distances: jax.Array
+
+    @classmethod
+    def create(
+        cls, token_classes: np.ndarray, next_states: np.ndarray, *, multiple: int = 64
+    ) -> 'TokenAutomaton':
+        """Measures distances and pads the tables.
+
+        Args:
+          token_classes: [V] integer, values in [0, K).
+          next_states: [N, K] integer. The rows DEAD, FREE and END lead to themselves alone.
+          multiple: N and K are rounded up to a multiple of it, so that few shapes occur. Added
+            states are dead, added classes have no token.
+
+        Raises:
+          ValueError: when the tables do not fit together.
+        """
+        token_classes, next_states = np.asarray(token_classes), np.asarray(next_states)
+        num_states, num_classes = next_states.shape
+        if not (0 <= token_classes.min() and token_classes.max() < num_classes):
+            raise ValueError(
+                f'token_classes must lie in [0, {num_classes}), the columns of next_states; got '
+                f'{token_classes.min()} to {token_classes.max()}.'
+            )
+        if not (0 <= next_states.min() and next_states.max() < num_states):
+            raise ValueError(
+                f'next_states must lie in [0, {num_states}), its rows; got '
+                f'{next_states.min()} to {next_states.max()}.'
+            )
+        for state in (DEAD, FREE, END):
+            if np.any(next_states[state] != state):
+                raise ValueError(f'Every token must lead from state {state} back to it.')
+        used = np.isin(np.arange(num_classes), token_classes)
+        distances = shortest_distances(np.where(used, next_states, DEAD))
+        rows, columns = -num_states % multiple, -num_classes % multiple
+        return cls(
+            token_classes=jnp.asarray(token_classes, jnp.int32),
+            next_states=jnp.asarray(np.pad(next_states, ((0, rows), (0, columns))), jnp.int32),
+            distances=jnp.asarray(
+                np.pad(distances, (0, rows), constant_values=UNREACHABLE), jnp.int32
+            ),
+        )
+
+    @property
+    def num_states(self) -> int:
+        """N, padding included."""
+        return self.next_states.shape[0]
+
+    @property
+    def num_classes(self) -> int:
+        """K, padding included."""
+        return self.next_states.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.token_classes.shape[0]
+
+    @property
+    def min_tokens(self) -> int:
+        """Tokens of the shortest response, the stop token included."""
+        return int(self.distances[START])
+
+
+def shortest_distances(next_states: np.ndarray) -> np.ndarray:
+    """Fewest tokens from each state to END or FREE: [N, K] -> [N] integer.
+
+    Breadth-first search against the arrows.
+    """
+    num_states, num_classes = next_states.shape
+    by_target = np.argsort(next_states, axis=None, kind='stable')
+    bounds = np.searchsorted(next_states.ravel()[by_target], np.arange(num_states + 1))
+    distances = np.full(num_states, UNREACHABLE)
+    frontier, distance = np.array([FREE, END]), 0
+    while frontier.size:
+        distances[frontier] = distance
+        arrows = np.concatenate([by_target[bounds[s] : bounds[s + 1]] for s in frontier])
+        sources = np.unique(arrows // num_classes)
+        frontier, distance = sources[distances[sources] == UNREACHABLE], distance + 1
+    return distances
+
+
+def trace(automaton: TokenAutomaton, states: jax.Array, tokens: jax.Array) -> jax.Array:
+    """States along the way.
+
+    Args:
+      automaton: the automaton.
+      states: [B] int32, each row's state before its first token.
+      tokens: [B, T] int32.
+
+    Returns:
+      [B, T + 1] int32; column i is the state after i tokens.
+    """
+
+    def step(states: jax.Array, classes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        states = automaton.next_states[states, classes]
+        return states, states
+
+    _, path = jax.lax.scan(step, states, automaton.token_classes[tokens].T)  # [T, B]
+    return jnp.concatenate([states[:, None], path.T], axis=1)
+
+
+def advance(
+    automaton: TokenAutomaton, states: jax.Array, tokens: jax.Array, counts: jax.Array
+) -> jax.Array:
+    """The state after the first `counts` [B] tokens of each row; else as `trace`, but [B]."""
+    path = trace(automaton, states, tokens)
+    return jnp.take_along_axis(path, counts[:, None], axis=1)[:, 0]
+
+
+def allowed(automaton: TokenAutomaton, states: jax.Array, remaining: jax.Array) -> jax.Array:
+    """Next tokens after which the response can still end in time.
+
+    Args:
+      automaton: the automaton.
+      states: [B] int32.
+      remaining: [B] int32, tokens that the response may still have, the next one included.
+
+    Returns:
+      [B, V] bool. A row has no True exactly where its response can no longer end in time.
+    """
+    reached = automaton.distances[automaton.next_states[states]]  # [B, K]
+    in_time = automaton.distances[states] <= jnp.maximum(remaining, 0)
+    classes = (reached <= jnp.maximum(remaining - 1, 0)[:, None]) & in_time[:, None]
+    return classes[:, automaton.token_classes]
+
+
+@flax.struct.dataclass
+class CanvasPosterior:
+    """Independent positions, given that the canvas is valid. Made by `condition`.
+
+    A row that no canvas can make valid is not `feasible`: its state is dead, too few tokens
+    remain, or logits of -inf rule out whatever would have fitted. It is read as if it were in
+    the FREE state.
+
+    Attributes:
+      automaton: the automaton.
+      logits: [B, C, V] float32, logits of the independent positions.
+      states: [B] int32, state before the first position; FREE in rows that are not feasible.
+      remaining: [B] int32, tokens that a response may still have.
+      feasible: [B] bool, some canvas is valid.
+      log_partition: [B, C, 1] float32, log of the sum of exp(logits).
+      class_scores: [B, C, K] float32, log-probability of each class.
+      messages: [B, C + 1, N] float32, log-probability that independent draws from a position on
+        are valid when the state before it is n.
+    """
+
+    automaton: TokenAutomaton
+    logits: jax.Array
+    states: jax.Array
+    remaining: jax.Array
+    feasible: jax.Array
+    log_partition: jax.Array
+    class_scores: jax.Array
+    messages: jax.Array
+
+    def log_marginals(self) -> jax.Array:
+        """Log-probability of each token at each position, [B, C, V] float32.
+
+        -inf where no valid canvas has the token, and below float32's e^-87.
+        """
+
+        def step(
+            beliefs: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
+            scores, before, after = inputs  # [B, K], [B, N], [B, N]
+            # The posterior's own transition probabilities: no product of small numbers occurs.
+            log_odds = scores[:, None] + after[:, next_states] - _finite(before)[..., None]
+            flow = beliefs[..., None] * jnp.exp(log_odds)  # [B, N, K]
+            moved = flow.reshape(flow.shape[0], -1)
+            beliefs = jnp.zeros_like(beliefs).at[:, next_states.reshape(-1)].add(moved)
+            return beliefs, jnp.sum(flow, axis=1)
+
+        next_states = self.automaton.next_states
+        num_states, dtype = self.automaton.num_states, self.logits.dtype
+        beliefs = jax.nn.one_hot(self.states, num_states, dtype=dtype)  # [B, N]
+        by_position = jnp.moveaxis(self.messages, 1, 0)  # [C + 1, B, N]
+        inputs = (jnp.moveaxis(self.class_scores, 1, 0), by_position[:-1], by_position[1:])
+        _, masses = jax.lax.scan(step, beliefs, inputs)  # [C, B, K]
+        shifts = jnp.log(jnp.moveaxis(masses, 0, 1)) - _finite(self.class_scores)
+        return self.logits - self.log_partition + shifts[..., self.automaton.token_classes]
+
+    def draw(self, keys: jax.Array) -> jax.Array:
+        """One exact draw from the joint posterior, each row with its own key.
+
+        Gumbel noise on the logits makes the best canvas a draw (the Gumbel-max trick). In the
+        FREE state the result is that of `epilogue.draw_tokens` with the same keys.
+
+        Args:
+          keys: [B] keys.
+
+        Returns:
+          [B, C] int32.
+        """
+        shape, dtype = self.logits.shape[1:], self.logits.dtype
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, shape, dtype))(keys)
+        return self._best(noise + self.logits, self.messages)
+
+    def most_likely(self) -> jax.Array:
+        """The valid canvas of the highest probability (Viterbi), [B, C] int32.
+
+        In the FREE state it is the argmax of every position.
+        """
+        best = _class_max(self.automaton, self.logits)
+        messages = _backward(self.automaton, best - self.log_partition, self.remaining, jnp.max)
+        return self._best(self.logits, messages)
+
+    def _best(self, scores: jax.Array, messages: jax.Array) -> jax.Array:
+        """Walks forward by the best class score and what the rest of the canvas is worth.
+
+        Classes that lead to the same state are worth the same from there on, so that the walk
+        decides on states, and each token is the best of those between two states of the path.
+        """
+        next_states = self.automaton.next_states
+
+        def step(
+            states: jax.Array, inputs: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
+            class_best, after = inputs  # [B, K], [B, N]
+            targets = next_states[states]  # [B, K]
+            worth = class_best + jnp.take_along_axis(after, targets, axis=1)
+            choice = jnp.argmax(worth, axis=-1)[:, None]
+            reached = jnp.take_along_axis(targets, choice, axis=1)
+            return reached[:, 0], targets == reached
+
+        class_best = _class_max(self.automaton, scores) - self.log_partition
+        inputs = (jnp.moveaxis(class_best, 1, 0), jnp.moveaxis(messages, 1, 0)[1:])
+        _, on_path = jax.lax.scan(step, self.states, inputs)  # [C, B, K]
+        on_path = jnp.moveaxis(on_path, 0, 1)[..., self.automaton.token_classes]  # [B, C, V]
+        return jnp.argmax(jnp.where(on_path, scores, -jnp.inf), axis=-1).astype(jnp.int32)
+
+
+def condition(
+    automaton: TokenAutomaton, logits: jax.Array, states: jax.Array, remaining: jax.Array
+) -> CanvasPosterior:
+    """Conditions the independent positions of a canvas on its being valid.
+
+    A canvas is valid when the response ends within its first `remaining` positions, or, where
+    more than C tokens remain, when it could still end within the `remaining - C` behind it.
+    Positions behind a response's end are unconstrained. Fix a token by logits of -inf for the
+    others, ban it by -inf for itself.
+
+    Takes time O(B C (V + N K)), and B N (C + K) numbers beside arrays of the logits' shape.
+
+    Args:
+      automaton: the automaton.
+      logits: [B, C, V] float32, shaped logits: softmax of them are the independent positions.
+      states: [B] int32, state of each row before the canvas.
+      remaining: [B] int32, tokens that the response may still have, from the first position on.
+
+    Raises:
+      ValueError: when the logits are of another vocabulary.
+    """
+    if logits.shape[-1] != automaton.vocab_size:
+        raise ValueError(
+            f'The logits have {logits.shape[-1]} tokens, the automaton {automaton.vocab_size}; '
+            "compile it with vocab_size set to the model's."
+        )
+    top = _finite(_class_max(automaton, logits))  # [B, C, K]
+    weights = jnp.exp(logits - top[..., automaton.token_classes])
+    class_scores = top + jnp.log(_by_class(automaton, weights, jax.ops.segment_sum))
+    log_partition = _finite(jax.nn.logsumexp(class_scores, axis=-1, keepdims=True))  # [B, C, 1]
+    class_scores = class_scores - log_partition
+    messages = _backward(automaton, class_scores, remaining, jax.nn.logsumexp)
+    first = jnp.take_along_axis(messages[:, 0], states[:, None], axis=1)[:, 0]
+    feasible = first > -jnp.inf
+    return CanvasPosterior(
+        automaton=automaton,
+        logits=logits,
+        states=jnp.where(feasible, states, FREE),
+        remaining=remaining,
+        feasible=feasible,
+        log_partition=log_partition,
+        class_scores=class_scores,
+        messages=messages,
+    )
+
+
+def _backward(
+    automaton: TokenAutomaton,
+    class_scores: jax.Array,
+    remaining: jax.Array,
+    reduce: Callable[..., jax.Array],
+) -> jax.Array:
+    """What the positions from each on are worth to each state.
+
+    Args:
+      automaton: the automaton.
+      class_scores: [B, C, K] float32.
+      remaining: [B] int32.
+      reduce: sum or maximum of scores along an axis, in the log domain.
+
+    Returns:
+      [B, C + 1, N] float32.
+    """
+    length = class_scores.shape[1]
+
+    def only_in_time(message: jax.Array, position: int | jax.Array) -> jax.Array:
+        left = jnp.maximum(remaining - position, 0)
+        return jnp.where(automaton.distances <= left[:, None], message, -jnp.inf)
+
+    def step(after: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        scores, position = inputs  # [B, K], []
+        worth = scores[:, None] + after[:, automaton.next_states]  # [B, N, K]
+        before = only_in_time(reduce(worth, axis=-1), position)
+        return before, before
+
+    shape = (class_scores.shape[0], automaton.num_states)
+    last = only_in_time(jnp.zeros(shape, class_scores.dtype), length)
+    inputs = (jnp.moveaxis(class_scores, 1, 0), jnp.arange(length))
+    _, messages = jax.lax.scan(step, last, inputs, reverse=True)  # [C, B, N]
+    return jnp.concatenate([jnp.moveaxis(messages, 0, 1), last[:, None]], axis=1)
+
+
+def _class_max(automaton: TokenAutomaton, scores: jax.Array) -> jax.Array:
+    return _by_class(automaton, scores, jax.ops.segment_max)
+
+
+def _by_class(
+    automaton: TokenAutomaton, values: jax.Array, segment_op: Callable[..., jax.Array]
+) -> jax.Array:
+    """[B, C, V] -> [B, C, K], reduced over the tokens of each class."""
+    by_token = jnp.moveaxis(values, -1, 0)
+    reduced = segment_op(by_token, automaton.token_classes, num_segments=automaton.num_classes)
+    return jnp.moveaxis(reduced, 0, -1)
+
+
+def _finite(values: jax.Array) -> jax.Array:
+    """-inf as 0, so that a difference of two impossible scores is no NaN."""
+    return jnp.where(values == -jnp.inf, 0.0, values)
