@@ -19,6 +19,7 @@ from diffusiongemma.sampling import (
     pad_prompts,
     pin,
 )
+from diffusiongemma.sampling.automaton import FREE, START, TokenAutomaton
 from diffusiongemma.sampling.sampler import MODES
 
 C, PAD, V, LIMIT = 4, 22, 23, 14
@@ -247,3 +248,104 @@ def test_a_length_target_needs_a_length_and_a_stop_token():
         exact_lengths([3, 0], (1,), V)
     with pytest.raises(ValueError, match='needs a stop token'):
         exact_lengths([3], (), V)
+
+
+# Valid responses.
+
+STOP = 1
+# Pairs (a, b) with a in {5, 6, 7} and b = a + 10, one or more of them, then the stop token.
+PAIRS = TokenAutomaton.create(
+    np.array([0, 1, 0, 0, 0, 2, 3, 4, *[0] * 7, 5, 6, 7, *[0] * 5]),
+    np.array(
+        [
+            [0] * 8,
+            [1] * 8,
+            [2] * 8,
+            [0, 0, 4, 5, 6, 0, 0, 0],  # START
+            [0, 0, 0, 0, 0, 7, 0, 0],
+            [0, 0, 0, 0, 0, 0, 7, 0],
+            [0, 0, 0, 0, 0, 0, 0, 7],
+            [0, 2, 4, 5, 6, 0, 0, 0],  # after a pair
+        ]
+    ),
+)
+VALID = dataclasses.replace(CONFIG, stop_ids=(STOP,), max_new_tokens=13)
+
+
+def assert_valid(row, length):
+    row = row[:length].tolist()
+    assert row[-1] == STOP and length % 2 == 1 and length > 1
+    assert all(a in (5, 6, 7) and b == a + 10 for a, b in zip(row[:-1:2], row[1::2], strict=True))
+
+
+@EVERY_MODE
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_every_response_is_one_that_the_automaton_accepts(mode, temperature):
+    """Whatever the model says, over several canvases, with limits of each row's own."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 22, rng.integers(1, 9)).tolist() for _ in range(60)]
+    limits = rng.integers(3, 14, 60)
+    states = np.where(np.arange(60) % 10 == 9, FREE, START)
+    controls = Controls(
+        temperature=jnp.full(60, temperature),
+        max_new_tokens=jnp.asarray(limits),
+        automaton=PAIRS,
+        automaton_states=jnp.asarray(states),
+    )
+    output = sample(mode, controls, VALID, prompts)
+    free = sample(mode, controls.replace(automaton=None, automaton_states=None), VALID, prompts)
+    for row, length, limit, state in zip(
+        output.tokens, output.lengths, limits, states, strict=True
+    ):
+        if state == START:
+            assert_valid(row, length)
+            assert length <= limit
+    np.testing.assert_array_equal(output.tokens[states == FREE], free.tokens[states == FREE])
+    constrained = output.tokens[states == START]
+    assert len({tuple(row) for row in constrained.tolist()}) > (5 if temperature else 1)
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_lossless_equals_autoregression_under_an_automaton(temperature):
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, 22, rng.integers(1, 9)).tolist() for _ in range(100)]
+    controls = Controls(temperature=jnp.full(100, temperature), automaton=PAIRS)
+    config = dataclasses.replace(VALID, top_k=1)
+    expected, found = (
+        sample(mode, controls, config, prompts) for mode in ('autoregressive', 'lossless')
+    )
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+def test_pinned_tokens_and_sets_hold_beside_an_automaton():
+    controls = Controls(
+        automaton=PAIRS, pinned=pin([[None, None, 7], [], []]), allowed_sets=ban([5, 15], V)[None]
+    )
+    output = sample('diffusion', controls, VALID)
+    for row, length in zip(output.tokens, output.lengths, strict=True):
+        assert_valid(row, length)
+        assert not set(row[:length]) & {5, 15}
+    assert output.tokens[0, 2] == 7
+
+
+@pytest.mark.parametrize(
+    'controls, config, message',
+    [
+        (Controls(automaton_states=jnp.zeros(3, int)), VALID, 'needs the automaton'),
+        (
+            Controls(automaton=PAIRS, max_new_tokens=jnp.array([5, 2, 5])),
+            VALID,
+            'shortest valid response of row 1 has 3 tokens, more than its limit of 2',
+        ),
+        (
+            Controls(automaton=PAIRS.replace(token_classes=jnp.zeros(5, int))),
+            VALID,
+            'automaton is of 5 tokens and the model of 23',
+        ),
+        (Controls(automaton=PAIRS), dataclasses.replace(VALID, top_k=3), 'do not go with an autom'),
+    ],
+    ids=['states alone', 'too short a limit', 'another vocabulary', 'top_k'],
+)
+def test_automata_that_are_unfit_are_one_clear_error(controls, config, message):
+    with pytest.raises(ValueError, match=message):
+        sample('diffusion', controls, config)

@@ -3,8 +3,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from diffusiongemma.sampling import passes
+from diffusiongemma.sampling.automaton import allowed
 from diffusiongemma.sampling.controls import restrict
 from diffusiongemma.sampling.epilogue import adjust, draw
 from diffusiongemma.sampling.passes import CausalModel
@@ -66,12 +68,17 @@ def first_token(
       [B] int32.
     """
     logits = model.apply({'params': params}, hidden, method='unembed')[:, None]  # [B, 1, V]
-    logits = next_token_logits(config, state, logits, state.lengths)
+    states = None if state.automaton_states is None else state.automaton_states[:, None]
+    logits = next_token_logits(config, state, logits, state.lengths, states)
     return draw(logits[:, 0], state.temperature(config), keys)
 
 
 def next_token_logits(
-    config: SamplingConfig, state: GenerationState, logits: jax.Array, offsets: jax.Array
+    config: SamplingConfig,
+    state: GenerationState,
+    logits: jax.Array,
+    offsets: jax.Array,
+    states: jax.Array | None,
 ) -> jax.Array:
     """Logits [B, T, V] of the distribution that autoregressive decoding draws from.
 
@@ -80,8 +87,16 @@ def next_token_logits(
       state: its controls say what is allowed, and may set the temperature.
       logits: [B, T, V] of the causal pass.
       offsets: [B] int32, place in the response of the token that the first of them predict.
+      states: [B, T] int32, the automaton's state before each of those tokens, or None.
     """
     length, controls = logits.shape[1], state.controls
-    pinned = controls.pinned_at(offsets, length)
-    logits = restrict(logits, pinned, controls.allowed_at(offsets, length))
+    logits = restrict(
+        logits, controls.pinned_at(offsets, length), controls.allowed_at(offsets, length)
+    )
+    if states is not None:
+        remaining = (state.limits - offsets)[:, None] - jnp.arange(length)
+        valid = allowed(controls.automaton, states.reshape(-1), remaining.reshape(-1))
+        valid = valid.reshape(logits.shape)
+        possible = jnp.any(valid & jnp.isfinite(logits), axis=-1, keepdims=True)
+        logits = jnp.where(valid | ~possible, logits, -jnp.inf)
     return adjust(logits, state.temperature(config), config.top_k, config.top_p)

@@ -103,7 +103,7 @@ class _Queue:
             self._tokens[indices],
             self._lengths[indices],
             self._keys[indices],
-            self._controls.rows(indices),
+            self._controls.map_rows(lambda array: array[indices]),
         )
 
     def start_padded(

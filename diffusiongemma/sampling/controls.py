@@ -4,13 +4,15 @@ anew when their values change.
 Positions count from the start of the response: position 0 is its first token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from diffusiongemma.sampling.automaton import START, TokenAutomaton
 
 OPEN = -1  # a position without a pinned token, a seed or a set
 
@@ -32,6 +34,11 @@ class Controls:
       allowed_sets: [G, V] bool, sets of allowed tokens.
       allowed_index: [B, T] int32, which set holds at a position, -1 for none. None: the first
         set holds everywhere.
+      automaton: of all valid responses, see `grammar`. Every canvas is drawn from those that a
+        valid response can start with. Pinned tokens and sets can leave a row without a valid
+        response, which is then as good as unconstrained.
+      automaton_states: [B] int32, each row's state before its response; `automaton.FREE` for a
+        row without constraint. None: START for all.
     """
 
     temperature: jax.Array | None = None
@@ -40,6 +47,8 @@ class Controls:
     seed: jax.Array | None = None
     allowed_sets: jax.Array | None = None
     allowed_index: jax.Array | None = None
+    automaton: TokenAutomaton | None = None
+    automaton_states: jax.Array | None = None
 
     def pinned_at(self, offsets: jax.Array, length: int) -> jax.Array | None:
         """Pinned tokens [B, length] from position offsets [B] on, or None."""
@@ -59,14 +68,25 @@ class Controls:
         sets = self.allowed_sets[jnp.maximum(index, 0)]  # [B, length, V]
         return sets | (index == OPEN)[..., None]
 
-    def rows(self, indices: np.ndarray) -> 'Controls':
-        """The controls of some rows, [len(indices)] of them; their sets stay."""
-        per_row = jax.tree.map(lambda array: array[indices], self.replace(allowed_sets=None))
-        return per_row.replace(allowed_sets=self.allowed_sets)
+    def start_states(self, batch_size: int) -> jax.Array | None:
+        """The automaton's state before each response, [B] int32, or None."""
+        if self.automaton is None or self.automaton_states is not None:
+            return self.automaton_states
+        return jnp.full((batch_size,), START, jnp.int32)
+
+    def map_rows(self, function: Callable[..., jax.Array], *others: 'Controls') -> 'Controls':
+        """Maps what belongs to rows; the sets and the automaton of the batch stay."""
+        nothing = {'allowed_sets': None, 'automaton': None}
+        rows = jax.tree.map(function, *(c.replace(**nothing) for c in (self, *others)))
+        return rows.replace(allowed_sets=self.allowed_sets, automaton=self.automaton)
 
     def check(self, batch_size: int, vocab_size: int, max_new_tokens: int) -> None:
         """Raises ValueError on unfit shapes, and on unfit values where they are known."""
-        rows = {'temperature': self.temperature, 'max_new_tokens': self.max_new_tokens}
+        rows = {
+            'temperature': self.temperature,
+            'max_new_tokens': self.max_new_tokens,
+            'automaton_states': self.automaton_states,
+        }
         positions = {
             'pinned': self.pinned,
             'seed': self.seed,
@@ -91,6 +111,13 @@ class Controls:
             )
         if self.allowed_sets is None and self.allowed_index is not None:
             raise ValueError('controls.allowed_index needs allowed_sets, the sets that it names.')
+        if self.automaton is None and self.automaton_states is not None:
+            raise ValueError('controls.automaton_states needs the automaton that they are of.')
+        if self.automaton is not None and self.automaton.vocab_size != vocab_size:
+            raise ValueError(
+                f'controls.automaton is of {self.automaton.vocab_size} tokens and the model of '
+                f"{vocab_size}; compile it with vocab_size set to the model's."
+            )
         if all(is_known(array) for array in jax.tree.leaves(self)):
             self._check_values(vocab_size, max_new_tokens)
 
@@ -99,6 +126,8 @@ class Controls:
         _check_range('max_new_tokens', self.max_new_tokens, 0, max_new_tokens)
         _check_range('pinned', self.pinned, OPEN, vocab_size - 1)
         _check_range('seed', self.seed, OPEN, vocab_size - 1)
+        if self.automaton is not None:
+            self._check_automaton(max_new_tokens)
         if self.allowed_sets is None:
             return
         sets = np.asarray(self.allowed_sets)
@@ -114,6 +143,20 @@ class Controls:
             )
         if self.pinned is not None:
             self._check_pinned(np.asarray(self.pinned), used, sets)
+
+    def _check_automaton(self, max_new_tokens: int) -> None:
+        distances = np.asarray(self.automaton.distances)
+        _check_range('automaton_states', self.automaton_states, 0, len(distances) - 1)
+        states = START if self.automaton_states is None else np.asarray(self.automaton_states)
+        limits = max_new_tokens if self.max_new_tokens is None else np.asarray(self.max_new_tokens)
+        short = np.atleast_1d((distances[states] > limits) & (np.asarray(limits) > 0))
+        if short.any():
+            row = int(np.argmax(short))
+            raise ValueError(
+                f'The shortest valid response of row {row} has '
+                f'{np.broadcast_to(distances[states], short.shape)[row]} tokens, more than its '
+                f'limit of {np.broadcast_to(limits, short.shape)[row]}. Raise max_new_tokens.'
+            )
 
     def _check_pinned(self, pinned: np.ndarray, used: np.ndarray, sets: np.ndarray) -> None:
         width = max(pinned.shape[1], used.shape[1]) if self.allowed_index is not None else 0

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.acceptance import Proposal
+from diffusiongemma.sampling.automaton import condition
 from diffusiongemma.sampling.controls import OPEN, restrict
-from diffusiongemma.sampling.epilogue import draw, keep_top, per_row, read_logits
+from diffusiongemma.sampling.epilogue import always_greedy, draw, keep_top, per_row, read_logits
 from diffusiongemma.sampling.passes import DenoisingModel
 from diffusiongemma.sampling.randomness import fold_in_rows, split_rows, uniform_tokens
 from diffusiongemma.sampling.state import (
@@ -57,6 +58,9 @@ def canvas_task(model: DenoisingModel, state: GenerationState) -> CanvasTask:
         seed=controls.seed_at(state.lengths, length),
         allowed=controls.allowed_at(state.lengths, length),
         temperature=controls.temperature,
+        automaton=controls.automaton,
+        automaton_states=state.automaton_states,
+        remaining=state.limits - state.lengths,
     )
 
 
@@ -158,7 +162,7 @@ def denoise_step(
     )  # [B, C, V]
     settled = _settled(config, task, state.canvas)
     shaped = _shape(config, task, state.step, logits, settled)
-    proposal, argmax = _propose(model, config, task, state, keys, shaped, settled)
+    proposal, argmax, shaped = _propose(model, config, task, state, keys, shaped, settled)
     canvas = config.acceptance_rule.next_canvas(proposal)
     history = jnp.concatenate([state.argmax_history[:, 1:], argmax[:, None]], axis=1)  # [B, W, C]
     stop = config.stopping_rule.should_stop(history, proposal.entropies)
@@ -213,12 +217,22 @@ def _propose(
     keys: jax.Array,
     shaped: jax.Array,
     settled: jax.Array | None,
-) -> tuple[Proposal, jax.Array]:
-    """What the shaped logits [B, C, V] offer, and their argmax canvas [B, C]."""
+) -> tuple[Proposal, jax.Array, jax.Array]:
+    """What the shaped logits [B, C, V] offer, the likeliest canvas [B, C], and the logits of what
+    each position believes: with an automaton, that of all valid canvases."""
     candidate_keys, noise_keys = split_rows(keys)
-    argmax = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
-    adjusted = keep_top(shaped, config.top_k, config.top_p)
-    candidates = draw(adjusted, _temperature(config, task), candidate_keys)
+    if task.automaton is None:
+        argmax = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
+        adjusted = keep_top(shaped, config.top_k, config.top_p)
+        candidates = draw(adjusted, _temperature(config, task), candidate_keys)
+    else:
+        posterior = condition(task.automaton, shaped, task.automaton_states, task.remaining)
+        argmax = candidates = posterior.most_likely()
+        temperature = _temperature(config, task)
+        if not always_greedy(temperature):
+            greedy = per_row(jnp.asarray(temperature) == 0, argmax)
+            candidates = jnp.where(greedy, argmax, posterior.draw(candidate_keys))
+        shaped = posterior.log_marginals()
     prediction = read_logits(shaped, candidates, argmax)
     length = state.canvas.shape[-1]
     proposal = Proposal(
@@ -234,7 +248,7 @@ def _propose(
         keys=fold_in_rows(noise_keys, 1),
         vocab_size=None if config.mask_id is not None else _noise_vocab(model, config),
     )
-    return proposal, argmax
+    return proposal, argmax, shaped
 
 
 def _temperature(config: SamplingConfig, task: CanvasTask) -> float | jax.Array:

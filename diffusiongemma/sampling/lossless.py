@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
+from diffusiongemma.sampling.automaton import trace
 from diffusiongemma.sampling.autoregressive import first_token, next_token_logits
 from diffusiongemma.sampling.controls import OPEN
 from diffusiongemma.sampling.diffusion import canvas_task, denoise_canvas, hold
@@ -105,7 +106,10 @@ def next_draft(
     draft = denoised.argmax
     hidden, block_kv = passes.encode_block(model, params, before.cache, draft, active)
     logits = model.apply({'params': params}, hidden, method='unembed')  # [B, C, V]
-    logits = next_token_logits(config, before, logits, before.lengths + 1)
+    states = before.automaton_states
+    if states is not None:
+        states = trace(before.controls.automaton, states, draft)[:, 1:]  # [B, C]
+    logits = next_token_logits(config, before, logits, before.lengths + 1, states)
     counts, pending = verify(logits, draft, before.temperature(config), verify_keys)
     after = before.emit(config, draft, denoised.steps, counts)
     cache = before.cache.append(block_kv, after.lengths - before.lengths)

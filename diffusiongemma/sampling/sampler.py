@@ -270,6 +270,12 @@ class Sampler:
             check_fits(np.asarray(lengths), max_new_tokens, self.model.config)
         controls = Controls() if controls is None else controls
         controls.check(shape[0], vocab_size, max_new_tokens)
+        cut = self.config.top_k is not None or self.config.top_p is not None
+        if controls.automaton is not None and cut and self.mode == 'diffusion':
+            raise ValueError(
+                'top_k and top_p do not go with an automaton in the diffusion mode: they could '
+                'rule out every valid canvas. Leave them out, or use another mode.'
+            )
         return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), rng, controls
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling.acceptance import AcceptanceRule, Ancestral, EntropyBound
+from diffusiongemma.sampling.automaton import TokenAutomaton, advance
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.schedule import TemperatureSchedule
 from diffusiongemma.sampling.stopping import Never, StableAndConfident, StoppingRule
@@ -188,6 +189,9 @@ class CanvasTask:
       allowed: bool that broadcasts to [B, C, V], tokens that a position may hold.
       temperature: [B] float32 in place of the config's.
       max_steps: [B] int32, limit of each row's steps beside the config's.
+      automaton: of the valid responses.
+      automaton_states: [B] int32, states before the canvas.
+      remaining: [B] int32, tokens that each response may still have.
     """
 
     keys: jax.Array
@@ -198,6 +202,9 @@ class CanvasTask:
     allowed: jax.Array | None = None
     temperature: jax.Array | None = None
     max_steps: jax.Array | None = None
+    automaton: TokenAutomaton | None = None
+    automaton_states: jax.Array | None = None
+    remaining: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -248,6 +255,7 @@ class GenerationState:
       finished: [B] bool, stop token or length limit reached; such a row never changes again.
       denoising_steps: [B] int32, as in SamplerOutput.
       canvases: [B] int32, as in SamplerOutput.
+      automaton_states: [B] int32, after the responses so far; None without an automaton.
     """
 
     cache: KVCache
@@ -260,6 +268,7 @@ class GenerationState:
     finished: jax.Array
     denoising_steps: jax.Array
     canvases: jax.Array
+    automaton_states: jax.Array | None
 
     @classmethod
     def create(
@@ -286,6 +295,7 @@ class GenerationState:
             finished=limits == 0,
             denoising_steps=zeros,
             canvases=zeros,
+            automaton_states=controls.start_states(zeros.size),
         )
 
     def temperature(self, config: SamplingConfig) -> float | jax.Array:
@@ -328,7 +338,11 @@ class GenerationState:
         rows = jnp.arange(block.shape[0])[:, None]
         latest = jnp.take_along_axis(block, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
         lengths = self.lengths + counts
+        states = self.automaton_states
+        if states is not None:
+            states = advance(self.controls.automaton, states, block, counts)
         return self.replace(
+            automaton_states=states,
             last_token=jnp.where(counts > 0, latest, self.last_token),
             tokens=self.tokens.at[rows, slots].set(block, mode='drop'),
             lengths=lengths,
@@ -354,14 +368,10 @@ class GenerationState:
             kv=jax.tree.map(put_kv, self.cache.kv, new.cache.kv),
             lengths=put(self.cache.lengths, new.cache.lengths),
         )
-        # Sets of tokens belong to the batch and not to a row.
-        sets = self.controls.allowed_sets
-        controls = jax.tree.map(
-            put, self.controls.replace(allowed_sets=None), new.controls.replace(allowed_sets=None)
-        )
+        controls = self.controls.map_rows(put, new.controls)
         rest = {'cache': None, 'controls': None}
         state = jax.tree.map(put, self.replace(**rest), new.replace(**rest))
-        return state.replace(cache=cache, controls=controls.replace(allowed_sets=sets))
+        return state.replace(cache=cache, controls=controls)
 
     def output(self) -> SamplerOutput:
         return SamplerOutput(
