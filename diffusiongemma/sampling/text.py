@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.sampler import Sampler, pad_prompts
 from diffusiongemma.sampling.state import SamplerOutput
 
@@ -20,6 +21,7 @@ def generate_text(
     rng: jax.Array,
     system: str | None = None,
     multiple: int = 64,
+    controls: Controls | None = None,
 ) -> tuple[list[str], SamplerOutput]:
     """Answers each prompt as the model's turn of a conversation.
 
@@ -31,6 +33,7 @@ def generate_text(
       rng: one key, or one per prompt.
       system: system text of all prompts.
       multiple: prompts are padded to a multiple of it.
+      controls: settings and constraints of the rows.
 
     Returns:
       The responses without their turn end, and the sampler's output.
@@ -47,7 +50,7 @@ def generate_text(
         )
     formatted = [tokenizer.format_prompt(prompt, system) for prompt in prompts]
     tokens, lengths = pad_prompts(formatted, tokenizer.pad_id, multiple=multiple)
-    output = sampler(params, tokens, lengths, rng=rng)
+    output = sampler(params, tokens, lengths, rng=rng, controls=controls)
     return decode_responses(tokenizer, output), output
 
 
