@@ -10,10 +10,13 @@ import time
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
-from diffusiongemma.sampling import Sampler, SamplingConfig, generate_text
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, generate_text
+from diffusiongemma.sampling.grammar import from_json_schema, from_regex
 
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', 'builtin', "A workdir, a bundle, a published checkpoint, or 'builtin'."
@@ -28,6 +31,20 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 )
 _MAX_STEPS = flags.DEFINE_integer(
     'max_denoising_steps', 48, 'Most denoise steps per canvas.', lower_bound=1
+)
+_ENTROPY_BOUND = flags.DEFINE_float(
+    'entropy_bound',
+    0.1,
+    'Nats; a higher one accepts more tokens per denoise step.',
+    lower_bound=0.0,
+)
+_TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k likeliest tokens.', lower_bound=1)
+_TOP_P = flags.DEFINE_float(
+    'top_p', None, 'Draw from the likeliest tokens of this probability.', 0.0, 1.0
+)
+_REGEX = flags.DEFINE_string('regex', None, 'The answer matches this regular expression.')
+_JSON_SCHEMA = flags.DEFINE_string(
+    'json_schema', None, 'A file; the answer is JSON of this schema.'
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the noise and the draws.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON line instead of text.')
@@ -44,16 +61,32 @@ class Answer:
     seconds: float
 
 
-def answer(checkpoint: str, prompt: str, mode: str, seed: int, **settings: float) -> Answer:
+def constraint(tokenizer: Tokenizer, vocab_size: int) -> Controls | None:
+    """What --regex or --json_schema ask for."""
+    if _REGEX.value is not None and _JSON_SCHEMA.value is not None:
+        raise ValueError('Give --regex or --json_schema, not both.')
+    if _REGEX.value is not None:
+        return Controls(automaton=from_regex(_REGEX.value, tokenizer, vocab_size=vocab_size))
+    if _JSON_SCHEMA.value is not None:
+        schema = read_json(epath.Path(_JSON_SCHEMA.value))
+        return Controls(automaton=from_json_schema(schema, tokenizer, vocab_size=vocab_size))
+    return None
+
+
+def answer(checkpoint: str, prompt: str, mode: str, seed: int, **settings: float | None) -> Answer:
     """Answers `prompt`; `settings` are fields of `SamplingConfig`."""
     model, params, tokenizer = load_model(checkpoint)
     if tokenizer is None:
         raise ValueError(f'{checkpoint} has no tokenizer.model; copy it there.')
     sampler = Sampler(model, SamplingConfig.for_tokenizer(tokenizer, **settings), mode)
-    rng = jax.random.key(seed)
+    arguments = {
+        'rng': jax.random.key(seed),
+        'controls': constraint(tokenizer, model.config.vocab_size),
+    }
 
     def run():
-        return jax.block_until_ready(generate_text(sampler, params, tokenizer, [prompt], rng=rng))
+        result = generate_text(sampler, params, tokenizer, [prompt], **arguments)
+        return jax.block_until_ready(result)
 
     run()  # compiles
     start = time.perf_counter()
@@ -78,6 +111,9 @@ def main(argv: list[str]) -> None:
         temperature=_TEMPERATURE.value,
         max_new_tokens=_MAX_NEW_TOKENS.value,
         max_denoising_steps=_MAX_STEPS.value,
+        entropy_bound=_ENTROPY_BOUND.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
     )
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(result)))

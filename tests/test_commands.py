@@ -97,6 +97,18 @@ def test_sample_answers_at_once_with_the_shipped_student(mode):
     assert answer['denoising_steps'] >= 1
 
 
+def test_an_answer_matches_the_schema_that_is_asked_for(tmp_path):
+    schema = {'type': 'object', 'properties': {'apples': {'type': 'integer'}}}
+    schema |= {'required': ['apples']}
+    (tmp_path / 'schema.json').write_text(json.dumps(schema))
+    out, _ = run(
+        'sample', f'--prompt={PROMPT}', f'--json_schema={tmp_path}/schema.json', '--mode=lossless',
+        '--json', '--max_new_tokens=40',
+    )  # fmt: skip
+    answer = json.loads(json.loads(out.splitlines()[-1])['text'])
+    assert isinstance(answer['apples'], int)
+
+
 def test_verify_compares_a_published_checkpoint_with_golden_outputs():
     out, _ = run('verify', f'--checkpoint={TINY_MOE}', f'--golden={TINY_MOE}/golden.npz')
     found = json.loads(out.splitlines()[-1])
@@ -109,6 +121,8 @@ def test_verify_compares_a_published_checkpoint_with_golden_outputs():
     [
         ('sample', ['--checkpoint=/nowhere', '--prompt=hi'], 'error: no model at /nowhere'),
         ('sample', [f'--prompt={"word " * 300}'], 'Shorten the prompt.'),
+        ('sample', ['--prompt=hi', '--regex=a(b'], 'a(b'),
+        ('sample', ['--prompt=hi', '--json_schema=/nowhere.json'], '/nowhere.json'),
         (
             'verify',
             ['--checkpoint=/nowhere', f'--golden={TINY_MOE}/golden.npz'],
