@@ -68,7 +68,7 @@ def constraint(tokenizer: Tokenizer, vocab_size: int) -> Controls | None:
     if _REGEX.value is not None:
         return Controls(automaton=from_regex(_REGEX.value, tokenizer, vocab_size=vocab_size))
     if _JSON_SCHEMA.value is not None:
-        schema = read_json(epath.Path(_JSON_SCHEMA.value))
+        schema = epath.Path(_JSON_SCHEMA.value).read_text()
         return Controls(automaton=from_json_schema(schema, tokenizer, vocab_size=vocab_size))
     return None
 

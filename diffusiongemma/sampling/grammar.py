@@ -91,7 +91,11 @@ def from_json_schema(
     Raises:
       ValueError: as of `from_regex`, and when the schema uses what is not supported.
     """
-    schema = json.loads(schema) if isinstance(schema, str) else schema
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise ValueError(f'The schema is no JSON: {error}.') from error
     return from_regex(to_pattern(schema, separators), tokenizer, **options)
 
 
