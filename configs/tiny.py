@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
             'teacher': 'builtin-teacher',
             'init': '',  # a student to go on from; empty: starts from the teacher's weights
             'canvas_length': 16,
-            'predict_next': False,
+            'predict_next': True,  # what the teacher knows is of use from the first step on
             'separate_denoiser': True,  # the encode pass stays exactly the teacher
             'lora': {'rank': 0, 'alpha': 16.0, 'passes': 'denoise'},  # rank 0: train all layers
             # Stage 0: the teacher answers these prompts; the student learns its answers.
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
             'ar_weight': 0.1,  # of no effect on a separate denoiser, whose encode pass is frozen
             'stage1': {'kd_weight': 1.0, 'self_conditioning_rate': 0.5},
             'stage2': {'first_step': 160, 'num_steps': 2, 'all_noise_rate': 0.5},
-            'optimizer': {'learning_rate': 2e-3, 'warmup_steps': 40, 'ema_decay': 0.98},
+            'optimizer': {'learning_rate': 1e-3, 'warmup_steps': 40, 'ema_decay': 0.98},
             'train': {'num_steps': 240, 'report_every': 10, 'checkpoint_every': 80},
             'sampling': {
                 'max_new_tokens': 96,

@@ -90,6 +90,7 @@ def denoise_canvas(
     params: Any,
     cache: KVCache,
     task: CanvasTask,
+    max_steps: int | None = None,
 ) -> DenoiseState:
     """Takes a canvas from noise to its last step, row by row as far as each row needs.
 
@@ -99,20 +100,20 @@ def denoise_canvas(
       params: the denoiser's parameters.
       cache: the tokens before the canvas.
       task: the canvas.
+      max_steps: limit of the steps beside the config's.
 
     Returns:
       The state after the last step; `result` is the canvas to commit, `steps` its cost.
     """
+    limit = min(max_steps or config.max_denoising_steps, config.max_denoising_steps)
+    noise = first_noise(model, config, params, task)
+    if limit == 1:  # without a loop, what only a next step would read is not computed
+        return denoise_step(model, config, params, cache, task, noise)
     return jax.lax.while_loop(
-        lambda state: unsettled(config, state),
+        lambda state: (state.step < limit) & ~jnp.all(state.stopped),
         lambda state: denoise_step(model, config, params, cache, task, state),
-        first_noise(model, config, params, task),
+        noise,
     )
-
-
-def unsettled(config: SamplingConfig, state: DenoiseState) -> jax.Array:
-    """[] bool, some row takes another denoise step."""
-    return (state.step < config.max_denoising_steps) & ~jnp.all(state.stopped)
 
 
 def first_noise(

@@ -102,7 +102,7 @@ def next_draft(
     nothing = jnp.full((active.shape[0], length), OPEN, jnp.int32)
     pinned = hold(task.pinned, nothing).at[:, 0].set(state.pending)
     task = task.replace(keys=draft_keys, pinned=pinned, max_steps=state.draft_steps)
-    denoised = denoise_canvas(model, config, params, before.cache, task)
+    denoised = denoise_canvas(model, config, params, before.cache, task, config.max_draft_steps)
     draft = denoised.argmax
     hidden, block_kv = passes.encode_block(model, params, before.cache, draft, active)
     logits = model.apply({'params': params}, hidden, method='unembed')  # [B, C, V]

@@ -75,7 +75,7 @@ def _watch(sampler: Sampler, params: Any, arguments: tuple) -> Iterator[Draft | 
     while state.running:
         task = diffusion.canvas_task(model, state)
         canvas = _first_noise(model, config, params, task)
-        while diffusion.unsettled(config, canvas):
+        while canvas.step < config.max_denoising_steps and not jnp.all(canvas.stopped):
             changing = ~canvas.stopped
             canvas = _denoise_step(model, config, params, state.cache, task, canvas)
             yield Draft(
