@@ -3,6 +3,7 @@
 Both read the same tiny checkpoint, and the reference's random draws are replaced by ours.
 """
 
+import functools
 import pathlib
 import shutil
 
@@ -23,8 +24,12 @@ pytestmark = pytest.mark.slow
 
 TINY = pathlib.Path(__file__).parent / 'data' / 'tiny_moe'
 CANVAS = 16
-SEEDS = range(20)
+SEEDS = range(36)
+# A choice between two candidates or two experts that are closer than this depends on the order
+# of float32 sums: leads in nats, and in probability.
+NEAR_TIES = {'candidate': 1e-4, 'expert': 1.5e-7}
 STOP_ID = 37
+PROMPT = np.load(TINY / 'golden.npz')['prompt']
 FIELDS = {
     'max_new_tokens': 3 * CANVAS,
     'max_denoising_steps': 24,
@@ -45,6 +50,7 @@ class Draws:
         self.rows = row_keys(key, batch_size)
         self.canvas = -1
         self.step = None
+        self.narrowest = dict.fromkeys(NEAR_TIES, np.inf)  # smallest leads so far
 
     def randint(self, low, high, size, device=None):
         assert low == 0 and high == self.vocab_size
@@ -60,19 +66,32 @@ class Draws:
         assert num_samples == 1
         self.step += 1
         keys, self.noise_keys = split_rows(fold_in_rows(self.step_keys, self.step))
-        logits = jnp.log(jnp.asarray(probs.numpy()))
         batch_size = self.rows.shape[0]
-        tokens = draw_tokens(logits.reshape(batch_size, -1, self.vocab_size), keys)
+        logits = jnp.log(jnp.asarray(probs.numpy())).reshape(batch_size, -1, self.vocab_size)
+        tokens = draw_tokens(logits, keys)
+        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+        best, second = jnp.moveaxis(jax.lax.top_k(logits + gumbel, 2)[0], -1, 0)
+        self.lead('candidate', float(jnp.min(best - second)))
         return torch.from_numpy(np.array(tokens)).long().reshape(-1, 1)
 
     def new_canvas(self):
         self.step = None
 
+    def lead(self, name, value):
+        self.narrowest[name] = min(self.narrowest[name], value)
+
+    def watch_router(self, router, inputs, outputs):
+        """A forward hook: the lead of the last expert that is taken over the first that is not."""
+        probabilities, weights, _ = outputs
+        ordered = probabilities.sort(dim=-1, descending=True).values
+        taken = weights.shape[-1]
+        self.lead('expert', float((ordered[..., taken - 1] - ordered[..., taken]).min()))
+
 
 def reference_generate(
     model, monkeypatch, key, prompt, stop_id, *, entropy_bound, pad_id, **fields
 ):
-    """The reference's new tokens and its tokens per forward."""
+    """The reference's new tokens, its tokens per forward, and its narrowest choices."""
     from transformers.models.diffusion_gemma import generation_diffusion_gemma as reference
 
     draws = Draws(key, prompt.shape[0], model.config.text_config.vocab_size)
@@ -88,12 +107,17 @@ def reference_generate(
         pad_token_id=pad_id,
         **fields,
     )
+    routers = [m for m in model.modules() if type(m).__name__.endswith('Router')]
+    hooks = [router.register_forward_hook(draws.watch_router) for router in routers]
     with monkeypatch.context() as patched:
         patched.setattr(torch, 'randint', draws.randint)
         patched.setattr(torch, 'multinomial', draws.multinomial)
         patched.setattr(model, '_prepare_denoiser_inputs', prepare_canvas)
         output = model.generate(torch.from_numpy(prompt).long(), generation_config=config)
-    return output.sequences[:, prompt.shape[1] :].numpy(), output.tokens_per_forward.numpy()
+    for hook in hooks:
+        hook.remove()
+    new_tokens = output.sequences[:, prompt.shape[1] :].numpy()
+    return new_tokens, output.tokens_per_forward.numpy(), draws.narrowest
 
 
 @pytest.fixture(scope='module')
@@ -114,31 +138,50 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-def test_tokens_and_step_counts_equal_those_of_the_reference(checkpoint, monkeypatch):
+@pytest.fixture(scope='module')
+def ours(checkpoint):
+    """A function from a seed to the key and the sampler's output."""
+    model, params, _ = load_model(checkpoint)
+    sampler = Sampler(model, SamplingConfig(stop_ids=(STOP_ID,), **FIELDS))
+    lengths = np.full(len(PROMPT), PROMPT.shape[1])
+
+    @functools.cache
+    def generate(seed):
+        key = jax.random.key(seed)
+        output = sampler(params, PROMPT, lengths, rng=key)
+        return key, jax.tree.map(np.asarray, output)
+
+    return generate
+
+
+@pytest.fixture(scope='module')
+def reference(checkpoint):
     from transformers import DiffusionGemmaForBlockDiffusion
 
-    prompt = np.load(TINY / 'golden.npz')['prompt']
-    lengths = np.full(len(prompt), prompt.shape[1])
-    model, params, _ = load_model(checkpoint)
-    reference = DiffusionGemmaForBlockDiffusion.from_pretrained(
+    return DiffusionGemmaForBlockDiffusion.from_pretrained(
         checkpoint, attn_implementation='eager', dtype=torch.float32
     ).eval()
-    sampler = Sampler(model, SamplingConfig(stop_ids=(STOP_ID,), **FIELDS))
-    stopped_early = rows_apart = 0
-    for seed in SEEDS:
-        key = jax.random.key(seed)
-        ours = sampler(params, prompt, lengths, rng=key)
-        theirs, tokens_per_forward = reference_generate(
-            reference, monkeypatch, key, prompt, STOP_ID, **FIELDS
-        )
-        width = theirs.shape[1]  # the reference ends with its last canvas
-        np.testing.assert_array_equal(ours.tokens[:, :width], theirs, err_msg=f'seed {seed}')
-        assert (np.asarray(ours.tokens[:, width:]) == FIELDS['pad_id']).all()
-        # The reference counts what is no pad token, and the model may write that one too.
-        counted = np.sum(theirs != FIELDS['pad_id'], axis=1)
-        np.testing.assert_allclose(counted / ours.denoising_steps, tokens_per_forward, rtol=1e-6)
-        limit = FIELDS['max_denoising_steps'] * np.asarray(ours.canvases)
-        stopped_early += bool((ours.denoising_steps < limit).all())
-        rows_apart += bool(ours.lengths[0] != ours.lengths[1])
-    # Runs in which canvases settle before the last step, and rows end in canvases of their own.
-    assert stopped_early > len(SEEDS) / 2 and rows_apart > 2
+
+
+@pytest.mark.parametrize('seed', SEEDS)
+def test_tokens_and_step_counts_equal_those_of_the_reference(seed, ours, reference, monkeypatch):
+    key, output = ours(seed)
+    theirs, tokens_per_forward, narrowest = reference_generate(
+        reference, monkeypatch, key, PROMPT, STOP_ID, **FIELDS
+    )
+    if any(narrowest[name] < limit for name, limit in NEAR_TIES.items()):
+        pytest.skip(f'a choice was too narrow to compare: {narrowest}')
+    width = theirs.shape[1]  # the reference ends with its last canvas
+    np.testing.assert_array_equal(output.tokens[:, :width], theirs)
+    assert (output.tokens[:, width:] == FIELDS['pad_id']).all()
+    # The reference counts what is no pad token, and the model may write that one too.
+    counted = np.sum(theirs != FIELDS['pad_id'], axis=1)
+    np.testing.assert_allclose(counted / output.denoising_steps, tokens_per_forward, rtol=1e-6)
+
+
+def test_canvases_settle_before_the_last_step_and_rows_end_apart(ours):
+    outputs = [ours(seed)[1] for seed in SEEDS]
+    limits = [FIELDS['max_denoising_steps'] * output.canvases for output in outputs]
+    early = [(o.denoising_steps < limit).all() for o, limit in zip(outputs, limits, strict=True)]
+    assert np.mean(early) > 0.5
+    assert sum(output.lengths[0] != output.lengths[1] for output in outputs) > 2

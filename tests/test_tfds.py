@@ -68,16 +68,18 @@ def test_what_a_dataset_does_not_have_is_named(data_dir, changes, message):
         load_source(DataSpec(**values))
 
 
-def test_tfds_load_reads_the_same_files(data_dir):
+def test_tfds_load_prepares_and_reads_a_built_in_dataset(tmp_path):
+    """As TFRecord files; of ArrayRecord files TFDS makes data sources alone."""
     pytest.importorskip('tensorflow')
     script = (
         'import sys, tensorflow_datasets as tfds\n'
         'from diffusiongemma.data import tfds_builders\n'
-        f'rows = tfds.load({NAME!r}, split="test", data_dir=sys.argv[1])\n'
+        f'kwargs = {{"file_format": "tfrecord"}}\n'
+        f'rows = tfds.load({NAME!r}, split="test", data_dir=sys.argv[1], builder_kwargs=kwargs)\n'
         'print(len(rows), next(iter(rows))["prompt"].numpy().decode())\n'
     )
     done = subprocess.run(
-        [sys.executable, '-c', script, data_dir], capture_output=True, text=True, check=True
+        [sys.executable, '-c', script, str(tmp_path)], capture_output=True, text=True, check=True
     )
     count, prompt = done.stdout.splitlines()[-1].split(' ', 1)
     task = load_source(DataSpec(kind='wordmath', split='test', size=200))

@@ -120,7 +120,7 @@ class ChatSampler:
         if cache is None:
             cache = passes.empty_cache(model, self._params, 1, self._capacity)
         rng = jax.random.fold_in(self._rng, self._turns)
-        state = mode.resume(model, config, self._params, cache, new, lengths, rng[None], Controls())
+        state = mode.start(model, config, self._params, new, lengths, rng[None], Controls(), cache)
         prompt_cache = state.cache
         while True:
             output = state.output()

@@ -23,58 +23,30 @@ class Mode(NamedTuple):
 
     Attributes:
       generate: the whole of it, from prompts to the output.
-      start: from prompts to the state before the first block.
-      resume: the same from prompts behind what a cache holds.
+      start: from prompts to the state before the first block; arguments as of `prefilled`.
       advance: one more block of every unfinished row.
       until_one_finishes: blocks until another row is finished.
     """
 
     generate: Callable[..., SamplerOutput]
     start: Callable[..., GenerationState]
-    resume: Callable[..., GenerationState]
     advance: Callable[..., GenerationState]
     until_one_finishes: Callable[..., GenerationState]
 
 
 def _compiled(first: Callable, advance: Callable) -> Mode:
     def start(
-        model: CausalModel,
-        config: SamplingConfig,
-        params: Any,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        rng: jax.Array,
-        controls: Controls,
+        model: CausalModel, config: SamplingConfig, params: Any, *prompts: Any
     ) -> GenerationState:
-        state = prefilled(model, config, params, tokens, lengths, rng, controls)
-        return first(model, config, params, *state)
-
-    def resume(
-        model: CausalModel,
-        config: SamplingConfig,
-        params: Any,
-        cache: KVCache,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        rng: jax.Array,
-        controls: Controls,
-    ) -> GenerationState:
-        state = prefilled(model, config, params, tokens, lengths, rng, controls, cache)
-        return first(model, config, params, *state)
+        return first(model, config, params, *prefilled(model, config, params, *prompts))
 
     def generate(
-        model: CausalModel,
-        config: SamplingConfig,
-        params: Any,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        rng: jax.Array,
-        controls: Controls,
+        model: CausalModel, config: SamplingConfig, params: Any, *prompts: Any
     ) -> SamplerOutput:
         state = jax.lax.while_loop(
             lambda state: state.running,
             lambda state: advance(model, config, params, state),
-            start(model, config, params, tokens, lengths, rng, controls),
+            start(model, config, params, *prompts),
         )
         return state.output()
 
@@ -88,7 +60,7 @@ def _compiled(first: Callable, advance: Callable) -> Mode:
             state,
         )
 
-    functions = (generate, start, resume, advance, until_one_finishes)
+    functions = (generate, start, advance, until_one_finishes)
     return Mode(*(jax.jit(function, static_argnames=_STATIC) for function in functions))
 
 
