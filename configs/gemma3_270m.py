@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
                 'batch_size': 256,
                 'max_new_tokens': 384,  # the canvases of a row
                 'sequence_level': True,
+                'top_k_logits': 0,  # or k: no teacher in memory while training
             },
             'data': {
                 'batch_size': 8,  # rows; bounded by the logits, see above

@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
                 'batch_size': 128,
                 'max_new_tokens': 768,  # the canvases of a row
                 'sequence_level': True,
+                'top_k_logits': 0,  # or k: no teacher in memory while training
             },
             'data': {
                 'batch_size': 8,  # rows, one a device; a second one would leave no room

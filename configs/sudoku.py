@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
                 'max_new_tokens': 96,
                 # There is one solution, which the teacher rarely finds: learn it from the data.
                 'sequence_level': False,
+                'top_k_logits': 0,  # or k: no teacher in memory while training
             },
             'data': {
                 'batch_size': 8,

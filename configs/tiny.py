@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
                 'batch_size': 128,
                 'max_new_tokens': 96,
                 'sequence_level': True,
+                'top_k_logits': 0,  # or k: no teacher in memory while training
             },
             'data': {
                 'batch_size': 16,

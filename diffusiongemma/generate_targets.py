@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from diffusiongemma import run_config
 from diffusiongemma.distillation.run import load_teacher
 from diffusiongemma.distillation.targets import TargetsConfig, write_targets
+from diffusiongemma.parallel import make_mesh
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory for the targets.')
@@ -28,9 +29,10 @@ def main(argv: list[str]) -> None:
         teacher.tokenizer,
         run_config.build(TargetsConfig, config.targets, 'targets'),
         Path(_OUTPUT.value),
+        make_mesh(config.mesh),
         seed=config.seed,
     )
-    print(f'targets: {spec.path}')
+    print(f'targets: {spec.describe()}')
 
 
 if __name__ == '__main__':

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.distillation import reporting
+from diffusiongemma.distillation import reporting, run
 from diffusiongemma.distillation.run import Teacher, distill, load_teacher, train_student
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
 from diffusiongemma.distillation.targets import TargetsConfig, write_targets
 from diffusiongemma.models import Gemma, init_params
+from diffusiongemma.parallel import make_mesh
 from diffusiongemma.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
@@ -193,21 +195,48 @@ def test_training_exports_a_model_that_a_later_run_starts_from(tmp_path):
     )
 
 
-def test_answers_of_the_teacher_are_written_once(tmp_path, monkeypatch):
-    model, params, tokenizer = load_model('builtin-teacher')
-    config = TargetsConfig({'kind': 'wordmath', 'size': 6}, batch_size=4, max_new_tokens=96)
-    spec = write_targets(model, params, tokenizer, config, tmp_path, seed=0)
-    written = Path(spec.path).read_text()
-    assert 0 < len(written.splitlines()) <= 6
-    monkeypatch.setattr('diffusiongemma.distillation.targets.Sampler', None)  # not needed again
-    assert write_targets(model, params, tokenizer, config, tmp_path, seed=0) == spec
-    assert Path(spec.path).read_text() == written
-    with pytest.raises(ValueError, match='made with another seed'):
-        write_targets(model, params, tokenizer, config, tmp_path, seed=1)
+def losses(workdir):
+    return [[row['loss'], row['loss/encode']] for row in reporting.read_metrics(workdir)]
 
 
-def test_answers_that_do_not_end_are_left_out(teacher, tmp_path):
-    config = TargetsConfig({'kind': 'wordmath', 'size': 4}, batch_size=4, max_new_tokens=2)
-    arguments = (teacher.model, teacher.params, teacher.tokenizer, config, tmp_path)
-    with pytest.raises(ValueError, match='no answer of the teacher ended within'):
-        write_targets(*arguments, seed=0)
+def test_a_run_on_stored_distributions_needs_no_teacher_and_has_its_losses(
+    teacher, tmp_path, monkeypatch
+):
+    config = student_config(separate_denoiser=False)
+    config.train.num_steps = config.stage2.first_step = 2  # stage 1 alone
+    config.data.row_length, config.data.canvases_per_row = 64, 4
+    config.targets.update(
+        {
+            'source': {'kind': 'wordmath', 'size': 60},
+            'batch_size': 8,
+            'sequence_level': False,  # a random teacher's answers do not end
+            'top_k_logits': teacher.tokenizer.vocab_size,
+        }
+    )
+    targets = write_targets(
+        teacher.model,
+        teacher.params,
+        teacher.tokenizer,
+        run_config.build(TargetsConfig, config.targets, 'targets'),
+        tmp_path / 'targets',
+        make_mesh(config.mesh),
+        seed=0,
+    )
+    made = run.make_distillation_step
+
+    def step_without_teacher(*args, **kwargs):
+        step = made(*args, **kwargs)
+
+        def checked(state, constants, batch):
+            assert constants.teacher is None and not constants.student
+            return step(state, constants, batch)
+
+        return checked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, 'make_distillation_step', step_without_teacher)
+        train_student(config, teacher.on_host(), targets, tmp_path / 'stored')
+    config.targets.top_k_logits = 0
+    train_student(config, teacher, targets, tmp_path / 'on_the_fly')
+    stored, on_the_fly = losses(tmp_path / 'stored'), losses(tmp_path / 'on_the_fly')
+    np.testing.assert_allclose(stored, on_the_fly, rtol=1e-3, atol=1e-4)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffusiongemma.diffusion import MaskedCorruption, UniformCorruption, sample_noise_levels
-from diffusiongemma.distillation.canvases import canvas_teacher_logits, denoise, draw_noise
-from diffusiongemma.distillation.losses import cross_entropy, denoise_loss, kl_divergence
+from diffusiongemma.distillation.canvases import canvas_teacher, denoise, draw_noise
+from diffusiongemma.distillation.losses import cross_entropy, denoise_loss
 from diffusiongemma.distillation.stage1 import Stage1
 from diffusiongemma.distillation.stage2 import Stage2
 from diffusiongemma.distillation.step import Constants, causal_pass, distillation_loss
@@ -16,6 +16,7 @@ from diffusiongemma.distillation.student import (
     student_params_from_teacher,
     trained_params,
 )
+from diffusiongemma.distillation.teacher import FullDistribution, TopKDistribution
 from diffusiongemma.models import DiffusionGemma, Gemma
 from diffusiongemma.models import init_params as init_params_eagerly
 from diffusiongemma.sampling import EntropyBound, TemperatureSchedule
@@ -25,12 +26,46 @@ init_params = jax.jit(init_params_eagerly, static_argnums=0)
 
 def test_losses_have_their_enumerated_values():
     logits = jnp.log(jnp.array([0.5, 0.25, 0.25]))
-    target = jnp.log(jnp.array([0.25, 0.5, 0.25]))
+    target = FullDistribution(jnp.log(jnp.array([0.25, 0.5, 0.25])))
     np.testing.assert_allclose(cross_entropy(logits, jnp.array(1)), np.log(4), rtol=1e-6)
     expected = 0.25 * np.log(0.5) + 0.5 * np.log(2)
-    np.testing.assert_allclose(kl_divergence(target, logits), expected, rtol=1e-5)
+    np.testing.assert_allclose(target.kl(logits), expected, rtol=1e-5)
     mixed = denoise_loss(logits, jnp.array(1), target, jnp.array(0.25))
     np.testing.assert_allclose(mixed, 0.75 * np.log(4) + 0.25 * expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('k', [1, 3, 10, 11])
+def test_the_kl_of_the_likeliest_tokens_never_exceeds_the_full_one(k):
+    keys = jax.random.split(jax.random.key(0))
+    target, logits = (3 * jax.random.normal(key, (64, 11)) for key in keys)
+    said = TopKDistribution.of(target, k)
+    full, full_grad = jax.vmap(jax.value_and_grad(lambda x, y: FullDistribution(y).kl(x)))(
+        logits, target
+    )
+    found, grad = jax.vmap(jax.value_and_grad(lambda x, y: y.kl(x)))(logits, said)
+    assert np.isfinite(grad).all()
+    if k < 10:
+        assert (found >= 0).all() and (found < full).all()
+    else:  # nothing is lumped together; log-probabilities are rounded to float16
+        np.testing.assert_allclose(found, full, atol=5e-3)
+        np.testing.assert_allclose(grad, full_grad, atol=2e-3)
+
+
+def test_the_kl_of_the_likeliest_tokens_has_its_enumerated_value():
+    target = jnp.log(jnp.array([0.125, 0.5, 0.25, 0.125]))
+    logits = jnp.log(jnp.array([0.25, 0.25, 0.25, 0.25]))
+    said = TopKDistribution.of(target, 1)  # 1/2 and 1/2 against 1/4 and 3/4
+    assert said.ids == 1
+    expected = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
+    np.testing.assert_allclose(said.kl(logits), expected, rtol=1e-3)
+
+
+def test_a_student_that_is_sure_of_the_likeliest_tokens_still_has_a_gradient():
+    said = TopKDistribution.of(jnp.zeros(5), 2)
+    sure = jnp.array([90.0, 90.0, 0.0, 0.0, 0.0])  # the others have probability e^-90
+    loss, grad = jax.value_and_grad(said.kl)(sure)
+    np.testing.assert_allclose(loss, 0.6 * 90, rtol=0.02)
+    np.testing.assert_allclose(grad, [0.3, 0.3, -0.2, -0.2, -0.2], atol=1e-3)
 
 
 def test_noise_levels_are_spread_evenly_over_the_batch():
@@ -64,11 +99,11 @@ def batch():
     }
 
 
-def test_teacher_logits_of_a_canvas_are_those_that_predict_its_tokens(batch):
-    logits = jnp.arange(12.0)[None, :, None]  # the row index stands for the logits
-    found, has_target = canvas_teacher_logits(logits, batch)
-    np.testing.assert_array_equal(found[0, 0, :, 0], [3, 4, 5, 6])
-    np.testing.assert_array_equal(found[0, 1, :2, 0], [7, 8])
+def test_what_the_teacher_says_of_a_canvas_is_what_predicts_its_tokens(batch):
+    said = FullDistribution(jnp.arange(12.0)[None, :, None])  # the index stands for the logits
+    found, has_target = canvas_teacher(said, batch)
+    np.testing.assert_array_equal(found.logits[0, 0, :, 0], [3, 4, 5, 6])
+    np.testing.assert_array_equal(found.logits[0, 1, :2, 0], [7, 8])
     np.testing.assert_array_equal(has_target[0, 0], [True] * 4)
     np.testing.assert_array_equal(has_target[0, 1], [True, True, False, False])
     assert not has_target[0, 2].any()
@@ -147,6 +182,33 @@ def test_stage_2_in_one_step_is_stage_1_without_self_conditioning(student, batch
         return first[0], loss_of(model, params, batch, 'stage2', teacher_params, **one_step)[0]
 
     np.testing.assert_allclose(*losses(params), rtol=1e-6)
+
+
+def test_the_loss_of_a_stored_teacher_is_that_of_its_pass(student, batch, stage):
+    model, params, teacher_params = student
+    teacher = Gemma(model.config.autoregressive)
+    logits, _ = causal_pass(teacher, teacher_params, batch)
+    said = TopKDistribution.of(logits, model.config.vocab_size)
+    stored = batch | {
+        'teacher_ids': said.ids,
+        'teacher_log_probs': said.log_probs,
+        'teacher_log_rest': said.log_rest,
+    }
+    frozen = frozen_params(model.config, teacher_params)
+
+    @jax.jit
+    def without_teacher(params):
+        constants = Constants(None, frozen)
+        stage_objective = objective(stage, model.config)
+        key = jax.random.key(0)
+        return distillation_loss(
+            model, teacher, stage_objective, 0.1, params, constants, key, stored
+        )
+
+    loss, metrics = jax.jit(lambda p: loss_of(model, p, batch, stage, teacher_params))(params)
+    stored_loss, stored_metrics = without_teacher(params)
+    np.testing.assert_allclose(stored_loss, loss, rtol=1e-3)
+    np.testing.assert_allclose(stored_metrics['loss/encode'], metrics['loss/encode'], rtol=1e-2)
 
 
 def test_no_gradient_flows_from_one_step_to_the_next(student, batch):

@@ -17,7 +17,13 @@ The keys of a batch, with B rows of length L, N canvases a row, C tokens a canva
     canvas_starts       [B, N] int32     position in the document of the canvas's first token
     canvas_offsets      [B, N] int32     index in the row of the canvas's first token
 
-With no canvases in a row (N = 0, for autoregressive training) the first four keys are all.
+With no canvases in a row (N = 0, for autoregressive training) the first four keys are all. With the
+teacher's k likeliest tokens (`RowLayout.top_k`) there are three more; at i they are about token
+i + 1, as causal logits are, and they mean something where that token is a target:
+
+    teacher_ids         [B, L, k] int32    the tokens
+    teacher_log_probs   [B, L, k] float16  their log-probabilities
+    teacher_log_rest    [B, L] float16     log of the probability of all others
 """
 
 from __future__ import annotations
@@ -32,6 +38,8 @@ import numpy as np
 from absl import logging
 
 Features = dict[str, np.ndarray]
+
+TEACHER_KEYS = ('teacher_ids', 'teacher_log_probs', 'teacher_log_rest')
 
 
 class PromptTokenizer(Protocol):
@@ -56,6 +64,8 @@ class RowLayout:
       random_offset_rate: share of the documents whose canvases start at a random token of the
         response's first canvas (what is before it only serves as prefix). A decoder that
         starts canvases where its last one was cut short needs such examples.
+      top_k: tokens of the teacher's distributions, which the examples then must have; 0 leaves
+        them out.
     """
 
     row_length: int
@@ -63,6 +73,7 @@ class RowLayout:
     canvas_length: int
     pad_id: int = 0
     random_offset_rate: float = 0.0
+    top_k: int = 0
 
     def __post_init__(self):
         if not 0 <= self.random_offset_rate <= 1:
@@ -84,10 +95,13 @@ class Document:
     Attributes:
       tokens: [T] int32, prompt and response.
       prompt_length: index of the response's first token.
+      teacher: the example's features in `TEACHER_KEYS`: what the teacher said of each of the R
+        tokens of the response, [R, k] or [R].
     """
 
     tokens: np.ndarray
     prompt_length: int
+    teacher: Features = dataclasses.field(default_factory=dict)
 
     @property
     def response(self) -> np.ndarray:
@@ -96,10 +110,11 @@ class Document:
 
 
 def tokenize(example: Mapping[str, Any], tokenizer: PromptTokenizer) -> Document:
-    """Turns {'prompt', 'response'} into a document; other keys are ignored."""
+    """Turns {'prompt', 'response'} into a document, with `TEACHER_KEYS` where there are any."""
     prompt = tokenizer.format_prompt(example['prompt'])
     response = tokenizer.format_response(example['response'])
-    return Document(np.asarray(prompt + response, np.int32), len(prompt))
+    teacher = {name: example[name] for name in TEACHER_KEYS if name in example}
+    return Document(np.asarray(prompt + response, np.int32), len(prompt), teacher)
 
 
 def cut_canvases(response: np.ndarray, canvas_length: int, pad_id: int = 0) -> np.ndarray:
@@ -140,12 +155,35 @@ def document_features(document: Document, layout: RowLayout, offset: int = 0) ->
         'tokens': document.tokens,  # [T]
         'target_mask': np.arange(length) >= document.prompt_length,  # [T]
     }
+    if layout.top_k:
+        features |= _teacher_features(document, layout.top_k)  # [T, k], [T, k], [T]
     if layout.canvases_per_row:
         canvases = cut_canvases(document.response[offset:], layout.canvas_length, layout.pad_id)
         first = document.prompt_length + offset
         starts = first + layout.canvas_length * np.arange(len(canvases))
         features['canvas_tokens'] = canvases  # [n, C]
         features['canvas_starts'] = starts.astype(np.int32)  # [n]
+    return features
+
+
+def _teacher_features(document: Document, top_k: int) -> Features:
+    """What the teacher said of token i + 1 at each i [T]; 0 where that is none of the response."""
+    if not document.teacher:
+        raise ValueError(
+            f'config.targets.top_k_logits={top_k}, but the data hold no distributions of the '
+            'teacher: write the targets again, or set it to 0 to run the teacher in training.'
+        )
+    said, expected = document.teacher['teacher_ids'].shape, (len(document.response), top_k)
+    if said != expected:
+        raise ValueError(
+            f'the data hold [tokens, k] = {said} likeliest tokens of the teacher for a response '
+            f'where {expected} are needed: they were written with another tokenizer or another '
+            'config.targets.top_k_logits. Write the targets again.'
+        )
+    features = {}
+    for name, value in document.teacher.items():
+        features[name] = np.zeros((len(document.tokens), *value.shape[1:]), value.dtype)
+        features[name][document.prompt_length - 1 : -1] = value
     return features
 
 
@@ -157,7 +195,7 @@ def _finish_row(row: Features) -> Features:
         'segment_ids': segment_ids,
         'positions': positions,
         'target_mask': row['target_mask'],
-    }
+    } | {name: row[name] for name in TEACHER_KEYS if name in row}
     if 'canvas_tokens' not in row:
         return finished
     canvas_segment_ids = row['canvas_starts_segment_ids']  # [N]
@@ -190,6 +228,10 @@ def pack_rows(
     lengths = {'tokens': layout.row_length, 'target_mask': layout.row_length}
     padding = {'tokens': layout.pad_id, 'target_mask': False}
     unnumbered = ['target_mask']  # features whose segments and positions nobody reads
+    if layout.top_k:
+        lengths |= dict.fromkeys(TEACHER_KEYS, layout.row_length)
+        padding |= dict.fromkeys(TEACHER_KEYS, 0)
+        unnumbered += TEACHER_KEYS
     if layout.canvases_per_row:
         slots = layout.canvases_per_row
         lengths |= {'canvas_tokens': slots, 'canvas_starts': slots}

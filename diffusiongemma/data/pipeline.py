@@ -144,6 +144,7 @@ def make_train_iterator(
     canvas_length: int,
     seed: int,
     random_offset_rate: float = 0.0,
+    top_k: int = 0,
     weights: Sequence[float] | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -161,7 +162,7 @@ def make_train_iterator(
       canvases_per_row: canvas slots of a row; 0 leaves the canvas keys out.
       canvas_length: tokens of a canvas.
       seed: of the shuffles and the offsets, in [0, 2**32).
-      random_offset_rate: see `packing.RowLayout`.
+      random_offset_rate, top_k: see `packing.RowLayout`.
       weights: share of each source, in documents; by default each spec's own weight, 1 for a
         source that came without a spec.
       process_index: which shard is read; each epoch's shards are disjoint.
@@ -182,7 +183,7 @@ def make_train_iterator(
     if not 0 <= seed < 2**32:
         raise ValueError(f'seed must be in [0, 2**32), got {seed}.')
     layout = packing.RowLayout(
-        row_length, canvases_per_row, canvas_length, tokenizer.pad_id, random_offset_rate
+        row_length, canvases_per_row, canvas_length, tokenizer.pad_id, random_offset_rate, top_k
     )
     listed = _listed(sources)
     shares = _weights(listed, weights)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.diffusion.corruption import Corruption, sample_noise_levels
 from diffusiongemma.distillation.losses import denoise_loss, masked_mean
+from diffusiongemma.distillation.teacher import TeacherDistribution
 from diffusiongemma.models.cache import Prefix
 
 Batch = dict[str, jax.Array]
@@ -77,16 +78,18 @@ def denoise(
     )
 
 
-def canvas_teacher_logits(teacher_logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def canvas_teacher(
+    teacher: TeacherDistribution, batch: Batch
+) -> tuple[TeacherDistribution, jax.Array]:
     """Teacher conditionals p_T(x_i | x_<i, c) for every canvas position.
 
     Args:
-      teacher_logits: [B, L, V] causal logits on the clean row.
+      teacher: p_T on the clean row, [B, L]; at i that of token i + 1.
       batch: a packed batch.
 
     Returns:
-      Logits [B, N, C, V], and [B, N, C] bool: the position is a token of the document.
-      Elsewhere (padding after the end, unused slots) the logits mean nothing.
+      The conditionals [B, N, C], and [B, N, C] bool: the position is a token of the document.
+      Elsewhere (padding after the end, unused slots) they mean nothing.
     """
     canvas_length = batch['canvas_tokens'].shape[-1]
     index = batch['canvas_offsets'][..., None] + jnp.arange(canvas_length)  # [B, N, C]
@@ -95,7 +98,8 @@ def canvas_teacher_logits(teacher_logits: jax.Array, batch: Batch) -> tuple[jax.
     rows = jnp.arange(index.shape[0])[:, None, None]
     same_document = batch['segment_ids'][rows, clipped] == batch['canvas_segment_ids'][..., None]
     used = (batch['canvas_segment_ids'] > 0)[..., None]
-    return teacher_logits[rows, clipped - 1], same_document & used & (index < row_length)
+    conditionals = jax.tree.map(lambda leaf: leaf[rows, clipped - 1], teacher)
+    return conditionals, same_document & used & (index < row_length)
 
 
 def used_positions(batch: Batch) -> jax.Array:
@@ -107,7 +111,7 @@ def used_positions(batch: Batch) -> jax.Array:
 def mixed_loss(
     logits: jax.Array,
     batch: Batch,
-    teacher_logits: jax.Array,
+    teacher: TeacherDistribution,
     noisy: NoisyCanvases,
     kd_weight: float,
 ) -> jax.Array:
@@ -120,14 +124,14 @@ def mixed_loss(
     Args:
       logits: [B, N, C, V] denoiser logits.
       batch: a packed batch.
-      teacher_logits: [B, L, V] causal logits on the clean rows.
+      teacher: p_T on the clean rows, [B, L].
       noisy: the canvases that were denoised.
       kd_weight: share of the KL at t = 1.
 
     Returns:
       [] float32, nats per token.
     """
-    targets, has_target = canvas_teacher_logits(teacher_logits, batch)
+    targets, has_target = canvas_teacher(teacher, batch)
     weight = kd_weight * noisy.noise_level[..., None]
     weight = jnp.where(noisy.corrupted & has_target, weight, 0.0)
     per_token = denoise_loss(logits, batch['canvas_tokens'], targets, weight)

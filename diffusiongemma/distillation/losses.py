@@ -7,18 +7,13 @@ student's causal logits, t noise level.
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.distillation.teacher import TeacherDistribution
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log softmax(logits)[labels] in nats: [..., V], [...] int32 -> [...] float32."""
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
-
-
-def kl_divergence(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
-    """KL(softmax(target_logits) || softmax(logits)) in nats: [..., V] twice -> [...]."""
-    target = jax.nn.log_softmax(target_logits.astype(jnp.float32), axis=-1)
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return jnp.sum(jnp.exp(target) * (target - log_probs), axis=-1)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -39,16 +34,17 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array, target_mask: jax.Array
 
 
 def next_token_kl(
-    teacher_logits: jax.Array, logits: jax.Array, target_mask: jax.Array
+    teacher: TeacherDistribution, logits: jax.Array, target_mask: jax.Array
 ) -> jax.Array:
-    """Mean KL(p_T || a_S) over the positions that predict target tokens; [B, L, V] twice."""
-    return masked_mean(kl_divergence(teacher_logits[:, :-1], logits[:, :-1]), target_mask[:, 1:])
+    """Mean KL(p_T || a_S) over the places [B, L] that predict target tokens; logits [B, L, V]."""
+    before_target = jnp.roll(target_mask, -1, axis=1)  # a row's first token is never a target
+    return masked_mean(teacher.kl(logits), before_target)
 
 
 def denoise_loss(
     logits: jax.Array,
     canvas: jax.Array,
-    teacher_logits: jax.Array,
+    teacher: TeacherDistribution,
     kl_weight: jax.Array,
 ) -> jax.Array:
     """(1 - w) CE(x | q_S) + w KL(p_T || q_S) for each canvas position.
@@ -56,12 +52,12 @@ def denoise_loss(
     Args:
       logits: [B, N, C, V] denoiser logits on the noisy canvases.
       canvas: [B, N, C] int32 clean tokens.
-      teacher_logits: [B, N, C, V] causal teacher logits for the same tokens.
+      teacher: p_T of the same tokens, [B, N, C].
       kl_weight: [B, N, C] float32 w in [0, 1].
 
     Returns:
       [B, N, C] float32.
     """
     hard = cross_entropy(logits, canvas)
-    soft = kl_divergence(teacher_logits, logits)
+    soft = teacher.kl(logits)
     return (1.0 - kl_weight) * hard + kl_weight * soft

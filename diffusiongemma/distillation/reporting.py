@@ -35,16 +35,7 @@ class Reporter:
         self._metrics_file = open(workdir / METRICS_FILE, 'a', encoding='utf-8')
         self._num_steps = num_steps
         self._last_step, self._last_time = first_step, time.perf_counter()
-        self._progress = Progress(
-            TextColumn('{task.description}'),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn('{task.fields[status]}'),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(file=sys.stdout),
-            disable=not sys.stdout.isatty(),
-        )
+        self._progress = _progress_bar()
         self._task = self._progress.add_task(
             description, total=num_steps, completed=first_step, status=''
         )
@@ -88,9 +79,66 @@ class Reporter:
             rest = '  '.join(f'{k} {v:.4f}' for k, v in metrics.items() if k != 'loss')
             logging.info(
                 '%s %d/%d  %s  %s  ETA %s',
-                self._description, step, self._num_steps, status, rest,
-                time.strftime('%H:%M:%S', time.gmtime(remaining)),
+                self._description, step, self._num_steps, status, rest, _clock(remaining),
             )  # fmt: skip
+
+
+class AnswerProgress:
+    """Shows how far the teacher's answers are: a bar, or off a terminal a log line now and then."""
+
+    LOG_SECONDS = 30.0
+
+    def __init__(self, answered: int, total: int):
+        """`answered` of `total` prompts were so before."""
+        self._answered, self._total = answered, total
+        self._prompts = self._tokens = 0  # of this call
+        self._start = self._last_log = time.perf_counter()
+        self._progress = _progress_bar()
+        self._task = self._progress.add_task('targets', total=total, completed=answered, status='')
+
+    def __enter__(self) -> 'AnswerProgress':
+        self._progress.start()
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self._progress.stop()
+
+    def add(self, prompts: int, tokens: int) -> None:
+        """So many more prompts were answered, with so many tokens in all."""
+        self._answered += prompts
+        self._prompts += prompts
+        self._tokens += tokens
+        now = time.perf_counter()
+        elapsed = max(now - self._start, 1e-9)
+        status = f'{self._tokens / elapsed:,.0f} tok/s'
+        self._progress.update(self._task, completed=self._answered, status=status)
+        left = self._total - self._answered
+        if self._progress.disable and (now - self._last_log > self.LOG_SECONDS or not left):
+            self._last_log = now
+            logging.info(
+                'targets %d/%d  %s  ETA %s',
+                self._answered, self._total, status, _clock(left * elapsed / self._prompts),
+            )  # fmt: skip
+
+
+def _progress_bar() -> Progress:
+    """On a terminal; elsewhere it is disabled."""
+    return Progress(
+        TextColumn('{task.description}'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn('{task.fields[status]}'),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stdout),
+        disable=not sys.stdout.isatty(),
+    )
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds: '26:03:59'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f'{minutes // 60:02}:{minutes % 60:02}:{seconds:02}'
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:

@@ -80,6 +80,15 @@ class Teacher:
     params: dict
     tokenizer: Tokenizer
 
+    def on_host(self) -> 'Teacher':
+        """The same with its parameters in host memory."""
+        return dataclasses.replace(self, params=jax.device_get(self.params))
+
+    def on_devices(self, mesh: jax.sharding.Mesh | None) -> 'Teacher':
+        """The same with its parameters in their shards, or on one device without a mesh."""
+        shardings = None if mesh is None else param_shardings(self.model, mesh)
+        return dataclasses.replace(self, params=jax.device_put(self.params, shardings))
+
 
 def distill(config: ConfigDict, workdir: Path) -> Comparison:
     """Runs the distillation of `config`; goes on where an interrupted one stopped.
@@ -93,14 +102,18 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
     run_config.write_resolved(config, workdir)
     teacher = load_teacher(config)
     logging.info('teacher: %d parameters', parameter_count(teacher.params))
+    targets_config = run_config.build(TargetsConfig, config.targets, 'targets')
     targets = write_targets(
         teacher.model,
         teacher.params,
         teacher.tokenizer,
-        run_config.build(TargetsConfig, config.targets, 'targets'),
+        targets_config,
         workdir / 'targets',
+        make_mesh(config.mesh),
         seed=config.seed,
     )
+    if targets_config.top_k_logits:  # what it said is in the targets
+        teacher = teacher.on_host()
     student_model, state = train_student(config, teacher, targets, workdir)
     about = {'teacher': str(config.teacher), 'steps': int(state.step), 'seed': config.seed}
     lora = lora_student(config, student_model)
@@ -117,7 +130,7 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
         dtype='bfloat16',
         about=about,
     )
-    return evaluate_run(config, teacher, workdir)
+    return evaluate_run(config, teacher.on_devices(_mesh_to_load_on(config)), workdir)
 
 
 def load_teacher(config: ConfigDict) -> Teacher:
@@ -176,6 +189,7 @@ def train_student(
     optimizer_config = run_config.build(OptimizerConfig, config.optimizer, 'optimizer')
     optimizer = make_optimizer(optimizer_config, loop.num_steps)
     shape = run_config.build(BatchConfig, config.data, 'data')
+    top_k = run_config.build(TargetsConfig, config.targets, 'targets').top_k_logits
     stages = objectives(config, teacher.tokenizer)
     model = DiffusionGemma(
         teacher.model.config.replace(
@@ -195,6 +209,8 @@ def train_student(
     else:
         constants = lora.constants(teacher_params, mesh)
         shardings = lora.shardings(teacher_params, mesh)
+    if top_k:  # the batches hold what the teacher said
+        constants = constants._replace(teacher=None)
 
     def init(source: dict) -> TrainState:
         """From the teacher's parameters, or those of the student `config.init`."""
@@ -218,12 +234,14 @@ def train_student(
         canvas_length=config.canvas_length,
         seed=config.seed,
         random_offset_rate=shape.random_offset_rate,
+        top_k=top_k,
     )
     about = describe_model(model.config, teacher.tokenizer.content_hash)
     if lora is not None:
         about['lora'] = json.loads(json.dumps(dataclasses.asdict(lora.config)))
     store = CheckpointStore(workdir, loop.max_to_keep, about)
     state = start_or_resume(init, shardings, mesh, store, batches, source)
+    del source, teacher_params  # `constants` has what the steps read
     teacher.tokenizer.save(workdir / TOKENIZER_FILE)
     if constants.student:  # checkpoints hold the trained part only
         save_bundle(workdir / BASE_DIR, teacher.model.config, teacher.params, teacher.tokenizer)

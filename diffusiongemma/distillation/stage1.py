@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from diffusiongemma.diffusion.corruption import Corruption
 from diffusiongemma.distillation import canvases
 from diffusiongemma.distillation.canvases import Batch, NoisyCanvases
+from diffusiongemma.distillation.teacher import TeacherDistribution
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.sampling.schedule import TemperatureSchedule
 
@@ -51,7 +52,7 @@ class Stage1:
         key: jax.Array,
         batch: Batch,
         prefix: Prefix,
-        teacher_logits: jax.Array,
+        teacher: TeacherDistribution,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `step.Objective`."""
         noise_key, condition_key = jax.random.split(key)
@@ -65,7 +66,7 @@ class Stage1:
             soft = self._first_prediction(model, params, batch, prefix, noisy)
             soft = jnp.where(conditioned, soft, 0.0)
         logits = canvases.denoise(model, params, batch, prefix, noisy.tokens, soft)
-        loss = canvases.mixed_loss(logits, batch, teacher_logits, noisy, self.kd_weight)
+        loss = canvases.mixed_loss(logits, batch, teacher, noisy, self.kd_weight)
         accuracy = canvases.argmax_accuracy(logits, batch, noisy.corrupted)
         return loss, {'canvas_accuracy': accuracy}
 

@@ -23,6 +23,7 @@ from diffusiongemma.diffusion.corruption import Corruption
 from diffusiongemma.distillation import canvases
 from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.losses import cross_entropy, masked_mean
+from diffusiongemma.distillation.teacher import TeacherDistribution
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.sampling.acceptance import AcceptanceRule
 from diffusiongemma.sampling.epilogue import entropy
@@ -71,7 +72,7 @@ class Stage2:
         key: jax.Array,
         batch: Batch,
         prefix: Prefix,
-        teacher_logits: jax.Array,
+        teacher: TeacherDistribution,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `step.Objective`."""
         noise_key, renoise_key = jax.random.split(key)
@@ -88,7 +89,7 @@ class Stage2:
         for n in range(self.num_steps):
             logits = canvases.denoise(model, params, batch, prefix, canvas, soft)
             if n == 0:
-                loss = canvases.mixed_loss(logits, batch, teacher_logits, noisy, self.kd_weight)
+                loss = canvases.mixed_loss(logits, batch, teacher, noisy, self.kd_weight)
             else:
                 loss = masked_mean(cross_entropy(logits, clean), used)
             if self.certainty_weight:

@@ -11,6 +11,11 @@ import optax
 from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.losses import next_token_kl
 from diffusiongemma.distillation.state import TrainState, apply_gradients
+from diffusiongemma.distillation.teacher import (
+    FullDistribution,
+    TeacherDistribution,
+    TopKDistribution,
+)
 from diffusiongemma.models.cache import Prefix
 
 Metrics = dict[str, jax.Array]
@@ -26,7 +31,7 @@ class Objective(Protocol):
         key: jax.Array,
         batch: Batch,
         prefix: Prefix,
-        teacher_logits: jax.Array,
+        teacher: TeacherDistribution,
     ) -> tuple[jax.Array, Metrics]:
         """The loss of the denoise pass on one batch.
 
@@ -36,7 +41,7 @@ class Objective(Protocol):
           key: of the noise.
           batch: a packed batch (`data.packing`).
           prefix: the clean rows, encoded.
-          teacher_logits: [B, L, V] causal logits of the teacher on the clean rows.
+          teacher: p_T on the clean rows, [B, L]; at i that of token i + 1.
 
         Returns:
           The loss [] in nats per token, and metrics.
@@ -57,8 +62,8 @@ class Constants(NamedTuple):
     """Parameters that a step reads and never changes.
 
     Attributes:
-      teacher: the AR teacher's, or None where the student's own encode pass is frozen: it
-        then is the teacher, and one causal pass serves both.
+      teacher: the AR teacher's, or None where no pass of its own is needed: the student's encode
+        pass is frozen and serves as one, or the batches hold what the teacher said.
       student: the frozen part of the student's (`student.frozen_params`).
     """
 
@@ -104,12 +109,19 @@ def distillation_loss(
     """
     params = combine(constants.student, params)
     ar_logits, prefix = causal_pass(model, params, batch)
-    if constants.teacher is None:
-        teacher_logits, ar_kl = jax.lax.stop_gradient(ar_logits), jnp.zeros(())
+    encodes_as_teacher = model.config.separate_denoiser  # its encode pass is frozen
+    if 'teacher_ids' in batch:
+        said = TopKDistribution(
+            batch['teacher_ids'], batch['teacher_log_probs'], batch['teacher_log_rest']
+        )
+    elif encodes_as_teacher:
+        said = FullDistribution(jax.lax.stop_gradient(ar_logits))
     else:
-        teacher_logits, _ = causal_pass(teacher, constants.teacher, batch)
-        ar_kl = next_token_kl(teacher_logits, ar_logits, batch['target_mask'])
-    denoise, metrics = objective.loss(model, params, key, batch, prefix, teacher_logits)
+        said = FullDistribution(causal_pass(teacher, constants.teacher, batch)[0])
+    ar_kl = jnp.zeros(())
+    if not encodes_as_teacher:
+        ar_kl = next_token_kl(said, ar_logits, batch['target_mask'])
+    denoise, metrics = objective.loss(model, params, key, batch, prefix, said)
     loss = denoise + ar_weight * ar_kl
     return loss, {'loss': loss, 'loss/denoise': denoise, 'loss/encode': ar_kl} | metrics
 

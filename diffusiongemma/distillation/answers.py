@@ -1,0 +1,205 @@
+"""The teacher answers batches of prompts, and says how likely each token of a response was."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma.data.packing import Document, tokenize
+from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.distillation.teacher import TopKDistribution
+from diffusiongemma.models.transformer import Gemma
+from diffusiongemma.parallel import batch_sharding, param_shardings
+from diffusiongemma.sampling import Sampler, SamplingConfig, decode_responses, pad_prompts
+
+Example = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetsConfig:
+    """What the teacher answers, and how.
+
+    Attributes:
+      source: the prompts; their own responses are not used, unless `sequence_level` is off.
+      batch_size: prompts answered at once, over all devices; a multiple of data x fsdp of the mesh.
+      max_new_tokens: longest answer; a longer one is left out, never cut.
+      temperature: 0 for greedy answers.
+      prompt_multiple: prompts are padded to a multiple of this.
+      top_k_logits: k, likeliest tokens of the teacher that are kept for each token of a response;
+        0 keeps none. Training then needs no teacher in memory.
+      sequence_level: the student learns the teacher's answers. Off, for an ablation or where the
+        source's own responses are what the teacher would say: it learns those.
+    """
+
+    source: DataSpec
+    batch_size: int = 128
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    prompt_multiple: int = 64
+    top_k_logits: int = 0
+    sequence_level: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.source, DataSpec):
+            object.__setattr__(self, 'source', DataSpec.from_config(self.source))
+        for name, least in (('batch_size', 1), ('prompt_multiple', 1), ('top_k_logits', 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f'targets.{name} must be >= {least}, got {getattr(self, name)}.')
+
+
+class Answerer:
+    """Answers prompts on a mesh: parameters in their shards, rows over data and fsdp."""
+
+    def __init__(
+        self,
+        model: Gemma,
+        params: Any,
+        tokenizer: Tokenizer,
+        config: TargetsConfig,
+        mesh: jax.sharding.Mesh,
+        seed: int,
+    ):
+        """Puts the parameters in their shards.
+
+        Raises:
+          ValueError: the mesh does not divide the batch, or k is larger than the vocabulary.
+        """
+        if config.top_k_logits > model.config.vocab_size:
+            raise ValueError(
+                f'targets.top_k_logits={config.top_k_logits} is more than the '
+                f'{model.config.vocab_size} tokens of the teacher.'
+            )
+        self._model, self._tokenizer, self._config = model, tokenizer, config
+        self._rows = batch_sharding(mesh, config.batch_size)
+        self._params = jax.device_put(params, param_shardings(model, mesh))
+        self._key = jax.random.key(seed)
+        sampling = SamplingConfig.for_tokenizer(
+            tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature
+        )
+        self._sampler = Sampler(model, sampling, mode='autoregressive')
+
+    def __call__(
+        self, indices: Sequence[int], examples: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[Example], int]:
+        """Answers up to `batch_size` prompts.
+
+        Args:
+          indices: of the prompts in their source; an answer depends on the seed and its index.
+          examples: {'prompt', 'response', ...} of each.
+
+        Returns:
+          {'index', 'prompt', 'response'} of those that can be learnt, with `TEACHER_KEYS` (see
+          `data.packing`) where top_k_logits > 0; and the tokens that were written.
+        """
+        rows = [
+            {'index': index, 'prompt': example['prompt'], 'response': example['response']}
+            for index, example in zip(indices, examples, strict=True)
+        ]
+        num_tokens = 0
+        if self._config.sequence_level:
+            rows, num_tokens = self._answered([row for row in rows if self._has_room(row)])
+        if self._config.top_k_logits and rows:
+            rows = self._with_teacher(rows)
+        return rows, num_tokens
+
+    def _has_room(self, row: Example) -> bool:
+        limit = self._model.config.max_positions
+        length = len(self._tokenizer.format_prompt(row['prompt']))
+        return limit is None or length + self._config.max_new_tokens <= limit
+
+    def _answered(self, rows: list[Example]) -> tuple[list[Example], int]:
+        """The rows with the teacher's responses, but for those that did not end; and all tokens."""
+        if not rows:
+            return [], 0
+        prompts = [self._tokenizer.format_prompt(row['prompt']) for row in rows]
+        tokens, lengths = self._padded(prompts)
+        indices = self._filled([row['index'] for row in rows])
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self._key, jnp.asarray(indices))
+        arguments = jax.device_put((tokens, lengths, keys), self._rows)
+        output = self._sampler(self._params, *arguments[:2], rng=arguments[2])
+        output = jax.device_get(output)
+        texts = decode_responses(self._tokenizer, output)
+        last = output.tokens[np.arange(len(texts)), output.lengths - 1]
+        ended = [
+            row | {'response': text}
+            for row, text, token in zip(rows, texts, last, strict=False)
+            if token in self._tokenizer.stop_ids
+        ]
+        return ended, int(np.sum(output.lengths[: len(rows)]))
+
+    def _with_teacher(self, rows: list[Example]) -> list[Example]:
+        """The rows with `TEACHER_KEYS`, but for documents that are longer than the teacher's."""
+        limit = self._model.config.max_positions or np.inf
+        pairs = [(row, tokenize(row, self._tokenizer)) for row in rows]
+        pairs = [(row, document) for row, document in pairs if len(document.tokens) <= limit]
+        if not pairs:
+            return []
+        said = self._likeliest([document for _, document in pairs])
+        return [
+            row
+            | {
+                'teacher_ids': said.ids[i, : len(document.response)],
+                'teacher_log_probs': said.log_probs[i, : len(document.response)],
+                'teacher_log_rest': said.log_rest[i, : len(document.response)],
+            }
+            for i, (row, document) in enumerate(pairs)
+        ]
+
+    def _likeliest(self, documents: list[Document]) -> TopKDistribution:
+        """Of each token of each response, [B, R] as numpy arrays."""
+        multiple = self._config.prompt_multiple
+        tokens, _ = self._padded([document.tokens for document in documents])
+        longest = max(len(document.response) for document in documents)
+        width = -(-longest // multiple) * multiple  # few shapes compile
+        first = self._filled([document.prompt_length - 1 for document in documents])
+        places = np.minimum(np.asarray(first)[:, None] + np.arange(width), tokens.shape[1] - 1)
+        tokens, places = jax.device_put((tokens, places), self._rows)
+        said = top_k_at(self._model, self._params, tokens, places, self._config.top_k_logits)
+        return jax.device_get(said)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [batch_size, multiple of prompt_multiple] and lengths; the last row fills up."""
+        multiple = self._config.prompt_multiple
+        return pad_prompts(self._filled(rows), self._tokenizer.pad_id, multiple=multiple)
+
+    def _filled(self, rows: Sequence[Any]) -> list[Any]:
+        return [*rows, *[rows[-1]] * (self._config.batch_size - len(rows))]
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'k'))
+def top_k_at(
+    model: nn.Module, params: Any, tokens: jax.Array, places: jax.Array, k: int
+) -> TopKDistribution:
+    """The k likeliest tokens behind some places of rows, by one causal pass.
+
+    The head runs on one place of each row at a time, since all logits at once could be many times
+    what sampling takes.
+
+    Args:
+      model: an AR Gemma.
+      params: its parameters.
+      tokens: [B, L] int32, right-padded.
+      places: [B, R] int32.
+      k: how many.
+
+    Returns:
+      Of the tokens that follow those at `places`, [B, R].
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    variables = {'params': params}
+    hidden, _ = model.apply(
+        variables, tokens, positions, jnp.ones_like(tokens), method='encode'
+    )  # [B, L, D]
+    hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)  # [B, R, D]
+
+    def at_one_place(hidden: jax.Array) -> TopKDistribution:
+        return TopKDistribution.of(model.apply(variables, hidden, method='unembed'), k)
+
+    by_place = jax.lax.map(at_one_place, hidden.swapaxes(0, 1))  # [R, B]
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), by_place)

@@ -1,0 +1,87 @@
+"""What the teacher says about the next token: its logits, or its k likeliest tokens from a file.
+
+Both forms are pytrees whose leaves share their leading axes, and both know their KL to a student.
+"""
+
+from typing import Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+class TeacherDistribution(Protocol):
+    """p_T, a distribution over the next token for each place [...]."""
+
+    def kl(self, logits: jax.Array) -> jax.Array:
+        """KL(p_T || softmax(logits)) in nats: [..., V] -> [...] float32."""
+        ...
+
+
+@flax.struct.dataclass
+class FullDistribution:
+    """p_T from a pass of the teacher.
+
+    Attributes:
+      logits: [..., V].
+    """
+
+    logits: jax.Array
+
+    def kl(self, logits: jax.Array) -> jax.Array:
+        """See `TeacherDistribution`."""
+        target = jax.nn.log_softmax(self.logits.astype(jnp.float32), axis=-1)
+        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        return jnp.sum(jnp.exp(target) * (target - log_probs), axis=-1)
+
+
+@flax.struct.dataclass
+class TopKDistribution:
+    """p_T of the k likeliest tokens one by one, and of all others together.
+
+    Attributes:
+      ids: [..., k] int32, the tokens, the likeliest first.
+      log_probs: [..., k] float16, their log-probabilities in nats.
+      log_rest: [...] float16, log of the others' probability; -inf where k is the vocabulary.
+    """
+
+    ids: jax.Array
+    log_probs: jax.Array
+    log_rest: jax.Array
+
+    @classmethod
+    def of(cls, logits: jax.Array, k: int) -> 'TopKDistribution':
+        """From all logits [..., V], with k <= V."""
+        all_log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        log_probs, ids = jax.lax.top_k(all_log_probs, k)
+        log_rest = _log_sum_of_others(all_log_probs, ids)
+        return cls(ids, log_probs.astype(jnp.float16), log_rest.astype(jnp.float16))
+
+    def kl(self, logits: jax.Array) -> jax.Array:
+        """KL over k + 1 outcomes: each of the k tokens, and "any other".
+
+        Lumping outcomes together never raises a KL (log-sum inequality: Cover and Thomas,
+        Elements of Information Theory, theorem 2.7.1), so this is a lower bound of the full KL,
+        and equal to it where k >= V - 1. Of the other tokens the student learns the sum alone.
+        """
+        target = jnp.concatenate([self.log_probs, self.log_rest[..., None]], axis=-1)
+        target = jax.nn.log_softmax(target.astype(jnp.float32), axis=-1)  # float16 sums to 1 + e
+        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        top = jnp.take_along_axis(log_probs, self.ids, axis=-1)  # [..., k]
+        if self.ids.shape[-1] < logits.shape[-1]:
+            rest = _log_sum_of_others(log_probs, self.ids)
+        else:  # no other token: the target's mass there is 0, and log 0 would have no gradient
+            rest = jnp.zeros(top.shape[:-1])
+        log_probs = jnp.concatenate([top, rest[..., None]], axis=-1)  # [..., k + 1]
+        terms = jnp.exp(target) * (target - log_probs)
+        return jnp.sum(jnp.where(jnp.isneginf(target), 0.0, terms), axis=-1)
+
+
+def _log_sum_of_others(log_probs: jax.Array, ids: jax.Array) -> jax.Array:
+    """Log of the summed probability [...] of the tokens that are not in ids [..., k].
+
+    The sum runs over the others themselves: 1 - (sum of the k) would be all rounding where the k
+    are nearly certain.
+    """
+    others = jnp.put_along_axis(log_probs, ids, -jnp.inf, axis=-1, inplace=False)
+    return jax.nn.logsumexp(others, axis=-1)
