@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
             'eval': {
                 'source': {'kind': 'sudoku', 'split': 'test', 'size': 128},
                 'batch_size': 32,
-                'speed_batch_size': 1,
+                'speed_batch_sizes': (1, 8),
                 'speed_batches': 8,
             },
         }

@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
             'eval': {
                 'source': {'kind': 'wordmath', 'split': 'test', 'size': 256},
                 'batch_size': 32,
-                'speed_batch_size': 1,
+                'speed_batch_sizes': (1, 8),
                 'speed_batches': 24,
             },
         }

@@ -1,6 +1,6 @@
 """What people look at: the table, samples side by side, the plot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from diffusiongemma.evaluation.compare import Comparison
+from diffusiongemma.evaluation.metrics import SampleMeasures
 from diffusiongemma.evaluation.tasks import is_correct
 
 
@@ -27,7 +28,12 @@ def comparison_table(result: Comparison) -> Table:
         f'{result.student_accuracy:.1%}',
         f'{result.lossless_accuracy:.1%}',
     )
-    table.add_row("equal to the teacher's", '100.0%', '-', f'{result.lossless_exact_match:.1%}')
+    table.add_row(
+        "equal to the teacher's", '100.0%', f'{result.exact_match:.1%}',
+        f'{result.lossless_exact_match:.1%}',
+    )  # fmt: skip
+    for name, of_teacher, of_student in _measures(result.teacher_samples, result):
+        table.add_row(name, of_teacher, of_student, '-')
     table.add_row(
         'denoising steps per canvas', '-', f'{result.denoising_steps_per_canvas:.2f}', '-'
     )
@@ -44,7 +50,27 @@ def comparison_table(result: Comparison) -> Table:
         f'{result.lossless_tokens_per_second:,.0f}',
     )
     table.add_row('ratio', '1.00x', f'{result.speedup:.2f}x', f'{result.lossless_speedup:.2f}x')
+    for speeds in result.larger_batches:
+        table.add_row(
+            f'ratio at batch {speeds.speed_batch_size}', '1.00x', f'{speeds.speedup:.2f}x',
+            f'{speeds.lossless_speedup:.2f}x',
+        )  # fmt: skip
     return table
+
+
+def _measures(*samples: SampleMeasures) -> Iterator[tuple[str, ...]]:
+    """Rows of a table: what is measured, and each one's number."""
+
+    def row(name: str, field: str, form: str) -> tuple[str, ...]:
+        values = [getattr(sample, field) for sample in samples]
+        return name, *('-' if value is None else format(value, form) for value in values)
+
+    yield row('tokens before they differ', 'common_prefix', '.1f')
+    yield row('teacher NLL, nats per token', 'teacher_nll', '.3f')
+    yield row('token entropy, nats', 'token_entropy', '.2f')
+    yield row('repeated 4-grams', 'repetition_4', '.1%')
+    yield row('implausible pairs in canvases', 'implausible_within', '.1%')
+    yield row('implausible pairs across borders', 'implausible_across', '.1%')
 
 
 def print_samples(
