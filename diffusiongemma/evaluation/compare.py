@@ -159,25 +159,24 @@ def decode(
     return Decoded(responses, tokens, passes, canvases)
 
 
-def measure(
+def judged(
     decoded: Decoded,
     teacher: Contestant,
-    by_teacher: Decoded,
     tokenizer: Tokenizer,
     examples: Examples,
     config: EvalConfig,
-    canvas_length: int,
-) -> SampleMeasures:
-    """How responses to the examples read to the teacher, whose own greedy ones are `by_teacher`."""
-    log_probs = response_log_probs(
-        teacher[0].model,
-        teacher[1],
-        [tokenizer.format_prompt(example['prompt']) for example in examples],
+) -> list[np.ndarray]:
+    """The teacher's log-probabilities of the responses, see `response_log_probs`."""
+    sampler, params = teacher
+    prompts = [tokenizer.format_prompt(example['prompt']) for example in examples]
+    return response_log_probs(
+        sampler.model,
+        params,
+        prompts,
         decoded.tokens,
         batch_size=config.batch_size,
         multiple=config.prompt_multiple,
     )
-    return sample_measures(decoded.tokens, by_teacher.tokens, log_probs, canvas_length)
 
 
 def tokens_per_second(
@@ -250,7 +249,12 @@ def compare(
     )
     canvas_length = student[0].model.config.canvas_length
     teacher_samples, student_samples = (
-        measure(decoded, teacher, by_teacher, tokenizer, examples, config, canvas_length)
+        sample_measures(
+            decoded.tokens,
+            by_teacher.tokens,
+            judged(decoded, teacher, tokenizer, examples, config),
+            canvas_length,
+        )
         for decoded in (by_teacher, by_student)
     )
     speeds, *larger_batches = (
