@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -142,17 +143,24 @@ def plot_run(path: Path, metrics: Sequence[Mapping[str, float]], result: Compari
 
 def sweep_table(points: Sequence[Point], batch_size: int) -> Table:
     """The points of a sweep in rows; speeds are those at `batch_size`."""
-    table = Table(title=f'quality against speed at batch {batch_size}, same process')
+    table = Table(
+        title=f'quality against speed at batch {batch_size}, same process',
+        caption='NLL under the teacher, nats per token; TPF: tokens per forward pass; '
+        'steps: denoise passes per canvas; ratio of tokens/s to the teacher',
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     columns = {
         'mode': ('mode', ''),
         'canvas': ('canvas_length', 'd'),
-        'entropy bound': ('entropy_bound', 'g'),
-        'steps at most': ('max_denoising_steps', 'd'),
+        'bound': ('entropy_bound', 'g'),
+        'max steps': ('max_denoising_steps', 'd'),
         'accuracy': ('accuracy', '.1%'),
-        "the teacher's": ('exact_match', '.1%'),
-        'teacher NLL': ('teacher_nll', '.3f'),
-        'tokens per forward': ('tokens_per_forward', '.2f'),
-        'steps per canvas': ('steps_per_canvas', '.2f'),
+        'NLL': ('teacher_nll', '.3f'),
+        'TPF': ('tokens_per_forward', '.2f'),
+        'steps': ('steps_per_canvas', '.2f'),
         'ratio': ('speedup', '.2f'),
     }
     for name in columns:
@@ -202,7 +210,7 @@ def _styles(points: Sequence[Point]) -> _Styles:
         for field in ('entropy_bound', 'max_denoising_steps', 'canvas_length')
     )
     shade = matplotlib.colormaps['viridis']
-    colors = {bound: shade(0.85 * i / len(bounds)) for i, bound in enumerate(bounds)}
+    colors = {bound: shade(0.85 * i / max(len(bounds) - 1, 1)) for i, bound in enumerate(bounds)}
     markers = dict(zip(steps, itertools.cycle('os^vPX<>'), strict=False))
     dashes = dict(zip(lengths, itertools.cycle(('-', '--', ':', '-.')), strict=False))
     return _Styles(colors, markers, dashes)
@@ -236,7 +244,7 @@ def _legend(styles: _Styles) -> list[Any]:
         handle(**_LOSSLESS, linestyle=''),
         *(handle(f'entropy bound {b:g}', color=color) for b, color in styles.colors.items()),
         *(
-            handle(f'{n} steps at most', marker=marker, linestyle='', **gray)
+            handle(f'steps ≤ {n}', marker=marker, linestyle='', **gray)
             for n, marker in styles.markers.items()
         ),
         *(handle(f'canvas of {n}', linestyle=dash, **gray) for n, dash in styles.dashes.items()),
