@@ -126,7 +126,7 @@ def test_a_sweep_over_nothing_is_refused(tmp_path):
 
 def test_an_output_that_cannot_be_written_is_named_before_the_sweep(tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(ValueError, match='can not write to .*file/out: Not a directory'):
+    with pytest.raises(ValueError, match='cannot write to .*file/out: Not a directory'):
         sweep_student(tiny.get_config(), 'builtin', tmp_path / 'file' / 'out')
 
 

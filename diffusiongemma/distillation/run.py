@@ -353,7 +353,7 @@ def sweep_student(config: ConfigDict, checkpoint: str | Path, output: Path) -> d
         output.mkdir(parents=True, exist_ok=True)
         (output / 'sweep.csv').touch()
     except OSError as error:  # rather than after the sweep
-        raise ValueError(f'can not write to {output}: {error.strerror}.') from error
+        raise ValueError(f'cannot write to {output}: {error.strerror}.') from error
     evaluation = open_evaluation(config, load_teacher(config), checkpoint)
     console = Console()
     points = sweep(*evaluation, grid, jax.random.key(config.seed), console)
