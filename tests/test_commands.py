@@ -74,7 +74,7 @@ def test_evaluate_ends_with_one_json_line(workdir):
         '--config.eval.source.size=4',
         '--config.eval.batch_size=4',
         '--config.eval.speed_batches=1',
-        '--config.eval.speed_batch_sizes=(1, 2)',
+        '--config.eval.speed_batch_sizes=(1,)',
     )
     result = json.loads(out.splitlines()[-1])
     assert result['num_examples'] == 4
@@ -83,8 +83,6 @@ def test_evaluate_ends_with_one_json_line(workdir):
         'denoising_steps_per_canvas', 'speedup', 'exact_match', 'teacher_nll', 'token_entropy',
         'repetition_4', 'implausible_within', 'implausible_across',
     } <= set(result)  # fmt: skip
-    assert result['teacher_samples']['teacher_nll'] < result['teacher_nll']
-    assert [speeds['speed_batch_size'] for speeds in result['larger_batches']] == [2]
     assert 1 <= result['denoising_steps_per_canvas'] <= 16
 
 
