@@ -80,8 +80,13 @@ def get_config() -> ConfigDict:
                 # Responses count as right where they are TEST's to the letter: short answers.
                 'source': {'kind': 'jsonl', 'path': 'test.jsonl', 'size': 256},
                 'batch_size': 32,
-                'speed_batch_size': 1,
+                'speed_batch_sizes': (1, 8),
                 'speed_batches': 24,
+                'sweep': {
+                    'entropy_bound': (0.02, 0.1, 0.5),
+                    'max_denoising_steps': (2, 4, 16),
+                    'canvas_length': (),
+                },
             },
         }
     )

@@ -55,8 +55,13 @@ def get_config() -> ConfigDict:
             'eval': {
                 'source': {'kind': 'sudoku', 'split': 'test', 'size': 128},
                 'batch_size': 32,
-                'speed_batch_size': 1,
+                'speed_batch_sizes': (1, 8),
                 'speed_batches': 8,
+                'sweep': {
+                    'entropy_bound': (0.02, 0.1, 0.5),
+                    'max_denoising_steps': (4, 16, 32),
+                    'canvas_length': (),
+                },
             },
         }
     )

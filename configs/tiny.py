@@ -50,8 +50,13 @@ def get_config() -> ConfigDict:
             'eval': {
                 'source': {'kind': 'wordmath', 'split': 'test', 'size': 256},
                 'batch_size': 32,
-                'speed_batch_size': 1,
+                'speed_batch_sizes': (1, 8),
                 'speed_batches': 24,
+                'sweep': {
+                    'entropy_bound': (0.02, 0.1, 0.5),
+                    'max_denoising_steps': (1, 4, 16),
+                    'canvas_length': (),  # (): the student's own
+                },
             },
         }
     )

@@ -1,28 +1,41 @@
 """Evaluates a student against its teacher on held-out problems; ends with one JSON line.
 
 python -m diffusiongemma.evaluate --checkpoint=builtin --config=configs/tiny.py
+
+With --sweep it evaluates the student at every point of the config's eval.sweep, and draws the
+quality-speed curve:
+
+python -m diffusiongemma.evaluate --config=configs/tiny.py --sweep --output=/tmp/sweep
 """
 
 import dataclasses
 import json
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
 from diffusiongemma import run_config
-from diffusiongemma.distillation.run import compare_with_teacher, load_teacher
+from diffusiongemma.distillation.run import compare_with_teacher, load_teacher, sweep_student
 from diffusiongemma.evaluation.report import comparison_table
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', 'builtin', "The student: a workdir, a bundle, or 'builtin'."
 )
+_SWEEP = flags.DEFINE_bool('sweep', False, 'Evaluate all settings of config.eval.sweep.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Directory that a sweep writes to.')
 
 
 def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
+    if _SWEEP.value != (_OUTPUT.value is not None):
+        raise ValueError('a sweep needs both --sweep and --output=DIRECTORY.')
+    if _SWEEP.value:
+        print(json.dumps(sweep_student(config, _CHECKPOINT.value, Path(_OUTPUT.value))))
+        return
     comparison, *_ = compare_with_teacher(config, load_teacher(config), _CHECKPOINT.value)
     Console().print(comparison_table(comparison))
     print(json.dumps(dataclasses.asdict(comparison)))

@@ -42,6 +42,7 @@ def workdir(tmp_path_factory):
         '--config.eval.source.size=4',
         '--config.eval.batch_size=4',
         '--config.eval.speed_batches=1',
+        '--config.eval.speed_batch_sizes=(1,)',
     )
     (directory / 'stdout').write_text(out)
     return directory
@@ -73,12 +74,14 @@ def test_evaluate_ends_with_one_json_line(workdir):
         '--config.eval.source.size=4',
         '--config.eval.batch_size=4',
         '--config.eval.speed_batches=1',
+        '--config.eval.speed_batch_sizes=(1,)',
     )
     result = json.loads(out.splitlines()[-1])
     assert result['num_examples'] == 4
     assert {
         'teacher_accuracy', 'student_accuracy', 'tokens_per_forward',
-        'denoising_steps_per_canvas', 'speedup',
+        'denoising_steps_per_canvas', 'speedup', 'exact_match', 'teacher_nll', 'token_entropy',
+        'repetition_4', 'implausible_within', 'implausible_across',
     } <= set(result)  # fmt: skip
     assert 1 <= result['denoising_steps_per_canvas'] <= 16
 
@@ -132,6 +135,11 @@ def test_verify_compares_a_published_checkpoint_with_golden_outputs():
             'distill',
             ['--config=configs/tiny.py', '--workdir={tmp}', '--config.train.num_step=3'],
             "error: config.train has no key 'num_step'; did you mean 'num_steps'?",
+        ),
+        (
+            'evaluate',
+            ['--config=configs/tiny.py', '--sweep'],
+            'error: a sweep needs both --sweep and --output=DIRECTORY.',
         ),
         ('distill', ['--config=configs/none.py', '--workdir={tmp}'], 'configs/none.py'),
         (

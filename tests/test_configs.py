@@ -17,6 +17,7 @@ from diffusiongemma.distillation.lora import lora_student
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
 from diffusiongemma.distillation.targets import TargetsConfig
 from diffusiongemma.evaluation.compare import EvalConfig
+from diffusiongemma.evaluation.sweep import Grid
 from diffusiongemma.models import PRESETS, DiffusionGemma, Gemma, init_params
 from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings, state_shardings
 
@@ -78,6 +79,7 @@ def test_a_students_config_builds_everything_of_its_run(name):
     assert targets.max_new_tokens <= response <= data.row_length
     values = config.eval.to_dict()
     DataSpec.from_config(values.pop('source'))
+    run_config.build(Grid, values.pop('sweep'), 'eval.sweep')
     run_config.build(EvalConfig, values, 'eval')
 
 

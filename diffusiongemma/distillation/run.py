@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -41,8 +41,15 @@ from diffusiongemma.distillation.student import (
     trained_params,
 )
 from diffusiongemma.distillation.targets import TargetsConfig, write_targets
-from diffusiongemma.evaluation.compare import Comparison, EvalConfig, compare
-from diffusiongemma.evaluation.report import comparison_table, plot_run, print_samples
+from diffusiongemma.evaluation.compare import Comparison, Contestant, EvalConfig, compare
+from diffusiongemma.evaluation.report import (
+    comparison_table,
+    plot_run,
+    plot_sweep,
+    print_samples,
+    sweep_table,
+)
+from diffusiongemma.evaluation.sweep import Grid, summary, sweep, write_csv
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
 from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
@@ -300,15 +307,20 @@ def sampling_config(config: ConfigDict, tokenizer: Tokenizer) -> SamplingConfig:
     return run_config.build(SamplingConfig, fields | config.sampling.to_dict(), 'sampling')
 
 
-def compare_with_teacher(
-    config: ConfigDict, teacher: Teacher, checkpoint: str | Path
-) -> tuple[Comparison, list[dict[str, Any]], list[str], list[str]]:
-    """Evaluates the student in `checkpoint` against the teacher on `config.eval.source`.
+class Evaluation(NamedTuple):
+    """What `compare` and `sweep` take, in their order."""
 
-    Returns:
-      The numbers, the examples, the teacher's responses and the student's.
-    """
+    teacher: Contestant
+    student: Contestant
+    tokenizer: Tokenizer
+    examples: list[dict[str, Any]]
+    config: EvalConfig
+
+
+def open_evaluation(config: ConfigDict, teacher: Teacher, checkpoint: str | Path) -> Evaluation:
+    """The student in `checkpoint`, the teacher and the examples of `config.eval.source`."""
     values = config.eval.to_dict()
+    values.pop('sweep', None)
     examples = eval_examples(DataSpec.from_config(values.pop('source')))
     eval_config = run_config.build(EvalConfig, values, 'eval')
     dtype = run_config.compute_dtype(config)
@@ -320,15 +332,55 @@ def compare_with_teacher(
         )
     sampling = sampling_config(config, tokenizer)
     greedy = dataclasses.replace(sampling, temperature=0.0)
-    comparison, by_teacher, by_student = compare(
+    return Evaluation(
         (Sampler(teacher.model, greedy, mode='autoregressive'), teacher.params),
         (Sampler(student, sampling), student_params),
         tokenizer,
         examples,
         eval_config,
-        jax.random.key(config.seed),
     )
-    return comparison, examples, by_teacher, by_student
+
+
+def compare_with_teacher(
+    config: ConfigDict, teacher: Teacher, checkpoint: str | Path
+) -> tuple[Comparison, list[dict[str, Any]], list[str], list[str]]:
+    """Evaluates the student in `checkpoint` against the teacher on `config.eval.source`.
+
+    Returns:
+      The numbers, the examples, the teacher's responses and the student's.
+    """
+    evaluation = open_evaluation(config, teacher, checkpoint)
+    comparison, by_teacher, by_student = compare(*evaluation, jax.random.key(config.seed))
+    return comparison, evaluation.examples, by_teacher, by_student
+
+
+def sweep_student(config: ConfigDict, checkpoint: str | Path, output: Path) -> dict[str, Any]:
+    """Evaluates the student at every point of `config.eval.sweep`.
+
+    Prints the table, writes sweep.csv and sweep.png to the directory `output`.
+
+    Returns:
+      The sweep in a few numbers, see `summary`.
+
+    Raises:
+      ValueError: the grid is empty or has a bad value, or `output` can't be written.
+      FileNotFoundError: there is no such checkpoint.
+    """
+    grid = run_config.build(Grid, config.eval.get('sweep', {}), 'eval.sweep')
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / 'sweep.csv').touch()
+    except OSError as error:  # rather than after the sweep
+        raise ValueError(f'cannot write to {output}: {error.strerror}.') from error
+    evaluation = open_evaluation(config, load_teacher(config), checkpoint)
+    console = Console()
+    points = sweep(*evaluation, grid, jax.random.key(config.seed), console)
+    write_csv(output / 'sweep.csv', points)
+    batch_size = evaluation.config.speed_batch_sizes[0]
+    plot_sweep(output / 'sweep.png', points, batch_size)
+    console.print(sweep_table(points, batch_size))
+    console.print(f'table: {output / "sweep.csv"}  plot: {output / "sweep.png"}')
+    return summary(points)
 
 
 def evaluate_run(config: ConfigDict, teacher: Teacher, workdir: Path) -> Comparison:

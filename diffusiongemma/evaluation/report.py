@@ -1,14 +1,18 @@
 """What people look at: the table, samples side by side, the plot."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
 from diffusiongemma.evaluation.compare import Comparison
+from diffusiongemma.evaluation.metrics import SampleMeasures
+from diffusiongemma.evaluation.sweep import Point
 from diffusiongemma.evaluation.tasks import is_correct
 
 
@@ -27,7 +31,12 @@ def comparison_table(result: Comparison) -> Table:
         f'{result.student_accuracy:.1%}',
         f'{result.lossless_accuracy:.1%}',
     )
-    table.add_row("equal to the teacher's", '100.0%', '-', f'{result.lossless_exact_match:.1%}')
+    table.add_row(
+        "equal to the teacher's", '100.0%', f'{result.exact_match:.1%}',
+        f'{result.lossless_exact_match:.1%}',
+    )  # fmt: skip
+    for name, of_teacher, of_student in _measures(result.teacher_samples, result):
+        table.add_row(name, of_teacher, of_student, '-')
     table.add_row(
         'denoising steps per canvas', '-', f'{result.denoising_steps_per_canvas:.2f}', '-'
     )
@@ -44,7 +53,27 @@ def comparison_table(result: Comparison) -> Table:
         f'{result.lossless_tokens_per_second:,.0f}',
     )
     table.add_row('ratio', '1.00x', f'{result.speedup:.2f}x', f'{result.lossless_speedup:.2f}x')
+    for speeds in result.larger_batches:
+        table.add_row(
+            f'ratio at batch {speeds.speed_batch_size}', '1.00x', f'{speeds.speedup:.2f}x',
+            f'{speeds.lossless_speedup:.2f}x',
+        )  # fmt: skip
     return table
+
+
+def _measures(*samples: SampleMeasures) -> Iterator[tuple[str, ...]]:
+    """Rows of a table: what is measured, and each one's number."""
+
+    def row(name: str, field: str, form: str) -> tuple[str, ...]:
+        values = [getattr(sample, field) for sample in samples]
+        return name, *('-' if value is None else format(value, form) for value in values)
+
+    yield row('tokens before they differ', 'common_prefix', '.1f')
+    yield row('teacher NLL, nats per token', 'teacher_nll', '.3f')
+    yield row('token entropy, nats', 'token_entropy', '.2f')
+    yield row('repeated 4-grams', 'repetition_4', '.1%')
+    yield row('implausible pairs in canvases', 'implausible_within', '.1%')
+    yield row('implausible pairs across borders', 'implausible_across', '.1%')
 
 
 def print_samples(
@@ -110,3 +139,113 @@ def plot_run(path: Path, metrics: Sequence[Mapping[str, float]], result: Compari
         title='speed',
     )
     figure.savefig(path, dpi=120)
+
+
+def sweep_table(points: Sequence[Point], batch_size: int) -> Table:
+    """The points of a sweep in rows; speeds are those at `batch_size`."""
+    table = Table(
+        title=f'quality against speed at batch {batch_size}, same process',
+        caption='NLL under the teacher, nats per token; TPF: tokens per forward pass; '
+        'steps: denoise passes per canvas; ratio of tokens/s to the teacher',
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    columns = {
+        'mode': ('mode', ''),
+        'canvas': ('canvas_length', 'd'),
+        'bound': ('entropy_bound', 'g'),
+        'max steps': ('max_denoising_steps', 'd'),
+        'accuracy': ('accuracy', '.1%'),
+        'NLL': ('teacher_nll', '.3f'),
+        'TPF': ('tokens_per_forward', '.2f'),
+        'steps': ('steps_per_canvas', '.2f'),
+        'ratio': ('speedup', '.2f'),
+    }
+    for name in columns:
+        table.add_column(name, justify='left' if name == 'mode' else 'right')
+    for point in points:
+        values = [(getattr(point, field), form) for field, form in columns.values()]
+        table.add_row(*('-' if value is None else format(value, form) for value, form in values))
+    return table
+
+
+def plot_sweep(path: Path, points: Sequence[Point], batch_size: int) -> None:
+    """Writes a PNG: accuracy against tokens per forward pass and against the measured speed.
+
+    A line joins the points of one entropy bound (its colour) and one canvas length (its dashes);
+    the marker says how many steps a canvas may take. Points are as of `sweep`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout='constrained')
+    left, right = figure.subplots(1, 2, sharey=True)
+    styles = _styles(points[2:])
+    _plot_points(left, points, 'tokens_per_forward', styles)
+    _plot_points(right, points, 'speedup', styles)
+    left.set(xlabel='tokens per forward pass', ylabel='held-out accuracy [%]')
+    right.set(xlabel=f'tokens/s at batch {batch_size}, ratio to the teacher')
+    figure.legend(handles=_legend(styles), loc='outside right upper')
+    figure.savefig(path, dpi=120)
+
+
+_TEACHER = {'label': 'teacher, AR', 'color': 'black', 'marker': '*', 'markersize': 11}
+_LOSSLESS = {'label': 'student, lossless', 'color': 'tab:red', 'marker': 'D'}
+
+
+class _Styles(NamedTuple):
+    """How each value of a setting is drawn."""
+
+    colors: dict[float, Any]  # of entropy bounds
+    markers: dict[int, str]  # of step limits
+    dashes: dict[int, str]  # of canvas lengths
+
+
+def _styles(points: Sequence[Point]) -> _Styles:
+    import matplotlib
+
+    bounds, steps, lengths = (
+        sorted({getattr(point, field) for point in points})
+        for field in ('entropy_bound', 'max_denoising_steps', 'canvas_length')
+    )
+    shade = matplotlib.colormaps['viridis']
+    colors = {bound: shade(0.85 * i / max(len(bounds) - 1, 1)) for i, bound in enumerate(bounds)}
+    markers = dict(zip(steps, itertools.cycle('os^vPX<>'), strict=False))
+    dashes = dict(zip(lengths, itertools.cycle(('-', '--', ':', '-.')), strict=False))
+    return _Styles(colors, markers, dashes)
+
+
+def _plot_points(axes: Any, points: Sequence[Point], field: str, styles: _Styles) -> None:
+    """Accuracy against one field of all points, into a panel."""
+    teacher, lossless, *diffusion = points
+    axes.axhline(100 * teacher.accuracy, color='black', linewidth=0.8, linestyle=':')
+    for length, bound in itertools.product(styles.dashes, styles.colors):
+        line = [p for p in diffusion if (p.canvas_length, p.entropy_bound) == (length, bound)]
+        xs, ys = [getattr(p, field) for p in line], [100 * p.accuracy for p in line]
+        color = styles.colors[bound]
+        axes.plot(xs, ys, color=color, linestyle=styles.dashes[length], linewidth=1)
+        for x, y, point in zip(xs, ys, line, strict=True):
+            axes.plot(x, y, color=color, marker=styles.markers[point.max_denoising_steps])
+    for point, style in ((teacher, _TEACHER), (lossless, _LOSSLESS)):
+        axes.plot(getattr(point, field), 100 * point.accuracy, linestyle='', **style)
+    axes.grid(alpha=0.3)
+
+
+def _legend(styles: _Styles) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    def handle(label: str, **style: Any) -> Line2D:
+        return Line2D([], [], label=label, **style)
+
+    gray = {'color': 'gray'}
+    return [
+        handle(**_TEACHER, linestyle=''),
+        handle(**_LOSSLESS, linestyle=''),
+        *(handle(f'entropy bound {b:g}', color=color) for b, color in styles.colors.items()),
+        *(
+            handle(f'steps ≤ {n}', marker=marker, linestyle='', **gray)
+            for n, marker in styles.markers.items()
+        ),
+        *(handle(f'canvas of {n}', linestyle=dash, **gray) for n, dash in styles.dashes.items()),
+    ]

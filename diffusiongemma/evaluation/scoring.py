@@ -1,0 +1,66 @@
+"""The teacher as judge: its log-probability of every token of a response, in one causal pass."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma.sampling import pad_prompts
+from diffusiongemma.sampling.passes import CausalModel
+
+
+def response_log_probs(
+    model: CausalModel,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    multiple: int = 64,
+) -> list[np.ndarray]:
+    """log p(token | prompt, the response's tokens before it) of all tokens of all responses.
+
+    Args:
+      model: of the judge; its causal pass is used.
+      params: its parameters.
+      prompts: ids of each prompt, at least one.
+      responses: ids of each response, the stop token included.
+      batch_size: responses that one pass judges.
+      multiple: prompt and response together are padded to a multiple of it.
+
+    Returns:
+      For each response [its tokens] float32, in nats.
+    """
+    log_probs = []
+    for first in range(0, len(prompts), batch_size):
+        rows = slice(first, first + batch_size)
+        pairs = list(zip(prompts[rows], responses[rows], strict=True))
+        tokens, lengths = pad_prompts([[*p, *r] for p, r in pairs], multiple=multiple)
+        batch = np.asarray(_next_token_log_probs(model, params, tokens, lengths))
+        for row, (prompt, response) in zip(batch, pairs, strict=True):
+            log_probs.append(row[len(prompt) - 1 : len(prompt) - 1 + len(response)])
+    return log_probs
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _next_token_log_probs(
+    model: CausalModel, params: Any, tokens: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """Log-probabilities [B, L - 1] float32 of tokens [B, L] but the first, given those before."""
+    variables = {'params': params}
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions = jnp.broadcast_to(index, tokens.shape)
+    segment_ids = (index < lengths[:, None]).astype(jnp.int32)
+    hidden, _ = model.apply(variables, tokens, positions, segment_ids, method='encode')
+
+    def score(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, targets = row
+        logits = model.apply(variables, hidden, method='unembed')  # [L - 1, V]
+        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        return jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
+
+    # Row by row: the logits of a whole batch would not fit with a large vocabulary.
+    return jax.lax.map(score, (hidden[:, :-1], tokens[:, 1:]))
