@@ -16,6 +16,7 @@ os.environ['XLA_FLAGS'] = (
     ' --xla_llvm_disable_expensive_passes=true'
 )
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from diffusiongemma.models import (  # noqa: E402
@@ -24,6 +25,13 @@ from diffusiongemma.models import (  # noqa: E402
     MoEConfig,
     PerLayerConfig,
 )
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _free_compiled_programs():
+    """A process that keeps the programs of every file runs out of memory maps, and crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

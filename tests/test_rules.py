@@ -195,7 +195,7 @@ class MaskedLanguage(nn.Module):
 
     def encode(self, tokens, positions, segment_ids, prefix=None):
         nothing = jnp.zeros((*tokens.shape, 1))
-        return nothing, {'values': nothing[..., None]}
+        return nothing, {'values': nothing[:, None]}
 
     def unembed(self, hidden):
         return jnp.zeros((*hidden.shape[:-1], V + 1))
