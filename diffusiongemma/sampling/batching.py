@@ -53,10 +53,7 @@ def generate_many(
     state = queue.start(owners)
     following, done = len(owners), np.zeros(len(owners), bool)
     while not done.all():
-        if following < len(prompts):
-            state = mode.until_one_finishes(sampler.model, sampler.config, params, state)
-        else:
-            state = queue.run_to_the_end(state)
+        state = mode.until_one_finishes(sampler.model, sampler.config, params, state)
         finished = np.asarray(state.finished) & ~done
         queue.collect(state.output(), np.flatnonzero(finished), owners)
         done |= finished
@@ -113,14 +110,6 @@ class _Queue:
         extra = 2 ** int(np.ceil(np.log2(len(indices)))) - len(indices)
         indices = np.append(indices, np.repeat(indices[:1], extra))
         return self.start(indices), jnp.asarray(np.append(slots, np.repeat(batch_size, extra)))
-
-    def run_to_the_end(self, state: GenerationState) -> GenerationState:
-        mode = MODES[self._sampler.mode]
-        while state.running:
-            state = mode.until_one_finishes(
-                self._sampler.model, self._sampler.config, self._params, state
-            )
-        return state
 
     def collect(self, output: SamplerOutput, rows: np.ndarray, owners: np.ndarray) -> None:
         """Keeps the results of rows that have finished."""

@@ -11,6 +11,7 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.sampler import MODES, Sampler, check_fits, pad_prompts
+from diffusiongemma.sampling.text import check_stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ChatSampler:
         chat.send('Mia has 3 apples and buys 4. How many has she?').text
 
     Attributes:
+      sampler: answers the next turn.
       tokens: ids of the conversation so far, as the next turn will see it.
       cached: how many of them are in the cache.
     """
@@ -59,7 +61,7 @@ class ChatSampler:
 
         Args:
           sampler: made with `SamplingConfig.for_tokenizer(tokenizer)`; `max_new_tokens` limits
-            each response. Its mode may be changed between turns, see `mode`.
+            each response. The attribute `sampler` may be replaced between turns.
           params: the model's parameters.
           tokenizer: the model's tokenizer.
           rng: one key; every turn draws from a stream of its own.
@@ -72,12 +74,7 @@ class ChatSampler:
           ValueError: when the sampler would not stop at the end of a turn, or thoughts are asked
             for of a tokenizer that has no tokens for them.
         """
-        missing = sorted(set(tokenizer.stop_ids) - set(sampler.config.stop_ids))
-        if missing:
-            raise ValueError(
-                f'stop_ids={sampler.config.stop_ids} of the sampling config lack {missing}, with '
-                'which this tokenizer ends a turn. Make it with SamplingConfig.for_tokenizer.'
-            )
+        check_stops(sampler, tokenizer)
         self.sampler, self._params, self._tokenizer, self._rng = sampler, params, tokenizer, rng
         self._system, self._thinking = system, thinking
         self._capacity, self._multiple = capacity, multiple

@@ -42,16 +42,21 @@ def generate_text(
       ValueError: when the sampler would not stop at the tokenizer's end of turn, or when
         there are no prompts.
     """
+    check_stops(sampler, tokenizer)
+    formatted = [tokenizer.format_prompt(prompt, system) for prompt in prompts]
+    tokens, lengths = pad_prompts(formatted, tokenizer.pad_id, multiple=multiple)
+    output = sampler(params, tokens, lengths, rng=rng, controls=controls)
+    return decode_responses(tokenizer, output), output
+
+
+def check_stops(sampler: Sampler, tokenizer: Tokenizer) -> None:
+    """Raises ValueError when the sampler would not stop at the tokenizer's end of turn."""
     missing = sorted(set(tokenizer.stop_ids) - set(sampler.config.stop_ids))
     if missing:
         raise ValueError(
             f'stop_ids={sampler.config.stop_ids} of the sampling config lack {missing}, with '
             'which this tokenizer ends a turn. Make it with SamplingConfig.for_tokenizer.'
         )
-    formatted = [tokenizer.format_prompt(prompt, system) for prompt in prompts]
-    tokens, lengths = pad_prompts(formatted, tokenizer.pad_id, multiple=multiple)
-    output = sampler(params, tokens, lengths, rng=rng, controls=controls)
-    return decode_responses(tokenizer, output), output
 
 
 def decode_responses(tokenizer: Tokenizer, output: SamplerOutput) -> list[str]:
