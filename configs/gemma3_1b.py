@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
             'mesh': {'data': 1, 'fsdp': 8, 'tensor': 1, 'expert': 1, 'sequence': 1},
             'teacher': '',  # given on the command line
             'init': '',  # a student to go on from; empty: starts from the teacher's weights
+            'denoise_dtype': 'bfloat16',
             'canvas_length': 64,  # a sentence or two
             'predict_next': True,  # what the teacher has learnt holds from the first step on
             'separate_denoiser': False,  # one set of layers for both passes, as the released model

@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
             'teacher': '',  # given on the command line
             'init': '',  # a student to go on from; empty: starts from the teacher's weights
             # As the released denoiser, so that convert --format=hf can write the student.
+            'denoise_dtype': 'bfloat16',
             'canvas_length': 256,
             'predict_next': False,
             'separate_denoiser': False,  # one set of layers for both passes, as the released model

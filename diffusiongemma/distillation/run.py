@@ -56,9 +56,9 @@ from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
 CONFIG_KEYS = (
-    'seed', 'dtype', 'mesh', 'teacher', 'init', 'canvas_length', 'separate_denoiser',
-    'predict_next', 'lora', 'targets', 'data', 'corruption', 'ar_weight', 'stage1', 'stage2',
-    'optimizer', 'train', 'sampling', 'eval',
+    'seed', 'dtype', 'denoise_dtype', 'mesh', 'teacher', 'init', 'canvas_length',
+    'separate_denoiser', 'predict_next', 'lora', 'targets', 'data', 'corruption', 'ar_weight',
+    'stage1', 'stage2', 'optimizer', 'train', 'sampling', 'eval',
 )  # fmt: skip
 
 
@@ -203,6 +203,7 @@ def train_student(
             canvas_length=config.canvas_length,
             separate_denoiser=config.separate_denoiser,
             predict_next=config.predict_next,
+            denoise_dtype=config.denoise_dtype,
         ),
         teacher.model.dtype,
     )
@@ -281,12 +282,12 @@ def train_student(
 
 
 def load_student(config: ConfigDict, model: DiffusionGemma) -> dict:
-    """The parameters of `config.init`: a student like `model`, but for its canvas length."""
+    """The parameters of `config.init`: a student like `model`, but for canvas and dtype."""
     source, params, _ = load_model(config.init, mesh=_mesh_to_load_on(config))
     has, asked = source.config.to_dict(), model.config.to_dict()
     differing = [
         f'{name}={has[name]!r}, not {asked[name]!r}'
-        for name in sorted(set(asked) - {'canvas_length'})
+        for name in sorted(set(asked) - {'canvas_length', 'denoise_dtype'})
         if has[name] != asked[name]
     ]
     if differing:

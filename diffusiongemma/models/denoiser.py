@@ -49,9 +49,13 @@ class DiffusionGemma(Gemma):
                 'for a purely autoregressive model use Gemma.'
             )
         super().setup()
-        self.self_conditioning = SelfConditioning(self.config, self.dtype)
+        self.self_conditioning = SelfConditioning(self.config, self._denoise_dtype)
         if self.config.separate_denoiser:
-            self.denoise_backbone = Backbone(self.config.autoregressive, self.dtype)
+            self.denoise_backbone = Backbone(self.config.autoregressive, self._denoise_dtype)
+
+    @property
+    def _denoise_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.denoise_dtype or self.dtype)
 
     def denoise(
         self,
@@ -89,7 +93,8 @@ class DiffusionGemma(Gemma):
         }
         positions = starts[..., None] + jnp.arange(length)  # [B, M, C]
         context = PassContext(rope_by_kind(self.config, positions), masks)
-        x = self.self_conditioning(self.embedder.encode(canvas), soft_embeddings)
+        embeddings = self.embedder.encode(canvas).astype(self._denoise_dtype)
+        x = self.self_conditioning(embeddings, soft_embeddings)
         per_layer = self.per_layer_inputs(canvas, x)
         if self.config.separate_denoiser:
             hidden, _ = self.denoise_backbone(x, prefix.kv, context, 'encode', per_layer)
@@ -99,7 +104,7 @@ class DiffusionGemma(Gemma):
 
     def soft_embed(self, logits: jax.Array) -> jax.Array:
         """Self-conditioning input: softmax(logits) @ embedding * sqrt(D), [..., V] -> [..., D]."""
-        return self.embedder.soft_encode(logits)
+        return self.embedder.soft_encode(logits, self._denoise_dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Denoise logits [B, C, V] of tokens [B, C] as a canvas after themselves; for `init`."""
