@@ -16,6 +16,7 @@ os.environ['XLA_FLAGS'] = (
     ' --xla_llvm_disable_expensive_passes=true'
 )
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -25,6 +26,12 @@ from diffusiongemma.models import (  # noqa: E402
     MoEConfig,
     PerLayerConfig,
 )
+
+# The same examples in every run, so that what passes today passes tomorrow; new ones with
+# HYPOTHESIS_PROFILE=explore.
+hypothesis.settings.register_profile('repeatable', derandomize=True, deadline=None)
+hypothesis.settings.register_profile('explore', deadline=None)
+hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'repeatable'))
 
 
 @pytest.fixture(autouse=True, scope='module')
