@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.config import MoEConfig
+from diffusiongemma.models.grouped import grouped_matmul
 from diffusiongemma.models.layers import kernel_init, logical_param, rms_normalize
 
 
@@ -58,13 +59,13 @@ class Experts(nn.Module):
         order = jnp.argsort(flat)  # stable: tokens of one expert stay in order
         group_sizes = jnp.bincount(flat, length=self.config.num_experts).astype(jnp.int32)
         inputs = x[order // top_k]  # [T * k, D]
-        gate = jax.lax.ragged_dot(inputs, self.gate.astype(self.dtype), group_sizes)
-        up = jax.lax.ragged_dot(inputs, self.up.astype(self.dtype), group_sizes)
-        hidden = nn.gelu(gate, approximate=True) * up
-        outputs = jax.lax.ragged_dot(hidden, self.down.astype(self.dtype), group_sizes)
+        gate = grouped_matmul(inputs, self.gate.astype(self.dtype), group_sizes)
+        up = grouped_matmul(inputs, self.up.astype(self.dtype), group_sizes)
+        hidden = (nn.gelu(gate, approximate=True) * up).astype(self.dtype)
+        outputs = grouped_matmul(hidden, self.down.astype(self.dtype), group_sizes)
         outputs = jnp.zeros_like(outputs).at[order].set(outputs)  # back to token order
         outputs = outputs.reshape(num_tokens, top_k, -1)
-        return jnp.einsum('tkd,tk->td', outputs, weights.astype(self.dtype))
+        return jnp.einsum('tkd,tk->td', outputs, weights).astype(self.dtype)
 
 
 class MoE(nn.Module):

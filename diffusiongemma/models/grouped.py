@@ -1,0 +1,115 @@
+"""Grouped matrix product: rows sorted by group, each group with a kernel of its own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+LARGEST_BLOCK = 64
+
+
+@jax.custom_vjp
+def grouped_matmul(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """x[rows of group e] @ kernels[e] for every group, none padded and no row dropped.
+
+    Accelerators run `jax.lax.ragged_dot`. On CPUs that multiplies every row by the kernels of all
+    groups, so they run over blocks of rows of one group in its place.
+
+    Args:
+      x: [N, D], rows sorted by group.
+      kernels: [E, D, F] in the dtype of x.
+      group_sizes: [E] int32, rows of each group; rows behind their sum give zeros.
+
+    Returns:
+      [N, F] float32, summed in float32.
+    """
+    return jax.lax.platform_dependent(x, kernels, group_sizes, cpu=_by_blocks, default=_ragged)
+
+
+def _forward(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array):
+    return grouped_matmul(x, kernels, group_sizes), (x, kernels, group_sizes)
+
+
+def _backward(residuals: tuple[jax.Array, ...], gradient: jax.Array):
+    x, kernels, group_sizes = residuals
+    gradient = gradient.astype(x.dtype)
+    by_x = grouped_matmul(gradient, kernels.swapaxes(1, 2), group_sizes)
+    by_kernels = jax.lax.platform_dependent(
+        x, gradient, group_sizes, cpu=_outer_by_blocks, default=_ragged_outer
+    )
+    return by_x.astype(x.dtype), by_kernels.astype(kernels.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _ragged(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(x, kernels, group_sizes, preferred_element_type=jnp.float32)
+
+
+def _ragged_outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """x[rows of e]^T @ y[rows of e]: [N, D], [N, F] -> [E, D, F] float32."""
+    dimensions = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[],
+    )
+    return jax.lax.ragged_dot_general(
+        x, y, group_sizes, dimensions, preferred_element_type=jnp.float32
+    )
+
+
+class _Blocks:
+    """Rows laid out in blocks of one group each: every group is filled up to whole blocks."""
+
+    def __init__(self, num_rows: int, group_sizes: jax.Array):
+        num_groups = group_sizes.shape[0]
+        rows_per_group = max(1, 2 * num_rows // num_groups)
+        self.size = min(1 << (rows_per_group - 1).bit_length(), LARGEST_BLOCK)
+        self.count = -(-num_rows // self.size) + num_groups  # at most
+        blocks = -(-group_sizes // self.size)  # [E]
+        last_block, last_row = jnp.cumsum(blocks), jnp.cumsum(group_sizes)
+        self.used = last_block[-1]
+        self.group = jnp.searchsorted(last_block, jnp.arange(self.count), side='right')
+        rows = jnp.arange(num_rows)
+        group = jnp.searchsorted(last_row, rows, side='right')
+        first_block, first_row = last_block - blocks, last_row - group_sizes
+        place = first_block[group] * self.size + rows - first_row[group]
+        # Rows of no group have no place: they are dropped on the way in, zeros on the way out.
+        self.place = jnp.where(rows < last_row[-1], place, self.count * self.size)
+
+    def fill(self, x: jax.Array) -> jax.Array:
+        """[N, D] -> [blocks, rows of a block, D], zeros between the groups."""
+        empty = jnp.zeros((self.count * self.size, x.shape[1]), x.dtype)
+        filled = empty.at[self.place].set(x, mode='drop', unique_indices=True)
+        return filled.reshape(self.count, self.size, -1)
+
+    def rows(self, blocks: jax.Array) -> jax.Array:
+        """The reverse of `fill`."""
+        flat = blocks.reshape(self.count * self.size, -1)
+        return flat.at[self.place].get(mode='fill', fill_value=0)
+
+
+_dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+
+
+def _by_blocks(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    blocks = _Blocks(x.shape[0], group_sizes)
+    filled = blocks.fill(x)
+
+    def multiply(i: jax.Array, out: jax.Array) -> jax.Array:
+        return out.at[i].set(_dot(filled[i], kernels[blocks.group[i]]))
+
+    out = jnp.zeros((blocks.count, blocks.size, kernels.shape[2]), jnp.float32)
+    return blocks.rows(jax.lax.fori_loop(0, blocks.used, multiply, out))
+
+
+def _outer_by_blocks(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    blocks = _Blocks(x.shape[0], group_sizes)
+    left, right = blocks.fill(x), blocks.fill(y)
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        return total.at[blocks.group[i]].add(_dot(left[i].T, right[i]))
+
+    total = jnp.zeros((group_sizes.shape[0], x.shape[1], y.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(0, blocks.used, add, total)
