@@ -233,7 +233,8 @@ def _overrides(
         if separate_kv_heads and text.get('num_global_key_value_heads') is not None:
             found['num_key_value_heads'] = text['num_global_key_value_heads']
         return found
-    overrides = {i: per_layer.get(str(i), {}) for i, k in enumerate(kinds) if k == kind}
+    by_number = {int(i): value for i, value in per_layer.items()}  # '05', where there are ten
+    overrides = {i: by_number.get(i, {}) for i, k in enumerate(kinds) if k == kind}
     if not overrides:
         return {}
     first, found = next(iter(overrides.items()))

@@ -6,6 +6,7 @@ from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.parameter_counts import ParameterCounts, parameter_counts
 from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
+from diffusiongemma.models.unroll import unroll_layers
 
 __all__ = [
     'PRESETS',
@@ -22,4 +23,5 @@ __all__ = [
     'init_params',
     'parameter_count',
     'parameter_counts',
+    'unroll_layers',
 ]

@@ -143,6 +143,8 @@ class ModelConfig:
       denoise_dtype: compute dtype of the denoise pass, 'float32' or 'bfloat16'; None for that of
         the model. A separate denoiser in bfloat16 is about 1.7 times faster on a CPU with
         AVX512-BF16, while a float32 encode pass stays exactly the teacher's.
+      scan_layers: the layers are one compiled loop over stacked parameters; else each repetition
+        of the pattern has parameters and code of its own (see `unroll_layers`).
       query_scale: factor on queries before the softmax. Gemma 4 uses 1.0.
       value_norm: RMS-normalise values (without scale).
       layer_scalar: the residual stream is scaled once per layer.
@@ -167,6 +169,7 @@ class ModelConfig:
     separate_denoiser: bool = False
     predict_next: bool = False
     denoise_dtype: str | None = None
+    scan_layers: bool = True
     query_scale: float = 1.0
     value_norm: bool = True
     layer_scalar: bool = True

@@ -94,6 +94,7 @@ _dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
 def _by_blocks(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    kernels = jnp.asarray(kernels)  # in the loop below, one of numpy has no traced index
     blocks = _Blocks(x.shape[0], group_sizes)
     filled = blocks.fill(x)
 

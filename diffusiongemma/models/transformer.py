@@ -1,8 +1,9 @@
 """The Gemma backbone and the autoregressive Gemma (the teacher).
 
 Layers are scanned over repetitions of the layer pattern, so that compile time does not
-grow with depth; layers that share keys and values are a second scan behind those that have
-their own. One pass runs over M blocks of T tokens per row (see masks.py).
+grow with depth (`unroll_layers` is for those who would rather have speed); layers that share keys
+and values are a second scan behind those that have their own. One pass runs over M blocks of T
+tokens per row (see masks.py).
 """
 
 from typing import Any, Literal
@@ -205,20 +206,28 @@ class Backbone(nn.Module):
         context: PassContext,
     ) -> tuple[jax.Array, tuple]:
         """The layers of one stack: hidden states and the keys and values that they made."""
-        scanned = nn.scan(
-            LayerGroup,
-            variable_axes={'params': 0},
-            split_rngs={'params': True},
-            in_axes=(0, nn.broadcast),
-            length=stack.num_groups,
-            metadata_params={nn.PARTITION_NAME: 'layers'},
-        )
         fields = {'config': self.config, 'which': which, 'dtype': self.dtype}
         fields['shares_kv'] = stack.shares_kv
         name = 'shared_{}' if stack.shares_kv else '{}'
         group_inputs, tail_inputs = given
-        groups = scanned(kinds=stack.pattern, **fields, name=name.format('layers'))
-        x, block_groups = groups(x, group_inputs, context)
+        if self.config.scan_layers:
+            scanned = nn.scan(
+                LayerGroup,
+                variable_axes={'params': 0},
+                split_rngs={'params': True},
+                in_axes=(0, nn.broadcast),
+                length=stack.num_groups,
+                metadata_params={nn.PARTITION_NAME: 'layers'},
+            )
+            groups = scanned(kinds=stack.pattern, **fields, name=name.format('layers'))
+            x, block_groups = groups(x, group_inputs, context)
+        else:
+            made = []
+            for g in range(stack.num_groups):
+                group = LayerGroup(kinds=stack.pattern, **fields, name=name.format(f'layers_{g}'))
+                x, kv = group(x, jax.tree.map(lambda leaf, g=g: leaf[g], group_inputs), context)
+                made.append(kv)
+            block_groups = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
         block_tail = ()
         if stack.tail:
             tail = LayerGroup(kinds=stack.tail, **fields, name=name.format('tail'))
