@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-LARGEST_BLOCK = 64
+LARGEST_BLOCK = 32
 
 
 @jax.custom_vjp
