@@ -34,11 +34,19 @@ def get_config() -> ConfigDict:
                 'row_length': 256,
                 'canvases_per_row': 10,
                 'random_offset_rate': 0.25,  # lossless drafts start where the last one fell
+                'one_canvas': False,
             },
             'corruption': 'uniform',
             'ar_weight': 0.1,  # of no effect on a separate denoiser, whose encode pass is frozen
             'stage1': {'kd_weight': 1.0, 'self_conditioning_rate': 0.5},
-            'stage2': {'first_step': 160, 'num_steps': 2, 'all_noise_rate': 0.5},
+            'stage2': {
+                'first_step': 160,
+                'num_steps': 2,
+                'all_noise_rate': 0.5,
+                'kd_weight': 1.0,
+                'certainty_weight': 0.0,
+                'self_conditioning': True,
+            },
             'optimizer': {'learning_rate': 1e-3, 'warmup_steps': 40, 'ema_decay': 0.98},
             'train': {'num_steps': 240, 'report_every': 10, 'checkpoint_every': 80},
             'sampling': {

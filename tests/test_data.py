@@ -267,3 +267,26 @@ def test_canvases_of_some_documents_start_inside_the_response():
             if first:
                 at_the_start.append(not batch['target_mask'][row, offset - 1])
     assert 0.35 < np.mean(at_the_start) < 0.65  # half of them, and the few random offsets of 0
+
+
+def test_a_document_may_have_one_canvas_of_its_own_at_random():
+    batches = make_train_iterator(
+        DataSpec(kind='wordmath', size=300),
+        Tokenizer.load('builtin'),
+        batch_size=4,
+        row_length=256,
+        canvases_per_row=8,
+        canvas_length=16,
+        seed=0,
+        one_canvas=True,
+    )
+    first = []
+    for _ in range(4):
+        batch = next(batches)
+        for row in range(4):
+            documents = np.unique(batch['segment_ids'][row])[1:]
+            used = batch['canvas_segment_ids'][row]
+            np.testing.assert_array_equal(np.sort(used[used > 0]), documents)
+            offsets = batch['canvas_offsets'][row][used > 0]
+            first += [not batch['target_mask'][row, offset - 1] for offset in offsets]
+    assert 0.1 < np.mean(first) < 0.9  # not always the response's first

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from diffusiongemma.diffusion import MaskedCorruption, UniformCorruption, sample_noise_levels
-from diffusiongemma.distillation.canvases import canvas_teacher, denoise, draw_noise
+from diffusiongemma.distillation.canvases import (
+    canvas_teacher,
+    denoise,
+    draw_noise,
+    used_positions,
+)
 from diffusiongemma.distillation.losses import cross_entropy, denoise_loss
 from diffusiongemma.distillation.stage1 import Stage1
 from diffusiongemma.distillation.stage2 import Stage2
@@ -99,6 +104,28 @@ def batch():
     }
 
 
+def test_the_kl_at_full_noise_has_the_expectation_of_the_hard_label_and_less_variance():
+    """Two tokens, enumerated: a canvas of noise tells nothing of the first when the second is
+    predicted, the teacher's conditional knows it."""
+    rng = np.random.default_rng(0)
+    first, second = rng.dirichlet(np.ones(3)), rng.dirichlet(np.ones(3), 3)  # p(x1), p(x2 | x1)
+    logits = jnp.asarray(rng.normal(size=3), jnp.float32)
+    pairs = [(i, j) for i in range(3) for j in range(3)]
+    probs = np.array([first[i] * second[i, j] for i, j in pairs])
+
+    def gradients(weight):
+        def loss(logits, pair):
+            teacher = FullDistribution(jnp.log(jnp.asarray(second[pair[0]], jnp.float32)))
+            return denoise_loss(logits, jnp.array(pair[1]), teacher, jnp.array(weight))
+
+        return np.stack([jax.grad(loss)(logits, pair) for pair in pairs])  # [9, V]
+
+    hard, soft = gradients(0.0), gradients(1.0)
+    np.testing.assert_allclose(probs @ hard, probs @ soft, atol=1e-6)
+    variances = [probs @ (g - probs @ g) ** 2 for g in (hard, soft)]
+    assert (variances[1] < variances[0]).all()
+
+
 def test_what_the_teacher_says_of_a_canvas_is_what_predicts_its_tokens(batch):
     said = FullDistribution(jnp.arange(12.0)[None, :, None])  # the index stands for the logits
     found, has_target = canvas_teacher(said, batch)
@@ -156,6 +183,32 @@ def test_unused_canvas_slots_do_not_count(student, batch, stage):
     changed = batch | {'canvas_tokens': batch['canvas_tokens'].at[0, 2].set(7)}
     loss = jax.jit(lambda b: loss_of(model, params, b, stage, teacher_params)[0])
     np.testing.assert_allclose(loss(batch), loss(changed), rtol=1e-6)
+
+
+@pytest.mark.parametrize('rate', [0.0, 1.0])
+def test_a_step_on_all_canvases_is_the_average_of_steps_on_one(student, batch, rate):
+    model, params, teacher_params = student
+
+    def with_canvas(slot):
+        only = jnp.arange(batch['canvas_segment_ids'].shape[1]) == slot
+        ids = jnp.where(only, batch['canvas_segment_ids'], 0)
+        return batch | {'canvas_segment_ids': ids}
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, batch):
+        settings = {'self_conditioning_rate': rate}
+        return loss_of(model, params, batch, 'stage1', teacher_params, **settings)[1][
+            'loss/denoise'
+        ]
+
+    together = loss(params, batch)
+    weights = [int(jnp.sum(used_positions(with_canvas(slot)))) for slot in (0, 1)]
+    assert sum(weights) == int(jnp.sum(used_positions(batch))) > max(weights)
+    alone = [loss(params, with_canvas(slot)) for slot in (0, 1)]
+    average = jax.tree.map(lambda *leaves: np.average(leaves, axis=0, weights=weights), *alone)
+    for one, other in zip(jax.tree.leaves(together), jax.tree.leaves(average), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_the_loss_reaches_every_trained_parameter(student, batch, stage):

@@ -66,6 +66,7 @@ class RowLayout:
         starts canvases where its last one was cut short needs such examples.
       top_k: tokens of the teacher's distributions, which the examples then must have; 0 leaves
         them out.
+      one_canvas: a document has one canvas, a random one of its own, instead of all.
     """
 
     row_length: int
@@ -74,6 +75,7 @@ class RowLayout:
     pad_id: int = 0
     random_offset_rate: float = 0.0
     top_k: int = 0
+    one_canvas: bool = False
 
     def __post_init__(self):
         if not 0 <= self.random_offset_rate <= 1:
@@ -145,10 +147,21 @@ def draw_offset(document: Document, layout: RowLayout, rng: np.random.Generator)
     return int(rng.integers(min(layout.canvas_length, len(document.response))))
 
 
-def document_features(document: Document, layout: RowLayout, offset: int = 0) -> Features:
+def draw_canvas(
+    document: Document, layout: RowLayout, offset: int, rng: np.random.Generator
+) -> int | None:
+    """Number of the document's only canvas; None where it has all of them."""
+    if not layout.one_canvas:
+        return None
+    return int(rng.integers(-(-(len(document.response) - offset) // layout.canvas_length)))
+
+
+def document_features(
+    document: Document, layout: RowLayout, offset: int = 0, canvas: int | None = None
+) -> Features:
     """The document's share of a row: T tokens and their mask, n canvases and their starts.
 
-    Canvases begin at token `offset` of the response.
+    Canvases begin at token `offset` of the response; with a number `canvas` that one is the only.
     """
     length = len(document.tokens)
     features = {
@@ -161,8 +174,9 @@ def document_features(document: Document, layout: RowLayout, offset: int = 0) ->
         canvases = cut_canvases(document.response[offset:], layout.canvas_length, layout.pad_id)
         first = document.prompt_length + offset
         starts = first + layout.canvas_length * np.arange(len(canvases))
-        features['canvas_tokens'] = canvases  # [n, C]
-        features['canvas_starts'] = starts.astype(np.int32)  # [n]
+        kept = slice(None) if canvas is None else slice(canvas, canvas + 1)
+        features['canvas_tokens'] = canvases[kept]  # [n, C]
+        features['canvas_starts'] = starts.astype(np.int32)[kept]  # [n]
     return features
 
 

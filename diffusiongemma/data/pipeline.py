@@ -48,7 +48,8 @@ class _Tokenize:
         if reason is None:
             self._consecutive = 0
             offset = packing.draw_offset(document, self._layout, rng)
-            return packing.document_features(document, self._layout, offset)
+            canvas = packing.draw_canvas(document, self._layout, offset, rng)
+            return packing.document_features(document, self._layout, offset, canvas)
         self._dropped.add(reason)
         self._consecutive += 1
         if self._consecutive >= self._limit:
@@ -145,6 +146,7 @@ def make_train_iterator(
     seed: int,
     random_offset_rate: float = 0.0,
     top_k: int = 0,
+    one_canvas: bool = False,
     weights: Sequence[float] | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -162,7 +164,7 @@ def make_train_iterator(
       canvases_per_row: canvas slots of a row; 0 leaves the canvas keys out.
       canvas_length: tokens of a canvas.
       seed: of the shuffles and the offsets, in [0, 2**32).
-      random_offset_rate, top_k: see `packing.RowLayout`.
+      random_offset_rate, top_k, one_canvas: see `packing.RowLayout`.
       weights: share of each source, in documents; by default each spec's own weight, 1 for a
         source that came without a spec.
       process_index: which shard is read; each epoch's shards are disjoint.
@@ -183,7 +185,13 @@ def make_train_iterator(
     if not 0 <= seed < 2**32:
         raise ValueError(f'seed must be in [0, 2**32), got {seed}.')
     layout = packing.RowLayout(
-        row_length, canvases_per_row, canvas_length, tokenizer.pad_id, random_offset_rate, top_k
+        row_length,
+        canvases_per_row,
+        canvas_length,
+        tokenizer.pad_id,
+        random_offset_rate,
+        top_k,
+        one_canvas,
     )
     listed = _listed(sources)
     shares = _weights(listed, weights)
@@ -220,6 +228,7 @@ def make_train_iterator(
         'canvases_per_row': canvases_per_row,
         'canvas_length': canvas_length,
         'random_offset_rate': random_offset_rate,
+        'one_canvas': one_canvas,
         'seed': seed,
         'process': [process_index, process_count],
         'packing_bins': packing_bins,

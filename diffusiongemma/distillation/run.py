@@ -71,12 +71,14 @@ class BatchConfig:
       row_length: tokens of a row.
       canvases_per_row: canvas slots of a row.
       random_offset_rate: share of the documents whose canvases start inside the response.
+      one_canvas: a document has one canvas, drawn at random, instead of all.
     """
 
     batch_size: int
     row_length: int
     canvases_per_row: int
     random_offset_rate: float = 0.0
+    one_canvas: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +244,7 @@ def train_student(
         canvas_length=config.canvas_length,
         seed=config.seed,
         random_offset_rate=shape.random_offset_rate,
+        one_canvas=shape.one_canvas,
         top_k=top_k,
     )
     about = describe_model(model.config, teacher.tokenizer.content_hash)
@@ -305,6 +308,8 @@ def sampling_config(config: ConfigDict, tokenizer: Tokenizer) -> SamplingConfig:
         'pad_id': tokenizer.pad_id,
         'vocab_size': tokenizer.vocab_size,
     }
+    if config.corruption == 'masked':
+        fields['mask_id'] = tokenizer.mask_id
     return run_config.build(SamplingConfig, fields | config.sampling.to_dict(), 'sampling')
 
 

@@ -44,6 +44,7 @@ class Stage2:
       all_noise_rate: share of the trajectories that start at t = 1, as the sampler does; the
         others start at t ~ U(min_noise_level, 1).
       min_noise_level: lowest t.
+      self_conditioning: later steps see what the step before believed, as in the sampler.
     """
 
     corruption: Corruption
@@ -54,6 +55,7 @@ class Stage2:
     certainty_weight: float = 0.0
     all_noise_rate: float = 0.5
     min_noise_level: float = 1e-3
+    self_conditioning: bool = True
 
     def __post_init__(self):
         if self.num_steps < 1:
@@ -108,7 +110,7 @@ class Stage2:
 
     def advance(
         self, model: nn.Module, params: dict, key: jax.Array, logits: jax.Array, level: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """The sampler's greedy step: next canvas [B, N, C] and soft embeddings, no gradient.
 
         Args:
@@ -124,4 +126,6 @@ class Stage2:
         candidates = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
         noise, _ = self.corruption.corrupt(key, candidates, jnp.ones(()))
         canvas = jnp.where(accepted, candidates, noise)
+        if not self.self_conditioning:
+            return canvas, None
         return canvas, model.apply({'params': params}, shaped, method='soft_embed')
