@@ -3,12 +3,14 @@
 import dataclasses
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -75,6 +77,17 @@ def write_resolved(config: ConfigDict, workdir: Path) -> None:
     (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
 
 
+def keep_compiled_programs() -> None:
+    """Compiled programs are kept on disk, so that a second start need not compile them again.
+
+    In $XDG_CACHE_HOME/diffusiongemma (~/.cache), or wherever JAX_COMPILATION_CACHE_DIR says;
+    JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+        jax.config.update('jax_compilation_cache_dir', str(Path(home) / 'diffusiongemma'))
+
+
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Runs an absl program; what the user can mend ends in one line on stderr and exit code 1.
 
@@ -84,6 +97,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f'unexpected arguments {argv[1:]}')
+        keep_compiled_programs()
         try:
             main(argv)
         except (ValueError, FileNotFoundError, FloatingPointError) as error:
