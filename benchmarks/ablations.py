@@ -25,8 +25,9 @@ matplotlib.use('Agg')
 # What all rows share, then what each row changes of it.
 BASE = {
     'sampling.max_denoising_steps': 16,
-    'train.num_steps': 150,
-    'stage2.first_step': 100,
+    'data.batch_size': 8,
+    'train.num_steps': 200,
+    'stage2.first_step': 130,
     'eval.speed_batches': 2,
     'eval.speed_batch_sizes': '(1,)',
 }
@@ -41,7 +42,7 @@ ROWS = {
         'stage1.self_conditioning_rate': 0.0,
         'stage2.self_conditioning': False,
     },
-    'no_stage_2': {'stage2.first_step': 150},
+    'no_stage_2': {'stage2.first_step': 200},
     'masked': {'corruption': 'masked'},
     'one_canvas': {'data.one_canvas': True, 'data.canvases_per_row': 6},
     'predict_in_place': {'predict_next': False},
