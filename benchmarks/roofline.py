@@ -1,4 +1,4 @@
-"""The least time that each pass can take on a device, and here what it does take.
+r"""The least time that each pass can take on a device, and here what it does take.
 
     python benchmarks/roofline.py --preset=diffusiongemma_26b_a4b --device=H200 --prefix=4096
     python benchmarks/roofline.py --checkpoint=builtin
@@ -6,7 +6,12 @@
 For every pass of the sampler: floating-point operations of its matrix products, bytes that it must
 move between memory and processor (weights once, experts only as far as tokens are routed to them,
 K/V cache, logits), and the longer of the two times at the device's peaks. With `--preset` that is
-all; a checkpoint is also run on the first local device, and the time measured divided by the limit.
+all, unless `--random_weights` makes it; that model or a checkpoint is also run on the first local
+device, and the time measured divided by the limit. On one H200, the full 26B-A4B:
+
+    python benchmarks/roofline.py --preset=diffusiongemma_26b_a4b --random_weights --device=H200 \
+        --prefix=4096
+
 The peaks of a CPU are measured: a large product, and a copy of an array as large as the weights
 (small ones stay in its cache).
 """
@@ -15,14 +20,15 @@ import dataclasses
 import functools
 import json
 import math
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax.traverse_util import unflatten_dict
 from rich.console import Console
 from rich.table import Table
+from timing import seconds
 
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
@@ -39,6 +45,7 @@ from diffusiongemma.sampling import passes
 
 _PRESET = flags.DEFINE_string('preset', None, 'A model of diffusiongemma.models.PRESETS.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A diffusion student to measure.')
+_RANDOM_WEIGHTS = flags.DEFINE_bool('random_weights', False, 'Measure the preset too.')
 _DEVICE = flags.DEFINE_string('device', None, 'A name of DEVICES; default: this CPU, measured.')
 _DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of weights and products.')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 1, 'Rows.', lower_bound=1)
@@ -153,17 +160,6 @@ def costs(config: ModelConfig, batch: int, prefix: int, dtype: jnp.dtype) -> dic
     }
 
 
-def best_seconds(run, repetitions: int = 15) -> float:
-    """The least of several times of `run()`, compiled before."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def measured_device(dtype: jnp.dtype, num_bytes: int) -> Device:
     """Peaks of the first local device: a product of [2048, 2048] matrices, a copy of an array."""
     matrix = jnp.ones((2048, 2048), dtype)
@@ -171,9 +167,13 @@ def measured_device(dtype: jnp.dtype, num_bytes: int) -> Device:
     array = jnp.ones((num_bytes // 4,), jnp.float32)
     copy = jax.jit(lambda a: a + 1)
     return Device(
-        2 * 2048**3 / best_seconds(lambda: product(matrix)),
-        2 * array.nbytes / best_seconds(lambda: copy(array)),
+        2 * 2048**3 / seconds(lambda: product(matrix)).min(),
+        2 * array.nbytes / seconds(lambda: copy(array)).min(),
     )
+
+
+def least(run) -> float:
+    return float(seconds(run, 15).min())
 
 
 def measured_passes(model, params, batch: int, prefix: int) -> dict[str, float]:
@@ -205,11 +205,56 @@ def measured_passes(model, params, batch: int, prefix: int) -> dict[str, float]:
     cache = prefill(params)[1]
     soft = passes.no_soft_embeddings(model, params, batch, canvas_length)
     return {
-        'prefill': best_seconds(lambda: prefill(params)),
-        'denoise step': best_seconds(lambda: denoise(params, cache, soft)),
-        'commit': best_seconds(lambda: encode(params, cache, canvas, False)),
-        'autoregressive token': best_seconds(lambda: encode(params, cache, canvas[:, :1], True)),
+        'prefill': least(lambda: prefill(params)),
+        'denoise step': least(lambda: denoise(params, cache, soft)),
+        'commit': least(lambda: encode(params, cache, canvas, False)),
+        'autoregressive token': least(lambda: encode(params, cache, canvas[:, :1], True)),
     }
+
+
+def random_model(config: ModelConfig, dtype: jnp.dtype) -> tuple[DiffusionGemma, dict]:
+    """A model of random weights, made one by one on the device, and its layers unrolled."""
+    model = DiffusionGemma(config.replace(scan_layers=False), dtype)
+    draw = jax.jit(
+        lambda key, shape: jax.random.uniform(key, shape, dtype, -0.05, 0.05), static_argnums=1
+    )
+    drawn = {
+        name: draw(jax.random.key(i), shape)
+        for i, (name, shape) in enumerate(param_shapes(model).items())
+    }
+    return model, unflatten_dict(drawn, sep='/')
+
+
+def open_model(dtype: jnp.dtype) -> tuple[ModelConfig, tuple[DiffusionGemma, dict] | None]:
+    """The config that the flags ask for, and what is to be measured, if anything."""
+    canvas = {'canvas_length': _CANVAS.value} if _CANVAS.value else {}
+    if _CHECKPOINT.value is not None:
+        model, params, _ = load_model(_CHECKPOINT.value, dtype)
+        config = model.config.replace(**canvas)
+        return config, unroll_layers(model.clone(config=config), params)
+    if _PRESET.value not in PRESETS:
+        raise ValueError(f'unknown preset {_PRESET.value!r}; known: {sorted(PRESETS)}.')
+    config = PRESETS[_PRESET.value]
+    config = config.replace(**({'canvas_length': config.canvas_length or 256} | canvas))
+    return config, random_model(config, dtype) if _RANDOM_WEIGHTS.value else None
+
+
+def print_speeds(milliseconds: dict[str, float], canvas_length: int, which: str) -> dict:
+    """What the passes' times come to, printed and as numbers."""
+    steps = _STEPS.value * milliseconds['denoise step']
+    per_canvas = steps + milliseconds['commit']
+    tokens = _BATCH_SIZE.value * canvas_length
+    numbers = {
+        'tokens_per_second': 1e3 * tokens / per_canvas,
+        'gain': canvas_length * milliseconds['autoregressive token'] / per_canvas,
+        'first_canvas_ms': milliseconds['prefill'] + steps,
+    }
+    print(
+        f'{which}, {_STEPS.value} denoise steps and a commit per canvas: '
+        f'{numbers["tokens_per_second"]:,.0f} tok/s, {numbers["gain"]:.2f}x autoregressive '
+        f'decoding; first canvas after {numbers["first_canvas_ms"]:,.0f} ms, prefill included.'
+    )
+    return numbers
 
 
 def main(argv: list[str]) -> None:
@@ -219,20 +264,9 @@ def main(argv: list[str]) -> None:
     if _DEVICE.value is not None and _DEVICE.value not in DEVICES:
         raise ValueError(f'unknown device {_DEVICE.value!r}; known: {sorted(DEVICES)}.')
     dtype = jnp.dtype(_DTYPE.value or ('bfloat16' if _DEVICE.value else 'float32'))
-    measured = {}
-    if _PRESET.value is not None:
-        if _PRESET.value not in PRESETS:
-            raise ValueError(f'unknown preset {_PRESET.value!r}; known: {sorted(PRESETS)}.')
-        config = PRESETS[_PRESET.value]
-    else:
-        model, params, _ = load_model(_CHECKPOINT.value, dtype)
-        config = model.config
-    config = config.replace(canvas_length=_CANVAS.value or config.canvas_length or 256)
     batch, prefix = _BATCH_SIZE.value, _PREFIX.value
-    if _CHECKPOINT.value is not None:
-        model = model.clone(config=config)
-        model, params = unroll_layers(model, params)
-        measured = measured_passes(model, params, batch, prefix)
+    config, found = open_model(dtype)
+    measured = measured_passes(*found, batch, prefix) if found else {}
     num_bytes = parameter_counts(config).total * dtype.itemsize
     device = DEVICES[_DEVICE.value] if _DEVICE.value else measured_device(dtype, num_bytes)
     name = _DEVICE.value or f'{jax.devices()[0].device_kind}, peaks measured'
@@ -242,27 +276,21 @@ def main(argv: list[str]) -> None:
         f'canvas {config.canvas_length}: {name} ({device.flops / 1e9:,.0f} GFLOP/s, '
         f'{device.bandwidth / 1e9:,.0f} GB/s)',
     )  # fmt: skip
-    rows = {}
-    limits = {}
+    limits, taken = {}, {label: 1e3 * value for label, value in measured.items()}
     for label, cost in costs(config, batch, prefix, dtype).items():
-        limits[label] = limit = cost.seconds(device)
+        limits[label] = limit = 1e3 * cost.seconds(device)
         by_compute = cost.flops / device.flops >= cost.bytes / device.bandwidth
-        taken = measured.get(label)
-        rows[label] = {'flops': cost.flops, 'bytes': cost.bytes, 'limit_ms': 1e3 * limit}
-        if taken:
-            rows[label] |= {'measured_ms': 1e3 * taken, 'ratio': taken / limit}
+        shown = (f'{taken[label]:,.2f}', f'{taken[label] / limit:.2f}x') if taken else ('', '')
         table.add_row(
             label, f'{cost.flops / 1e9:,.2f}', f'{cost.bytes / 1e6:,.1f}',
-            'products' if by_compute else 'memory', f'{1e3 * limit:,.2f}',
-            f'{1e3 * taken:,.2f}' if taken else '', f'{taken / limit:.2f}x' if taken else '',
+            'products' if by_compute else 'memory', f'{limit:,.2f}', *shown,
         )  # fmt: skip
     Console().print(table)
-    per_canvas = _STEPS.value * limits['denoise step'] + limits['commit']
-    speed = batch * config.canvas_length / per_canvas
-    gain = config.canvas_length * limits['autoregressive token'] / per_canvas
-    print(f'{_STEPS.value} denoise steps and a commit per canvas: {speed:,.0f} tok/s at the limit,')
-    print(f'{gain:.2f}x autoregressive decoding at its limit.')
-    print(json.dumps({'device': name, 'passes': rows, 'tokens_per_second': speed, 'gain': gain}))
+    result = {'device': name, 'limit_ms': limits, 'measured_ms': taken}
+    result['at_limit'] = print_speeds(limits, config.canvas_length, 'at the limit')
+    if taken:
+        result['measured'] = print_speeds(taken, config.canvas_length, 'measured')
+    print(json.dumps(result))
 
 
 if __name__ == '__main__':
