@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
                 'batch_size': 32,
                 'speed_batch_sizes': (1, 8),
                 'speed_batches': 24,
+                'prompt_multiple': 16,  # prompts have some 25 to 55 tokens
                 'sweep': {
                     'entropy_bound': (0.02, 0.1, 0.5),
                     'max_denoising_steps': (1, 4, 16),
