@@ -8,7 +8,13 @@ from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.layers import GatedMLP, RMSNorm, rms_normalize
 from diffusiongemma.models.masks import canvas_mask
-from diffusiongemma.models.transformer import Backbone, Gemma, PassContext, rope_by_kind
+from diffusiongemma.models.transformer import (
+    ACTIVATION_AXES,
+    Backbone,
+    Gemma,
+    PassContext,
+    rope_by_kind,
+)
 
 
 class SelfConditioning(nn.Module):
@@ -51,7 +57,9 @@ class DiffusionGemma(Gemma):
         super().setup()
         self.self_conditioning = SelfConditioning(self.config, self._denoise_dtype)
         if self.config.separate_denoiser:
-            self.denoise_backbone = Backbone(self.config.autoregressive, self._denoise_dtype)
+            self.denoise_backbone = Backbone(
+                self.config.autoregressive, self._denoise_dtype, self.execution
+            )
 
     @property
     def _denoise_dtype(self) -> jnp.dtype:
@@ -94,6 +102,7 @@ class DiffusionGemma(Gemma):
         positions = starts[..., None] + jnp.arange(length)  # [B, M, C]
         context = PassContext(rope_by_kind(self.config, positions), masks)
         embeddings = self.embedder.encode(canvas).astype(self._denoise_dtype)
+        embeddings = self.execution.constrain(embeddings, *ACTIVATION_AXES)
         x = self.self_conditioning(embeddings, soft_embeddings)
         per_layer = self.per_layer_inputs(canvas, x)
         if self.config.separate_denoiser:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from diffusiongemma.models.attention import Attention
 from diffusiongemma.models.cache import KV, Prefix, cache_slots, last_kv, zeros_kv
 from diffusiongemma.models.config import LayerStack, ModelConfig
+from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.layers import Embedder, GatedMLP, RMSNorm, logical_param, rope_tables
 from diffusiongemma.models.masks import AttentionMask, causal_mask
 from diffusiongemma.models.moe import MoE
@@ -24,6 +25,8 @@ Pass = Literal['encode', 'denoise']
 
 
 KVPair = tuple[jax.Array, jax.Array]
+
+ACTIVATION_AXES = ('batch', None, 'length', None)  # of the residual stream [B, M, T, D]
 
 
 @flax.struct.dataclass
@@ -65,6 +68,7 @@ class Layer(nn.Module):
     kind: str
     which: Pass
     dtype: jnp.dtype
+    execution: Execution
     shares_kv: bool = False
 
     @nn.compact
@@ -83,14 +87,15 @@ class Layer(nn.Module):
         mlp = GatedMLP(config.width, ffn_width, self.dtype, name='mlp')
         update = mlp(norm('pre_ffn_norm', x))
         if config.moe is not None:
-            moe = MoE(config.width, config.moe, config.norm_eps, self.dtype, name='moe')
-            routed = moe(x, norm('pre_moe_norm', x))
+            fields = (config.width, config.moe, config.norm_eps, self.dtype, self.execution)
+            routed = MoE(*fields, name='moe')(x, norm('pre_moe_norm', x))
             update = norm('post_mlp_norm', update) + norm('post_moe_norm', routed)
         x = x + norm('post_ffn_norm', update)
         if config.per_layer is not None:
             update = PerLayerUpdate(config, self.dtype, name='per_layer')(x, given.per_layer)
             x = x + norm('post_per_layer_norm', update)
-        return x * self._output_scalar().astype(self.dtype), own_kv
+        x = x * self._output_scalar().astype(self.dtype)
+        return self.execution.constrain(x, *ACTIVATION_AXES), own_kv
 
     def _attend(
         self, x: jax.Array, given: LayerInput, context: PassContext
@@ -119,6 +124,7 @@ class LayerGroup(nn.Module):
     kinds: tuple[str, ...]
     which: Pass
     dtype: jnp.dtype
+    execution: Execution
     shares_kv: bool
 
     @nn.compact
@@ -126,13 +132,22 @@ class LayerGroup(nn.Module):
         self, x: jax.Array, given: tuple[LayerInput, ...], context: PassContext
     ) -> tuple[jax.Array, tuple]:
         block_kv = []
+        fields = (self.which, self.dtype, self.execution, self.shares_kv)
         for i, kind in enumerate(self.kinds):
-            layer = Layer(
-                self.config, kind, self.which, self.dtype, self.shares_kv, name=f'layer_{i}'
-            )
+            layer = Layer(self.config, kind, *fields, name=f'layer_{i}')
             x, kv = layer(x, given[i], context)
             block_kv.append(kv)
         return x, tuple(block_kv)
+
+
+def rematerialised(group: type[LayerGroup], remat: str) -> type[LayerGroup]:
+    """The group with what `Execution.remat` says of its backward pass."""
+    if remat == 'none':
+        return group
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if remat == 'dots' else None
+    # Inside a scan the compiler can't merge the recomputation with the first one.
+    return nn.remat(group, policy=policy, prevent_cse=False)
 
 
 def layer_inputs(
@@ -168,6 +183,7 @@ class Backbone(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(
@@ -205,8 +221,9 @@ class Backbone(nn.Module):
         context: PassContext,
     ) -> tuple[jax.Array, tuple]:
         """The layers of one stack: hidden states and the keys and values that they made."""
+        group = rematerialised(LayerGroup, self.execution.remat)
         scanned = nn.scan(
-            LayerGroup,
+            group,
             variable_axes={'params': 0},
             split_rngs={'params': True},
             in_axes=(0, nn.broadcast),
@@ -214,14 +231,14 @@ class Backbone(nn.Module):
             metadata_params={nn.PARTITION_NAME: 'layers'},
         )
         fields = {'config': self.config, 'which': which, 'dtype': self.dtype}
-        fields['shares_kv'] = stack.shares_kv
+        fields |= {'execution': self.execution, 'shares_kv': stack.shares_kv}
         name = 'shared_{}' if stack.shares_kv else '{}'
         group_inputs, tail_inputs = given
         groups = scanned(kinds=stack.pattern, **fields, name=name.format('layers'))
         x, block_groups = groups(x, group_inputs, context)
         block_tail = ()
         if stack.tail:
-            tail = LayerGroup(kinds=stack.tail, **fields, name=name.format('tail'))
+            tail = group(kinds=stack.tail, **fields, name=name.format('tail'))
             x, block_tail = tail(x, tail_inputs, context)
         return x, (block_groups, block_tail)
 
@@ -247,10 +264,12 @@ class Gemma(nn.Module):
     Attributes:
       config: the backbone.
       dtype: compute dtype; parameters are float32 or whatever is passed to `apply`.
+      execution: how it is computed (`parallel.on_mesh` gives it a mesh).
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    execution: Execution = Execution()
 
     def setup(self):
         config = self.config
@@ -259,9 +278,8 @@ class Gemma(nn.Module):
         )
         if config.per_layer is not None:
             self.per_layer_embedder = PerLayerEmbedder(config, self.dtype)
-        self.backbone = Backbone(
-            config.autoregressive if config.separate_denoiser else config, self.dtype
-        )
+        backbone = config.autoregressive if config.separate_denoiser else config
+        self.backbone = Backbone(backbone, self.dtype, self.execution)
 
     def encode(
         self,
@@ -289,6 +307,7 @@ class Gemma(nn.Module):
         }
         context = PassContext(rope_by_kind(self.config, positions[:, None]), masks)
         x = self.embedder.encode(tokens)[:, None]  # [B, 1, T, D]
+        x = self.execution.constrain(x, *ACTIVATION_AXES)
         per_layer = self.per_layer_inputs(tokens[:, None], x)
         hidden, block_kv = self.backbone(x, prefix.kv, context, 'encode', per_layer)
         return hidden[:, 0], jax.tree.map(lambda a: a.squeeze(-3), block_kv)
