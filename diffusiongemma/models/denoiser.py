@@ -65,7 +65,7 @@ class DiffusionGemma(Gemma):
     def _denoise_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.denoise_dtype or self.dtype)
 
-    def denoise(
+    def denoise_hidden(
         self,
         canvas: jax.Array,
         starts: jax.Array,
@@ -74,7 +74,7 @@ class DiffusionGemma(Gemma):
         soft_embeddings: jax.Array | None = None,
         previous: jax.Array | None = None,
     ) -> jax.Array:
-        """The denoise pass over M canvases per row (sampling: M = 1).
+        """The denoise pass over M canvases per row (sampling: M = 1), short of the logits.
 
         Args:
           canvas: [B, M, C] int32 noisy tokens.
@@ -86,7 +86,7 @@ class DiffusionGemma(Gemma):
             `config.predict_next`, and only there.
 
         Returns:
-          float32 logits [B, M, C, V].
+          Final hidden states [B, M, C, D].
         """
         if self.config.predict_next:
             canvas = _behind(previous[..., None], canvas, axis=-1)
@@ -109,7 +109,20 @@ class DiffusionGemma(Gemma):
             hidden, _ = self.denoise_backbone(x, prefix.kv, context, 'encode', per_layer)
         else:
             hidden, _ = self.backbone(x, prefix.kv, context, 'denoise', per_layer)
-        return self.unembed(hidden)
+        return hidden
+
+    def denoise(
+        self,
+        canvas: jax.Array,
+        starts: jax.Array,
+        segment_ids: jax.Array,
+        prefix: Prefix,
+        soft_embeddings: jax.Array | None = None,
+        previous: jax.Array | None = None,
+    ) -> jax.Array:
+        """`denoise_hidden` and the head: float32 logits [B, M, C, V]."""
+        args = (canvas, starts, segment_ids, prefix, soft_embeddings, previous)
+        return self.unembed(self.denoise_hidden(*args))
 
     def soft_embed(self, logits: jax.Array) -> jax.Array:
         """Self-conditioning input: softmax(logits) @ embedding * sqrt(D), [..., V] -> [..., D]."""

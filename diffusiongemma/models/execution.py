@@ -24,18 +24,22 @@ class Execution:
         and keeps all, 'dots' keeps products with weights and recomputes the rest (attention,
         norms, experts), 'full' keeps the group's input alone.
       logits_chunk: positions of each row that have logits at the same time in a loss; 0 for all.
+      query_block: queries of each block of tokens that have attention scores at the same time; 0
+        for all.
     """
 
     mesh: Mesh | None = None
     rules: AxisRules = ()
     remat: str = 'none'
     logits_chunk: int = 0
+    query_block: int = 0
 
     def __post_init__(self):
         if self.remat not in REMAT:
             raise ValueError(f'remat must be one of {REMAT}, got {self.remat!r}.')
-        if self.logits_chunk < 0:
-            raise ValueError(f'logits_chunk must be >= 0 (0: all), got {self.logits_chunk}.')
+        for name in ('logits_chunk', 'query_block'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name} must be >= 0 (0: all), got {getattr(self, name)}.')
 
     def mesh_axes(self, shape: Sequence[int], names: Sequence[str | None]) -> list[tuple[str, ...]]:
         """Mesh axes of more than one device that each dimension of an array is spread over.

@@ -12,12 +12,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.models.attention import Attention
+from diffusiongemma.models.attention import Attention, in_parts
 from diffusiongemma.models.cache import KV, Prefix, cache_slots, last_kv, zeros_kv
 from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.execution import Execution
-from diffusiongemma.models.layers import Embedder, GatedMLP, RMSNorm, logical_param, rope_tables
-from diffusiongemma.models.masks import AttentionMask, causal_mask
+from diffusiongemma.models.layers import (
+    WEIGHT_PRODUCT,
+    Embedder,
+    GatedMLP,
+    RMSNorm,
+    logical_param,
+    rope_tables,
+)
+from diffusiongemma.models.masks import AttentionMask, CausalMask
 from diffusiongemma.models.moe import MoE
 from diffusiongemma.models.per_layer import PerLayerEmbedder, PerLayerUpdate
 
@@ -26,6 +33,7 @@ Pass = Literal['encode', 'denoise']
 
 KVPair = tuple[jax.Array, jax.Array]
 
+CACHE_AXES = ('batch', 'kv_heads', 'slots', 'head_dim')  # of keys and values [.., B, K, R, H]
 ACTIVATION_AXES = ('batch', None, 'length', None)  # of the residual stream [B, M, T, D]
 
 
@@ -41,7 +49,7 @@ class PassContext:
     """
 
     rope: dict[str, tuple[jax.Array, jax.Array]]
-    mask: dict[str, AttentionMask]
+    mask: dict[str, AttentionMask | CausalMask]
     shared_kv: dict[str, tuple[KVPair, KVPair]] = flax.struct.field(default_factory=dict)
 
 
@@ -100,7 +108,8 @@ class Layer(nn.Module):
     def _attend(
         self, x: jax.Array, given: LayerInput, context: PassContext
     ) -> tuple[jax.Array, KVPair | None]:
-        attention = Attention(self.config, self.kind, self.dtype, self.shares_kv, name='attention')
+        fields = (self.config, self.kind, self.dtype, self.shares_kv, self.execution.query_block)
+        attention = Attention(*fields, name='attention')
         rope, mask = context.rope[self.kind], context.mask[self.kind]
         if self.shares_kv:
             prefix_kv, block_kv = context.shared_kv[self.kind]
@@ -144,8 +153,9 @@ def rematerialised(group: type[LayerGroup], remat: str) -> type[LayerGroup]:
     """The group with what `Execution.remat` says of its backward pass."""
     if remat == 'none':
         return group
-    policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if remat == 'dots' else None
+    policy = None
+    if remat == 'dots':
+        policy = jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT)
     # Inside a scan the compiler can't merge the recomputation with the first one.
     return nn.remat(group, policy=policy, prevent_cse=False)
 
@@ -302,9 +312,11 @@ class Gemma(nn.Module):
         if prefix is None:
             prefix = Prefix.empty(self.config, tokens.shape[0], self.dtype)
         masks = {
-            kind: causal_mask(positions, segment_ids, keys, self.config.attention(kind).window)
+            kind: CausalMask(positions, segment_ids, keys, self.config.attention(kind).window)
             for kind, keys in prefix.tokens_by_kind(self.config).items()
         }
+        if not in_parts(tokens.shape[1], self.execution.query_block):  # made once for all layers
+            masks = {kind: mask.all_rows() for kind, mask in masks.items()}
         context = PassContext(rope_by_kind(self.config, positions[:, None]), masks)
         x = self.embedder.encode(tokens)[:, None]  # [B, 1, T, D]
         x = self.execution.constrain(x, *ACTIVATION_AXES)
@@ -320,7 +332,12 @@ class Gemma(nn.Module):
 
     def empty_kv(self, batch_size: int, capacity: int) -> KV:
         """Keys and values of an empty `KVCache`: windows shorter than its capacity are rings."""
-        return zeros_kv(self.config, batch_size, cache_slots(self.config, capacity), self.dtype)
+        kv = zeros_kv(self.config, batch_size, cache_slots(self.config, capacity), self.dtype)
+
+        def place(leaf: jax.Array) -> jax.Array:
+            return self.execution.constrain(leaf, *[None] * (leaf.ndim - 4), *CACHE_AXES)
+
+        return jax.tree.map(place, kv)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 soft-capped logits [..., V]."""

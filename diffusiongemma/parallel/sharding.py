@@ -53,8 +53,9 @@ def on_mesh(model: M, mesh: Mesh, rules: AxisRules = LOGICAL_AXIS_RULES) -> M:
     unknown = sorted({axis for _, axes in rules for axis in axes} - set(mesh.axis_names))
     if unknown:
         raise ValueError(f'the axis rules use mesh axes {unknown}; the mesh has {mesh.axis_names}.')
-    execution = dataclasses.replace(model.execution, mesh=mesh, rules=tuple(rules))
-    if model.config.moe is not None:
+    on = mesh if mesh.size > 1 else None  # one device lays out nothing
+    execution = dataclasses.replace(model.execution, mesh=on, rules=tuple(rules))
+    if on is not None and model.config.moe is not None:
         check_experts(model.config.moe.num_experts, execution)
     return model.clone(execution=execution)
 
