@@ -20,6 +20,8 @@ from diffusiongemma.models.config import ModelConfig
 
 T = TypeVar('T')
 
+OPTIONAL_KEYS = ('compute',)  # of every program that trains; their defaults change nothing
+
 
 def build(cls: type[T], values: Any, where: str) -> T:
     """A config dataclass from a dict of its fields.
@@ -64,8 +66,8 @@ def compute_dtype(config: ConfigDict) -> Any:
 def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
     """Raises ValueError when the config has a top-level key that this program does not read."""
     for name in config:
-        if name not in known:
-            raise ValueError(f'config has no key {name!r}; {_hint(name, known)}')
+        if name not in (*known, *OPTIONAL_KEYS):
+            raise ValueError(f'config has no key {name!r}; {_hint(name, (*known, *OPTIONAL_KEYS))}')
     missing = [name for name in known if name not in config]
     if missing:
         raise ValueError(f'config lacks {missing}; see configs/tiny.py.')

@@ -16,6 +16,7 @@ from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
 from diffusiongemma.data.pipeline import make_train_iterator
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.ar_step import make_ar_train_step
+from diffusiongemma.distillation.compute import ComputeConfig
 from diffusiongemma.distillation.loop import LoopConfig, fit, start_or_resume
 from diffusiongemma.distillation.state import (
     OptimizerConfig,
@@ -24,7 +25,7 @@ from diffusiongemma.distillation.state import (
     make_optimizer,
 )
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
-from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
+from diffusiongemma.parallel import make_mesh, param_shardings
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and metrics go.')
@@ -45,7 +46,9 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     optimizer_config = run_config.build(OptimizerConfig, config.optimizer, 'optimizer')
     optimizer = make_optimizer(optimizer_config, loop.num_steps)
 
-    mesh = make_mesh(config.mesh)
+    mesh, compute = make_mesh(config.mesh), ComputeConfig.of(config)
+    model = compute.place(model, mesh)
+    rows = compute.batch_sharding(mesh, config.data.batch_size)
     batches = make_train_iterator(
         run_config.data_specs(config),
         tokenizer,
@@ -66,7 +69,9 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     )
     tokenizer.save(workdir / TOKENIZER_FILE)
     logging.info('%d parameters', parameter_count(state.params))
-    train_step = make_ar_train_step(model, optimizer, optimizer_config.ema_decay)
+    train_step = make_ar_train_step(
+        model, optimizer, optimizer_config.ema_decay, compute.microbatches
+    )
     state = fit(
         jax.jit(train_step, donate_argnums=0),
         state,
@@ -75,7 +80,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         loop,
         workdir=workdir,
         description='teacher',
-        batch_sharding=batch_sharding(mesh, config.data.batch_size),
+        batch_sharding=rows,
     )
     store.close()
     about = {'init': config.init, 'seed': config.seed, 'steps': int(state.step)}

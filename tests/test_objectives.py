@@ -15,7 +15,12 @@ from diffusiongemma.distillation.canvases import (
 from diffusiongemma.distillation.losses import cross_entropy, denoise_loss
 from diffusiongemma.distillation.stage1 import Stage1
 from diffusiongemma.distillation.stage2 import Stage2
-from diffusiongemma.distillation.step import Constants, causal_pass, distillation_loss
+from diffusiongemma.distillation.step import (
+    Constants,
+    causal_pass,
+    distillation_loss,
+    draw_rows,
+)
 from diffusiongemma.distillation.student import (
     frozen_params,
     student_params_from_teacher,
@@ -127,10 +132,10 @@ def test_the_kl_at_full_noise_has_the_expectation_of_the_hard_label_and_less_var
 
 
 def test_what_the_teacher_says_of_a_canvas_is_what_predicts_its_tokens(batch):
-    said = FullDistribution(jnp.arange(12.0)[None, :, None])  # the index stands for the logits
-    found, has_target = canvas_teacher(said, batch)
-    np.testing.assert_array_equal(found.logits[0, 0, :, 0], [3, 4, 5, 6])
-    np.testing.assert_array_equal(found.logits[0, 1, :2, 0], [7, 8])
+    values = jnp.arange(12.0)[None, :, None]  # the index stands for the hidden state
+    found, has_target = canvas_teacher(values, batch)
+    np.testing.assert_array_equal(found[0, 0, :, 0], [3, 4, 5, 6])
+    np.testing.assert_array_equal(found[0, 1, :2, 0], [7, 8])
     np.testing.assert_array_equal(has_target[0, 0], [True] * 4)
     np.testing.assert_array_equal(has_target[0, 1], [True, True, False, False])
     assert not has_target[0, 2].any()
@@ -152,16 +157,9 @@ def loss_of(model, params, batch, name='stage1', teacher_params=None, **settings
     constants = Constants(teacher_params, {})
     if model.config.separate_denoiser:
         constants = Constants(None, frozen_params(model.config, teacher_params))
-    return distillation_loss(
-        model,
-        teacher,
-        objective(name, model.config, **settings),
-        0.1,
-        params,
-        constants,
-        jax.random.key(0),
-        batch,
-    )
+    stage = objective(name, model.config, **settings)
+    rows = draw_rows(stage, jax.random.key(0), batch)
+    return distillation_loss(model, teacher, stage, 0.1, params, constants, rows)
 
 
 @pytest.fixture(params=['stage1', 'stage2'])
@@ -240,7 +238,8 @@ def test_stage_2_in_one_step_is_stage_1_without_self_conditioning(student, batch
 def test_the_loss_of_a_stored_teacher_is_that_of_its_pass(student, batch, stage):
     model, params, teacher_params = student
     teacher = Gemma(model.config.autoregressive)
-    logits, _ = causal_pass(teacher, teacher_params, batch)
+    hidden, _ = causal_pass(teacher, teacher_params, batch)
+    logits = teacher.apply({'params': teacher_params}, hidden, method='unembed')
     said = TopKDistribution.of(logits, model.config.vocab_size)
     stored = batch | {
         'teacher_ids': said.ids,
@@ -253,10 +252,8 @@ def test_the_loss_of_a_stored_teacher_is_that_of_its_pass(student, batch, stage)
     def without_teacher(params):
         constants = Constants(None, frozen)
         stage_objective = objective(stage, model.config)
-        key = jax.random.key(0)
-        return distillation_loss(
-            model, teacher, stage_objective, 0.1, params, constants, key, stored
-        )
+        rows = draw_rows(stage_objective, jax.random.key(0), stored)
+        return distillation_loss(model, teacher, stage_objective, 0.1, params, constants, rows)
 
     loss, metrics = jax.jit(lambda p: loss_of(model, p, batch, stage, teacher_params))(params)
     stored_loss, stored_metrics = without_teacher(params)
@@ -271,8 +268,9 @@ def test_no_gradient_flows_from_one_step_to_the_next(student, batch):
 
     def what_is_fed_back(params, logits):
         stage2 = objective('stage2', model.config)
-        canvas, soft = stage2.advance(model, params, jax.random.key(5), logits, jnp.ones((1, 3)))
-        return jnp.sum(soft) + jnp.sum(canvas)
+        seen = stage2.look(model, params, logits, jnp.ones((1, 3, 4)))
+        canvas = stage2.next_canvas(seen, batch['canvas_tokens'])
+        return jnp.sum(seen.soft_embeddings) + jnp.sum(canvas)
 
     grads = jax.jit(jax.grad(what_is_fed_back, argnums=(0, 1)))(full, logits)
     assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
@@ -284,14 +282,19 @@ def test_the_next_canvas_of_stage_2_keeps_what_is_accepted_and_renoises_the_rest
     sure = 40.0 * jax.nn.one_hot(jnp.array([3, 9, 9, 3]), tiny_config.vocab_size)
     logits = sure * jnp.array([1.0, 0.0, 1.0, 0.0])[:, None]  # sure of the first and the third
     stage2 = objective('stage2', tiny_config)
-    keys = jax.random.split(jax.random.key(0), 64)
-    canvas, _ = jax.vmap(
-        lambda key: stage2.advance(model, params, key, logits[None, None], jnp.ones((1, 1)))
-    )(keys)
-    canvas = canvas[:, 0, 0]
-    np.testing.assert_array_equal(canvas[:, [0, 2]], [[3, 9]] * 64)
+    seen = stage2.look(model, params, logits[None, None], jnp.ones((1, 1, 4)))
+    noise = jnp.array([[[20, 21, 22, 23]]])
     # Of the two that nothing is known about, the bound lets the first one pass: its argmax.
-    assert len(np.unique(canvas[:, 1])) == 1 and len(np.unique(canvas[:, 3])) > 16
+    best = jnp.argmax(logits[1])
+    np.testing.assert_array_equal(stage2.next_canvas(seen, noise)[0, 0], [3, best, 9, 23])
+
+
+def test_what_rejected_positions_become_is_drawn_anew_for_each_step(tiny_config, batch):
+    stage2 = objective('stage2', tiny_config, num_steps=3)
+    batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, 16, axis=0), batch)
+    first, second = stage2.draw(jax.random.key(0), batch).renoise
+    assert first.shape == second.shape == batch['canvas_tokens'].shape
+    assert jnp.mean(first == second) < 0.1 and len(jnp.unique(first)) == tiny_config.vocab_size
 
 
 def test_the_certainty_term_is_the_entropy_where_the_argmax_is_right(tiny_config, batch):
@@ -310,7 +313,8 @@ def test_the_certainty_term_is_the_entropy_where_the_argmax_is_right(tiny_config
         all_noise_rate=1.0,
     )
     _, prefix = causal_pass(model, params, batch)
-    logits = denoise(model, params, batch, prefix, noisy.tokens)
+    hidden = denoise(model, params, batch, prefix, noisy.tokens)
+    logits = model.apply({'params': params}, hidden, method='unembed')
     right = jnp.zeros((1, 3, 4), bool).at[0, 0].set(True).at[0, 1, 1].set(True)
     best = jnp.argmax(logits, axis=-1)
     batch = batch | {'canvas_tokens': jnp.where(right, best, (best + 1) % tiny_config.vocab_size)}
@@ -323,7 +327,7 @@ def test_the_certainty_term_is_the_entropy_where_the_argmax_is_right(tiny_config
 
     log_probs = jax.nn.log_softmax(logits)
     entropies = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-    expected = jnp.sum(entropies * right) / jnp.sum(right)
+    expected = jnp.sum(entropies * right) / 8  # two canvases of four are used
     np.testing.assert_allclose(loss(2.0) - loss(1.0), expected, rtol=1e-4)
 
 

@@ -10,6 +10,7 @@ from diffusiongemma.data.packing import RowLayout, pack_examples
 from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.distillation import canvases
+from diffusiongemma.distillation.losses import mean_weights
 from diffusiongemma.distillation.step import causal_pass
 from diffusiongemma.distillation.student import student_params_from_teacher
 from diffusiongemma.models import DiffusionGemma, init_params
@@ -41,8 +42,10 @@ def test_what_the_teacher_knows_holds_before_any_training_only_if_shifted(predic
     @jax.jit
     def accuracy(params):
         _, prefix = causal_pass(model, params, batch)
-        logits = canvases.denoise(model, params, batch, prefix, batch['canvas_tokens'])
-        return canvases.argmax_accuracy(logits, batch, batch['canvas_tokens'] > 0)
+        hidden = canvases.denoise(model, params, batch, prefix, batch['canvas_tokens'])
+        logits = model.apply({'params': params}, hidden, method='unembed')
+        hits = canvases.hits(logits, batch['canvas_tokens'])
+        return jnp.sum(hits * mean_weights(batch['canvas_tokens'] > 0))
 
     found = float(accuracy(params))
     assert found > 0.9 if predict_next else found < 0.2
@@ -59,6 +62,7 @@ def test_a_canvas_behind_the_cache_has_the_logits_of_the_packed_row(batch):
     def both(params):
         _, prefix = causal_pass(model, params, batch)
         packed = canvases.denoise(model, params, batch, prefix, noisy, soft)[:1, 1]
+        packed = model.apply({'params': params}, packed, method='unembed')
         before = jnp.asarray(batch['tokens'][:1, offset - start : offset])
         cache = passes.empty_cache(model, params, 1, before.shape[1])
         _, cache = passes.prefill(model, params, cache, before, jnp.array([start]))

@@ -7,30 +7,44 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusiongemma.distillation.losses import masked_mean, next_token_loss
+from diffusiongemma.distillation.losses import (
+    before,
+    cross_entropy,
+    mean_weights,
+    over_positions,
+)
+from diffusiongemma.distillation.microbatches import summed_gradients
 from diffusiongemma.distillation.state import TrainState, apply_gradients
 
 Batch = dict[str, jax.Array]
 
 
 def make_ar_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, ema_decay: float
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    microbatches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Next-token cross-entropy on the response tokens of packed rows."""
 
-    def loss_fn(params: dict, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        variables = {'params': params}
-        hidden, _ = model.apply(
-            variables, batch['tokens'], batch['positions'], batch['segment_ids'], method='encode'
-        )
-        logits = model.apply(variables, hidden, method='unembed')  # [B, L, V]
-        loss = next_token_loss(logits, batch['tokens'], batch['target_mask'])
-        hits = jnp.argmax(logits[:, :-1], axis=-1) == batch['tokens'][:, 1:]
-        accuracy = masked_mean(hits.astype(jnp.float32), batch['target_mask'][:, 1:])
-        return loss, {'loss': loss, 'token_accuracy': accuracy}
+    def loss_fn(params: dict, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        variables, tokens, weights = {'params': params}, rows['tokens'], rows['target_weights']
+        args = (tokens, rows['positions'], rows['segment_ids'])
+        hidden, _ = model.apply(variables, *args, method='encode')
+
+        def score(hidden: jax.Array, following: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = model.apply(variables, hidden, method='unembed')
+            hits = jnp.argmax(logits, axis=-1) == following
+            return cross_entropy(logits, following), hits.astype(jnp.float32)
+
+        chunk, following = model.execution.logits_chunk, jnp.roll(tokens, -1, axis=1)
+        losses, hits = over_positions(score, chunk, tokens.shape, hidden, following)
+        loss = jnp.sum(losses * weights)
+        return loss, {'loss': loss, 'token_accuracy': jnp.sum(hits * weights)}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch)
+        rows = dict(batch) | {'target_weights': mean_weights(before(batch['target_mask']))}
+        grads, metrics = summed_gradients(loss_fn, state.params, rows, microbatches)
         metrics['gradient_norm'] = optax.global_norm(grads)
         return apply_gradients(state, grads, optimizer, ema_decay), metrics
 

@@ -1,14 +1,12 @@
-"""Noisy canvases of a packed batch: how they are drawn, denoised, and scored on each position."""
+"""Noisy canvases of a packed batch: how they are drawn and denoised, and what is asked of them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffusiongemma.diffusion.corruption import Corruption, sample_noise_levels
-from diffusiongemma.distillation.losses import denoise_loss, masked_mean
-from diffusiongemma.distillation.teacher import TeacherDistribution
 from diffusiongemma.models.cache import Prefix
 
 Batch = dict[str, jax.Array]
@@ -62,7 +60,7 @@ def denoise(
     noisy: jax.Array,
     soft_embeddings: jax.Array | None = None,
 ) -> jax.Array:
-    """Denoise logits [B, N, C, V] of noisy canvases [B, N, C] at the places of the batch's."""
+    """Hidden states [B, N, C, D] of noisy canvases [B, N, C] at the places of the batch's."""
     starts, segment_ids = batch['canvas_starts'], batch['canvas_segment_ids']
     before = jnp.maximum(batch['canvas_offsets'] - 1, 0)
     previous = jnp.take_along_axis(batch['tokens'], before, axis=1)  # [B, N]
@@ -74,22 +72,21 @@ def denoise(
         prefix,
         soft_embeddings,
         previous,
-        method='denoise',
+        method='denoise_hidden',
     )
 
 
-def canvas_teacher(
-    teacher: TeacherDistribution, batch: Batch
-) -> tuple[TeacherDistribution, jax.Array]:
+def canvas_teacher(values: Any, batch: Batch) -> tuple[Any, jax.Array]:
     """Teacher conditionals p_T(x_i | x_<i, c) for every canvas position.
 
     Args:
-      teacher: p_T on the clean row, [B, L]; at i that of token i + 1.
+      values: of the teacher on the clean row (`TeacherStates`), leaves [B, L, ...]; at i of
+        token i + 1.
       batch: a packed batch.
 
     Returns:
-      The conditionals [B, N, C], and [B, N, C] bool: the position is a token of the document.
-      Elsewhere (padding after the end, unused slots) they mean nothing.
+      The values with leaves [B, N, C, ...], and [B, N, C] bool: the position is a token of the
+      document. Elsewhere (padding after the end, unused slots) they mean nothing.
     """
     canvas_length = batch['canvas_tokens'].shape[-1]
     index = batch['canvas_offsets'][..., None] + jnp.arange(canvas_length)  # [B, N, C]
@@ -98,7 +95,7 @@ def canvas_teacher(
     rows = jnp.arange(index.shape[0])[:, None, None]
     same_document = batch['segment_ids'][rows, clipped] == batch['canvas_segment_ids'][..., None]
     used = (batch['canvas_segment_ids'] > 0)[..., None]
-    conditionals = jax.tree.map(lambda leaf: leaf[rows, clipped - 1], teacher)
+    conditionals = jax.tree.map(lambda leaf: leaf[rows, clipped - 1], values)
     return conditionals, same_document & used & (index < row_length)
 
 
@@ -108,37 +105,22 @@ def used_positions(batch: Batch) -> jax.Array:
     return jnp.broadcast_to(used, batch['canvas_tokens'].shape)
 
 
-def mixed_loss(
-    logits: jax.Array,
-    batch: Batch,
-    teacher: TeacherDistribution,
-    noisy: NoisyCanvases,
-    kd_weight: float,
-) -> jax.Array:
-    """Mean of (1 - w) CE(x | q_S) + w KL(p_T || q_S) over the used positions.
+def kl_weights(noisy: NoisyCanvases, has_target: jax.Array, kd_weight: float) -> jax.Array:
+    """w [B, N, C] of the loss (1 - w) CE(x | q_S) + w KL(p_T || q_S).
 
     w = kd_weight * t on corrupted positions of the document, 0 on kept ones and on padding: at
     t = 1 the teacher's conditional has the hard label's expectation with less variance; as t
     falls the right context carries evidence that the causal teacher does not have.
 
     Args:
-      logits: [B, N, C, V] denoiser logits.
-      batch: a packed batch.
-      teacher: p_T on the clean rows, [B, L].
       noisy: the canvases that were denoised.
+      has_target: [B, N, C] bool, where the teacher says something.
       kd_weight: share of the KL at t = 1.
-
-    Returns:
-      [] float32, nats per token.
     """
-    targets, has_target = canvas_teacher(teacher, batch)
     weight = kd_weight * noisy.noise_level[..., None]
-    weight = jnp.where(noisy.corrupted & has_target, weight, 0.0)
-    per_token = denoise_loss(logits, batch['canvas_tokens'], targets, weight)
-    return masked_mean(per_token, used_positions(batch))
+    return jnp.where(noisy.corrupted & has_target, weight, 0.0)
 
 
-def argmax_accuracy(logits: jax.Array, batch: Batch, mask: jax.Array) -> jax.Array:
-    """Share of the positions [B, N, C] in `mask` whose most likely token is the clean one."""
-    hits = jnp.argmax(logits, axis=-1) == batch['canvas_tokens']
-    return masked_mean(hits.astype(jnp.float32), mask & used_positions(batch))
+def hits(logits: jax.Array, clean: jax.Array) -> jax.Array:
+    """1.0 where the most likely token of logits [..., V] is the clean one [...], else 0.0."""
+    return (jnp.argmax(logits, axis=-1) == clean).astype(jnp.float32)

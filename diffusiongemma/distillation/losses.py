@@ -1,13 +1,70 @@
 """Losses of teacher training and of Diffuse-Distill, all in float32.
 
-Notation of the design: p_T teacher conditionals on clean text, q_S denoiser, a_S the
-student's causal logits, t noise level.
+Notation of the design: p_T teacher conditionals on clean text, q_S denoiser, t noise level.
+
+Whatever has a vocabulary axis is computed inside `over_positions`, which makes it for some
+positions at a time. A mean over a batch is a sum with `mean_weights`, which are taken from the
+whole batch: so the losses of parts of a batch add up to that of the whole.
 """
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diffusiongemma.distillation.teacher import TeacherDistribution
+
+
+def over_positions(score: Callable[..., Any], chunk: int, shape: Sequence[int], *trees: Any) -> Any:
+    """Applies `score` to `chunk` positions of each row at a time.
+
+    What `score` makes on the way (logits, above all) exists for one chunk only: it is made again
+    in the backward pass. With one chunk it is called once and keeps what it makes. A chunk has
+    positions of every row, and of every shard of a row: no device waits for another's.
+
+    Args:
+      score: pure, from trees with leaves [B, c, ...] to a tree with leaves [B, c, ...], each
+        position for itself.
+      chunk: most positions of a row at a time; 0 for all.
+      shape: axes of rows and positions, [B, L] or [B, N, C].
+      *trees: leaves [*shape, ...].
+
+    Returns:
+      What `score` gives, leaves [*shape, ...].
+    """
+    rows, *axes = shape
+    positions, last = math.prod(axes), len(axes)
+    flat = (rows, positions)
+
+    def flatten(leaf: jax.Array) -> jax.Array:
+        """[B, N, C, ...] -> [B, C * N, ...]: the axis that may be sharded is the outer one."""
+        return jnp.moveaxis(leaf, last, 1).reshape(*flat, *leaf.shape[last + 1 :])
+
+    def restore(leaf: jax.Array) -> jax.Array:
+        leaf = leaf.reshape(rows, axes[-1], *axes[:-1], *leaf.shape[2:])
+        return jnp.moveaxis(leaf, 1, last)
+
+    trees = jax.tree.map(flatten, trees)
+    if not 0 < chunk < positions:
+        return jax.tree.map(restore, score(*trees))
+    count = -(-positions // chunk)
+    size = -(-positions // count)
+
+    def split(leaf: jax.Array) -> jax.Array:
+        """[B, P, ...] -> [chunks, B, size, ...], every chunks-th position in a chunk."""
+        rest = [(0, 0)] * (leaf.ndim - 2)
+        leaf = jnp.pad(leaf, [(0, 0), (0, count * size - positions), *rest])
+        return jnp.moveaxis(leaf.reshape(rows, size, count, *leaf.shape[2:]), 2, 0)
+
+    def join(leaf: jax.Array) -> jax.Array:
+        leaf = jnp.moveaxis(leaf, 0, 2)
+        return leaf.reshape(rows, count * size, *leaf.shape[3:])[:, :positions]
+
+    scored = jax.checkpoint(lambda args: score(*args), prevent_cse=False)
+    results = jax.lax.map(scored, jax.tree.map(split, trees))
+    return jax.tree.map(lambda leaf: restore(join(leaf)), results)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -16,29 +73,15 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
 
 
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `values` where `mask`; 0 where nothing is masked in."""
+def mean_weights(mask: jax.Array) -> jax.Array:
+    """float32 weights that make a sum the mean over `mask`; all 0 where nothing is masked in."""
     mask = mask.astype(jnp.float32)
-    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+    return mask / jnp.maximum(jnp.sum(mask), 1.0)
 
 
-def next_token_loss(logits: jax.Array, tokens: jax.Array, target_mask: jax.Array) -> jax.Array:
-    """Mean next-token cross-entropy over the target tokens.
-
-    Args:
-      logits: [B, L, V] causal logits; those at i predict token i + 1.
-      tokens: [B, L] int32.
-      target_mask: [B, L] bool, tokens to be predicted; never a document's first token.
-    """
-    return masked_mean(cross_entropy(logits[:, :-1], tokens[:, 1:]), target_mask[:, 1:])
-
-
-def next_token_kl(
-    teacher: TeacherDistribution, logits: jax.Array, target_mask: jax.Array
-) -> jax.Array:
-    """Mean KL(p_T || a_S) over the places [B, L] that predict target tokens; logits [B, L, V]."""
-    before_target = jnp.roll(target_mask, -1, axis=1)  # a row's first token is never a target
-    return masked_mean(teacher.kl(logits), before_target)
+def before(target_mask: jax.Array) -> jax.Array:
+    """The places [B, L] whose next token is a target; a row's first token never is one."""
+    return jnp.roll(target_mask, -1, axis=1)
 
 
 def denoise_loss(
@@ -50,13 +93,13 @@ def denoise_loss(
     """(1 - w) CE(x | q_S) + w KL(p_T || q_S) for each canvas position.
 
     Args:
-      logits: [B, N, C, V] denoiser logits on the noisy canvases.
-      canvas: [B, N, C] int32 clean tokens.
-      teacher: p_T of the same tokens, [B, N, C].
-      kl_weight: [B, N, C] float32 w in [0, 1].
+      logits: [..., V] denoiser logits on the noisy canvases.
+      canvas: [...] int32 clean tokens.
+      teacher: p_T of the same tokens, [...].
+      kl_weight: [...] float32 w in [0, 1].
 
     Returns:
-      [B, N, C] float32.
+      [...] float32.
     """
     hard = cross_entropy(logits, canvas)
     soft = teacher.kl(logits)

@@ -18,6 +18,7 @@ from diffusiongemma.data.pipeline import eval_examples, make_train_iterator
 from diffusiongemma.data.sources import DataSpec, load_source
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.diffusion.corruption import Corruption, MaskedCorruption, UniformCorruption
+from diffusiongemma.distillation.compute import ComputeConfig
 from diffusiongemma.distillation.loop import LoopConfig, fit, start_or_resume
 from diffusiongemma.distillation.lora import lora_student
 from diffusiongemma.distillation.reporting import read_metrics
@@ -52,7 +53,7 @@ from diffusiongemma.evaluation.report import (
 from diffusiongemma.evaluation.sweep import Grid, summary, sweep, write_csv
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
-from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
+from diffusiongemma.parallel import make_mesh, param_shardings
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
 CONFIG_KEYS = (
@@ -153,13 +154,20 @@ def load_teacher(config: ConfigDict) -> Teacher:
     model, params, tokenizer = load_model(config.teacher, dtype, _mesh_to_load_on(config))
     if tokenizer is None:
         raise ValueError(f'{config.teacher} has no tokenizer.model; copy it there.')
-    return Teacher(Gemma(model.config.autoregressive, model.dtype), params, tokenizer)
+    gemma = _placed(config, Gemma(model.config.autoregressive, model.dtype))
+    return Teacher(gemma, params, tokenizer)
 
 
 def _mesh_to_load_on(config: ConfigDict) -> jax.sharding.Mesh | None:
     """The run's mesh where it splits parameters; a copy on one device serves where it does not."""
     mesh = make_mesh(config.mesh)
     return mesh if mesh.size > mesh.shape['data'] else None
+
+
+def _placed(config: ConfigDict, model: Gemma) -> Gemma:
+    """The model, computed where its parameters were loaded to."""
+    mesh = _mesh_to_load_on(config)
+    return model if mesh is None else ComputeConfig.of(config).place(model, mesh)
 
 
 def corruption_process(name: str, tokenizer: Tokenizer) -> Corruption:
@@ -209,7 +217,9 @@ def train_student(
         ),
         teacher.model.dtype,
     )
-    mesh = make_mesh(config.mesh)
+    mesh, compute = make_mesh(config.mesh), ComputeConfig.of(config)
+    model = compute.place(model, mesh)
+    teacher = dataclasses.replace(teacher, model=compute.place(teacher.model, mesh))
     teacher_params = jax.device_put(teacher.params, param_shardings(teacher.model, mesh))
     lora = lora_student(config, model)
     if lora is None:
@@ -250,6 +260,7 @@ def train_student(
     about = describe_model(model.config, teacher.tokenizer.content_hash)
     if lora is not None:
         about['lora'] = json.loads(json.dumps(dataclasses.asdict(lora.config)))
+    rows = compute.batch_sharding(mesh, shape.batch_size)
     store = CheckpointStore(workdir, loop.max_to_keep, about)
     state = start_or_resume(init, shardings, mesh, store, batches, source)
     del source, teacher_params  # `constants` has what the steps read
@@ -267,6 +278,7 @@ def train_student(
             ar_weight=config.ar_weight,
             ema_decay=optimizer_config.ema_decay,
             seed=config.seed,
+            microbatches=compute.microbatches,
             combine=join_parts if lora is None else lora.combine,
         )
         step = jax.jit(step, donate_argnums=0)
@@ -278,7 +290,7 @@ def train_student(
             dataclasses.replace(loop, num_steps=last_step),
             workdir=workdir,
             description=type(objective).__name__.lower(),
-            batch_sharding=batch_sharding(mesh, shape.batch_size),
+            batch_sharding=rows,
         )
     store.close()
     return model, state
@@ -336,6 +348,7 @@ def open_evaluation(config: ConfigDict, teacher: Teacher, checkpoint: str | Path
             f'{checkpoint} and the teacher {config.teacher} have different tokenizers; '
             'a student is compared with the teacher that it was distilled from.'
         )
+    student = _placed(config, student)
     sampling = sampling_config(config, tokenizer)
     greedy = dataclasses.replace(sampling, temperature=0.0)
     return Evaluation(

@@ -2,12 +2,13 @@
 
 L = E_t[ (1 - w) CE(x | q_S(. | x_t, c)) + w KL(p_T(. | x_<i, c) || q_S(. | x_t, c)) ]
 
-with w = kd_weight * t on corrupted positions (`canvases.mixed_loss`). All canvases of a row are
+with w = kd_weight * t on corrupted positions (`canvases.kl_weights`). All canvases of a row are
 trained in one pass: the encode pass runs over the clean row, the denoise pass over all its
 noisy canvases side by side.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,9 +17,26 @@ import jax.numpy as jnp
 from diffusiongemma.diffusion.corruption import Corruption
 from diffusiongemma.distillation import canvases
 from diffusiongemma.distillation.canvases import Batch, NoisyCanvases
-from diffusiongemma.distillation.teacher import TeacherDistribution
+from diffusiongemma.distillation.losses import denoise_loss, mean_weights, over_positions
+from diffusiongemma.distillation.teacher import TeacherStates
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.sampling.schedule import TemperatureSchedule
+
+
+class Draw(NamedTuple):
+    """What chance decides in a step, and weights that make sums over positions means.
+
+    Attributes:
+      noisy: the canvases.
+      conditioned: [B, 1, 1, 1] bool, rows that see their own first prediction.
+      used: [B, N, C] float32, weights of the positions in use.
+      corrupted: [B, N, C] float32, weights of the corrupted ones among them.
+    """
+
+    noisy: NoisyCanvases
+    conditioned: jax.Array
+    used: jax.Array
+    corrupted: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +63,7 @@ class Stage1:
             if not 0 <= value <= 1:
                 raise ValueError(f'{name} must lie in [0, 1], got {value}.')
 
-    def loss(
-        self,
-        model: nn.Module,
-        params: dict,
-        key: jax.Array,
-        batch: Batch,
-        prefix: Prefix,
-        teacher: TeacherDistribution,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def draw(self, key: jax.Array, batch: Batch) -> Draw:
         """See `step.Objective`."""
         noise_key, condition_key = jax.random.split(key)
         noisy = canvases.draw_noise(
@@ -61,14 +71,36 @@ class Stage1:
         )
         rows = (batch['canvas_tokens'].shape[0], 1, 1, 1)
         conditioned = jax.random.bernoulli(condition_key, self.self_conditioning_rate, rows)
+        used = canvases.used_positions(batch)
+        return Draw(noisy, conditioned, mean_weights(used), mean_weights(used & noisy.corrupted))
+
+    def loss(
+        self,
+        model: nn.Module,
+        params: dict,
+        draw: Draw,
+        batch: Batch,
+        prefix: Prefix,
+        teacher: TeacherStates,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `step.Objective`."""
+        noisy, clean = draw.noisy, batch['canvas_tokens']
         soft = None
         if self.self_conditioning_rate > 0:
             soft = self._first_prediction(model, params, batch, prefix, noisy)
-            soft = jnp.where(conditioned, soft, 0.0)
-        logits = canvases.denoise(model, params, batch, prefix, noisy.tokens, soft)
-        loss = canvases.mixed_loss(logits, batch, teacher, noisy, self.kd_weight)
-        accuracy = canvases.argmax_accuracy(logits, batch, noisy.corrupted)
-        return loss, {'canvas_accuracy': accuracy}
+            soft = jnp.where(draw.conditioned, soft, 0.0)
+        hidden = canvases.denoise(model, params, batch, prefix, noisy.tokens, soft)
+        targets, has_target = canvases.canvas_teacher(teacher.values, batch)
+        weight = canvases.kl_weights(noisy, has_target, self.kd_weight)
+
+        def score(hidden, clean, targets, weight):
+            logits = model.apply({'params': params}, hidden, method='unembed')
+            loss = denoise_loss(logits, clean, teacher.read(targets), weight)
+            return loss, canvases.hits(logits, clean)
+
+        chunk = model.execution.logits_chunk
+        loss, hits = over_positions(score, chunk, clean.shape, hidden, clean, targets, weight)
+        return jnp.sum(loss * draw.used), {'canvas_accuracy': jnp.sum(hits * draw.corrupted)}
 
     def _first_prediction(
         self, model: nn.Module, params: dict, batch: Batch, prefix: Prefix, noisy: NoisyCanvases
@@ -79,6 +111,14 @@ class Stage1:
         sampler shapes what it feeds back.
         """
         params, prefix = jax.lax.stop_gradient((params, prefix))
-        logits = canvases.denoise(model, params, batch, prefix, noisy.tokens)
-        shaped = logits / self.schedule.temperature(noisy.noise_level)[..., None, None]
-        return model.apply({'params': params}, shaped, method='soft_embed')
+        hidden = canvases.denoise(model, params, batch, prefix, noisy.tokens)
+        temperature = self.schedule.temperature(noisy.noise_level)[..., None]
+        temperature = jnp.broadcast_to(temperature, noisy.tokens.shape)
+
+        def soft_embed(hidden, temperature):
+            logits = model.apply({'params': params}, hidden, method='unembed')
+            shaped = logits / temperature[..., None]
+            return model.apply({'params': params}, shaped, method='soft_embed')
+
+        chunk = model.execution.logits_chunk
+        return over_positions(soft_embed, chunk, noisy.tokens.shape, hidden, temperature)

@@ -6,7 +6,7 @@ step's prediction is trained on the clean canvas, so that the student learns to 
 canvases that it really meets, and to be right as early as it can:
 
     L = mean over steps n of CE(x | q_S(. | x_n, s_n, c)), with the mix of stage 1 at n = 0
-        + certainty_weight * mean entropy of q_S where its argmax is right
+        + certainty_weight * mean of the entropy of q_S, taken as 0 where its argmax is wrong
 
 Between two steps there is no gradient: each is trained for itself, given what it gets. The
 certainty term sharpens what is right already, because the entropy bound accepts by certainty
@@ -14,6 +14,7 @@ certainty term sharpens what is right already, because the entropy bound accepts
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,13 +22,48 @@ import jax.numpy as jnp
 
 from diffusiongemma.diffusion.corruption import Corruption
 from diffusiongemma.distillation import canvases
-from diffusiongemma.distillation.canvases import Batch
-from diffusiongemma.distillation.losses import cross_entropy, masked_mean
-from diffusiongemma.distillation.teacher import TeacherDistribution
+from diffusiongemma.distillation.canvases import Batch, NoisyCanvases
+from diffusiongemma.distillation.losses import (
+    cross_entropy,
+    denoise_loss,
+    mean_weights,
+    over_positions,
+)
+from diffusiongemma.distillation.teacher import TeacherStates
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.sampling.acceptance import AcceptanceRule
 from diffusiongemma.sampling.epilogue import entropy
 from diffusiongemma.sampling.schedule import TemperatureSchedule
+
+
+class Draw(NamedTuple):
+    """What chance decides in a step, and weights that make sums over positions means.
+
+    Attributes:
+      noisy: the canvases that trajectories start from.
+      renoise: for each step but the last [B, N, C] int32, what rejected positions become.
+      used: [B, N, C] float32, weights of the positions in use.
+      from_noise: [B, N, C] float32, weights of those of trajectories that start at t = 1.
+    """
+
+    noisy: NoisyCanvases
+    renoise: tuple[jax.Array, ...]
+    used: jax.Array
+    from_noise: jax.Array
+
+
+class Seen(NamedTuple):
+    """What the sampler reads off a prediction; no gradient flows through it.
+
+    Attributes:
+      entropies: [..] float32, nats, of the shaped distribution.
+      candidates: [..] int32, its most likely tokens.
+      soft_embeddings: [.., D], what is fed back.
+    """
+
+    entropies: jax.Array
+    candidates: jax.Array
+    soft_embeddings: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +76,9 @@ class Stage2:
       acceptance: the sampler's rule.
       num_steps: m, denoise steps of a trajectory.
       kd_weight: share of the teacher's KL at t = 1 in the first step.
-      certainty_weight: weight of the entropy where the argmax is right.
+      certainty_weight: weight of the entropy where the argmax is right. The mean is over all
+        positions, so that it does not grow on the few that are right at first, and that the
+        losses of parts of a batch add up.
       all_noise_rate: share of the trajectories that start at t = 1, as the sampler does; the
         others start at t ~ U(min_noise_level, 1).
       min_noise_level: lowest t.
@@ -67,15 +105,7 @@ class Stage2:
             if not 0 <= value <= 1:
                 raise ValueError(f'{name} must lie in [0, 1], got {value}.')
 
-    def loss(
-        self,
-        model: nn.Module,
-        params: dict,
-        key: jax.Array,
-        batch: Batch,
-        prefix: Prefix,
-        teacher: TeacherDistribution,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def draw(self, key: jax.Array, batch: Batch) -> Draw:
         """See `step.Objective`."""
         noise_key, renoise_key = jax.random.split(key)
         clean, used = batch['canvas_tokens'], canvases.used_positions(batch)
@@ -86,46 +116,67 @@ class Stage2:
             min_noise_level=self.min_noise_level,
             all_noise_rate=self.all_noise_rate,
         )
+        renoise = (
+            self.corruption.corrupt(jax.random.fold_in(renoise_key, n), clean, jnp.ones(()))[0]
+            for n in range(self.num_steps - 1)
+        )
         from_noise = used & (noisy.noise_level == 1)[..., None]
-        canvas, soft, total, metrics = noisy.tokens, None, 0.0, {}
+        return Draw(noisy, tuple(renoise), mean_weights(used), mean_weights(from_noise))
+
+    def loss(
+        self,
+        model: nn.Module,
+        params: dict,
+        draw: Draw,
+        batch: Batch,
+        prefix: Prefix,
+        teacher: TeacherStates,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `step.Objective`."""
+        clean = batch['canvas_tokens']
+        targets, has_target = canvases.canvas_teacher(teacher.values, batch)
+        weight = canvases.kl_weights(draw.noisy, has_target, self.kd_weight)
+        canvas, soft, total, metrics = draw.noisy.tokens, None, 0.0, {}
         for n in range(self.num_steps):
-            logits = canvases.denoise(model, params, batch, prefix, canvas, soft)
-            if n == 0:
-                loss = canvases.mixed_loss(logits, batch, teacher, noisy, self.kd_weight)
-            else:
-                loss = masked_mean(cross_entropy(logits, clean), used)
-            if self.certainty_weight:
-                right = used & (jnp.argmax(logits, axis=-1) == clean)
-                loss += self.certainty_weight * masked_mean(entropy(logits), right)
+            hidden = canvases.denoise(model, params, batch, prefix, canvas, soft)
+            level = jnp.minimum(draw.noisy.noise_level, self.schedule.noise_level(n))
+            level = jnp.broadcast_to(level[..., None], clean.shape)
+            is_last = n + 1 == self.num_steps
+
+            def score(hidden, clean, level, *mix, is_last=is_last):
+                logits = model.apply({'params': params}, hidden, method='unembed')
+                hits = canvases.hits(logits, clean)
+                if mix:
+                    targets, weight = mix
+                    loss = denoise_loss(logits, clean, teacher.read(targets), weight)
+                else:
+                    loss = cross_entropy(logits, clean)
+                if self.certainty_weight:
+                    loss += self.certainty_weight * hits * entropy(logits)
+                return loss, hits, None if is_last else self.look(model, params, logits, level)
+
+            mix = () if n else (targets, weight)
+            chunk = model.execution.logits_chunk
+            loss, hits, seen = over_positions(score, chunk, clean.shape, hidden, clean, level, *mix)
+            loss = jnp.sum(loss * draw.used)
             total += loss / self.num_steps
             metrics[f'loss/step_{n + 1}'] = loss
-            metrics[f'canvas_accuracy/step_{n + 1}'] = canvases.argmax_accuracy(
-                logits, batch, from_noise
-            )
-            if n + 1 < self.num_steps:
-                step_key = jax.random.fold_in(renoise_key, n)
-                level = jnp.minimum(noisy.noise_level, self.schedule.noise_level(n))
-                canvas, soft = self.advance(model, params, step_key, logits, level)
+            metrics[f'canvas_accuracy/step_{n + 1}'] = jnp.sum(hits * draw.from_noise)
+            if not is_last:
+                canvas = self.next_canvas(seen, draw.renoise[n])
+                soft = seen.soft_embeddings if self.self_conditioning else None
         return total, metrics
 
-    def advance(
-        self, model: nn.Module, params: dict, key: jax.Array, logits: jax.Array, level: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The sampler's greedy step: next canvas [B, N, C] and soft embeddings, no gradient.
-
-        Args:
-          model: a DiffusionGemma.
-          params: its parameters.
-          key: of the renoising.
-          logits: [B, N, C, V] of this step.
-          level: [B, N] noise level that sets the temperature.
-        """
+    def look(self, model: nn.Module, params: dict, logits: jax.Array, level: jax.Array) -> Seen:
+        """What the sampler's greedy step reads off logits [..., V] at noise levels [...]."""
         params, logits = jax.lax.stop_gradient((params, logits))
-        shaped = logits / self.schedule.temperature(level)[..., None, None]
-        accepted = self.acceptance.accept(entropy(shaped))
-        candidates = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
-        noise, _ = self.corruption.corrupt(key, candidates, jnp.ones(()))
-        canvas = jnp.where(accepted, candidates, noise)
-        if not self.self_conditioning:
-            return canvas, None
-        return canvas, model.apply({'params': params}, shaped, method='soft_embed')
+        shaped = logits / self.schedule.temperature(level)[..., None]
+        return Seen(
+            entropy(shaped),
+            jnp.argmax(shaped, axis=-1).astype(jnp.int32),
+            model.apply({'params': params}, shaped, method='soft_embed'),
+        )
+
+    def next_canvas(self, seen: Seen, noise: jax.Array) -> jax.Array:
+        """The canvas after a step: accepted candidates, and `noise` [B, N, C] elsewhere."""
+        return jnp.where(self.acceptance.accept(seen.entropies), seen.candidates, noise)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from diffusiongemma.distillation.canvases import Batch
-from diffusiongemma.distillation.losses import next_token_kl
+from diffusiongemma.distillation.losses import before, mean_weights, over_positions
+from diffusiongemma.distillation.microbatches import summed_gradients
 from diffusiongemma.distillation.state import TrainState, apply_gradients
 from diffusiongemma.distillation.teacher import (
     FullDistribution,
-    TeacherDistribution,
+    TeacherStates,
     TopKDistribution,
 )
 from diffusiongemma.models.cache import Prefix
@@ -24,27 +25,39 @@ Metrics = dict[str, jax.Array]
 class Objective(Protocol):
     """What the denoise pass is trained on."""
 
+    def draw(self, key: jax.Array, batch: Batch) -> Any:
+        """All that chance decides in a step, and what is counted over its whole batch.
+
+        Args:
+          key: of the noise.
+          batch: a packed batch (`data.packing`).
+
+        Returns:
+          A tree with leaves [B, ...].
+        """
+        ...
+
     def loss(
         self,
         model: nn.Module,
         params: dict,
-        key: jax.Array,
+        draw: Any,
         batch: Batch,
         prefix: Prefix,
-        teacher: TeacherDistribution,
+        teacher: TeacherStates,
     ) -> tuple[jax.Array, Metrics]:
-        """The loss of the denoise pass on one batch.
+        """What some rows of a batch add to the loss of the denoise pass.
 
         Args:
           model: a DiffusionGemma.
           params: all its parameters.
-          key: of the noise.
-          batch: a packed batch (`data.packing`).
+          draw: those rows of what `draw` gave.
+          batch: those rows of the batch.
           prefix: the clean rows, encoded.
           teacher: p_T on the clean rows, [B, L]; at i that of token i + 1.
 
         Returns:
-          The loss [] in nats per token, and metrics.
+          The loss [] in nats per token, and metrics; of all rows together or, added up, of parts.
         """
         ...
 
@@ -71,13 +84,66 @@ class Constants(NamedTuple):
     student: dict
 
 
+class Rows(NamedTuple):
+    """What a step computes row by row; leaves [B, ...].
+
+    Attributes:
+      batch: a packed batch.
+      draw: what `Objective.draw` gave for it.
+      targets: [B, L] float32, weights of the places before a target token (`mean_weights`).
+    """
+
+    batch: Batch
+    draw: Any
+    targets: jax.Array
+
+
+def draw_rows(objective: Objective, key: jax.Array, batch: Batch) -> Rows:
+    """The rows of a whole batch, with all that chance decides."""
+    targets = mean_weights(before(batch['target_mask']))
+    return Rows(batch, objective.draw(key, batch), targets)
+
+
 def causal_pass(model: nn.Module, params: dict, batch: Batch) -> tuple[jax.Array, Prefix]:
-    """Causal logits [B, L, V] of the clean rows, and the rows as a prefix for canvases."""
-    variables = {'params': params}
+    """Hidden states [B, L, D] of the clean rows, and the rows as a prefix for canvases."""
     positions, segment_ids = batch['positions'], batch['segment_ids']
-    hidden, kv = model.apply(variables, batch['tokens'], positions, segment_ids, method='encode')
-    logits = model.apply(variables, hidden, method='unembed')
-    return logits, Prefix(kv, positions, segment_ids)
+    args = (batch['tokens'], positions, segment_ids)
+    hidden, kv = model.apply({'params': params}, *args, method='encode')
+    return hidden, Prefix(kv, positions, segment_ids)
+
+
+def teacher_states(
+    model: nn.Module,
+    teacher: nn.Module,
+    params: dict,
+    constants: Constants,
+    batch: Batch,
+    hidden: jax.Array,
+) -> TeacherStates:
+    """What the teacher says: from the batch, from the student's encode pass, or from its own.
+
+    Args:
+      model: the student.
+      teacher: the AR Gemma.
+      params: all parameters of the student.
+      constants: with the teacher's parameters where its own pass is needed.
+      batch: a packed batch.
+      hidden: [B, L, D], of the student's encode pass.
+    """
+    if 'teacher_ids' in batch:
+        names = ('teacher_ids', 'teacher_log_probs', 'teacher_log_rest')
+        return TeacherStates(TopKDistribution(*(batch[name] for name in names)), lambda said: said)
+    if model.config.separate_denoiser:  # its encode pass is frozen
+        module, weights = model, params
+    else:
+        module, weights = teacher, constants.teacher
+        hidden, _ = causal_pass(teacher, weights, batch)
+
+    def read(hidden: jax.Array) -> FullDistribution:
+        logits = module.apply({'params': weights}, hidden, method='unembed')
+        return FullDistribution(jax.lax.stop_gradient(logits))
+
+    return TeacherStates(jax.lax.stop_gradient(hidden), read)
 
 
 def distillation_loss(
@@ -87,41 +153,38 @@ def distillation_loss(
     ar_weight: float,
     params: dict,
     constants: Constants,
-    key: jax.Array,
-    batch: Batch,
+    rows: Rows,
     combine: Combine = join_parts,
 ) -> tuple[jax.Array, Metrics]:
     """The objective plus ar_weight * KL(p_T || a_S), which keeps the encode pass at the teacher.
 
     Args:
-      model: a DiffusionGemma.
+      model: a DiffusionGemma; a_S are its causal logits.
       teacher: the AR Gemma.
       objective: of the denoise pass.
       ar_weight: weight of the causal KL.
       params: the trained part of the student's parameters.
       constants: the rest, and the teacher's.
-      key: of the noise.
-      batch: a packed batch.
+      rows: of a batch (`draw_rows`), all or some.
       combine: how the parts make the whole.
 
     Returns:
-      The loss [] and metrics.
+      The loss [] and metrics; of some rows, their share in those of the batch.
     """
     params = combine(constants.student, params)
-    ar_logits, prefix = causal_pass(model, params, batch)
-    encodes_as_teacher = model.config.separate_denoiser  # its encode pass is frozen
-    if 'teacher_ids' in batch:
-        said = TopKDistribution(
-            batch['teacher_ids'], batch['teacher_log_probs'], batch['teacher_log_rest']
-        )
-    elif encodes_as_teacher:
-        said = FullDistribution(jax.lax.stop_gradient(ar_logits))
-    else:
-        said = FullDistribution(causal_pass(teacher, constants.teacher, batch)[0])
+    hidden, prefix = causal_pass(model, params, rows.batch)
+    said = teacher_states(model, teacher, params, constants, rows.batch, hidden)
     ar_kl = jnp.zeros(())
-    if not encodes_as_teacher:
-        ar_kl = next_token_kl(said, ar_logits, batch['target_mask'])
-    denoise, metrics = objective.loss(model, params, key, batch, prefix, said)
+    if not model.config.separate_denoiser:
+
+        def kl(hidden: jax.Array, values: Any) -> jax.Array:
+            logits = model.apply({'params': params}, hidden, method='unembed')
+            return said.read(values).kl(logits)
+
+        chunk = model.execution.logits_chunk
+        ar_kl = over_positions(kl, chunk, rows.targets.shape, hidden, said.values)
+        ar_kl = jnp.sum(ar_kl * rows.targets)
+    denoise, metrics = objective.loss(model, params, rows.draw, rows.batch, prefix, said)
     loss = denoise + ar_weight * ar_kl
     return loss, {'loss': loss, 'loss/denoise': denoise, 'loss/encode': ar_kl} | metrics
 
@@ -135,12 +198,14 @@ def make_distillation_step(
     ar_weight: float,
     ema_decay: float,
     seed: int,
+    microbatches: int = 1,
     combine: Combine = join_parts,
 ) -> Callable[[TrainState, Constants, Batch], tuple[TrainState, Metrics]]:
     """The train step: (state, constants, batch) -> (state, metrics).
 
     The noise of a step depends on `seed` and the step alone, so that a resumed run draws
-    what an uninterrupted one would have drawn.
+    what an uninterrupted one would have drawn. In how many microbatches a batch is computed
+    changes the memory that it takes, and nothing else.
     """
 
     def train_step(
@@ -148,12 +213,13 @@ def make_distillation_step(
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
+        def loss_fn(params: Any, rows: Rows) -> tuple[jax.Array, Metrics]:
             return distillation_loss(
-                model, teacher, objective, ar_weight, params, constants, key, batch, combine
+                model, teacher, objective, ar_weight, params, constants, rows, combine
             )
 
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+        rows = draw_rows(objective, key, batch)
+        grads, metrics = summed_gradients(loss_fn, state.params, rows, microbatches)
         metrics['gradient_norm'] = optax.global_norm(grads)
         return apply_gradients(state, grads, optimizer, ema_decay), metrics
 

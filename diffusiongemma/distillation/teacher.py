@@ -3,7 +3,9 @@
 Both forms are pytrees whose leaves share their leading axes, and both know their KL to a student.
 """
 
-from typing import Protocol
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -16,6 +18,19 @@ class TeacherDistribution(Protocol):
     def kl(self, logits: jax.Array) -> jax.Array:
         """KL(p_T || softmax(logits)) in nats: [..., V] -> [...] float32."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherStates:
+    """p_T at places [...] before it has a vocabulary axis; it is read at a few places at a time.
+
+    Attributes:
+      values: a tree with leaves [..., x]: hidden states, or what a file holds.
+      read: from the values at some places to the distributions there.
+    """
+
+    values: Any
+    read: Callable[[Any], TeacherDistribution]
 
 
 @flax.struct.dataclass

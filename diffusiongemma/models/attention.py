@@ -11,9 +11,10 @@ from diffusiongemma.models.layers import (
     contract,
     kernel_init,
     logical_param,
+    project,
     rms_normalize,
 )
-from diffusiongemma.models.masks import AttentionMask
+from diffusiongemma.models.masks import AttentionMask, CausalMask
 
 MASKED_SCORE = -1e30  # finite, so that a row without visible keys stays free of NaN
 
@@ -30,6 +31,7 @@ class Attention(nn.Module):
     kind: str
     dtype: jnp.dtype
     shares_kv: bool = False
+    query_block: int = 0
 
     def setup(self):
         config, attention = self.config, self.config.attention(self.kind)
@@ -59,11 +61,11 @@ class Attention(nn.Module):
 
         Not for a layer that shares an earlier one's.
         """
-        key = contract('bmtd,dkh->bmtkh', x, self.key.astype(self.dtype))
+        key = project('bmtd,dkh->bmtkh', x, self.key.astype(self.dtype))
         if self.config.attention(self.kind).value_is_key:
             value = key
         else:
-            value = contract('bmtd,dkh->bmtkh', x, self.value.astype(self.dtype))
+            value = project('bmtd,dkh->bmtkh', x, self.value.astype(self.dtype))
         if self.config.value_norm:
             value = rms_normalize(value, self.config.norm_eps)
         key = apply_rope(self.key_norm(key), *rope)
@@ -75,7 +77,7 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        mask: AttentionMask,
+        mask: AttentionMask | CausalMask,
         prefix_kv: tuple[jax.Array, jax.Array],
         block_kv: tuple[jax.Array, jax.Array],
     ) -> jax.Array:
@@ -91,11 +93,57 @@ class Attention(nn.Module):
         Returns:
           [B, M, T, D].
         """
-        query = contract('bmtd,dnh->bmtnh', x, self.query.astype(self.dtype))
+        query = project('bmtd,dnh->bmtnh', x, self.query.astype(self.dtype))
         query = apply_rope(self.query_norm(query), *rope) * self.config.query_scale
-        context = attend(query.astype(self.dtype), block_kv, prefix_kv, mask)  # [B, M, T, N, H]
-        output = contract('bmtnh,nhd->bmtd', context, self.output.astype(self.dtype))
+        query = query.astype(self.dtype)
+        context = attend_in_blocks(query, block_kv, prefix_kv, mask, self.query_block)
+        output = project('bmtnh,nhd->bmtd', context, self.output.astype(self.dtype))
         return output.astype(self.dtype)
+
+
+def attend_in_blocks(
+    query: jax.Array,
+    block_kv: tuple[jax.Array, jax.Array],
+    prefix_kv: tuple[jax.Array, jax.Array],
+    mask: AttentionMask | CausalMask,
+    query_block: int,
+) -> jax.Array:
+    """`attend` for some queries at a time, whose scores and mask alone are in memory.
+
+    A part has every n-th query, so that each device of a sharded row works on each of them; in
+    the backward pass its scores are computed again. With one part this is `attend`.
+
+    Args:
+      query: [B, M, T, N, H].
+      block_kv: [B, K, M, T, H] each.
+      prefix_kv: [B, K, S, H] each; S may be 0.
+      mask: who sees whom; a `CausalMask` only where there is more than one part.
+      query_block: most queries of a block at a time; 0 for all.
+
+    Returns:
+      [B, M, T, N, H] in the query's dtype.
+    """
+    length = query.shape[2]
+    if not in_parts(length, query_block):
+        return attend(query, block_kv, prefix_kv, mask)
+    count = -(-length // query_block)
+    size = -(-length // count)
+    padded = jnp.pad(query, [(0, 0), (0, 0), (0, count * size - length), (0, 0), (0, 0)])
+    parts = padded.reshape(*query.shape[:2], size, count, *query.shape[3:])
+    index = jnp.minimum(jnp.arange(count * size), length - 1).reshape(size, count)
+
+    def part(args: tuple[jax.Array, jax.Array]) -> jax.Array:
+        query, index = args
+        return attend(query, block_kv, prefix_kv, mask.rows(index))
+
+    part = jax.checkpoint(part, prevent_cse=False)
+    context = jax.lax.map(part, (jnp.moveaxis(parts, 3, 0), index.T))
+    return jnp.moveaxis(context, 0, 3).reshape(padded.shape)[:, :, :length]
+
+
+def in_parts(length: int, query_block: int) -> bool:
+    """Whether so many queries are attended from part by part."""
+    return 0 < query_block < length
 
 
 def attend(
@@ -108,7 +156,7 @@ def attend(
 
     Args:
       query: [B, M, T, N, H].
-      block_kv: [B, K, M, T, H] each.
+      block_kv: [B, K, M, L, H] each; L is T, or more where these are some of L queries.
       prefix_kv: [B, K, S, H] each; S may be 0.
       mask: who sees whom.
 
@@ -134,7 +182,7 @@ def attend(
         prefix_scores = contract('bkmrh,bksh->bkmrs', query, prefix_key)
         scores = jnp.concatenate([visible_scores(prefix_scores, mask.prefix), scores], axis=-1)
     probs = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    probs = probs.reshape(b, k, m, n // k * t, prefix_length + t)
+    probs = probs.reshape(b, k, m, n // k * t, -1)
     context = contract('bkmrs,bkmsh->bkmrh', probs[..., prefix_length:], block_value)
     if prefix_length:
         context += contract('bkmrs,bksh->bkmrh', probs[..., :prefix_length], prefix_value)

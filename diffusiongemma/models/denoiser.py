@@ -8,7 +8,13 @@ from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.layers import GatedMLP, RMSNorm, rms_normalize
 from diffusiongemma.models.masks import canvas_mask
-from diffusiongemma.models.transformer import Backbone, Gemma, PassContext, rope_by_kind
+from diffusiongemma.models.transformer import (
+    ACTIVATION_AXES,
+    Backbone,
+    Gemma,
+    PassContext,
+    rope_by_kind,
+)
 
 
 class SelfConditioning(nn.Module):
@@ -51,13 +57,15 @@ class DiffusionGemma(Gemma):
         super().setup()
         self.self_conditioning = SelfConditioning(self.config, self._denoise_dtype)
         if self.config.separate_denoiser:
-            self.denoise_backbone = Backbone(self.config.autoregressive, self._denoise_dtype)
+            self.denoise_backbone = Backbone(
+                self.config.autoregressive, self._denoise_dtype, self.execution
+            )
 
     @property
     def _denoise_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.denoise_dtype or self.dtype)
 
-    def denoise(
+    def denoise_hidden(
         self,
         canvas: jax.Array,
         starts: jax.Array,
@@ -66,7 +74,7 @@ class DiffusionGemma(Gemma):
         soft_embeddings: jax.Array | None = None,
         previous: jax.Array | None = None,
     ) -> jax.Array:
-        """The denoise pass over M canvases per row (sampling: M = 1).
+        """The denoise pass over M canvases per row (sampling: M = 1), short of the logits.
 
         Args:
           canvas: [B, M, C] int32 noisy tokens.
@@ -78,7 +86,7 @@ class DiffusionGemma(Gemma):
             `config.predict_next`, and only there.
 
         Returns:
-          float32 logits [B, M, C, V].
+          Final hidden states [B, M, C, D].
         """
         if self.config.predict_next:
             canvas = _behind(previous[..., None], canvas, axis=-1)
@@ -94,13 +102,27 @@ class DiffusionGemma(Gemma):
         positions = starts[..., None] + jnp.arange(length)  # [B, M, C]
         context = PassContext(rope_by_kind(self.config, positions), masks)
         embeddings = self.embedder.encode(canvas).astype(self._denoise_dtype)
+        embeddings = self.execution.constrain(embeddings, *ACTIVATION_AXES)
         x = self.self_conditioning(embeddings, soft_embeddings)
         per_layer = self.per_layer_inputs(canvas, x)
         if self.config.separate_denoiser:
             hidden, _ = self.denoise_backbone(x, prefix.kv, context, 'encode', per_layer)
         else:
             hidden, _ = self.backbone(x, prefix.kv, context, 'denoise', per_layer)
-        return self.unembed(hidden)
+        return hidden
+
+    def denoise(
+        self,
+        canvas: jax.Array,
+        starts: jax.Array,
+        segment_ids: jax.Array,
+        prefix: Prefix,
+        soft_embeddings: jax.Array | None = None,
+        previous: jax.Array | None = None,
+    ) -> jax.Array:
+        """`denoise_hidden` and the head: float32 logits [B, M, C, V]."""
+        args = (canvas, starts, segment_ids, prefix, soft_embeddings, previous)
+        return self.unembed(self.denoise_hidden(*args))
 
     def soft_embed(self, logits: jax.Array) -> jax.Array:
         """Self-conditioning input: softmax(logits) @ embedding * sqrt(D), [..., V] -> [..., D]."""

@@ -18,7 +18,8 @@ def grouped_matmul(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> 
     Args:
       x: [N, D], rows sorted by group.
       kernels: [E, D, F] in the dtype of x.
-      group_sizes: [E] int32, rows of each group; rows behind their sum give zeros.
+      group_sizes: [E] int32, rows of each group; rows behind their sum give whatever the
+        platform leaves there.
 
     Returns:
       [N, F] float32, summed in float32.

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 
 def kernel_init(fan_in: int) -> nn.initializers.Initializer:
@@ -66,6 +67,14 @@ def _contract_backward(equation: str, operands: tuple[jax.Array, jax.Array], gra
 contract.defvjp(_contract_forward, _contract_backward)
 
 
+WEIGHT_PRODUCT = 'weight_product'
+
+
+def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`contract` with a weight; what rematerialisation may keep (`Execution.remat` 'dots')."""
+    return checkpoint_name(contract(equation, x, kernel), WEIGHT_PRODUCT)
+
+
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) over the last axis, computed and returned in float32."""
     x = x.astype(jnp.float32)
@@ -105,10 +114,10 @@ class GatedMLP(nn.Module):
         # As one matrix of tokens: contracting several leading axes, as the gradients of the
         # kernels would, makes XLA transpose the hidden layer on CPUs, which doubles the time.
         tokens = x.reshape(-1, self.width)
-        gate = contract('td,df->tf', tokens, self.gate.astype(self.dtype))
-        up = contract('td,df->tf', tokens, self.up.astype(self.dtype))
+        gate = project('td,df->tf', tokens, self.gate.astype(self.dtype))
+        up = project('td,df->tf', tokens, self.up.astype(self.dtype))
         hidden = (nn.gelu(gate, approximate=True) * up).astype(self.dtype)
-        output = contract('tf,fd->td', hidden, self.down.astype(self.dtype))
+        output = project('tf,fd->td', hidden, self.down.astype(self.dtype))
         return output.astype(self.dtype).reshape(x.shape)
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.execution import product
 
 BOTH, DENOISE = 'both', 'denoise'
 # Last part of a kernel's name -> how many of its axes are inputs (contracted with the tokens).
@@ -187,9 +188,12 @@ def adapter_shardings(adapters: Mapping[str, Any], shardings: Mapping[str, Any])
 
 
 def _divisible(spec: tuple, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> tuple:
+    def ways(axes: str | tuple[str, ...] | None) -> int:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return product(names, mesh)
+
     return tuple(
-        axis if axis is not None and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(spec, shape, strict=True)
+        axes if size % ways(axes) == 0 else None for axes, size in zip(spec, shape, strict=True)
     )
 
 

@@ -36,6 +36,58 @@ class AttentionMask:
     prefix: jax.Array
     block: jax.Array
 
+    def rows(self, queries: jax.Array) -> 'AttentionMask':
+        """That of some of the T queries, [Q] int32."""
+
+        def pick(mask: jax.Array) -> jax.Array:
+            return mask if mask.shape[2] == 1 else mask[:, :, queries]
+
+        return AttentionMask(pick(self.prefix), pick(self.block))
+
+
+@flax.struct.dataclass
+class CausalMask:
+    """A token sees itself and what came before it in its own document.
+
+    With a window only itself and the window - 1 tokens before it. Padding (segment 0) is
+    seen by padding alone, and sees nothing of the prefix.
+
+    It is kept as positions, which are [B, T], and made for as many queries as have scores at the
+    same time.
+
+    Attributes:
+      positions: [B, T] int32.
+      segment_ids: [B, T] int32.
+      prefix: S earlier tokens.
+      window: keys that a query sees, itself included, or None.
+    """
+
+    positions: jax.Array
+    segment_ids: jax.Array
+    prefix: KeyTokens
+    window: int | None = flax.struct.field(pytree_node=False)
+
+    def rows(self, queries: jax.Array) -> AttentionMask:
+        """That of some of the T queries, [Q] int32."""
+        positions, segment_ids = self.positions[:, queries], self.segment_ids[:, queries]
+        return self._of(positions, segment_ids)
+
+    def all_rows(self) -> AttentionMask:
+        """That of all T queries."""
+        return self._of(self.positions, self.segment_ids)
+
+    def _of(self, positions: jax.Array, segment_ids: jax.Array) -> AttentionMask:
+        def visible(keys: KeyTokens) -> jax.Array:
+            same = segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+            distance = positions[:, :, None] - keys.positions[:, None, :]
+            near = distance >= 0
+            if self.window is not None:
+                near &= distance < self.window
+            return (same & near)[:, None]  # [B, 1, Q, keys]
+
+        from_prefix = visible(self.prefix) & (self.prefix.segment_ids > 0)[:, None, None, :]
+        return AttentionMask(from_prefix, visible(KeyTokens(self.positions, self.segment_ids)))
+
 
 def canvas_prefix_window(window: int) -> int:
     """Prefix tokens that a canvas sees in a sliding layer of width `window`.
@@ -44,32 +96,6 @@ def canvas_prefix_window(window: int) -> int:
     whole canvas; Google's JAX code keeps W.
     """
     return window - 1
-
-
-def causal_mask(
-    positions: jax.Array, segment_ids: jax.Array, prefix: KeyTokens, window: int | None
-) -> AttentionMask:
-    """A token sees itself and what came before it in its own document.
-
-    With a window only itself and the window - 1 tokens before it. Padding (segment 0) is
-    seen by padding alone, and sees nothing of the prefix.
-
-    Args:
-      positions: [B, T] int32.
-      segment_ids: [B, T] int32.
-      prefix: S earlier tokens.
-      window: keys that a query sees, itself included, or None.
-    """
-
-    def visible(key_positions: jax.Array, key_segments: jax.Array) -> jax.Array:
-        same = segment_ids[:, :, None] == key_segments[:, None, :]
-        distance = positions[:, :, None] - key_positions[:, None, :]
-        near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        return (same & near)[:, None]  # [B, 1, T, keys]
-
-    from_prefix = visible(prefix.positions, prefix.segment_ids)
-    from_prefix &= (prefix.segment_ids > 0)[:, None, None, :]
-    return AttentionMask(prefix=from_prefix, block=visible(positions, segment_ids))
 
 
 def canvas_mask(

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.config import MoEConfig
-from diffusiongemma.models.grouped import grouped_matmul
+from diffusiongemma.models.execution import Execution
+from diffusiongemma.models.expert_parallel import experts_on_mesh, grouped_mlps
 from diffusiongemma.models.layers import kernel_init, logical_param, rms_normalize
 
 
@@ -22,7 +23,7 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[T, D] -> (weights [T, k] float32, experts [T, k] int32)."""
+        """[..., D] -> (weights [..., k] float32, experts [..., k] int32)."""
         d, num_experts = self.width, self.config.num_experts
         scale = logical_param(self, 'scale', nn.initializers.ones, (d,), ('norm',))
         kernel = logical_param(
@@ -32,7 +33,7 @@ class Router(nn.Module):
             self, 'per_expert_scale', nn.initializers.ones, (num_experts,), ('router_experts',)
         )
         hidden = rms_normalize(x, self.norm_eps) * scale * d**-0.5
-        probs = jax.nn.softmax(hidden @ kernel, axis=-1)  # [T, E]
+        probs = jax.nn.softmax(hidden @ kernel, axis=-1)  # [..., E]
         weights, experts = jax.lax.top_k(probs, self.config.top_k)
         weights /= jnp.sum(weights, axis=-1, keepdims=True)
         return weights * expert_scale[experts], experts
@@ -44,6 +45,7 @@ class Experts(nn.Module):
     width: int
     config: MoEConfig
     dtype: jnp.dtype
+    execution: Execution = Execution()
 
     def setup(self):
         d, f, e = self.width, self.config.expert_width, self.config.num_experts
@@ -53,19 +55,14 @@ class Experts(nn.Module):
         self.down = logical_param(self, 'down', kernel_init(f), (e, f, d), axes_out)
 
     def __call__(self, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
-        """x [T, D], routing weights and expert ids [T, k] -> [T, D]."""
-        num_tokens, top_k = experts.shape
-        flat = experts.reshape(-1)  # [T * k]
-        order = jnp.argsort(flat)  # stable: tokens of one expert stay in order
-        group_sizes = jnp.bincount(flat, length=self.config.num_experts).astype(jnp.int32)
-        inputs = x[order // top_k]  # [T * k, D]
-        gate = grouped_matmul(inputs, self.gate.astype(self.dtype), group_sizes)
-        up = grouped_matmul(inputs, self.up.astype(self.dtype), group_sizes)
-        hidden = (nn.gelu(gate, approximate=True) * up).astype(self.dtype)
-        outputs = grouped_matmul(hidden, self.down.astype(self.dtype), group_sizes)
-        outputs = jnp.zeros_like(outputs).at[order].set(outputs)  # back to token order
-        outputs = outputs.reshape(num_tokens, top_k, -1)
-        return jnp.einsum('tkd,tk->td', outputs, weights).astype(self.dtype)
+        """x [B, M, T, D], routing weights and expert ids [B, M, T, k] -> [B, M, T, D]."""
+        kernels = tuple(kernel.astype(self.dtype) for kernel in (self.gate, self.up, self.down))
+        if self.execution.mesh is not None:
+            return experts_on_mesh(x, weights, experts, kernels, self.execution)
+        token = jnp.arange(experts.size) // experts.shape[-1]  # of each pair with an expert
+        outputs = grouped_mlps(x.reshape(-1, self.width), token, experts.reshape(-1), kernels)
+        outputs = outputs.reshape(*experts.shape, self.width)
+        return jnp.einsum('bmtkd,bmtk->bmtd', outputs, weights.astype(self.dtype))
 
 
 class MoE(nn.Module):
@@ -75,13 +72,12 @@ class MoE(nn.Module):
     config: MoEConfig
     norm_eps: float
     dtype: jnp.dtype
+    execution: Execution = Execution()
 
     def setup(self):
         self.router = Router(self.width, self.config, self.norm_eps)
-        self.experts = Experts(self.width, self.config, self.dtype)
+        self.experts = Experts(self.width, self.config, self.dtype, self.execution)
 
     def __call__(self, residual: jax.Array, normed: jax.Array) -> jax.Array:
-        """residual [..., D] routes, normed [..., D] is what the experts see; [..., D]."""
-        weights, experts = self.router(residual.reshape(-1, self.width))
-        outputs = self.experts(normed.reshape(-1, self.width), weights, experts)
-        return outputs.reshape(normed.shape)
+        """residual [B, M, T, D] routes, normed [B, M, T, D] is what the experts see."""
+        return self.experts(normed, *self.router(residual))

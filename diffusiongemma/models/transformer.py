@@ -13,11 +13,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.models.attention import Attention
+from diffusiongemma.models.attention import Attention, in_parts
 from diffusiongemma.models.cache import KV, Prefix, cache_slots, last_kv, zeros_kv
 from diffusiongemma.models.config import LayerStack, ModelConfig
-from diffusiongemma.models.layers import Embedder, GatedMLP, RMSNorm, logical_param, rope_tables
-from diffusiongemma.models.masks import AttentionMask, causal_mask
+from diffusiongemma.models.execution import Execution
+from diffusiongemma.models.layers import (
+    WEIGHT_PRODUCT,
+    Embedder,
+    GatedMLP,
+    RMSNorm,
+    logical_param,
+    rope_tables,
+)
+from diffusiongemma.models.masks import AttentionMask, CausalMask
 from diffusiongemma.models.moe import MoE
 from diffusiongemma.models.per_layer import PerLayerEmbedder, PerLayerUpdate
 
@@ -25,6 +33,9 @@ Pass = Literal['encode', 'denoise']
 
 
 KVPair = tuple[jax.Array, jax.Array]
+
+CACHE_AXES = ('batch', 'kv_heads', 'slots', 'head_dim')  # of keys and values [.., B, K, R, H]
+ACTIVATION_AXES = ('batch', None, 'length', None)  # of the residual stream [B, M, T, D]
 
 
 @flax.struct.dataclass
@@ -39,7 +50,7 @@ class PassContext:
     """
 
     rope: dict[str, tuple[jax.Array, jax.Array]]
-    mask: dict[str, AttentionMask]
+    mask: dict[str, AttentionMask | CausalMask]
     shared_kv: dict[str, tuple[KVPair, KVPair]] = flax.struct.field(default_factory=dict)
 
 
@@ -66,6 +77,7 @@ class Layer(nn.Module):
     kind: str
     which: Pass
     dtype: jnp.dtype
+    execution: Execution
     shares_kv: bool = False
 
     @nn.compact
@@ -84,19 +96,21 @@ class Layer(nn.Module):
         mlp = GatedMLP(config.width, ffn_width, self.dtype, name='mlp')
         update = mlp(norm('pre_ffn_norm', x))
         if config.moe is not None:
-            moe = MoE(config.width, config.moe, config.norm_eps, self.dtype, name='moe')
-            routed = moe(x, norm('pre_moe_norm', x))
+            fields = (config.width, config.moe, config.norm_eps, self.dtype, self.execution)
+            routed = MoE(*fields, name='moe')(x, norm('pre_moe_norm', x))
             update = norm('post_mlp_norm', update) + norm('post_moe_norm', routed)
         x = x + norm('post_ffn_norm', update)
         if config.per_layer is not None:
             update = PerLayerUpdate(config, self.dtype, name='per_layer')(x, given.per_layer)
             x = x + norm('post_per_layer_norm', update)
-        return x * self._output_scalar().astype(self.dtype), own_kv
+        x = x * self._output_scalar().astype(self.dtype)
+        return self.execution.constrain(x, *ACTIVATION_AXES), own_kv
 
     def _attend(
         self, x: jax.Array, given: LayerInput, context: PassContext
     ) -> tuple[jax.Array, KVPair | None]:
-        attention = Attention(self.config, self.kind, self.dtype, self.shares_kv, name='attention')
+        fields = (self.config, self.kind, self.dtype, self.shares_kv, self.execution.query_block)
+        attention = Attention(*fields, name='attention')
         rope, mask = context.rope[self.kind], context.mask[self.kind]
         if self.shares_kv:
             prefix_kv, block_kv = context.shared_kv[self.kind]
@@ -120,6 +134,7 @@ class LayerGroup(nn.Module):
     kinds: tuple[str, ...]
     which: Pass
     dtype: jnp.dtype
+    execution: Execution
     shares_kv: bool
 
     @nn.compact
@@ -127,13 +142,23 @@ class LayerGroup(nn.Module):
         self, x: jax.Array, given: tuple[LayerInput, ...], context: PassContext
     ) -> tuple[jax.Array, tuple]:
         block_kv = []
+        fields = (self.which, self.dtype, self.execution, self.shares_kv)
         for i, kind in enumerate(self.kinds):
-            layer = Layer(
-                self.config, kind, self.which, self.dtype, self.shares_kv, name=f'layer_{i}'
-            )
+            layer = Layer(self.config, kind, *fields, name=f'layer_{i}')
             x, kv = layer(x, given[i], context)
             block_kv.append(kv)
         return x, tuple(block_kv)
+
+
+def rematerialised(group: type[LayerGroup], remat: str) -> type[LayerGroup]:
+    """The group with what `Execution.remat` says of its backward pass."""
+    if remat == 'none':
+        return group
+    policy = None
+    if remat == 'dots':
+        policy = jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT)
+    # Inside a scan the compiler can't merge the recomputation with the first one.
+    return nn.remat(group, policy=policy, prevent_cse=False)
 
 
 def layer_inputs(
@@ -169,6 +194,7 @@ class Backbone(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(
@@ -207,12 +233,13 @@ class Backbone(nn.Module):
     ) -> tuple[jax.Array, tuple]:
         """The layers of one stack: hidden states and the keys and values that they made."""
         fields = {'config': self.config, 'which': which, 'dtype': self.dtype}
-        fields['shares_kv'] = stack.shares_kv
+        fields |= {'execution': self.execution, 'shares_kv': stack.shares_kv}
         name = 'shared_{}' if stack.shares_kv else '{}'
         group_inputs, tail_inputs = given
+        group = rematerialised(LayerGroup, self.execution.remat)
         if self.config.scan_layers:
             scanned = nn.scan(
-                LayerGroup,
+                group,
                 variable_axes={'params': 0},
                 split_rngs={'params': True},
                 in_axes=(0, nn.broadcast),
@@ -224,13 +251,13 @@ class Backbone(nn.Module):
         else:
             made = []
             for g in range(stack.num_groups):
-                group = LayerGroup(kinds=stack.pattern, **fields, name=name.format(f'layers_{g}'))
-                x, kv = group(x, jax.tree.map(lambda leaf, g=g: leaf[g], group_inputs), context)
+                own = group(kinds=stack.pattern, **fields, name=name.format(f'layers_{g}'))
+                x, kv = own(x, jax.tree.map(lambda leaf, g=g: leaf[g], group_inputs), context)
                 made.append(kv)
             block_groups = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
         block_tail = ()
         if stack.tail:
-            tail = LayerGroup(kinds=stack.tail, **fields, name=name.format('tail'))
+            tail = group(kinds=stack.tail, **fields, name=name.format('tail'))
             x, block_tail = tail(x, tail_inputs, context)
         return x, (block_groups, block_tail)
 
@@ -256,10 +283,12 @@ class Gemma(nn.Module):
     Attributes:
       config: the backbone.
       dtype: compute dtype; parameters are float32 or whatever is passed to `apply`.
+      execution: how it is computed (`parallel.on_mesh` gives it a mesh).
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    execution: Execution = Execution()
 
     def setup(self):
         config = self.config
@@ -268,9 +297,8 @@ class Gemma(nn.Module):
         )
         if config.per_layer is not None:
             self.per_layer_embedder = PerLayerEmbedder(config, self.dtype)
-        self.backbone = Backbone(
-            config.autoregressive if config.separate_denoiser else config, self.dtype
-        )
+        backbone = config.autoregressive if config.separate_denoiser else config
+        self.backbone = Backbone(backbone, self.dtype, self.execution)
 
     def encode(
         self,
@@ -293,11 +321,14 @@ class Gemma(nn.Module):
         if prefix is None:
             prefix = Prefix.empty(self.config, tokens.shape[0], self.dtype)
         masks = {
-            kind: causal_mask(positions, segment_ids, keys, self.config.attention(kind).window)
+            kind: CausalMask(positions, segment_ids, keys, self.config.attention(kind).window)
             for kind, keys in prefix.tokens_by_kind(self.config).items()
         }
+        if not in_parts(tokens.shape[1], self.execution.query_block):  # made once for all layers
+            masks = {kind: mask.all_rows() for kind, mask in masks.items()}
         context = PassContext(rope_by_kind(self.config, positions[:, None]), masks)
         x = self.embedder.encode(tokens)[:, None]  # [B, 1, T, D]
+        x = self.execution.constrain(x, *ACTIVATION_AXES)
         per_layer = self.per_layer_inputs(tokens[:, None], x)
         hidden, block_kv = self.backbone(x, prefix.kv, context, 'encode', per_layer)
         return hidden[:, 0], jax.tree.map(lambda a: a.squeeze(-3), block_kv)
@@ -310,7 +341,12 @@ class Gemma(nn.Module):
 
     def empty_kv(self, batch_size: int, capacity: int) -> KV:
         """Keys and values of an empty `KVCache`: windows shorter than its capacity are rings."""
-        return zeros_kv(self.config, batch_size, cache_slots(self.config, capacity), self.dtype)
+        kv = zeros_kv(self.config, batch_size, cache_slots(self.config, capacity), self.dtype)
+
+        def place(leaf: jax.Array) -> jax.Array:
+            return self.execution.constrain(leaf, *[None] * (leaf.ndim - 4), *CACHE_AXES)
+
+        return jax.tree.map(place, kv)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 soft-capped logits [..., V]."""

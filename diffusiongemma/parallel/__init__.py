@@ -5,8 +5,10 @@ from diffusiongemma.parallel.sharding import (
     LOGICAL_AXIS_RULES,
     batch_sharding,
     init_sharded,
+    on_mesh,
     param_shardings,
     replicated,
+    rules_with,
     state_shardings,
 )
 
@@ -16,7 +18,9 @@ __all__ = [
     'batch_sharding',
     'init_sharded',
     'make_mesh',
+    'on_mesh',
     'param_shardings',
     'replicated',
+    'rules_with',
     'state_shardings',
 ]

@@ -1,55 +1,94 @@
 """Sharding of parameters, training state and batches.
 
-Each kernel names its logical axes where it is created (`models/`); the table below says
-on which mesh axes they lie. Everything else follows from it.
+Each kernel and each activation names its logical axes where it is created (`models/`); the table
+below says on which mesh axes they lie. Everything else follows from it.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusiongemma.models.transformer import init_boxed_params
+from diffusiongemma.models.execution import AxisRules, partition_spec, product, spread
+from diffusiongemma.models.expert_parallel import check_experts
+from diffusiongemma.models.transformer import Gemma, init_boxed_params
 
-# Logical axis -> mesh axis (None: replicated). A kernel may use a mesh axis only once.
-LOGICAL_AXIS_RULES: tuple[tuple[str, str | None], ...] = (
-    ('vocab', 'tensor'),
-    ('embed', 'fsdp'),
-    ('mlp', 'tensor'),
-    ('heads', 'tensor'),
-    ('kv_heads', 'tensor'),
-    ('head_dim', None),
-    ('experts', 'expert'),
-    ('expert_mlp', 'tensor'),
-    ('router_experts', None),
-    ('norm', None),
-    ('layers', None),
+M = TypeVar('M', bound=Gemma)
+
+# Logical axis -> mesh axes that it is spread over, in this order; () for none. An array uses a mesh
+# axis once, and a dimension that an axis does not divide is repeated along it.
+LOGICAL_AXIS_RULES: AxisRules = (
+    # Parameters, and with them optimizer state, EMA and teacher.
+    ('vocab', ('tensor',)),
+    ('embed', ('fsdp',)),
+    ('mlp', ('tensor',)),
+    ('heads', ('tensor',)),
+    ('kv_heads', ('tensor',)),
+    ('head_dim', ()),
+    ('experts', ('expert',)),
+    ('expert_mlp', ('tensor',)),
+    ('router_experts', ()),
+    ('norm', ()),
+    ('layers', ()),
+    # Batches and activations. The axis of the experts splits rows as well: each of its devices
+    # has tokens of its own, which it exchanges with the others where experts are concerned.
+    ('batch', ('data', 'fsdp', 'expert')),
+    ('length', ('sequence',)),  # tokens of a row or of a canvas
+    ('slots', ('sequence',)),  # of the K/V cache
 )
 
-BATCH_AXES = ('data', 'fsdp')
+
+def on_mesh(model: M, mesh: Mesh, rules: AxisRules = LOGICAL_AXIS_RULES) -> M:
+    """The model computed on a mesh: activations, K/V cache and experts lie as the table says.
+
+    Without it the compiler lays out activations by what it is given, and experts of other devices
+    are gathered rather than tokens exchanged.
+
+    Raises:
+      ValueError: the experts can't be dealt out evenly, or `rules` names an unknown axis.
+    """
+    unknown = sorted({axis for _, axes in rules for axis in axes} - set(mesh.axis_names))
+    if unknown:
+        raise ValueError(f'the axis rules use mesh axes {unknown}; the mesh has {mesh.axis_names}.')
+    on = mesh if mesh.size > 1 else None  # one device lays out nothing
+    execution = dataclasses.replace(model.execution, mesh=on, rules=tuple(rules))
+    if on is not None and model.config.moe is not None:
+        check_experts(model.config.moe.num_experts, execution)
+    return model.clone(execution=execution)
+
+
+def rules_with(overrides: Mapping[str, Sequence[str]]) -> AxisRules:
+    """The table with the rows of some logical axes replaced.
+
+    Raises:
+      ValueError: the table has no such axis.
+    """
+    table = dict(LOGICAL_AXIS_RULES)
+    unknown = sorted(set(overrides) - set(table))
+    if unknown:
+        raise ValueError(f'no logical axes {unknown} in the table; there are {sorted(table)}.')
+    return tuple((table | {name: tuple(axes) for name, axes in overrides.items()}).items())
+
+
+def rules_of(model: nn.Module) -> AxisRules:
+    """The table that a model was put on a mesh with, else the common one."""
+    execution = getattr(model, 'execution', None)
+    return (execution and execution.rules) or LOGICAL_AXIS_RULES
 
 
 def param_shardings(model: nn.Module, mesh: Mesh) -> Any:
-    """NamedSharding of every parameter of `model`, from its logical axes.
-
-    A dimension that its mesh axes do not divide is replicated (e.g. one key/value head
-    under tensor parallelism).
-    """
+    """NamedSharding of every parameter of `model`, from its logical axes."""
     boxed = jax.eval_shape(lambda key: init_boxed_params(model, key), jax.random.key(0))
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), LOGICAL_AXIS_RULES)
-    shapes = nn.meta.unbox(boxed)
+    rules = rules_of(model)
 
-    def sharding(shape: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
-        names = tuple(spec) + (None,) * (len(shape.shape) - len(spec))
-        kept = (
-            name if name is not None and size % mesh.shape[name] == 0 else None
-            for size, name in zip(shape.shape, names, strict=True)
-        )
-        return NamedSharding(mesh, PartitionSpec(*kept))
+    def sharding(shape: jax.ShapeDtypeStruct, names: PartitionSpec) -> NamedSharding:
+        names = tuple(names) + (None,) * (len(shape.shape) - len(names))
+        return NamedSharding(mesh, partition_spec(spread(shape.shape, names, rules, mesh)))
 
-    return jax.tree.map(sharding, shapes, specs)
+    return jax.tree.map(sharding, nn.meta.unbox(boxed), nn.get_partition_spec(boxed))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -57,19 +96,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
-    """Rows spread over the data and fsdp axes.
+def batch_sharding(
+    mesh: Mesh, batch_size: int, rules: AxisRules = LOGICAL_AXIS_RULES
+) -> NamedSharding:
+    """Rows spread over the mesh axes of 'batch', by default data, fsdp and expert.
 
     Raises:
       ValueError: the batch is not divisible by these axes.
     """
-    ways = mesh.shape['data'] * mesh.shape['fsdp']
+    axes = dict(rules)['batch']
+    ways = product(axes, mesh)
     if batch_size % ways:
         raise ValueError(
-            f'batch_size={batch_size} is not divisible by data x fsdp = {ways} of the mesh; '
+            f'batch_size={batch_size} is not divisible by {" x ".join(axes)} = {ways} of the mesh; '
             f'use a multiple of {ways} or a smaller mesh axis.'
         )
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def state_shardings(abstract_state: Any, params_sharding: Any, mesh: Mesh) -> Any:

@@ -1,0 +1,98 @@
+"""How a model is computed: on which devices, and what is kept in memory; never what it computes."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Logical axis -> mesh axes that it is spread over, the first the slowest; () for none.
+AxisRules = tuple[tuple[str, tuple[str, ...]], ...]
+
+REMAT = ('none', 'dots', 'full')
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Hashable, a static attribute of a model.
+
+    Attributes:
+      mesh: the devices; None leaves it to the compiler, from where the inputs lie.
+      rules: the table of `parallel.sharding`; empty without a mesh.
+      remat: what the backward pass keeps of each group of layers: 'none' rematerialises nothing
+        and keeps all, 'dots' keeps products with weights and recomputes the rest (attention,
+        norms, experts), 'full' keeps the group's input alone.
+      logits_chunk: positions of each row that have logits at the same time in a loss; 0 for all.
+      query_block: queries of each block of tokens that have attention scores at the same time; 0
+        for all.
+    """
+
+    mesh: Mesh | None = None
+    rules: AxisRules = ()
+    remat: str = 'none'
+    logits_chunk: int = 0
+    query_block: int = 0
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f'remat must be one of {REMAT}, got {self.remat!r}.')
+        for name in ('logits_chunk', 'query_block'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name} must be >= 0 (0: all), got {getattr(self, name)}.')
+
+    def mesh_axes(self, shape: Sequence[int], names: Sequence[str | None]) -> list[tuple[str, ...]]:
+        """Mesh axes of more than one device that each dimension of an array is spread over.
+
+        See `spread`, which takes the same arguments.
+        """
+        return spread(shape, names, self.rules, self.mesh)
+
+    def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """Lays the dimensions of x, by their logical names, on the mesh; without one, x."""
+        if self.mesh is None:
+            return x
+        spec = partition_spec(self.mesh_axes(x.shape, names))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def spread(
+    shape: Sequence[int], names: Sequence[str | None], rules: AxisRules, mesh: Mesh
+) -> list[tuple[str, ...]]:
+    """Mesh axes that each dimension is spread over.
+
+    A mesh axis serves one dimension of an array, the first that asks for it. An axis that would
+    not divide its dimension is left out: the dimension is then repeated along it (e.g. one
+    key/value head under tensor parallelism).
+
+    Args:
+      shape: of the array.
+      names: logical axis of each dimension; None for no axis.
+      rules: the table.
+      mesh: the devices.
+
+    Raises:
+      ValueError: the table has no such axis.
+    """
+    table, used, result = dict(rules), set(), []
+    for size, name in zip(shape, names, strict=True):
+        if name is not None and name not in table:
+            raise ValueError(f'no rule for the logical axis {name!r}; there are {sorted(table)}.')
+        taken: tuple[str, ...] = ()
+        for axis in table[name] if name is not None else ():
+            ways = mesh.shape[axis]
+            if ways > 1 and axis not in used and size % (product(taken, mesh) * ways) == 0:
+                taken += (axis,)
+                used.add(axis)
+        result.append(taken)
+    return result
+
+
+def product(axes: Sequence[str], mesh: Mesh) -> int:
+    """Devices along all of the axes."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def partition_spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    """The PartitionSpec of dimensions spread over these mesh axes."""
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in axes))

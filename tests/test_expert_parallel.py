@@ -1,0 +1,85 @@
+"""Experts spread over devices: outputs and gradients are those of one device, no token dropped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma.models import DiffusionGemma, MoEConfig
+from diffusiongemma.models.execution import Execution
+from diffusiongemma.models.moe import Experts
+from diffusiongemma.parallel import make_mesh, on_mesh
+from diffusiongemma.parallel.sharding import LOGICAL_AXIS_RULES
+
+WIDTH, ROWS, LENGTH = 12, 8, 6
+MESHES = [
+    {'expert': 8},
+    {'expert': 4, 'tensor': 2},
+    {'data': 2, 'expert': 2, 'sequence': 2},
+    {'fsdp': 4, 'expert': 2},
+    {'fsdp': 2, 'tensor': 2, 'sequence': 2},
+]
+
+
+def problem(routing, rows=ROWS, dtype=jnp.float32):
+    """Experts, their kernels, tokens, and a routing: 'random', or 'one' for all to one device."""
+    config = MoEConfig(num_experts=8, top_k=3, expert_width=10)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, 1, LENGTH, WIDTH), np.float32)
+    weights = rng.random((rows, 1, LENGTH, 3), np.float32)
+    scores = rng.random((rows, 1, LENGTH, 8))
+    if routing == 'one':
+        scores[..., 5:] += 1  # always the last three experts
+    experts = np.argsort(-scores, axis=-1)[..., :3].astype(np.int32)
+    kernels = {
+        name: 0.3 * rng.standard_normal(shape, np.float32)
+        for name, shape in (('gate', (8, 12, 10)), ('up', (8, 12, 10)), ('down', (8, 10, 12)))
+    }
+    return config, kernels, x.astype(dtype), weights, experts
+
+
+def value_and_gradients(execution, config, kernels, x, weights, experts, dtype=jnp.float32):
+    module = Experts(WIDTH, config, dtype, execution)
+
+    def loss(kernels, x, weights):
+        outputs = module.apply({'params': kernels}, x, weights, experts)
+        return jnp.sum(jnp.sin(outputs.astype(jnp.float32))), outputs
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(kernels, x, weights)
+
+
+@pytest.mark.parametrize('routing', ['random', 'one'])
+@pytest.mark.parametrize('axes', MESHES, ids=str)
+def test_outputs_and_gradients_are_those_of_one_device(axes, routing):
+    arguments = problem(routing)
+    mesh = make_mesh(axes)
+    expected = value_and_gradients(Execution(), *arguments)
+    found = value_and_gradients(Execution(mesh, LOGICAL_AXIS_RULES), *arguments)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_that_cannot_be_split_are_computed_where_their_experts_are():
+    arguments = problem('random', rows=3)
+    expected = value_and_gradients(Execution(), *arguments)
+    execution = Execution(make_mesh({'expert': 4, 'tensor': 2}), LOGICAL_AXIS_RULES)
+    found = value_and_gradients(execution, *arguments)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
+
+
+def compiled_text(axes):
+    config, kernels, x, weights, experts = problem('random')
+    module = Experts(WIDTH, config, jnp.float32, Execution(make_mesh(axes), LOGICAL_AXIS_RULES))
+    apply = jax.jit(lambda k, *args: module.apply({'params': k}, *args))
+    return apply.lower(kernels, x, weights, experts).compile().as_text()
+
+
+def test_tokens_are_exchanged_along_the_expert_axis_alone():
+    assert 'all-to-all' in compiled_text({'data': 2, 'expert': 4})
+    assert 'all-to-all' not in compiled_text({'data': 4, 'tensor': 2})
+
+
+def test_experts_that_no_axis_size_divides_are_refused(tiny_moe_config):
+    with pytest.raises(ValueError, match='num_experts=4 is not divisible by expert = 8'):
+        on_mesh(DiffusionGemma(tiny_moe_config), make_mesh({'expert': 8}))
