@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from diffusiongemma import run_config
+from diffusiongemma import process_flags, run_config
 from diffusiongemma.distillation.run import distill
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
@@ -17,6 +17,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything of the run goe
 
 def main(argv: list[str]) -> None:
     del argv
+    process_flags.join()
     distill(_CONFIG.value, Path(_WORKDIR.value))
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.parallel import processes
 
 T = TypeVar('T')
 
@@ -70,9 +71,15 @@ def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
 
 
 def write_resolved(config: ConfigDict, workdir: Path) -> None:
-    """Writes what the run was configured with to `workdir`/config.json."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+    """Writes what the run was configured with to `workdir`/config.json.
+
+    Raises:
+      ValueError: the processes of the run do not share `workdir`.
+    """
+    processes.check_shared(workdir)
+    if processes.is_writer():
+        text = json.dumps(config.to_dict(), indent=2)
+        (workdir / 'config.json').write_text(text + '\n')
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
@@ -117,6 +124,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _fail(message: str) -> NoReturn:
     print(f'error: {message}', file=sys.stderr)
+    processes.abandon(1)
     sys.exit(1)
 
 

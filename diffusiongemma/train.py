@@ -9,7 +9,7 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffusiongemma import run_config
+from diffusiongemma import process_flags, run_config
 from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
 from diffusiongemma.checkpoints.load import EXPORT_DIR, load_model
 from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
@@ -24,7 +24,7 @@ from diffusiongemma.distillation.state import (
     make_optimizer,
 )
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
-from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
+from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings, processes
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and metrics go.')
@@ -46,14 +46,18 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     optimizer = make_optimizer(optimizer_config, loop.num_steps)
 
     mesh = make_mesh(config.mesh)
+    rows = batch_sharding(mesh, config.data.batch_size)
+    part, parts = processes.data_shard(rows, config.data.batch_size)
     batches = make_train_iterator(
         run_config.data_specs(config),
         tokenizer,
-        batch_size=config.data.batch_size,
+        batch_size=config.data.batch_size // parts,
         row_length=config.data.row_length,
         canvases_per_row=0,
         canvas_length=0,
         seed=config.seed,
+        process_index=part,
+        process_count=parts,
     )
     about = describe_model(model.config, tokenizer.content_hash)
     store = CheckpointStore(workdir, loop.max_to_keep, about)
@@ -64,7 +68,8 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         store,
         batches,
     )
-    tokenizer.save(workdir / TOKENIZER_FILE)
+    if processes.is_writer():
+        tokenizer.save(workdir / TOKENIZER_FILE)
     logging.info('%d parameters', parameter_count(state.params))
     train_step = make_ar_train_step(model, optimizer, optimizer_config.ema_decay)
     state = fit(
@@ -75,7 +80,8 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         loop,
         workdir=workdir,
         description='teacher',
-        batch_sharding=batch_sharding(mesh, config.data.batch_size),
+        batch_sharding=rows,
+        batch_size=config.data.batch_size,
     )
     store.close()
     about = {'init': config.init, 'seed': config.seed, 'steps': int(state.step)}
@@ -102,6 +108,7 @@ def _initial_params(config: ConfigDict, model: Gemma) -> dict:
 
 def main(argv: list[str]) -> None:
     del argv
+    process_flags.join()
     train(_CONFIG.value, Path(_WORKDIR.value))
 
 

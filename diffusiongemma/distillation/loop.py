@@ -12,7 +12,7 @@ from absl import logging
 from diffusiongemma.checkpoints.store import CheckpointStore
 from diffusiongemma.distillation.reporting import Reporter
 from diffusiongemma.distillation.state import TrainState
-from diffusiongemma.parallel import init_sharded, state_shardings
+from diffusiongemma.parallel import init_sharded, processes, state_shardings
 
 StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -49,6 +49,7 @@ def fit(
     workdir: Path,
     description: str,
     batch_sharding: jax.sharding.Sharding,
+    batch_size: int,
 ) -> TrainState:
     """Trains until `config.num_steps`, from wherever `state` and `batches` stand.
 
@@ -61,6 +62,7 @@ def fit(
       workdir: for TensorBoard files.
       description: shown in front of the progress bar.
       batch_sharding: where batches are put.
+      batch_size: rows of a batch, over all processes.
 
     Returns:
       The state after the last step.
@@ -71,15 +73,16 @@ def fit(
     first_step = int(state.step)
     with Reporter(workdir, description, first_step, config.num_steps) as reporter:
         for step in range(first_step + 1, config.num_steps + 1):
-            batch = next(batches)
-            state, metrics = train_step(state, jax.device_put(batch, batch_sharding))
+            batch = processes.global_batch(next(batches), batch_sharding, batch_size)
+            state, metrics = train_step(state, batch)
             is_last = step == config.num_steps
             save = is_last or step % config.checkpoint_every == 0
             if save or step % config.report_every == 0:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 reporter.report(step, values, tokens_per_step=batch['tokens'].size)
             if save:
-                store.save(step, state, batches.get_state())
+                places = processes.gather_json(batches.get_state())
+                store.save(step, state, {'processes': places})
     store.wait()
     return state
 
@@ -109,6 +112,13 @@ def start_or_resume(
         shardings,
     )
     state, data_state = store.restore(abstract)
-    batches.set_state(data_state)
+    places = data_state.get('processes', [data_state])  # one alone was saved as it is
+    if len(places) != jax.process_count():
+        raise ValueError(
+            f'{store.directory} was written by {len(places)} processes, and now there are '
+            f'{jax.process_count()}: their places in the data mean nothing to these. Start as '
+            'many, or use another workdir.'
+        )
+    batches.set_state(places[jax.process_index()])
     logging.info('resuming from step %d of %s', store.latest_step, store.directory)
     return state

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
+from diffusiongemma.parallel import processes
+
 METRICS_FILE = 'metrics.jsonl'
 
 
@@ -27,12 +29,14 @@ class Reporter:
 
     A progress bar (loss, tokens/s, ETA) where stdout is a terminal, a log line every report
     elsewhere; scalars go to TensorBoard event files in `workdir`/tensorboard, and as one JSON
-    row per report to `workdir`/metrics.jsonl.
+    row per report to `workdir`/metrics.jsonl. Of several processes the writer alone does so.
     """
 
     def __init__(self, workdir: Path, description: str, first_step: int, num_steps: int):
-        self._writer = SummaryWriter(str(workdir / 'tensorboard'))
-        self._metrics_file = open(workdir / METRICS_FILE, 'a', encoding='utf-8')
+        self._writes = processes.is_writer()
+        if self._writes:
+            self._writer = SummaryWriter(str(workdir / 'tensorboard'))
+            self._metrics_file = open(workdir / METRICS_FILE, 'a', encoding='utf-8')
         self._num_steps = num_steps
         self._last_step, self._last_time = first_step, time.perf_counter()
         self._progress = _progress_bar()
@@ -47,8 +51,9 @@ class Reporter:
 
     def __exit__(self, *unused) -> None:
         self._progress.stop()
-        self._writer.close()
-        self._metrics_file.close()
+        if self._writes:
+            self._writer.close()
+            self._metrics_file.close()
 
     def report(self, step: int, metrics: Mapping[str, float], tokens_per_step: int) -> None:
         """Shows and writes the metrics after `step` steps.
@@ -63,6 +68,8 @@ class Reporter:
                 'checkpoint is kept. Lower the learning rate or the clip norm and start again '
                 'with the same workdir to go on from it.'
             )
+        if not self._writes:
+            return
         now = time.perf_counter()
         elapsed, steps = now - self._last_time, step - self._last_step
         self._last_step, self._last_time = step, now
@@ -131,7 +138,7 @@ def _progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(file=sys.stdout),
-        disable=not sys.stdout.isatty(),
+        disable=not (sys.stdout.isatty() and processes.is_writer()),
     )
 
 
