@@ -193,6 +193,19 @@ def objectives(config: ConfigDict, tokenizer: Tokenizer) -> list[tuple[Objective
     return [(objective, min(end, last_step)) for objective, end in stages]
 
 
+def student_model(config: ConfigDict, teacher: Gemma) -> DiffusionGemma:
+    """The student that `config` makes of an AR Gemma."""
+    return DiffusionGemma(
+        teacher.config.replace(
+            canvas_length=config.canvas_length,
+            separate_denoiser=config.separate_denoiser,
+            predict_next=config.predict_next,
+            denoise_dtype=config.denoise_dtype,
+        ),
+        teacher.dtype,
+    )
+
+
 def train_student(
     config: ConfigDict, teacher: Teacher, targets: DataSpec, workdir: Path
 ) -> tuple[DiffusionGemma, TrainState]:
@@ -203,15 +216,7 @@ def train_student(
     shape = run_config.build(BatchConfig, config.data, 'data')
     top_k = run_config.build(TargetsConfig, config.targets, 'targets').top_k_logits
     stages = objectives(config, teacher.tokenizer)
-    model = DiffusionGemma(
-        teacher.model.config.replace(
-            canvas_length=config.canvas_length,
-            separate_denoiser=config.separate_denoiser,
-            predict_next=config.predict_next,
-            denoise_dtype=config.denoise_dtype,
-        ),
-        teacher.model.dtype,
-    )
+    model = student_model(config, teacher.model)
     mesh = make_mesh(config.mesh)
     teacher_params = processes.in_shards(teacher.params, param_shardings(teacher.model, mesh))
     lora = lora_student(config, model)
