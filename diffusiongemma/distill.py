@@ -13,12 +13,14 @@ from diffusiongemma.distillation.run import distill
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything of the run goes.')
+_PROFILE = flags.DEFINE_bool('profile', False, 'Traces a few steps for xprof, to workdir/profile.')
 
 
 def main(argv: list[str]) -> None:
     del argv
     process_flags.join()
-    distill(_CONFIG.value, Path(_WORKDIR.value))
+    config = run_config.profiled(_CONFIG.value, _PROFILE.value)
+    distill(config, Path(_WORKDIR.value))
 
 
 if __name__ == '__main__':

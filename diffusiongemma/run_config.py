@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from diffusiongemma.checkpoints.store import CheckpointError
 from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.distillation import guard
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.parallel import processes
 
@@ -70,6 +72,16 @@ def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
         raise ValueError(f'config lacks {missing}; see configs/tiny.py.')
 
 
+def profiled(config: ConfigDict, profile: bool) -> ConfigDict:
+    """The config, with `profile` such that a few steps are traced (see `LoopConfig`)."""
+    if not profile:
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.train.profile_steps = config.train.get('profile_steps') or 3
+    return config
+
+
 def write_resolved(config: ConfigDict, workdir: Path) -> None:
     """Writes what the run was configured with to `workdir`/config.json.
 
@@ -93,7 +105,9 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             raise app.UsageError(f'unexpected arguments {argv[1:]}')
         try:
             main(argv)
-        except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        except guard.Preempted as stopped:
+            logging.info('%s', stopped)
+        except (ValueError, FileNotFoundError, FloatingPointError, CheckpointError) as error:
             logging.debug('where it happened:', exc_info=True)
             _fail(str(error))
 

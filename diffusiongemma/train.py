@@ -28,6 +28,7 @@ from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings, 
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and metrics go.')
+_PROFILE = flags.DEFINE_bool('profile', False, 'Traces a few steps for xprof, to workdir/profile.')
 
 CONFIG_KEYS = ('seed', 'init', 'tokenizer', 'dtype', 'mesh', 'model', 'data', 'optimizer', 'train')
 
@@ -60,7 +61,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         process_count=parts,
     )
     about = describe_model(model.config, tokenizer.content_hash)
-    store = CheckpointStore(workdir, loop.max_to_keep, about)
+    store = CheckpointStore(workdir, loop.max_to_keep, about, loop.best_metric)
     state = start_or_resume(
         lambda: create_state(_initial_params(config, model), optimizer),
         param_shardings(model, mesh),
@@ -109,7 +110,8 @@ def _initial_params(config: ConfigDict, model: Gemma) -> dict:
 def main(argv: list[str]) -> None:
     del argv
     process_flags.join()
-    train(_CONFIG.value, Path(_WORKDIR.value))
+    config = run_config.profiled(_CONFIG.value, _PROFILE.value)
+    train(config, Path(_WORKDIR.value))
 
 
 if __name__ == '__main__':

@@ -261,7 +261,7 @@ def train_student(
     about = describe_model(model.config, teacher.tokenizer.content_hash)
     if lora is not None:
         about['lora'] = json.loads(json.dumps(dataclasses.asdict(lora.config)))
-    store = CheckpointStore(workdir, loop.max_to_keep, about)
+    store = CheckpointStore(workdir, loop.max_to_keep, about, loop.best_metric)
     state = start_or_resume(init, shardings, mesh, store, batches, source)
     del source, teacher_params  # `constants` has what the steps read
     if processes.is_writer():

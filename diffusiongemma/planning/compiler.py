@@ -117,7 +117,7 @@ def compile_program(
         with _quiet():
             compiled = lowered.compile()
     except Exception as error:
-        needed = _needed(str(error))
+        needed = _needed(str(error), sum(program.kinds.values()))
         if needed is None:
             raise
         return Plan(
@@ -164,12 +164,17 @@ def advice(plan: Plan, figures: DeviceFigures, mesh: jax.sharding.Mesh, what: st
     )
 
 
-def _needed(message: str) -> float | None:
+def _needed(message: str, arguments: float) -> float | None:
     """Bytes of HBM that a program needs, from the compiler's complaint; None for another one."""
-    match = re.search(r'Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm', message)
-    if match is None:
-        return None
-    return float(match[1]) * 1024.0 ** ' KMGT'.index(match[2] or ' ')
+    size = r'([\d.]+)([KMGT]?)'
+    for pattern, others in (
+        (rf'Used {size} of [\d.]+[KMGT]? hbm', 0.0),
+        (rf'required for HLO temporaries \({size}\) exceeds', arguments),
+        (rf'required for HLO arguments \({size}\) exceeds', 0.0),
+    ):
+        if match := re.search(pattern, message):
+            return others + float(match[1]) * 1024.0 ** ' KMGT'.index(match[2] or ' ')
+    return None
 
 
 @contextlib.contextmanager
