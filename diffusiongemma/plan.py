@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     result |= {'mesh': dict(mesh.shape), 'programs': []}
     for program in planned:
         plan = compiler.compile_program(program, mesh, figures)
-        change = '' if plan.fits else compiler.advice(plan, figures, mesh, _WHAT.value)
+        change = '' if plan.fits else compiler.advice(plan.kinds, figures, mesh, _WHAT.value)
         print_plan(plan, figures, mesh, f'{name} on {_TOPOLOGY.value}', change)
         result['programs'].append(as_json(plan, figures, mesh.size) | {'change': change})
     print(json.dumps(result))

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the launch scripts share; they source it.
 
+# shellcheck disable=SC2034  # read by the scripts that source this file
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry_run=''
 config=''
@@ -18,7 +19,6 @@ parse_arguments() {
     exit 2
   fi
   config=$1
-  # Read by the scripts that source this file.
   # shellcheck disable=SC2034
   workdir=$2
   shift 2

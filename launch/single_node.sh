@@ -6,6 +6,7 @@
 # Started again with the same arguments it goes on from the last checkpoint. A config says in its
 # docstring which machine it is meant for.
 set -euo pipefail
+# shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
 
 parse_arguments "$@"

@@ -14,6 +14,7 @@
 # its memory. The TPU compiler, which `plan` asks, knows no GPUs. What it says of slices is in
 # docs/scaling_plan.md.
 set -euo pipefail
+# shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
 
 parse_arguments "$@"

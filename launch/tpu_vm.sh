@@ -12,8 +12,9 @@
 # WORKDIR has to be one directory that all workers see (Filestore, a mounted bucket). Started again
 # with the same arguments it goes on from the last checkpoint. The default slice is one that holds
 # gemma4_26b_a4b by docs/scaling_plan.md:
-@PLAN_TPU@
+#   (PLAN)
 set -euo pipefail
+# shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
 
 parse_arguments "$@"

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.checkpoints.store import CheckpointError, CheckpointStore, read_ema
 from diffusiongemma.distillation.guard import LossGuard
 from diffusiongemma.distillation.reporting import read_metrics
+from diffusiongemma.parallel import make_mesh
 
 ROOT = Path(__file__).parents[1]
 SMALL_TEACHER = (
@@ -145,6 +147,22 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before_it(damage, tmp_path):
             path.unlink()
     with pytest.raises(CheckpointError, match='/2 is damaged.*Delete that directory to go on'):
         CheckpointStore(tmp_path).restore(abstract())
+
+
+def test_a_state_is_restored_onto_another_mesh_shape(tmp_path):
+    def sharding(axes, *spec):
+        return NamedSharding(make_mesh(axes), PartitionSpec(*spec))
+
+    store = CheckpointStore(tmp_path)
+    values = np.arange(64 * 64, dtype=np.float32).reshape(64, 64)
+    before = sharding({'fsdp': 8}, 'fsdp')
+    store.save(1, {'w': jax.device_put(values, before)}, {})
+    store.wait()
+    after = sharding({'fsdp': 2, 'tensor': 4}, 'fsdp', 'tensor')
+    wanted = {'w': jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=after)}
+    restored = store.restore(wanted)[0]['w']
+    assert restored.sharding == after
+    np.testing.assert_array_equal(restored, values)
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):

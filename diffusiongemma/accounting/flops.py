@@ -61,7 +61,8 @@ def _of_equation(equation: Any) -> Flops:
     if name == 'scan':
         return total.times(params['length'])
     if name == 'shard_map':  # its shapes are those of one device
-        return total.times(math.prod(params['mesh'].shape[axis] for axis in params['manual_axes']))
+        axes = params.get('newly_manual_axes') or params['manual_axes']  # the newer name first
+        return total.times(math.prod(params['mesh'].shape[axis] for axis in axes))
     return total
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -141,9 +141,18 @@ def compile_program(
     )  # fmt: skip
 
 
-def advice(plan: Plan, figures: DeviceFigures, mesh: jax.sharding.Mesh, what: str) -> str:
-    """What to change where a program does not fit."""
-    state = sum(plan.kinds.values())
+def advice(
+    kinds: Mapping[str, float], figures: DeviceFigures, mesh: jax.sharding.Mesh, what: str
+) -> str:
+    """What to change where a program does not fit.
+
+    Args:
+      kinds: bytes of each kind of argument on one device.
+      figures: of the device.
+      mesh: over the devices.
+      what: 'step' or 'sampler'.
+    """
+    state = sum(kinds.values())
     splits = 'config.mesh.fsdp' if what == 'step' else 'config.mesh.tensor (or expert)'
     if state > 0.8 * figures.hbm_bytes:
         least = -(-int(state * mesh.size) // int(0.7 * figures.hbm_bytes))
