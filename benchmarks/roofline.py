@@ -31,6 +31,7 @@ from rich.table import Table
 from timing import seconds
 
 from diffusiongemma import run_config
+from diffusiongemma.accounting.devices import figures_named
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.checkpoints.placement import param_shapes
 from diffusiongemma.models import (
@@ -46,7 +47,9 @@ from diffusiongemma.sampling import passes
 _PRESET = flags.DEFINE_string('preset', None, 'A model of diffusiongemma.models.PRESETS.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A diffusion student to measure.')
 _RANDOM_WEIGHTS = flags.DEFINE_bool('random_weights', False, 'Measure the preset too.')
-_DEVICE = flags.DEFINE_string('device', None, 'A name of DEVICES; default: this CPU, measured.')
+_DEVICE = flags.DEFINE_string(
+    'device', None, 'v5e, v5p, v6e, H100, ...; default: the local one, measured.'
+)
 _DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of weights and products.')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 1, 'Rows.', lower_bound=1)
 _PREFIX = flags.DEFINE_integer('prefix', 128, 'Cached tokens before the canvas.', lower_bound=1)
@@ -60,17 +63,6 @@ class Device:
 
     flops: float
     bandwidth: float
-
-
-# bfloat16 without sparsity. TPUs: cloud.google.com/tpu/docs (v5e, v5p, v6e); GPUs: NVIDIA's data
-# sheets of the H100 SXM and the H200 SXM.
-DEVICES = {
-    'v5e': Device(197e12, 819e9),
-    'v5p': Device(459e12, 2765e9),
-    'v6e': Device(918e12, 1640e9),
-    'H100': Device(989e12, 3350e9),
-    'H200': Device(989e12, 4800e9),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +150,12 @@ def costs(config: ModelConfig, batch: int, prefix: int, dtype: jnp.dtype) -> dic
         'commit': make(block=canvas, prefix=prefix, kind='encode'),
         'autoregressive token': make(block=1, prefix=prefix, kind='token'),
     }
+
+
+def named_device(name: str) -> Device:
+    """Published peaks, bfloat16 (`accounting.devices` names the sources)."""
+    figures = figures_named(name)
+    return Device(figures.peak_flops, figures.hbm_bandwidth)
 
 
 def measured_device(dtype: jnp.dtype, num_bytes: int) -> Device:
@@ -261,14 +259,12 @@ def main(argv: list[str]) -> None:
     del argv
     if (_PRESET.value is None) == (_CHECKPOINT.value is None):
         raise ValueError('Give --preset or --checkpoint, one of them.')
-    if _DEVICE.value is not None and _DEVICE.value not in DEVICES:
-        raise ValueError(f'unknown device {_DEVICE.value!r}; known: {sorted(DEVICES)}.')
     dtype = jnp.dtype(_DTYPE.value or ('bfloat16' if _DEVICE.value else 'float32'))
     batch, prefix = _BATCH_SIZE.value, _PREFIX.value
     config, found = open_model(dtype)
     measured = measured_passes(*found, batch, prefix) if found else {}
     num_bytes = parameter_counts(config).total * dtype.itemsize
-    device = DEVICES[_DEVICE.value] if _DEVICE.value else measured_device(dtype, num_bytes)
+    device = named_device(_DEVICE.value) if _DEVICE.value else measured_device(dtype, num_bytes)
     name = _DEVICE.value or f'{jax.devices()[0].device_kind}, peaks measured'
     table = Table(
         'pass', 'GFLOP', 'MB', 'limited by', 'limit ms', 'measured ms', 'measured / limit',

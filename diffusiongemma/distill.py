@@ -8,16 +8,19 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from diffusiongemma import run_config
+from diffusiongemma import process_flags, run_config
 from diffusiongemma.distillation.run import distill
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything of the run goes.')
+_PROFILE = flags.DEFINE_bool('profile', False, 'Traces a few steps for xprof, to workdir/profile.')
 
 
 def main(argv: list[str]) -> None:
     del argv
-    distill(_CONFIG.value, Path(_WORKDIR.value))
+    process_flags.join()
+    config = run_config.profiled(_CONFIG.value, _PROFILE.value)
+    distill(config, Path(_WORKDIR.value))
 
 
 if __name__ == '__main__':

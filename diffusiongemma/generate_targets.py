@@ -10,10 +10,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from diffusiongemma import run_config
+from diffusiongemma import process_flags, run_config
 from diffusiongemma.distillation.run import load_teacher
 from diffusiongemma.distillation.targets import TargetsConfig, write_targets
-from diffusiongemma.parallel import make_mesh
+from diffusiongemma.parallel import make_mesh, processes
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory for the targets.')
@@ -21,6 +21,7 @@ _OUTPUT = flags.DEFINE_string('output', None, 'Directory for the targets.')
 
 def main(argv: list[str]) -> None:
     del argv
+    process_flags.join()
     config = _CONFIG.value
     teacher = load_teacher(config)
     spec = write_targets(
@@ -32,7 +33,8 @@ def main(argv: list[str]) -> None:
         make_mesh(config.mesh),
         seed=config.seed,
     )
-    print(f'targets: {spec.describe()}')
+    if processes.is_writer():
+        print(f'targets: {spec.describe()}')
 
 
 if __name__ == '__main__':

@@ -15,8 +15,11 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from diffusiongemma.checkpoints.store import CheckpointError
 from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.distillation import guard
 from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.parallel import processes
 
 T = TypeVar('T')
 
@@ -73,10 +76,26 @@ def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
         raise ValueError(f'config lacks {missing}; see configs/tiny.py.')
 
 
+def profiled(config: ConfigDict, profile: bool) -> ConfigDict:
+    """The config, with `profile` such that a few steps are traced (see `LoopConfig`)."""
+    if not profile:
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.train.profile_steps = config.train.get('profile_steps') or 3
+    return config
+
+
 def write_resolved(config: ConfigDict, workdir: Path) -> None:
-    """Writes what the run was configured with to `workdir`/config.json."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+    """Writes what the run was configured with to `workdir`/config.json.
+
+    Raises:
+      ValueError: the processes of the run do not share `workdir`.
+    """
+    processes.check_shared(workdir)
+    if processes.is_writer():
+        text = json.dumps(config.to_dict(), indent=2)
+        (workdir / 'config.json').write_text(text + '\n')
 
 
 def keep_compiled_programs() -> None:
@@ -102,7 +121,9 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         keep_compiled_programs()
         try:
             main(argv)
-        except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        except guard.Preempted as stopped:
+            logging.info('%s', stopped)
+        except (ValueError, FileNotFoundError, FloatingPointError, CheckpointError) as error:
             logging.debug('where it happened:', exc_info=True)
             _fail(str(error))
 
@@ -133,6 +154,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _fail(message: str) -> NoReturn:
     print(f'error: {message}', file=sys.stderr)
+    processes.abandon(1)
     sys.exit(1)
 
 

@@ -9,7 +9,7 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffusiongemma import run_config
+from diffusiongemma import process_flags, run_config
 from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
 from diffusiongemma.checkpoints.load import EXPORT_DIR, load_model
 from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
@@ -25,10 +25,11 @@ from diffusiongemma.distillation.state import (
     make_optimizer,
 )
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
-from diffusiongemma.parallel import make_mesh, param_shardings
+from diffusiongemma.parallel import make_mesh, param_shardings, processes
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and metrics go.')
+_PROFILE = flags.DEFINE_bool('profile', False, 'Traces a few steps for xprof, to workdir/profile.')
 
 CONFIG_KEYS = ('seed', 'init', 'tokenizer', 'dtype', 'mesh', 'model', 'data', 'optimizer', 'train')
 
@@ -49,17 +50,20 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     mesh, compute = make_mesh(config.mesh), ComputeConfig.of(config)
     model = compute.place(model, mesh)
     rows = compute.batch_sharding(mesh, config.data.batch_size)
+    part, parts = processes.data_shard(rows, config.data.batch_size)
     batches = make_train_iterator(
         run_config.data_specs(config),
         tokenizer,
-        batch_size=config.data.batch_size,
+        batch_size=config.data.batch_size // parts,
         row_length=config.data.row_length,
         canvases_per_row=0,
         canvas_length=0,
         seed=config.seed,
+        process_index=part,
+        process_count=parts,
     )
     about = describe_model(model.config, tokenizer.content_hash)
-    store = CheckpointStore(workdir, loop.max_to_keep, about)
+    store = CheckpointStore(workdir, loop.max_to_keep, about, loop.best_metric)
     state = start_or_resume(
         lambda: create_state(_initial_params(config, model), optimizer),
         param_shardings(model, mesh),
@@ -67,7 +71,8 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         store,
         batches,
     )
-    tokenizer.save(workdir / TOKENIZER_FILE)
+    if processes.is_writer():
+        tokenizer.save(workdir / TOKENIZER_FILE)
     logging.info('%d parameters', parameter_count(state.params))
     train_step = make_ar_train_step(
         model, optimizer, optimizer_config.ema_decay, compute.microbatches
@@ -81,6 +86,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         workdir=workdir,
         description='teacher',
         batch_sharding=rows,
+        batch_size=config.data.batch_size,
     )
     store.close()
     about = {'init': config.init, 'seed': config.seed, 'steps': int(state.step)}
@@ -107,7 +113,9 @@ def _initial_params(config: ConfigDict, model: Gemma) -> dict:
 
 def main(argv: list[str]) -> None:
     del argv
-    train(_CONFIG.value, Path(_WORKDIR.value))
+    process_flags.join()
+    config = run_config.profiled(_CONFIG.value, _PROFILE.value)
+    train(config, Path(_WORKDIR.value))
 
 
 if __name__ == '__main__':

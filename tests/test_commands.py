@@ -156,21 +156,6 @@ def test_bad_input_ends_in_one_clear_message(program, arguments, message, tmp_pa
     assert 'Traceback' not in err
 
 
-def test_the_launch_script_prints_the_command_that_it_would_run(tmp_path):
-    script = str(ROOT / 'launch' / 'single_node.sh')
-    arguments = [script, '--dry_run', 'configs/tiny.py', str(tmp_path), '--config.seed=3']
-    done = subprocess.run(
-        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == [
-        'python', '-m', 'diffusiongemma.distill', '--config=configs/tiny.py',
-        f'--workdir={tmp_path}', '--config.seed=3',
-    ]  # fmt: skip
-    missing = [script, '--dry_run', 'configs/none.py', str(tmp_path)]
-    done = subprocess.run(missing, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 1 and 'no config file configs/none.py' in done.stderr
-
-
 @pytest.mark.parametrize('path', sorted((ROOT / 'colabs').glob('*.ipynb')), ids=lambda p: p.stem)
 def test_a_colab_runs_from_top_to_bottom(path):
     cells = json.loads(path.read_text())['cells']

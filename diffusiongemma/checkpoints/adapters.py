@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -17,6 +16,7 @@ from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.lora import LoraConfig
+from diffusiongemma.parallel import processes
 
 CONFIG_FILE = 'adapter.json'
 PARAMS_FILE = 'adapter.safetensors'
@@ -52,7 +52,7 @@ def fingerprint(params: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(flatten_dict(params['backbone'], sep='/').items()):
         if name.endswith('/scale'):
-            scale = np.asarray(jax.device_get(value)).astype(ml_dtypes.bfloat16)
+            scale = np.asarray(processes.on_host(value)).astype(ml_dtypes.bfloat16)
             digest.update(name.encode() + scale.tobytes())
     return digest.hexdigest()[:16]
 
@@ -78,8 +78,10 @@ def save_adapters(
       base_fingerprint: `fingerprint` of the base's parameters.
       about: JSON values on how the adapters were made.
     """
+    flat = flatten_dict(processes.on_host(dict(adapters)), sep='/')
+    if not processes.is_writer():
+        return
     directory.mkdir(parents=True, exist_ok=True)
-    flat = flatten_dict(jax.device_get(dict(adapters)), sep='/')
     arrays = {name: np.array(value, np.float32, order='C') for name, value in flat.items()}
     save_file(arrays, directory / PARAMS_FILE, metadata={'format': FORMAT})
     content = {

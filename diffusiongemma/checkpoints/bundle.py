@@ -24,6 +24,7 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.transformer import Gemma
+from diffusiongemma.parallel import processes
 
 CONFIG_FILE = 'config.json'
 PARAMS_FILE = 'params.safetensors'
@@ -51,7 +52,7 @@ def save_bundle(
     about: Mapping[str, Any] | None = None,
     base: str | None = None,
 ) -> None:
-    """Writes a bundle.
+    """Writes a bundle; of several processes all call it and one of them writes.
 
     Args:
       directory: is created; the files of an older bundle in it are replaced.
@@ -62,8 +63,11 @@ def save_bundle(
       about: JSON values on how the model was made.
       base: path, from `directory`, of a bundle with the parameters that `params` lacks.
     """
+    flat = flatten_dict(processes.on_host(params), sep='/')
+    if not processes.is_writer():
+        processes.as_writer_says(None)  # it is written
+        return
     directory.mkdir(parents=True, exist_ok=True)
-    flat = flatten_dict(jax.device_get(params), sep='/')
     # safetensors writes the memory as it lies: another order than C would scramble the array.
     arrays = {
         name: np.array(value, dtype or value.dtype, order='C') for name, value in flat.items()
@@ -76,6 +80,7 @@ def save_bundle(
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
     tokenizer.save(directory / TOKENIZER_FILE)
     partial.replace(directory / PARAMS_FILE)
+    processes.as_writer_says(None)
 
 
 def load_bundle(

@@ -34,7 +34,8 @@ def load_model(
 
     Args:
       path: 'builtin' (the shipped student), 'builtin-teacher', a bundle, the workdir of a run
-        (the model that it exported, else the averaged parameters of its newest checkpoint),
+        (the model that it exported, else the averaged parameters of its newest checkpoint), one
+        of its checkpoints (WORKDIR/checkpoints/STEP),
         a directory in the published format (config.json and safetensors), one of Google's
         orbax checkpoints (see `orbax_import`), or adapters, which are merged into their base.
       dtype: of the parameters and the computation; None keeps the parameters as they are stored
@@ -56,7 +57,10 @@ def load_model(
     if bundle.is_bundle(directory):
         model, params = bundle.load_bundle(directory, dtype, mesh)
     elif (directory / CHECKPOINTS_DIR).is_dir():
-        model, params = _load_run(directory, dtype, mesh)
+        model, params = _load_run(directory, None, dtype, mesh)
+    elif directory.parent.name == CHECKPOINTS_DIR and directory.name.isdigit():
+        step, directory = int(directory.name), directory.parents[1]
+        model, params = _load_run(directory, step, dtype, mesh)
     elif orbax_import.is_orbax(directory):
         model, params = orbax_import.load_orbax(directory, dtype, mesh)
     else:
@@ -83,9 +87,11 @@ def model_directory(path: str | Path) -> Path:
     return exported if bundle.is_bundle(exported) else directory
 
 
-def _load_run(workdir: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> tuple[Gemma, dict]:
-    """The averaged parameters of a run's newest checkpoint, and their model."""
-    step, about, ema_params = read_ema(workdir)
+def _load_run(
+    workdir: Path, step: int | None, dtype: Any, mesh: jax.sharding.Mesh | None
+) -> tuple[Gemma, dict]:
+    """The averaged parameters of a run's checkpoint, or its newest, and their model."""
+    step, about, ema_params = read_ema(workdir, step)
     if 'model' not in about:
         raise ValueError(
             f'the checkpoint of step {step} in {workdir} does not say which model it is of; '

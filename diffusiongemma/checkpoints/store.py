@@ -1,7 +1,8 @@
 """Training checkpoints: orbax, asynchronous, with the place in the data beside the state."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from flax.traverse_util import flatten_dict
 from diffusiongemma.models.config import ModelConfig
 
 CHECKPOINTS_DIR = 'checkpoints'
+policies = ocp.checkpoint_managers
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint can't be written or read; the message says what to do."""
 
 
 def describe_model(config: ModelConfig, tokenizer_hash: str) -> dict[str, Any]:
@@ -24,7 +30,7 @@ class CheckpointStore:
 
     A checkpoint holds the training state, the JSON state of the data iterator and what the run
     says about its model. It appears only when it is complete: an interrupted save leaves the
-    ones before it untouched.
+    ones before it untouched, and what it left behind is deleted by the next run.
     """
 
     def __init__(
@@ -32,12 +38,14 @@ class CheckpointStore:
         workdir: Path | str,
         max_to_keep: int = 2,
         about: Mapping[str, Any] | None = None,
+        best_metric: str = '',
     ):
         """Opens the checkpoints of `workdir`, which need not exist yet.
 
         Args:
           workdir: of the run.
           max_to_keep: older checkpoints are deleted.
+          best_metric: name of a metric; the checkpoint at which it was lowest is kept too.
           about: JSON values, from `describe_model`; `restore` refuses a checkpoint that says
             something else, and `load_model` needs it to open a run that is not finished.
         """
@@ -45,7 +53,11 @@ class CheckpointStore:
         self._about = dict(about or {})
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_keep(max_to_keep, best_metric),
+                create=True,
+                cleanup_tmp_directories=True,
+            ),
         )
 
     @property
@@ -53,11 +65,24 @@ class CheckpointStore:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, data_state: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_state: dict[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Starts saving; returns once the state is copied off the device.
+
+        Args:
+          step: of the state.
+          state: a pytree of arrays.
+          data_state: JSON values.
+          metrics: at that step; the best one is found among them.
 
         Raises:
           ValueError: there is a checkpoint of this step or a later one, which would win.
+          CheckpointError: this one, or the one before it, can't be written.
         """
         latest = self.latest_step
         if latest is not None and step <= latest:
@@ -65,18 +90,51 @@ class CheckpointStore:
                 f'step {step} cannot be saved: {self.directory} has step {latest} already. '
                 'Resume from it, or use another workdir.'
             )
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(data_state),
-                about=ocp.args.JsonSave(self._about),
-            ),
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                metrics=None if metrics is None else dict(metrics),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave(data_state),
+                    about=ocp.args.JsonSave(self._about),
+                ),
+            )
 
     def wait(self) -> None:
-        """Blocks until everything that was handed to `save` is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until everything that was handed to `save` is on disk.
+
+        Raises:
+          CheckpointError: it can't be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def finishing_saves(self) -> Iterator[None]:
+        """Around training: what was handed to `save` gets to disk, whatever ends the training."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(CheckpointError):  # the first error is the one to see
+                self.wait()
+            raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of orbax, tensorstore or the system, from this or a thread
+            complete = [step for step in self._manager.all_steps() if self._is_complete(step)]
+            kept = f'The last complete one is of step {max(complete)}' if complete else 'None is'
+            raise CheckpointError(
+                f'a checkpoint in {self.directory} was not written: {_in_short(error)} '
+                f'{kept} there. Make room if the disk is full, and start again with the same '
+                'workdir to go on.'
+            ) from error
+
+    def _is_complete(self, step: int) -> bool:
+        return (self.directory / str(step) / 'state').is_dir()
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """The newest checkpoint as (state, data state).
@@ -88,28 +146,46 @@ class CheckpointStore:
           FileNotFoundError: there is no complete checkpoint.
           ValueError: the checkpoint is of another model or tokenizer, or an array has another
             shape than asked for; the message names the field or the array.
+          CheckpointError: the checkpoint is damaged.
         """
         step = self.latest_step
         if step is None:
             raise FileNotFoundError(
                 f'no complete checkpoint in {self.directory}; check the path, or train first.'
             )
-        _check_same(self._about, _read_about(self.directory / str(step)), self.directory, step)
-        self._check_shapes(step, abstract_state)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
-            ),
-        )
+        with self._reading(step):
+            about = _read_about(self.directory / str(step))
+            saved = _saved_shapes(self.directory / str(step))
+        _check_same(self._about, about, self.directory, step)
+        self._check_shapes(step, saved, abstract_state)
+        with self._reading(step):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+                ),
+            )
         return restored.state, restored.data
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever orbax stumbles over
+            others = [other for other in self._manager.all_steps() if other < step]
+            then = f'go on from step {max(others)}' if others else 'start afresh'
+            raise CheckpointError(
+                f'the checkpoint {self.directory / str(step)} is damaged: {_in_short(error)} '
+                f'Delete that directory to {then}.'
+            ) from error
 
     def close(self) -> None:
         """Waits for saves and frees the threads."""
         self._manager.close()
 
-    def _check_shapes(self, step: int, abstract_state: Any) -> None:
-        saved = _saved_shapes(self.directory / str(step))
+    def _check_shapes(
+        self, step: int, saved: Mapping[str, tuple[int, ...]], abstract_state: Any
+    ) -> None:
         wanted = {_name(path): leaf.shape for path, leaf in _leaves(abstract_state)}
         problems = [
             f'{name}: saved {saved.get(name, "nothing")}, expected {wanted.get(name, "nothing")}'
@@ -120,28 +196,57 @@ class CheckpointStore:
             raise ValueError(_misfit(self.directory, step, problems))
 
 
-def read_ema(workdir: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """The averaged parameters of a run's newest complete checkpoint, on one device.
+def _keep(max_to_keep: int, best_metric: str) -> policies.PreservationPolicy:
+    """The newest checkpoints, and the one with the lowest metric."""
+    newest = policies.LatestN(max_to_keep)
+    if not best_metric:
+        return newest
+
+    def value(metrics: Mapping[str, float]) -> float:
+        if best_metric not in metrics:
+            raise ValueError(
+                f'train.best_metric={best_metric!r} is no metric of this run; there are '
+                f'{sorted(metrics)}.'
+            )
+        return metrics[best_metric]
+
+    best = policies.BestN(
+        get_metric_fn=value, reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    return policies.AnyPreservationPolicy([newest, best])
+
+
+def _in_short(error: Exception) -> str:
+    """The first line of a message, without the source lines of C++ that some end with."""
+    line = (str(error).splitlines() or [''])[0] or type(error).__name__
+    return line.split(' [source')[0][:300].rstrip('. ') + '.'
+
+
+def read_ema(workdir: Path, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """The averaged parameters of a run's complete checkpoint, on one device.
 
     Args:
       workdir: of a run, finished or not.
+      step: of the checkpoint; None for the newest.
 
     Returns:
       Its step, its `about`, and the parameters as a nested dict.
 
     Raises:
-      FileNotFoundError: there is no complete checkpoint.
+      FileNotFoundError: there is no such complete checkpoint.
     """
     directory = Path(workdir).absolute() / CHECKPOINTS_DIR
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    step = None
+    steps = []
     if directory.is_dir():
         with ocp.CheckpointManager(directory, options=options) as manager:
-            step = manager.latest_step()
-    if step is None:
+            steps = sorted(manager.all_steps())
+    if not steps or step not in (None, *steps):
         raise FileNotFoundError(
-            f'no complete checkpoint in {directory}; check the path, or train first.'
+            f'no complete checkpoint {"" if step is None else f"of step {step} "}in {directory}; '
+            'check the path, or train first.'
         )
+    step = steps[-1] if step is None else step
     # Whatever the run was spread over, here one device is enough to say where arrays go.
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.PyTreeCheckpointer() as checkpointer:

@@ -15,7 +15,7 @@ from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.teacher import TopKDistribution
 from diffusiongemma.models.transformer import Gemma
-from diffusiongemma.parallel import batch_sharding, param_shardings
+from diffusiongemma.parallel import batch_sharding, param_shardings, processes
 from diffusiongemma.sampling import Sampler, SamplingConfig, decode_responses, pad_prompts
 
 Example = dict[str, Any]
@@ -77,7 +77,7 @@ class Answerer:
             )
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self._rows = batch_sharding(mesh, config.batch_size)
-        self._params = jax.device_put(params, param_shardings(model, mesh))
+        self._params = processes.in_shards(params, param_shardings(model, mesh))
         self._key = jax.random.key(seed)
         sampling = SamplingConfig.for_tokenizer(
             tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature
@@ -119,11 +119,10 @@ class Answerer:
             return [], 0
         prompts = [self._tokenizer.format_prompt(row['prompt']) for row in rows]
         tokens, lengths = self._padded(prompts)
-        indices = self._filled([row['index'] for row in rows])
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self._key, jnp.asarray(indices))
-        arguments = jax.device_put((tokens, lengths, keys), self._rows)
-        output = self._sampler(self._params, *arguments[:2], rng=arguments[2])
-        output = jax.device_get(output)
+        indices = np.asarray(self._filled([row['index'] for row in rows]), np.int32)
+        tokens, lengths, indices = processes.in_shards((tokens, lengths, indices), self._rows)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self._key, indices)
+        output = processes.on_host(self._sampler(self._params, tokens, lengths, rng=keys))
         texts = decode_responses(self._tokenizer, output)
         last = output.tokens[np.arange(len(texts)), output.lengths - 1]
         ended = [
@@ -159,9 +158,9 @@ class Answerer:
         width = -(-longest // multiple) * multiple  # few shapes compile
         first = self._filled([document.prompt_length - 1 for document in documents])
         places = np.minimum(np.asarray(first)[:, None] + np.arange(width), tokens.shape[1] - 1)
-        tokens, places = jax.device_put((tokens, places), self._rows)
+        tokens, places = processes.in_shards((tokens, places), self._rows)
         said = top_k_at(self._model, self._params, tokens, places, self._config.top_k_logits)
-        return jax.device_get(said)
+        return processes.on_host(said)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [batch_size, multiple of prompt_multiple] and lengths; the last row fills up."""

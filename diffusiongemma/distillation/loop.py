@@ -1,6 +1,7 @@
 """The training loop that teacher training and distillation share."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ import jax
 import numpy as np
 from absl import logging
 
+from diffusiongemma.accounting.flops import count_flops
 from diffusiongemma.checkpoints.store import CheckpointStore
+from diffusiongemma.distillation.guard import LossGuard, Preempted, Preemption
 from diffusiongemma.distillation.reporting import Reporter
 from diffusiongemma.distillation.state import TrainState
-from diffusiongemma.parallel import init_sharded, state_shardings
+from diffusiongemma.distillation.throughput import PROFILE_DIR, Throughput, Trace
+from diffusiongemma.parallel import init_sharded, processes, state_shardings
 
 StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -25,18 +29,29 @@ class LoopConfig:
       num_steps: optimizer steps.
       report_every: steps between reports; metrics are fetched from the device only then.
       checkpoint_every: steps between checkpoints; the last step is always saved.
-      max_to_keep: checkpoints kept.
+      max_to_keep: newest checkpoints that are kept.
+      best_metric: a metric, such as 'loss'; the checkpoint at which it was lowest is kept besides.
+      max_loss_increase: nats per token above the lowest loss so far at which the run stops.
+      profile_steps: steps that are traced for xprof, to `workdir`/profile; 0 for none.
     """
 
     num_steps: int
     report_every: int = 20
     checkpoint_every: int = 200
     max_to_keep: int = 2
+    best_metric: str = ''
+    max_loss_increase: float = 10.0
+    profile_steps: int = 0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f'{field.name} must be >= 1, got {getattr(self, field.name)}.')
+        for name in ('num_steps', 'report_every', 'checkpoint_every', 'max_to_keep'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} must be >= 1, got {getattr(self, name)}.')
+        if self.max_loss_increase <= 0 or self.profile_steps < 0:
+            raise ValueError(
+                f'max_loss_increase must be > 0 and profile_steps >= 0, got '
+                f'{self.max_loss_increase} and {self.profile_steps}.'
+            )
 
 
 def fit(
@@ -49,6 +64,7 @@ def fit(
     workdir: Path,
     description: str,
     batch_sharding: jax.sharding.Sharding,
+    batch_size: int,
 ) -> TrainState:
     """Trains until `config.num_steps`, from wherever `state` and `batches` stand.
 
@@ -61,27 +77,51 @@ def fit(
       workdir: for TensorBoard files.
       description: shown in front of the progress bar.
       batch_sharding: where batches are put.
+      batch_size: rows of a batch, over all processes.
 
     Returns:
       The state after the last step.
 
     Raises:
-      FloatingPointError: the loss is not finite; nothing is saved from that interval.
+      FloatingPointError: the loss is not finite or exploded; nothing is saved from that interval.
+      Preempted: SIGTERM came; the state is saved.
+      CheckpointError: a checkpoint can't be written.
     """
     first_step = int(state.step)
-    with Reporter(workdir, description, first_step, config.num_steps) as reporter:
+    guard, steps_metrics = LossGuard(config.max_loss_increase), []
+    throughput = Throughput(functools.partial(count_flops, train_step))
+    trace = Trace(workdir / PROFILE_DIR, first_step, config.profile_steps)
+    reporter = Reporter(workdir, description, first_step, config.num_steps)
+    with store.finishing_saves(), reporter, trace, Preemption() as preemption:
         for step in range(first_step + 1, config.num_steps + 1):
-            batch = next(batches)
-            state, metrics = train_step(state, jax.device_put(batch, batch_sharding))
-            is_last = step == config.num_steps
-            save = is_last or step % config.checkpoint_every == 0
+            with throughput.waiting_for_data():
+                batch = processes.global_batch(next(batches), batch_sharding, batch_size)
+            throughput.add(state, batch)
+            with trace.step(step):
+                state, metrics = train_step(state, batch)
+            steps_metrics.append(metrics)
+            stop = preemption.reached(step)
+            save = stop or step == config.num_steps or step % config.checkpoint_every == 0
             if save or step % config.report_every == 0:
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                reporter.report(step, values, tokens_per_step=batch['tokens'].size)
+                rows = [_floats(row) for row in jax.device_get(steps_metrics)]
+                guard.check(step + 1 - len(rows), rows)
+                reporter.report(step, rows[-1], throughput.measure())
+                steps_metrics = []
             if save:
-                store.save(step, state, batches.get_state())
+                places = processes.gather_json(batches.get_state())
+                store.save(step, state, {'processes': places}, rows[-1])
+            if stop and step < config.num_steps:
+                store.wait()
+                raise Preempted(
+                    f'stopped by SIGTERM; step {step} is saved. Start again with the same workdir '
+                    'to go on from it.'
+                )
     store.wait()
     return state
+
+
+def _floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def start_or_resume(
@@ -109,6 +149,13 @@ def start_or_resume(
         shardings,
     )
     state, data_state = store.restore(abstract)
-    batches.set_state(data_state)
+    places = data_state.get('processes', [data_state])  # one alone was saved as it is
+    if len(places) != jax.process_count():
+        raise ValueError(
+            f'{store.directory} was written by {len(places)} processes, and now there are '
+            f'{jax.process_count()}: their places in the data mean nothing to these. Start as '
+            'many, or use another workdir.'
+        )
+    batches.set_state(places[jax.process_index()])
     logging.info('resuming from step %d of %s', store.latest_step, store.directory)
     return state

@@ -1,7 +1,6 @@
 """Progress in the terminal, metrics on TensorBoard and in metrics.jsonl."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
+from diffusiongemma.parallel import processes
+
 METRICS_FILE = 'metrics.jsonl'
 
 
@@ -27,12 +28,14 @@ class Reporter:
 
     A progress bar (loss, tokens/s, ETA) where stdout is a terminal, a log line every report
     elsewhere; scalars go to TensorBoard event files in `workdir`/tensorboard, and as one JSON
-    row per report to `workdir`/metrics.jsonl.
+    row per report to `workdir`/metrics.jsonl. Of several processes the writer alone does so.
     """
 
     def __init__(self, workdir: Path, description: str, first_step: int, num_steps: int):
-        self._writer = SummaryWriter(str(workdir / 'tensorboard'))
-        self._metrics_file = open(workdir / METRICS_FILE, 'a', encoding='utf-8')
+        self._writes = processes.is_writer()
+        if self._writes:
+            self._writer = SummaryWriter(str(workdir / 'tensorboard'))
+            self._metrics_file = open(workdir / METRICS_FILE, 'a', encoding='utf-8')
         self._num_steps = num_steps
         self._last_step, self._last_time = first_step, time.perf_counter()
         self._progress = _progress_bar()
@@ -47,32 +50,25 @@ class Reporter:
 
     def __exit__(self, *unused) -> None:
         self._progress.stop()
-        self._writer.close()
-        self._metrics_file.close()
+        if self._writes:
+            self._writer.close()
+            self._metrics_file.close()
 
-    def report(self, step: int, metrics: Mapping[str, float], tokens_per_step: int) -> None:
-        """Shows and writes the metrics after `step` steps.
-
-        Raises:
-          FloatingPointError: a metric is not finite.
-        """
-        bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
-        if bad:
-            raise FloatingPointError(
-                f'{", ".join(bad)} is not finite at step {step}. Training stopped; the last '
-                'checkpoint is kept. Lower the learning rate or the clip norm and start again '
-                'with the same workdir to go on from it.'
-            )
+    def report(
+        self, step: int, metrics: Mapping[str, float], throughput: Mapping[str, float]
+    ) -> None:
+        """Shows and writes the metrics after `step` steps, and how fast these were."""
+        if not self._writes:
+            return
         now = time.perf_counter()
         elapsed, steps = now - self._last_time, step - self._last_step
         self._last_step, self._last_time = step, now
-        tokens_per_second = steps * tokens_per_step / max(elapsed, 1e-9)
-        scalars = {**metrics, 'tokens_per_second': tokens_per_second}
+        scalars = {**metrics, **throughput}
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
         self._metrics_file.write(json.dumps({'step': step, **scalars}) + '\n')
         self._metrics_file.flush()
-        status = f'loss {metrics["loss"]:.4f}  {tokens_per_second:,.0f} tok/s'
+        status = f'loss {metrics["loss"]:.4f}  {throughput["tokens_per_second"]:,.0f} tok/s'
         self._progress.update(self._task, completed=step, status=status)
         if self._progress.disable:
             remaining = (self._num_steps - step) * elapsed / max(steps, 1)
@@ -131,7 +127,7 @@ def _progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(file=sys.stdout),
-        disable=not sys.stdout.isatty(),
+        disable=not (sys.stdout.isatty() and processes.is_writer()),
     )
 
 

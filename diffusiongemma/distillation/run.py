@@ -53,7 +53,7 @@ from diffusiongemma.evaluation.report import (
 from diffusiongemma.evaluation.sweep import Grid, summary, sweep, write_csv
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
-from diffusiongemma.parallel import make_mesh, param_shardings
+from diffusiongemma.parallel import make_mesh, param_shardings, processes
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
 CONFIG_KEYS = (
@@ -92,12 +92,14 @@ class Teacher:
 
     def on_host(self) -> 'Teacher':
         """The same with its parameters in host memory."""
-        return dataclasses.replace(self, params=jax.device_get(self.params))
+        return dataclasses.replace(self, params=processes.on_host(self.params))
 
     def on_devices(self, mesh: jax.sharding.Mesh | None) -> 'Teacher':
         """The same with its parameters in their shards, or on one device without a mesh."""
         shardings = None if mesh is None else param_shardings(self.model, mesh)
-        return dataclasses.replace(self, params=jax.device_put(self.params, shardings))
+        if shardings is None:
+            return dataclasses.replace(self, params=jax.device_put(self.params))
+        return dataclasses.replace(self, params=processes.in_shards(self.params, shardings))
 
 
 def distill(config: ConfigDict, workdir: Path) -> Comparison:
@@ -159,9 +161,12 @@ def load_teacher(config: ConfigDict) -> Teacher:
 
 
 def _mesh_to_load_on(config: ConfigDict) -> jax.sharding.Mesh | None:
-    """The run's mesh where it splits parameters; a copy on one device serves where it does not."""
+    """The run's mesh where it splits parameters or has devices of several processes.
+
+    Elsewhere a copy on one device serves.
+    """
     mesh = make_mesh(config.mesh)
-    return mesh if mesh.size > mesh.shape['data'] else None
+    return mesh if mesh.size > mesh.shape['data'] or jax.process_count() > 1 else None
 
 
 def _placed(config: ConfigDict, model: Gemma) -> Gemma:
@@ -198,6 +203,19 @@ def objectives(config: ConfigDict, tokenizer: Tokenizer) -> list[tuple[Objective
     return [(objective, min(end, last_step)) for objective, end in stages]
 
 
+def student_model(config: ConfigDict, teacher: Gemma) -> DiffusionGemma:
+    """The student that `config` makes of an AR Gemma."""
+    return DiffusionGemma(
+        teacher.config.replace(
+            canvas_length=config.canvas_length,
+            separate_denoiser=config.separate_denoiser,
+            predict_next=config.predict_next,
+            denoise_dtype=config.denoise_dtype,
+        ),
+        teacher.dtype,
+    )
+
+
 def train_student(
     config: ConfigDict, teacher: Teacher, targets: DataSpec, workdir: Path
 ) -> tuple[DiffusionGemma, TrainState]:
@@ -208,19 +226,11 @@ def train_student(
     shape = run_config.build(BatchConfig, config.data, 'data')
     top_k = run_config.build(TargetsConfig, config.targets, 'targets').top_k_logits
     stages = objectives(config, teacher.tokenizer)
-    model = DiffusionGemma(
-        teacher.model.config.replace(
-            canvas_length=config.canvas_length,
-            separate_denoiser=config.separate_denoiser,
-            predict_next=config.predict_next,
-            denoise_dtype=config.denoise_dtype,
-        ),
-        teacher.model.dtype,
-    )
+    model = student_model(config, teacher.model)
     mesh, compute = make_mesh(config.mesh), ComputeConfig.of(config)
     model = compute.place(model, mesh)
     teacher = dataclasses.replace(teacher, model=compute.place(teacher.model, mesh))
-    teacher_params = jax.device_put(teacher.params, param_shardings(teacher.model, mesh))
+    teacher_params = processes.in_shards(teacher.params, param_shardings(teacher.model, mesh))
     lora = lora_student(config, model)
     if lora is None:
         frozen = frozen_params(model.config, teacher_params)
@@ -243,12 +253,14 @@ def train_student(
 
     source = teacher_params
     if config.init:
-        source = jax.device_put(load_student(config, model), param_shardings(model, mesh))
+        source = processes.in_shards(load_student(config, model), param_shardings(model, mesh))
 
+    rows = compute.batch_sharding(mesh, shape.batch_size)
+    part, parts = processes.data_shard(rows, shape.batch_size)
     batches = make_train_iterator(
         targets,
         teacher.tokenizer,
-        batch_size=shape.batch_size,
+        batch_size=shape.batch_size // parts,
         row_length=shape.row_length,
         canvases_per_row=shape.canvases_per_row,
         canvas_length=config.canvas_length,
@@ -256,15 +268,17 @@ def train_student(
         random_offset_rate=shape.random_offset_rate,
         one_canvas=shape.one_canvas,
         top_k=top_k,
+        process_index=part,
+        process_count=parts,
     )
     about = describe_model(model.config, teacher.tokenizer.content_hash)
     if lora is not None:
         about['lora'] = json.loads(json.dumps(dataclasses.asdict(lora.config)))
-    rows = compute.batch_sharding(mesh, shape.batch_size)
-    store = CheckpointStore(workdir, loop.max_to_keep, about)
+    store = CheckpointStore(workdir, loop.max_to_keep, about, loop.best_metric)
     state = start_or_resume(init, shardings, mesh, store, batches, source)
     del source, teacher_params  # `constants` has what the steps read
-    teacher.tokenizer.save(workdir / TOKENIZER_FILE)
+    if processes.is_writer():
+        teacher.tokenizer.save(workdir / TOKENIZER_FILE)
     if constants.student:  # checkpoints hold the trained part only
         save_bundle(workdir / BASE_DIR, teacher.model.config, teacher.params, teacher.tokenizer)
     for objective, last_step in stages:
@@ -291,6 +305,7 @@ def train_student(
             workdir=workdir,
             description=type(objective).__name__.lower(),
             batch_sharding=rows,
+            batch_size=shape.batch_size,
         )
     store.close()
     return model, state
@@ -405,6 +420,8 @@ def sweep_student(config: ConfigDict, checkpoint: str | Path, output: Path) -> d
 def evaluate_run(config: ConfigDict, teacher: Teacher, workdir: Path) -> Comparison:
     """Evaluates the exported student; prints the table and samples, writes plot and numbers."""
     comparison, examples, by_teacher, by_student = compare_with_teacher(config, teacher, workdir)
+    if not processes.is_writer():
+        return comparison
     console = Console()
     print_samples(console, examples[:3], by_teacher[:3], by_student[:3])
     console.print(comparison_table(comparison))

@@ -21,6 +21,7 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.answers import Answerer, TargetsConfig
 from diffusiongemma.distillation.reporting import AnswerProgress
 from diffusiongemma.models.transformer import Gemma
+from diffusiongemma.parallel import processes
 
 SHARD_SIZE = 1024  # prompts per file
 MADE_FROM_FILE = 'made_from.json'
@@ -61,20 +62,21 @@ def write_targets(
         return config.source  # as it is
     source = load_source(config.source)
     made_from = _made_from(params, tokenizer, source, config, seed)
-    directory.mkdir(parents=True, exist_ok=True)
+    processes.check_shared(directory)
     _check_made_alike(directory / MADE_FROM_FILE, made_from)
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     name = f'targets_{digest[:16]}'  # a training run tells its data by their name
     counts_file = directory / COUNTS_FILE
-    if not counts_file.exists():
+    if not processes.as_writer_says(counts_file.exists()):
         kept = _distinct(source) if config.sequence_level else list(range(len(source)))
         shards = [kept[first : first + SHARD_SIZE] for first in range(0, len(kept), SHARD_SIZE)]
         files = TargetFiles(directory, name, len(shards), config.top_k_logits)
         missing = [number for number in range(len(shards)) if not files.has(number)]
+        missing = processes.as_writer_says(missing)  # others may see a new file later
         if missing:
             answer = Answerer(model, params, tokenizer, config, mesh, seed)
             _write_shards(files, shards, missing, source, answer, config.batch_size)
-        answers = files.finish()
+        answers = processes.as_writer_says(files.finish() if processes.is_writer() else None)
         if not answers:
             raise ValueError(
                 f'no answer of the teacher ended within max_new_tokens={config.max_new_tokens}; '
@@ -88,6 +90,7 @@ def write_targets(
         }
         logging.info('targets: %s', ', '.join(f'{n} {key}' for key, n in counts.items()))
         _write_atomically(counts_file, json.dumps(counts) + '\n')
+        processes.as_writer_says(None)  # all go on once it is written
     return DataSpec(kind='tfds', name=name, path=str(directory))
 
 
@@ -124,7 +127,8 @@ def _write_shards(
                     'max_new_tokens or the positions of the teacher',
                     len(indices) - len(rows), len(indices),
                 )  # fmt: skip
-            files.write(number, rows)
+            if processes.is_writer():
+                files.write(number, rows)
 
 
 def _made_from(
@@ -134,7 +138,7 @@ def _made_from(
     digest = hashlib.sha256()
     for name, value in sorted(flatten_dict(params, sep='/').items()):
         digest.update(name.encode())
-        digest.update(np.asarray(value).tobytes())
+        digest.update(np.asarray(processes.on_host(value)).tobytes())
     spec = config.source
     identity = getattr(source, 'fingerprint', spec.describe())
     return {
@@ -150,10 +154,10 @@ def _made_from(
 
 
 def _check_made_alike(path: Path, made_from: dict[str, Any]) -> None:
-    if not path.exists():
+    before = processes.as_writer_says(json.loads(path.read_text()) if path.exists() else None)
+    if before is None:
         _write_atomically(path, json.dumps(made_from, indent=2) + '\n')
         return
-    before = json.loads(path.read_text('utf-8'))
     differing = sorted(key for key in made_from if before.get(key) != made_from[key])
     if differing:
         raise ValueError(
@@ -163,6 +167,8 @@ def _check_made_alike(path: Path, made_from: dict[str, Any]) -> None:
 
 
 def _write_atomically(path: Path, text: str) -> None:
+    if not processes.is_writer():
+        return
     partial = path.with_name(path.name + '.partial')
     partial.write_text(text, encoding='utf-8')
     partial.replace(path)

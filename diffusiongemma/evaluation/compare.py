@@ -12,6 +12,7 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.evaluation.metrics import SampleMeasures, exact_match, sample_measures
 from diffusiongemma.evaluation.scoring import response_log_probs
 from diffusiongemma.evaluation.tasks import accuracy
+from diffusiongemma.parallel import processes
 from diffusiongemma.sampling import Sampler, decode_responses, pad_prompts
 from diffusiongemma.sampling.state import SamplerOutput
 
@@ -294,4 +295,4 @@ def _run(
 ) -> SamplerOutput:
     prompts = [tokenizer.format_prompt(example['prompt']) for example in examples]
     tokens, lengths = pad_prompts(prompts, tokenizer.pad_id, multiple=config.prompt_multiple)
-    return sampler(params, tokens, lengths, rng=keys)
+    return processes.on_host(sampler(params, tokens, lengths, rng=keys))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma.parallel import processes
 from diffusiongemma.sampling import pad_prompts
 from diffusiongemma.sampling.passes import CausalModel
 
@@ -39,7 +40,7 @@ def response_log_probs(
         rows = slice(first, first + batch_size)
         pairs = list(zip(prompts[rows], responses[rows], strict=True))
         tokens, lengths = pad_prompts([[*p, *r] for p, r in pairs], multiple=multiple)
-        batch = np.asarray(_next_token_log_probs(model, params, tokens, lengths))
+        batch = processes.on_host(_next_token_log_probs(model, params, tokens, lengths))
         for row, (prompt, response) in zip(batch, pairs, strict=True):
             log_probs.append(row[len(prompt) - 1 : len(prompt) - 1 + len(response)])
     return log_probs

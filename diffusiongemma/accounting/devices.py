@@ -1,0 +1,53 @@
+"""Published figures of accelerators, for utilisation and roofline times.
+
+TPU: https://cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e (specifications of a chip: peak
+compute in bf16, HBM capacity and bandwidth, inter-chip interconnect). The interconnect is that of
+all links of a chip together in one direction, in bytes. GPU: the data sheets of NVIDIA's A100,
+H100 SXM and H200 SXM (dense bf16, no sparsity).
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceFigures:
+    """What one device can do at best.
+
+    Attributes:
+      name: as people call it.
+      peak_flops: bf16 matrix products, FLOP/s.
+      hbm_bytes: memory.
+      hbm_bandwidth: of that memory, bytes/s.
+      link_bandwidth: to other devices, all links in one direction, bytes/s.
+    """
+
+    name: str
+    peak_flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+
+
+# By the beginning of jax's `device_kind`; the longest that fits counts.
+_FIGURES = {
+    'TPU v5 lite': DeviceFigures('v5e', 197e12, 16e9, 819e9, 200e9),
+    'TPU v5': DeviceFigures('v5p', 459e12, 95e9, 2765e9, 600e9),
+    'TPU v6 lite': DeviceFigures('v6e', 918e12, 32e9, 1640e9, 448e9),
+    'NVIDIA A100': DeviceFigures('A100', 312e12, 80e9, 2039e9, 300e9),
+    'NVIDIA H100': DeviceFigures('H100', 989e12, 80e9, 3350e9, 450e9),
+    'NVIDIA H200': DeviceFigures('H200', 989e12, 141e9, 4800e9, 450e9),
+}
+
+
+def figures_of(device_kind: str) -> DeviceFigures | None:
+    """The figures of a device by its jax `device_kind`, or None where they are not in the table."""
+    fitting = [kind for kind in _FIGURES if device_kind.startswith(kind)]
+    return _FIGURES[max(fitting, key=len)] if fitting else None
+
+
+def figures_named(name: str) -> DeviceFigures:
+    """The figures of a device by its short name, 'v5e' or 'H200'; raises ValueError elsewhere."""
+    by_name = {figures.name: figures for figures in _FIGURES.values()}
+    if name not in by_name:
+        raise ValueError(f'unknown device {name!r}; known: {sorted(by_name)}.')
+    return by_name[name]

@@ -1,0 +1,97 @@
+"""Counts the floating point operations of a function from what jax traces, without running it.
+
+XLA's own count takes the body of a loop once, so that layers in a scan would count as one layer.
+Here a scan counts as often as it runs. Matrix products alone are counted, as model FLOPs usually
+are (PaLM, arXiv:2204.02311, appendix B).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+
+class Flops(NamedTuple):
+    """Operations of a function over all devices; a multiplication and an addition are two.
+
+    Attributes:
+      model: without what rematerialisation computes a second time.
+      recomputed: that.
+    """
+
+    model: float
+    recomputed: float
+
+    def __add__(self, other: 'Flops') -> 'Flops':  # type: ignore[override]
+        return Flops(self.model + other.model, self.recomputed + other.recomputed)
+
+    def times(self, factor: float) -> 'Flops':
+        return Flops(self.model * factor, self.recomputed * factor)
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> Flops:
+    """FLOPs of `function(*args)`; arrays or ShapeDtypeStructs do for the arguments.
+
+    The body of a while loop counts once, and of a conditional the branch that costs most.
+    """
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _of_jaxpr(jaxpr: Any) -> Flops:
+    return sum((_of_equation(equation) for equation in jaxpr.eqns), Flops(0.0, 0.0))
+
+
+def _of_equation(equation: Any) -> Flops:
+    name, params = equation.primitive.name, equation.params
+    if name == 'dot_general':
+        return _split(equation, _dot_flops(equation))
+    if name.startswith('ragged_dot'):
+        return _split(equation, _ragged_dot_flops(equation))
+    if name == 'pallas_call':
+        estimate = params.get('cost_estimate')
+        return _split(equation, float(estimate.flops) if estimate else 0.0)
+    inner = [_of_jaxpr(jaxpr) for jaxpr in _inner_jaxprs(params)]
+    if not inner:
+        return Flops(0.0, 0.0)
+    if name == 'cond':
+        return max(inner)
+    total = sum(inner, Flops(0.0, 0.0))
+    if name == 'scan':
+        return total.times(params['length'])
+    if name == 'shard_map':  # its shapes are those of one device
+        axes = params.get('newly_manual_axes') or params['manual_axes']  # the newer name first
+        return total.times(math.prod(params['mesh'].shape[axis] for axis in axes))
+    return total
+
+
+def _split(equation: Any, flops: float) -> Flops:
+    again = 'rematted_computation' in str(equation.source_info.name_stack)
+    return Flops(0.0, flops) if again else Flops(flops, 0.0)
+
+
+def _dot_flops(equation: Any) -> float:
+    (contracted, _), _ = equation.params['dimension_numbers']
+    lhs = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
+
+
+def _ragged_dot_flops(equation: Any) -> float:
+    """Each row is multiplied with the matrix of its own group alone."""
+    numbers = equation.params['ragged_dot_dimension_numbers']
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    lhs, out = (var.aval.shape for var in (equation.invars[0], equation.outvars[0]))
+    flops = 2.0 * math.prod(out) * math.prod(lhs[i] for i in contracted)
+    if set(numbers.lhs_ragged_dimensions) & set(contracted):  # the groups share the rows
+        flops /= equation.invars[2].aval.shape[-1]
+    return flops
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item

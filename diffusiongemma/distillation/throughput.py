@@ -1,0 +1,106 @@
+"""How fast a run is, and how much of the devices it uses."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from diffusiongemma.accounting.devices import figures_of
+from diffusiongemma.accounting.flops import Flops
+from diffusiongemma.parallel import processes
+
+PROFILE_DIR = 'profile'  # in a workdir: xprof traces
+# Compiling and the first transfers would hide what a step does.
+_STEPS_BEFORE_TRACE = 2
+
+
+class Throughput:
+    """Measures the steps between two reports.
+
+    Model FLOPs are those of the step's matrix products, without what rematerialisation computes
+    again. MFU is their share of the devices' published peak in bf16; it is left out where that is
+    not known, as on a CPU.
+    """
+
+    def __init__(self, count: Callable[..., Flops]):
+        """`count` gives the FLOPs of a step from its arguments; it is asked once."""
+        self._count = count
+        self._flops: float | None = None
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._tokens = self._steps = 0
+        figures = figures_of(jax.devices()[0].device_kind)
+        self._peak = figures and figures.peak_flops * jax.device_count()
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around what fetches a batch."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def add(self, state: Any, batch: dict[str, jax.Array]) -> None:
+        """A step on this batch begins."""
+        if self._flops is None:
+            self._flops = self._count(state, batch).model
+        self._tokens += batch['tokens'].size
+        self._steps += 1
+
+    def measure(self) -> dict[str, float]:
+        """Of the steps since the last call, which must have ended.
+
+        Returns:
+          'tokens_per_second' of all devices, 'data_wait_share' of the time of this process,
+          'model_tflops_per_step', and 'mfu' where the peak is known.
+        """
+        now = time.perf_counter()
+        elapsed = max(now - self._start, 1e-9)
+        measured = {
+            'tokens_per_second': self._tokens / elapsed,
+            'data_wait_share': self._waited / elapsed,
+            'model_tflops_per_step': self._flops / 1e12,
+        }
+        if self._peak:
+            measured['mfu'] = self._flops * self._steps / elapsed / self._peak
+        self._start, self._waited, self._tokens, self._steps = now, 0.0, 0, 0
+        return measured
+
+
+class Trace:
+    """An xprof trace of a few steps, written by process 0; open it with TensorBoard or xprof."""
+
+    def __init__(self, directory: Path, first_step: int, num_steps: int):
+        """Traces `num_steps` (0 for none) of a run that begins behind `first_step`."""
+        self._directory = directory
+        self._first = first_step + 1 + _STEPS_BEFORE_TRACE
+        self._end = self._first + num_steps
+        self._wanted = num_steps > 0 and processes.is_writer()
+        self._running = False
+
+    def __enter__(self) -> 'Trace':
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self._stop()
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around a step; the trace ends when the last of its steps has."""
+        if self._wanted and step == self._first:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+        elif self._running and step == self._end:
+            self._stop()
+        with jax.profiler.StepTraceAnnotation('train', step_num=step):
+            yield
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running = False
+            # What was started is still on its way to the devices.
+            jax.effects_barrier()
+            jax.block_until_ready(jax.live_arrays())
+            jax.profiler.stop_trace()

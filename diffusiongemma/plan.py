@@ -1,0 +1,88 @@
+r"""Says whether a config fits a TPU slice and what a step costs there, without a TPU.
+
+The real TPU compiler (pip install -e '.[plan]') compiles the distillation step, or the sampler,
+for the devices of a topology; nothing is allocated. The last line is JSON.
+
+  python -m diffusiongemma.plan --config=configs/gemma4_26b_a4b.py --topology=v5p:4x4x4 \
+    --config.mesh.fsdp=64 --config.data.batch_size=64
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from diffusiongemma import run_config
+from diffusiongemma.checkpoints.bundle import CONFIG_FILE
+from diffusiongemma.checkpoints.json_file import read_json
+from diffusiongemma.checkpoints.load import BUILTIN
+from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.presets import PRESETS
+from diffusiongemma.parallel import make_mesh
+from diffusiongemma.planning import compiler, programs
+from diffusiongemma.planning.report import as_json, print_plan
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
+_TOPOLOGY = flags.DEFINE_string('topology', None, 'TPU slice: v5e:4x4, v5p:2x2x2, v6e:8x8, ...')
+_WHAT = flags.DEFINE_enum('what', 'step', ['step', 'sampler'], 'What is compiled.')
+_MODEL = flags.DEFINE_string(
+    'model', None, "A preset; by default the config's teacher, or the preset of the config's name."
+)
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Rows of the sampler.')
+_PROMPT_LENGTH = flags.DEFINE_integer('prompt_length', 1024, 'Tokens of its prompts.')
+_PROGRAMS = flags.DEFINE_list('programs', None, 'Of the sampler only these, by name.')
+
+
+def teacher_config(config: ConfigDict, config_name: str, preset: str | None) -> ModelConfig:
+    """The architecture that is planned for; raises ValueError where nothing names it."""
+    if preset is None and config.teacher in BUILTIN:
+        return ModelConfig.from_dict(read_json(BUILTIN[config.teacher] / CONFIG_FILE)['model'])
+    name = preset or config_name
+    if name not in PRESETS:
+        raise ValueError(f'no preset {name!r}: give one of {sorted(PRESETS)} with --model.')
+    return PRESETS[name]
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    config = _CONFIG.value
+    name = Path(flags.FLAGS['config'].config_filename).stem
+    teacher = teacher_config(config, name, _MODEL.value)
+    devices, figures = compiler.topology_devices(_TOPOLOGY.value)
+    try:
+        mesh = make_mesh(config.mesh, devices)
+    except ValueError as error:
+        raise ValueError(
+            f'{_TOPOLOGY.value} has {len(devices)} devices: {error} For example '
+            f'--config.mesh.fsdp=-1.'
+        ) from error
+    if _WHAT.value == 'step':
+        planned = [programs.training_step(config, teacher, mesh)]
+    else:
+        planned = programs.sampler_programs(
+            config,
+            teacher,
+            mesh,
+            batch_size=_BATCH_SIZE.value,
+            prompt_length=_PROMPT_LENGTH.value,
+        )
+        names = [program.name for program in planned]
+        wanted = _PROGRAMS.value or names
+        if set(wanted) - set(names):
+            raise ValueError(f'--programs={wanted}: there are {names}.')
+        planned = [program for program in planned if program.name in wanted]
+    result = {'config': name, 'topology': _TOPOLOGY.value, 'device': dataclasses.asdict(figures)}
+    result |= {'mesh': dict(mesh.shape), 'programs': []}
+    for program in planned:
+        plan = compiler.compile_program(program, mesh, figures)
+        change = '' if plan.fits else compiler.advice(plan.kinds, figures, mesh, _WHAT.value)
+        print_plan(plan, figures, mesh, f'{name} on {_TOPOLOGY.value}', change)
+        result['programs'].append(as_json(plan, figures, mesh.size) | {'change': change})
+    print(json.dumps(result))
+
+
+if __name__ == '__main__':
+    flags.mark_flags_as_required(['config', 'topology'])
+    run_config.run_main(main)

@@ -1,0 +1,198 @@
+"""Compiles for TPUs that are not there, with the real compiler, and reads what it says."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from diffusiongemma.accounting.devices import DeviceFigures, figures_of
+from diffusiongemma.accounting.flops import Flops, count_flops
+from diffusiongemma.accounting.hlo import Collective, Program
+from diffusiongemma.planning.programs import PlannedProgram
+
+# libtpu asks these who it is; without them it looks for a TPU in this machine.
+_ENVIRONMENT = {
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_WORKER_ID': '0',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the compiler says of a program; sizes are bytes of one device.
+
+    Attributes:
+      name: of the program.
+      kinds: arguments by kind, from shapes and shardings.
+      arguments, outputs, aliased, temporaries, code: as the compiler lays them out; `aliased` is
+        what outputs share with arguments. None where the program does not fit.
+      needed: of HBM at the peak.
+      fits: whether that is there.
+      flops: of the whole program over all devices.
+      hbm_traffic: read and written by one device.
+      collectives: what one device sends.
+      tokens: that the program trains on or writes.
+      compile_seconds: it took.
+      error: what the compiler said where the program does not fit.
+    """
+
+    name: str
+    kinds: dict[str, float]
+    arguments: float | None
+    outputs: float | None
+    aliased: float | None
+    temporaries: float | None
+    code: float | None
+    needed: float
+    fits: bool
+    flops: Flops
+    hbm_traffic: float | None
+    collectives: list[Collective]
+    tokens: int
+    compile_seconds: float
+    error: str = ''
+
+    def times(self, figures: DeviceFigures, num_devices: int) -> dict[str, float]:
+        """Seconds that each resource needs at its published best."""
+        seconds = {'compute': sum(self.flops) / num_devices / figures.peak_flops}
+        if self.hbm_traffic is not None:
+            sent = sum(collective.sent_bytes for collective in self.collectives)
+            seconds['HBM'] = self.hbm_traffic / figures.hbm_bandwidth
+            seconds['interconnect'] = sent / figures.link_bandwidth
+        return seconds
+
+
+def topology_devices(name: str) -> tuple[list[Any], DeviceFigures]:
+    """The devices of a TPU topology such as 'v5p:2x2x2', and what one of them can do.
+
+    Raises:
+      ValueError: there is no such topology, no figures for its devices, or no libtpu.
+    """
+    if importlib.util.find_spec('libtpu') is None:
+        raise ValueError("the TPU compiler is not installed: pip install -e '.[plan]'.")
+    jax.config.update('jax_platforms', 'cpu')  # whatever this machine has
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    try:
+        devices = topologies.get_topology_desc(name, platform='tpu').devices
+    except Exception as error:
+        raise ValueError(
+            f'no TPU topology {name!r} ({str(error).splitlines()[0]}); known are for example '
+            'v5e:2x4, v5e:4x4, v5p:2x2x2, v5p:4x4x4, v6e:2x2 and v6e:8x8.'
+        ) from error
+    figures = figures_of(devices[0].device_kind)
+    if figures is None:
+        raise ValueError(
+            f'{name}: there are no figures of {devices[0].device_kind} in accounting/devices.py; '
+            'take a v5e, v5p or v6e.'
+        )
+    return devices, figures
+
+
+def compile_program(
+    program: PlannedProgram, mesh: jax.sharding.Mesh, figures: DeviceFigures
+) -> Plan:
+    """Compiles a program for the devices of a mesh."""
+    flops = count_flops(program.function, *program.arguments)
+    known = {
+        'name': program.name,
+        'kinds': dict(program.kinds),
+        'flops': flops,
+        'tokens': program.tokens,
+    }
+    start = time.monotonic()
+    lowered = jax.jit(program.function, donate_argnums=program.donated).lower(*program.arguments)
+    try:
+        with _quiet():
+            compiled = lowered.compile()
+    except Exception as error:
+        needed = _needed(str(error), sum(program.kinds.values()))
+        if needed is None:
+            raise
+        return Plan(
+            **known,
+            arguments=None, outputs=None, aliased=None, temporaries=None, code=None,
+            needed=needed, fits=False, hbm_traffic=None, collectives=[],
+            compile_seconds=time.monotonic() - start, error=str(error),
+        )  # fmt: skip
+    seconds = time.monotonic() - start
+    memory = compiled.memory_analysis()
+    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    aliased, temporaries = memory.alias_size_in_bytes, memory.temp_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    needed = arguments + outputs - aliased + temporaries + code
+    text = Program(compiled.as_text())
+    return Plan(
+        **known,
+        arguments=arguments, outputs=outputs, aliased=aliased, temporaries=temporaries, code=code,
+        needed=needed, fits=needed <= figures.hbm_bytes, hbm_traffic=text.hbm_bytes(),
+        collectives=text.collectives(mesh.shape), compile_seconds=seconds,
+    )  # fmt: skip
+
+
+def advice(
+    kinds: Mapping[str, float], figures: DeviceFigures, mesh: jax.sharding.Mesh, what: str
+) -> str:
+    """What to change where a program does not fit.
+
+    Args:
+      kinds: bytes of each kind of argument on one device.
+      figures: of the device.
+      mesh: over the devices.
+      what: 'step' or 'sampler'.
+    """
+    state = sum(kinds.values())
+    splits = 'config.mesh.fsdp' if what == 'step' else 'config.mesh.tensor (or expert)'
+    if state > 0.8 * figures.hbm_bytes:
+        least = -(-int(state * mesh.size) // int(0.7 * figures.hbm_bytes))
+        return (
+            f'parameters and what goes with them take {state / 1e9:.1f} GB of the '
+            f'{figures.hbm_bytes / 1e9:.0f} GB of a device: use a topology of at least {least} '
+            f'such devices and raise {splits}'
+            + ('; or train adapters alone (--config.lora.rank=16).' if what == 'step' else '.')
+        )
+    rows = (
+        'config.data.batch_size, row_length or canvases_per_row'
+        if what == 'step'
+        else ('--batch_size, --prompt_length or config.sampling.max_new_tokens')
+    )
+    return (
+        f'parameters and what goes with them fit ({state / 1e9:.1f} GB), the work does not: lower '
+        f'{rows}, or use a topology with more devices and raise {splits}.'
+    )
+
+
+def _needed(message: str, arguments: float) -> float | None:
+    """Bytes of HBM that a program needs, from the compiler's complaint; None for another one."""
+    size = r'([\d.]+)([KMGT]?)'
+    for pattern, others in (
+        (rf'Used {size} of [\d.]+[KMGT]? hbm', 0.0),
+        (rf'required for HLO temporaries \({size}\) exceeds', arguments),
+        (rf'required for HLO arguments \({size}\) exceeds', 0.0),
+    ):
+        if match := re.search(pattern, message):
+            return others + float(match[1]) * 1024.0 ** ' KMGT'.index(match[2] or ' ')
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """jax logs a failed compilation with all of its stack; the message is shown in our words."""
+    logger = logging.getLogger('jax')
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

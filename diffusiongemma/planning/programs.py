@@ -1,0 +1,256 @@
+"""The programs of a config, ready to be compiled for devices that are not there.
+
+Everything is a ShapeDtypeStruct with a sharding; nothing is allocated.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from diffusiongemma import run_config
+from diffusiongemma.data.packing import RowLayout, pack_examples
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.distillation.compute import ComputeConfig
+from diffusiongemma.distillation.lora import lora_student
+from diffusiongemma.distillation.run import (
+    CONFIG_KEYS,
+    BatchConfig,
+    objectives,
+    student_model,
+)
+from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
+from diffusiongemma.distillation.step import Constants, join_parts, make_distillation_step
+from diffusiongemma.distillation.student import frozen_params, trained_params
+from diffusiongemma.distillation.targets import TargetsConfig
+from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.transformer import Gemma, init_params
+from diffusiongemma.parallel import batch_sharding, param_shardings, state_shardings
+from diffusiongemma.sampling import Controls, SamplingConfig, diffusion, passes
+from diffusiongemma.sampling.sampler import MODES, prefilled
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedProgram:
+    """A function with abstract arguments.
+
+    Attributes:
+      name: what it is.
+      function: of the arguments.
+      arguments: pytrees of ShapeDtypeStructs with shardings.
+      kinds: bytes of each kind of argument on one device.
+      donated: positions of the arguments whose memory the results may take.
+      tokens: that it trains on or writes.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    kinds: Mapping[str, float]
+    tokens: int
+    donated: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _TokenIds:
+    """What a run takes from its tokenizer; the ids are those of Gemma's vocabularies."""
+
+    vocab_size: int
+    mask_id: int = 4
+    stop_ids: tuple[int, ...] = (1, 106)
+    pad_id: int = 0
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> '_TokenIds':
+        return cls(config.vocab_size, stop_ids=tuple(i for i in (1, 106) if i < config.vocab_size))
+
+
+def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -> PlannedProgram:
+    """The distillation step of `config`, of the stage that takes more: 1, or 2 with several steps.
+
+    Args:
+      config: of the run.
+      teacher_config: of its teacher.
+      mesh: over the devices.
+    """
+    run_config.check_keys(config, CONFIG_KEYS)
+    dtype = run_config.compute_dtype(config)
+    compute = ComputeConfig.of(config)
+    teacher = compute.place(Gemma(teacher_config.autoregressive, dtype), mesh)
+    model = compute.place(student_model(config, teacher), mesh)
+    optimizer_config = run_config.build(OptimizerConfig, config.optimizer, 'optimizer')
+    optimizer = make_optimizer(optimizer_config, config.train.num_steps)
+    shape = run_config.build(BatchConfig, config.data, 'data')
+    top_k = run_config.build(TargetsConfig, config.targets, 'targets').top_k_logits
+    teacher_params = _params(teacher, mesh, dtype)
+    lora = lora_student(config, model)
+    if lora is None:
+        frozen = frozen_params(model.config, teacher_params)
+        constants = Constants(teacher=None if frozen else teacher_params, student=frozen)
+        shardings = trained_params(model.config, param_shardings(model, mesh))
+        trained = trained_params(model.config, _params(model, mesh, dtype))
+    else:
+        base = _params(model, mesh, dtype)
+        encodes_alone = lora.config.passes == 'denoise'
+        constants = Constants(None if encodes_alone else teacher_params, base)
+        shardings = lora.shardings(teacher_params, mesh)
+        trained = jax.eval_shape(lora.init, teacher_params)
+    if top_k:
+        constants = constants._replace(teacher=None)
+    state = jax.eval_shape(lambda params: create_state(params, optimizer), trained)
+    state = _placed(state, state_shardings(state, shardings, mesh))
+    stages = objectives(config, _TokenIds.of(teacher.config))
+    objective = stages[-1][0] if stages[-1][0].num_steps > 1 else stages[0][0]
+    step = make_distillation_step(
+        model,
+        teacher,
+        objective,
+        optimizer,
+        ar_weight=config.ar_weight,
+        ema_decay=optimizer_config.ema_decay,
+        seed=config.seed,
+        microbatches=compute.microbatches,
+        combine=join_parts if lora is None else lora.combine,
+    )
+    layout = RowLayout(shape.row_length, shape.canvases_per_row, config.canvas_length, top_k=top_k)
+    batch = _batch(layout, shape.batch_size, compute.batch_sharding(mesh, shape.batch_size))
+    kinds = {
+        'parameters': _device_bytes(state.params),
+        'EMA': _device_bytes(state.ema_params),
+        'optimizer': _device_bytes(state.opt_state),
+        'teacher': _device_bytes(constants.teacher),
+        'frozen student': _device_bytes(constants.student),
+        'batch': _device_bytes(batch),
+    }
+    return PlannedProgram(
+        name=f'{type(objective).__name__.lower()} step',
+        function=step,
+        arguments=(state, constants, batch),
+        kinds={name: size for name, size in kinds.items() if size},
+        tokens=shape.batch_size * shape.row_length,
+        donated=(0,),
+    )
+
+
+def sampler_programs(
+    config: ConfigDict,
+    teacher_config: ModelConfig,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    prompt_length: int,
+) -> list[PlannedProgram]:
+    """The whole of diffusion sampling, and its passes: prefill, denoise step, commit.
+
+    Args:
+      config: of the run that made the student; `config.sampling` says how it is sampled.
+      teacher_config: of its teacher.
+      mesh: over the devices.
+      batch_size: rows.
+      prompt_length: tokens of a prompt.
+    """
+    dtype = run_config.compute_dtype(config)
+    teacher = Gemma(teacher_config.autoregressive, dtype)
+    model = ComputeConfig.of(config).place(student_model(config, teacher), mesh)
+    ids = _TokenIds.of(model.config)
+    fields = {'stop_ids': ids.stop_ids, 'pad_id': ids.pad_id} | config.sampling.to_dict()
+    sampling = run_config.build(SamplingConfig, fields, 'sampling')
+    params = _params(model, mesh, dtype)
+    rows = batch_sharding(mesh, batch_size)
+    tokens = jax.ShapeDtypeStruct((batch_size, prompt_length), jnp.int32, sharding=rows)
+    lengths = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
+    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows)
+
+    def start(params: Any, tokens: Any, lengths: Any, keys: Any) -> Any:
+        return prefilled(model, sampling, params, tokens, lengths, keys, Controls())[0]
+
+    state = jax.eval_shape(start, params, tokens, lengths, keys)
+    cache = _placed(state.cache, _cache_shardings(state.cache, mesh, rows))
+    state = _placed(state, jax.tree.map(lambda _: rows, state)).replace(cache=cache)
+
+    def step(params: Any, state: Any) -> Any:
+        task = diffusion.canvas_task(model, state)
+        noise = diffusion.first_noise(model, sampling, params, task)
+        return diffusion.denoise_step(model, sampling, params, state.cache, task, noise)
+
+    def commit(params: Any, cache: Any, canvas: Any) -> Any:
+        active = jnp.ones(canvas.shape[:1], bool)
+        return passes.extend(model, params, cache, canvas, active)
+
+    canvas = jax.ShapeDtypeStruct((batch_size, config.canvas_length), jnp.int32, sharding=rows)
+    weights = {'parameters': _device_bytes(params)}
+    cached = weights | {'cache': _device_bytes(cache)}
+    written = batch_size * config.canvas_length
+    whole = lambda p, *arguments: MODES['diffusion'].generate(  # noqa: E731
+        model, sampling, p, *arguments, Controls()
+    )
+    prompts = (tokens, lengths, keys)
+    return [
+        PlannedProgram(
+            'generate', whole, (params, *prompts), weights, batch_size * sampling.max_new_tokens
+        ),
+        PlannedProgram('prefill', start, (params, *prompts), weights, batch_size * prompt_length),
+        PlannedProgram('denoise step', step, (params, state), cached, written),
+        PlannedProgram('commit', commit, (params, cache, canvas), cached, written, (1,)),
+    ]
+
+
+def _params(model: DiffusionGemma | Gemma, mesh: Mesh, dtype: Any) -> Any:
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    return _placed(shapes, param_shardings(model, mesh))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def _batch(layout: RowLayout, batch_size: int, sharding: NamedSharding) -> Any:
+    """Of the shapes that packing makes."""
+    k = layout.top_k
+    example = {'prompt': '', 'response': ''}
+    tokenizer = Tokenizer.load('builtin')
+    count = len(tokenizer.format_response(''))
+    if k:
+        example['teacher_ids'] = np.zeros((count, k), np.int32)
+        example['teacher_log_probs'] = np.zeros((count, k), np.float16)
+        example['teacher_log_rest'] = np.zeros(count, np.float16)
+    rows = pack_examples([example], tokenizer, layout)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype, sharding=sharding)
+        for name, array in rows.items()
+    }
+
+
+def _cache_shardings(cache: Any, mesh: Mesh, rows: NamedSharding) -> Any:
+    """Rows [..., B, K, R, H] over data and fsdp; heads over tensor where it divides them."""
+
+    def of(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        if leaf.ndim == 1:
+            return rows
+        heads = 'tensor' if leaf.shape[-3] % mesh.shape['tensor'] == 0 else None
+        lead = (None,) * (leaf.ndim - 4)
+        return NamedSharding(mesh, PartitionSpec(*lead, *rows.spec, heads))
+
+    return jax.tree.map(of, cache)
+
+
+def _device_bytes(tree: Any) -> float:
+    """Bytes of one device's shards."""
+    return float(
+        sum(
+            np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+    )

@@ -1,0 +1,72 @@
+"""A plan as tables and as JSON."""
+
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from diffusiongemma.accounting.devices import DeviceFigures
+from diffusiongemma.planning.compiler import Plan
+
+
+def print_plan(
+    plan: Plan, figures: DeviceFigures, mesh: jax.sharding.Mesh, title: str, change: str
+) -> None:
+    """Prints memory, traffic and times; `change` says what would make it fit."""
+    axes = ', '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1)
+    table = Table(title=f'{plan.name}: {title}, {mesh.size} x {figures.name} ({axes or "alone"})')
+    table.add_column('of one device')
+    table.add_column('', justify='right')
+    for kind, size in plan.kinds.items():
+        table.add_row(f'{kind}, by shapes', _gigabytes(size))
+    if plan.arguments is not None:
+        table.add_row('arguments, laid out', _gigabytes(plan.arguments))
+        table.add_row('outputs beside them', _gigabytes(plan.outputs - plan.aliased))
+        table.add_row('temporaries', _gigabytes(plan.temporaries))
+        table.add_row('code', _gigabytes(plan.code))
+    table.add_row('needed', _gigabytes(plan.needed))
+    table.add_row('there is', _gigabytes(figures.hbm_bytes))
+    table.add_section()
+    table.add_row('TFLOPs', f'{sum(plan.flops) / mesh.size / 1e12:.3f}')
+    if plan.hbm_traffic is not None:
+        table.add_row('HBM traffic', _gigabytes(plan.hbm_traffic))
+    for collective in plan.collectives:
+        label = f'sent by {collective.count} {collective.kind} along {collective.axes}'
+        table.add_row(label, _gigabytes(collective.sent_bytes))
+    table.add_section()
+    for resource, seconds in plan.times(figures, mesh.size).items():
+        table.add_row(f'time of {resource} at best', f'{1e3 * seconds:.3f} ms')
+    Console(width=100).print(table)
+    if plan.fits:
+        print(f'{plan.name} fits {mesh.size} x {figures.name}.')
+    else:
+        print(f'{plan.name} does not fit {mesh.size} x {figures.name}: {change}')
+
+
+def as_json(plan: Plan, figures: DeviceFigures, num_devices: int) -> dict[str, Any]:
+    """The same in JSON types; sizes in bytes of one device, times in seconds."""
+    times = plan.times(figures, num_devices)
+    return {
+        'name': plan.name,
+        'fits': plan.fits,
+        'needed': plan.needed,
+        'arguments_by_kind': plan.kinds,
+        'arguments': plan.arguments,
+        'outputs': plan.outputs,
+        'aliased': plan.aliased,
+        'temporaries': plan.temporaries,
+        'code': plan.code,
+        'model_flops': plan.flops.model,
+        'recomputed_flops': plan.flops.recomputed,
+        'hbm_traffic': plan.hbm_traffic,
+        'collectives': [collective._asdict() for collective in plan.collectives],
+        'times': times,
+        'roofline_seconds': max(times.values()),
+        'tokens': plan.tokens,
+        'compile_seconds': round(plan.compile_seconds, 1),
+    }
+
+
+def _gigabytes(size: float) -> str:
+    return f'{size / 1e9:.3f} GB'

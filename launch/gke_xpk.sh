@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Distils on TPU slices of a GKE cluster, as a workload of XPK (https://github.com/AI-Hypercomputer/xpk).
+#
+#   launch/gke_xpk.sh [--dry_run] CONFIG WORKDIR [flags of diffusiongemma.distill]
+#
+# Environment, with defaults:
+#   CLUSTER=diffusiongemma  WORKLOAD=distill  ZONE=us-east5-a  PROJECT=(that of gcloud)
+#   TPU_TYPE=v5p-128 (64 chips, topology 4x4x4)  IMAGE=python:3.12  base of the container
+#   CREATE=yes  creates the cluster first
+#
+# XPK puts this checkout into the image. WORKDIR has to be one directory that all pods see (a bucket
+# or Filestore that the cluster mounts). A workload that was preempted starts again by itself and
+# goes on from the last checkpoint. The default slice is one that holds gemma4_26b_a4b by
+# docs/scaling_plan.md:
+#   (PLAN)
+set -euo pipefail
+# shellcheck source=common.sh
+source "$(dirname "$0")/common.sh"
+
+parse_arguments "$@"
+cluster=${CLUSTER:-diffusiongemma}
+type=${TPU_TYPE:-v5p-128}
+where=("--cluster=$cluster" "--zone=${ZONE:-us-east5-a}")
+if [[ -n "${PROJECT:-}" ]]; then
+  where+=("--project=$PROJECT")
+fi
+
+if [[ "${CREATE:-}" == yes ]]; then
+  run xpk cluster create "${where[@]}" "--tpu-type=$type" --num-slices=1
+fi
+command=$(quoted python -m diffusiongemma.distill "--config=$config" "--workdir=$workdir" \
+  --distributed "${flags[@]}")
+run xpk workload create "${where[@]}" "--workload=${WORKLOAD:-distill}" "--tpu-type=$type" \
+  --num-slices=1 "--base-docker-image=${IMAGE:-python:3.12}" "--script-dir=$root" \
+  --max-restarts=100 "--command=pip install -q -e '.[tpu]' && $command"

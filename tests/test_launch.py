@@ -1,0 +1,83 @@
+"""What each launch script would run, and that shellcheck finds nothing in them."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.stem for path in (ROOT / 'launch').glob('*.sh') if path.stem != 'common')
+WORKDIR = '/mnt/a shared disk'
+
+
+def run(name, *arguments, code=0, config='configs/gemma4_26b_a4b.py', first=(), **environment):
+    script = str(ROOT / 'launch' / f'{name}.sh')
+    done = subprocess.run(
+        [script, *arguments, *first, config, WORKDIR, '--config.seed=3'],
+        cwd=ROOT,
+        env={'PATH': '/usr/bin:/bin', 'HOME': '/root'} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def innermost(line):
+    """The words of a command, those that another shell will read (--command, --wrap) unfolded."""
+    words = shlex.split(line)
+    for word in words:
+        option, _, value = word.partition('=')
+        if option in ('--command', '--wrap'):
+            return words + shlex.split(value)
+    return words
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_a_dry_run_prints_the_entry_point_with_its_flags(name):
+    first = ('2',) if name == 'local_multiprocess' else ()
+    lines = run(name, '--dry_run', first=first).stdout.splitlines()
+    for line in lines[-2:] if first else lines[-1:]:
+        words = innermost(line)
+        start = words.index('diffusiongemma.distill')
+        assert words[start - 1] == '-m'
+        assert words[start + 1 : start + 3] == [
+            '--config=configs/gemma4_26b_a4b.py',
+            f'--workdir={WORKDIR}',
+        ]
+        assert '--config.seed=3' in words
+        if name not in ('single_node', 'local_multiprocess'):
+            assert '--distributed' in words
+    if first:
+        assert [shlex.split(line)[-1] for line in lines] == ['--process_id=0', '--process_id=1']
+
+
+@pytest.mark.parametrize('name', ['tpu_vm', 'gke_xpk'])
+def test_a_slice_is_created_only_when_asked_for(name):
+    assert 'create diffusiongemma ' not in run(name, '--dry_run').stdout.replace('workload', '')
+    out = run(name, '--dry_run', CREATE='yes', PROJECT='mine').stdout
+    assert 'v5p-128' in out and '--project=mine' in out
+    assert len(out.splitlines()) == len(run(name, '--dry_run').stdout.splitlines()) + 1
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_a_config_that_is_not_there_is_named(name):
+    first = ('2',) if name == 'local_multiprocess' else ()
+    done = run(name, '--dry_run', first=first, config='configs/none.py', code=1)
+    assert done.stderr == 'error: no config file configs/none.py\n'
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = shutil.which('shellcheck', path=f'{Path(sys.executable).parent}') or shutil.which(
+        'shellcheck'
+    )
+    if shellcheck is None:
+        pytest.skip("no shellcheck; pip install -e '.[test]' brings it")
+    scripts = sorted(map(str, (ROOT / 'launch').glob('*.sh')))
+    done = subprocess.run(
+        [shellcheck, '-x', *scripts], cwd=ROOT / 'launch', capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,166 @@
+"""Compiling for TPU slices that are not there, and what is read from the compiled text."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ml_collections import ConfigDict
+
+from diffusiongemma.accounting.devices import figures_of
+from diffusiongemma.accounting.hlo import Collective, Program
+from diffusiongemma.plan import teacher_config
+from diffusiongemma.planning.compiler import _needed, advice, topology_devices
+
+ROOT = Path(__file__).parents[1]
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install -e '.[plan]'"
+)
+SMALL = (
+    '--config=configs/tiny.py', '--config.canvas_length=8', '--config.data.row_length=32',
+    '--config.data.canvases_per_row=2', '--config.stage2.num_steps=1',
+    '--config.stage1.self_conditioning_rate=0.0',
+)  # fmt: skip
+
+LOOP = """
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[]{:T(128)}, f32[8,4]{1,0}) parameter(0)
+  %x = f32[8,4]{1,0} get-tuple-element(%p), index=1
+  %ag = f32[16,4]{1,0:T(8,128)S(1)} all-gather(%x), channel_id=1, GROUPS, dimensions={0}
+  %ar = f32[16,4]{1,0} all-reduce(%ag), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+%condition (p: (s32[], f32[8,4])) -> pred[] {
+  %p = (s32[]{:T(128)}, f32[8,4]{1,0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(5)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %w = (s32[]{:T(128)}, f32[8,4]{1,0}) while(%t), condition=%condition, body=%body
+  %again = f32[16,4]{1,0} all-gather(%a), channel_id=1, GROUPS, dimensions={0}
+  ROOT %permuted = f32[8,4]{1,0} collective-permute(%a), channel_id=3, source_target_pairs={{0,2},{2,0}}
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ('groups', 'axes'),
+    [
+        ('replica_groups={{0,1},{2,3}}', 'fsdp'),
+        ('replica_groups=[2,2]<=[4]', 'fsdp'),
+        ('replica_groups=[2,2]<=[2,2]T(1,0)', 'data'),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", 'fsdp'),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}", 'fsdp'),
+    ],
+)
+def test_collectives_count_as_often_as_their_loop_runs_and_know_their_axis(groups, axes):
+    program = Program(LOOP.replace('GROUPS', groups))
+    assert program.runs['body'] == 5
+    found = {c.kind: c for c in program.collectives({'data': 2, 'fsdp': 2})}
+    # A ring of 2: half of the 256 bytes. The one with the same channel is the same.
+    assert found['all-gather'] == Collective('all-gather', axes, 5, 5 * 128)
+    assert found['all-reduce'] == Collective('all-reduce', 'data+fsdp', 5, 5 * 2 * 256 * 3 / 4)
+    assert found['collective-permute'] == Collective('collective-permute', 'data', 1, 128)
+
+
+def test_memory_traffic_leaves_out_what_is_on_the_chip():
+    program = Program(LOOP.replace('GROUPS', 'replica_groups={{0,1},{2,3}}'))
+    gather, reduce = 128, 256  # reads x, writes to the chip; reads that, writes 256
+    condition = 4 + 4 + 1
+    once = (128 + 256) + (128 + 128)  # the all-gather and the permutation of the entry
+    assert program.hbm_bytes() == 5 * (gather + reduce + condition) + once
+
+
+@pytest.mark.parametrize(
+    ('message', 'needed'),
+    [
+        ('Ran out of memory in memory space hbm. Used 2.00G of 1.00G hbm.', 2 * 2**30),
+        ('memory required for HLO temporaries (1.50M) exceeds available HBM', 10 + 1.5 * 2**20),
+        ('something else', None),
+    ],
+)
+def test_what_a_program_needs_is_read_from_the_compilers_complaint(message, needed):
+    assert _needed(message, arguments=10.0) == needed
+
+
+def plan(*flags, code=0):
+    done = subprocess.run(
+        [sys.executable, '-m', 'diffusiongemma.plan', *flags],
+        cwd=ROOT,
+        env=os.environ | {'XLA_FLAGS': ''},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) if code == 0 else done.stderr
+
+
+@needs_compiler
+def test_a_step_is_planned_for_eight_tpus():
+    found = plan(*SMALL, '--topology=v5e:2x4', '--config.mesh.data=2', '--config.mesh.fsdp=4')
+    assert found['mesh']['fsdp'] == 4
+    (step,) = found['programs']
+    assert step['fits'] and 0 < step['needed'] < found['device']['hbm_bytes']
+    by_kind = step['arguments_by_kind']
+    assert set(by_kind) == {'parameters', 'EMA', 'optimizer', 'frozen student', 'batch'}
+    assert by_kind['EMA'] == by_kind['parameters']
+    assert by_kind['optimizer'] == pytest.approx(2 * by_kind['parameters'], rel=1e-3)
+    assert step['arguments'] >= sum(by_kind.values()) * 0.99
+    assert step['model_flops'] > 0 and step['hbm_traffic'] > 0
+    assert any('fsdp' in collective['axes'] for collective in step['collectives'])
+    assert step['roofline_seconds'] == max(step['times'].values())
+
+
+@needs_compiler
+def test_a_mesh_that_does_not_cover_the_slice_says_so_and_what_would():
+    error = plan(*SMALL, '--topology=v5e:2x4', '--config.mesh.data=4', code=1)
+    assert 'v5e:2x4 has 8 devices' in error and '--config.mesh.fsdp=-1' in error
+    assert 'Traceback' not in error
+
+
+@needs_compiler
+def test_a_slice_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="no TPU topology 'v9:1x1'.*v5p:2x2x2"):
+        topology_devices('v9:1x1')
+
+
+def test_a_config_without_a_known_model_asks_for_a_preset():
+    with pytest.raises(ValueError, match="no preset 'mine'.*--model"):
+        teacher_config(ConfigDict({'teacher': ''}), 'mine', None)
+
+
+def mesh(size):
+    return SimpleNamespace(size=size)
+
+
+@pytest.mark.parametrize(
+    ('state', 'expected'),
+    [
+        (30e9, 'at least 22 such devices and raise config.mesh.fsdp'),  # 8 x 30 GB over 11.2 each
+        (2e9, 'lower config.data.batch_size, row_length or canvases_per_row'),
+    ],
+)
+def test_what_to_change_depends_on_what_does_not_fit(state, expected):
+    assert expected in advice({'parameters': state}, figures_of('TPU v5 lite'), mesh(8), 'step')
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_passes_of_the_sampler_are_planned():
+    found = plan(*SMALL, '--topology=v5e:2x4', '--what=sampler', '--prompt_length=32')
+    names = [program['name'] for program in found['programs']]
+    assert names == ['generate', 'prefill', 'denoise step', 'commit']
+    assert all(program['fits'] for program in found['programs'])
+
+
+def test_without_the_compiler_it_says_how_to_get_it():
+    if importlib.util.find_spec('libtpu') is not None:
+        pytest.skip('it is installed')
+    assert "pip install -e '.[plan]'" in plan(*SMALL, '--topology=v5e:2x4', code=1)
