@@ -26,6 +26,7 @@ setup(
         'numpy',
         'optax>=0.2.5',
         'orbax-checkpoint>=0.11',
+        'pillow',
         'rich',
         'safetensors',
         'sentencepiece',
