@@ -209,15 +209,6 @@ def test_a_colab_runs_from_top_to_bottom(path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_python_block_of_the_readme_runs_as_it_is_printed():
-    block = (ROOT / 'README.md').read_text().split('```python\n')[1].split('```')[0]
-    done = subprocess.run(
-        [sys.executable, '-c', block], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert 'The answer is 21' in done.stdout
-
-
 def test_the_benchmark_of_the_decode_modes_prints_a_ratio():
     arguments = ['--batches=2', '--batch_sizes=1', '--max_new_tokens=32']
     program = [sys.executable, 'benchmarks/sampler.py', *arguments]
