@@ -34,7 +34,17 @@ setup(
         'tensorflow-datasets>=4.9.9',
     ],
     extras_require={
-        'test': ['hypothesis', 'jsonschema', 'pytest', 'pytest-xdist', 'ruff'],
+        'test': [
+            'hypothesis',
+            'ipykernel',
+            'jsonschema',
+            'mypy',
+            'nbclient',
+            'pytest',
+            'pytest-xdist',
+            'ruff',
+        ],
+        'docs': ['pdoc'],
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda12]'],
     },

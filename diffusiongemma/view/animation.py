@@ -36,7 +36,8 @@ def write_gif(path: Path, frames: Sequence[Frame], title: str, frame_seconds: fl
     height = max(len(_lines(frame.cells)) for frame in frames)
     palette = _palette()  # one for all frames, so that only what changes is stored
     pictures = [
-        _picture(frame, title, height, font).quantize(palette=palette, dither=0) for frame in frames
+        _picture(frame, title, height, font).quantize(palette=palette, dither=Image.Dither.NONE)
+        for frame in frames
     ]
     durations = [round(1000 * frame_seconds)] * (len(frames) - 1) + [round(1000 * _LAST_SECONDS)]
     pictures[0].save(

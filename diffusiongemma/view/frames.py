@@ -5,7 +5,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -134,7 +134,8 @@ def frames(
       tokenizer: the model's.
       stop_ids: tokens behind which nothing was refused.
     """
-    drafts, seconds, latest = iter(drafts), 0.0, None
+    drafts, seconds = iter(drafts), 0.0
+    latest: _Moment | None = None
     while True:
         start = time.perf_counter()
         draft = next(drafts, None)
@@ -143,33 +144,39 @@ def frames(
         moment = _read(draft)
         seconds += time.perf_counter() - start
         if latest is not None and moment.canvases > latest.canvases:
-            refused = [(token, 'refused', 0.0) for token in _refused(latest, moment, stop_ids)]
-            after = dataclasses.replace(moment, open=refused)
+            after = dataclasses.replace(moment, open=_refused(latest, moment, stop_ids))
             yield _frame(tokenizer, after, moment.canvases, None, seconds)
         if isinstance(draft, Draft):
             yield _frame(tokenizer, moment, moment.canvases + 1, int(draft.step), seconds)
         latest = moment
 
 
+class _Token(NamedTuple):
+    id: int
+    state: State
+    entropy: float = 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class _Moment:
-    """What is committed, and the canvas behind it as (token, state, entropy), on the host."""
+    """What is committed, and what stands behind it, on the host."""
 
     settled: list[int]
-    open: list[tuple[int, State, float]]
+    open: list[_Token]
     canvases: int
     denoising_steps: int
     limit: int
 
 
 def _read(draft: Draft | SamplerOutput) -> _Moment:
-    output, step, canvas = draft, 0, []
+    output = draft.output if isinstance(draft, Draft) else draft
+    step, canvas = 0, []
     if isinstance(draft, Draft):
-        output, step = draft.output, int(draft.step)
+        step = int(draft.step)
         tokens = np.asarray(draft.argmax if step else draft.canvas)[0].tolist()
         entropies = np.asarray(draft.entropies)[0].tolist()
         state: State = 'open' if step else 'noise'
-        canvas = [(token, state, e) for token, e in zip(tokens, entropies, strict=True)]
+        canvas = [_Token(token, state, e) for token, e in zip(tokens, entropies, strict=True)]
     tokens = np.asarray(output.tokens)[0]
     return _Moment(
         settled=tokens[: int(output.lengths[0])].tolist(),
@@ -180,17 +187,17 @@ def _read(draft: Draft | SamplerOutput) -> _Moment:
     )
 
 
-def _refused(before: _Moment, after: _Moment, stop_ids: Sequence[int]) -> list[int]:
+def _refused(before: _Moment, after: _Moment, stop_ids: Sequence[int]) -> list[_Token]:
     """Tokens of a draft that were not committed though the response went on."""
     held = len(after.settled) - len(before.settled)
     over = after.settled[-1] in stop_ids or len(after.settled) >= after.limit
-    return [] if over else [token for token, _, _ in before.open[held:]]
+    return [] if over else [_Token(token.id, 'refused') for token in before.open[held:]]
 
 
 def _frame(
     tokenizer: Tokenizer, moment: _Moment, canvas: int, step: int | None, seconds: float
 ) -> Frame:
-    settled = [(token, 'settled', 0.0) for token in moment.settled]
+    settled = [_Token(token, 'settled') for token in moment.settled]
     decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a token may be part of a letter
     cells = []
     for token, state, entropy in [*settled, *moment.open]:
