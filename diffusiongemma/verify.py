@@ -155,7 +155,7 @@ def differences(
       ValueError: an array is missing in the golden file or has another shape.
     """
     mask = np.asarray(golden['prompt_mask'], bool)
-    found = {}
+    found: dict[str, float] = {}
     for name in ARRAYS:
         ours = outputs[name]
         if name not in golden or golden[name].shape != ours.shape:

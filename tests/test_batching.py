@@ -1,5 +1,6 @@
 """More prompts than rows, canvases watched as they settle, and typed decisions."""
 
+import dataclasses
 import functools
 
 import jax
@@ -66,26 +67,28 @@ def test_what_cannot_be_batched_is_one_clear_error():
         generate_many(sampler, params, [[1], []], rng=KEY)
 
 
-def test_watching_shows_every_step_and_changes_nothing():
+@pytest.mark.parametrize('mode', ['diffusion', 'lossless'])
+def test_watching_shows_every_step_and_changes_nothing(mode):
     model, params = toy(C)
     tokens, lengths = pad_prompts(PROMPTS[:3], PAD, width=8)
-    sampler = Sampler(model, CONFIG)
+    sampler = Sampler(model, dataclasses.replace(CONFIG, max_draft_steps=2), mode)
     *drafts, output = watch(sampler, params, tokens, lengths, rng=KEY)
     jax.tree.map(np.testing.assert_array_equal, output, sampler(params, tokens, lengths, rng=KEY))
     steps = np.sum([draft.changing for draft in drafts], axis=0)
     np.testing.assert_array_equal(steps, output.denoising_steps)
     last = {int(draft.output.canvases.max()): draft for draft in drafts}[0]
-    np.testing.assert_array_equal(last.argmax, output.tokens[:, :C])
-    assert drafts[0].step == 1 and not drafts[0].output.lengths.any()
-    assert np.isfinite(drafts[0].entropies).all()
+    if mode == 'diffusion':
+        np.testing.assert_array_equal(last.argmax, output.tokens[:, :C])
+    noise, first = drafts[:2]
+    assert noise.step == 0 and first.step == 1 and not first.output.lengths.any()
+    assert np.isinf(noise.entropies).all() and np.isfinite(first.entropies).all()
 
 
-@pytest.mark.parametrize('mode', ['autoregressive', 'lossless'])
-def test_modes_without_drafts_cannot_be_watched(mode):
+def test_a_mode_without_a_canvas_cannot_be_watched():
     model, params = toy(C)
     tokens, lengths = pad_prompts(PROMPTS[:1], PAD)
-    with pytest.raises(ValueError, match="Only mode 'diffusion' has drafts"):
-        watch(Sampler(model, CONFIG, mode), params, tokens, lengths, rng=KEY)
+    with pytest.raises(ValueError, match='has no canvas to watch'):
+        watch(Sampler(model, CONFIG, 'autoregressive'), params, tokens, lengths, rng=KEY)
 
 
 def test_probabilities_of_answers_are_those_of_their_tokens_made_to_sum_to_one():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 TINY_MOE = 'tests/data/tiny_moe'
@@ -15,7 +16,7 @@ ENVIRONMENT = os.environ | {'XLA_FLAGS': ''}
 PROMPT = 'Paul is 17 years old. Omar is 4 years older than Paul. How old is Omar?'
 
 
-def run(program, *arguments, code=0):
+def run(program, *arguments, code=0, stdin=''):
     """Standard output and error of `python -m diffusiongemma.<program>`."""
     done = subprocess.run(
         [sys.executable, '-m', f'diffusiongemma.{program}', *arguments],
@@ -23,6 +24,7 @@ def run(program, *arguments, code=0):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
+        input=stdin,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout, done.stderr
@@ -100,6 +102,26 @@ def test_sample_answers_at_once_with_the_shipped_student(mode):
     assert answer['denoising_steps'] >= 1
 
 
+def test_the_denoise_steps_are_shown_and_written(tmp_path):
+    out, _ = run(
+        'sample', f'--prompt={PROMPT}', '--watch', f'--gif={tmp_path}/a.gif',
+        f'--html={tmp_path}/a.html',
+    )  # fmt: skip
+    *steps, text, cost = out.splitlines()
+    assert steps[0].startswith('canvas 1: noise | ') and steps[1].startswith('canvas 1: step 1, ')
+    assert steps[-1].endswith(f' | {text}') and cost.endswith(' tokens/s]')
+    with Image.open(tmp_path / 'a.gif') as gif:
+        assert gif.n_frames == len(steps)
+    assert (tmp_path / 'a.html').read_text().startswith('<!doctype html>')
+
+
+def test_without_a_prompt_it_is_a_chat():
+    out, _ = run('sample', '--mode=autoregressive', stdin=f'{PROMPT}\n/mode\n/stop\n/quit\n')
+    answer, cost, mode, error, _ = out.splitlines()
+    assert 'The answer is ' in answer and ' passes, ' in cost
+    assert mode == '[mode autoregressive]' and error.startswith('error: no command /stop')
+
+
 def test_an_answer_matches_the_schema_that_is_asked_for(tmp_path):
     schema = {'type': 'object', 'properties': {'apples': {'type': 'integer'}}}
     schema |= {'required': ['apples']}
@@ -125,6 +147,12 @@ def test_verify_compares_a_published_checkpoint_with_golden_outputs():
         ('sample', ['--checkpoint=/nowhere', '--prompt=hi'], 'error: no model at /nowhere'),
         ('sample', [f'--prompt={"word " * 300}'], 'Shorten the prompt.'),
         ('sample', ['--prompt=hi', '--regex=a(b'], 'a(b'),
+        ('sample', ['--watch'], 'need a --prompt'),
+        (
+            'sample',
+            ['--prompt=hi', '--watch', '--mode=autoregressive'],
+            'has no canvas to watch',
+        ),
         ('sample', ['--prompt=hi', '--json_schema=/nowhere.json'], '/nowhere.json'),
         (
             'verify',
@@ -164,15 +192,6 @@ def test_a_colab_runs_from_top_to_bottom(path):
         [sys.executable, '-c', source], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_the_python_block_of_the_readme_runs_as_it_is_printed():
-    block = (ROOT / 'README.md').read_text().split('```python\n')[1].split('```')[0]
-    done = subprocess.run(
-        [sys.executable, '-c', block], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert 'The answer is 21' in done.stdout
 
 
 def test_the_benchmark_of_the_decode_modes_prints_a_ratio():

@@ -10,7 +10,7 @@ made with the same arguments and given that state goes on with the very next bat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -111,10 +111,8 @@ class TrainIterator(grain.DatasetIterator):
 
 def _listed(sources: SourceLike | Sequence[SourceLike]) -> list[SourceLike]:
     """One spec or source, or several, as a list. A list of examples is one source."""
-    if not isinstance(sources, (list, tuple)):
-        return [sources]
-    if sources and isinstance(sources[0], Mapping):
-        return [sources]
+    if not isinstance(sources, (list, tuple)) or (sources and isinstance(sources[0], Mapping)):
+        return [cast(SourceLike, sources)]
     if not sources:
         raise ValueError('There is no data: pass at least one DataSpec or source.')
     return list(sources)

@@ -166,7 +166,7 @@ def load_source(spec: DataSpec) -> Source:
             spec.split, task_size, spec.seed, spec.box, spec.min_clues, spec.max_clues
         )
     if spec.kind == 'jsonl':
-        source = jsonl.JsonlSource(spec.path, spec.prompt_feature, spec.response_feature)
+        source: Source = jsonl.JsonlSource(spec.path, spec.prompt_feature, spec.response_feature)
     else:
         # TFDS takes long to import, and most runs do without it.
         from diffusiongemma.data.tfds_source import TfdsSource

@@ -195,7 +195,7 @@ class Tokenizer:
             )
         ids = [self.bos_id]
         if self._has_system_turn and (thinking or system is not None):
-            content = [self.think_ids[0]] if thinking else []
+            content = [self.think_ids[0]] if thinking and self.think_ids else []
             ids += self._turn('system', content + self.encode(system or ''))
         elif system is not None:
             prompt = f'{system}\n\n{prompt}'
@@ -216,7 +216,9 @@ class Tokenizer:
         if self.think_ids is None:
             return [], list(response)
         _, opens, closes = self.think_ids
-        thoughts, rest, inside = [], [], False
+        thoughts: list[int] = []
+        rest: list[int] = []
+        inside = False
         for i in response:
             if i in (opens, closes):
                 inside = i == opens

@@ -146,7 +146,7 @@ def implausible_pairs(
       The share of implausible pairs within canvases and across borders, over all responses; None
       where there is no such pair.
     """
-    implausible = {True: [], False: []}
+    implausible: dict[bool, list[bool]] = {True: [], False: []}
     for row in log_probs:
         for i in range(1, len(row)):
             implausible[i % canvas_length == 0].append(row[i] < math.log(threshold))

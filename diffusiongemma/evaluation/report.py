@@ -226,7 +226,7 @@ def _plot_points(axes: Any, points: Sequence[Point], field: str, styles: _Styles
         color = styles.colors[bound]
         axes.plot(xs, ys, color=color, linestyle=styles.dashes[length], linewidth=1)
         for x, y, point in zip(xs, ys, line, strict=True):
-            axes.plot(x, y, color=color, marker=styles.markers[point.max_denoising_steps])
+            axes.plot(x, y, color=color, marker=styles.markers[point.max_denoising_steps or 0])
     for point, style in ((teacher, _TEACHER), (lossless, _LOSSLESS)):
         axes.plot(getattr(point, field), 100 * point.accuracy, linestyle='', **style)
     axes.grid(alpha=0.3)

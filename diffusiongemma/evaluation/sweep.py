@@ -62,7 +62,8 @@ class Grid:
           ValueError: a value that cannot be sampled with.
         """
         sampler, params = student
-        own, model = sampler.config, sampler.model
+        own = sampler.config
+        model: Any = sampler.model  # a flax module: its protocol has no `clone`
         combinations = itertools.product(
             self.canvas_length or (model.config.canvas_length,),
             self.entropy_bound or (own.entropy_bound,),

@@ -26,7 +26,13 @@ from diffusiongemma.sampling.diffusion import canvas_task, denoise_canvas, hold
 from diffusiongemma.sampling.epilogue import always_greedy, draw, per_row
 from diffusiongemma.sampling.passes import DenoisingModel
 from diffusiongemma.sampling.randomness import split_rows
-from diffusiongemma.sampling.state import GenerationState, SamplerOutput, SamplingConfig
+from diffusiongemma.sampling.state import (
+    CanvasTask,
+    DenoiseState,
+    GenerationState,
+    SamplerOutput,
+    SamplingConfig,
+)
 
 
 @flax.struct.dataclass
@@ -95,22 +101,40 @@ def next_draft(
     model: DenoisingModel, config: SamplingConfig, params: Any, state: LosslessState
 ) -> LosslessState:
     """Drafts a canvas of every unfinished row, verifies it, emits and caches what holds."""
+    task, verify_keys = draft_task(model, state)
+    cache, limit = state.cache, config.max_draft_steps
+    draft = denoise_canvas(model, config, params, cache, task, limit)
+    return verify_draft(model, config, params, state, draft, verify_keys)
+
+
+def draft_task(model: DenoisingModel, state: LosslessState) -> tuple[CanvasTask, jax.Array]:
+    """The next draft of every row, and the keys [B] that verify it."""
     before = state.generation
-    length, active = model.config.canvas_length, ~before.finished
     task = canvas_task(model, before)
     draft_keys, verify_keys = split_rows(task.keys)
-    nothing = jnp.full((active.shape[0], length), OPEN, jnp.int32)
+    nothing = jnp.full((before.lengths.shape[0], model.config.canvas_length), OPEN, jnp.int32)
     pinned = hold(task.pinned, nothing).at[:, 0].set(state.pending)
-    task = task.replace(keys=draft_keys, pinned=pinned, max_steps=state.draft_steps)
-    denoised = denoise_canvas(model, config, params, before.cache, task, config.max_draft_steps)
-    draft = denoised.argmax
+    return task.replace(keys=draft_keys, pinned=pinned, max_steps=state.draft_steps), verify_keys
+
+
+def verify_draft(
+    model: DenoisingModel,
+    config: SamplingConfig,
+    params: Any,
+    state: LosslessState,
+    denoised: DenoiseState,
+    keys: jax.Array,
+) -> LosslessState:
+    """Encodes a draft, emits and caches what holds; arguments as of `draft_task`."""
+    before, draft = state.generation, denoised.argmax
+    length, active = model.config.canvas_length, ~before.finished
     hidden, block_kv = passes.encode_block(model, params, before.cache, draft, active)
     logits = model.apply({'params': params}, hidden, method='unembed')  # [B, C, V]
     states = before.automaton_states
     if states is not None:
         states = trace(before.controls.automaton, states, draft)[:, 1:]  # [B, C]
     logits = next_token_logits(config, before, logits, before.lengths + 1, states)
-    counts, pending = verify(logits, draft, before.temperature(config), verify_keys)
+    counts, pending = verify(logits, draft, before.temperature(config), keys)
     after = before.emit(config, draft, denoised.steps, counts)
     cache = before.cache.append(block_kv, after.lengths - before.lengths)
     # A draft that held wholly was worth fewer steps, one that fell early is worth more.

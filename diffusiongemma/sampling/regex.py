@@ -133,7 +133,8 @@ class _Nfa:
                 self.jumps[self.sequence(items, flags, state)].append(end)
             return end
         if op in (sre.MAX_REPEAT, sre.MIN_REPEAT):
-            return self._repeat(*value, flags, state)
+            low, high, items = value
+            return self._repeat(low, high, items, flags, state)
         return self._character(_ranges(op, value, flags), state)
 
     def _repeat(self, low: int, high: int, items: Any, flags: int, state: int) -> int:
@@ -155,7 +156,9 @@ class _Nfa:
 
     def _character(self, ranges: list[tuple[int, int]], state: int) -> int:
         end = self.new_state()
-        before = {(): end}  # for each rest of a character's bytes, the state before it
+        before: dict[tuple, int] = {
+            (): end
+        }  # for each rest of a character's bytes, the state before it
         for low, high in ranges:
             for spans in _utf8_spans(low, high):
                 for i in range(len(spans) - 1, 0, -1):
@@ -220,7 +223,7 @@ def _ranges(op: Any, value: Any, flags: int) -> list[tuple[int, int]]:
         return list(_category(value.name, bool(flags & re.ASCII)))
     assert op is sre.IN, op
     negated = value[0][0] is sre.NEGATE
-    ranges = [span for item in value[negated:] for span in _ranges(*item, flags)]
+    ranges = [span for kind, item in value[negated:] for span in _ranges(kind, item, flags)]
     return _complement(ranges) if negated else _without_surrogates(ranges)
 
 

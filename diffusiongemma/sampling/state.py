@@ -326,8 +326,8 @@ class GenerationState:
           counts: [B] int32, tokens of the block that count; None for all.
         """
         offsets = jnp.arange(block.shape[1])
-        counts = block.shape[1] if counts is None else counts
-        counts = jnp.minimum(counts, self.limits - self.lengths)
+        room = self.limits - self.lengths
+        counts = jnp.minimum(block.shape[1] if counts is None else counts, room)
         stops = jnp.any(block[..., None] == jnp.asarray(config.stop_ids, jnp.int32), axis=-1)
         stops &= offsets < counts[:, None]
         stopped = jnp.any(stops, axis=-1)

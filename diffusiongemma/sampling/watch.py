@@ -7,22 +7,22 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.sampling import diffusion
+from diffusiongemma.sampling import diffusion, lossless
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.sampler import MODES, Sampler
-from diffusiongemma.sampling.state import SamplerOutput
+from diffusiongemma.sampling.state import DenoiseState, SamplerOutput
 
 
 @flax.struct.dataclass
 class Draft:
-    """A canvas of every row after a denoise step.
+    """A canvas of every row after a denoise step, or before its first one.
 
     Attributes:
       output: what was committed before it.
-      step: [] int32, denoise steps taken, >= 1.
-      argmax: [B, C] int32, the most likely tokens.
+      step: [] int32, denoise steps taken; at 0 the canvas is noise and nothing is predicted.
+      argmax: [B, C] int32, the most likely tokens; -1 at step 0.
       canvas: [B, C] int32, accepted candidates and noise, what the next step reads.
-      entropies: [B, C] float32 in nats.
+      entropies: [B, C] float32 in nats; infinite at step 0.
       changing: [B] bool, rows that took this step.
     """
 
@@ -38,6 +38,7 @@ _STATIC = ('model', 'config')
 _first_noise = jax.jit(diffusion.first_noise, static_argnames=_STATIC)
 _denoise_step = jax.jit(diffusion.denoise_step, static_argnames=_STATIC)
 _commit_canvas = jax.jit(diffusion.commit_canvas, static_argnames=_STATIC)
+_verify_draft = jax.jit(lossless.verify_draft, static_argnames=_STATIC)
 
 
 def watch(
@@ -49,42 +50,56 @@ def watch(
     rng: jax.Array,
     controls: Controls | None = None,
 ) -> Iterator[Draft | SamplerOutput]:
-    """Yields a `Draft` after every denoise step, and last the output.
+    """Yields a `Draft` of every canvas's noise and of every denoise step, and last the output.
 
     The steps are those of a call with the same arguments, but each is a program of its own and
     waits for the host: slower than a call, which stays as it is.
 
     Args:
-      sampler: of mode 'diffusion'.
+      sampler: of mode 'diffusion' or 'lossless'.
       params, tokens, lengths, rng, controls: as of a call of the sampler.
 
     Raises:
-      ValueError: as a call of the sampler, and for another mode.
+      ValueError: as a call of the sampler, and for the autoregressive mode.
     """
-    if sampler.mode != 'diffusion':
+    if sampler.mode == 'autoregressive':
         raise ValueError(
-            f"Only mode 'diffusion' has drafts to watch, got {sampler.mode!r}; "
-            'Sampler.stream yields the blocks of every mode.'
+            "The mode 'autoregressive' has no canvas to watch: use 'diffusion' or 'lossless', or "
+            'Sampler.stream, which yields token by token.'
         )
     return _watch(sampler, params, sampler.checked(tokens, lengths, rng, controls))
 
 
 def _watch(sampler: Sampler, params: Any, arguments: tuple) -> Iterator[Draft | SamplerOutput]:
     model, config = sampler.model, sampler.config
-    state = MODES['diffusion'].start(model, config, params, *arguments)
+    verifies, limit = sampler.mode == 'lossless', config.max_denoising_steps
+    if verifies:
+        limit = min(limit, config.max_draft_steps)
+    state = MODES[sampler.mode].start(model, config, params, *arguments)
     while state.running:
-        task = diffusion.canvas_task(model, state)
+        if verifies:
+            task, verify_keys = lossless.draft_task(model, state)
+        else:
+            task = diffusion.canvas_task(model, state)
         canvas = _first_noise(model, config, params, task)
-        while canvas.step < config.max_denoising_steps and not jnp.all(canvas.stopped):
+        yield _draft(state.output(), canvas, jnp.zeros_like(canvas.stopped))
+        while canvas.step < limit and not jnp.all(canvas.stopped):
             changing = ~canvas.stopped
             canvas = _denoise_step(model, config, params, state.cache, task, canvas)
-            yield Draft(
-                output=state.output(),
-                step=canvas.step,
-                argmax=canvas.argmax,
-                canvas=canvas.canvas,
-                entropies=canvas.entropies,
-                changing=jnp.asarray(changing),
-            )
-        state = _commit_canvas(model, config, params, state, canvas)
+            yield _draft(state.output(), canvas, changing)
+        if verifies:
+            state = _verify_draft(model, config, params, state, canvas, verify_keys)
+        else:
+            state = _commit_canvas(model, config, params, state, canvas)
     yield state.output()
+
+
+def _draft(output: SamplerOutput, canvas: DenoiseState, changing: jax.Array) -> Draft:
+    return Draft(
+        output=output,
+        step=canvas.step,
+        argmax=canvas.argmax,
+        canvas=canvas.canvas,
+        entropies=canvas.entropies,
+        changing=changing,
+    )

@@ -136,7 +136,7 @@ class Template:
 
     @functools.cached_property
     def _program(self) -> tuple[tuple[str, str, str, str], ...]:
-        return tuple(_EQUATION.fullmatch(f'[{h}]').groups() for h in self.hidden) + self.steps
+        return tuple(_EQUATION.findall(f'[{h}]')[0] for h in self.hidden) + self.steps
 
     @functools.cached_property
     def _ranges(self) -> tuple[tuple[str, int, int], ...]:

@@ -35,7 +35,9 @@ def _configs(**sizes: tuple[int, int]) -> list[TaskConfig]:
     ]
 
 
-class _TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _TaskBuilder(  # type: ignore[call-arg]
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
     """Writes the examples of a built-in task to a TFDS data directory."""
 
     VERSION = tfds.core.Version('1.0.0')

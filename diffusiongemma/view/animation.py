@@ -1,0 +1,194 @@
+"""Frames as a GIF, and as an HTML page that needs nothing beside itself."""
+
+import html
+import json
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from diffusiongemma.view.frames import Cell, Colour, Frame, colour_of, legend
+
+_BACKGROUND, _QUIET, _TITLE = (13, 17, 23), (139, 148, 158), (121, 192, 255)
+_COLUMNS, _FONT_SIZE, _MARGIN = 80, 15, 16
+_LAST_SECONDS = 2.5  # the finished text stays a while before the GIF starts again
+
+
+def write_gif(path: Path, frames: Sequence[Frame], title: str, frame_seconds: float) -> None:
+    """Writes an animated GIF that repeats.
+
+    Letters that DejaVu Sans Mono lacks, the font that comes with matplotlib, are boxes.
+
+    Args:
+      path: of the file.
+      frames: at least one.
+      title: the prompt, say; on top of every picture.
+      frame_seconds: how long a frame stays.
+
+    Raises:
+      ValueError: there are no frames.
+    """
+    if not frames:
+        raise ValueError('Nothing was generated, so that there is nothing to draw.')
+    font = _font()
+    height = max(len(_lines(frame.cells)) for frame in frames)
+    palette = _palette()  # one for all frames, so that only what changes is stored
+    pictures = [
+        _picture(frame, title, height, font).quantize(palette=palette, dither=Image.Dither.NONE)
+        for frame in frames
+    ]
+    durations = [round(1000 * frame_seconds)] * (len(frames) - 1) + [round(1000 * _LAST_SECONDS)]
+    pictures[0].save(
+        path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=False
+    )
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    from matplotlib.font_manager import FontProperties, findfont
+
+    return ImageFont.truetype(findfont(FontProperties(family='DejaVu Sans Mono')), _FONT_SIZE)
+
+
+def _palette() -> Image.Image:
+    """Every colour of a text in seven shades towards the background, for smooth letters."""
+    texts = [_QUIET, _TITLE, *(Cell('', state).colour for state in ('settled', 'noise', 'refused'))]
+    texts += [colour_of(place / 20) for place in range(21)]
+    shades = [
+        tuple(round(b + share / 7 * (t - b)) for t, b in zip(text, _BACKGROUND, strict=True))
+        for text in texts
+        for share in range(1, 8)
+    ]
+    palette = Image.new('P', (1, 1))
+    palette.putpalette([value for colour in [_BACKGROUND, *shades] for value in colour])
+    return palette
+
+
+def _picture(frame: Frame, title: str, num_lines: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+    char, line = font.getlength('m'), round(1.5 * _FONT_SIZE)
+    titles = textwrap.wrap(title, _COLUMNS) or ['']
+    size = (
+        round(2 * _MARGIN + _COLUMNS * char),
+        2 * _MARGIN + line * (len(titles) + num_lines + 3),
+    )
+    picture = Image.new('RGB', size, _BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+
+    def write(row: float, column: int, text: str, colour: Colour) -> None:
+        draw.text((_MARGIN + column * char, _MARGIN + row * line), text, colour, font)
+
+    for row, text in enumerate(titles):
+        write(row, 0, text, _TITLE)
+    top = len(titles) + 0.5
+    for row, runs in enumerate(_lines(frame.cells)):
+        for column, text, cell in runs:
+            write(top + row, column, text, cell.colour)
+            if cell.state == 'refused':
+                y = _MARGIN + (top + row + 0.42) * line
+                x = _MARGIN + column * char
+                draw.line((x, y, x + len(text) * char, y), cell.colour)
+    write(top + num_lines + 0.5, 0, frame.caption, _QUIET)
+    column = 0
+    for text, colour in legend():
+        write(top + num_lines + 1.5, column, text, colour or _QUIET)
+        column += len(text)
+    return picture
+
+
+def _lines(cells: Sequence[Cell]) -> list[list[tuple[int, str, Cell]]]:
+    """Runs of text as (column, text, cell) in lines; a word that does not fit opens a line."""
+    lines: list[list[tuple[int, str, Cell]]] = [[]]
+    column = 0
+    for cell in cells:
+        for part, text in enumerate(cell.text.split('\n')):
+            if part or column + len(text) > _COLUMNS:
+                lines.append([])
+                column, text = 0, text if part else text.lstrip(' ')
+            if text:
+                lines[-1].append((column, text, cell))
+            column += len(text)
+    return lines
+
+
+def write_html(path: Path, frames: Sequence[Frame], title: str, frame_seconds: float) -> None:
+    """Writes a page with the frames, a slider and a button; arguments as of `write_gif`."""
+    shown = [
+        {
+            'caption': frame.caption,
+            'cells': [[cell.text, cell.state, _css(cell.colour)] for cell in frame.cells],
+        }
+        for frame in frames
+    ]
+    words = ''.join(
+        f'<span style="color:{_css(colour or _QUIET)}">{html.escape(text)}</span>'
+        for text, colour in legend()
+    )
+    values = {
+        'TITLE': html.escape(title),
+        'LEGEND': words,
+        'PAUSE': str(round(1000 * frame_seconds)),
+        'FRAMES': json.dumps(shown).replace('<', '\\u003c'),  # which could end the script
+    }
+    page = re.sub('|'.join(values), lambda name: values[name[0]], _PAGE)
+    Path(path).write_text(page, encoding='utf-8')
+
+
+def _css(colour: Colour) -> str:
+    return '#{:02x}{:02x}{:02x}'.format(*colour)
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>TITLE</title>
+<style>
+  body { background: #0d1117; color: #8b949e; font: 16px/1.5 monospace; max-width: 50em;
+         margin: 2em auto; padding: 0 1em }
+  h1 { color: #79c0ff; font-size: 1em }
+  #text { white-space: pre-wrap; min-height: 9em }
+  .refused { text-decoration: line-through }
+  input { width: 70% }
+</style>
+<h1>TITLE</h1>
+<div id="text"></div>
+<p id="caption"></p>
+<p><button id="play">pause</button> <input id="frame" type="range" min="0" value="0"></p>
+<p>LEGEND</p>
+<script>
+const frames = FRAMES;
+const [text, caption, play, slider] = ['text', 'caption', 'play', 'frame'].map(
+  (id) => document.getElementById(id));
+let playing = true;
+slider.max = frames.length - 1;
+function draw() {
+  const frame = frames[slider.value];
+  text.replaceChildren(...frame.cells.map(([word, state, colour]) => {
+    const span = document.createElement('span');
+    span.textContent = word;
+    span.className = state;
+    span.style.color = colour;
+    return span;
+  }));
+  caption.textContent = frame.caption;
+}
+function setPlaying(value) {
+  playing = value;
+  play.textContent = playing ? 'pause' : 'play';
+}
+slider.oninput = () => { setPlaying(false); draw(); };
+play.onclick = () => {
+  if (!playing && +slider.value === frames.length - 1) slider.value = 0;
+  setPlaying(!playing);
+  draw();
+};
+setInterval(() => {
+  if (!playing) return;
+  if (+slider.value === frames.length - 1) return setPlaying(false);
+  slider.value = +slider.value + 1;
+  draw();
+}, PAUSE);
+draw();
+</script>
+</html>
+"""

@@ -1,0 +1,97 @@
+"""A chat over lines of text: questions, answers as they grow, and commands."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from diffusiongemma.sampling.chat import ChatSampler
+from diffusiongemma.sampling.sampler import MODES
+from diffusiongemma.view.frames import printable
+
+HELP = """\
+/mode [diffusion|autoregressive|lossless]  how to decode; alone: says which
+/steps [N]  most denoise steps per canvas, or per draft in lossless mode; alone: says how many
+/reset      forgets the conversation
+/help       this text
+/quit       ends (as does the end of the input)
+Ctrl-C      stops an answer, which the conversation then forgets
+Anything else is said to the model; //text says /text."""
+
+
+class Conversation:
+    """Talks to a `ChatSampler` through two functions.
+
+    Conversation(chat, read=lambda: input('> '), write=print_part).run()
+    """
+
+    def __init__(self, chat: ChatSampler, read: Callable[[], str], write: Callable[[str], None]):
+        """Starts with what the chat has heard so far.
+
+        Args:
+          chat: answers.
+          read: returns the user's next line; EOFError ends the conversation.
+          write: shows a part of a text at once; nothing is put behind it.
+        """
+        self._chat, self._read, self._write = chat, read, write
+
+    def run(self) -> None:
+        """Reads and answers until /quit or the end of the input."""
+        while True:
+            try:
+                line = self._read().strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self._write('\n/quit ends the conversation.\n')
+                continue
+            if line == '/quit':
+                return
+            try:
+                self._turn(line)
+            except ValueError as error:
+                self._write(f'error: {error}\n/reset forgets the conversation, /help helps.\n')
+            except KeyboardInterrupt:
+                self._write('\n[stopped; the conversation is as it was before]\n')
+
+    def _turn(self, line: str) -> None:
+        if line.startswith('/') and not line.startswith('//'):
+            self._command(*line[1:].split())
+        elif line:
+            self._answer(line.removeprefix('/'))
+
+    def _command(self, name: str = '', *arguments: str) -> None:
+        sampler = self._chat.sampler
+        field = 'max_draft_steps' if sampler.mode == 'lossless' else 'max_denoising_steps'
+        if name == 'mode' and len(arguments) < 2:
+            if arguments:
+                if arguments[0] not in MODES:
+                    raise ValueError(f'no mode {arguments[0]!r}; there are {", ".join(MODES)}.')
+                sampler = dataclasses.replace(sampler, mode=arguments[0])
+            self._write(f'[mode {sampler.mode}]\n')
+        elif name == 'steps' and len(arguments) < 2:
+            if arguments:
+                if not arguments[0].isdecimal():
+                    raise ValueError(f'/steps takes a number, got {arguments[0]!r}.')
+                config = dataclasses.replace(sampler.config, **{field: int(arguments[0])})
+                sampler = dataclasses.replace(sampler, config=config)
+            self._write(f'[{field} {getattr(sampler.config, field)}]\n')
+        elif name == 'reset' and not arguments:
+            self._chat.reset()
+            self._write('[the conversation starts anew]\n')
+        elif name == 'help':
+            self._write(HELP + '\n')
+        else:
+            raise ValueError(f'no command /{" ".join((name, *arguments))}; /help names them.')
+        self._chat.sampler = sampler
+
+    def _answer(self, text: str) -> None:
+        start, shown = time.perf_counter(), 0
+        for reply in self._chat.stream(text):
+            # A letter of several tokens may be half there: it is shown when it is whole.
+            whole = reply.text if reply.finished else reply.text.rstrip('\ufffd')
+            self._write(printable(whole[shown:]))
+            shown = max(shown, len(whole))
+        self._write(printable(reply.text[shown:]))
+        steps, seconds = reply.denoising_steps, time.perf_counter() - start
+        kind = 'passes' if self._chat.sampler.mode == 'autoregressive' else 'denoise passes'
+        self._write(f'\n[{len(reply.tokens)} tokens, {steps} {kind}, {seconds:.2f} s]\n')

@@ -1,0 +1,220 @@
+"""Pictures of a canvas, one after every step, without a word on how they are drawn."""
+
+import codecs
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.sampling.state import SamplerOutput
+from diffusiongemma.sampling.watch import Draft
+
+State = Literal['settled', 'open', 'noise', 'refused']
+Colour = tuple[int, int, int]
+SPECIAL = '·'  # stands for a token without text: padding, the end of a turn
+
+# Of an open token, from certain to not at all; red, green, blue.
+_SCALE: tuple[Colour, ...] = ((86, 211, 100), (227, 179, 65), (248, 81, 73))
+_COLOURS: dict[State, Colour] = {
+    'settled': (230, 237, 243),
+    'noise': (110, 118, 129),
+    'refused': (248, 81, 73),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One token.
+
+    Attributes:
+      text: what it adds to the text; only 'settled' ones hold line breaks.
+      state: 'settled', committed; 'open', the likeliest token of the latest denoise step; 'noise',
+        not denoised yet; 'refused', drafted, but not what the causal pass says (lossless mode).
+      entropy: of its prediction in nats; infinite for noise, 0 once it is settled or refused.
+    """
+
+    text: str
+    state: State
+    entropy: float = 0.0
+
+    @property
+    def certainty(self) -> float:
+        """exp(-entropy): 1 when certain, 1/k when k tokens are equally likely."""
+        return math.exp(-self.entropy)
+
+    @property
+    def colour(self) -> Colour:
+        return _COLOURS.get(self.state) or colour_of(self.certainty)
+
+
+def colour_of(certainty: float) -> Colour:
+    """Red, green, blue in [0, 255]: green for 1, amber for 1/2, red for 0."""
+    place = (1 - certainty) * (len(_SCALE) - 1)
+    low = min(int(place), len(_SCALE) - 2)
+    share = place - low
+    red, green, blue = (
+        round((1 - share) * a + share * b)
+        for a, b in zip(_SCALE[low], _SCALE[low + 1], strict=True)
+    )
+    return red, green, blue
+
+
+def legend() -> list[tuple[str, Colour | None]]:
+    """What the colours of open tokens mean; texts with their colours, None for a quiet one."""
+    marks = (('0', 1.0), ('ln 2', 0.5), ('large', 0.0))
+    return [
+        ('entropy of a token  ', None),
+        *((f'■ {entropy}  ', colour_of(certainty)) for entropy, certainty in marks),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A response at one moment.
+
+    Attributes:
+      cells: the committed tokens, then those of the canvas.
+      canvas: number of the canvas, counted from 1.
+      step: denoise steps that it has taken; None right after a commit or a verification.
+      tokens: committed tokens.
+      denoising_steps: denoise passes so far, over all canvases.
+      seconds: time that the sampler took so far.
+    """
+
+    cells: tuple[Cell, ...]
+    canvas: int
+    step: int | None
+    tokens: int
+    denoising_steps: int
+    seconds: float
+
+    @property
+    def mean_entropy(self) -> float | None:
+        """Nats, over the open tokens; None without one."""
+        entropies = [cell.entropy for cell in self.cells if cell.state == 'open']
+        return float(np.mean(entropies)) if entropies else None
+
+    @property
+    def text(self) -> str:
+        return ''.join(cell.text for cell in self.cells)
+
+    @property
+    def caption(self) -> str:
+        """Where it is and what it took, in one line."""
+        refused = sum(cell.state == 'refused' for cell in self.cells)
+        entropy = self.mean_entropy
+        if self.step is None:
+            moment = f'{refused} refused' if refused else 'committed'
+        else:
+            moment = f'step {self.step}' if self.step else 'noise'
+        if entropy is not None:
+            moment += f', {entropy:.2f} nats'
+        return (
+            f'canvas {self.canvas}: {moment} | {self.tokens} tokens, '
+            f'{self.denoising_steps} denoise passes'
+        )
+
+    @property
+    def rate(self) -> str:
+        """Committed tokens per second of watching, which is slower than a call of the sampler."""
+        return f'{self.tokens / self.seconds:,.0f} tokens/s' if self.tokens else '- tokens/s'
+
+
+def frames(
+    drafts: Iterable[Draft | SamplerOutput], tokenizer: Tokenizer, stop_ids: Sequence[int]
+) -> Iterator[Frame]:
+    """Frames of what `sampling.watch.watch` yields for a batch of one prompt.
+
+    Args:
+      drafts: of either mode; only what they take counts as time, not what is done with a frame.
+      tokenizer: the model's.
+      stop_ids: tokens behind which nothing was refused.
+    """
+    drafts, seconds = iter(drafts), 0.0
+    latest: _Moment | None = None
+    while True:
+        start = time.perf_counter()
+        draft = next(drafts, None)
+        if draft is None:
+            return
+        moment = _read(draft)
+        seconds += time.perf_counter() - start
+        if latest is not None and moment.canvases > latest.canvases:
+            after = dataclasses.replace(moment, open=_refused(latest, moment, stop_ids))
+            yield _frame(tokenizer, after, moment.canvases, None, seconds)
+        if isinstance(draft, Draft):
+            yield _frame(tokenizer, moment, moment.canvases + 1, int(draft.step), seconds)
+        latest = moment
+
+
+class _Token(NamedTuple):
+    id: int
+    state: State
+    entropy: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moment:
+    """What is committed, and what stands behind it, on the host."""
+
+    settled: list[int]
+    open: list[_Token]
+    canvases: int
+    denoising_steps: int
+    limit: int
+
+
+def _read(draft: Draft | SamplerOutput) -> _Moment:
+    output = draft.output if isinstance(draft, Draft) else draft
+    step, canvas = 0, []
+    if isinstance(draft, Draft):
+        step = int(draft.step)
+        tokens = np.asarray(draft.argmax if step else draft.canvas)[0].tolist()
+        entropies = np.asarray(draft.entropies)[0].tolist()
+        state: State = 'open' if step else 'noise'
+        canvas = [_Token(token, state, e) for token, e in zip(tokens, entropies, strict=True)]
+    tokens = np.asarray(output.tokens)[0]
+    return _Moment(
+        settled=tokens[: int(output.lengths[0])].tolist(),
+        open=canvas,
+        canvases=int(output.canvases[0]),
+        denoising_steps=int(output.denoising_steps[0]) + step,
+        limit=len(tokens),
+    )
+
+
+def _refused(before: _Moment, after: _Moment, stop_ids: Sequence[int]) -> list[_Token]:
+    """Tokens of a draft that were not committed though the response went on."""
+    held = len(after.settled) - len(before.settled)
+    over = after.settled[-1] in stop_ids or len(after.settled) >= after.limit
+    return [] if over else [_Token(token.id, 'refused') for token in before.open[held:]]
+
+
+def _frame(
+    tokenizer: Tokenizer, moment: _Moment, canvas: int, step: int | None, seconds: float
+) -> Frame:
+    settled = [_Token(token, 'settled') for token in moment.settled]
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a token may be part of a letter
+    cells = []
+    for token, state, entropy in [*settled, *moment.open]:
+        text = printable(decoder.decode(tokenizer.token_bytes(token)))
+        if state != 'settled':
+            text = SPECIAL if token in tokenizer.special_ids else text.replace('\n', '↵')
+        cells.append(Cell(text, state, entropy))
+    return Frame(
+        cells=tuple(cells),
+        canvas=canvas,
+        step=step,
+        tokens=len(moment.settled),
+        denoising_steps=moment.denoising_steps,
+        seconds=seconds,
+    )
+
+
+def printable(text: str) -> str:
+    """The text without what would steer a terminal; line breaks stay."""
+    return ''.join(char if char.isprintable() or char == '\n' else SPECIAL for char in text)

@@ -1,0 +1,54 @@
+"""Frames in a terminal, in colour and in place; elsewhere as lines of plain text."""
+
+import time
+from collections.abc import Iterable
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
+
+from diffusiongemma.view.frames import Frame, legend
+
+
+def show(
+    frames: Iterable[Frame], console: Console, title: str, frame_seconds: float
+) -> list[Frame]:
+    """Shows frames as they come, each for at least `frame_seconds`.
+
+    Args:
+      frames: of one response.
+      console: where; if it is no terminal, every frame is a line without colours.
+      title: above the response.
+      frame_seconds: pause behind each frame on a terminal, so that a fast model can be followed.
+
+    Returns:
+      The frames.
+    """
+    if not console.is_terminal:
+        return [_printed(frame, console) for frame in frames]
+    shown = []
+    with Live(console=console, auto_refresh=False) as live:
+        for frame in frames:
+            live.update(_panel(frame, title), refresh=True)
+            shown.append(frame)
+            time.sleep(frame_seconds)
+    return shown
+
+
+def _printed(frame: Frame, console: Console) -> Frame:
+    text = frame.text.replace('\n', '↵')
+    console.out(f'{frame.caption}, {frame.rate} | {text}', highlight=False)
+    return frame
+
+
+def _panel(frame: Frame, title: str) -> Panel:
+    text = Text()
+    for cell in frame.cells:
+        style = 'rgb({},{},{})'.format(*cell.colour)
+        text.append(cell.text, style + (' strike' if cell.state == 'refused' else ''))
+    scale = Text()
+    for words, colour in legend():
+        scale.append(words, 'rgb({},{},{})'.format(*colour) if colour else 'dim')
+    caption = Text(f'{frame.caption}, {frame.rate}', 'dim')
+    return Panel(Group(text, Text(), caption, scale), title=Text(title), title_align='left')
