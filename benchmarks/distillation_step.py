@@ -1,0 +1,130 @@
+"""What a distillation step costs: all canvases or one, a loop over layers or none.
+
+    python benchmarks/distillation_step.py --depths=5,30
+
+Random students of the shipped teacher's width on packed rows of word problems, stage 1. Rows of the
+table: seconds to compile, milliseconds of a step (median), response tokens trained per second, and
+the ratio of that to the row before with its quartiles. First all canvases of every response against
+one canvas of each (the rest of the row is encoded all the same), then layers in a loop against
+layers one by one, at each depth. The last line is JSON.
+"""
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+from timing import seconds, spread
+
+from diffusiongemma import run_config
+from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.data.pipeline import make_train_iterator
+from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.diffusion.corruption import UniformCorruption
+from diffusiongemma.distillation.stage1 import Stage1
+from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
+from diffusiongemma.distillation.step import Constants, make_distillation_step
+from diffusiongemma.models import DiffusionGemma, Gemma, ModelConfig, init_params
+from diffusiongemma.sampling import TemperatureSchedule
+
+_DEPTHS = flags.DEFINE_list('depths', ['5', '30'], 'Layers, multiples of five.')
+_CANVAS = flags.DEFINE_integer('canvas', 16, 'Canvas length.', lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Rows of 256 tokens.', lower_bound=1)
+_REPETITIONS = flags.DEFINE_integer('repetitions', 7, 'Timed steps.', lower_bound=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row of the table."""
+
+    depth: int
+    one_canvas: bool
+    scan_layers: bool
+
+
+def batch_of(tokenizer: Any, one_canvas: bool) -> dict[str, np.ndarray]:
+    """A packed batch; with one canvas a document as many slots as rows have documents."""
+    return next(
+        make_train_iterator(
+            DataSpec(kind='wordmath', size=1000),
+            tokenizer,
+            batch_size=_BATCH_SIZE.value,
+            row_length=256,
+            canvases_per_row=4 if one_canvas else -(-160 // _CANVAS.value),
+            canvas_length=_CANVAS.value,
+            seed=0,
+            one_canvas=one_canvas,
+        )
+    )
+
+
+def measure(base: ModelConfig, tokenizer: Any, setting: Setting) -> dict[str, Any]:
+    """Seconds to compile, seconds of each step [repetitions], response tokens of the batch."""
+    config = base.replace(
+        layer_types=base.layer_types[:5] * (setting.depth // 5),
+        canvas_length=_CANVAS.value,
+        scan_layers=setting.scan_layers,
+    )
+    model, teacher = DiffusionGemma(config), Gemma(config.autoregressive)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), 1000)
+    step = make_distillation_step(
+        model,
+        teacher,
+        Stage1(UniformCorruption(config.vocab_size), TemperatureSchedule()),
+        optimizer,
+        ar_weight=0.1,
+        ema_decay=0.99,
+        seed=0,
+    )
+    batch = jax.device_put(batch_of(tokenizer, setting.one_canvas))
+    state = create_state(init_params(model, jax.random.key(0)), optimizer)
+    constants = Constants(init_params(teacher, jax.random.key(1)), {})
+    lowered = jax.jit(step).lower(state, constants, batch)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    compile_seconds = time.perf_counter() - start
+    inside = np.asarray(batch['canvas_tokens']) != tokenizer.pad_id
+    used = inside & (np.asarray(batch['canvas_segment_ids']) > 0)[..., None]
+    times = seconds(lambda: compiled(state, constants, batch), _REPETITIONS.value)
+    return {'compile_s': compile_seconds, 'times': times, 'tokens': int(used.sum())}
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    jax.config.update('jax_enable_compilation_cache', False)  # compile times are asked for
+    teacher, _, tokenizer = load_model('builtin-teacher')
+    depths = [int(value) for value in _DEPTHS.value]
+    if any(depth < 5 or depth % 5 for depth in depths):
+        raise ValueError(f'--depths must be multiples of five, got {depths}.')
+    settings = [Setting(depths[0], one, True) for one in (True, False)]
+    settings += [Setting(depth, False, scan) for depth in depths for scan in (False, True)]
+    table = Table('layers', 'canvases', 'loop', 'compile s', 'ms', 'tok/s', 'ratio (quartiles)')
+    results: list[dict[str, Any]] = []
+    for i, setting in enumerate(settings):
+        found = measure(teacher.config, tokenizer, setting)
+        speeds = found['tokens'] / found['times']
+        ratio = spread(speeds / np.median(results[-1]['speeds'])) if i % 2 else ''
+        results.append(
+            dataclasses.asdict(setting)
+            | {'compile_s': found['compile_s'], 'speeds': speeds.tolist()}
+        )
+        table.add_row(
+            str(setting.depth),
+            'one' if setting.one_canvas else 'all',
+            'yes' if setting.scan_layers else 'no',
+            f'{found["compile_s"]:.1f}',
+            f'{1e3 * np.median(found["times"]):,.0f}',
+            f'{np.median(speeds):,.0f}',
+            ratio,
+        )
+    Console().print(table)
+    print(json.dumps(results))
+
+
+if __name__ == '__main__':
+    run_config.run_main(main)
