@@ -40,7 +40,7 @@ def batch():
             TOKENIZER,
             batch_size=ROWS,
             row_length=128,
-            canvases_per_row=4,
+            canvases_per_row=8,
             canvas_length=8,
             seed=0,
         )
