@@ -32,6 +32,8 @@ def get_config() -> ConfigDict:
             'dtype': 'bfloat16',  # of the computation; the state of training is float32
             # The state fits one device; more devices take more rows.
             'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
+            # Memory against time, see docs/scaling.md; these defaults keep all.
+            'compute': {'remat': 'none', 'logits_chunk': 0, 'query_block': 0, 'microbatches': 1},
             'teacher': '',  # given on the command line
             'init': '',  # a student to go on from; empty: starts from the teacher's weights
             'denoise_dtype': 'bfloat16',

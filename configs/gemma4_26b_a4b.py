@@ -13,11 +13,11 @@ Memory per device, computed from parameter counts and shapes and not measured:
   25.25B trained x 16 bytes (float32 parameters, EMA, two Adam moments) / 8 50.5 GB
   gradients in float32 and the teacher in bfloat16, x 6 bytes / 8          18.9 GB
   one layer's experts gathered, bfloat16, and their gradients in float32    4.6 GB
-  logits, about 4 per row token and 7 per canvas token of 262,144 x 4
-    bytes: 1 row x (4 x 1024 + 7 x 768) x 1.05 MB                           9.9 GB
+  logits of 256 positions, about 7 arrays of 262,144 x 4 bytes each:
+    1 row x 256 x 7 x 1.05 MB                                               1.9 GB
   activations of 30 layers, 6.6 MB a token: 1024 + 2 x 768 tokens          16.9 GB
   attention weights                                                        14.6 GB
-  together                                                                115.4 GB
+  together                                                                107.4 GB
 
 Eight devices with 80 GB hold the state and no batch; --config.lora.rank=16 trains adapters alone.
 Export and the teacher's fingerprint pass through the host: 256 GB of its memory.
@@ -33,8 +33,10 @@ def get_config() -> ConfigDict:
         {
             'seed': 0,
             'dtype': 'bfloat16',  # of the computation; the state of training is float32
-            # fsdp splits experts and all else; the expert axis would not split the batch.
+            # fsdp gathers each layer's experts; expert: 8 would exchange tokens in their place.
             'mesh': {'data': 1, 'fsdp': 8, 'tensor': 1, 'expert': 1, 'sequence': 1},
+            # Memory against time, see docs/scaling.md. Chunks of logits are nearly free.
+            'compute': {'remat': 'none', 'logits_chunk': 256, 'query_block': 0, 'microbatches': 1},
             'teacher': '',  # given on the command line
             'init': '',  # a student to go on from; empty: starts from the teacher's weights
             # As the released denoiser, so that convert --format=hf can write the student.

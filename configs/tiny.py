@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
             'seed': 0,
             'dtype': 'float32',
             'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
+            # Memory against time, see docs/scaling.md; these defaults keep all.
+            'compute': {'remat': 'none', 'logits_chunk': 0, 'query_block': 0, 'microbatches': 1},
             'teacher': 'builtin-teacher',
             'init': '',  # a student to go on from; empty: starts from the teacher's weights
             'denoise_dtype': 'bfloat16',  # faster where the CPU has AVX512-BF16

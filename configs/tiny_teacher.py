@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
             'tokenizer': 'builtin',
             'dtype': 'float32',
             'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
+            # Memory against time, see docs/scaling.md; these defaults keep all.
+            'compute': {'remat': 'none', 'logits_chunk': 0, 'query_block': 0, 'microbatches': 1},
             'model': {
                 'vocab_size': 1024,
                 'width': 256,

@@ -1,13 +1,17 @@
 """Sampling with parameters, rows and cache spread over eight devices equals sampling on one."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mesh_shapes import meshes
 from test_model import random_params
 
 from diffusiongemma.models import DiffusionGemma
-from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings
+from diffusiongemma.parallel import batch_sharding, make_mesh, on_mesh, param_shardings
 from diffusiongemma.sampling import (
     Controls,
     Sampler,
@@ -18,38 +22,40 @@ from diffusiongemma.sampling import (
 )
 from diffusiongemma.sampling.sampler import MODES, prefilled
 
-PROMPTS = [[5, 17, 20, 31, 8, 9, 3, 4, 6, 12, 7], [9, 14], [3, 3, 3], [1]]
-MESHES = [
-    {'data': 2, 'tensor': 4},
-    {'fsdp': 2, 'tensor': 2, 'expert': 2},
-    {'data': 1, 'fsdp': 4, 'tensor': 2},
-]
+PROMPTS = [[5, 17, 20, 31, 8, 9, 3, 4, 6, 12, 7], [9, 14], [3, 3, 3], [1]] * 2
+FEW = ({'fsdp': 2, 'tensor': 2, 'expert': 2}, {'data': 2, 'tensor': 2, 'sequence': 2})
+# Prompts of width 16 and 16 new tokens: slots that the sequence axis divides.
 CONFIG = SamplingConfig(
-    max_new_tokens=10, max_denoising_steps=2, temperature=0, stop_ids=(), entropy_bound=2.0
+    max_new_tokens=16, max_denoising_steps=2, temperature=0, stop_ids=(), entropy_bound=2.0
 )
 
 
 @pytest.fixture
 def model(tiny_moe_config):
-    # A vocabulary and heads that every mesh below divides.
-    sliding = tiny_moe_config.sliding
-    return DiffusionGemma(tiny_moe_config.replace(vocab_size=40, sliding=sliding))
+    # A vocabulary, canvases and experts that every mesh divides.
+    moe = dataclasses.replace(tiny_moe_config.moe, num_experts=8)
+    return DiffusionGemma(
+        tiny_moe_config.replace(
+            vocab_size=40, canvas_length=8, moe=moe, layer_types=('sliding', 'full')
+        )
+    )
 
 
 def spread(model, axes):
-    """Parameters and the prompts' tokens, lengths and keys in their shards."""
-    mesh = make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1, 'expert': 1} | axes, jax.devices()[:8])
+    """The model on a mesh; parameters and the prompts' tokens, lengths, keys in their shards."""
+    mesh = make_mesh(axes, jax.devices()[:8])
+    model = on_mesh(model, mesh)
     params = jax.device_put(random_params(model), param_shardings(model, mesh))
-    tokens, lengths = pad_prompts(PROMPTS, width=12)
+    tokens, lengths = pad_prompts(PROMPTS, width=16)
     rows = batch_sharding(mesh, len(PROMPTS))
     keys = jax.random.split(jax.random.key(0), len(PROMPTS))
-    return params, *jax.device_put((jnp.asarray(tokens), jnp.asarray(lengths), keys), rows)
+    return model, params, *jax.device_put((jnp.asarray(tokens), jnp.asarray(lengths), keys), rows)
 
 
 def alone(model):
-    tokens, lengths = pad_prompts(PROMPTS, width=12)
+    tokens, lengths = pad_prompts(PROMPTS, width=16)
     keys = jax.random.split(jax.random.key(0), len(PROMPTS))
-    return random_params(model), jnp.asarray(tokens), jnp.asarray(lengths), keys
+    return model, random_params(model), jnp.asarray(tokens), jnp.asarray(lengths), keys
 
 
 def first_step(model, params, tokens, lengths, keys):
@@ -64,24 +70,50 @@ def first_step(model, params, tokens, lengths, keys):
     return logits, after.soft_embeddings, after.canvas, state.cache.kv
 
 
-@pytest.mark.parametrize('axes', MESHES, ids=str)
-def test_logits_soft_embeddings_and_canvas_of_a_step_are_those_of_one_device(model, axes):
-    step = jax.jit(first_step, static_argnums=0)
-    expected, found = step(model, *alone(model)), step(model, *spread(model, axes))
+@pytest.fixture(scope='module')
+def cached():
+    """Results on one device, computed once for all meshes."""
+    return functools.cache(lambda function, *args: function(*args))
+
+
+def step_alone(model):
+    return jax.jit(first_step, static_argnums=0)(*alone(model))
+
+
+@pytest.mark.parametrize('axes', meshes(*FEW))
+def test_logits_soft_embeddings_and_canvas_of_a_step_are_those_of_one_device(axes, model, cached):
+    expected = cached(step_alone, model)
+    found = jax.jit(first_step, static_argnums=0)(*spread(model, axes))
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         assert np.isfinite(np.asarray(other)).all()
-        np.testing.assert_allclose(one, other, atol=2e-5)
-    # The cache is spread and not copied: its rows lie on the axes of the batch.
-    for leaf in jax.tree.leaves(found[3]):
-        assert len(leaf.sharding.device_set) == 8
-        assert leaf.addressable_shards[0].data.size < leaf.size
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    # The cache is spread and not copied: its rows lie on the axes of the batch, its slots on that
+    # of the sequence.
+    full = found[3][0][1][0]
+    split = axes['data'] * axes['fsdp'] * axes['expert'] * axes['sequence']
+    assert len(full.sharding.device_set) == 8
+    assert full.addressable_shards[0].data.size * split <= full.size
 
 
-@pytest.mark.parametrize('mode', MODES)
-def test_tokens_are_those_of_one_device(model, mode):
-    sampler = Sampler(model, CONFIG, mode)
+def sample(mode, model, *arguments):
+    params, tokens, lengths, keys = arguments
+    return Sampler(model, CONFIG, mode)(params, tokens, lengths, rng=keys)
+
+
+def sampled_alone(mode, model):
+    return sample(mode, *alone(model))
+
+
+@pytest.mark.parametrize('axes', meshes({'data': 2, 'expert': 2, 'sequence': 2}))
+def test_sampled_tokens_are_those_of_one_device(axes, model, cached):
     one, other = (
-        sampler(params, tokens, lengths, rng=keys)
-        for params, tokens, lengths, keys in (alone(model), spread(model, MESHES[0]))
+        cached(sampled_alone, 'diffusion', model),
+        sample('diffusion', *spread(model, axes)),
     )
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'diffusion'])
+def test_tokens_of_other_modes_are_those_of_one_device(mode, model):
+    one, other = sampled_alone(mode, model), sample(mode, *spread(model, {'data': 2, 'tensor': 4}))
     jax.tree.map(np.testing.assert_array_equal, one, other)

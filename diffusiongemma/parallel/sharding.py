@@ -23,7 +23,7 @@ M = TypeVar('M', bound=Gemma)
 LOGICAL_AXIS_RULES: AxisRules = (
     # Parameters, and with them optimizer state, EMA and teacher.
     ('vocab', ('tensor',)),
-    ('embed', ('fsdp',)),
+    ('embed', ('fsdp', 'expert')),  # in kernels of experts the latter is taken already
     ('mlp', ('tensor',)),
     ('heads', ('tensor',)),
     ('kv_heads', ('tensor',)),
