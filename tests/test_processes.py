@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,14 +30,18 @@ SMALL_TEACHER = (
 )  # fmt: skip
 
 
+def environment(program):
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    return os.environ | {'PROGRAM': program, 'DEVICES_PER_PROCESS': '1', 'PATH': path}
+
+
 def launch(count, workdir, *flags, program='train', config='tiny_teacher', code=0):
     """Output of `count` processes of an entry point."""
     script = str(ROOT / 'launch' / 'local_multiprocess.sh')
-    environment = os.environ | {'PROGRAM': program, 'DEVICES_PER_PROCESS': '1'}
     done = subprocess.run(
         [script, str(count), f'configs/{config}.py', str(workdir), *flags],
         cwd=ROOT,
-        env=environment | {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'},
+        env=environment(program),
         capture_output=True,
         text=True,
     )
@@ -168,3 +175,26 @@ def test_one_process_reads_all_rows_and_puts_them_where_the_mesh_wants_them():
     placed = processes.global_batch(batch, rows, 8)['tokens']
     np.testing.assert_array_equal(placed, batch['tokens'])
     assert placed.sharding == rows
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_told_to_stop_save_the_same_step_and_go_on(tmp_path):
+    script = str(ROOT / 'launch' / 'local_multiprocess.sh')
+    flags = [*SMALL_TEACHER, '--config.train.num_steps=100000']
+    process = subprocess.Popen(
+        [script, '2', 'configs/tiny_teacher.py', str(tmp_path), *flags],
+        cwd=ROOT,
+        env=environment('train'),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = tmp_path / 'metrics.jsonl'
+    while not (metrics.exists() and metrics.read_text().count('\n') > 3):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    logs = [(tmp_path / 'logs' / f'process_{i}.log').read_text() for i in range(2)]
+    stopped = [re.search(r'stopped by SIGTERM; step (\d+) is saved', log)[1] for log in logs]
+    assert stopped[0] == stopped[1] and (tmp_path / 'checkpoints' / stopped[0]).is_dir()
+    train(2, tmp_path, int(stopped[0]) + 2)
