@@ -184,16 +184,6 @@ def test_bad_input_ends_in_one_clear_message(program, arguments, message, tmp_pa
     assert 'Traceback' not in err
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'colabs').glob('*.ipynb')), ids=lambda p: p.stem)
-def test_a_colab_runs_from_top_to_bottom(path):
-    cells = json.loads(path.read_text())['cells']
-    source = '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
-    done = subprocess.run(
-        [sys.executable, '-c', source], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_benchmark_of_the_decode_modes_prints_a_ratio():
     arguments = ['--batches=2', '--batch_sizes=1', '--max_new_tokens=32']
     program = [sys.executable, 'benchmarks/sampler.py', *arguments]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import jax
@@ -19,7 +20,16 @@ from diffusiongemma.distillation.targets import TargetsConfig
 from diffusiongemma.evaluation.compare import EvalConfig
 from diffusiongemma.evaluation.sweep import Grid
 from diffusiongemma.models import PRESETS, DiffusionGemma, Gemma, init_params
-from diffusiongemma.parallel import batch_sharding, make_mesh, param_shardings, state_shardings
+from diffusiongemma.parallel import (
+    MESH_AXES,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    state_shardings,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'docs'))
+import config_page  # noqa: E402
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 TEACHERS = ['tiny_teacher']
@@ -81,6 +91,43 @@ def test_a_students_config_builds_everything_of_its_run(name):
     DataSpec.from_config(values.pop('source'))
     run_config.build(Grid, values.pop('sweep'), 'eval.sweep')
     run_config.build(EvalConfig, values, 'eval')
+
+
+def test_the_page_of_config_keys_is_what_the_dataclasses_say():
+    assert config_page.PAGE.read_text(encoding='utf-8') == config_page.page(), (
+        'docs/configs.md is out of date: run python docs/config_page.py'
+    )
+    assert tuple(config_page.DISTILL) == run.CONFIG_KEYS
+    assert tuple(config_page.TRAIN) == train.CONFIG_KEYS
+    assert tuple(config_page.MESH) == MESH_AXES
+
+
+@pytest.mark.parametrize('name', STUDENTS + TEACHERS)
+def test_every_key_of_a_config_is_on_the_page(name):
+    sections = {
+        title: {key for key, _, _ in config_page.rows(keys, *rest)}
+        for title, keys, *rest in config_page.SECTIONS
+    }
+
+    def check(values, section):
+        unknown = set(values) - sections[section]
+        assert not unknown, f'{name}: {section} has {sorted(unknown)}'
+
+    config = load(name).to_dict()
+    data = config['data'] if name in TEACHERS else {}
+    top = 'train' if name in TEACHERS else 'distill, generate_targets, evaluate'
+    check(config, f'{top}: top level')
+    sources = [config[part]['source'] for part in ('targets', 'eval') if part in config]
+    for source in (*sources, *data.get('sources', ())):
+        check(source, 'targets.source, eval.source, data.sources')
+    for section, values in config.items():
+        if section in sections and not data.get('sources') or section in ('optimizer', 'train'):
+            check(values, section)
+    check(config.get('eval', {}).get('sweep', {}), 'eval.sweep')
+    model = config.get('model', {})
+    check(model, 'model')
+    for kind in ('sliding', 'full'):
+        check(model.get(kind, {}), 'model.sliding, model.full')
 
 
 @pytest.mark.parametrize('name', STUDENTS)
