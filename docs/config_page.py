@@ -44,7 +44,7 @@ have the default.
 DISTILL = {
     'seed': 'of everything random: noise, order of the data, first parameters',
     'dtype': "of the computation: 'float32' or 'bfloat16'",
-    'denoise_dtype': "of the student's denoise pass, see `ModelConfig.denoise_dtype`",
+    'denoise_dtype': 'of a separate denoiser, see `ModelConfig.denoise_dtype`',
     'mesh': 'devices along each axis, see below',
     'teacher': "what is distilled: a checkpoint that `load_model` opens, or 'builtin-teacher'",
     'init': "a student to go on from; empty starts from the teacher's weights",

@@ -150,3 +150,22 @@ def test_a_canvas_of_one_token_is_a_causal_step_where_embeddings_are_normed(mode
     logits = apply(model, params, *args, method='denoise')[:, 0, 0]
     causal = apply(model, params, hidden[:, -1], method='unembed')
     np.testing.assert_allclose(logits, causal, atol=1e-4)
+
+
+def test_a_separate_denoiser_may_compute_in_bfloat16_beside_a_float32_encode_pass(tiny_config):
+    float32 = DiffusionGemma(tiny_config.replace(separate_denoiser=True))
+    mixed = float32.clone(config=float32.config.replace(denoise_dtype='bfloat16'))
+    params = random_params(float32)
+    tokens = tokens_of(float32, 0, 2, 7)
+    (one, _), (other, _) = (encode(model, params, tokens) for model in (float32, mixed))
+    np.testing.assert_array_equal(one, other)
+    logits = [model.apply({'params': params}, tokens[:, :4]) for model in (float32, mixed)]
+    assert logits[1].dtype == jnp.float32
+    difference = np.abs(logits[0] - logits[1])
+    assert 0 < difference.max() < 0.2
+    shared = DiffusionGemma(tiny_config.replace(denoise_dtype='bfloat16'))
+    found = shared.apply({'params': random_params(shared)}, tokens[:, :4])
+    plain = DiffusionGemma(tiny_config)
+    np.testing.assert_array_equal(
+        found, plain.apply({'params': random_params(plain)}, tokens[:, :4])
+    )

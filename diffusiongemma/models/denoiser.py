@@ -63,7 +63,8 @@ class DiffusionGemma(Gemma):
 
     @property
     def _denoise_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.config.denoise_dtype or self.dtype)
+        own = self.config.denoise_dtype if self.config.separate_denoiser else None
+        return jnp.dtype(own or self.dtype)
 
     def denoise_hidden(
         self,
