@@ -13,6 +13,7 @@ from diffusiongemma.data.packing import RowLayout
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import run
+from diffusiongemma.distillation.compute import ComputeConfig
 from diffusiongemma.distillation.loop import LoopConfig
 from diffusiongemma.distillation.lora import lora_student
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
@@ -67,6 +68,7 @@ def test_a_config_says_what_it_is_for_its_hardware_and_the_command_that_runs_it(
 def test_a_teachers_config_builds_everything_of_its_run(name):
     config = load(name)
     run_config.check_keys(config, train.CONFIG_KEYS)
+    ComputeConfig.of(config)
     loop = run_config.build(LoopConfig, config.train, 'train')
     make_optimizer(run_config.build(OptimizerConfig, config.optimizer, 'optimizer'), loop.num_steps)
     assert run_config.data_specs(config)
@@ -77,6 +79,7 @@ def test_a_teachers_config_builds_everything_of_its_run(name):
 def test_a_students_config_builds_everything_of_its_run(name):
     config = load(name)
     run_config.check_keys(config, run.CONFIG_KEYS)
+    ComputeConfig.of(config)
     run_config.compute_dtype(config)
     loop = run_config.build(LoopConfig, config.train, 'train')
     make_optimizer(run_config.build(OptimizerConfig, config.optimizer, 'optimizer'), loop.num_steps)
