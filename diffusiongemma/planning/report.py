@@ -39,9 +39,9 @@ def print_plan(
         table.add_row(f'time of {resource} at best', f'{1e3 * seconds:.3f} ms')
     Console(width=100).print(table)
     if plan.fits:
-        print(f'{plan.name} fits {mesh.size} x {figures.name}.')
+        print(f'{plan.name} fits {mesh.size} x {figures.name}.', flush=True)
     else:
-        print(f'{plan.name} does not fit {mesh.size} x {figures.name}: {change}')
+        print(f'{plan.name} does not fit {mesh.size} x {figures.name}: {change}', flush=True)
 
 
 def as_json(plan: Plan, figures: DeviceFigures, num_devices: int) -> dict[str, Any]:
