@@ -4,8 +4,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diffusiongemma.models.config import ModelConfig
-
-DENOISER_ALONE = ('denoise_backbone', 'self_conditioning')  # of a separate denoiser
+from diffusiongemma.models.denoiser import DENOISER_ALONE
 
 
 def student_params_from_teacher(student_params: dict, teacher_params: dict) -> dict:

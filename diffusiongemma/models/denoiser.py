@@ -16,6 +16,8 @@ from diffusiongemma.models.transformer import (
     rope_by_kind,
 )
 
+DENOISER_ALONE = ('denoise_backbone', 'self_conditioning')  # parameters of a separate denoiser
+
 
 class SelfConditioning(nn.Module):
     """Adds what the previous denoise step believed to the canvas embeddings.
@@ -140,6 +142,17 @@ class DiffusionGemma(Gemma):
         previous = tokens[:, -1:]
         logits = self.denoise(tokens[:, None], starts, ones[:, :1], prefix, previous=previous)
         return logits[:, 0]
+
+
+def in_denoise_dtype(config: ModelConfig, params: dict) -> dict:
+    """The parameters with those of a separate denoiser in its dtype: no pass has to convert them."""
+    if not config.separate_denoiser or config.denoise_dtype is None:
+        return params
+    dtype = jnp.dtype(config.denoise_dtype)
+    own = {
+        name: jax.tree.map(lambda leaf: leaf.astype(dtype), params[name]) for name in DENOISER_ALONE
+    }
+    return params | own
 
 
 def _behind(first: jax.Array, rest: jax.Array, axis: int) -> jax.Array:
