@@ -145,7 +145,7 @@ class DiffusionGemma(Gemma):
 
 
 def in_denoise_dtype(config: ModelConfig, params: dict) -> dict:
-    """The parameters with those of a separate denoiser in its dtype: no pass has to convert them."""
+    """The parameters, those of a separate denoiser in its dtype: no pass has to convert them."""
     if not config.separate_denoiser or config.denoise_dtype is None:
         return params
     dtype = jnp.dtype(config.denoise_dtype)
