@@ -10,6 +10,7 @@ for the devices of a topology; nothing is allocated. The last line is JSON.
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -73,8 +74,8 @@ def main(argv: list[str]) -> None:
         if set(wanted) - set(names):
             raise ValueError(f'--programs={wanted}: there are {names}.')
         planned = [program for program in planned if program.name in wanted]
-    result = {'config': name, 'topology': _TOPOLOGY.value, 'device': dataclasses.asdict(figures)}
-    result |= {'mesh': dict(mesh.shape), 'programs': []}
+    result: dict[str, Any] = {'config': name, 'topology': _TOPOLOGY.value}
+    result |= {'device': dataclasses.asdict(figures), 'mesh': dict(mesh.shape), 'programs': []}
     for program in planned:
         plan = compiler.compile_program(program, mesh, figures)
         change = '' if plan.fits else compiler.advice(plan.kinds, figures, mesh, _WHAT.value)

@@ -9,6 +9,7 @@ memory space of a shape (`S(1)`: not HBM), and replica groups in their three not
 """
 
 import collections
+import dataclasses
 import functools
 import math
 import re
@@ -53,7 +54,8 @@ class Instruction(NamedTuple):
         return names
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
     """Collectives of one kind over the same mesh axes.
 
     Attributes:
@@ -119,7 +121,8 @@ class Program:
         Args:
           mesh_shape: axes of the mesh and their sizes, in its order.
         """
-        seen, totals = set(), collections.defaultdict(lambda: [0, 0.0])
+        seen = set()
+        totals: dict[tuple, list] = collections.defaultdict(lambda: [0, 0.0])
         for name, instructions in self.computations.items():
             if not self.runs.get(name):
                 continue
@@ -144,7 +147,7 @@ class Program:
                 total = totals[kind, axes]
                 total[0] += self.runs[name]
                 total[1] += self.runs[name] * sent
-        found = [Collective(*key, count, sent) for key, (count, sent) in totals.items()]
+        found = [Collective(*key, *total) for key, total in totals.items()]
         return sorted(found, key=lambda collective: -collective.sent_bytes)
 
     def hbm_bytes(self) -> float:

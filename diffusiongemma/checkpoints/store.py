@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
+from orbax.checkpoint import checkpoint_managers as policies
 
 from diffusiongemma.models.config import ModelConfig
 
 CHECKPOINTS_DIR = 'checkpoints'
-policies = ocp.checkpoint_managers
 
 
 class CheckpointError(RuntimeError):

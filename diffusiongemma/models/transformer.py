@@ -232,7 +232,7 @@ class Backbone(nn.Module):
         context: PassContext,
     ) -> tuple[jax.Array, tuple]:
         """The layers of one stack: hidden states and the keys and values that they made."""
-        fields = {'config': self.config, 'which': which, 'dtype': self.dtype}
+        fields: dict[str, Any] = {'config': self.config, 'which': which, 'dtype': self.dtype}
         fields |= {'execution': self.execution, 'shares_kv': stack.shares_kv}
         name = 'shared_{}' if stack.shares_kv else '{}'
         group_inputs, tail_inputs = given

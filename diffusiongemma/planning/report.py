@@ -1,5 +1,6 @@
 """A plan as tables and as JSON."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ def as_json(plan: Plan, figures: DeviceFigures, num_devices: int) -> dict[str, A
         'model_flops': plan.flops.model,
         'recomputed_flops': plan.flops.recomputed,
         'hbm_traffic': plan.hbm_traffic,
-        'collectives': [collective._asdict() for collective in plan.collectives],
+        'collectives': [dataclasses.asdict(collective) for collective in plan.collectives],
         'times': times,
         'roofline_seconds': max(times.values()),
         'tokens': plan.tokens,
