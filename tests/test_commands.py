@@ -184,9 +184,40 @@ def test_bad_input_ends_in_one_clear_message(program, arguments, message, tmp_pa
     assert 'Traceback' not in err
 
 
+def benchmark(name, *arguments):
+    program = [sys.executable, f'benchmarks/{name}.py', *arguments]
+    return subprocess.run(program, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+
+
 def test_the_benchmark_of_the_decode_modes_prints_a_ratio():
-    arguments = ['--batches=2', '--batch_sizes=1', '--max_new_tokens=32']
-    program = [sys.executable, 'benchmarks/sampler.py', *arguments]
-    done = subprocess.run(program, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = benchmark('sampler', '--batches=2', '--batch_sizes=1', '--max_new_tokens=32')
     assert done.returncode == 0, done.stderr
     assert 'ratio' in done.stdout and 'x' in done.stdout
+
+
+def test_the_roofline_of_the_full_size_is_one_read_of_the_weights():
+    preset = '--preset=diffusiongemma_26b_a4b'
+    done = benchmark('roofline', preset, '--device=H200', '--prefix=4096')
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    read = 1e3 * 2 * 25.2e9 / 4.8e12  # 25.2 billion weights in bfloat16 at the data sheet's rate
+    assert read < found['limit_ms']['denoise step'] < 1.1 * read
+    active = 1e3 * 2 * 3.8e9 / 4.8e12
+    assert active < found['limit_ms']['autoregressive token'] < 1.2 * active
+    done = benchmark('roofline', preset, '--device=H300')
+    assert done.returncode == 1 and "unknown device 'H300'; known: [" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('name', 'arguments'),
+    [
+        ('roofline', ['--checkpoint=builtin']),
+        ('growth', ['--sizes=canvas,experts', '--repetitions=2']),
+        ('distillation_step', ['--depths=5', '--batch_size=2', '--repetitions=2']),
+    ],
+)
+def test_a_benchmark_ends_with_its_numbers(name, arguments):
+    done = benchmark(name, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])
