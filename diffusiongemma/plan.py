@@ -13,14 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from diffusiongemma import run_config
-from diffusiongemma.checkpoints.bundle import CONFIG_FILE
-from diffusiongemma.checkpoints.json_file import read_json
-from diffusiongemma.checkpoints.load import BUILTIN
-from diffusiongemma.models.config import ModelConfig
-from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.parallel import make_mesh
 from diffusiongemma.planning import compiler, programs
 from diffusiongemma.planning.report import as_json, print_plan
@@ -36,21 +31,11 @@ _PROMPT_LENGTH = flags.DEFINE_integer('prompt_length', 1024, 'Tokens of its prom
 _PROGRAMS = flags.DEFINE_list('programs', None, 'Of the sampler only these, by name.')
 
 
-def teacher_config(config: ConfigDict, config_name: str, preset: str | None) -> ModelConfig:
-    """The architecture that is planned for; raises ValueError where nothing names it."""
-    if preset is None and config.teacher in BUILTIN:
-        return ModelConfig.from_dict(read_json(BUILTIN[config.teacher] / CONFIG_FILE)['model'])
-    name = preset or config_name
-    if name not in PRESETS:
-        raise ValueError(f'no preset {name!r}: give one of {sorted(PRESETS)} with --model.')
-    return PRESETS[name]
-
-
 def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
     name = Path(flags.FLAGS['config'].config_filename).stem
-    teacher = teacher_config(config, name, _MODEL.value)
+    teacher = programs.teacher_config(config, name, _MODEL.value)
     devices, figures = compiler.topology_devices(_TOPOLOGY.value)
     try:
         mesh = make_mesh(config.mesh, devices)

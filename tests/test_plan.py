@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from diffusiongemma.accounting.devices import figures_of
 from diffusiongemma.accounting.hlo import Collective, Program
-from diffusiongemma.plan import teacher_config
 from diffusiongemma.planning.compiler import _needed, advice, topology_devices
+from diffusiongemma.planning.programs import teacher_config
 
 ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(

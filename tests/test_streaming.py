@@ -35,7 +35,7 @@ def test_parameters_are_created_in_the_shards_of_the_mesh(source):
     placed = jax.tree.map(lambda leaf: leaf.sharding, params)
     assert placed == param_shardings(model, mesh)
     up = params['backbone']['layers']['layer_0']['mlp']['up']
-    assert up.addressable_shards[0].data.size == up.size // 4
+    assert up.addressable_shards[0].data.size == up.size // 8
     assert_trees_equal(params, load_model(source, jnp.bfloat16)[1])
 
 

@@ -12,7 +12,6 @@ from diffusiongemma.checkpoints import adapters, bundle, hf_import, orbax_import
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig
-from diffusiongemma.models.denoiser import in_denoise_dtype
 from diffusiongemma.models.lora import LoraConfig, base_params, merge_lora
 from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.models.transformer import Gemma
@@ -39,7 +38,7 @@ def load_model(
         of its checkpoints (WORKDIR/checkpoints/STEP),
         a directory in the published format (config.json and safetensors), one of Google's
         orbax checkpoints (see `orbax_import`), or adapters, which are merged into their base.
-      dtype: of the parameters and the computation (a separate denoiser may have its own, see
+      dtype: of the parameters and the computation (a separate denoiser may compute in its own, see
         `ModelConfig.denoise_dtype`); None keeps the parameters as they are stored and computes
         in float32.
       mesh: parameters are created in their shards on it (see `parallel.make_mesh`), without ever
@@ -69,8 +68,6 @@ def load_model(
         model, params = hf_import.load_hf(directory, dtype, mesh)
     tokenizer_file = directory / bundle.TOKENIZER_FILE
     tokenizer = Tokenizer.load(str(tokenizer_file)) if tokenizer_file.exists() else None
-    if dtype is not None:
-        params = in_denoise_dtype(model.config, params)
     return model, params, tokenizer
 
 

@@ -51,7 +51,7 @@ from diffusiongemma.evaluation.report import (
     sweep_table,
 )
 from diffusiongemma.evaluation.sweep import Grid, summary, sweep, write_csv
-from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.denoiser import DiffusionGemma, in_denoise_dtype
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
 from diffusiongemma.parallel import make_mesh, param_shardings, processes
 from diffusiongemma.sampling import Sampler, SamplingConfig
@@ -358,6 +358,7 @@ def open_evaluation(config: ConfigDict, teacher: Teacher, checkpoint: str | Path
     eval_config = run_config.build(EvalConfig, values, 'eval')
     dtype = run_config.compute_dtype(config)
     student, student_params, tokenizer = load_model(checkpoint, dtype, _mesh_to_load_on(config))
+    student_params = in_denoise_dtype(student.config, student_params)
     if tokenizer is None or tokenizer.content_hash != teacher.tokenizer.content_hash:
         raise ValueError(
             f'{checkpoint} and the teacher {config.teacher} have different tokenizers; '

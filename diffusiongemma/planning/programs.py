@@ -14,6 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from diffusiongemma import run_config
+from diffusiongemma.checkpoints.bundle import CONFIG_FILE
+from diffusiongemma.checkpoints.json_file import read_json
+from diffusiongemma.checkpoints.load import BUILTIN
 from diffusiongemma.data.packing import RowLayout, pack_examples
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.compute import ComputeConfig
@@ -30,6 +33,7 @@ from diffusiongemma.distillation.student import frozen_params, trained_params
 from diffusiongemma.distillation.targets import TargetsConfig
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.models.transformer import Gemma, init_params
 from diffusiongemma.parallel import batch_sharding, param_shardings, state_shardings
 from diffusiongemma.sampling import Controls, SamplingConfig, diffusion, passes
@@ -69,6 +73,16 @@ class _TokenIds:
     @classmethod
     def of(cls, config: ModelConfig) -> '_TokenIds':
         return cls(config.vocab_size, stop_ids=tuple(i for i in (1, 106) if i < config.vocab_size))
+
+
+def teacher_config(config: ConfigDict, config_name: str, preset: str | None) -> ModelConfig:
+    """The architecture that is planned for; raises ValueError where nothing names it."""
+    if preset is None and config.teacher in BUILTIN:
+        return ModelConfig.from_dict(read_json(BUILTIN[config.teacher] / CONFIG_FILE)['model'])
+    name = preset or config_name
+    if name not in PRESETS:
+        raise ValueError(f'no preset {name!r}: give one of {sorted(PRESETS)} with --model.')
+    return PRESETS[name]
 
 
 def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -> PlannedProgram:
