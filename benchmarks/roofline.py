@@ -101,12 +101,19 @@ class Weights:
 
 
 def pass_cost(
-    config: ModelConfig, batch: int, block: int, prefix: int, dtype: jnp.dtype, kind: str
+    config: ModelConfig,
+    weights: Weights,
+    batch: int,
+    block: int,
+    prefix: int,
+    dtype: jnp.dtype,
+    kind: str,
 ) -> Cost:
     """Cost of one pass over `block` tokens a row behind `prefix` cached ones.
 
     Args:
       config: of the model.
+      weights: of that model.
       batch: rows.
       block: tokens of a row.
       prefix: cached tokens of a row.
@@ -115,8 +122,7 @@ def pass_cost(
         'denoise' (self-conditioning, logits of all tokens, entropies and the next soft
         embeddings).
     """
-    weights, tokens, moe = Weights.of(config), batch * block, config.moe
-    itemsize = dtype.itemsize
+    tokens, moe, itemsize = batch * block, config.moe, dtype.itemsize
     used, touched = weights.layers, weights.layers
     if moe is not None:
         missed = (1 - moe.top_k / moe.num_experts) ** tokens  # by all, if evenly routed
@@ -142,7 +148,7 @@ def pass_cost(
 
 def costs(config: ModelConfig, batch: int, prefix: int, dtype: jnp.dtype) -> dict[str, Cost]:
     """Cost of each pass of the sampler."""
-    make = functools.partial(pass_cost, config, batch, dtype=dtype)
+    make = functools.partial(pass_cost, config, Weights.of(config), batch, dtype=dtype)
     canvas = config.canvas_length
     return {
         'prefill': make(block=prefix, prefix=0, kind='token'),

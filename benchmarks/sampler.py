@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
+from timing import seconds
 
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
@@ -89,13 +90,7 @@ def timed_passes(model, params, config, tokens, lengths) -> dict[str, Callable]:
 
 def milliseconds(program: Callable) -> float:
     """Median time of one of the passes of a program."""
-    jax.block_until_ready(program())
-    times = []
-    for _ in range(_REPETITIONS.value):
-        start = time.perf_counter()
-        jax.block_until_ready(program())
-        times.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(times)) / PASSES
+    return 1e3 * float(np.median(seconds(program, _REPETITIONS.value))) / PASSES
 
 
 def tokens_per_second(samplers, params, prompts, tokenizer) -> np.ndarray:

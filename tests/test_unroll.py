@@ -38,7 +38,7 @@ def test_unrolled_layers_are_the_same_function(model):
         np.testing.assert_array_equal(one.tokens, other.tokens)
     tokens = jnp.asarray(prompts[:, : model.config.canvas_length])
     found, expected = (
-        m.apply({'params': p}, tokens) for m, p in ((unrolled, own), (model, params))
+        jax.jit(m.apply)({'params': p}, tokens) for m, p in ((unrolled, own), (model, params))
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from absl import logging
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -20,7 +22,7 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.diffusion.corruption import Corruption, MaskedCorruption, UniformCorruption
 from diffusiongemma.distillation.compute import ComputeConfig
 from diffusiongemma.distillation.loop import LoopConfig, fit, start_or_resume
-from diffusiongemma.distillation.lora import lora_student
+from diffusiongemma.distillation.lora import LoraStudent, lora_student
 from diffusiongemma.distillation.reporting import read_metrics
 from diffusiongemma.distillation.stage1 import Stage1
 from diffusiongemma.distillation.stage2 import Stage2
@@ -216,13 +218,40 @@ def student_model(config: ConfigDict, teacher: Gemma) -> DiffusionGemma:
     )
 
 
+def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimizer of `config.optimizer` for as many steps as `config.train` has."""
+    settings = run_config.build(OptimizerConfig, config.optimizer, 'optimizer')
+    return make_optimizer(settings, config.train.num_steps)
+
+
+def distillation_step(
+    config: ConfigDict,
+    model: DiffusionGemma,
+    teacher: Gemma,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    lora: LoraStudent | None,
+) -> Callable[..., Any]:
+    """The step that `config` asks for, see `make_distillation_step`."""
+    return make_distillation_step(
+        model,
+        teacher,
+        objective,
+        optimizer,
+        ar_weight=config.ar_weight,
+        ema_decay=run_config.build(OptimizerConfig, config.optimizer, 'optimizer').ema_decay,
+        seed=config.seed,
+        microbatches=ComputeConfig.of(config).microbatches,
+        combine=join_parts if lora is None else lora.combine,
+    )
+
+
 def train_student(
     config: ConfigDict, teacher: Teacher, targets: DataSpec, workdir: Path
 ) -> tuple[DiffusionGemma, TrainState]:
     """From the teacher's weights to a student: stage 1, then stage 2."""
     loop = run_config.build(LoopConfig, config.train, 'train')
-    optimizer_config = run_config.build(OptimizerConfig, config.optimizer, 'optimizer')
-    optimizer = make_optimizer(optimizer_config, loop.num_steps)
+    optimizer = optimizer_of(config)
     shape = run_config.build(BatchConfig, config.data, 'data')
     top_k = run_config.build(TargetsConfig, config.targets, 'targets').top_k_logits
     stages = objectives(config, teacher.tokenizer)
@@ -284,17 +313,7 @@ def train_student(
     for objective, last_step in stages:
         if int(state.step) >= last_step:
             continue
-        step = make_distillation_step(
-            model,
-            teacher.model,
-            objective,
-            optimizer,
-            ar_weight=config.ar_weight,
-            ema_decay=optimizer_config.ema_decay,
-            seed=config.seed,
-            microbatches=compute.microbatches,
-            combine=join_parts if lora is None else lora.combine,
-        )
+        step = distillation_step(config, model, teacher.model, objective, optimizer, lora)
         step = jax.jit(step, donate_argnums=0)
         state = fit(
             lambda state, batch, step=step: step(state, constants, batch),
@@ -330,11 +349,7 @@ def load_student(config: ConfigDict, model: DiffusionGemma) -> dict:
 
 def sampling_config(config: ConfigDict, tokenizer: Tokenizer) -> SamplingConfig:
     """The `SamplingConfig` of `config.sampling` for this tokenizer."""
-    fields = {
-        'stop_ids': tokenizer.stop_ids,
-        'pad_id': tokenizer.pad_id,
-        'vocab_size': tokenizer.vocab_size,
-    }
+    fields = SamplingConfig.tokenizer_fields(tokenizer)
     if config.corruption == 'masked':
         fields['mask_id'] = tokenizer.mask_id
     return run_config.build(SamplingConfig, fields | config.sampling.to_dict(), 'sampling')

@@ -24,11 +24,14 @@ from diffusiongemma.distillation.lora import lora_student
 from diffusiongemma.distillation.run import (
     CONFIG_KEYS,
     BatchConfig,
+    distillation_step,
     objectives,
+    optimizer_of,
+    sampling_config,
     student_model,
 )
-from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
-from diffusiongemma.distillation.step import Constants, join_parts, make_distillation_step
+from diffusiongemma.distillation.state import create_state
+from diffusiongemma.distillation.step import Constants
 from diffusiongemma.distillation.student import frozen_params, trained_params
 from diffusiongemma.distillation.targets import TargetsConfig
 from diffusiongemma.models.config import ModelConfig
@@ -36,7 +39,7 @@ from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.models.transformer import Gemma, init_params
 from diffusiongemma.parallel import batch_sharding, param_shardings, state_shardings
-from diffusiongemma.sampling import Controls, SamplingConfig, diffusion, passes
+from diffusiongemma.sampling import Controls, diffusion, passes
 from diffusiongemma.sampling.sampler import MODES, prefilled
 
 
@@ -98,8 +101,7 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
     compute = ComputeConfig.of(config)
     teacher = compute.place(Gemma(teacher_config.autoregressive, dtype), mesh)
     model = compute.place(student_model(config, teacher), mesh)
-    optimizer_config = run_config.build(OptimizerConfig, config.optimizer, 'optimizer')
-    optimizer = make_optimizer(optimizer_config, config.train.num_steps)
+    optimizer = optimizer_of(config)
     shape = run_config.build(BatchConfig, config.data, 'data')
     top_k = run_config.build(TargetsConfig, config.targets, 'targets').top_k_logits
     teacher_params = _params(teacher, mesh, dtype)
@@ -121,17 +123,7 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
     state = _placed(state, state_shardings(state, shardings, mesh))
     stages = objectives(config, _TokenIds.of(teacher.config))
     objective = stages[-1][0] if stages[-1][0].num_steps > 1 else stages[0][0]
-    step = make_distillation_step(
-        model,
-        teacher,
-        objective,
-        optimizer,
-        ar_weight=config.ar_weight,
-        ema_decay=optimizer_config.ema_decay,
-        seed=config.seed,
-        microbatches=compute.microbatches,
-        combine=join_parts if lora is None else lora.combine,
-    )
+    step = distillation_step(config, model, teacher, objective, optimizer, lora)
     layout = RowLayout(shape.row_length, shape.canvases_per_row, config.canvas_length, top_k=top_k)
     batch = _batch(layout, shape.batch_size, compute.batch_sharding(mesh, shape.batch_size))
     kinds = {
@@ -172,9 +164,7 @@ def sampler_programs(
     dtype = run_config.compute_dtype(config)
     teacher = Gemma(teacher_config.autoregressive, dtype)
     model = ComputeConfig.of(config).place(student_model(config, teacher), mesh)
-    ids = _TokenIds.of(model.config)
-    fields = {'stop_ids': ids.stop_ids, 'pad_id': ids.pad_id} | config.sampling.to_dict()
-    sampling = run_config.build(SamplingConfig, fields, 'sampling')
+    sampling = sampling_config(config, _TokenIds.of(model.config))
     params = _params(model, mesh, dtype)
     rows = batch_sharding(mesh, batch_size)
     tokens = jax.ShapeDtypeStruct((batch_size, prompt_length), jnp.int32, sharding=rows)

@@ -122,12 +122,16 @@ class SamplingConfig:
           tokenizer: a `diffusiongemma.data.tokenizer.Tokenizer`.
           **fields: any other field, or another value for one of these three.
         """
-        known = {
+        return cls(**(cls.tokenizer_fields(tokenizer) | fields))
+
+    @staticmethod
+    def tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
+        """The fields that a tokenizer decides."""
+        return {
             'stop_ids': tokenizer.stop_ids,
             'pad_id': tokenizer.pad_id,
             'vocab_size': tokenizer.vocab_size,
         }
-        return cls(**(known | fields))
 
     @classmethod
     def ancestral(cls, **fields: Any) -> 'SamplingConfig':
