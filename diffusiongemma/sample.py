@@ -93,7 +93,7 @@ class Loaded:
     def from_flags(cls) -> 'Loaded':
         """Raises ValueError or FileNotFoundError where the checkpoint is of no use."""
         model, params, tokenizer = load_model(_CHECKPOINT.value)
-        params = in_denoise_dtype(model.config, params)
+        params = in_denoise_dtype(model, params)
         if tokenizer is None:
             raise ValueError(f'{_CHECKPOINT.value} has no tokenizer.model; copy it there.')
         config = SamplingConfig.for_tokenizer(

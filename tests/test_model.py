@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusiongemma.models import DiffusionGemma, KVCache, Prefix, init_params
+from diffusiongemma.models import DiffusionGemma, KVCache, Prefix, init_params, precision
+from diffusiongemma.models.denoiser import in_denoise_dtype
 
 FAMILIES = ['tiny_config', 'tiny_moe_config', 'tiny_gemma3_config', 'tiny_e2b_config']
 
@@ -152,7 +153,10 @@ def test_a_canvas_of_one_token_is_a_causal_step_where_embeddings_are_normed(mode
     np.testing.assert_allclose(logits, causal, atol=1e-4)
 
 
-def test_a_separate_denoiser_may_compute_in_bfloat16_beside_a_float32_encode_pass(tiny_config):
+def test_a_separate_denoiser_may_compute_in_bfloat16_beside_a_float32_encode_pass(
+    tiny_config, monkeypatch
+):
+    monkeypatch.setattr(precision, 'cpu_has_bfloat16', lambda: True)
     float32 = DiffusionGemma(tiny_config.replace(separate_denoiser=True))
     mixed = float32.clone(config=float32.config.replace(denoise_dtype='bfloat16'))
     params = random_params(float32)
@@ -163,9 +167,31 @@ def test_a_separate_denoiser_may_compute_in_bfloat16_beside_a_float32_encode_pas
     assert logits[1].dtype == jnp.float32
     difference = np.abs(logits[0] - logits[1])
     assert 0 < difference.max() < 0.2
+    own = in_denoise_dtype(mixed, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(own['denoise_backbone'])} == {jnp.dtype('bfloat16')}
+    monkeypatch.setattr(precision, 'cpu_has_bfloat16', lambda: False)
+    emulated = mixed.clone()
+    np.testing.assert_array_equal(logits[0], emulated.apply({'params': params}, tokens[:, :4]))
+    assert in_denoise_dtype(emulated, params)['denoise_backbone'] == params['denoise_backbone']
     shared = DiffusionGemma(tiny_config.replace(denoise_dtype='bfloat16'))
     found = shared.apply({'params': random_params(shared)}, tokens[:, :4])
     plain = DiffusionGemma(tiny_config)
     np.testing.assert_array_equal(
         found, plain.apply({'params': random_params(plain)}, tokens[:, :4])
     )
+
+
+@pytest.mark.parametrize(
+    'line, expected',
+    [
+        ('flags\t\t: fpu avx512f avx512_bf16 sha_ni', True),
+        ('Features\t: fp asimd i8mm bf16', True),
+        ('flags\t\t: fpu avx2 fma', False),
+        ('model name\t: bf16', False),
+    ],
+)
+def test_a_cpu_says_whether_it_multiplies_bfloat16(line, expected, tmp_path):
+    cpuinfo = tmp_path / 'cpuinfo'
+    cpuinfo.write_text(f'processor\t: 0\n{line}\n')
+    assert precision.cpu_has_bfloat16(str(cpuinfo)) is expected
+    assert not precision.cpu_has_bfloat16(str(tmp_path / 'missing'))

@@ -373,7 +373,7 @@ def open_evaluation(config: ConfigDict, teacher: Teacher, checkpoint: str | Path
     eval_config = run_config.build(EvalConfig, values, 'eval')
     dtype = run_config.compute_dtype(config)
     student, student_params, tokenizer = load_model(checkpoint, dtype, _mesh_to_load_on(config))
-    student_params = in_denoise_dtype(student.config, student_params)
+    student_params = in_denoise_dtype(student, student_params)
     if tokenizer is None or tokenizer.content_hash != teacher.tokenizer.content_hash:
         raise ValueError(
             f'{checkpoint} and the teacher {config.teacher} have different tokenizers; '

@@ -143,7 +143,7 @@ class ModelConfig:
       denoise_dtype: compute dtype of a separate denoiser, 'float32' or 'bfloat16'; None for that
         of the model, which shared weights always have. In bfloat16 a denoise step is up to 1.7
         times faster on a CPU with AVX512-BF16, while a float32 encode pass stays exactly the
-        teacher's.
+        teacher's; a CPU without products of bfloat16 computes in float32 all the same.
       scan_layers: the layers are one compiled loop over stacked parameters; else each repetition
         of the pattern has parameters and code of its own (see `unroll_layers`).
       query_scale: factor on queries before the softmax. Gemma 4 uses 1.0.

@@ -8,6 +8,7 @@ from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.layers import GatedMLP, RMSNorm, rms_normalize
 from diffusiongemma.models.masks import canvas_mask
+from diffusiongemma.models.precision import native_dtype
 from diffusiongemma.models.transformer import (
     ACTIVATION_AXES,
     Backbone,
@@ -57,16 +58,18 @@ class DiffusionGemma(Gemma):
                 'for a purely autoregressive model use Gemma.'
             )
         super().setup()
-        self.self_conditioning = SelfConditioning(self.config, self._denoise_dtype)
+        self.self_conditioning = SelfConditioning(self.config, self.denoise_dtype)
         if self.config.separate_denoiser:
             self.denoise_backbone = Backbone(
-                self.config.autoregressive, self._denoise_dtype, self.execution
+                self.config.autoregressive, self.denoise_dtype, self.execution
             )
 
     @property
-    def _denoise_dtype(self) -> jnp.dtype:
-        own = self.config.denoise_dtype if self.config.separate_denoiser else None
-        return jnp.dtype(own or self.dtype)
+    def denoise_dtype(self) -> jnp.dtype:
+        """Compute dtype of the denoise pass on the devices at hand."""
+        if self.config.separate_denoiser and self.config.denoise_dtype is not None:
+            return native_dtype(self.config.denoise_dtype, self.execution.mesh)
+        return jnp.dtype(self.dtype)
 
     def denoise_hidden(
         self,
@@ -104,7 +107,7 @@ class DiffusionGemma(Gemma):
         }
         positions = starts[..., None] + jnp.arange(length)  # [B, M, C]
         context = PassContext(rope_by_kind(self.config, positions), masks)
-        embeddings = self.embedder.encode(canvas).astype(self._denoise_dtype)
+        embeddings = self.embedder.encode(canvas).astype(self.denoise_dtype)
         embeddings = self.execution.constrain(embeddings, *ACTIVATION_AXES)
         x = self.self_conditioning(embeddings, soft_embeddings)
         per_layer = self.per_layer_inputs(canvas, x)
@@ -129,7 +132,7 @@ class DiffusionGemma(Gemma):
 
     def soft_embed(self, logits: jax.Array) -> jax.Array:
         """Self-conditioning input: softmax(logits) @ embedding * sqrt(D), [..., V] -> [..., D]."""
-        return self.embedder.soft_encode(logits, self._denoise_dtype)
+        return self.embedder.soft_encode(logits, self.denoise_dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Denoise logits [B, C, V] of tokens [B, C] as a canvas after themselves; for `init`."""
@@ -144,13 +147,15 @@ class DiffusionGemma(Gemma):
         return logits[:, 0]
 
 
-def in_denoise_dtype(config: ModelConfig, params: dict) -> dict:
+def in_denoise_dtype(model: Gemma, params: dict) -> dict:
     """The parameters, those of a separate denoiser in its dtype: no pass has to convert them."""
-    if not config.separate_denoiser or config.denoise_dtype is None:
+    if not isinstance(model, DiffusionGemma) or not model.config.separate_denoiser:
         return params
-    dtype = jnp.dtype(config.denoise_dtype)
+    if model.config.denoise_dtype is None:
+        return params
     own = {
-        name: jax.tree.map(lambda leaf: leaf.astype(dtype), params[name]) for name in DENOISER_ALONE
+        name: jax.tree.map(lambda leaf: leaf.astype(model.denoise_dtype), params[name])
+        for name in DENOISER_ALONE
     }
     return params | own
 
