@@ -32,7 +32,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from diffusiongemma import run_config  # noqa: E402
 from diffusiongemma.checkpoints.load import load_model  # noqa: E402
-from diffusiongemma.models import unroll_layers  # noqa: E402
+from diffusiongemma.models import for_inference  # noqa: E402
 from diffusiongemma.sampling import passes  # noqa: E402
 from diffusiongemma.sampling.epilogue import entropy  # noqa: E402
 
@@ -41,7 +41,6 @@ _CANVASES = flags.DEFINE_list('canvases', ['64', '256'], 'Canvas lengths.')
 _PREFIXES = flags.DEFINE_list('prefixes', ['256'], 'Prompt lengths, >= 1.')
 _TURNS = flags.DEFINE_integer('turns', 7, 'Timed turns of each pass.', lower_bound=2)
 _COMPILE = flags.DEFINE_bool('compile', False, 'torch.compile the passes of transformers.')
-_UNROLL = flags.DEFINE_bool('unroll', True, 'Unroll our loop over layers (`unroll_layers`).')
 _SCALE = flags.DEFINE_float('scale', 1.0, 'Factor on the widths.', lower_bound=0.05)
 
 # About 270M parameters each; two and a half repetitions of five sliding and one full layer. The
@@ -244,8 +243,7 @@ def main(argv: list[str]) -> None:
             with tempfile.TemporaryDirectory() as directory:
                 reference.save_pretrained(directory)
                 model, params, _ = load_model(Path(directory))
-            if _UNROLL.value:
-                model, params = unroll_layers(model, params)
+            model, params = for_inference(model, params)
             for prefix in (int(value) for value in _PREFIXES.value):
                 prompt = rng.integers(3, VOCAB_SIZE - 3, (1, prefix))
                 canvas = rng.integers(3, VOCAB_SIZE - 3, (1, canvas_length))

@@ -25,7 +25,7 @@ from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec
-from diffusiongemma.models.denoiser import in_denoise_dtype
+from diffusiongemma.models import for_inference
 from diffusiongemma.sampling import (
     Controls,
     Sampler,
@@ -111,7 +111,7 @@ def tokens_per_second(samplers, params, prompts, tokenizer) -> np.ndarray:
 def main(argv: list[str]) -> None:
     del argv
     model, params, tokenizer = load_model(_CHECKPOINT.value)
-    params = in_denoise_dtype(model, params)
+    model, params = for_inference(model, params)
     config = SamplingConfig.for_tokenizer(
         tokenizer,
         max_new_tokens=_MAX_NEW_TOKENS.value,

@@ -20,7 +20,7 @@ from rich.console import Console
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.models.denoiser import in_denoise_dtype
+from diffusiongemma.models import for_inference
 from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, generate_text, pad_prompts
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.grammar import from_json_schema, from_regex
@@ -93,7 +93,7 @@ class Loaded:
     def from_flags(cls) -> 'Loaded':
         """Raises ValueError or FileNotFoundError where the checkpoint is of no use."""
         model, params, tokenizer = load_model(_CHECKPOINT.value)
-        params = in_denoise_dtype(model, params)
+        model, params = for_inference(model, params)
         if tokenizer is None:
             raise ValueError(f'{_CHECKPOINT.value} has no tokenizer.model; copy it there.')
         config = SamplingConfig.for_tokenizer(

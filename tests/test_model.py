@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusiongemma.models import DiffusionGemma, KVCache, Prefix, init_params, precision
-from diffusiongemma.models.denoiser import in_denoise_dtype
+from diffusiongemma.models import (
+    DiffusionGemma,
+    KVCache,
+    Prefix,
+    for_inference,
+    init_params,
+    precision,
+)
 
 FAMILIES = ['tiny_config', 'tiny_moe_config', 'tiny_gemma3_config', 'tiny_e2b_config']
 
@@ -167,12 +173,14 @@ def test_a_separate_denoiser_may_compute_in_bfloat16_beside_a_float32_encode_pas
     assert logits[1].dtype == jnp.float32
     difference = np.abs(logits[0] - logits[1])
     assert 0 < difference.max() < 0.2
-    own = in_denoise_dtype(mixed, params)
+    own = for_inference(mixed, params)[1]
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(own['denoise_backbone']))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(own['backbone']))
     monkeypatch.setattr(precision, 'cpu_has_bfloat16', lambda: False)
     emulated = mixed.clone()
     np.testing.assert_array_equal(logits[0], emulated.apply({'params': params}, tokens[:, :4]))
-    jax.tree.map(np.testing.assert_array_equal, in_denoise_dtype(emulated, params), params)
+    own = for_inference(emulated, params)[1]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(own))
     shared = DiffusionGemma(tiny_config.replace(denoise_dtype='bfloat16'))
     found = shared.apply({'params': random_params(shared)}, tokens[:, :4])
     plain = DiffusionGemma(tiny_config)

@@ -53,7 +53,8 @@ from diffusiongemma.evaluation.report import (
     sweep_table,
 )
 from diffusiongemma.evaluation.sweep import Grid, summary, sweep, write_csv
-from diffusiongemma.models.denoiser import DiffusionGemma, in_denoise_dtype
+from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.inference import for_inference
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
 from diffusiongemma.parallel import make_mesh, param_shardings, processes
 from diffusiongemma.sampling import Sampler, SamplingConfig
@@ -373,17 +374,17 @@ def open_evaluation(config: ConfigDict, teacher: Teacher, checkpoint: str | Path
     eval_config = run_config.build(EvalConfig, values, 'eval')
     dtype = run_config.compute_dtype(config)
     student, student_params, tokenizer = load_model(checkpoint, dtype, _mesh_to_load_on(config))
-    student_params = in_denoise_dtype(student, student_params)
     if tokenizer is None or tokenizer.content_hash != teacher.tokenizer.content_hash:
         raise ValueError(
             f'{checkpoint} and the teacher {config.teacher} have different tokenizers; '
             'a student is compared with the teacher that it was distilled from.'
         )
-    student = _placed(config, student)
+    student, student_params = for_inference(_placed(config, student), student_params)
+    teacher_model, teacher_params = for_inference(teacher.model, teacher.params)
     sampling = sampling_config(config, tokenizer)
     greedy = dataclasses.replace(sampling, temperature=0.0)
     return Evaluation(
-        (Sampler(teacher.model, greedy, mode='autoregressive'), teacher.params),
+        (Sampler(teacher_model, greedy, mode='autoregressive'), teacher_params),
         (Sampler(student, sampling), student_params),
         tokenizer,
         examples,

@@ -3,10 +3,10 @@
 from diffusiongemma.models.cache import KVCache, Prefix, cache_bytes
 from diffusiongemma.models.config import AttentionConfig, ModelConfig, MoEConfig, PerLayerConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.inference import for_inference, output_major_kernels, unroll_layers
 from diffusiongemma.models.parameter_counts import ParameterCounts, parameter_counts
 from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
-from diffusiongemma.models.unroll import unroll_layers
 
 __all__ = [
     'PRESETS',
@@ -20,7 +20,9 @@ __all__ = [
     'PerLayerConfig',
     'Prefix',
     'cache_bytes',
+    'for_inference',
     'init_params',
+    'output_major_kernels',
     'parameter_count',
     'parameter_counts',
     'unroll_layers',

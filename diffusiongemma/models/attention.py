@@ -10,7 +10,7 @@ from diffusiongemma.models.layers import (
     apply_rope,
     contract,
     kernel_init,
-    logical_param,
+    kernel_param,
     project,
     rms_normalize,
 )
@@ -36,17 +36,16 @@ class Attention(nn.Module):
     def setup(self):
         config, attention = self.config, self.config.attention(self.kind)
         d, n, k, h = config.width, config.num_heads, attention.num_kv_heads, attention.head_dim
-        self.query = logical_param(
-            self, 'query', kernel_init(d), (d, n, h), ('embed', 'heads', 'head_dim')
-        )
-        kv_axes = ('embed', 'kv_heads', 'head_dim')
+        embed, heads, kv_heads = {'embed': d}, {'heads': n}, {'kv_heads': k}
+        size, output_major = {'head_dim': h}, config.output_major
+        init = kernel_init(d)
+        self.query = kernel_param(self, 'query', init, embed, heads | size, output_major)
         if not self.shares_kv:
-            self.key = logical_param(self, 'key', kernel_init(d), (d, k, h), kv_axes)
+            self.key = kernel_param(self, 'key', init, embed, kv_heads | size, output_major)
         if not (self.shares_kv or attention.value_is_key):
-            self.value = logical_param(self, 'value', kernel_init(d), (d, k, h), kv_axes)
-        self.output = logical_param(
-            self, 'output', kernel_init(n * h), (n, h, d), ('heads', 'head_dim', 'embed')
-        )
+            self.value = kernel_param(self, 'value', init, embed, kv_heads | size, output_major)
+        init = kernel_init(n * h)
+        self.output = kernel_param(self, 'output', init, heads | size, embed, output_major)
         # Scores of freshly initialised queries and keys have unit variance.
         init_value = (h * config.query_scale**2) ** -0.25
         norm = {'eps': config.norm_eps, 'scale_offset': config.norm_scale_offset}
@@ -61,11 +60,11 @@ class Attention(nn.Module):
 
         Not for a layer that shares an earlier one's.
         """
-        key = project('bmtd,dkh->bmtkh', x, self.key.astype(self.dtype))
+        key = self._project('bmtd,dkh->bmtkh', x, self.key)
         if self.config.attention(self.kind).value_is_key:
             value = key
         else:
-            value = project('bmtd,dkh->bmtkh', x, self.value.astype(self.dtype))
+            value = self._project('bmtd,dkh->bmtkh', x, self.value)
         if self.config.value_norm:
             value = rms_normalize(value, self.config.norm_eps)
         key = apply_rope(self.key_norm(key), *rope)
@@ -93,12 +92,15 @@ class Attention(nn.Module):
         Returns:
           [B, M, T, D].
         """
-        query = project('bmtd,dnh->bmtnh', x, self.query.astype(self.dtype))
+        query = self._project('bmtd,dnh->bmtnh', x, self.query)
         query = apply_rope(self.query_norm(query), *rope) * self.config.query_scale
         query = query.astype(self.dtype)
         context = attend_in_blocks(query, block_kv, prefix_kv, mask, self.query_block)
-        output = project('bmtnh,nhd->bmtd', context, self.output.astype(self.dtype))
+        output = self._project('bmtnh,nhd->bmtd', context, self.output)
         return output.astype(self.dtype)
+
+    def _project(self, equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return project(equation, x, kernel.astype(self.dtype), self.config.output_major)
 
 
 def attend_in_blocks(

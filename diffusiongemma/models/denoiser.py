@@ -38,7 +38,12 @@ class SelfConditioning(nn.Module):
             soft_embeddings = jnp.zeros_like(embeddings)
         norm = RMSNorm(config.norm_eps, config.norm_scale_offset, name='pre_norm')
         mlp = GatedMLP(
-            config.width, config.ffn_width, self.dtype, zero_init_output=True, name='mlp'
+            config.width,
+            config.ffn_width,
+            self.dtype,
+            config.output_major,
+            zero_init_output=True,
+            name='mlp',
         )
         combined = embeddings + mlp(norm(soft_embeddings.astype(self.dtype)))
         return rms_normalize(combined, config.norm_eps).astype(self.dtype)
@@ -145,19 +150,6 @@ class DiffusionGemma(Gemma):
         previous = tokens[:, -1:]
         logits = self.denoise(tokens[:, None], starts, ones[:, :1], prefix, previous=previous)
         return logits[:, 0]
-
-
-def in_denoise_dtype(model: Gemma, params: dict) -> dict:
-    """The parameters, those of a separate denoiser in its dtype: no pass has to convert them."""
-    if not isinstance(model, DiffusionGemma) or not model.config.separate_denoiser:
-        return params
-    if model.config.denoise_dtype is None:
-        return params
-    own = {
-        name: jax.tree.map(lambda leaf: leaf.astype(model.denoise_dtype), params[name])
-        for name in DENOISER_ALONE
-    }
-    return params | own
 
 
 def _behind(first: jax.Array, rest: jax.Array, axis: int) -> jax.Array:

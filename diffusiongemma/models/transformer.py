@@ -93,7 +93,7 @@ class Layer(nn.Module):
         attended, own_kv = self._attend(norm('pre_attention_norm', x), given, context)
         x = x + norm('post_attention_norm', attended)
         ffn_width = config.ffn_width_of(self.shares_kv)
-        mlp = GatedMLP(config.width, ffn_width, self.dtype, name='mlp')
+        mlp = GatedMLP(config.width, ffn_width, self.dtype, config.output_major, name='mlp')
         update = mlp(norm('pre_ffn_norm', x))
         if config.moe is not None:
             fields = (config.width, config.moe, config.norm_eps, self.dtype, self.execution)
@@ -293,7 +293,11 @@ class Gemma(nn.Module):
     def setup(self):
         config = self.config
         self.embedder = Embedder(
-            config.vocab_size, config.width, config.final_logit_softcap, self.dtype
+            config.vocab_size,
+            config.width,
+            config.final_logit_softcap,
+            self.dtype,
+            config.output_major,
         )
         if config.per_layer is not None:
             self.per_layer_embedder = PerLayerEmbedder(config, self.dtype)

@@ -1,4 +1,4 @@
-"""Layers as a loop and layers one by one are the same function."""
+"""Layers one by one and kernels with their outputs in front are the same function."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,15 @@ import pytest
 from jax.sharding import PartitionSpec
 from test_model import random_params
 
-from diffusiongemma.models import DiffusionGemma, unroll_layers
-from diffusiongemma.parallel import make_mesh, param_shardings
+from diffusiongemma.models import (
+    DiffusionGemma,
+    for_inference,
+    init_params,
+    output_major_kernels,
+    unroll_layers,
+)
+from diffusiongemma.models.layers import FEW_ROWS
+from diffusiongemma.parallel import make_mesh, on_mesh, param_shardings
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
 
@@ -23,9 +30,10 @@ def model(request):
     return DiffusionGemma(config)
 
 
-def test_unrolled_layers_are_the_same_function(model):
+def test_the_layout_of_inference_is_the_same_function(model):
     params = random_params(model)
-    unrolled, own = unroll_layers(model, params)
+    unrolled, own = for_inference(model, params)
+    assert unrolled.config.output_major and not unrolled.config.scan_layers
     stacks = [name for name in params['backbone'] if name.endswith('layers')]
     assert stacks and not set(stacks) & set(own['backbone'])
     prompts = np.array([[3, 4, 5, 6, 7, 8, 9], [9, 3, 8, 4, 0, 0, 0]], np.int32)
@@ -52,7 +60,32 @@ def test_unrolled_parameters_have_shardings_of_their_own(tiny_moe_config):
     assert gate == PartitionSpec('expert', 'fsdp', 'tensor')
 
 
+def test_turned_kernels_have_the_shapes_that_the_model_declares(model):
+    turned, params = output_major_kernels(model, random_params(model))
+    declared = jax.eval_shape(lambda key: init_params(turned, key), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, declared)
+
+
+@pytest.mark.parametrize('rows', [1, FEW_ROWS, FEW_ROWS + 1])
+def test_turned_kernels_serve_many_rows_and_few(tiny_config, rows):
+    model = DiffusionGemma(tiny_config.replace(canvas_length=rows))
+    params = random_params(model)
+    turned, own = output_major_kernels(model, params)
+    tokens = jnp.arange(rows)[None] % model.config.vocab_size
+    found, expected = (
+        jax.jit(m.apply)({'params': p}, tokens) for m, p in ((turned, own), (model, params))
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_only_once(tiny_config):
     model = DiffusionGemma(tiny_config)
     with pytest.raises(ValueError, match='unrolled already'):
         unroll_layers(*unroll_layers(model, random_params(model)))
+    with pytest.raises(ValueError, match='in front already'):
+        output_major_kernels(*output_major_kernels(model, random_params(model)))
+
+
+def test_a_model_on_a_mesh_keeps_its_layout(tiny_config):
+    model = on_mesh(DiffusionGemma(tiny_config), make_mesh({'data': 8}))
+    assert for_inference(model, random_params(model))[0] == model
