@@ -127,6 +127,17 @@ class Layer(nn.Module):
         return scalars[self.which]
 
 
+def rematerialised(remat: str) -> type[Layer]:
+    """`Layer` with what `Execution.remat` says of its backward pass."""
+    if remat == 'none':
+        return Layer
+    policy = None
+    if remat == 'dots':
+        policy = jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT)
+    # Inside a scan the compiler can't merge the recomputation with the first one.
+    return nn.remat(Layer, policy=policy, prevent_cse=False)
+
+
 class LayerGroup(nn.Module):
     """One repetition of the layer pattern; the body of the scan over layers."""
 
@@ -143,22 +154,12 @@ class LayerGroup(nn.Module):
     ) -> tuple[jax.Array, tuple]:
         block_kv = []
         fields = (self.which, self.dtype, self.execution, self.shares_kv)
+        make_layer = rematerialised(self.execution.remat)
         for i, kind in enumerate(self.kinds):
-            layer = Layer(self.config, kind, *fields, name=f'layer_{i}')
+            layer = make_layer(self.config, kind, *fields, name=f'layer_{i}')
             x, kv = layer(x, given[i], context)
             block_kv.append(kv)
         return x, tuple(block_kv)
-
-
-def rematerialised(group: type[LayerGroup], remat: str) -> type[LayerGroup]:
-    """The group with what `Execution.remat` says of its backward pass."""
-    if remat == 'none':
-        return group
-    policy = None
-    if remat == 'dots':
-        policy = jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT)
-    # Inside a scan the compiler can't merge the recomputation with the first one.
-    return nn.remat(group, policy=policy, prevent_cse=False)
 
 
 def layer_inputs(
@@ -236,10 +237,9 @@ class Backbone(nn.Module):
         fields |= {'execution': self.execution, 'shares_kv': stack.shares_kv}
         name = 'shared_{}' if stack.shares_kv else '{}'
         group_inputs, tail_inputs = given
-        group = rematerialised(LayerGroup, self.execution.remat)
         if self.config.scan_layers:
             scanned = nn.scan(
-                group,
+                LayerGroup,
                 variable_axes={'params': 0},
                 split_rngs={'params': True},
                 in_axes=(0, nn.broadcast),
@@ -251,13 +251,13 @@ class Backbone(nn.Module):
         else:
             made = []
             for g in range(stack.num_groups):
-                own = group(kinds=stack.pattern, **fields, name=name.format(f'layers_{g}'))
+                own = LayerGroup(kinds=stack.pattern, **fields, name=name.format(f'layers_{g}'))
                 x, kv = own(x, jax.tree.map(lambda leaf, g=g: leaf[g], group_inputs), context)
                 made.append(kv)
             block_groups = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
         block_tail = ()
         if stack.tail:
-            tail = group(kinds=stack.tail, **fields, name=name.format('tail'))
+            tail = LayerGroup(kinds=stack.tail, **fields, name=name.format('tail'))
             x, block_tail = tail(x, tail_inputs, context)
         return x, (block_groups, block_tail)
 
