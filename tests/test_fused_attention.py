@@ -24,7 +24,6 @@ from diffusiongemma.parallel import LOGICAL_AXIS_RULES, make_mesh
 
 ROOT = Path(__file__).parents[1]
 ROWS, LENGTH, HEADS, WIDTH = 2, 384, 4, 8  # three blocks of 128
-WINDOWS = [None, 150, 1000]
 interpreted = functools.partial(attend_fused, interpret=True)
 
 
@@ -67,8 +66,7 @@ def assert_same(one, other, tolerance=1e-5):
         np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize('window', WINDOWS)
-@pytest.mark.parametrize('kv_heads', [1, 2, 4])
+@pytest.mark.parametrize(('kv_heads', 'window'), [(1, 150), (2, 150), (2, None), (4, 1000)])
 def test_the_kernel_attends_as_scores_in_memory_do(kv_heads, window):
     mask = causal_mask(ROWS, window)
     assert {0, 1, 2} == set(np.unique(mask.segment_ids))
@@ -125,8 +123,7 @@ def test_other_platforms_and_unknown_devices_go_on_as_before():
     assert not fits(shape, 2, 0, Execution())
 
 
-@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
-def test_a_model_with_the_kernel_is_the_model_without(remat, tiny_config, monkeypatch):
+def test_a_model_with_the_kernel_is_the_model_without(tiny_config, monkeypatch):
     monkeypatch.setattr(attention_module, 'attend_fused', interpreted)
     kinds = {'sliding': AttentionConfig(2, 128, window=50), 'full': AttentionConfig(1, 128)}
     config = tiny_config.replace(
@@ -141,11 +138,13 @@ def test_a_model_with_the_kernel_is_the_model_without(remat, tiny_config, monkey
         return jnp.sum(jnp.where(segments[..., None] > 0, jnp.sin(hidden), 0))
 
     plain = Gemma(config)
-    fused = Gemma(config, execution=Execution(remat=remat, platform='tpu'))
     params = jax.tree.map(jnp.asarray, random_params(plain))
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    assert 'splash' in str(jax.make_jaxpr(gradient, static_argnums=1)(params, fused))
-    assert_same(gradient(params, fused), gradient(params, plain), 1e-4)
+    expected = gradient(params, plain)
+    for remat in ('dots', 'full'):
+        fused = Gemma(config, execution=Execution(remat=remat, platform='tpu'))
+        assert 'splash' in str(jax.make_jaxpr(gradient, static_argnums=1)(params, fused))
+        assert_same(gradient(params, fused), expected, 1e-4)
 
 
 @pytest.mark.parametrize('remat', [False, True])

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-
 # Share of a kernel's products that another kernel has made already: the backward kernels of splash
 # attention make the scores again, and both of them the gradient by the weights of attention.
 _REPEATED_IN_KERNEL = {'splash_mha_dkv': 1 / 4, 'splash_mha_dq': 2 / 3}

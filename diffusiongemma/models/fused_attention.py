@@ -14,7 +14,7 @@ import numpy as np
 from diffusiongemma.models.execution import Execution, partition_spec, product
 from diffusiongemma.models.masks import CausalMask
 
-LANES = 128  # of a TPU: lengths and widths of heads that the kernel takes are multiples
+LENGTHS, WIDTHS = 128, 64  # rows and heads have a multiple of these
 BLOCKS = (512, 256, 128)  # tokens of a block of queries or of keys; 1024 are too many for 512 wide
 LONGEST = 65_536  # tokens of a row: which blocks are skipped is kept in scalar memory
 
@@ -37,7 +37,7 @@ def fits(
         over devices, which a kernel does not bear: then there must be one device in all.
     """
     _, blocks, length, _, head_dim = query_shape
-    if blocks != 1 or prefix_length or length % LANES or length > LONGEST or head_dim % LANES:
+    if blocks != 1 or prefix_length or length % LENGTHS or length > LONGEST or head_dim % WIDTHS:
         return False
     if execution.platform is None:
         return jax.default_backend() == 'tpu' and jax.device_count() == 1

@@ -55,9 +55,7 @@ def on_mesh(model: M, mesh: Mesh, rules: AxisRules = LOGICAL_AXIS_RULES) -> M:
         raise ValueError(f'the axis rules use mesh axes {unknown}; the mesh has {mesh.axis_names}.')
     on = mesh if mesh.size > 1 else None  # one device lays out nothing
     platform = mesh.devices.flat[0].platform
-    execution = dataclasses.replace(
-        model.execution, mesh=on, rules=tuple(rules), platform=platform
-    )
+    execution = dataclasses.replace(model.execution, mesh=on, rules=tuple(rules), platform=platform)
     if on is not None and model.config.moe is not None:
         check_experts(model.config.moe.num_experts, execution)
     return model.clone(execution=execution)
