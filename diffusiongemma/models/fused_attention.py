@@ -16,7 +16,7 @@ from diffusiongemma.models.masks import CausalMask
 
 LENGTHS, WIDTHS = 128, 64  # rows and heads have a multiple of these
 BLOCKS = (512, 256, 128)  # tokens of a block of queries or of keys; 1024 are too many for 512 wide
-LONGEST = 65_536  # tokens of a row: which blocks are skipped is kept in scalar memory
+LONGEST = 32_768  # tokens of a row: which blocks are skipped is kept in scalar memory
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
