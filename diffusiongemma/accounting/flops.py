@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+# Share of a kernel's products that another kernel has made already: the backward kernels of splash
+# attention make the scores again, and both of them the gradient by the weights of attention.
+_REPEATED_IN_KERNEL = {'splash_mha_dkv': 1 / 4, 'splash_mha_dq': 2 / 3}
+
 
 class Flops(NamedTuple):
     """Operations of a function over all devices; a multiplication and an addition are two.
@@ -34,25 +38,27 @@ class Flops(NamedTuple):
 def count_flops(function: Callable[..., Any], *args: Any) -> Flops:
     """FLOPs of `function(*args)`; arrays or ShapeDtypeStructs do for the arguments.
 
-    The body of a while loop counts once, and of a conditional the branch that costs most.
+    The body of a while loop counts once, and of a conditional the branch that costs most. A Pallas
+    kernel without an estimate of its own counts what it does at each place of its grid.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _of_jaxpr(jaxpr: Any) -> Flops:
-    return sum((_of_equation(equation) for equation in jaxpr.eqns), Flops(0.0, 0.0))
+def _of_jaxpr(jaxpr: Any, again: bool = False) -> Flops:
+    return sum((_of_equation(equation, again) for equation in jaxpr.eqns), Flops(0.0, 0.0))
 
 
-def _of_equation(equation: Any) -> Flops:
+def _of_equation(equation: Any, again: bool) -> Flops:
+    """Of an equation, or of one of a function that is called `again`."""
     name, params = equation.primitive.name, equation.params
+    again |= 'rematted_computation' in str(equation.source_info.name_stack)
     if name == 'dot_general':
-        return _split(equation, _dot_flops(equation))
+        return _split(_dot_flops(equation), again)
     if name.startswith('ragged_dot'):
-        return _split(equation, _ragged_dot_flops(equation))
+        return _split(_ragged_dot_flops(equation), again)
     if name == 'pallas_call':
-        estimate = params.get('cost_estimate')
-        return _split(equation, float(estimate.flops) if estimate else 0.0)
-    inner = [_of_jaxpr(jaxpr) for jaxpr in _inner_jaxprs(params)]
+        return _kernel_flops(params, again)
+    inner = [_of_jaxpr(jaxpr, again) for jaxpr in _inner_jaxprs(params)]
     if not inner:
         return Flops(0.0, 0.0)
     if name == 'cond':
@@ -66,9 +72,19 @@ def _of_equation(equation: Any) -> Flops:
     return total
 
 
-def _split(equation: Any, flops: float) -> Flops:
-    again = 'rematted_computation' in str(equation.source_info.name_stack)
+def _split(flops: float, again: bool) -> Flops:
     return Flops(0.0, flops) if again else Flops(flops, 0.0)
+
+
+def _kernel_flops(params: dict[str, Any], again: bool) -> Flops:
+    """Of a Pallas kernel; what it skips, and its loops decide when they run, counts too."""
+    estimate = params.get('cost_estimate')
+    if estimate is not None:
+        return _split(float(estimate.flops), again)
+    flops = sum(_of_jaxpr(params['jaxpr'])) * math.prod(params['grid_mapping'].grid)
+    name = str(params.get('name', ''))
+    share = 1.0 if again else sum(s for k, s in _REPEATED_IN_KERNEL.items() if name.startswith(k))
+    return Flops((1 - share) * flops, share * flops)
 
 
 def _dot_flops(equation: Any) -> float:

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.execution import Execution
+from diffusiongemma.models.fused_attention import attend_fused, fits
 from diffusiongemma.models.layers import (
     RMSNorm,
     apply_rope,
@@ -31,7 +33,7 @@ class Attention(nn.Module):
     kind: str
     dtype: jnp.dtype
     shares_kv: bool = False
-    query_block: int = 0
+    execution: Execution = Execution()
 
     def setup(self):
         config, attention = self.config, self.config.attention(self.kind)
@@ -95,7 +97,12 @@ class Attention(nn.Module):
         query = self._project('bmtd,dnh->bmtnh', x, self.query)
         query = apply_rope(self.query_norm(query), *rope) * self.config.query_scale
         query = query.astype(self.dtype)
-        context = attend_in_blocks(query, block_kv, prefix_kv, mask, self.query_block)
+        shapes = (query.shape, block_kv[0].shape[1], prefix_kv[0].shape[2])
+        if isinstance(mask, CausalMask) and fits(*shapes, self.execution):
+            context = attend_fused(query, block_kv, mask, self.execution)
+        else:
+            query_block = self.execution.query_block
+            context = attend_in_blocks(query, block_kv, prefix_kv, mask, query_block)
         output = self._project('bmtnh,nhd->bmtd', context, self.output)
         return output.astype(self.dtype)
 

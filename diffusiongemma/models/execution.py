@@ -26,6 +26,7 @@ class Execution:
       logits_chunk: positions of each row that have logits at the same time in a loss; 0 for all.
       query_block: queries of each block of tokens that have attention scores at the same time; 0
         for all.
+      platform: of the devices, such as 'tpu'; None where nobody has said which they are.
     """
 
     mesh: Mesh | None = None
@@ -33,6 +34,7 @@ class Execution:
     remat: str = 'none'
     logits_chunk: int = 0
     query_block: int = 0
+    platform: str | None = None
 
     def __post_init__(self):
         if self.remat not in REMAT:

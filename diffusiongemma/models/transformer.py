@@ -17,6 +17,7 @@ from diffusiongemma.models.attention import Attention, in_parts
 from diffusiongemma.models.cache import KV, Prefix, cache_slots, last_kv, zeros_kv
 from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.execution import Execution
+from diffusiongemma.models.fused_attention import fits
 from diffusiongemma.models.layers import (
     WEIGHT_PRODUCT,
     Embedder,
@@ -25,7 +26,7 @@ from diffusiongemma.models.layers import (
     logical_param,
     rope_tables,
 )
-from diffusiongemma.models.masks import AttentionMask, CausalMask
+from diffusiongemma.models.masks import AttentionMask, CausalMask, KeyTokens
 from diffusiongemma.models.moe import MoE
 from diffusiongemma.models.per_layer import PerLayerEmbedder, PerLayerUpdate
 
@@ -109,7 +110,7 @@ class Layer(nn.Module):
     def _attend(
         self, x: jax.Array, given: LayerInput, context: PassContext
     ) -> tuple[jax.Array, KVPair | None]:
-        fields = (self.config, self.kind, self.dtype, self.shares_kv, self.execution.query_block)
+        fields = (self.config, self.kind, self.dtype, self.shares_kv, self.execution)
         attention = Attention(*fields, name='attention')
         rope, mask = context.rope[self.kind], context.mask[self.kind]
         if self.shares_kv:
@@ -314,7 +315,7 @@ class Gemma(nn.Module):
         """The causal pass: prefill, commit, one AR step, or a packed training row.
 
         Args:
-          tokens: [B, T] int32.
+          tokens: [B, T] int32; those of a document stand side by side, in order.
           positions: [B, T] int32, position of each token in its document.
           segment_ids: [B, T] int32, document of each token; 0 for padding.
           prefix: earlier tokens of the same documents, or None.
@@ -325,17 +326,29 @@ class Gemma(nn.Module):
         if prefix is None:
             prefix = Prefix.empty(self.config, tokens.shape[0], self.dtype)
         masks = {
-            kind: CausalMask(positions, segment_ids, keys, self.config.attention(kind).window)
+            kind: self._causal_mask(kind, positions, segment_ids, keys)
             for kind, keys in prefix.tokens_by_kind(self.config).items()
         }
-        if not in_parts(tokens.shape[1], self.execution.query_block):  # made once for all layers
-            masks = {kind: mask.all_rows() for kind, mask in masks.items()}
         context = PassContext(rope_by_kind(self.config, positions[:, None]), masks)
         x = self.embedder.encode(tokens)[:, None]  # [B, 1, T, D]
         x = self.execution.constrain(x, *ACTIVATION_AXES)
         per_layer = self.per_layer_inputs(tokens[:, None], x)
         hidden, block_kv = self.backbone(x, prefix.kv, context, 'encode', per_layer)
         return hidden[:, 0], jax.tree.map(lambda a: a.squeeze(-3), block_kv)
+
+    def _causal_mask(
+        self, kind: str, positions: jax.Array, segment_ids: jax.Array, prefix: KeyTokens
+    ) -> AttentionMask | CausalMask:
+        """Of the layers of a type, made once for all of them, or as positions where that does."""
+        attention, (batch_size, length) = self.config.attention(kind), positions.shape
+        mask = CausalMask(positions, segment_ids, prefix, attention.window)
+        query_shape = (batch_size, 1, length, self.config.num_heads, attention.head_dim)
+        prefix_length = prefix.positions.shape[1]
+        if in_parts(length, self.execution.query_block) or fits(
+            query_shape, attention.num_kv_heads, prefix_length, self.execution
+        ):
+            return mask
+        return mask.all_rows()
 
     def per_layer_inputs(self, tokens: jax.Array, embeddings: jax.Array) -> jax.Array | None:
         """Tokens [...] and their embeddings [..., D] -> [..., layers, P], or None without PLE."""

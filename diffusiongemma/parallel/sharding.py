@@ -54,7 +54,8 @@ def on_mesh(model: M, mesh: Mesh, rules: AxisRules = LOGICAL_AXIS_RULES) -> M:
     if unknown:
         raise ValueError(f'the axis rules use mesh axes {unknown}; the mesh has {mesh.axis_names}.')
     on = mesh if mesh.size > 1 else None  # one device lays out nothing
-    execution = dataclasses.replace(model.execution, mesh=on, rules=tuple(rules))
+    platform = mesh.devices.flat[0].platform
+    execution = dataclasses.replace(model.execution, mesh=on, rules=tuple(rules), platform=platform)
     if on is not None and model.config.moe is not None:
         check_experts(model.config.moe.num_experts, execution)
     return model.clone(execution=execution)
