@@ -93,7 +93,7 @@ def test_a_recipe_without_its_teacher_says_how_to_give_it():
         load_teacher(student_config(teacher=''))
 
 
-@pytest.mark.parametrize('separate', [True, False])
+@pytest.mark.parametrize('separate', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_interrupted_distillation_ends_as_one_that_was_not(
     separate, teacher, tmp_path, monkeypatch
 ):
@@ -122,6 +122,7 @@ def test_an_unfinished_run_opens_as_the_teacher_with_a_trained_denoise_pass(teac
     assert np.any(moved != params['backbone']['final_norm']['scale'])
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_a_student(teacher, tmp_path):
     _, first = train_student(student_config(), teacher, DATA, tmp_path / 'first')
     config = student_config(init=str(tmp_path / 'first'), canvas_length=4)
@@ -145,6 +146,7 @@ def test_a_workdir_of_other_data_is_refused(teacher, tmp_path):
         train_student(longer, teacher, DataSpec(kind='wordmath', size=100), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_model_is_refused(teacher, tmp_path):
     train_student(student_config(), teacher, DATA, tmp_path)
     with pytest.raises(ValueError, match='canvas_length: saved 8, now 4'):
@@ -199,6 +201,7 @@ def losses(workdir):
     return [[row['loss'], row['loss/encode']] for row in reporting.read_metrics(workdir)]
 
 
+@pytest.mark.slow
 def test_a_run_on_stored_distributions_needs_no_teacher_and_has_its_losses(
     teacher, tmp_path, monkeypatch
 ):

@@ -19,7 +19,13 @@ from diffusiongemma.parallel import make_mesh, on_mesh, param_shardings
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
 
-@pytest.fixture(params=['tiny_moe_config', 'tiny_e2b_config', 'separate'])
+@pytest.fixture(
+    params=[
+        pytest.param('tiny_moe_config', marks=pytest.mark.slow),
+        pytest.param('tiny_e2b_config', marks=pytest.mark.slow),
+        'separate',
+    ]
+)
 def model(request):
     if request.param == 'separate':
         config = request.getfixturevalue('tiny_config').replace(separate_denoiser=True)
