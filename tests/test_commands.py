@@ -189,6 +189,7 @@ def benchmark(name, *arguments):
     return subprocess.run(program, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_decode_modes_prints_a_ratio():
     done = benchmark('sampler', '--batches=2', '--batch_sizes=1', '--max_new_tokens=32')
     assert done.returncode == 0, done.stderr

@@ -87,7 +87,7 @@ def assert_same(one, other):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['stage1', 'stage2'])
+@pytest.mark.parametrize('name', [pytest.param('stage1', marks=pytest.mark.slow), 'stage2'])
 def test_a_step_with_all_that_saves_memory_is_the_plain_step(name, config, batch):
     step, *arguments = step_and_state(config, name)
     expected = jax.jit(step)(*arguments, batch)
@@ -157,7 +157,9 @@ def squared_hidden(model, params, tokens):
     return jnp.sum(jnp.square(hidden))
 
 
-@pytest.mark.parametrize('family', ['tiny_config', 'tiny_moe_config'])
+@pytest.mark.parametrize(
+    'family', ['tiny_config', pytest.param('tiny_moe_config', marks=pytest.mark.slow)]
+)
 def test_what_the_backward_pass_keeps_shrinks_and_the_gradient_stays(family, request):
     config = request.getfixturevalue(family).replace(layer_types=('sliding', 'full') * 2)
     tokens = jnp.arange(64).reshape(2, 32) % VOCAB
@@ -175,6 +177,7 @@ def test_what_the_backward_pass_keeps_shrinks_and_the_gradient_stays(family, req
             np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_step_updates_float32_masters_by_less_than_bfloat16_can_tell(config, batch):
     step, state, constants = step_and_state(config, 'stage1', dtype=jnp.bfloat16)
     exact = jax.jit(step_and_state(config, 'stage1')[0])(state, constants, batch)[0]

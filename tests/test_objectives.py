@@ -183,7 +183,7 @@ def test_unused_canvas_slots_do_not_count(student, batch, stage):
     np.testing.assert_allclose(loss(batch), loss(changed), rtol=1e-6)
 
 
-@pytest.mark.parametrize('rate', [0.0, 1.0])
+@pytest.mark.parametrize('rate', [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_a_step_on_all_canvases_is_the_average_of_steps_on_one(student, batch, rate):
     model, params, teacher_params = student
 
@@ -297,6 +297,7 @@ def test_what_rejected_positions_become_is_drawn_anew_for_each_step(tiny_config,
     assert jnp.mean(first == second) < 0.1 and len(jnp.unique(first)) == tiny_config.vocab_size
 
 
+@pytest.mark.slow
 def test_the_certainty_term_is_the_entropy_where_the_argmax_is_right(tiny_config, batch):
     model = DiffusionGemma(tiny_config)
     params = init_params(model, jax.random.key(0))

@@ -117,6 +117,7 @@ def answers(student, mode, prompts, automaton=None):
     )[0]
 
 
+@pytest.mark.slow
 def test_what_would_be_valid_without_a_constraint_is_not_changed_by_one(student):
     examples = eval_examples(DataSpec(kind='wordmath', split='test', size=16))
     prompts = [example['prompt'] for example in examples]

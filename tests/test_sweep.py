@@ -79,6 +79,7 @@ def test_the_aup_of_a_sweep_is_that_of_its_frontier():
     assert summary([TEACHER, LOSSLESS, *points])['aup'] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_the_shipped_student_leaves_a_table_and_a_plot(tmp_path):
     program = [
         *(sys.executable, '-m', 'diffusiongemma.evaluate', '--config=configs/tiny.py'),
