@@ -93,9 +93,9 @@ class Loaded:
     def from_flags(cls) -> 'Loaded':
         """Raises ValueError or FileNotFoundError where the checkpoint is of no use."""
         model, params, tokenizer = load_model(_CHECKPOINT.value)
-        model, params = for_inference(model, params)
         if tokenizer is None:
             raise ValueError(f'{_CHECKPOINT.value} has no tokenizer.model; copy it there.')
+        model, params = for_inference(model, params)
         config = SamplingConfig.for_tokenizer(
             tokenizer,
             temperature=_TEMPERATURE.value,

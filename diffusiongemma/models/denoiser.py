@@ -73,7 +73,7 @@ class DiffusionGemma(Gemma):
     def denoise_dtype(self) -> jnp.dtype:
         """Compute dtype of the denoise pass on the devices at hand."""
         if self.config.separate_denoiser and self.config.denoise_dtype is not None:
-            return native_dtype(self.config.denoise_dtype, self.execution.mesh)
+            return native_dtype(self.config.denoise_dtype, self.execution.platform)
         return jnp.dtype(self.dtype)
 
     def denoise_hidden(

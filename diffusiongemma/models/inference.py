@@ -30,7 +30,8 @@ def for_inference(model: Gemma, params: dict) -> tuple[Gemma, dict]:
       params: its parameters; nested dict of arrays.
     """
     params = _in_denoise_dtype(model, params)
-    if model.execution.mesh is None and jax.default_backend() == 'cpu':
+    on_cpu = (model.execution.platform or jax.default_backend()) == 'cpu'
+    if on_cpu and model.execution.mesh is None:
         return unroll_layers(*output_major_kernels(model, params))
     return model, params
 

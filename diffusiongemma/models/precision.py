@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 _CPU_FLAGS = {'avx512_bf16', 'amx_bf16', 'bf16'}  # the last one on Arm
 
@@ -24,7 +23,7 @@ def cpu_has_bfloat16(cpuinfo: str = '/proc/cpuinfo') -> bool:
     )
 
 
-def native_dtype(name: str, mesh: Mesh | None = None) -> jnp.dtype:
+def native_dtype(name: str, platform: str | None = None) -> jnp.dtype:
     """The dtype to compute in where `name` is asked for.
 
     That is float32 instead of bfloat16 on a CPU that has no products of bfloat16: it would convert
@@ -32,8 +31,8 @@ def native_dtype(name: str, mesh: Mesh | None = None) -> jnp.dtype:
 
     Args:
       name: of a float dtype.
-      mesh: the devices that compute; None for those of the default backend.
+      platform: of the devices that compute; None for that of the default backend.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    emulated = platform == 'cpu' and name == 'bfloat16' and not cpu_has_bfloat16()
+    on_cpu = (platform or jax.default_backend()) == 'cpu'
+    emulated = on_cpu and name == 'bfloat16' and not cpu_has_bfloat16()
     return jnp.dtype('float32' if emulated else name)
