@@ -18,7 +18,7 @@ setup(
         'absl-py',
         'array-record; platform_system == "Linux"',
         'flax>=0.12',
-        'grain>=0.2.12',
+        'grain>=0.2.13',
         'importlib_resources',  # tensorflow-datasets needs it and does not say so
         'jax>=0.7',
         'matplotlib',

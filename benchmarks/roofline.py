@@ -28,7 +28,7 @@ from absl import flags
 from flax.traverse_util import unflatten_dict
 from rich.console import Console
 from rich.table import Table
-from timing import seconds
+from timing import milliseconds, pass_programs, seconds
 
 from diffusiongemma import run_config
 from diffusiongemma.accounting.devices import figures_named
@@ -39,10 +39,11 @@ from diffusiongemma.models import (
     DiffusionGemma,
     ModelConfig,
     cache_bytes,
+    for_inference,
     parameter_counts,
-    unroll_layers,
 )
-from diffusiongemma.sampling import passes
+from diffusiongemma.sampling import Controls, SamplingConfig
+from diffusiongemma.sampling.sampler import prefilled
 
 _PRESET = flags.DEFINE_string('preset', None, 'A model of diffusiongemma.models.PRESETS.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A diffusion student to measure.')
@@ -55,6 +56,9 @@ _BATCH_SIZE = flags.DEFINE_integer('batch_size', 1, 'Rows.', lower_bound=1)
 _PREFIX = flags.DEFINE_integer('prefix', 128, 'Cached tokens before the canvas.', lower_bound=1)
 _CANVAS = flags.DEFINE_integer('canvas', 0, "Canvas length; 0: the model's own.", lower_bound=0)
 _STEPS = flags.DEFINE_integer('steps', 16, 'Denoise steps per canvas.', lower_bound=1)
+
+
+PASSES = 8  # in one timed program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,44 +180,18 @@ def measured_device(dtype: jnp.dtype, num_bytes: int) -> Device:
     )
 
 
-def least(run) -> float:
-    return float(seconds(run, 15).min())
-
-
 def measured_passes(model, params, batch: int, prefix: int) -> dict[str, float]:
-    """Seconds of each pass, one compiled program each."""
-    canvas_length = model.config.canvas_length
+    """Milliseconds of each pass, the best of several times."""
     rng = np.random.default_rng(0)
-    prompt = jnp.asarray(rng.integers(0, model.config.vocab_size, (batch, prefix)), jnp.int32)
-    canvas = jnp.asarray(rng.integers(0, model.config.vocab_size, (batch, canvas_length)))
-    canvas, active = canvas.astype(jnp.int32), jnp.ones((batch,), bool)
-    lengths = jnp.full((batch,), prefix)
-
-    @jax.jit
-    def prefill(params):
-        cache = passes.empty_cache(model, params, batch, prefix + canvas_length)
-        return passes.prefill(model, params, cache, prompt, lengths, is_empty=True)
-
-    @jax.jit
-    def denoise(params, cache, soft):
-        logits = passes.denoise(model, params, cache, canvas, soft, prompt[:, -1])
-        return jnp.argmax(logits, -1), passes.soft_embed(model, params, logits)
-
-    @functools.partial(jax.jit, static_argnums=3)
-    def encode(params, cache, tokens, with_logits):
-        hidden, kv = passes.encode_block(model, params, cache, tokens, active)
-        if with_logits:
-            hidden = jnp.argmax(model.apply({'params': params}, hidden, method='unembed'), -1)
-        return hidden, kv
-
-    cache = prefill(params)[1]
-    soft = passes.no_soft_embeddings(model, params, batch, canvas_length)
-    return {
-        'prefill': least(lambda: prefill(params)),
-        'denoise step': least(lambda: denoise(params, cache, soft)),
-        'commit': least(lambda: encode(params, cache, canvas, False)),
-        'autoregressive token': least(lambda: encode(params, cache, canvas[:, :1], True)),
-    }
+    prompts = rng.integers(0, model.config.vocab_size, (batch, prefix), np.int32)
+    lengths = np.full((batch,), prefix, np.int32)
+    config = SamplingConfig(max_new_tokens=1, max_denoising_steps=10**6, temperature=0.0)
+    prefill = jax.jit(prefilled, static_argnums=(0, 1))
+    args = (params, jnp.asarray(prompts), jnp.asarray(lengths), jax.random.key(0), Controls())
+    times = {'prefill': 1e3 * seconds(lambda: prefill(model, config, *args)).min()}
+    for name, program in pass_programs(model, params, config, prompts, lengths, PASSES).items():
+        times[name] = milliseconds(program, PASSES).min()
+    return {name: float(value) for name, value in times.items()}
 
 
 def random_model(config: ModelConfig, dtype: jnp.dtype) -> tuple[DiffusionGemma, dict]:
@@ -235,7 +213,7 @@ def open_model(dtype: jnp.dtype) -> tuple[ModelConfig, tuple[DiffusionGemma, dic
     if _CHECKPOINT.value is not None:
         model, params, _ = load_model(_CHECKPOINT.value, dtype)
         config = model.config.replace(**canvas)
-        return config, unroll_layers(model.clone(config=config), params)
+        return config, for_inference(model.clone(config=config), params)
     if _PRESET.value not in PRESETS:
         raise ValueError(f'unknown preset {_PRESET.value!r}; known: {sorted(PRESETS)}.')
     config = PRESETS[_PRESET.value]
@@ -278,7 +256,7 @@ def main(argv: list[str]) -> None:
         f'canvas {config.canvas_length}: {name} ({device.flops / 1e9:,.0f} GFLOP/s, '
         f'{device.bandwidth / 1e9:,.0f} GB/s)',
     )  # fmt: skip
-    limits, taken = {}, {label: 1e3 * value for label, value in measured.items()}
+    limits, taken = {}, measured
     for label, cost in costs(config, batch, prefix, dtype).items():
         limits[label] = limit = 1e3 * cost.seconds(device)
         by_compute = cost.flops / device.flops >= cost.bytes / device.bandwidth

@@ -9,33 +9,21 @@ batches, prefill included, compilation not), the ratio to autoregressive decodin
 over batches.
 """
 
-import functools
 import time
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
-from timing import seconds
+from timing import milliseconds, pass_programs
 
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.models import for_inference
-from diffusiongemma.sampling import (
-    Controls,
-    Sampler,
-    SamplingConfig,
-    autoregressive,
-    diffusion,
-    pad_prompts,
-    passes,
-)
-from diffusiongemma.sampling.sampler import prefilled
+from diffusiongemma.sampling import Sampler, SamplingConfig, pad_prompts
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'builtin', 'A diffusion student.')
 _BATCH_SIZES = flags.DEFINE_list('batch_sizes', ['1', '8'], 'Rows per batch.')
@@ -47,51 +35,6 @@ _REPETITIONS = flags.DEFINE_integer('repetitions', 9, 'Of each timed pass.', low
 MODES = ('autoregressive', 'diffusion', 'lossless')
 PROMPT_WIDTH = 128  # one compiled program per mode and batch size
 PASSES = 32  # in one timed program
-
-
-def timed_passes(model, params, config, tokens, lengths) -> dict[str, Callable]:
-    """Programs of `PASSES` passes each, behind the cached prompts."""
-    rng = jax.random.key(0)
-    free = config.__class__(**(vars(config) | {'stop_ids': (), 'max_new_tokens': PASSES + 1}))
-    state, hidden = jax.jit(prefilled, static_argnums=(0, 1))(
-        model, free, params, jnp.asarray(tokens), jnp.asarray(lengths), rng, Controls()
-    )
-
-    def repeated(step):
-        return jax.jit(lambda params, carry: jax.lax.fori_loop(0, PASSES, step(params), carry))
-
-    task = diffusion.canvas_task(model, state)
-    canvas = diffusion.first_noise(model, free, params, task)
-    going_on = functools.partial(jnp.zeros_like, canvas.stopped)
-
-    def denoise(params):
-        def step(_, canvas):
-            canvas = diffusion.denoise_step(model, free, params, state.cache, task, canvas)
-            return canvas.replace(stopped=going_on())
-
-        return step
-
-    def commit(params):
-        def step(_, tokens):
-            hidden, _ = passes.encode_block(model, params, state.cache, tokens, task.active)
-            return tokens + (hidden[..., 0] > 1e9)  # so that no pass can be left out
-
-        return step
-
-    def token(params):
-        return lambda _, state: autoregressive.next_token(model, free, params, state)
-
-    first = autoregressive.start(model, free, params, state, hidden)
-    return {
-        'denoise step': functools.partial(repeated(denoise), params, canvas),
-        'commit': functools.partial(repeated(commit), params, canvas.canvas),
-        'autoregressive token': functools.partial(repeated(token), params, first),
-    }
-
-
-def milliseconds(program: Callable) -> float:
-    """Median time of one of the passes of a program."""
-    return 1e3 * float(np.median(seconds(program, _REPETITIONS.value))) / PASSES
 
 
 def tokens_per_second(samplers, params, prompts, tokenizer) -> np.ndarray:
@@ -129,8 +72,11 @@ def main(argv: list[str]) -> None:
         prompts = [tokenizer.format_prompt(example['prompt']) for example in examples]
         batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
         first = pad_prompts(batches[0], tokenizer.pad_id, multiple=PROMPT_WIDTH)
-        programs = timed_passes(model, params, config, *first)
-        times = {name: milliseconds(program) for name, program in programs.items()}
+        programs = pass_programs(model, params, config, *first, PASSES)
+        times = {
+            name: float(np.median(milliseconds(program, PASSES, _REPETITIONS.value)))
+            for name, program in programs.items()
+        }
         for name, value in times.items():
             ratio = value / times['autoregressive token']
             costs.add_row(str(size), name, f'{value:.2f}', f'{ratio:.2f}x')

@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
                 'canvases_per_row': 3,  # 768 tokens: three quarters of a row are responses
                 # Some canvases start inside a response, as where a decoder was cut short.
                 'random_offset_rate': 0.1,
+                'workers': 0,  # processes that make batches; 0: a thread
             },
             'corruption': 'uniform',
             'ar_weight': 0.1,  # keeps the encode pass at the teacher: its weights are trained too

@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
                 'row_length': 256,  # the teacher's longest sequence
                 'canvases_per_row': 10,
                 'random_offset_rate': 0.0,
+                'workers': 0,  # processes that make batches; 0: a thread
             },
             'corruption': 'uniform',
             'ar_weight': 0.1,  # of no effect on a separate denoiser, whose encode pass is frozen

@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
                 'row_length': 400,  # two puzzles of 103 tokens with their solutions
                 'canvases_per_row': 2,
                 'random_offset_rate': 0.0,
+                'workers': 0,  # processes that make batches; 0: a thread
             },
             'corruption': 'uniform',
             'ar_weight': 0.1,  # of no effect on a separate denoiser, whose encode pass is frozen

@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
                 'canvases_per_row': 10,
                 'random_offset_rate': 0.25,  # lossless drafts start where the last one fell
                 'one_canvas': False,
+                'workers': 0,  # processes that make batches; 0: a thread
             },
             'corruption': 'uniform',
             'ar_weight': 0.1,  # of no effect on a separate denoiser, whose encode pass is frozen

@@ -1,11 +1,14 @@
 """JSONL files, data specs, packing, and the resumable stream of batches."""
 
 import json
+import multiprocessing
+from contextlib import closing
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src import xla_bridge
 
 from diffusiongemma.data.packing import RowLayout, pack_examples
 from diffusiongemma.data.pipeline import eval_examples, make_train_iterator
@@ -177,6 +180,32 @@ def test_the_state_of_another_stream_is_refused():
         stream(seed=4).set_state(stream().get_state())
 
 
+def test_two_workers_make_the_same_stream_again_and_go_on_where_its_state_was_taken():
+    with closing(stream(workers=2)) as first:
+        start = [next(first) for _ in range(3)]
+        state = json.dumps(first.get_state())
+        wanted = [next(first) for _ in range(3)]
+        first.set_state(json.loads(state))
+        assert_same(wanted[0], next(first))
+    with closing(stream(workers=2)) as resumed:
+        resumed.set_state(json.loads(state))
+        for batch in wanted:
+            assert_same(batch, next(resumed))
+    with closing(stream(workers=2)) as again:
+        for batch in start:
+            assert_same(batch, next(again))
+    del first, resumed, again  # older grain ends its processes with the iterator
+    assert not multiprocessing.active_children()
+
+
+def test_workers_are_part_of_a_streams_settings_where_there_are_any():
+    assert 'workers' not in stream().get_state()['fingerprint']  # as in older states
+    with pytest.raises(ValueError, match='workers: saved None, now 2'):
+        stream(workers=2).set_state(stream().get_state())
+    with pytest.raises(ValueError, match='workers must be >= 0, got -1'):
+        stream(workers=-1)
+
+
 class Marked:
     """Examples that are all alike."""
 
@@ -214,6 +243,13 @@ class Numbered(Marked):
         return {'prompt': chr(100 + index), 'response': 'x'}
 
 
+class OnDevices(Marked):
+    """Examples that say whether JAX has started a backend in their process."""
+
+    def __getitem__(self, index):
+        return {'prompt': str(int(xla_bridge.backends_are_initialized())), 'response': 'y'}
+
+
 def test_processes_read_disjoint_shards_of_an_epoch():
     def seen(process_index):
         batches = make_train_iterator(
@@ -232,6 +268,26 @@ def test_processes_read_disjoint_shards_of_an_epoch():
 
     first, second = seen(0), seen(1)
     assert sorted(first + second) == list(range(100, 140))
+
+
+def test_two_workers_read_every_document_of_an_epoch_once_and_touch_no_device():
+    batches = make_train_iterator(
+        [Numbered('', 40), OnDevices('', 40)],
+        Letters(),
+        batch_size=1,
+        row_length=3,
+        canvases_per_row=0,
+        canvas_length=0,
+        seed=0,
+        packing_bins=1,
+        workers=2,
+    )
+    with closing(batches):
+        rows = [next(batches)['tokens'][0] for _ in range(80)]
+    for worker in (rows[::2], rows[1::2]):  # each has its part of both sources
+        assert sum(row[1] == ord('x') for row in worker) == 20
+    assert sorted(row[0] for row in rows if row[1] == ord('x')) == list(range(100, 140))
+    assert {chr(row[0]) for row in rows if row[1] != ord('x')} == {'0'}
 
 
 def test_data_that_fits_no_row_is_an_error_and_not_an_endless_search():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusiongemma.models import grouped
+from diffusiongemma.models import grouped, grouped_gpu
 from diffusiongemma.models.grouped import grouped_matmul
 
 ROWS, WIDTH, OUT = 24, 5, 7
@@ -59,3 +59,29 @@ def test_both_routes_give_the_same(num_groups, dtype):
         found, expected = ours(x, other, sizes), theirs(x, other, sizes)
         assert found.dtype == expected.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, **tolerance)
+
+
+@pytest.mark.parametrize('sizes', [(0, 40, 0, 56), (3, 0, 5, 0), (24, 24, 24, 24)])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_the_kernel_for_gpus_gives_the_same(sizes, dtype):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (96, 128), dtype)
+    kernels = jax.random.normal(keys[1], (4, 128, 192), dtype)
+    group_sizes, rows = jnp.array(sizes, jnp.int32), sum(sizes)
+    assert grouped_gpu.fits(x, kernels)
+    found = grouped_gpu.grouped_matmul_gpu(x, kernels, group_sizes, interpret=True)
+    expected = grouped._ragged(x, kernels, group_sizes)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found[:rows], expected[:rows], atol=1e-4)
+
+
+def test_gpus_get_the_kernel_where_it_fits():
+    def lowered(width):
+        shapes = ((2048, width), (128, width, 704))
+        x, kernels = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+        sizes = jax.ShapeDtypeStruct((128,), jnp.int32)
+        traced = jax.jit(grouped_matmul).trace(x, kernels, sizes)
+        return traced.lower(lowering_platforms=('cuda',)).as_text()
+
+    assert 'triton' in lowered(2816)
+    assert 'triton' not in lowered(2815)

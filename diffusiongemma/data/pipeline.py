@@ -5,15 +5,24 @@
 
 The stream is a function of its arguments alone. Its state is a small JSON-able dict; a stream
 made with the same arguments and given that state goes on with the very next batch.
+
+With worker processes each of them has every w-th example of each source and makes every w-th batch.
 """
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import grain
+import jax
 import numpy as np
+from absl import flags
 
 from diffusiongemma.data import packing
 from diffusiongemma.data.sources import DataSpec, Source, load_source
@@ -106,7 +115,12 @@ class TrainIterator(grain.DatasetIterator):
                 f'in this one ({"; ".join(differing)}). Resume with the same data settings, or '
                 'start the data afresh.'
             )
-        self._batches.set_state(state['grain'])
+        self._batches.set_state(copy.deepcopy(state['grain']))  # grain goes on to write in it
+
+    def close(self) -> None:
+        """Ends the threads and processes that make batches; there is no next batch then."""
+        if hasattr(super(), 'close'):  # older grain ends them with the iterator itself
+            super().close()
 
 
 def _listed(sources: SourceLike | Sequence[SourceLike]) -> list[SourceLike]:
@@ -133,6 +147,31 @@ def _weights(listed: Sequence[SourceLike], weights: Sequence[float] | None) -> l
     return [float(weight) for weight in weights]
 
 
+def _start_worker(worker: int, workers: int) -> None:
+    """What a worker process does first: it leaves devices and signals to the process above it."""
+    del worker, workers
+    # Importing the package starts no backend of JAX; should a source use JAX, then on the CPU.
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    jax.config.update('jax_platforms', 'cpu')
+    # Ctrl-C and a cluster's SIGTERM reach all processes, and a run still needs batches to end well.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process above it is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _out_of_shared_memory(batch: packing.Features) -> packing.Features:
+    """Copies, so that a batch that is kept neither fills shared memory nor outlives its owner."""
+    return {name: np.array(value) for name, value in batch.items()}
+
+
 def make_train_iterator(
     sources: SourceLike | Sequence[SourceLike],
     tokenizer: Any,
@@ -150,6 +189,7 @@ def make_train_iterator(
     process_count: int = 1,
     packing_bins: int = 64,
     prefetch: int = 2,
+    workers: int = 0,
 ) -> TrainIterator:
     """Makes the endless stream of training batches of one process.
 
@@ -168,10 +208,14 @@ def make_train_iterator(
       process_index: which shard is read; each epoch's shards are disjoint.
       process_count: how many shards there are.
       packing_bins: rows that are open for packing at a time.
-      prefetch: batches made ahead, in a thread; 0 makes each when it is asked for.
+      prefetch: batches made ahead, in a thread; 0 makes each when it is asked for. Each worker
+        process makes as many ahead, and one at least.
+      workers: processes that make the batches, for a step that eats more than a thread makes; 0
+        for none. The order of the data depends on it. Sources and tokenizer are pickled, and the
+        script that asks for workers is imported by each: guard its `__main__`.
 
     Returns:
-      An iterator over dicts of numpy arrays, see `packing`.
+      An iterator over dicts of numpy arrays, see `packing`; `close` ends its workers.
 
     Raises:
       ValueError: on sizes, weights or shards that can't be.
@@ -182,6 +226,8 @@ def make_train_iterator(
         raise ValueError(f'process_index must be in [0, {process_count}), got {process_index}.')
     if not 0 <= seed < 2**32:
         raise ValueError(f'seed must be in [0, 2**32), got {seed}.')
+    if workers < 0:
+        raise ValueError(f'workers must be >= 0, got {workers}.')
     layout = packing.RowLayout(
         row_length,
         canvases_per_row,
@@ -208,13 +254,20 @@ def make_train_iterator(
         parts.append(part.repeat().random_map(tokenize, seed=_source_seed(seed, index)))
         identity = getattr(source, 'fingerprint', name)
         described.append({'name': identity, 'size': len(source), 'weight': shares[index]})
-    examples = grain.MapDataset.mix(parts, shares) if len(parts) > 1 else parts[0]
+    examples = _mixed(parts, shares, workers)
     features = examples.to_iter_dataset(grain.ReadOptions(num_threads=0))
     rows = packing.pack_rows(
         features, layout, bins=packing_bins, seed=_source_seed(seed, len(parts))
     )
     batches = rows.batch(batch_size, drop_remainder=True)
-    if prefetch:
+    if workers:
+        if not flags.FLAGS.is_parsed():  # as in a notebook; grain reads flags of its own
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(prefetch, 1)),
+            _start_worker,
+        ).map(_out_of_shared_memory)
+    elif prefetch:
         batches = grain.experimental.ThreadPrefetchIterDataset(
             batches, prefetch_buffer_size=prefetch
         )
@@ -231,7 +284,25 @@ def make_train_iterator(
         'process': [process_index, process_count],
         'packing_bins': packing_bins,
     }
+    if workers:  # streams without have states that are older than this key
+        fingerprint['workers'] = workers
     return TrainIterator(iter(batches), fingerprint)
+
+
+def _mixed(
+    parts: Sequence[grain.MapDataset], shares: Sequence[float], workers: int
+) -> grain.MapDataset:
+    """The mixture of endless parts; grain gives worker i of w its elements i, i + w, i + 2w, ..."""
+    if len(parts) == 1:
+        return parts[0]
+    if workers < 2:
+        return grain.MapDataset.mix(parts, shares)
+    # Elements of one mixture in turn would be one source for each worker: 'abab' is 'aa' and 'bb'.
+    each = [
+        grain.MapDataset.mix([part[worker::workers] for part in parts], shares)
+        for worker in range(workers)
+    ]
+    return grain.MapDataset.mix(each)
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

@@ -1,5 +1,6 @@
 """A distillation run from teacher to evaluated student: targets, both stages, evaluation."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -76,6 +77,8 @@ class BatchConfig:
       canvases_per_row: canvas slots of a row.
       random_offset_rate: share of the documents whose canvases start inside the response.
       one_canvas: a document has one canvas, drawn at random, instead of all.
+      workers: processes that make batches, on each host; 0 for a thread. The order of the data
+        depends on it.
     """
 
     batch_size: int
@@ -83,6 +86,7 @@ class BatchConfig:
     canvases_per_row: int
     random_offset_rate: float = 0.0
     one_canvas: bool = False
+    workers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +304,7 @@ def train_student(
         top_k=top_k,
         process_index=part,
         process_count=parts,
+        workers=shape.workers,
     )
     about = describe_model(model.config, teacher.tokenizer.content_hash)
     if lora is not None:
@@ -311,22 +316,23 @@ def train_student(
         teacher.tokenizer.save(workdir / TOKENIZER_FILE)
     if constants.student:  # checkpoints hold the trained part only
         save_bundle(workdir / BASE_DIR, teacher.model.config, teacher.params, teacher.tokenizer)
-    for objective, last_step in stages:
-        if int(state.step) >= last_step:
-            continue
-        step = distillation_step(config, model, teacher.model, objective, optimizer, lora)
-        step = jax.jit(step, donate_argnums=0)
-        state = fit(
-            lambda state, batch, step=step: step(state, constants, batch),
-            state,
-            batches,
-            store,
-            dataclasses.replace(loop, num_steps=last_step),
-            workdir=workdir,
-            description=type(objective).__name__.lower(),
-            batch_sharding=rows,
-            batch_size=shape.batch_size,
-        )
+    with contextlib.closing(batches):
+        for objective, last_step in stages:
+            if int(state.step) >= last_step:
+                continue
+            step = distillation_step(config, model, teacher.model, objective, optimizer, lora)
+            step = jax.jit(step, donate_argnums=0)
+            state = fit(
+                lambda state, batch, step=step: step(state, constants, batch),
+                state,
+                batches,
+                store,
+                dataclasses.replace(loop, num_steps=last_step),
+                workdir=workdir,
+                description=type(objective).__name__.lower(),
+                batch_sharding=rows,
+                batch_size=shape.batch_size,
+            )
     store.close()
     return model, state
 

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.grouped_gpu import fits, grouped_matmul_gpu
+
 LARGEST_BLOCK = 32
 
 
@@ -12,8 +14,9 @@ LARGEST_BLOCK = 32
 def grouped_matmul(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """x[rows of group e] @ kernels[e] for every group, none padded and no row dropped.
 
-    Accelerators run `jax.lax.ragged_dot`. On CPUs that multiplies every row by the kernels of all
-    groups, so they run over blocks of rows of one group in its place.
+    TPUs run `jax.lax.ragged_dot`. Elsewhere that multiplies every row by the kernels of all
+    groups: in its place CPUs run over blocks of rows of one group, and NVIDIA's GPUs a kernel that
+    does (`grouped_gpu`).
 
     Args:
       x: [N, D], rows sorted by group.
@@ -24,7 +27,10 @@ def grouped_matmul(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> 
     Returns:
       [N, F] float32, summed in float32.
     """
-    return jax.lax.platform_dependent(x, kernels, group_sizes, cpu=_by_blocks, default=_ragged)
+    on_gpu = grouped_matmul_gpu if fits(x, kernels) else _ragged
+    return jax.lax.platform_dependent(
+        x, kernels, group_sizes, cpu=_by_blocks, cuda=on_gpu, default=_ragged
+    )
 
 
 def _forward(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array):

@@ -23,23 +23,25 @@ def for_inference(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     """The model and its parameters as they compute fastest on the devices at hand.
 
     A separate denoiser's parameters are in its compute dtype, so that no pass has to convert them.
-    On a CPU (one device, no mesh) layers are unrolled and kernels have their outputs in front.
+    On one device, a CPU or GPU, layers are unrolled; on a CPU kernels have their outputs in front.
 
     Args:
       model: of any family, in the layout of training.
       params: its parameters; nested dict of arrays.
     """
     params = _in_denoise_dtype(model, params)
-    on_cpu = (model.execution.platform or jax.default_backend()) == 'cpu'
-    if on_cpu and model.execution.mesh is None:
-        return unroll_layers(*output_major_kernels(model, params))
+    platform = model.execution.platform or jax.default_backend()
+    if model.execution.mesh is None and platform == 'cpu':
+        model, params = output_major_kernels(model, params)
+    if model.execution.mesh is None and platform in ('cpu', 'gpu', 'cuda'):
+        model, params = unroll_layers(model, params)
     return model, params
 
 
 def unroll_layers(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     """The same function with the loop over layers unrolled, and the parameters that it takes.
 
-    A loop copies each layer's weights out of the stacked ones before it uses them, which on a CPU
+    A loop copies each layer's weights out of the stacked ones before it uses them, which
     takes longer than a pass over few tokens itself; without the loop they are read where they lie.
     Compile time then grows with depth.
 

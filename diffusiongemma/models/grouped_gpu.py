@@ -1,0 +1,108 @@
+"""The grouped matrix product as one Triton kernel, for GPUs.
+
+XLA would expand `jax.lax.ragged_dot` on a GPU to a product of all rows with the kernels of all
+groups. Here a program multiplies some rows of one group with some columns of its kernel, so that
+every kernel is read about once, and those of empty groups never.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+# Sides of a tile: of what is summed over, and the least of each; Triton's products need 16.
+INNER = 64
+LEAST = 16
+
+
+def fits(x: jax.Array, kernels: jax.Array) -> bool:
+    """Whether x [N, D] and kernels [E, D, F] divide into tiles."""
+    return x.shape[1] % INNER == 0 and kernels.shape[2] % INNER == 0
+
+
+def grouped_matmul_gpu(
+    x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """x[rows of group e] @ kernels[e] for every group.
+
+    Args:
+      x: [N, D], rows sorted by group, of a size that `fits`.
+      kernels: [E, D, F] in the dtype of x.
+      group_sizes: [E] int32, rows of each group; rows behind their sum are not written.
+      interpret: runs the kernel on any platform, slowly.
+
+    Returns:
+      [N, F] float32, summed in float32.
+    """
+    num_rows, (num_groups, _, outputs) = x.shape[0], kernels.shape
+    rows, columns = _tile(num_rows // num_groups, num_rows, outputs)
+    blocks = -(-group_sizes // rows)  # [E]
+    last_block, last_row = jnp.cumsum(blocks), jnp.cumsum(group_sizes)
+    count = num_rows // rows + min(num_groups, num_rows)  # at most
+    block = jnp.arange(count, dtype=jnp.int32)
+    group = jnp.searchsorted(last_block, block, side='right').astype(jnp.int32)
+    group = jnp.minimum(group, num_groups - 1)
+    first = (last_row - group_sizes)[group] + rows * (block - (last_block - blocks)[group])
+    first = jnp.where(block < last_block[-1], first, num_rows).astype(jnp.int32)
+    last = jnp.minimum(last_row[group], first + rows).astype(jnp.int32)
+    out = pl.pallas_call(
+        functools.partial(_kernel, rows=rows, columns=columns),
+        out_shape=jax.ShapeDtypeStruct((num_rows + rows, outputs), jnp.float32),
+        grid=(count, outputs // columns),
+        compiler_params=plgpu.CompilerParams(num_warps=8 if rows > 64 else 4, num_stages=4),
+        interpret=interpret,
+        name='grouped_matmul',
+    )(group, first, last, jnp.pad(x, ((0, rows), (0, 0))), kernels)
+    return out[:num_rows]
+
+
+def _tile(rows_per_group: int, num_rows: int, outputs: int) -> tuple[int, int]:
+    """Rows and columns of a program's part of the result.
+
+    Groups are uneven: room for twice the mean keeps most in one block. Few rows need narrow parts,
+    or most of the GPU has nothing to do.
+    """
+    rows = min(max(LEAST, 1 << max(0, 2 * rows_per_group - 1).bit_length()), 128)
+    columns = 128 if rows > 64 and outputs % 128 == 0 else INNER
+    return rows, columns if num_rows > LEAST else columns // 2
+
+
+def _kernel(
+    group: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    x: jax.Array,
+    kernels: jax.Array,
+    out: jax.Array,
+    *,
+    rows: int,
+    columns: int,
+):
+    """Rows first[b] to last[b] of the result, and as many columns as a program has."""
+    block = pl.program_id(0)
+    start, end, expert = first[block], last[block], group[block]
+    own = pl.ds(pl.program_id(1) * columns, columns)
+
+    @pl.when(start < end)
+    def _():
+        inside = start + jnp.arange(rows) < end
+
+        def add(step: jax.Array, total: jax.Array) -> jax.Array:
+            inner = pl.ds(step * INNER, INNER)
+            left = plgpu.load(
+                x.at[pl.ds(start, rows), inner],
+                mask=jnp.broadcast_to(inside[:, None], (rows, INNER)),
+                other=0,
+            )
+            right = plgpu.load(kernels.at[expert, inner, own])
+            precise = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+            return total + jnp.dot(
+                left, right, precision=precise, preferred_element_type=jnp.float32
+            )
+
+        nothing = jnp.zeros((rows, columns), jnp.float32)
+        total = jax.lax.fori_loop(0, x.shape[1] // INNER, add, nothing)
+        written = jnp.broadcast_to(inside[:, None], (rows, columns))
+        plgpu.store(out.at[pl.ds(start, rows), own], total, mask=written)
