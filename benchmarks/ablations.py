@@ -3,8 +3,9 @@
     python benchmarks/ablations.py --output=/tmp/ablations --rows=main,no_kl
 
 Every row is one `distill` command, a short run from the weights of the shipped teacher, evaluated
-with up to 16 denoise steps per canvas. Rows that are done already are read from --output, so that
-an interrupted call goes on. Prints the table, writes ablations.csv and draws ablations.png.
+with up to 16 denoise steps per canvas. Rows with the same targets write them once. Rows that are
+done already are read from --output, so that an interrupted call goes on. Prints the table, writes
+ablations.csv and draws ablations.png.
 """
 
 import csv
@@ -78,10 +79,22 @@ def run_row(row: str, output: Path) -> dict:
     """
     result = output / row / 'evaluation.json'
     if not result.exists():
+        share_targets(row, output)
         done = subprocess.run(command(row, output / row), capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f'row {row} failed: {done.stderr[-500:]}')
     return json.loads(result.read_text())
+
+
+def share_targets(row: str, output: Path) -> None:
+    """Points the row's targets at those of all rows that ask the teacher the same."""
+    asked = {k: v for k, v in ROWS[row].items() if k.startswith('targets.') or k == 'seed'}
+    shared = output / '_'.join(['targets', *(f'{k}_{v}' for k, v in sorted(asked.items()))])
+    own = output / row / 'targets'
+    if not own.exists():
+        shared.mkdir(parents=True, exist_ok=True)
+        own.parent.mkdir(exist_ok=True)
+        own.symlink_to(shared.resolve())
 
 
 def plot(evaluations: dict[str, dict], path: Path) -> None:

@@ -67,6 +67,7 @@ def test_what_cannot_be_batched_is_one_clear_error():
         generate_many(sampler, params, [[1], []], rng=KEY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', ['diffusion', 'lossless'])
 def test_watching_shows_every_step_and_changes_nothing(mode):
     model, params = toy(C)

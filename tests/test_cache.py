@@ -109,6 +109,7 @@ def test_rows_that_append_nothing_keep_all_that_they_hold(tiny_config):
         assert jnp.any(jnp.take(after, 1, axis=-4) != jnp.take(before, 1, axis=-4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', ['diffusion', 'autoregressive', 'lossless'])
 def test_sampling_is_the_same_with_rings_and_without(mode, tiny_config):
     params = drawn_params(tiny_config)
@@ -125,6 +126,7 @@ def test_sampling_is_the_same_with_rings_and_without(mode, tiny_config):
     jax.tree.map(np.testing.assert_array_equal, ring, full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('chunk', [4, 7])  # shorter than the window, and longer than the ring
 def test_a_prompt_in_chunks_is_encoded_as_in_one_pass(config, chunk):
     model, params, width = DiffusionGemma(config), drawn_params(config), 13

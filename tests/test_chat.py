@@ -35,6 +35,7 @@ def make_chat(model, tokenizer, mode='diffusion', chat=None, **fields):
     )
 
 
+@pytest.mark.slow
 @EVERY_MODE
 def test_every_turn_answers_as_if_the_conversation_were_encoded_anew(model, tokenizer, mode):
     """With windows shorter than the turns, and responses that end at their limit or before."""
@@ -75,6 +76,7 @@ def test_streaming_shows_the_reply_grow_and_an_abandoned_turn_leaves_no_trace(mo
     assert chat.send(TURNS[0]).tokens == make_chat(model, tokenizer).send(TURNS[0]).tokens
 
 
+@pytest.mark.slow
 def test_thoughts_are_told_apart_and_later_turns_do_not_see_them(model, tokenizer):
     think, opens, closes = tokenizer.think_ids
     prompt = tokenizer.format_prompt('Why?', thinking=True)

@@ -88,12 +88,20 @@ def test_evaluate_ends_with_one_json_line(workdir):
     assert 1 <= result['denoising_steps_per_canvas'] <= 16
 
 
+@pytest.mark.slow
 def test_sample_answers_with_the_student_of_a_run(workdir):
     out, _ = run('sample', f'--checkpoint={workdir}', f'--prompt={PROMPT}', '--max_new_tokens=32')
     assert 'tokens per forward' in out
 
 
-@pytest.mark.parametrize('mode', ['diffusion', 'autoregressive', 'lossless'])
+@pytest.mark.parametrize(
+    'mode',
+    [
+        'diffusion',
+        pytest.param('autoregressive', marks=pytest.mark.slow),
+        pytest.param('lossless', marks=pytest.mark.slow),
+    ],
+)
 def test_sample_answers_at_once_with_the_shipped_student(mode):
     out, _ = run('sample', f'--prompt={PROMPT}', f'--mode={mode}', '--json')
     answer = json.loads(out.splitlines()[-1])
@@ -102,6 +110,7 @@ def test_sample_answers_at_once_with_the_shipped_student(mode):
     assert answer['denoising_steps'] >= 1
 
 
+@pytest.mark.slow
 def test_the_denoise_steps_are_shown_and_written(tmp_path):
     out, _ = run(
         'sample', f'--prompt={PROMPT}', '--watch', f'--gif={tmp_path}/a.gif',
@@ -115,6 +124,7 @@ def test_the_denoise_steps_are_shown_and_written(tmp_path):
     assert (tmp_path / 'a.html').read_text().startswith('<!doctype html>')
 
 
+@pytest.mark.slow
 def test_without_a_prompt_it_is_a_chat():
     out, _ = run('sample', '--mode=autoregressive', stdin=f'{PROMPT}\n/mode\n/stop\n/quit\n')
     answer, cost, mode, error, _ = out.splitlines()
@@ -122,6 +132,7 @@ def test_without_a_prompt_it_is_a_chat():
     assert mode == '[mode autoregressive]' and error.startswith('error: no command /stop')
 
 
+@pytest.mark.slow
 def test_an_answer_matches_the_schema_that_is_asked_for(tmp_path):
     schema = {'type': 'object', 'properties': {'apples': {'type': 'integer'}}}
     schema |= {'required': ['apples']}
@@ -134,6 +145,7 @@ def test_an_answer_matches_the_schema_that_is_asked_for(tmp_path):
     assert isinstance(answer['apples'], int)
 
 
+@pytest.mark.slow
 def test_verify_compares_a_published_checkpoint_with_golden_outputs():
     out, _ = run('verify', f'--checkpoint={TINY_MOE}', f'--golden={TINY_MOE}/golden.npz')
     found = json.loads(out.splitlines()[-1])
@@ -196,6 +208,7 @@ def test_the_benchmark_of_the_decode_modes_prints_a_ratio():
     assert 'ratio' in done.stdout and 'x' in done.stdout
 
 
+@pytest.mark.slow
 def test_the_roofline_of_the_full_size_is_one_read_of_the_weights():
     preset = '--preset=diffusiongemma_26b_a4b'
     done = benchmark('roofline', preset, '--device=H200', '--prefix=4096')

@@ -12,6 +12,7 @@ from diffusiongemma.models import DiffusionGemma, Gemma, init_params
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
 
+@pytest.mark.slow
 def test_the_comparison_measures_both_and_times_every_batch_size(tiny_config):
     tokenizer = Tokenizer.load('builtin')
     config = tiny_config.replace(vocab_size=tokenizer.vocab_size)

@@ -87,7 +87,8 @@ def assert_same(one, other):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', [pytest.param('stage1', marks=pytest.mark.slow), 'stage2'])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['stage1', 'stage2'])
 def test_a_step_with_all_that_saves_memory_is_the_plain_step(name, config, batch):
     step, *arguments = step_and_state(config, name)
     expected = jax.jit(step)(*arguments, batch)
@@ -99,6 +100,7 @@ def test_a_step_with_all_that_saves_memory_is_the_plain_step(name, config, batch
         assert_same(jax.jit(step)(*arguments, batch), expected)
 
 
+@pytest.mark.slow
 def test_a_teachers_step_is_the_same_in_chunks_and_parts(config, batch):
     steps = []
     for microbatches, chunk in ((1, 0), (2, 5)):
@@ -157,6 +159,7 @@ def squared_hidden(model, params, tokens):
     return jnp.sum(jnp.square(hidden))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'family', ['tiny_config', pytest.param('tiny_moe_config', marks=pytest.mark.slow)]
 )

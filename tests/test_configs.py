@@ -142,6 +142,7 @@ def test_adapters_need_no_more_than_a_rank(name):
     assert lora_student(config, DiffusionGemma(student_of(config, preset))) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', RECIPES)
 def test_the_training_state_of_a_recipe_takes_what_its_config_says(name):
     config, (memory, num_devices) = load(name), RECIPES[name]

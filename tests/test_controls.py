@@ -50,6 +50,7 @@ def assert_same(one, other):
 # Settings of a row.
 
 
+@pytest.mark.slow
 @EVERY_MODE
 def test_a_row_has_the_temperature_that_it_asks_for(mode):
     mixed = sample(mode, Controls(temperature=jnp.array([0.0, 1.0, 0.0])))
@@ -70,6 +71,7 @@ def test_a_row_ends_at_its_own_limit(mode):
     assert output.denoising_steps[1] == 0 and output.canvases[1] == 0
 
 
+@pytest.mark.slow
 @EVERY_MODE
 @pytest.mark.parametrize('fields', [{'top_k': 1}, {'top_p': 1e-6}], ids=['top_k', 'top_p'])
 def test_the_likeliest_token_alone_is_greedy(mode, fields):
@@ -90,6 +92,7 @@ def test_pinned_tokens_stand_in_their_places_and_the_rest_follows_them(mode, con
     assert (output.tokens[0, 7:] != free.tokens[0, 7:]).any()  # later tokens see the pinned ones
 
 
+@pytest.mark.slow
 @EVERY_MODE
 def test_sets_hold_for_a_call_or_position_by_position(mode):
     few = [3, 8, 15]

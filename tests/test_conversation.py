@@ -39,6 +39,7 @@ def test_it_answers_remembers_and_forgets(chat, model, tokenizer):  # noqa: F811
     assert out.count('denoise passes, ') == 3 and '[the conversation starts anew]' in out
 
 
+@pytest.mark.slow
 def test_commands_change_how_the_next_turn_is_decoded(chat):
     out = talk(
         chat, TURNS[0], '/mode', '/mode lossless', '/steps 3', TURNS[1], '/mode autoregressive',

@@ -93,7 +93,8 @@ def test_a_recipe_without_its_teacher_says_how_to_give_it():
         load_teacher(student_config(teacher=''))
 
 
-@pytest.mark.parametrize('separate', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('separate', [True, False])
 def test_an_interrupted_distillation_ends_as_one_that_was_not(
     separate, teacher, tmp_path, monkeypatch
 ):
@@ -112,6 +113,7 @@ def test_an_interrupted_distillation_ends_as_one_that_was_not(
     assert steps == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_opens_as_the_teacher_with_a_trained_denoise_pass(teacher, tmp_path):
     _, state = train_student(student_config(), teacher, DATA, tmp_path)
     model, params, _ = load_model(tmp_path)
@@ -139,6 +141,7 @@ def test_a_run_may_start_from_a_student(teacher, tmp_path):
         train_student(config, teacher, DATA, tmp_path / 'third')
 
 
+@pytest.mark.slow
 def test_a_workdir_of_other_data_is_refused(teacher, tmp_path):
     train_student(student_config(), teacher, DATA, tmp_path)
     longer = student_config(train={'num_steps': 6, 'report_every': 1, 'checkpoint_every': 2})
@@ -153,6 +156,7 @@ def test_a_workdir_of_another_model_is_refused(teacher, tmp_path):
         train_student(student_config(canvas_length=4), teacher, DATA, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(teacher, tmp_path):
     train_student(student_config(), teacher, DATA, tmp_path)
     broken = jax.tree.map(lambda leaf: leaf * np.nan, teacher.params)

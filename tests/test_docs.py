@@ -11,7 +11,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [path for path in sorted((ROOT / 'docs').glob('*.md')) if '>>> ' in path.read_text()]
 
 
-@pytest.mark.parametrize('path', PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path',
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem == 'sampling')) for path in PAGES],
+    ids=lambda path: path.stem,
+)
 def test_the_examples_of_a_page_run_as_printed(path):
     result = doctest.testfile(str(path), module_relative=False)
     assert result.attempted and not result.failed

@@ -28,6 +28,7 @@ AUTOREGRESSIVE = (
     'tiny_gemma3', 'tiny_gemma3_scaled', 'tiny_gemma4', 'tiny_gemma4_moe', 'tiny_gemma4_e2b',
 )  # fmt: skip
 NAMES = ('tiny_moe', 'tiny_heldout', 'tiny_padded') + AUTOREGRESSIVE
+FAST = ('tiny_moe', 'tiny_gemma3_scaled', 'tiny_gemma4_e2b')
 PLACEHOLDER = ('vision_tower.patch_embedder.', 'embed_vision.')
 
 
@@ -70,7 +71,10 @@ def bfloat16_copy(directory, target):
     return target
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in NAMES],
+)
 def test_what_was_read_is_written_back_bit_for_bit(tmp_path, name):
     convert(DATA / name, tmp_path / 'out', 'hf')
     # Denoisers without vision tower to take over get one of no layers.
@@ -95,6 +99,7 @@ def test_keys_and_values_that_a_sharing_layer_does_not_use_are_not_written(tmp_p
     assert_same_tensors(tmp_path / 'out', DATA / 'tiny_gemma4_e2b')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['tiny_moe', 'tiny_gemma3', 'tiny_gemma4_e2b'])
 def test_bfloat16_goes_to_a_bundle_and_back_bit_for_bit(tmp_path, name):
     source = bfloat16_copy(DATA / name, tmp_path / 'bfloat16')
@@ -184,6 +189,7 @@ def test_a_dtype_that_is_asked_for_is_that_of_all_text_tensors(tmp_path):
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['dtype'] == 'bfloat16'
 
 
+@pytest.mark.slow
 def test_a_bundle_gets_tokenizer_files_and_sampling_settings(tmp_path):
     student = save_dense_student(tmp_path / 'student')
     convert(student, tmp_path / 'out', 'hf', generation=lambda config: {'t_max': 0.8})
@@ -197,6 +203,7 @@ def test_a_bundle_gets_tokenizer_files_and_sampling_settings(tmp_path):
     assert special['extra_special_tokens'] == ['<|turn>', '<turn|>']
 
 
+@pytest.mark.slow
 def test_a_dense_denoiser_with_an_expert_that_writes_zeros_is_the_same_function(tiny_config):
     config = tiny_config.replace(layer_types=('full',))
     params = init_params(DiffusionGemma(config), jax.random.key(0))

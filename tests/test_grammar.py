@@ -231,6 +231,7 @@ def texts(tokenizer, tokens, max_tokens):
         yield tokenizer.decode(row[: stops[0]].tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('greedy', [False, True])
 def test_a_thousand_responses_of_random_logits_are_valid_json(tokenizer, greedy):
     automaton = from_json_schema(SCHEMA, tokenizer)

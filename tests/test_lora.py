@@ -138,6 +138,7 @@ def test_a_merged_kernel_gives_what_the_two_factors_add(params, path, equation):
     )
 
 
+@pytest.mark.slow
 def test_adapters_of_the_denoise_pass_leave_the_encode_pass_as_it_is_to_the_bit(config, params):
     target = config.replace(separate_denoiser=True)
     base = base_params(target, params)
@@ -236,6 +237,7 @@ def test_adapters_without_their_base_or_with_another_say_so(tmp_path, base, conf
         load_model(tmp_path / 'a')
 
 
+@pytest.mark.slow
 def test_export_writes_the_merged_weights(tmp_path):
     settings = dataclasses.replace(BOTH, targets=('*/attention/key', '*/moe/experts/down'))
     model, params, _ = load_model(DATA / 'tiny_heldout')

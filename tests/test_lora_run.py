@@ -46,6 +46,7 @@ def lora_config(**changes):
     return config
 
 
+@pytest.mark.slow
 def test_only_adapters_are_trained_and_the_encode_pass_stays_the_teachers(teacher, tmp_path):
     config = lora_config()
     model, state = train_student(config, teacher, DATA, tmp_path)

@@ -45,6 +45,7 @@ def test_greedy_text_is_that_of_autoregression_on_many_prompts(max_draft_steps):
     assert (found.denoising_steps <= max_draft_steps * found.canvases).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['tiny_moe', 'tiny_heldout'])
 def test_greedy_text_is_that_of_autoregression_on_a_random_network(name):
     model, params, _ = load_model(DATA / name)
@@ -56,6 +57,7 @@ def test_greedy_text_is_that_of_autoregression_on_a_random_network(name):
     np.testing.assert_array_equal(found.tokens, expected.tokens)
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_right_costs_one_pass_for_many_tokens():
     """The shipped student drafts what its own encode pass, the teacher, would write."""
     model, params, tokenizer = load_model('builtin')

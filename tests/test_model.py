@@ -16,7 +16,12 @@ from diffusiongemma.models import (
     precision,
 )
 
-FAMILIES = ['tiny_config', 'tiny_moe_config', 'tiny_gemma3_config', 'tiny_e2b_config']
+FAMILIES = [
+    'tiny_config',
+    'tiny_moe_config',
+    pytest.param('tiny_gemma3_config', marks=pytest.mark.slow),
+    pytest.param('tiny_e2b_config', marks=pytest.mark.slow),
+]
 
 
 def random_params(model, seed=0):
@@ -57,6 +62,7 @@ def encode(model, params, tokens, first=0, prefix=None, segment_ids=None, positi
     return apply(model, params, *args, method='encode')
 
 
+@pytest.mark.slow
 def test_encoding_in_blocks_through_the_cache_equals_one_causal_pass(model_and_params):
     model, params = model_and_params
     tokens = tokens_of(model, 2, 2, 17)
@@ -137,6 +143,7 @@ def test_a_canvas_sees_all_of_itself_and_its_self_conditioning(model_and_params)
     np.testing.assert_allclose(base, logits(canvas, jnp.zeros_like(soft)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_canvas_of_one_token_is_a_causal_step_where_embeddings_are_normed(model_and_params):
     """Then only the scalars differ: prefix, window, shared K/V, per-layer embeddings are alike."""
     model, params = model_and_params
@@ -159,6 +166,7 @@ def test_a_canvas_of_one_token_is_a_causal_step_where_embeddings_are_normed(mode
     np.testing.assert_allclose(logits, causal, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_separate_denoiser_may_compute_in_bfloat16_beside_a_float32_encode_pass(
     tiny_config, monkeypatch
 ):

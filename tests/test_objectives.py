@@ -176,6 +176,7 @@ def student(request, tiny_config):
     return model, params, teacher_params
 
 
+@pytest.mark.slow
 def test_unused_canvas_slots_do_not_count(student, batch, stage):
     model, params, teacher_params = student
     changed = batch | {'canvas_tokens': batch['canvas_tokens'].at[0, 2].set(7)}
@@ -235,6 +236,7 @@ def test_stage_2_in_one_step_is_stage_1_without_self_conditioning(student, batch
     np.testing.assert_allclose(*losses(params), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_stored_teacher_is_that_of_its_pass(student, batch, stage):
     model, params, teacher_params = student
     teacher = Gemma(model.config.autoregressive)
@@ -332,6 +334,7 @@ def test_the_certainty_term_is_the_entropy_where_the_argmax_is_right(tiny_config
     np.testing.assert_allclose(loss(2.0) - loss(1.0), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_fresh_student_encodes_exactly_as_its_teacher(tiny_config):
     teacher = Gemma(tiny_config.replace(canvas_length=0))
     student = DiffusionGemma(tiny_config)

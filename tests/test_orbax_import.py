@@ -128,6 +128,7 @@ def moe_checkpoint(tmp_path_factory):
     return write(tmp_path_factory.mktemp('orbax') / 'moe', google_tree('tiny_moe'), 'tiny_moe')
 
 
+@pytest.mark.slow
 def test_a_diffusion_checkpoint_of_google_equals_the_published_one(moe_checkpoint):
     model, params, tokenizer = load_model(moe_checkpoint)
     published, wanted, _ = load_model(DATA / 'tiny_moe')
@@ -174,6 +175,7 @@ def test_sizes_of_no_released_model_ask_for_a_config(tmp_path):
         load_model(directory)
 
 
+@pytest.mark.slow
 def test_sizes_of_a_released_model_need_no_config(tmp_path, monkeypatch):
     """Shown on a tiny model that is declared to be released."""
     numbers = {

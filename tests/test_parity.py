@@ -22,6 +22,7 @@ FAMILIES = [
     'tiny_gemma4_moe',
     'tiny_gemma4_e2b',
 ]
+SLOW = ('tiny_gemma3_scaled', 'tiny_gemma4', 'tiny_gemma4_e2b')
 load = functools.cache(lambda name: load_model(DATA / name)[:2])
 
 
@@ -47,7 +48,10 @@ def test_a_causal_pass_agrees(name):
     np.testing.assert_allclose(logits, golden['logits'], atol=verify.TOLERANCE)
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILIES],
+)
 def test_decoding_through_the_cache_agrees_across_the_edge_of_the_window(name):
     (model, params), golden = load(name), golden_of(name)
     tokens = jnp.asarray(golden['tokens'])
@@ -63,6 +67,7 @@ def test_decoding_through_the_cache_agrees_across_the_edge_of_the_window(name):
     np.testing.assert_allclose(found, golden['cached_logits'], atol=verify.TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('side', ['left', 'right'])
 def test_all_passes_on_prompts_padded_on_one_side_agree(side):
     (model, params), golden = load('tiny_padded'), golden_of('tiny_padded', f'golden_{side}.npz')
@@ -71,6 +76,7 @@ def test_all_passes_on_prompts_padded_on_one_side_agree(side):
     assert verify.holds(found), found
 
 
+@pytest.mark.slow
 def test_a_row_of_a_padded_batch_is_the_row_run_alone():
     (model, params), golden = load('tiny_padded'), golden_of('tiny_padded', 'golden_left.npz')
     row = 2  # the shortest

@@ -35,6 +35,7 @@ def batch():
     return pack_examples(examples, tokenizer, RowLayout(128, 5, 16, tokenizer.pad_id))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('predict_next', [True, False])
 def test_what_the_teacher_knows_holds_before_any_training_only_if_shifted(predict_next, batch):
     model, params, _ = fresh_student(predict_next)
@@ -51,6 +52,7 @@ def test_what_the_teacher_knows_holds_before_any_training_only_if_shifted(predic
     assert found > 0.9 if predict_next else found < 0.2
 
 
+@pytest.mark.slow
 def test_a_canvas_behind_the_cache_has_the_logits_of_the_packed_row(batch):
     model, params, _ = fresh_student(True)
     offset, start = batch['canvas_offsets'][0, 1], batch['canvas_starts'][0, 1]
@@ -72,6 +74,7 @@ def test_a_canvas_behind_the_cache_has_the_logits_of_the_packed_row(batch):
     np.testing.assert_allclose(*both(params), atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', ['diffusion', 'lossless'])
 def test_rows_of_a_ragged_batch_equal_single_runs(mode, tiny_config):
     model = DiffusionGemma(tiny_config.replace(predict_next=True))

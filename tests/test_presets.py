@@ -118,6 +118,7 @@ def test_loading_a_preset_says_that_it_has_no_weights():
 FAMILIES = ['tiny_config', 'tiny_moe_config', 'tiny_gemma3_config', 'tiny_e2b_config']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('separate', [False, True])
 @pytest.mark.parametrize('family', FAMILIES)
 def test_a_student_of_each_family_takes_all_weights_of_its_teacher(family, separate, request):

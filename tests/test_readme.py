@@ -56,6 +56,7 @@ def test_the_sampler_in_five_lines(checkout):
     assert 'The answer is 21.' in run('import jax', checkout)
 
 
+@pytest.mark.slow
 def test_the_picture_is_what_its_command_shows(checkout):
     out = run('sample --watch', checkout)
     assert 'The answer is 35.' in out.splitlines()[-2] and 'canvas 2: step 1, ' in out

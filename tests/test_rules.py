@@ -155,6 +155,7 @@ def assert_is_the_language(samples):
     assert scipy.stats.chisquare(*cells, sum_check=False).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_ancestral_sampling_of_uniform_noise_gives_back_the_language():
     steps, draws = 500, 8_000
     levels = 1 - np.arange(steps + 1) / steps

@@ -114,6 +114,7 @@ class StopAfterFirst:
         return jnp.ones(entropies.shape[0], bool)
 
 
+@pytest.mark.slow
 def test_rules_of_ones_own_replace_the_built_in_ones():
     at_once = sample(config(stopping=StopAfterFirst()))
     assert at_once.denoising_steps.tolist() == at_once.canvases.tolist() == [4, 4, 4]
@@ -258,6 +259,7 @@ def test_raw_keys_give_the_tokens_of_typed_ones(mode):
     assert_same(sample(config(), mode), jax.tree.map(np.asarray, output))
 
 
+@pytest.mark.slow
 @EVERY_MODE
 @pytest.mark.parametrize('minimum', [1, C], ids=['in the first canvas', 'in a later canvas'])
 def test_a_finished_row_never_changes_while_others_go_on(mode, minimum):
@@ -327,6 +329,7 @@ def test_the_sampler_runs_inside_another_jit_without_transfers_to_the_host(mode)
     assert mean == 16
 
 
+@pytest.mark.slow
 @EVERY_MODE
 def test_streamed_blocks_put_side_by_side_are_the_calls_output(mode):
     model, params = toy(C)

@@ -46,6 +46,7 @@ def test_greedy_autoregression_equals_a_loop_without_cache(loaded):
         assert output.tokens[row].tolist() == whole[row, start : start + count].tolist()
 
 
+@pytest.mark.slow
 def test_canvases_of_a_ragged_batch_equal_those_of_single_runs(loaded):
     model, params = loaded
     # Few steps: with random weights each step multiplies rounding errors by about ten.

@@ -80,6 +80,7 @@ def step_alone(model):
     return jax.jit(first_step, static_argnums=0)(*alone(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('axes', meshes(*FEW))
 def test_logits_soft_embeddings_and_canvas_of_a_step_are_those_of_one_device(axes, model, cached):
     expected = cached(step_alone, model)
@@ -113,6 +114,7 @@ def test_sampled_tokens_are_those_of_one_device(axes, model, cached):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'diffusion'])
 def test_tokens_of_other_modes_are_those_of_one_device(mode, model):
     one, other = sampled_alone(mode, model), sample(mode, *spread(model, {'data': 2, 'tensor': 4}))

@@ -28,6 +28,7 @@ def assert_trees_equal(a, b):
         np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('source', [DATA / 'tiny_moe', 'builtin'])
 def test_parameters_are_created_in_the_shards_of_the_mesh(source):
     mesh = make_mesh({'fsdp': 2, 'tensor': 2, 'expert': 2})
@@ -108,6 +109,7 @@ MEASURE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads /proc')
 def test_the_host_needs_less_than_a_layer_group_above_what_the_devices_hold(tmp_path):
     """On CPU devices are the host, so that their share is subtracted from the peak."""

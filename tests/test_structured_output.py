@@ -68,6 +68,7 @@ class Babbler(nn.Module):
         return jnp.tanh(logits[..., :8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'mode, temperature, rows',
     [

@@ -68,6 +68,7 @@ def contents(directory):
     }
 
 
+@pytest.mark.slow
 def test_answers_are_the_same_on_eight_devices_and_are_written_once(
     teacher, one_device, tmp_path, monkeypatch
 ):
@@ -97,6 +98,7 @@ def test_answers_are_the_same_on_eight_devices_and_are_written_once(
     assert contents(tmp_path / 'eight') == written
 
 
+@pytest.mark.slow
 def test_the_stored_tokens_are_the_likeliest_of_a_causal_pass(random_teacher, one_device, tmp_path):
     model, params, tokenizer = random_teacher
     spec = write_targets(*random_teacher, given(WORDMATH), tmp_path, one_device, seed=0)

@@ -39,6 +39,7 @@ def test_all_passes_of_a_mixture_of_experts_agree_with_the_reference():
     assert verify.holds(found), found
 
 
+@pytest.mark.slow
 def test_all_passes_agree_for_other_widths_patterns_expert_counts_and_batch_sizes(heldout):
     _, _, golden, outputs = heldout
     found = verify.differences(outputs, golden)
@@ -50,6 +51,7 @@ def test_a_chain_of_our_own_denoise_steps_stays_close_to_the_reference(heldout):
     np.testing.assert_allclose(outputs['chained_step1'], golden['logits_step1'], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_padding_on_the_left_of_some_rows_changes_nothing(heldout):
     model, params, golden, _ = heldout
     extra, width = 4, golden['prompt'].shape[1]
