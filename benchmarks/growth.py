@@ -25,8 +25,8 @@ from diffusiongemma.models import (
     DiffusionGemma,
     ModelConfig,
     MoEConfig,
+    for_inference,
     init_params,
-    unroll_layers,
 )
 from diffusiongemma.sampling import passes
 
@@ -66,7 +66,7 @@ def config_of(sizes: dict[str, int], routed: bool) -> ModelConfig:
 def denoise_milliseconds(sizes: dict[str, int], routed: bool) -> float:
     """Least time of a denoise step with its epilogue, on a model of random weights."""
     model = DiffusionGemma(config_of(sizes, routed))
-    model, params = unroll_layers(model, init_params(model, jax.random.key(0)))
+    model, params = for_inference(model, init_params(model, jax.random.key(0)))
     batch, prefix = sizes['batch'], sizes['prefix']
     cache = passes.empty_cache(model, params, batch, prefix)
     cache = cache.replace(lengths=jnp.full((batch,), prefix))

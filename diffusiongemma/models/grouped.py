@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.models.grouped_gpu import fits, grouped_matmul_gpu
+from diffusiongemma.models.grouped_gpu import fits, grouped_matmul_gpu, grouped_outer_gpu
 
 LARGEST_BLOCK = 32
 
@@ -41,8 +41,9 @@ def _backward(residuals: tuple[jax.Array, ...], gradient: jax.Array):
     x, kernels, group_sizes = residuals
     gradient = gradient.astype(x.dtype)
     by_x = grouped_matmul(gradient, kernels.swapaxes(1, 2), group_sizes)
+    on_gpu = grouped_outer_gpu if fits(x, kernels) else _ragged_outer
     by_kernels = jax.lax.platform_dependent(
-        x, gradient, group_sizes, cpu=_outer_by_blocks, default=_ragged_outer
+        x, gradient, group_sizes, cpu=_outer_by_blocks, cuda=on_gpu, default=_ragged_outer
     )
     return by_x.astype(x.dtype), by_kernels.astype(kernels.dtype), None
 

@@ -1,8 +1,9 @@
-"""The grouped matrix product as one Triton kernel, for GPUs.
+"""The grouped matrix products as Triton kernels, for GPUs.
 
 XLA would expand `jax.lax.ragged_dot` on a GPU to a product of all rows with the kernels of all
 groups. Here a program multiplies some rows of one group with some columns of its kernel, so that
-every kernel is read about once, and those of empty groups never.
+every kernel is read about once, and those of empty groups never. For the gradient of the kernels a
+program adds up a part of one of them over the rows of its group.
 """
 
 import functools
@@ -58,6 +59,33 @@ def grouped_matmul_gpu(
     return out[:num_rows]
 
 
+def grouped_outer_gpu(
+    x: jax.Array, y: jax.Array, group_sizes: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """x[rows of group e]^T @ y[rows of group e] for every group.
+
+    Args:
+      x: [N, D], rows sorted by group; D and F multiples of `INNER`.
+      y: [N, F] in the dtype of x.
+      group_sizes: [E] int32, rows of each group; rows behind their sum count nowhere.
+      interpret: runs the kernel on any platform, slowly.
+
+    Returns:
+      [E, D, F] float32, summed in float32; zeros for empty groups.
+    """
+    widths = (x.shape[1], y.shape[1])
+    last = jnp.cumsum(group_sizes).astype(jnp.int32)
+    first = last - group_sizes.astype(jnp.int32)
+    return pl.pallas_call(
+        _outer_kernel,
+        out_shape=jax.ShapeDtypeStruct((group_sizes.shape[0], *widths), jnp.float32),
+        grid=(group_sizes.shape[0], widths[0] // INNER, widths[1] // INNER),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name='grouped_outer',
+    )(first, last, *(jnp.pad(rows, ((0, INNER), (0, 0))) for rows in (x, y)))
+
+
 def _tile(rows_per_group: int, num_rows: int, outputs: int) -> tuple[int, int]:
     """Rows and columns of a program's part of the result.
 
@@ -67,6 +95,12 @@ def _tile(rows_per_group: int, num_rows: int, outputs: int) -> tuple[int, int]:
     rows = min(max(LEAST, 1 << max(0, 2 * rows_per_group - 1).bit_length()), 128)
     columns = 128 if rows > 64 and outputs % 128 == 0 else INNER
     return rows, columns if num_rows > LEAST else columns // 2
+
+
+def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Summed in float32; float32 operands are not rounded to TF32."""
+    precise = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jnp.dot(left, right, precision=precise, preferred_element_type=jnp.float32)
 
 
 def _kernel(
@@ -97,12 +131,29 @@ def _kernel(
                 other=0,
             )
             right = plgpu.load(kernels.at[expert, inner, own])
-            precise = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-            return total + jnp.dot(
-                left, right, precision=precise, preferred_element_type=jnp.float32
-            )
+            return total + _dot(left, right)
 
         nothing = jnp.zeros((rows, columns), jnp.float32)
         total = jax.lax.fori_loop(0, x.shape[1] // INNER, add, nothing)
         written = jnp.broadcast_to(inside[:, None], (rows, columns))
         plgpu.store(out.at[pl.ds(start, rows), own], total, mask=written)
+
+
+def _outer_kernel(first: jax.Array, last: jax.Array, x: jax.Array, y: jax.Array, out: jax.Array):
+    """A square of the result of one group."""
+    group = pl.program_id(0)
+    start, end = first[group], last[group]
+    inputs, outputs = (pl.ds(pl.program_id(axis) * INNER, INNER) for axis in (1, 2))
+
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
+        at = start + step * INNER
+        inside = jnp.broadcast_to((at + jnp.arange(INNER) < end)[:, None], (INNER, INNER))
+        left, right = (
+            plgpu.load(rows.at[pl.ds(at, INNER), columns], mask=inside, other=0)
+            for rows, columns in ((x, inputs), (y, outputs))
+        )
+        return total + _dot(left.T, right)
+
+    steps = (end - start + INNER - 1) // INNER
+    nothing = jnp.zeros((INNER, INNER), jnp.float32)
+    plgpu.store(out.at[group, inputs, outputs], jax.lax.fori_loop(0, steps, add, nothing))
