@@ -259,9 +259,14 @@ def test_raw_keys_give_the_tokens_of_typed_ones(mode):
     assert_same(sample(config(), mode), jax.tree.map(np.asarray, output))
 
 
-@pytest.mark.slow
 @EVERY_MODE
-@pytest.mark.parametrize('minimum', [1, C], ids=['in the first canvas', 'in a later canvas'])
+@pytest.mark.parametrize(
+    'minimum',
+    [
+        pytest.param(1, id='in the first canvas'),
+        pytest.param(C, id='in a later canvas', marks=pytest.mark.slow),
+    ],
+)
 def test_a_finished_row_never_changes_while_others_go_on(mode, minimum):
     index = first_new_index(mode, minimum)
     stopping = config_that_stops_row_0(mode, index)
