@@ -250,29 +250,10 @@ class OnDevices(Marked):
         return {'prompt': str(int(xla_bridge.backends_are_initialized())), 'response': 'y'}
 
 
-def test_processes_read_disjoint_shards_of_an_epoch():
-    def seen(process_index):
-        batches = make_train_iterator(
-            Numbered('', 40),
-            Letters(),
-            batch_size=1,
-            row_length=3,
-            canvases_per_row=0,
-            canvas_length=0,
-            seed=0,
-            process_index=process_index,
-            process_count=2,
-            packing_bins=1,
-        )
-        return [int(next(batches)['tokens'][0, 0]) for _ in range(20)]
-
-    first, second = seen(0), seen(1)
-    assert sorted(first + second) == list(range(100, 140))
-
-
-def test_two_workers_read_every_document_of_an_epoch_once_and_touch_no_device():
-    batches = make_train_iterator(
-        [Numbered('', 40), OnDevices('', 40)],
+def one_by_one(sources, **settings):
+    """A stream of one document a batch."""
+    return make_train_iterator(
+        sources,
         Letters(),
         batch_size=1,
         row_length=3,
@@ -280,8 +261,21 @@ def test_two_workers_read_every_document_of_an_epoch_once_and_touch_no_device():
         canvas_length=0,
         seed=0,
         packing_bins=1,
-        workers=2,
+        **settings,
     )
+
+
+def test_processes_read_disjoint_shards_of_an_epoch():
+    def seen(process_index):
+        batches = one_by_one(Numbered('', 40), process_index=process_index, process_count=2)
+        return [int(next(batches)['tokens'][0, 0]) for _ in range(20)]
+
+    first, second = seen(0), seen(1)
+    assert sorted(first + second) == list(range(100, 140))
+
+
+def test_two_workers_read_every_document_of_an_epoch_once_and_touch_no_device():
+    batches = one_by_one([Numbered('', 40), OnDevices('', 40)], workers=2)
     with closing(batches):
         rows = [next(batches)['tokens'][0] for _ in range(80)]
     for worker in (rows[::2], rows[1::2]):  # each has its part of both sources
