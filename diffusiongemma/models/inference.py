@@ -30,10 +30,12 @@ def for_inference(model: Gemma, params: dict) -> tuple[Gemma, dict]:
       params: its parameters; nested dict of arrays.
     """
     params = _in_denoise_dtype(model, params)
+    if model.execution.mesh is not None:
+        return model, params
     platform = model.execution.platform or jax.default_backend()
-    if model.execution.mesh is None and platform == 'cpu':
+    if platform == 'cpu':
         model, params = output_major_kernels(model, params)
-    if model.execution.mesh is None and platform in ('cpu', 'gpu', 'cuda'):
+    if platform in ('cpu', 'gpu', 'cuda'):
         model, params = unroll_layers(model, params)
     return model, params
 
