@@ -33,18 +33,20 @@ import jax.numpy as jnp  # noqa: E402
 from diffusiongemma import run_config  # noqa: E402
 from diffusiongemma.checkpoints.load import load_model  # noqa: E402
 from diffusiongemma.models import for_inference  # noqa: E402
+from diffusiongemma.models.vocabulary import likeliest_tokens  # noqa: E402
 from diffusiongemma.sampling import passes  # noqa: E402
 from diffusiongemma.sampling.epilogue import entropy  # noqa: E402
 
-_MODELS = flags.DEFINE_list('models', ['dense', 'moe'], 'Of dense, moe.')
+_MODELS = flags.DEFINE_list('models', ['dense', 'moe', 'gemma'], 'Of dense, moe, gemma.')
 _CANVASES = flags.DEFINE_list('canvases', ['64', '256'], 'Canvas lengths.')
 _PREFIXES = flags.DEFINE_list('prefixes', ['256'], 'Prompt lengths, >= 1.')
 _TURNS = flags.DEFINE_integer('turns', 7, 'Timed turns of each pass.', lower_bound=2)
 _COMPILE = flags.DEFINE_bool('compile', False, 'torch.compile the passes of transformers.')
 _SCALE = flags.DEFINE_float('scale', 1.0, 'Factor on the widths.', lower_bound=0.05)
 
-# About 270M parameters each; two and a half repetitions of five sliding and one full layer. The
-# class of transformers has experts in every layer: nearest to a dense model is one small expert.
+# About 270M parameters each; sliding layers and every sixth full. The class of transformers has
+# experts in every layer: nearest to a dense model is one small expert. 'gemma' has width, depth and
+# vocabulary of Gemma 3 270M.
 SIZES = {
     'dense': {
         'hidden_size': 1024,
@@ -62,8 +64,16 @@ SIZES = {
         'top_k_experts': 4,
         'moe_intermediate_size': 256,
     },
+    'gemma': {
+        'hidden_size': 640,
+        'intermediate_size': 2048,
+        'num_hidden_layers': 18,
+        'num_experts': 1,
+        'top_k_experts': 1,
+        'moe_intermediate_size': 64,
+    },
 }
-VOCAB_SIZE = 16_384
+VOCAB_SIZES = {'dense': 16_384, 'moe': 16_384, 'gemma': 262_144}
 Passes = dict[str, Callable]
 PASSES = ('prefill', 'denoise step', 'commit', 'autoregressive token')
 
@@ -86,10 +96,10 @@ def their_model(name: str, canvas_length: int):
         else 64 * max(1, round(value * _SCALE.value / 64))
         for key, value in SIZES[name].items()
     }
-    layers = size['num_hidden_layers']
+    layers, vocab_size = size['num_hidden_layers'], VOCAB_SIZES[name]
     text = DiffusionGemmaTextConfig(
         **size,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=64,
@@ -110,9 +120,9 @@ def their_model(name: str, canvas_length: int):
         text_config=text,
         vision_config=vision,
         canvas_length=canvas_length,
-        image_token_id=VOCAB_SIZE - 1,
-        boi_token_id=VOCAB_SIZE - 2,
-        eoi_token_id=VOCAB_SIZE - 3,
+        image_token_id=vocab_size - 1,
+        boi_token_id=vocab_size - 2,
+        eoi_token_id=vocab_size - 3,
     )
     return DiffusionGemmaForBlockDiffusion(config).float().eval()
 
@@ -171,7 +181,7 @@ def our_passes(model, params, prompt: np.ndarray, canvas: np.ndarray, logits: np
     active = jnp.ones((batch_size,), bool)
 
     def head(params, hidden):
-        return jnp.argmax(model.apply({'params': params}, hidden, method='unembed'), axis=-1)
+        return likeliest_tokens(model.apply({'params': params}, hidden, method='unembed'))
 
     @jax.jit
     def prefill(params, prompt):
@@ -183,7 +193,7 @@ def our_passes(model, params, prompt: np.ndarray, canvas: np.ndarray, logits: np
     def denoise_step(params, cache, canvas, logits):
         soft = passes.soft_embed(model, params, logits)
         found = passes.denoise(model, params, cache, canvas, soft, prompt[:, -1])
-        return jnp.argmax(found, axis=-1), entropy(found)
+        return likeliest_tokens(found), entropy(found)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def causal(params, cache, tokens):
@@ -239,15 +249,15 @@ def main(argv: list[str]) -> None:
     rng = np.random.default_rng(0)
     for name in _MODELS.value:
         for canvas_length in (int(value) for value in _CANVASES.value):
-            reference = their_model(name, canvas_length)
+            reference, vocab_size = their_model(name, canvas_length), VOCAB_SIZES[name]
             with tempfile.TemporaryDirectory() as directory:
                 reference.save_pretrained(directory)
                 model, params, _ = load_model(Path(directory))
             model, params = for_inference(model, params)
             for prefix in (int(value) for value in _PREFIXES.value):
-                prompt = rng.integers(3, VOCAB_SIZE - 3, (1, prefix))
-                canvas = rng.integers(3, VOCAB_SIZE - 3, (1, canvas_length))
-                logits = rng.standard_normal((1, canvas_length, VOCAB_SIZE)).astype(np.float32)
+                prompt = rng.integers(3, vocab_size - 3, (1, prefix))
+                canvas = rng.integers(3, vocab_size - 3, (1, canvas_length))
+                logits = rng.standard_normal((1, canvas_length, vocab_size)).astype(np.float32)
                 inputs = (prompt, canvas, logits)
                 rows = compare(our_passes(model, params, *inputs), their_passes(reference, *inputs))
                 for label, row in rows.items():

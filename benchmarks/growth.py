@@ -28,6 +28,7 @@ from diffusiongemma.models import (
     for_inference,
     init_params,
 )
+from diffusiongemma.models.vocabulary import likeliest_tokens
 from diffusiongemma.sampling import passes
 
 # Default of each size, and how often it is doubled.
@@ -76,7 +77,7 @@ def denoise_milliseconds(sizes: dict[str, int], routed: bool) -> float:
     @jax.jit
     def step(params, cache, canvas, soft):
         logits = passes.denoise(model, params, cache, canvas, soft, canvas[:, 0])
-        return jnp.argmax(logits, axis=-1), passes.soft_embed(model, params, logits)
+        return likeliest_tokens(logits), passes.soft_embed(model, params, logits)
 
     times = seconds(lambda: step(params, cache, canvas, soft), _REPETITIONS.value)
     return 1e3 * float(times.min())

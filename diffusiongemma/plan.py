@@ -28,6 +28,13 @@ _MODEL = flags.DEFINE_string(
 )
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Rows of the sampler.')
 _PROMPT_LENGTH = flags.DEFINE_integer('prompt_length', 1024, 'Tokens of its prompts.')
+_LEVEL = flags.DEFINE_enum(
+    'optimization_level',
+    'O2',
+    ['O1', 'O2'],
+    'Of the compiler; O1 is for large programs: sooner done, with an upper bound of memory and '
+    'traffic.',
+)
 _PROGRAMS = flags.DEFINE_list('programs', None, 'Of the sampler only these, by name.')
 
 
@@ -60,9 +67,10 @@ def main(argv: list[str]) -> None:
             raise ValueError(f'--programs={wanted}: there are {names}.')
         planned = [program for program in planned if program.name in wanted]
     result: dict[str, Any] = {'config': name, 'topology': _TOPOLOGY.value}
+    result |= {'optimization_level': _LEVEL.value}
     result |= {'device': dataclasses.asdict(figures), 'mesh': dict(mesh.shape), 'programs': []}
     for program in planned:
-        plan = compiler.compile_program(program, mesh, figures)
+        plan = compiler.compile_program(program, mesh, figures, _LEVEL.value)
         change = '' if plan.fits else compiler.advice(plan.kinds, figures, mesh, _WHAT.value)
         print_plan(plan, figures, mesh, f'{name} on {_TOPOLOGY.value}', change)
         result['programs'].append(as_json(plan, figures, mesh.size) | {'change': change})

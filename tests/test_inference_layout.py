@@ -14,7 +14,7 @@ from diffusiongemma.models import (
     output_major_kernels,
     unroll_layers,
 )
-from diffusiongemma.models.layers import FEW_ROWS, VOCABULARY_PART, sum_by_parts
+from diffusiongemma.models.layers import FEW_ROWS
 from diffusiongemma.parallel import make_mesh, on_mesh, param_shardings
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
@@ -96,12 +96,3 @@ def test_only_once(tiny_config):
 def test_a_model_on_a_mesh_keeps_its_layout(tiny_config):
     model = on_mesh(DiffusionGemma(tiny_config), make_mesh({'data': 8}))
     assert for_inference(model, random_params(model))[0] == model
-
-
-@pytest.mark.parametrize('vocabulary', [4 * VOCABULARY_PART, 3 * VOCABULARY_PART + 5])
-def test_a_sum_over_parts_of_the_vocabulary_is_the_product(vocabulary):
-    keys = jax.random.split(jax.random.key(0))
-    probs = jax.nn.softmax(jax.random.normal(keys[0], (3, vocabulary)))
-    table = jax.random.normal(keys[1], (vocabulary, 8))
-    found = jax.jit(sum_by_parts)(probs, table)
-    np.testing.assert_allclose(found, probs @ table, atol=1e-5)

@@ -16,6 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from diffusiongemma.models.vocabulary import (
+    LARGE_VOCABULARY,
+    expected_rows_by_parts,
+    logits_by_parts,
+)
+
 
 def kernel_init(fan_in: int) -> nn.initializers.Initializer:
     """Normal initializer with variance 1 / fan_in."""
@@ -115,8 +121,6 @@ def project(
 
 # Up to so many rows XLA's products on CPUs are 1.3 to 3 times faster as weights times rows.
 FEW_ROWS = 64
-# Beyond so many tokens they are faster in sums over parts of the vocabulary.
-LARGE_VOCABULARY, VOCABULARY_PART = 65_536, 2_048
 
 
 def _project_output_major(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -124,13 +128,19 @@ def _project_output_major(equation: str, x: jax.Array, kernel: jax.Array) -> jax
     inputs = ''.join(index for index in of_kernel if index in of_x)
     outputs = ''.join(index for index in of_kernel if index not in of_x)
     rows = ''.join(index for index in of_x if index not in of_kernel)
-    of_kernel = outputs + inputs
-    if math.prod(x.shape[of_x.index(index)] for index in rows) > FEW_ROWS:
-        return contract(f'{of_x},{of_kernel}->{of_result}', x, kernel)
-    # Without the barrier XLA turns the product round, so that it need not be transposed.
-    product = contract(f'{of_kernel},{of_x}->{outputs}{rows}', kernel, x)
-    product = jax.lax.optimization_barrier(product)
-    return product.transpose([(outputs + rows).index(index) for index in of_result])
+    sizes = dict(zip(of_x, x.shape, strict=True))
+    sizes |= dict(zip(outputs + inputs, kernel.shape, strict=True))
+    # As matrices: given several axes of inputs XLA sorts them anew, and copies the kernel for it.
+    x = x.transpose([of_x.index(index) for index in rows + inputs])
+    x = x.reshape(math.prod(sizes[index] for index in rows), -1)
+    kernel = kernel.reshape(-1, x.shape[1])
+    if len(x) <= FEW_ROWS:
+        # Without the barrier XLA turns the product round, so that it need not be transposed.
+        product = jax.lax.optimization_barrier(contract('oi,ri->or', kernel, x)).T
+    else:
+        product = contract('ri,oi->ro', x, kernel)
+    product = product.reshape([sizes[index] for index in rows + outputs])
+    return product.transpose([(rows + outputs).index(index) for index in of_result])
 
 
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
@@ -209,45 +219,35 @@ class Embedder(nn.Module):
 
         The softmax is taken in float32; its product with the table in `dtype`.
         """
-        probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(dtype)
-        probs, table = probs.reshape(-1, self.vocab_size), self.embedding.astype(dtype)
+        table = self.embedding.astype(dtype)
+        rows = logits.astype(jnp.float32).reshape(-1, self.vocab_size)
+        product = functools.partial(contract, 'tv,vd->td')
         if self.output_major and self.vocab_size > LARGE_VOCABULARY:
-            soft = sum_by_parts(probs, table) * self.width**0.5
+            soft = expected_rows_by_parts(rows, product, table)
         else:
-            soft = contract('tv,vd->td', probs, table) * self.width**0.5
-        return soft.astype(dtype).reshape(*logits.shape[:-1], self.width)
+            soft = product(jax.nn.softmax(rows, axis=-1).astype(dtype), table)
+        return (soft * self.width**0.5).astype(dtype).reshape(*logits.shape[:-1], self.width)
 
     def decode(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 logits [..., V], soft-capped by cap * tanh(logits / cap)."""
         tokens = hidden.reshape(-1, self.width)
         embedding = self.embedding.astype(hidden.dtype)
-        if self.output_major:  # as the table is
-            logits = project('td,dv->tv', tokens, embedding, output_major=True)
+        large = self.vocab_size > LARGE_VOCABULARY
+        if self.output_major and large and FEW_ROWS // 2 < len(tokens) <= FEW_ROWS:
+            logits = logits_by_parts(tokens, self._logits, embedding)
         else:
-            logits = contract('td,vd->tv', tokens, embedding)
-        logits = logits.reshape(*hidden.shape[:-1], self.vocab_size)
+            logits = self._logits(tokens, embedding)
+        return logits.reshape(*hidden.shape[:-1], self.vocab_size)
+
+    def _logits(self, tokens: jax.Array, table: jax.Array) -> jax.Array:
+        """[t, D] and rows [n, D] of the table -> [t, n]."""
+        if self.output_major:  # as the table is
+            logits = project('td,dv->tv', tokens, table, output_major=True)
+        else:
+            logits = contract('td,vd->tv', tokens, table)
         if self.final_logit_softcap is None:
             return logits
         return self.final_logit_softcap * jnp.tanh(logits / self.final_logit_softcap)
-
-
-def sum_by_parts(probs: jax.Array, table: jax.Array) -> jax.Array:
-    """probs [t, V] @ table [V, D] in float32, a part of the vocabulary at a time.
-
-    XLA's product on a CPU loses half of its speed and more on a sum as long as a large vocabulary.
-    """
-    size, rest = VOCABULARY_PART, probs.shape[1] % VOCABULARY_PART
-
-    def part(array: jax.Array, start: jax.Array | int, length: int, axis: int) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(array, start, length, axis)
-
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        parts = (part(probs, i * size, size, 1), part(table, i * size, size, 0))
-        return total + contract('tv,vd->td', *parts)
-
-    whole = probs.shape[1] - rest
-    last = (part(probs, whole, rest, 1), part(table, whole, rest, 0))
-    return jax.lax.fori_loop(0, whole // size, add, contract('tv,vd->td', *last))
 
 
 def rope_tables(

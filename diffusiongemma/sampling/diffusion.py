@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.cache import KVCache
+from diffusiongemma.models.vocabulary import likeliest_tokens
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.acceptance import Proposal
 from diffusiongemma.sampling.automaton import condition
@@ -228,7 +229,7 @@ def _propose(
     each position believes: with an automaton, that of all valid canvases."""
     candidate_keys, noise_keys = split_rows(keys)
     if task.automaton is None:
-        argmax = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
+        argmax = likeliest_tokens(shaped)
         adjusted = keep_top(shaped, config.top_k, config.top_p)
         candidates = draw(adjusted, _temperature(config, task), candidate_keys)
     else:

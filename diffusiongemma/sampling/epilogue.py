@@ -4,6 +4,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.vocabulary import likeliest_tokens, log_partition_and_entropy
+
 
 @flax.struct.dataclass
 class Prediction:
@@ -32,14 +34,14 @@ def read_logits(shaped: jax.Array, candidates: jax.Array, argmax: jax.Array) -> 
       candidates: [B, C] int32.
       argmax: [B, C] int32.
     """
-    log_z = jax.nn.logsumexp(shaped, axis=-1)
+    log_z, entropies = log_partition_and_entropy(shaped)
     likeliest = jnp.exp(_pick(shaped, argmax) - log_z)
     is_best = jnp.arange(shaped.shape[-1]) == argmax[..., None]
     second = jnp.exp(jnp.max(jnp.where(is_best, -jnp.inf, shaped), axis=-1) - log_z)
     return Prediction(
         candidates=candidates,
         argmax=argmax,
-        entropies=entropy(shaped),
+        entropies=entropies,
         confidences=jnp.exp(_pick(shaped, candidates) - log_z),
         margins=likeliest - second,
     )
@@ -73,11 +75,11 @@ def draw(adjusted: jax.Array, temperature: float | jax.Array, keys: jax.Array) -
     Returns:
       [B, ...] int32.
     """
-    argmax = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    likeliest = likeliest_tokens(adjusted)
     if always_greedy(temperature):
-        return argmax
-    greedy = per_row(jnp.asarray(temperature) == 0, argmax)
-    return jnp.where(greedy, argmax, draw_tokens(adjusted, keys))
+        return likeliest
+    greedy = per_row(jnp.asarray(temperature) == 0, likeliest)
+    return jnp.where(greedy, likeliest, draw_tokens(adjusted, keys))
 
 
 def always_greedy(temperature: float | jax.Array) -> bool:
@@ -118,16 +120,8 @@ def draw_tokens(logits: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def entropy(logits: jax.Array) -> jax.Array:
-    """Entropy of softmax(logits) in nats: [..., V] float32 -> [...] float32, never negative.
-
-    log z - sum(e^x x) / z with x = logits - max: reductions only, so that no second array
-    with a vocabulary axis has to be stored. Logits of -inf count as probability zero.
-    """
-    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(shifted)
-    total = jnp.sum(weights, axis=-1)
-    weighted = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=-1)
-    return jnp.log(total) - weighted / total
+    """Entropy of softmax(logits) in nats: [..., V] float32 -> [...] float32, never negative."""
+    return log_partition_and_entropy(logits)[1]
 
 
 def _pick(logits: jax.Array, tokens: jax.Array) -> jax.Array:

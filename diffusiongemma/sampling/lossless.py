@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.cache import KVCache
+from diffusiongemma.models.vocabulary import likeliest_tokens
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.automaton import trace
 from diffusiongemma.sampling.autoregressive import first_token, next_token_logits
@@ -163,7 +164,7 @@ def verify(
     length = draft.shape[1]
     accept_keys, next_keys = split_rows(keys)
     predicting, proposed = logits[:, :-1], draft[:, 1:]
-    holds = jnp.argmax(predicting, axis=-1) == proposed
+    holds = likeliest_tokens(logits)[:, :-1] == proposed
     if not always_greedy(temperature):
         log_probs = jax.nn.log_softmax(predicting, axis=-1)
         log_probs = jnp.take_along_axis(log_probs, proposed[..., None], axis=-1)[..., 0]

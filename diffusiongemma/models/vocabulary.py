@@ -1,0 +1,134 @@
+"""Products with and reductions over a large vocabulary, part by part where that is faster.
+
+XLA's programs for CPUs lose half of their speed and more on axes as long as a large vocabulary:
+sums are as long as the vocabulary, arrays go through memory between steps that a part would keep
+in cache, and some reductions are neither vectorised nor spread over cores. What is computed is the
+same; TPUs and GPUs do it as a whole.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+Total = TypeVar('Total')
+
+LARGE_VOCABULARY = 65_536  # from here on parts are faster
+VOCABULARY_PART = 2_048  # logits of 64 tokens, and 640 columns of a table: 6 MB
+LARGEST_CHUNK, SMALLEST_CHUNK = 4_096, 64
+
+
+def fold_parts(
+    add: Callable[[Total, jax.Array | int, int], Total], total: Total, vocab_size: int
+) -> Total:
+    """`total = add(total, start, length)` for every part of the vocabulary.
+
+    Args:
+      add: of the total, the first token of a part and the number of its tokens; the latter is
+        static.
+      total: a pytree of arrays.
+      vocab_size: tokens.
+    """
+    count, rest = divmod(vocab_size, VOCABULARY_PART)
+    if rest:
+        total = add(total, vocab_size - rest, rest)
+    return jax.lax.fori_loop(
+        0, count, lambda i, total: add(total, i * VOCABULARY_PART, VOCABULARY_PART), total
+    )
+
+
+def logits_by_parts(hidden: jax.Array, product: Callable[..., jax.Array], table: jax.Array):
+    """Logits [t, V] float32 of hidden states [t, D], see `Embedder.decode`.
+
+    Args:
+      hidden: [t, D].
+      product: of hidden states and rows [n, D] of the table; [t, n].
+      table: [V, D].
+    """
+
+    def add(logits: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
+        rows = jax.lax.dynamic_slice_in_dim(table, start, length)
+        return jax.lax.dynamic_update_slice_in_dim(logits, product(hidden, rows), start, axis=1)
+
+    logits = jnp.zeros((hidden.shape[0], table.shape[0]), jnp.float32)
+    return fold_parts(add, logits, table.shape[0])
+
+
+def expected_rows_by_parts(
+    logits: jax.Array, product: Callable[..., jax.Array], table: jax.Array
+) -> jax.Array:
+    """softmax(logits) @ table in float32; the softmax is never in memory.
+
+    Args:
+      logits: [t, V] float32.
+      product: of weights [t, n] and rows [n, D] of the table; [t, D] float32.
+      table: [V, D]; the weights are taken in its dtype.
+    """
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+
+    def add(totals: tuple[jax.Array, jax.Array], start: jax.Array | int, length: int):
+        rows = jax.lax.dynamic_slice_in_dim(table, start, length)
+        weights = jnp.exp(jax.lax.dynamic_slice_in_dim(logits, start, length, axis=1) - largest)
+        expected, total = totals
+        expected += product(weights.astype(table.dtype), rows)
+        return expected, total + jnp.sum(weights, axis=-1, keepdims=True)
+
+    nothing = jnp.zeros((logits.shape[0], table.shape[1])), jnp.zeros_like(largest)
+    expected, total = fold_parts(add, nothing, table.shape[0])
+    return expected / total
+
+
+def log_partition_and_entropy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log z and the entropy in nats of softmax(logits): [..., V] float32 -> [...] float32 twice.
+
+    log z' - sum(e^x x) / z' with x = logits - max and z' their partition function: reductions
+    only, so that no second array with a vocabulary axis has to be stored; never negative. Logits
+    of -inf count as probability zero.
+    """
+    largest = jnp.max(logits, axis=-1)
+
+    def sums(logits: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shifted = logits - largest[..., None]
+        weights = jnp.exp(shifted)
+        weighted = jnp.where(weights > 0, weights * shifted, 0.0)
+        return jnp.sum(weights, axis=-1), jnp.sum(weighted, axis=-1)
+
+    def sums_by_parts(logits: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def add(totals: tuple[jax.Array, jax.Array], start: jax.Array | int, length: int):
+            part = jax.lax.dynamic_slice_in_dim(logits, start, length, axis=-1)
+            return jax.tree.map(jnp.add, totals, sums(part, largest))
+
+        return fold_parts(add, (jnp.zeros_like(largest),) * 2, logits.shape[-1])
+
+    total, weighted = _by_platform(sums_by_parts, sums, logits, largest)
+    return largest + jnp.log(total), jnp.log(total) - weighted / total
+
+
+def likeliest_tokens(logits: jax.Array) -> jax.Array:
+    """jnp.argmax over the last axis, the first on a tie: [..., V] -> [...] int32."""
+    return _by_platform(_argmax_of_chunks, _argmax, logits)
+
+
+def _argmax(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _argmax_of_chunks(logits: jax.Array) -> jax.Array:
+    """The chunk with the largest maximum, then the place in it: maxima alone are vectorised."""
+    vocab_size = logits.shape[-1]
+    size = max(n for n in range(1, LARGEST_CHUNK + 1) if vocab_size % n == 0)
+    if size < SMALLEST_CHUNK:
+        return _argmax(logits)
+    chunks = logits.reshape(*logits.shape[:-1], -1, size)
+    chunk = _argmax(jnp.max(chunks, axis=-1))
+    chosen = jnp.take_along_axis(chunks, chunk[..., None, None], axis=-2)[..., 0, :]
+    return chunk * size + _argmax(chosen)
+
+
+def _by_platform(
+    by_parts: Callable, whole: Callable, logits: jax.Array, *others: jax.Array
+) -> jax.typing.ArrayLike:
+    if logits.shape[-1] <= LARGE_VOCABULARY:
+        return whole(logits, *others)
+    return jax.lax.platform_dependent(logits, *others, cpu=by_parts, default=whole)

@@ -1,0 +1,87 @@
+"""A large vocabulary part by part: the same as the whole."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_model import random_params
+
+from diffusiongemma.models import DiffusionGemma, output_major_kernels
+from diffusiongemma.models.layers import contract
+from diffusiongemma.models.vocabulary import (
+    LARGE_VOCABULARY,
+    VOCABULARY_PART,
+    expected_rows_by_parts,
+    likeliest_tokens,
+    log_partition_and_entropy,
+    logits_by_parts,
+)
+
+PARTLY = 3 * VOCABULARY_PART + 5
+LARGE = LARGE_VOCABULARY + 64  # a multiple of 64, not of a part
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize('vocabulary', [4 * VOCABULARY_PART, PARTLY])
+def test_products_by_parts_are_the_products(vocabulary):
+    logits, table, hidden = normal(0, 3, vocabulary), normal(1, vocabulary, 8), normal(2, 3, 8)
+    product = functools.partial(contract, 'tv,vd->td')
+    found = jax.jit(functools.partial(expected_rows_by_parts, product=product))(
+        10 * logits, table=table
+    )
+    np.testing.assert_allclose(found, jax.nn.softmax(10 * logits) @ table, atol=1e-5)
+    product = functools.partial(contract, 'td,vd->tv')
+    found = jax.jit(functools.partial(logits_by_parts, product=product))(hidden, table=table)
+    np.testing.assert_allclose(found, hidden @ table.T, atol=1e-5)
+
+
+@pytest.mark.parametrize('vocabulary', [LARGE, LARGE_VOCABULARY + 1, 300])
+def test_reductions_of_a_large_vocabulary_are_those_of_the_whole(vocabulary):
+    logits = 5 * normal(0, 2, 3, vocabulary)
+    logits = logits.at[0, 0, ::2].set(-jnp.inf).at[0, 1].set(-jnp.inf).at[0, 1, 7].set(2.0)
+    log_z, entropies = jax.jit(log_partition_and_entropy)(logits)
+    np.testing.assert_allclose(log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-6)
+    log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    terms = np.where(np.isfinite(log_probs), np.exp(log_probs) * log_probs, 0.0)
+    np.testing.assert_allclose(entropies, -terms.sum(axis=-1), atol=1e-4)
+    assert entropies[0, 1] == 0 and np.all(entropies >= 0)
+
+
+def test_the_gradient_of_the_entropy_is_the_same_by_parts():
+    def by_large(logits):  # the added logits have no probability
+        padded = jnp.pad(logits, [(0, 0), (0, LARGE)], constant_values=-1e9)
+        return jnp.sum(log_partition_and_entropy(padded)[1])
+
+    logits = normal(0, 2, 9)
+    found = jax.grad(by_large)(logits)
+    expected = jax.grad(lambda x: jnp.sum(log_partition_and_entropy(x)[1]))(logits)
+    assert np.isfinite(expected).all()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('vocabulary', [LARGE, LARGE_VOCABULARY + 1])
+def test_the_likeliest_token_is_the_first_of_the_largest(vocabulary):
+    rounded = jnp.round(normal(0, 4, vocabulary))  # the largest stands in many places
+    rounded = rounded.at[1].set(-jnp.inf)
+    found = jax.jit(likeliest_tokens)(rounded)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, np.argmax(rounded, axis=-1))
+
+
+@pytest.mark.parametrize('rows', [1, 64])
+def test_a_model_with_a_large_vocabulary_is_the_same_in_the_layout_of_inference(tiny_config, rows):
+    config = tiny_config.replace(vocab_size=LARGE, canvas_length=rows, final_logit_softcap=30.0)
+    model = DiffusionGemma(config)
+    params = random_params(model)
+    tokens = jnp.arange(rows)[None] * 7
+    found = []
+    for m, p in (output_major_kernels(model, params), (model, params)):
+        logits = jax.jit(m.apply)({'params': p}, tokens)
+        found.append((logits, m.apply({'params': p}, 5 * logits, method='soft_embed')))
+    for by_parts, whole in zip(*found, strict=True):
+        np.testing.assert_allclose(by_parts, whole, atol=1e-4)
