@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(
 SMALL = (
     '--config=configs/tiny.py', '--config.canvas_length=8', '--config.data.row_length=32',
     '--config.data.canvases_per_row=2', '--config.stage2.num_steps=1',
-    '--config.stage1.self_conditioning_rate=0.0',
+    '--config.stage1.self_conditioning_rate=0.0', '--optimization_level=O1',
 )  # fmt: skip
 
 LOOP = """
@@ -105,7 +105,7 @@ def plan(*flags, code=0):
 @needs_compiler
 def test_a_step_is_planned_for_eight_tpus():
     found = plan(*SMALL, '--topology=v5e:2x4', '--config.mesh.data=2', '--config.mesh.fsdp=4')
-    assert found['mesh']['fsdp'] == 4
+    assert found['mesh']['fsdp'] == 4 and found['optimization_level'] == 'O1'
     (step,) = found['programs']
     assert step['fits'] and 0 < step['needed'] < found['device']['hbm_bytes']
     by_kind = step['arguments_by_kind']
