@@ -68,22 +68,31 @@ def _ragged_outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.Arr
 
 
 class _Blocks:
-    """Rows laid out in blocks of one group each: every group is filled up to whole blocks."""
+    """Rows laid out in blocks of one group each: every group is filled up to whole blocks.
+
+    With as many rows as groups the first block of every group stands in front, so that these can be
+    one batched product. With fewer most groups have no rows, and no block.
+    """
 
     def __init__(self, num_rows: int, group_sizes: jax.Array):
         num_groups = group_sizes.shape[0]
         rows_per_group = max(1, 2 * num_rows // num_groups)
         self.size = min(1 << (rows_per_group - 1).bit_length(), LARGEST_BLOCK)
         self.count = -(-num_rows // self.size) + num_groups  # at most
-        blocks = -(-group_sizes // self.size)  # [E]
-        last_block, last_row = jnp.cumsum(blocks), jnp.cumsum(group_sizes)
-        self.used = last_block[-1]
-        self.group = jnp.searchsorted(last_block, jnp.arange(self.count), side='right')
+        in_front = int(num_rows >= num_groups)
+        self.first = in_front * num_groups  # blocks in front
+        others = jnp.maximum(-(-group_sizes // self.size) - in_front, 0)  # [E] blocks behind
+        last_other, last_row = jnp.cumsum(others), jnp.cumsum(group_sizes)
+        self.used = self.first + last_other[-1]
+        index = jnp.arange(self.count) - self.first
+        self.group = jnp.searchsorted(last_other, index, side='right')  # of blocks behind
         rows = jnp.arange(num_rows)
         group = jnp.searchsorted(last_row, rows, side='right')
-        first_block, first_row = last_block - blocks, last_row - group_sizes
-        place = first_block[group] * self.size + rows - first_row[group]
+        inside = rows - (last_row - group_sizes)[group]
+        block = inside // self.size - in_front
+        block = jnp.where(block < 0, group, self.first + (last_other - others)[group] + block)
         # Rows of no group have no place: they are dropped on the way in, zeros on the way out.
+        place = block * self.size + inside % self.size
         self.place = jnp.where(rows < last_row[-1], place, self.count * self.size)
 
     def fill(self, x: jax.Array) -> jax.Array:
@@ -98,7 +107,7 @@ class _Blocks:
         return flat.at[self.place].get(mode='fill', fill_value=0)
 
 
-_dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _by_blocks(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -107,10 +116,12 @@ def _by_blocks(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.
     filled = blocks.fill(x)
 
     def multiply(i: jax.Array, out: jax.Array) -> jax.Array:
-        return out.at[i].set(_dot(filled[i], kernels[blocks.group[i]]))
+        return out.at[i].set(_dot('rd,df->rf', filled[i], kernels[blocks.group[i]]))
 
     out = jnp.zeros((blocks.count, blocks.size, kernels.shape[2]), jnp.float32)
-    return blocks.rows(jax.lax.fori_loop(0, blocks.used, multiply, out))
+    if blocks.first:
+        out = out.at[: blocks.first].set(_dot('erd,edf->erf', filled[: blocks.first], kernels))
+    return blocks.rows(jax.lax.fori_loop(blocks.first, blocks.used, multiply, out))
 
 
 def _outer_by_blocks(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -118,7 +129,10 @@ def _outer_by_blocks(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.
     left, right = blocks.fill(x), blocks.fill(y)
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        return total.at[blocks.group[i]].add(_dot(left[i].T, right[i]))
+        return total.at[blocks.group[i]].add(_dot('rd,rf->df', left[i], right[i]))
 
-    total = jnp.zeros((group_sizes.shape[0], x.shape[1], y.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, blocks.used, add, total)
+    if blocks.first:
+        total = _dot('erd,erf->edf', left[: blocks.first], right[: blocks.first])
+    else:
+        total = jnp.zeros((group_sizes.shape[0], x.shape[1], y.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(blocks.first, blocks.used, add, total)
