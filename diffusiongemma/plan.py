@@ -4,7 +4,7 @@ The real TPU compiler (pip install -e '.[plan]') compiles the distillation step,
 for the devices of a topology; nothing is allocated. The last line is JSON.
 
   python -m diffusiongemma.plan --config=configs/gemma4_26b_a4b.py --topology=v5p:4x4x4 \
-    --config.mesh.fsdp=64 --config.data.batch_size=64
+    --optimization_level=O1
 """
 
 import dataclasses

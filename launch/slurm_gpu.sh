@@ -10,9 +10,8 @@
 # is up: the run saves and ends, and the same command goes on with it. A job that was preempted is
 # queued again by SLURM.
 #
-# The default, 8 GPUs with 141 GB, is the machine of configs/gemma4_26b_a4b.py, whose docstring sums
-# its memory. The TPU compiler, which `plan` asks, knows no GPUs. What it says of slices is in
-# docs/scaling_plan.md.
+# The default is one node with 8 GPUs. The TPU compiler, which `plan` asks, knows no GPUs: the head of a
+# config says what its training takes on a device.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"

@@ -11,9 +11,7 @@
 #
 # WORKDIR has to be one directory that all workers see (Filestore, a mounted bucket). Started again
 # with the same arguments the run goes on from the last checkpoint. Whether a config fits a slice:
-# docs/scaling_plan.md. The default's state of gemma4_26b_a4b fits, its step as a whole does not yet:
-#   python -m diffusiongemma.plan --config=configs/gemma4_26b_a4b.py --topology=v5p:4x4x4 \
-#     --config.mesh.fsdp=16 --config.mesh.tensor=4 --config.data.batch_size=16
+# docs/scaling_plan.md; the default is the slice of configs/gemma4_26b_a4b.py.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
