@@ -17,9 +17,9 @@ eight are too few at 164 GB):
   gradients in float32 and the teacher in bfloat16, x 6 bytes / 64           2.4 GB
   together with all else that a step takes                                29.8 GB
 
-A step takes at least 0.77 s of products and, in part beside them, 0.51 s of the interconnect, by the
-same plan at published peaks; not measured. It reads 64 rows of 1,024 tokens, of which at most 768
-are a response: 5,000 steps are 246M response tokens and 64 minutes at the least.
+A step takes at least 0.77 s of products and, in part beside them, 0.51 s of the interconnect, by
+the same plan at published peaks; not measured. It reads 64 rows of 1,024 tokens, of which at most
+768 are a response: 5,000 steps are 246M response tokens and 64 minutes at the least.
 
 Eight GPUs with 80 GB hold the state (57 GB each) and not the step; adapters alone are trained there
 with --config.lora.rank=16 --config.mesh.expert=1 --config.data.batch_size=8.
