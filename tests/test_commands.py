@@ -228,7 +228,7 @@ def test_the_roofline_of_the_full_size_is_one_read_of_the_weights():
     [
         ('roofline', ['--checkpoint=builtin']),
         ('growth', ['--sizes=canvas,experts', '--repetitions=2']),
-        ('distillation_step', ['--depths=5', '--batch_size=2', '--repetitions=2']),
+        ('distillation_step', ['--depths=6', '--batch_size=2', '--repetitions=2']),
     ],
 )
 def test_a_benchmark_ends_with_its_numbers(name, arguments):
