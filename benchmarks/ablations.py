@@ -39,10 +39,7 @@ ROWS = {
     'main_seed_2': {'seed': 2},
     'no_sequence_level_targets': {'targets.sequence_level': False},
     'no_kl': {'stage1.kd_weight': 0.0, 'stage2.kd_weight': 0.0},
-    'no_self_conditioning': {
-        'stage1.self_conditioning_rate': 0.0,
-        'stage2.self_conditioning': False,
-    },
+    'no_self_conditioning': {'self_conditioning': False},
     'no_stage_2': {'stage2.first_step': 200},
     'masked': {'corruption': 'masked'},
     'one_canvas': {'data.one_canvas': True, 'data.canvases_per_row': 6},

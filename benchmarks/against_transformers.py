@@ -124,7 +124,11 @@ def their_model(name: str, canvas_length: int):
         boi_token_id=vocab_size - 2,
         eoi_token_id=vocab_size - 3,
     )
-    return DiffusionGemmaForBlockDiffusion(config).float().eval()
+    model = DiffusionGemmaForBlockDiffusion(config).float().eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith('router.proj.weight'):
+            parameter.data.mul_(50)  # as drawn, experts are near ties that rounding decides
+    return model
 
 
 def their_passes(model, prompt: np.ndarray, canvas: np.ndarray, logits: np.ndarray) -> Passes:

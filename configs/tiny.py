@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
             'canvas_length': 16,
             'predict_next': True,  # what the teacher knows is of use from the first step on
             'separate_denoiser': True,  # the encode pass stays exactly the teacher
+            'self_conditioning': True,  # a step sees what the step before believed
             'lora': {'rank': 0, 'alpha': 16.0, 'passes': 'denoise'},  # rank 0: train all layers
             # Stage 0: the teacher answers these prompts; the student learns its answers.
             'targets': {
@@ -48,7 +49,6 @@ def get_config() -> ConfigDict:
                 'all_noise_rate': 0.5,
                 'kd_weight': 1.0,
                 'certainty_weight': 0.0,
-                'self_conditioning': True,
             },
             'optimizer': {'learning_rate': 1e-3, 'warmup_steps': 40, 'ema_decay': 0.98},
             'train': {'num_steps': 240, 'report_every': 10, 'checkpoint_every': 80},

@@ -51,6 +51,7 @@ DISTILL = {
     'canvas_length': 'C, tokens of a canvas',
     'separate_denoiser': 'the denoise pass has layers of its own; the encode pass is the teacher',
     'predict_next': 'a canvas token is predicted at the position before its own',
+    'self_conditioning': 'a denoise step sees the soft embeddings of the step before',
     'lora': 'adapters alone, see below',
     'targets': 'stage 0, see below',
     'data': 'batches, see below',

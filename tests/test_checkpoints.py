@@ -81,6 +81,18 @@ def test_the_newest_state_and_place_in_the_data_come_back(tmp_path):
     assert data_state == DATA_STATE | {'step': 7}
 
 
+def test_a_checkpoint_from_before_a_field_of_the_config_has_its_default(tmp_path):
+    save(tmp_path, 3)
+    path = tmp_path / 'checkpoints' / '3' / 'about' / 'metadata'
+    saved = json.loads(path.read_text())
+    del saved['model']['mask_id'], saved['model']['self_conditioning']
+    path.write_text(json.dumps(saved))
+    CheckpointStore(tmp_path, about=about()).restore(abstract(make_state()))
+    trained_otherwise = about(CONFIG.replace(mask_id=4))
+    with pytest.raises(ValueError, match='mask_id: saved None, now 4'):
+        CheckpointStore(tmp_path, about=trained_otherwise).restore(abstract(make_state()))
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3, 4, max_to_keep=2)
     assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['3', '4']

@@ -128,6 +128,7 @@ def test_an_unfinished_run_opens_as_the_teacher_with_a_trained_denoise_pass(teac
 def test_a_run_may_start_from_a_student(teacher, tmp_path):
     _, first = train_student(student_config(), teacher, DATA, tmp_path / 'first')
     config = student_config(init=str(tmp_path / 'first'), canvas_length=4)
+    config.corruption, config.self_conditioning = 'masked', False
     config.data.canvases_per_row = 24
     config.optimizer.learning_rate = 1e-12
     _, second = train_student(config, teacher, DATA, tmp_path / 'second')
@@ -136,6 +137,8 @@ def test_a_run_may_start_from_a_student(teacher, tmp_path):
         first.ema_params,
         second.ema_params,
     )
+    opened, _, tokenizer = load_model(tmp_path / 'second')  # says how it was trained
+    assert (opened.config.mask_id, opened.config.self_conditioning) == (tokenizer.mask_id, False)
     with pytest.raises(ValueError, match='config.init: .* is not the student'):
         config = student_config(init=str(tmp_path / 'first'), separate_denoiser=False)
         train_student(config, teacher, DATA, tmp_path / 'third')

@@ -141,6 +141,8 @@ def test_a_canvas_sees_all_of_itself_and_its_self_conditioning(model_and_params)
     soft = apply(model, params, base, method='soft_embed')
     assert jnp.max(jnp.abs(base - logits(canvas, soft))) > 1e-4
     np.testing.assert_allclose(base, logits(canvas, jnp.zeros_like(soft)), atol=1e-6)
+    model = model.clone(config=model.config.replace(self_conditioning=False))
+    np.testing.assert_allclose(base, logits(canvas, soft), atol=1e-6)
 
 
 @pytest.mark.slow

@@ -192,7 +192,7 @@ def test_ancestral_sampling_of_uniform_noise_gives_back_the_language():
 class MaskedLanguage(nn.Module):
     """The exact denoiser of the language under masked corruption; V is the mask token."""
 
-    config: ToyConfig = ToyConfig(vocab_size=V + 1, canvas_length=C)
+    config: ToyConfig = ToyConfig(vocab_size=V + 1, canvas_length=C, mask_id=V)
 
     def encode(self, tokens, positions, segment_ids, prefix=None):
         nothing = jnp.zeros((*tokens.shape, 1))
@@ -216,9 +216,7 @@ class MaskedLanguage(nn.Module):
 
 def test_ancestral_sampling_of_masked_noise_gives_back_the_language():
     draws = 10_000
-    config = SamplingConfig.ancestral(
-        max_new_tokens=C, max_denoising_steps=300, stop_ids=(), mask_id=V
-    )
+    config = SamplingConfig.ancestral(max_new_tokens=C, max_denoising_steps=300, stop_ids=())
     tokens, lengths = np.zeros((draws, 1), int), np.ones(draws, int)
     output = Sampler(MaskedLanguage(), config)({}, tokens, lengths, rng=jax.random.key(5))
     assert_is_the_language(output.tokens)
@@ -231,7 +229,6 @@ def test_unmasking_one_token_a_step_takes_as_many_steps_as_tokens(rule):
     config = SamplingConfig(
         max_new_tokens=C,
         stop_ids=(),
-        mask_id=V,
         t_min=1.0,
         t_max=1.0,
         acceptance=rule,

@@ -16,6 +16,7 @@ class ToyConfig:
     vocab_size: int = 23
     canvas_length: int = 4
     max_positions: int | None = None
+    mask_id: int | None = None
 
 
 class ToyModel(nn.Module):

@@ -22,6 +22,7 @@ BUILTIN = {
     'builtin': ASSETS / 'student',
     'builtin-student': ASSETS / 'student',
     'builtin-teacher': ASSETS / 'teacher',
+    'builtin-sudoku': ASSETS / 'sudoku',
 }
 EXPORT_DIR = 'model'  # in a workdir: the model that the run exports
 BASE_DIR = 'base'  # in a workdir: the model whose parameters the run leaves as they are
@@ -33,11 +34,11 @@ def load_model(
     """Loads a model, its parameters and its tokenizer.
 
     Args:
-      path: 'builtin' (the shipped student), 'builtin-teacher', a bundle, the workdir of a run
-        (the model that it exported, else the averaged parameters of its newest checkpoint), one
-        of its checkpoints (WORKDIR/checkpoints/STEP),
-        a directory in the published format (config.json and safetensors), one of Google's
-        orbax checkpoints (see `orbax_import`), or adapters, which are merged into their base.
+      path: 'builtin' (the shipped student), 'builtin-teacher', 'builtin-sudoku' (a student for
+        sudoku alone), a bundle, the workdir of a run (the model that it exported, else the averaged
+        parameters of its newest checkpoint), one of its checkpoints (WORKDIR/checkpoints/STEP), a
+        directory in the published format (config.json and safetensors), one of Google's orbax
+        checkpoints (see `orbax_import`), or adapters, which are merged into their base.
       dtype: of the parameters and the computation (a separate denoiser may compute in its own, see
         `ModelConfig.denoise_dtype`); None keeps the parameters as they are stored and computes
         in float32.

@@ -271,7 +271,10 @@ def read_ema(workdir: Path, step: int | None = None) -> tuple[int, dict[str, Any
 
 def _read_about(step_directory: Path) -> dict[str, Any]:
     path = step_directory / 'about' / 'metadata'
-    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    about = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    if 'model' in about:  # with the defaults of fields that are younger than the checkpoint
+        about['model'] = ModelConfig.from_dict(about['model']).to_dict()
+    return about
 
 
 def _check_same(

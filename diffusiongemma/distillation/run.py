@@ -62,9 +62,11 @@ from diffusiongemma.sampling import Sampler, SamplingConfig
 
 CONFIG_KEYS = (
     'seed', 'dtype', 'denoise_dtype', 'mesh', 'teacher', 'init', 'canvas_length',
-    'separate_denoiser', 'predict_next', 'lora', 'targets', 'data', 'corruption', 'ar_weight',
-    'stage1', 'stage2', 'optimizer', 'train', 'sampling', 'eval',
+    'separate_denoiser', 'predict_next', 'self_conditioning', 'lora', 'targets', 'data',
+    'corruption', 'ar_weight', 'stage1', 'stage2', 'optimizer', 'train', 'sampling', 'eval',
 )  # fmt: skip
+# Of a model's config, from one run to the next.
+MAY_CHANGE = {'canvas_length', 'denoise_dtype', 'self_conditioning', 'mask_id'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,13 +212,15 @@ def objectives(config: ConfigDict, tokenizer: Tokenizer) -> list[tuple[Objective
     return [(objective, min(end, last_step)) for objective, end in stages]
 
 
-def student_model(config: ConfigDict, teacher: Gemma) -> DiffusionGemma:
+def student_model(config: ConfigDict, teacher: Gemma, tokenizer: Tokenizer) -> DiffusionGemma:
     """The student that `config` makes of an AR Gemma."""
     return DiffusionGemma(
         teacher.config.replace(
             canvas_length=config.canvas_length,
             separate_denoiser=config.separate_denoiser,
             predict_next=config.predict_next,
+            self_conditioning=config.self_conditioning,
+            mask_id=getattr(corruption_process(config.corruption, tokenizer), 'mask_id', None),
             denoise_dtype=config.denoise_dtype,
         ),
         teacher.dtype,
@@ -260,7 +264,7 @@ def train_student(
     shape = run_config.build(BatchConfig, config.data, 'data')
     top_k = run_config.build(TargetsConfig, config.targets, 'targets').top_k_logits
     stages = objectives(config, teacher.tokenizer)
-    model = student_model(config, teacher.model)
+    model = student_model(config, teacher.model, teacher.tokenizer)
     mesh, compute = make_mesh(config.mesh), ComputeConfig.of(config)
     model = compute.place(model, mesh)
     teacher = dataclasses.replace(teacher, model=compute.place(teacher.model, mesh))
@@ -338,12 +342,12 @@ def train_student(
 
 
 def load_student(config: ConfigDict, model: DiffusionGemma) -> dict:
-    """The parameters of `config.init`: a student like `model`, but for canvas and dtype."""
+    """The parameters of `config.init`: a student like `model`, but for what training may change."""
     source, params, _ = load_model(config.init, mesh=_mesh_to_load_on(config))
     has, asked = source.config.to_dict(), model.config.to_dict()
     differing = [
         f'{name}={has[name]!r}, not {asked[name]!r}'
-        for name in sorted(set(asked) - {'canvas_length', 'denoise_dtype'})
+        for name in sorted(set(asked) - MAY_CHANGE)
         if has[name] != asked[name]
     ]
     if differing:

@@ -86,7 +86,7 @@ class Stage1:
         """See `step.Objective`."""
         noisy, clean = draw.noisy, batch['canvas_tokens']
         soft = None
-        if self.self_conditioning_rate > 0:
+        if self.self_conditioning_rate > 0 and model.config.self_conditioning:
             soft = self._first_prediction(model, params, batch, prefix, noisy)
             soft = jnp.where(draw.conditioned, soft, 0.0)
         hidden = canvases.denoise(model, params, batch, prefix, noisy.tokens, soft)

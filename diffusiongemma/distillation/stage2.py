@@ -82,7 +82,6 @@ class Stage2:
       all_noise_rate: share of the trajectories that start at t = 1, as the sampler does; the
         others start at t ~ U(min_noise_level, 1).
       min_noise_level: lowest t.
-      self_conditioning: later steps see what the step before believed, as in the sampler.
     """
 
     corruption: Corruption
@@ -93,7 +92,6 @@ class Stage2:
     certainty_weight: float = 0.0
     all_noise_rate: float = 0.5
     min_noise_level: float = 1e-3
-    self_conditioning: bool = True
 
     def __post_init__(self):
         if self.num_steps < 1:
@@ -164,7 +162,7 @@ class Stage2:
             metrics[f'canvas_accuracy/step_{n + 1}'] = jnp.sum(hits * draw.from_noise)
             if not is_last:
                 canvas = self.next_canvas(seen, draw.renoise[n])
-                soft = seen.soft_embeddings if self.self_conditioning else None
+                soft = seen.soft_embeddings
         return total, metrics
 
     def look(self, model: nn.Module, params: dict, logits: jax.Array, level: jax.Array) -> Seen:

@@ -140,6 +140,10 @@ class ModelConfig:
         autoregressive pass predicts it: the denoise pass runs over the token before the canvas
         and all of the canvas but its last token. What a teacher has learnt then holds from the
         first step on (Gong et al. 2024, arXiv:2410.17891). The released models do not.
+      self_conditioning: a denoise pass sees the soft embeddings of the step before; else it was
+        trained without, and takes none.
+      mask_id: the token that stands for noise, of a denoiser that was trained with masked
+        corruption; None for uniform noise.
       denoise_dtype: compute dtype of a separate denoiser, 'float32' or 'bfloat16'; None for that
         of the model, which shared weights always have. In bfloat16 a denoise step is up to 1.7
         times faster on a CPU with AVX512-BF16, while a float32 encode pass stays exactly the
@@ -171,6 +175,8 @@ class ModelConfig:
     canvas_length: int = 0
     separate_denoiser: bool = False
     predict_next: bool = False
+    self_conditioning: bool = True
+    mask_id: int | None = None
     denoise_dtype: str | None = None
     scan_layers: bool = True
     output_major: bool = False
@@ -200,6 +206,10 @@ class ModelConfig:
             raise ValueError(f'canvas_length must be >= 0, got {self.canvas_length}.')
         if (self.separate_denoiser or self.predict_next) and not self.canvas_length:
             raise ValueError('separate_denoiser and predict_next need a canvas_length > 0.')
+        if self.mask_id is not None and not 0 <= self.mask_id < self.vocab_size:
+            raise ValueError(
+                f'mask_id must be one of {self.vocab_size} token ids or None, got {self.mask_id}.'
+            )
         if self.denoise_dtype not in (None, 'float32', 'bfloat16'):
             raise ValueError(
                 f"denoise_dtype must be 'float32', 'bfloat16' or None, got {self.denoise_dtype!r}."
@@ -252,7 +262,12 @@ class ModelConfig:
     def autoregressive(self) -> 'ModelConfig':
         """The same backbone without a denoise pass."""
         return self.replace(
-            canvas_length=0, separate_denoiser=False, predict_next=False, denoise_dtype=None
+            canvas_length=0,
+            separate_denoiser=False,
+            predict_next=False,
+            self_conditioning=True,
+            mask_id=None,
+            denoise_dtype=None,
         )
 
     def attention(self, kind: str) -> AttentionConfig:

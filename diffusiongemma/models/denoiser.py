@@ -92,13 +92,16 @@ class DiffusionGemma(Gemma):
           starts: [B, M] int32, position of each canvas's first token.
           segment_ids: [B, M] int32, document of each canvas; 0 for an unused slot.
           prefix: the clean tokens, as cache or as the K/V of a packed training row.
-          soft_embeddings: [B, M, C, D] from `soft_embed`, or None at the first step.
+          soft_embeddings: [B, M, C, D] from `soft_embed`, or None at the first step; of no effect
+            without `config.self_conditioning`.
           previous: [B, M] int32, the token before each canvas; needed with
             `config.predict_next`, and only there.
 
         Returns:
           Final hidden states [B, M, C, D].
         """
+        if not self.config.self_conditioning:
+            soft_embeddings = None
         if self.config.predict_next:
             canvas = _behind(previous[..., None], canvas, axis=-1)
             starts = starts - 1

@@ -100,7 +100,8 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
     dtype = run_config.compute_dtype(config)
     compute = ComputeConfig.of(config)
     teacher = compute.place(Gemma(teacher_config.autoregressive, dtype), mesh)
-    model = compute.place(student_model(config, teacher), mesh)
+    token_ids = _TokenIds.of(teacher.config)
+    model = compute.place(student_model(config, teacher, token_ids), mesh)
     optimizer = optimizer_of(config)
     shape = run_config.build(BatchConfig, config.data, 'data')
     top_k = run_config.build(TargetsConfig, config.targets, 'targets').top_k_logits
@@ -121,7 +122,7 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
         constants = constants._replace(teacher=None)
     state = jax.eval_shape(lambda params: create_state(params, optimizer), trained)
     state = _placed(state, state_shardings(state, shardings, mesh))
-    stages = objectives(config, _TokenIds.of(teacher.config))
+    stages = objectives(config, token_ids)
     objective = stages[-1][0] if stages[-1][0].num_steps > 1 else stages[0][0]
     step = distillation_step(config, model, teacher, objective, optimizer, lora)
     layout = RowLayout(shape.row_length, shape.canvases_per_row, config.canvas_length, top_k=top_k)
@@ -163,8 +164,9 @@ def sampler_programs(
     """
     dtype = run_config.compute_dtype(config)
     teacher = Gemma(teacher_config.autoregressive, dtype)
-    model = ComputeConfig.of(config).place(student_model(config, teacher), mesh)
-    sampling = sampling_config(config, _TokenIds.of(model.config))
+    token_ids = _TokenIds.of(teacher.config)
+    model = ComputeConfig.of(config).place(student_model(config, teacher, token_ids), mesh)
+    sampling = sampling_config(config, token_ids)
     params = _params(model, mesh, dtype)
     rows = batch_sharding(mesh, batch_size)
     tokens = jax.ShapeDtypeStruct((batch_size, prompt_length), jnp.int32, sharding=rows)

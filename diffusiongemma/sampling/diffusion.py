@@ -172,12 +172,14 @@ def denoise_step(
         stop |= jnp.all(canvas != config.mask_id, axis=-1)
     if task.max_steps is not None:
         stop |= state.step + 1 >= task.max_steps
-    last = jnp.all(state.stopped | stop) | (state.step + 1 >= config.max_denoising_steps)
-    soft_embeddings = jax.lax.cond(  # [B, C, D], for a next step alone
-        last,
-        lambda: state.soft_embeddings,
-        lambda: passes.soft_embed(model, params, shaped),
-    )
+    soft_embeddings = state.soft_embeddings  # [B, C, D]
+    if getattr(model.config, 'self_conditioning', True):
+        last = jnp.all(state.stopped | stop) | (state.step + 1 >= config.max_denoising_steps)
+        soft_embeddings = jax.lax.cond(  # for a next step alone
+            last,
+            lambda: state.soft_embeddings,
+            lambda: passes.soft_embed(model, params, shaped),
+        )
 
     def unless_stopped(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(per_row(state.stopped, old), old, new)

@@ -51,7 +51,8 @@ class DenoisingModel(CausalModel, Protocol):
     ) -> jax.Array:
         """Canvases [B, N, C] behind a prefix -> float32 logits [B, N, C, V].
 
-        A model whose config has a true `predict_next` also gets `previous` [B, N] int32, the
+        A model whose config has a false `self_conditioning` has no use for soft embeddings. A
+        model whose config has a true `predict_next` also gets `previous` [B, N] int32, the
         token before each canvas.
         """
         ...
