@@ -43,7 +43,6 @@ ROWS = {
     'no_stage_2': {'stage2.first_step': 200},
     'masked': {'corruption': 'masked'},
     'one_canvas': {'data.one_canvas': True, 'data.canvases_per_row': 6},
-    'predict_in_place': {'predict_next': False},
     'shared_weights': SHARED,
     'shared_weights_no_ar_loss': SHARED | {'ar_weight': 0.0},
 }

@@ -61,8 +61,8 @@ def get_config() -> ConfigDict:
             'train': {'num_steps': 2_000, 'report_every': 20, 'checkpoint_every': 200},
             'sampling': {
                 'max_new_tokens': 96,
-                'max_denoising_steps': 32,
-                'entropy_bound': 0.1,
+                'max_denoising_steps': 64,
+                'entropy_bound': 0.01,
                 'temperature': 0.0,
             },
             'eval': {
@@ -77,8 +77,8 @@ def get_config() -> ConfigDict:
                 'speed_batch_sizes': (1, 8),
                 'speed_batches': 8,
                 'sweep': {
-                    'entropy_bound': (0.02, 0.1, 0.5),
-                    'max_denoising_steps': (4, 16, 32),
+                    'entropy_bound': (0.01, 0.1, 0.5),
+                    'max_denoising_steps': (4, 16, 64),
                     'canvas_length': (),
                 },
             },
