@@ -360,10 +360,8 @@ def load_student(config: ConfigDict, model: DiffusionGemma) -> dict:
 
 def sampling_config(config: ConfigDict, tokenizer: Tokenizer) -> SamplingConfig:
     """The `SamplingConfig` of `config.sampling` for this tokenizer."""
-    fields = SamplingConfig.tokenizer_fields(tokenizer)
-    if config.corruption == 'masked':
-        fields['mask_id'] = tokenizer.mask_id
-    return run_config.build(SamplingConfig, fields | config.sampling.to_dict(), 'sampling')
+    fields = SamplingConfig.tokenizer_fields(tokenizer) | config.sampling.to_dict()
+    return run_config.build(SamplingConfig, fields, 'sampling')
 
 
 class Evaluation(NamedTuple):

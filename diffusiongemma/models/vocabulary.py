@@ -6,6 +6,8 @@ in cache, and some reductions are neither vectorised nor spread over cores. What
 same; TPUs and GPUs do it as a whole.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,7 +18,7 @@ Total = TypeVar('Total')
 
 LARGE_VOCABULARY = 65_536  # from here on parts are faster
 VOCABULARY_PART = 2_048  # logits of 64 tokens, and 640 columns of a table: 6 MB
-LARGEST_CHUNK, SMALLEST_CHUNK = 4_096, 64
+SMALLEST_CHUNK = 16  # of an argmax by chunks
 
 
 def fold_parts(
@@ -107,19 +109,20 @@ def log_partition_and_entropy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def likeliest_tokens(logits: jax.Array) -> jax.Array:
     """jnp.argmax over the last axis, the first on a tie: [..., V] -> [...] int32."""
-    return _by_platform(_argmax_of_chunks, _argmax, logits)
+    vocab_size = logits.shape[-1]
+    size = max(n for n in range(1, math.isqrt(vocab_size) + 1) if vocab_size % n == 0)
+    if size < SMALLEST_CHUNK:
+        return _argmax(logits)
+    by_chunks = functools.partial(_argmax_of_chunks, size=size)
+    return jax.lax.platform_dependent(logits, cpu=by_chunks, default=_argmax)
 
 
 def _argmax(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def _argmax_of_chunks(logits: jax.Array) -> jax.Array:
+def _argmax_of_chunks(logits: jax.Array, size: int) -> jax.Array:
     """The chunk with the largest maximum, then the place in it: maxima alone are vectorised."""
-    vocab_size = logits.shape[-1]
-    size = max(n for n in range(1, LARGEST_CHUNK + 1) if vocab_size % n == 0)
-    if size < SMALLEST_CHUNK:
-        return _argmax(logits)
     chunks = logits.reshape(*logits.shape[:-1], -1, size)
     chunk = _argmax(jnp.max(chunks, axis=-1))
     chosen = jnp.take_along_axis(chunks, chunk[..., None, None], axis=-2)[..., 0, :]

@@ -162,14 +162,15 @@ def denoise_step(
     logits = passes.denoise(
         model, params, cache, state.canvas, state.soft_embeddings, task.last_token
     )  # [B, C, V]
-    settled = _settled(config, task, state.canvas)
-    shaped = _shape(config, task, state.step, logits, settled)
+    mask_id = passes.mask_id(model)
+    settled = _settled(mask_id, task, state.canvas)
+    shaped = _shape(config, mask_id, task, state.step, logits, settled)
     proposal, argmax, shaped = _propose(model, config, task, state, keys, shaped, settled)
     canvas = config.acceptance_rule.next_canvas(proposal)
     history = jnp.concatenate([state.argmax_history[:, 1:], argmax[:, None]], axis=1)  # [B, W, C]
     stop = config.stopping_rule.should_stop(history, proposal.entropies)
-    if config.mask_id is not None:
-        stop |= jnp.all(canvas != config.mask_id, axis=-1)
+    if mask_id is not None:
+        stop |= jnp.all(canvas != mask_id, axis=-1)
     if task.max_steps is not None:
         stop |= state.step + 1 >= task.max_steps
     soft_embeddings = state.soft_embeddings  # [B, C, D]
@@ -195,15 +196,16 @@ def denoise_step(
     )
 
 
-def _settled(config: SamplingConfig, task: CanvasTask, canvas: jax.Array) -> jax.Array | None:
+def _settled(mask_id: int | None, task: CanvasTask, canvas: jax.Array) -> jax.Array | None:
     """[B, C] int32, tokens that this step may not change, -1 elsewhere; None for no such token."""
-    if config.mask_id is None:
+    if mask_id is None:
         return task.pinned
-    return hold(task.pinned, jnp.where(canvas == config.mask_id, OPEN, canvas))
+    return hold(task.pinned, jnp.where(canvas == mask_id, OPEN, canvas))
 
 
 def _shape(
     config: SamplingConfig,
+    mask_id: int | None,
     task: CanvasTask,
     step: jax.Array,
     logits: jax.Array,
@@ -213,8 +215,8 @@ def _shape(
     factor = jnp.asarray(_temperature(config, task), jnp.float32)
     temperature = config.schedule.temperature(config.schedule.noise_level(step))
     shaped = logits / per_row(temperature * jnp.where(factor == 0, 1.0, factor), logits)
-    if config.mask_id is not None:
-        shaped = shaped.at[..., config.mask_id].set(-jnp.inf)
+    if mask_id is not None:
+        shaped = shaped.at[..., mask_id].set(-jnp.inf)
     return restrict(shaped, settled, task.allowed)
 
 
@@ -255,7 +257,7 @@ def _propose(
         noise_level=config.schedule.noise_level(state.step),
         next_noise_level=config.schedule.noise_level(state.step + 1),
         keys=fold_in_rows(noise_keys, 1),
-        vocab_size=None if config.mask_id is not None else _noise_vocab(model, config),
+        vocab_size=_noise_vocab(model, config),
     )
     return proposal, argmax, shaped
 
@@ -268,10 +270,14 @@ def _noise(
     model: DenoisingModel, config: SamplingConfig, keys: jax.Array, length: int
 ) -> jax.Array:
     """[B, length] int32: uniform tokens, or the mask token."""
-    if config.mask_id is not None:
-        return jnp.full((keys.shape[0], length), config.mask_id, jnp.int32)
-    return uniform_tokens(keys, length, _noise_vocab(model, config))
+    vocab_size = _noise_vocab(model, config)
+    if vocab_size is None:
+        return jnp.full((keys.shape[0], length), passes.mask_id(model), jnp.int32)
+    return uniform_tokens(keys, length, vocab_size)
 
 
-def _noise_vocab(model: DenoisingModel, config: SamplingConfig) -> int:
+def _noise_vocab(model: DenoisingModel, config: SamplingConfig) -> int | None:
+    """Tokens that noise is drawn from; None where it is the mask token."""
+    if passes.mask_id(model) is not None:
+        return None
     return config.vocab_size or model.config.vocab_size

@@ -39,7 +39,11 @@ class CausalModel(Protocol):
 
 
 class DenoisingModel(CausalModel, Protocol):
-    """A flax module that can also denoise; `config` holds `canvas_length` too."""
+    """A flax module that can also denoise; `config` holds `canvas_length` too.
+
+    Where the config has a `mask_id` that is not None, noise is this token and a position that took
+    a candidate keeps it (masked diffusion); else noise is uniform.
+    """
 
     def denoise(
         self,
@@ -60,6 +64,11 @@ class DenoisingModel(CausalModel, Protocol):
     def soft_embed(self, logits: jax.Array) -> jax.Array:
         """[..., V] -> expected embeddings [..., D], the self-conditioning input."""
         ...
+
+
+def mask_id(model: DenoisingModel) -> int | None:
+    """The token that stands for noise; None for uniform noise."""
+    return getattr(model.config, 'mask_id', None)
 
 
 def prefill(

@@ -133,16 +133,12 @@ class Sampler:
                 f'{type(self.model).__name__} is 0. Use a DiffusionGemma, or '
                 "mode='autoregressive'."
             )
-        mask_id = getattr(self.model.config, 'mask_id', None)
-        if mask_id is not None and self.config.mask_id is None:
-            object.__setattr__(self, 'config', dataclasses.replace(self.config, mask_id=mask_id))
         vocab_size = self.model.config.vocab_size
-        ids = (self.config.pad_id, self.config.mask_id or 0, *self.config.stop_ids)
+        ids = (self.config.pad_id, *self.config.stop_ids)
         if max(ids) >= vocab_size or (self.config.vocab_size or 0) > vocab_size:
             raise ValueError(
                 f'The model knows {vocab_size} tokens, but the sampling config has '
                 f'pad_id={self.config.pad_id}, stop_ids={self.config.stop_ids}, '
-                f'mask_id={self.config.mask_id}, '
                 f'vocab_size={self.config.vocab_size}. Is it made for another tokenizer?'
             )
 

@@ -43,9 +43,6 @@ class SamplingConfig:
       vocab_size: noise is uniform over token ids below it; None for the model's vocabulary.
       prefill_chunk: prompts are encoded so many tokens at a time, for long ones whose attention
         would not fit in memory; None for all at once.
-      mask_id: the mask token of a model trained with masked corruption: noise is then this token,
-        and a position that took a candidate keeps it. None: that of the model's config, and
-        uniform noise where it has none.
       commits: 'argmax', the argmax canvas of the last step, or 'canvas', what the acceptance
         rule made of it.
       acceptance: a rule that replaces the entropy bound.
@@ -68,7 +65,6 @@ class SamplingConfig:
     pad_id: int = 0
     vocab_size: int | None = None
     prefill_chunk: int | None = None
-    mask_id: int | None = None
     commits: str = 'argmax'
     acceptance: AcceptanceRule | None = None
     stopping: StoppingRule | None = None
