@@ -40,7 +40,10 @@ def together(mode):
 
 
 @EVERY_MODE
-@pytest.mark.parametrize('batch_size', [1, 3, 20])
+@pytest.mark.parametrize(
+    'batch_size',
+    [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(20, marks=pytest.mark.slow)],
+)
 def test_every_prompt_has_the_response_of_one_large_batch_in_order(mode, batch_size):
     model, params = toy(C)
     output = generate_many(

@@ -43,7 +43,9 @@ class FullLengthCache(DiffusionGemma):
         return zeros_kv(self.config, batch_size, slots, self.dtype)
 
 
-@pytest.fixture(params=['tiny_config', 'tiny_e2b_config', 'predict_next'])
+@pytest.fixture(
+    params=[pytest.param('tiny_config', marks=pytest.mark.slow), 'tiny_e2b_config', 'predict_next']
+)
 def config(request):
     if request.param == 'predict_next':
         return request.getfixturevalue('tiny_config').replace(predict_next=True)

@@ -44,7 +44,7 @@ def workdir(tmp_path_factory):
         '--config.eval.source.size=4',
         '--config.eval.batch_size=4',
         '--config.eval.speed_batches=1',
-        '--config.eval.speed_batch_sizes=(1,)',
+        '--config.eval.speed_batch_sizes=(4,)',  # the programs of the evaluation
     )
     (directory / 'stdout').write_text(out)
     return directory
@@ -76,7 +76,7 @@ def test_evaluate_ends_with_one_json_line(workdir):
         '--config.eval.source.size=4',
         '--config.eval.batch_size=4',
         '--config.eval.speed_batches=1',
-        '--config.eval.speed_batch_sizes=(1,)',
+        '--config.eval.speed_batch_sizes=(4,)',
     )
     result = json.loads(out.splitlines()[-1])
     assert result['num_examples'] == 4
@@ -153,19 +153,23 @@ def test_verify_compares_a_published_checkpoint_with_golden_outputs():
     assert max(found.values()) <= 1e-4
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ('program', 'arguments', 'message'),
     [
         ('sample', ['--checkpoint=/nowhere', '--prompt=hi'], 'error: no model at /nowhere'),
         ('sample', [f'--prompt={"word " * 300}'], 'Shorten the prompt.'),
-        ('sample', ['--prompt=hi', '--regex=a(b'], 'a(b'),
+        slow('sample', ['--prompt=hi', '--regex=a(b'], 'a(b'),
         ('sample', ['--watch'], 'need a --prompt'),
-        (
+        slow(
             'sample',
             ['--prompt=hi', '--watch', '--mode=autoregressive'],
             'has no canvas to watch',
         ),
-        ('sample', ['--prompt=hi', '--json_schema=/nowhere.json'], '/nowhere.json'),
+        slow('sample', ['--prompt=hi', '--json_schema=/nowhere.json'], '/nowhere.json'),
         (
             'verify',
             ['--checkpoint=/nowhere', f'--golden={TINY_MOE}/golden.npz'],

@@ -83,7 +83,10 @@ def test_the_likeliest_token_alone_is_greedy(mode, fields):
 
 
 @EVERY_MODE
-@pytest.mark.parametrize('config', [CONFIG, GREEDY], ids=['sampled', 'greedy'])
+@pytest.mark.parametrize(
+    'config',
+    [pytest.param(CONFIG, id='sampled'), pytest.param(GREEDY, id='greedy', marks=pytest.mark.slow)],
+)
 def test_pinned_tokens_stand_in_their_places_and_the_rest_follows_them(mode, config):
     pinned = pin([[None, 7, None, None, None, 20, 21], [], [1]])
     output, free = sample(mode, Controls(pinned=pinned), config), sample(mode, config=config)
@@ -282,7 +285,7 @@ def assert_valid(row, length):
 
 
 @EVERY_MODE
-@pytest.mark.parametrize('temperature', [0.0, 1.0])
+@pytest.mark.parametrize('temperature', [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_every_response_is_one_that_the_automaton_accepts(mode, temperature):
     """Whatever the model says, over several canvases, with limits of each row's own."""
     rng = np.random.default_rng(1)

@@ -48,7 +48,7 @@ def value_and_gradients(execution, config, kernels, x, weights, experts, dtype=j
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(kernels, x, weights)
 
 
-@pytest.mark.parametrize('routing', ['random', 'one'])
+@pytest.mark.parametrize('routing', ['random', pytest.param('one', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('axes', MESHES, ids=str)
 def test_outputs_and_gradients_are_those_of_one_device(axes, routing):
     arguments = problem(routing)

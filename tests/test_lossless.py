@@ -104,7 +104,7 @@ def autoregressive_distribution(model, params, prompt, count, temperature):
     return np.exp(chosen.sum(axis=-1))
 
 
-@pytest.mark.parametrize('temperature', [1.0, 2.0])
+@pytest.mark.parametrize('temperature', [1.0, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_sampled_text_has_the_distribution_of_autoregression(temperature):
     model = ToyModel(ToyConfig(vocab_size=4, canvas_length=3))
     params = model.init(jax.random.key(7))['params']

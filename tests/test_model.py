@@ -17,8 +17,8 @@ from diffusiongemma.models import (
 )
 
 FAMILIES = [
-    'tiny_config',
     'tiny_moe_config',
+    pytest.param('tiny_config', marks=pytest.mark.slow),
     pytest.param('tiny_gemma3_config', marks=pytest.mark.slow),
     pytest.param('tiny_e2b_config', marks=pytest.mark.slow),
 ]

@@ -210,6 +210,16 @@ def test_a_step_on_all_canvases_is_the_average_of_steps_on_one(student, batch, r
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ('student', 'stage'),
+    [
+        (False, 'stage2'),
+        (True, 'stage1'),
+        pytest.param(False, 'stage1', marks=pytest.mark.slow),
+        pytest.param(True, 'stage2', marks=pytest.mark.slow),
+    ],
+    indirect=True,
+)
 def test_the_loss_reaches_every_trained_parameter(student, batch, stage):
     model, params, teacher_params = student
     settings = {'self_conditioning_rate': 1.0} if stage == 'stage1' else {}

@@ -301,7 +301,7 @@ def test_a_stop_token_at_position_0_leaves_one_token(mode):
 
 
 @EVERY_MODE
-@pytest.mark.parametrize('limit', [3, 6])
+@pytest.mark.parametrize('limit', [pytest.param(3, marks=pytest.mark.slow), 6])
 def test_a_limit_inside_a_canvas_cuts_the_response_there(mode, limit):
     output = sample(config(max_new_tokens=limit), mode)
     np.testing.assert_array_equal(output.tokens, sample(config(), mode).tokens[:, :limit])

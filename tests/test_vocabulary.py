@@ -73,7 +73,7 @@ def test_the_likeliest_token_is_the_first_of_the_largest(vocabulary):
     np.testing.assert_array_equal(found, np.argmax(rounded, axis=-1))
 
 
-@pytest.mark.parametrize('rows', [1, 64])
+@pytest.mark.parametrize('rows', [pytest.param(1, marks=pytest.mark.slow), 64])
 def test_a_model_with_a_large_vocabulary_is_the_same_in_the_layout_of_inference(tiny_config, rows):
     config = tiny_config.replace(vocab_size=LARGE, canvas_length=rows, final_logit_softcap=30.0)
     model = DiffusionGemma(config)
