@@ -27,6 +27,7 @@ setup(
         'optax>=0.2.5',
         'orbax-checkpoint>=0.11',
         'pillow',
+        'qwix>=0.1.8',
         'rich',
         'safetensors',
         'sentencepiece',

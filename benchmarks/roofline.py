@@ -41,7 +41,9 @@ from diffusiongemma.models import (
     cache_bytes,
     for_inference,
     parameter_counts,
+    quantize_weights,
 )
+from diffusiongemma.models.quantization import WEIGHT_DTYPES
 from diffusiongemma.sampling import Controls, SamplingConfig
 from diffusiongemma.sampling.sampler import prefilled
 
@@ -52,6 +54,9 @@ _DEVICE = flags.DEFINE_string(
     'device', None, 'v5e, v5p, v6e, H100, ...; default: the local one, measured.'
 )
 _DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of weights and products.')
+_WEIGHTS = flags.DEFINE_enum(
+    'weights', None, sorted(WEIGHT_DTYPES), 'Layers in eight bits, products in --dtype.'
+)
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 1, 'Rows.', lower_bound=1)
 _PREFIX = flags.DEFINE_integer('prefix', 128, 'Cached tokens before the canvas.', lower_bound=1)
 _CANVAS = flags.DEFINE_integer('canvas', 0, "Canvas length; 0: the model's own.", lower_bound=0)
@@ -137,7 +142,7 @@ def pass_cost(
         attention = config.attention(layer)
         seen = min(prefix, attention.window or prefix) + block
         flops += 4.0 * config.num_heads * attention.head_dim * seen * tokens
-    moved = touched * itemsize
+    moved = touched * (1 if _WEIGHTS.value else itemsize)
     moved += batch * cache_bytes(config, prefix, dtype) if prefix else 0
     unembedded = {'encode': 0, 'token': batch, 'denoise': tokens}[kind]
     if unembedded:
@@ -145,7 +150,8 @@ def pass_cost(
         moved += weights.embedding * itemsize + 2 * 4 * unembedded * config.vocab_size
     if kind == 'denoise':
         flops += 2.0 * (weights.embedding + weights.self_conditioning) * tokens
-        moved += (weights.embedding + weights.self_conditioning) * itemsize
+        moved += weights.embedding * itemsize
+        moved += weights.self_conditioning * (1 if _WEIGHTS.value else itemsize)
         moved += 4 * unembedded * config.vocab_size  # the logits again, for the soft embeddings
     return Cost(flops, moved)
 
@@ -255,15 +261,18 @@ def main(argv: list[str]) -> None:
     dtype = jnp.dtype(_DTYPE.value or ('bfloat16' if _DEVICE.value else 'float32'))
     batch, prefix = _BATCH_SIZE.value, _PREFIX.value
     config, found = open_model(dtype)
+    if found and _WEIGHTS.value:
+        model, params = found
+        found = model, quantize_weights(model, params, _WEIGHTS.value)
     measured = measured_passes(*found, batch, prefix) if found else {}
     num_bytes = parameter_counts(config).total * dtype.itemsize
     device = named_device(_DEVICE.value) if _DEVICE.value else measured_device(dtype, num_bytes)
     name = _DEVICE.value or f'{jax.devices()[0].device_kind}, peaks measured'
     table = Table(
         'pass', 'GFLOP', 'MB', 'limited by', 'limit ms', 'measured ms', 'measured / limit',
-        title=f'{_PRESET.value or _CHECKPOINT.value}, {dtype}, batch {batch}, prefix {prefix}, '
-        f'canvas {config.canvas_length}: {name} ({device.flops / 1e9:,.0f} GFLOP/s, '
-        f'{device.bandwidth / 1e9:,.0f} GB/s)',
+        title=f'{_PRESET.value or _CHECKPOINT.value}, weights {_WEIGHTS.value or dtype}, '
+        f'batch {batch}, prefix {prefix}, canvas {config.canvas_length}: {name} '
+        f'({device.flops / 1e9:,.0f} GFLOP/s, {device.bandwidth / 1e9:,.0f} GB/s)',
     )  # fmt: skip
     limits, taken = {}, measured
     for label, cost in costs(config, batch, prefix, dtype).items():

@@ -20,7 +20,8 @@ from rich.console import Console
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.models import for_inference
+from diffusiongemma.models import for_inference, quantize_weights
+from diffusiongemma.models.quantization import WEIGHT_DTYPES
 from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, generate_text, pad_prompts
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.grammar import from_json_schema, from_regex
@@ -53,6 +54,9 @@ _ENTROPY_BOUND = flags.DEFINE_float(
 _TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k likeliest tokens.', lower_bound=1)
 _TOP_P = flags.DEFINE_float(
     'top_p', None, 'Draw from the likeliest tokens of this probability.', 0.0, 1.0
+)
+_WEIGHTS = flags.DEFINE_enum(
+    'weights', None, sorted(WEIGHT_DTYPES), 'Weights of eight bits, products as before.'
 )
 _REGEX = flags.DEFINE_string('regex', None, 'The answer matches this regular expression.')
 _JSON_SCHEMA = flags.DEFINE_string(
@@ -96,6 +100,8 @@ class Loaded:
         if tokenizer is None:
             raise ValueError(f'{_CHECKPOINT.value} has no tokenizer.model; copy it there.')
         model, params = for_inference(model, params)
+        if _WEIGHTS.value is not None:
+            params = quantize_weights(model, params, _WEIGHTS.value)
         config = SamplingConfig.for_tokenizer(
             tokenizer,
             temperature=_TEMPERATURE.value,

@@ -6,6 +6,7 @@ from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.inference import for_inference, output_major_kernels, unroll_layers
 from diffusiongemma.models.parameter_counts import ParameterCounts, parameter_counts
 from diffusiongemma.models.presets import PRESETS
+from diffusiongemma.models.quantization import quantize_weights
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     'output_major_kernels',
     'parameter_count',
     'parameter_counts',
+    'quantize_weights',
     'unroll_layers',
 ]

@@ -107,7 +107,7 @@ class Attention(nn.Module):
         return output.astype(self.dtype)
 
     def _project(self, equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return project(equation, x, kernel.astype(self.dtype), self.config.output_major)
+        return project(equation, x, kernel, self.config.output_major)
 
 
 def attend_in_blocks(

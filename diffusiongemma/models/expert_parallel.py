@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.models.execution import Execution, partition_spec
 from diffusiongemma.models.execution import product as product_of
-from diffusiongemma.models.grouped import grouped_matmul
+from diffusiongemma.models.grouped import grouped_product
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]
 GroupedProduct = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -37,7 +37,7 @@ def grouped_mlps(
     token: jax.Array,
     expert: jax.Array,
     kernels: Kernels,
-    product: GroupedProduct = grouped_matmul,
+    product: GroupedProduct = grouped_product,
 ) -> jax.Array:
     """Gated MLPs of n (token, expert) pairs as three grouped matmuls over pairs sorted by expert.
 

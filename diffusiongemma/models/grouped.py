@@ -1,13 +1,24 @@
 """Grouped matrix product: rows sorted by group, each group with a kernel of its own."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.grouped_gpu import fits, grouped_matmul_gpu, grouped_outer_gpu
+from diffusiongemma.models.layers import is_quantized
 
 LARGEST_BLOCK = 32
+
+
+def grouped_product(x: jax.Array, kernels: Any, group_sizes: jax.Array) -> jax.Array:
+    """`grouped_matmul` with kernels that may be quantized, with a scale for each output."""
+    if not is_quantized(kernels):
+        return grouped_matmul(x, kernels, group_sizes)
+    sums = grouped_matmul(x, kernels.qvalue, group_sizes)
+    group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0]), side='right')
+    return sums * kernels.scale[:, 0].at[group].get(mode='clip')  # [N, F]
 
 
 @jax.custom_vjp
@@ -20,7 +31,8 @@ def grouped_matmul(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> 
 
     Args:
       x: [N, D], rows sorted by group.
-      kernels: [E, D, F] in the dtype of x.
+      kernels: [E, D, F] in the dtype of x, or (without gradients) of eight bits; the product is
+        taken in the dtype of x.
       group_sizes: [E] int32, rows of each group; rows behind their sum give whatever the
         platform leaves there.
 
@@ -52,6 +64,7 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 def _ragged(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    kernels = kernels.astype(x.dtype)
     return jax.lax.ragged_dot(x, kernels, group_sizes, preferred_element_type=jnp.float32)
 
 
@@ -111,7 +124,7 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _by_blocks(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    kernels = jnp.asarray(kernels)  # in the loop below, one of numpy has no traced index
+    kernels = jnp.asarray(kernels, x.dtype)  # in the loop below, one of numpy has no traced index
     blocks = _Blocks(x.shape[0], group_sizes)
     filled = blocks.fill(x)
 

@@ -30,7 +30,7 @@ def grouped_matmul_gpu(
 
     Args:
       x: [N, D], rows sorted by group, of a size that `fits`.
-      kernels: [E, D, F] in the dtype of x.
+      kernels: [E, D, F] in the dtype of x, or of eight bits: each tile is converted on its way in.
       group_sizes: [E] int32, rows of each group; rows behind their sum are not written.
       interpret: runs the kernel on any platform, slowly.
 
@@ -130,7 +130,7 @@ def _kernel(
                 mask=jnp.broadcast_to(inside[:, None], (rows, INNER)),
                 other=0,
             )
-            right = plgpu.load(kernels.at[expert, inner, own])
+            right = plgpu.load(kernels.at[expert, inner, own]).astype(left.dtype)
             return total + _dot(left, right)
 
         nothing = jnp.zeros((rows, columns), jnp.float32)

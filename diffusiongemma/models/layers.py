@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -103,6 +104,16 @@ contract.defvjp(_contract_forward, _contract_backward)
 WEIGHT_PRODUCT = 'weight_product'
 
 
+def is_quantized(kernel: Any) -> bool:
+    """Whether it is a `qwix.QArray` (`models/quantization.py`)."""
+    return hasattr(kernel, 'qvalue')
+
+
+def as_operand(kernel: Any, dtype: jnp.dtype) -> Any:
+    """The weights as products take them: in `dtype`, or quantized as they are."""
+    return kernel if is_quantized(kernel) else kernel.astype(dtype)
+
+
 def project(
     equation: str, x: jax.Array, kernel: jax.Array, output_major: bool = False
 ) -> jax.Array:
@@ -110,13 +121,22 @@ def project(
 
     Args:
       equation: as for `contract`, its kernel with the inputs in front.
-      x: of any float dtype.
-      kernel: laid out as `kernel_param` returns it.
+      x: of any float dtype; the product is taken in it.
+      kernel: laid out as `kernel_param` returns it; of any float dtype, or quantized.
       output_major: as given there.
     """
+    kernel = as_operand(kernel, x.dtype)
     if output_major:
         return _project_output_major(equation, x, kernel)
-    return checkpoint_name(contract(equation, x, kernel), WEIGHT_PRODUCT)
+    return checkpoint_name(_multiply(equation, x, kernel), WEIGHT_PRODUCT)
+
+
+def _multiply(equation: str, x: jax.Array, kernel: Any) -> jax.Array:
+    if is_quantized(kernel):
+        import qwix  # a third of a second, which other models do without
+
+        return qwix.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
+    return contract(equation, x, kernel)
 
 
 # Up to so many rows XLA's float32 products on CPUs are up to 3 times faster as weights times rows;
@@ -124,7 +144,7 @@ def project(
 FEW_ROWS = 64
 
 
-def _project_output_major(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _project_output_major(equation: str, x: jax.Array, kernel: Any) -> jax.Array:
     of_x, of_kernel, of_result = re.split(',|->', equation)
     inputs = ''.join(index for index in of_kernel if index in of_x)
     outputs = ''.join(index for index in of_kernel if index not in of_x)
@@ -134,12 +154,12 @@ def _project_output_major(equation: str, x: jax.Array, kernel: jax.Array) -> jax
     # As matrices: given several axes of inputs XLA sorts them anew, and copies the kernel for it.
     x = x.transpose([of_x.index(index) for index in rows + inputs])
     x = x.reshape(math.prod(sizes[index] for index in rows), -1)
-    kernel = kernel.reshape(-1, x.shape[1])
-    if len(x) <= FEW_ROWS and x.dtype != jnp.bfloat16:
+    kernel = kernel.reshape(math.prod(sizes[index] for index in outputs), x.shape[1])
+    if len(x) <= FEW_ROWS and x.dtype == jnp.float32 and not is_quantized(kernel):
         # Without the barrier XLA turns the product round, so that it need not be transposed.
         product = jax.lax.optimization_barrier(contract('oi,ri->or', kernel, x)).T
     else:
-        product = contract('ri,oi->ro', x, kernel)
+        product = _multiply('ri,oi->ro', x, kernel)
     product = product.reshape([sizes[index] for index in rows + outputs])
     return product.transpose([(rows + outputs).index(index) for index in of_result])
 
@@ -185,10 +205,10 @@ class GatedMLP(nn.Module):
         # As one matrix of tokens: contracting several leading axes, as the gradients of the
         # kernels would, makes XLA transpose the hidden layer on CPUs, which doubles the time.
         tokens = x.reshape(-1, self.width)
-        gate = project('td,df->tf', tokens, self.gate.astype(self.dtype), self.output_major)
-        up = project('td,df->tf', tokens, self.up.astype(self.dtype), self.output_major)
+        gate = project('td,df->tf', tokens, self.gate, self.output_major)
+        up = project('td,df->tf', tokens, self.up, self.output_major)
         hidden = (nn.gelu(gate, approximate=True) * up).astype(self.dtype)
-        output = project('tf,fd->td', hidden, self.down.astype(self.dtype), self.output_major)
+        output = project('tf,fd->td', hidden, self.down, self.output_major)
         return output.astype(self.dtype).reshape(x.shape)
 
 

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 from diffusiongemma.models.config import MoEConfig
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.expert_parallel import experts_on_mesh, grouped_mlps
-from diffusiongemma.models.layers import kernel_init, logical_param, rms_normalize
+from diffusiongemma.models.layers import (
+    as_operand,
+    kernel_init,
+    logical_param,
+    rms_normalize,
+)
 
 
 class Router(nn.Module):
@@ -56,7 +61,9 @@ class Experts(nn.Module):
 
     def __call__(self, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
         """x [B, M, T, D], routing weights and expert ids [B, M, T, k] -> [B, M, T, D]."""
-        kernels = tuple(kernel.astype(self.dtype) for kernel in (self.gate, self.up, self.down))
+        kernels = tuple(
+            as_operand(kernel, self.dtype) for kernel in (self.gate, self.up, self.down)
+        )
         if self.execution.mesh is not None:
             return experts_on_mesh(x, weights, experts, kernels, self.execution)
         token = jnp.arange(experts.size) // experts.shape[-1]  # of each pair with an expert
