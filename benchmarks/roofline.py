@@ -142,7 +142,8 @@ def pass_cost(
         attention = config.attention(layer)
         seen = min(prefix, attention.window or prefix) + block
         flops += 4.0 * config.num_heads * attention.head_dim * seen * tokens
-    moved = touched * (1 if _WEIGHTS.value else itemsize)
+    kernel_size = 1 if _WEIGHTS.value else itemsize
+    moved = touched * kernel_size
     moved += batch * cache_bytes(config, prefix, dtype) if prefix else 0
     unembedded = {'encode': 0, 'token': batch, 'denoise': tokens}[kind]
     if unembedded:
@@ -150,8 +151,7 @@ def pass_cost(
         moved += weights.embedding * itemsize + 2 * 4 * unembedded * config.vocab_size
     if kind == 'denoise':
         flops += 2.0 * (weights.embedding + weights.self_conditioning) * tokens
-        moved += weights.embedding * itemsize
-        moved += weights.self_conditioning * (1 if _WEIGHTS.value else itemsize)
+        moved += weights.embedding * itemsize + weights.self_conditioning * kernel_size
         moved += 4 * unembedded * config.vocab_size  # the logits again, for the soft embeddings
     return Cost(flops, moved)
 

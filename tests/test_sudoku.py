@@ -240,7 +240,7 @@ def test_bad_arguments_are_named():
 
 
 def test_the_shipped_student_solves_puzzles_that_its_teacher_does_not():
-    puzzles = [sudoku.generate(index, 'test') for index in range(16)]
+    puzzles = [sudoku.generate(index, 'test') for index in range(32)]
     solved = {}
     for name, mode in (('builtin-teacher', 'autoregressive'), ('builtin-sudoku', 'diffusion')):
         model, params, tokenizer = load_model(name)
@@ -261,4 +261,4 @@ def test_the_shipped_student_solves_puzzles_that_its_teacher_does_not():
         )
         right = map(sudoku.check, (puzzle['prompt'] for puzzle in puzzles), texts)
         solved[mode] = sum(right)
-    assert solved['diffusion'] > 2 > solved['autoregressive'], solved
+    assert solved['diffusion'] > 4 > solved['autoregressive'], solved

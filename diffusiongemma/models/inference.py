@@ -3,6 +3,7 @@
 Checkpoints and training are of stacked layers with the inputs of each kernel in front.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -90,17 +91,31 @@ def output_major_kernels(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     if model.config.output_major:
         raise ValueError('the kernels of this model have their outputs in front already.')
 
-    def turned(node: dict, kernels: dict[str, tuple[int, int]]) -> dict:
+    turned = map_kernels(_outputs_first, KERNELS, params)
+    return model.clone(config=model.config.replace(output_major=True)), turned
+
+
+def map_kernels(
+    change: Callable[[Any, int, int], Any], table: Mapping[str, dict], params: dict
+) -> dict:
+    """The parameters with `change(kernel, inputs, outputs)` in place of each kernel of a table.
+
+    Args:
+      change: of a kernel and how many axes of inputs and of outputs it has.
+      table: like `KERNELS`.
+      params: nested dict of arrays.
+    """
+
+    def visit(node: dict, kernels: dict[str, tuple[int, int]]) -> dict:
         made = {}
         for name, child in node.items():
             if name in kernels:
-                made[name] = _outputs_first(child, *kernels[name])
+                made[name] = change(child, *kernels[name])
             else:
-                inside = KERNELS.get(name, {})
-                made[name] = turned(child, inside) if isinstance(child, dict) else child
+                made[name] = visit(child, table.get(name, {})) if isinstance(child, dict) else child
         return made
 
-    return model.clone(config=model.config.replace(output_major=True)), turned(params, {})
+    return visit(params, {})
 
 
 def _outputs_first(kernel: Any, inputs: int, outputs: int) -> jax.Array:

@@ -1,16 +1,17 @@
 """Weights of eight bits for sampling: a pass reads half of what it reads of bfloat16."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.models.inference import KERNELS
+from diffusiongemma.models.inference import KERNELS, map_kernels
 from diffusiongemma.models.layers import is_quantized
 from diffusiongemma.models.transformer import Gemma
 
 WEIGHT_DTYPES = {'int8': jnp.int8, 'fp8': jnp.float8_e4m3fn}
-EXPERTS = {'experts': {'gate': (1, 1), 'up': (1, 1), 'down': (1, 1)}}
+EXPERTS = {'experts': KERNELS['mlp']}
 
 
 def quantize_weights(model: Gemma, params: dict, weights: str) -> dict:
@@ -50,17 +51,6 @@ def quantize_weights(model: Gemma, params: dict, weights: str) -> dict:
             kernel.astype(jnp.float32), qtype=WEIGHT_DTYPES[weights], channelwise_axes=kept
         )
 
-    def visit(node: dict, kernels: dict[str, tuple[int, int]], output_major: bool) -> dict:
-        made = {}
-        for name, child in node.items():
-            if name in kernels:
-                made[name] = quantized(child, *kernels[name], output_major)
-            elif name in EXPERTS:  # their outputs are never in front
-                made[name] = visit(child, EXPERTS[name], False)
-            elif isinstance(child, dict):
-                made[name] = visit(child, KERNELS.get(name, {}), output_major)
-            else:
-                made[name] = child
-        return made
-
-    return visit(params, {}, model.config.output_major)
+    dense = functools.partial(quantized, output_major=model.config.output_major)
+    experts = functools.partial(quantized, output_major=False)  # in every layout
+    return map_kernels(experts, EXPERTS, map_kernels(dense, KERNELS, params))
