@@ -1,5 +1,7 @@
 """Grouped-query attention over a shared prefix and the block of tokens itself."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,9 @@ from diffusiongemma.models.layers import (
 )
 from diffusiongemma.models.masks import AttentionMask, CausalMask
 
+# Up to so many queries of a head of keys XLA's programs for CPUs turn the keys of a prefix, a copy
+# of the cache, which takes up to 7 times as long as the product with the keys in front.
+FEW_QUERIES = 32
 MASKED_SCORE = -1e30  # finite, so that a row without visible keys stays free of NaN
 
 
@@ -101,8 +106,8 @@ class Attention(nn.Module):
         if isinstance(mask, CausalMask) and fits(*shapes, self.execution):
             context = attend_fused(query, block_kv, mask, self.execution)
         else:
-            query_block = self.execution.query_block
-            context = attend_in_blocks(query, block_kv, prefix_kv, mask, query_block)
+            query_block, keys_first = self.execution.query_block, self.config.output_major
+            context = attend_in_blocks(query, block_kv, prefix_kv, mask, query_block, keys_first)
         output = self._project('bmtnh,nhd->bmtd', context, self.output)
         return output.astype(self.dtype)
 
@@ -116,6 +121,7 @@ def attend_in_blocks(
     prefix_kv: tuple[jax.Array, jax.Array],
     mask: AttentionMask | CausalMask,
     query_block: int,
+    keys_first: bool = False,
 ) -> jax.Array:
     """`attend` for some queries at a time, whose scores and mask alone are in memory.
 
@@ -128,13 +134,14 @@ def attend_in_blocks(
       prefix_kv: [B, K, S, H] each; S may be 0.
       mask: who sees whom; a `CausalMask` only where there is more than one part.
       query_block: most queries of a block at a time; 0 for all.
+      keys_first: as for `attend`.
 
     Returns:
       [B, M, T, N, H] in the query's dtype.
     """
     length = query.shape[2]
     if not in_parts(length, query_block):
-        return attend(query, block_kv, prefix_kv, mask)
+        return attend(query, block_kv, prefix_kv, mask, keys_first)
     count = -(-length // query_block)
     size = -(-length // count)
     padded = jnp.pad(query, [(0, 0), (0, 0), (0, count * size - length), (0, 0), (0, 0)])
@@ -143,7 +150,7 @@ def attend_in_blocks(
 
     def part(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         query, index = args
-        return attend(query, block_kv, prefix_kv, mask.rows(index))
+        return attend(query, block_kv, prefix_kv, mask.rows(index), keys_first)
 
     part = jax.checkpoint(part, prevent_cse=False)
     context = jax.lax.map(part, (jnp.moveaxis(parts, 3, 0), index.T))
@@ -160,6 +167,7 @@ def attend(
     block_kv: tuple[jax.Array, jax.Array],
     prefix_kv: tuple[jax.Array, jax.Array],
     mask: AttentionMask,
+    keys_first: bool = False,
 ) -> jax.Array:
     """Softmax attention over prefix and block without joining their keys in memory.
 
@@ -168,6 +176,8 @@ def attend(
       block_kv: [B, K, M, L, H] each; L is T, or more where these are some of L queries.
       prefix_kv: [B, K, S, H] each; S may be 0.
       mask: who sees whom.
+      keys_first: few float32 queries meet the prefix as keys times queries, which on CPUs is
+        faster (`output_major_kernels` does the same with weights).
 
     Returns:
       [B, M, T, N, H] in the query's dtype.
@@ -188,7 +198,9 @@ def attend(
     scores = contract('bkmrh,bkmsh->bkmrs', query, block_key)
     scores = visible_scores(scores, mask.block)
     if prefix_length:
-        prefix_scores = contract('bkmrh,bksh->bkmrs', query, prefix_key)
+        few = keys_first and m * n // k * t <= FEW_QUERIES and query.dtype == jnp.float32
+        score = _scores_keys_first if few else functools.partial(contract, 'bkmrh,bksh->bkmrs')
+        prefix_scores = score(query, prefix_key)
         scores = jnp.concatenate([visible_scores(prefix_scores, mask.prefix), scores], axis=-1)
     probs = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     probs = probs.reshape(b, k, m, n // k * t, -1)
@@ -197,3 +209,12 @@ def attend(
         context += contract('bkmrs,bksh->bkmrh', probs[..., :prefix_length], prefix_value)
     context = context.reshape(b, k, m, n // k, t, h).transpose(0, 2, 4, 1, 3, 5)
     return context.astype(query.dtype).reshape(b, m, t, n, h)
+
+
+def _scores_keys_first(query: jax.Array, key: jax.Array) -> jax.Array:
+    """[B, K, M, R, H], [B, K, S, H] -> [B, K, M, R, S] float32."""
+    b, k, m, r, h = query.shape
+    # Without the barrier XLA turns the product round, so that it need not be transposed.
+    scores = contract('bksh,bkrh->bksr', key, query.reshape(b, k, m * r, h))
+    scores = jax.lax.optimization_barrier(scores).swapaxes(2, 3)
+    return scores.reshape(b, k, m, r, -1)

@@ -1,8 +1,9 @@
 """Keys and values: of a block of tokens, of a prefix to attend to, and the K/V cache.
 
-`KV` is a pair (groups, tail). `groups` has one (key, value) pair for each position of the
-layer pattern, stacked over its G repetitions: [G, B, K, S, H]. `tail` has one pair for each
-leftover layer: [B, K, S, H]. Heads stand in front of tokens, as the products of attention want
+`KV` is a pair (stacked, single). Of scanned layers `stacked` has one (key, value) pair for each
+position of the layer pattern, stacked over its G repetitions: [G, B, K, S, H]. `single` has one
+pair for each other layer, [B, K, S, H]: the leftover ones of a scan, or all layers without one,
+which read them where they lie. Heads stand in front of tokens, as the products of attention want
 them. Keys are stored after their norm and rotary embedding. Layers that share the keys and values
 of an earlier one have none here.
 """
@@ -43,18 +44,18 @@ def zeros_kv(config: ModelConfig, batch_size: int, slots: dict[str, int], dtype:
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     stack = config.kv_layers
-    groups = tuple(pair(kind, stack.num_groups) for kind in stack.pattern)
-    return groups, tuple(pair(kind) for kind in stack.tail)
+    stacked = tuple(pair(kind, stack.num_groups) for kind in stack.stacked)
+    return stacked, tuple(pair(kind) for kind in stack.single)
 
 
 def last_kv(config: ModelConfig, kv: KV, kind: str) -> tuple[jax.Array, jax.Array]:
     """Keys and values of the last layer of a type that has its own, [B, K, ..., H] each."""
-    (groups, tail), stack = kv, config.kv_layers
-    for pair, tail_kind in zip(reversed(tail), reversed(stack.tail), strict=True):
-        if tail_kind == kind:
+    (stacked, single), stack = kv, config.kv_layers
+    for pair, single_kind in zip(reversed(single), reversed(stack.single), strict=True):
+        if single_kind == kind:
             return pair
-    slot = max(i for i, slot_kind in enumerate(stack.pattern) if slot_kind == kind)
-    key, value = groups[slot]
+    slot = max(i for i, slot_kind in enumerate(stack.stacked) if slot_kind == kind)
+    key, value = stacked[slot]
     return key[-1], value[-1]
 
 
@@ -98,8 +99,8 @@ class Prefix:
 
     def tokens_by_kind(self, config: ModelConfig) -> dict[str, KeyTokens]:
         """The tokens behind the keys of the layers of each type."""
-        (groups, tail), stack = self.kv, config.kv_layers
-        pairs = zip((*stack.pattern, *stack.tail), (*groups, *tail), strict=True)
+        (stacked, single), stack = self.kv, config.kv_layers
+        pairs = zip((*stack.stacked, *stack.single), (*stacked, *single), strict=True)
         return {kind: self.key_tokens(key.shape[-2]) for kind, (key, _) in pairs}
 
 

@@ -77,17 +77,19 @@ class PerLayerConfig:
 class LayerStack:
     """Consecutive layers that differ in nothing but their type.
 
-    Whole repetitions of a pattern are scanned; what is left over is applied one by one.
+    Whole repetitions of a pattern share code; what is left over is applied one by one.
 
     Attributes:
       first: number of its first layer in the model.
       types: 'sliding' or 'full' for each layer.
       shares_kv: the layers attend to keys and values of earlier ones and have none themselves.
+      scanned: the repetitions are one loop over stacked parameters, keys and values.
     """
 
     first: int
     types: tuple[str, ...]
     shares_kv: bool = False
+    scanned: bool = True
 
     @property
     def pattern(self) -> tuple[str, ...]:
@@ -100,7 +102,7 @@ class LayerStack:
 
     @property
     def num_groups(self) -> int:
-        """G, whole repetitions of the pattern: these layers are scanned."""
+        """G, whole repetitions of the pattern."""
         return len(self.types) // len(self.pattern) if self.types else 0
 
     @property
@@ -112,6 +114,16 @@ class LayerStack:
     def tail_first(self) -> int:
         """Number of the first tail layer in the model."""
         return self.first + len(self.types) - len(self.tail)
+
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        """Layer types whose keys and values are stacked, [G, ...] for each: those of a scan."""
+        return self.pattern if self.scanned else ()
+
+    @property
+    def single(self) -> tuple[str, ...]:
+        """Layer types whose keys and values are arrays of their own."""
+        return self.tail if self.scanned else self.types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,13 +262,15 @@ class ModelConfig:
     @property
     def kv_layers(self) -> LayerStack:
         """The layers with keys and values of their own: what a K/V cache holds."""
-        return LayerStack(0, self.layer_types[: self.num_layers - self.num_kv_shared_layers])
+        own = self.layer_types[: self.num_layers - self.num_kv_shared_layers]
+        return LayerStack(0, own, scanned=self.scan_layers)
 
     @property
     def kv_shared_layers(self) -> LayerStack:
         """The layers behind them, which share their keys and values."""
         first = self.num_layers - self.num_kv_shared_layers
-        return LayerStack(first, self.layer_types[first:], shares_kv=True)
+        types = self.layer_types[first:]
+        return LayerStack(first, types, shares_kv=True, scanned=self.scan_layers)
 
     @property
     def autoregressive(self) -> 'ModelConfig':

@@ -166,14 +166,13 @@ class LayerGroup(nn.Module):
 def layer_inputs(
     stack: LayerStack, prefix_kv: KV | None, per_layer: jax.Array | None
 ) -> tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]]:
-    """Inputs of the scanned layers (for each place of the pattern, G in front) and of the tail.
+    """Inputs of scanned layers (for each place of the pattern, G in front) and of the single ones.
 
     Args:
       stack: the layers.
       prefix_kv: their keys and values of the prefix, or None where they have none.
       per_layer: [B, M, T, all layers, P], or None.
     """
-    period = len(stack.pattern)
 
     def per_layer_of(layers: slice | int) -> jax.Array | None:
         if per_layer is None:
@@ -182,13 +181,15 @@ def layer_inputs(
             return per_layer[..., layers, :]
         return jnp.moveaxis(per_layer[..., layers, :], -2, 0)  # [G, B, M, T, P]
 
-    groups_kv, tail_kv = prefix_kv or ((None,) * period, (None,) * len(stack.tail))
-    groups = tuple(
-        LayerInput(kv, per_layer_of(slice(stack.first + i, stack.tail_first, period)))
-        for i, kv in enumerate(groups_kv)
+    period, end = len(stack.stacked), stack.first + len(stack.types)
+    stacked_kv, single_kv = prefix_kv or ((None,) * period, (None,) * len(stack.single))
+    first_single = end - len(stack.single)
+    stacked = tuple(
+        LayerInput(kv, per_layer_of(slice(stack.first + i, first_single, period)))
+        for i, kv in enumerate(stacked_kv)
     )
-    tail = tuple(LayerInput(kv, per_layer_of(stack.tail_first + i)) for i, kv in enumerate(tail_kv))
-    return groups, tail
+    single = tuple(LayerInput(kv, per_layer_of(first_single + i)) for i, kv in enumerate(single_kv))
+    return stacked, single
 
 
 class Backbone(nn.Module):
@@ -237,7 +238,8 @@ class Backbone(nn.Module):
         fields: dict[str, Any] = {'config': self.config, 'which': which, 'dtype': self.dtype}
         fields |= {'execution': self.execution, 'shares_kv': stack.shares_kv}
         name = 'shared_{}' if stack.shares_kv else '{}'
-        group_inputs, tail_inputs = given
+        stacked, single = given
+        stacked_kv, single_kv = (), []
         if self.config.scan_layers:
             scanned = nn.scan(
                 LayerGroup,
@@ -248,19 +250,18 @@ class Backbone(nn.Module):
                 metadata_params={nn.PARTITION_NAME: 'layers'},
             )
             groups = scanned(kinds=stack.pattern, **fields, name=name.format('layers'))
-            x, block_groups = groups(x, group_inputs, context)
+            x, stacked_kv = groups(x, stacked, context)
         else:
-            made = []
             for g in range(stack.num_groups):
                 own = LayerGroup(kinds=stack.pattern, **fields, name=name.format(f'layers_{g}'))
-                x, kv = own(x, jax.tree.map(lambda leaf, g=g: leaf[g], group_inputs), context)
-                made.append(kv)
-            block_groups = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
-        block_tail = ()
+                period = len(stack.pattern)
+                x, kv = own(x, single[g * period : (g + 1) * period], context)
+                single_kv += kv
         if stack.tail:
             tail = LayerGroup(kinds=stack.tail, **fields, name=name.format('tail'))
-            x, block_tail = tail(x, tail_inputs, context)
-        return x, (block_groups, block_tail)
+            x, kv = tail(x, single[-len(stack.tail) :], context)
+            single_kv += kv
+        return x, (stacked_kv, tuple(single_kv))
 
 
 def rope_by_kind(config: ModelConfig, positions: jax.Array) -> dict:
