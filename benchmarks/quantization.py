@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
-from timing import milliseconds, pass_programs
+from timing import pass_milliseconds, pass_programs
 
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
@@ -64,7 +64,7 @@ def pass_times(model, params, tokenizer, prompt: list[int]) -> dict[str, float]:
     config = SamplingConfig.for_tokenizer(tokenizer, temperature=0.0)
     first = pad_prompts([prompt], tokenizer.pad_id)
     programs = pass_programs(model, params, config, *first, PASSES)
-    return {name: np.median(milliseconds(program, PASSES)) for name, program in programs.items()}
+    return pass_milliseconds(programs, PASSES)
 
 
 def main(argv: list[str]) -> None:

@@ -12,14 +12,16 @@ device, and the time measured divided by the limit. On one H200, the full 26B-A4
     python benchmarks/roofline.py --preset=diffusiongemma_26b_a4b --random_weights --device=H200 \
         --prefix=4096
 
-The peaks of a CPU are measured: the rate of a large product, and how fast the product of a matrix as
-large as the weights (small ones stay in its cache) with one vector reads it.
+The peaks of a CPU are measured: the rate of a large product, and how fast the product of a matrix
+as large as the weights (small ones stay in its cache) with one vector reads it. Peaks are the best
+of several times, passes the median; they take turns.
 """
 
 import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ from absl import flags
 from flax.traverse_util import unflatten_dict
 from rich.console import Console
 from rich.table import Table
-from timing import milliseconds, pass_programs, seconds
+from timing import pass_programs, seconds_in_turns
 
 from diffusiongemma import run_config
 from diffusiongemma.accounting.devices import figures_named
@@ -174,34 +176,44 @@ def named_device(name: str) -> Device:
     return Device(figures.peak_flops, figures.hbm_bandwidth)
 
 
-def measured_device(dtype: jnp.dtype, num_bytes: int) -> Device:
-    """Peaks of the first local device: of a large product, and of one that reads its weights once.
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """Programs for the peaks of the first local device: of products, of reading weights once.
 
     Passes read weights and do not write them, so that neither a copy nor a change in place, which
     writes as much as it reads, measures what bounds them.
     """
-    size = 2048
-    product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
-    matrix = jnp.ones((size, size), dtype)
-    weights, vector = jnp.ones((num_bytes // (4 * size), size), jnp.float32), jnp.ones((size,))
-    return Device(
-        2 * size**3 / seconds(lambda: product(matrix, matrix)).min(),
-        weights.nbytes / seconds(lambda: product(weights, vector)).min(),
-    )
+
+    dtype: jnp.dtype
+    num_bytes: int
+    size: int = 2048
+
+    def programs(self) -> dict[str, Callable]:
+        product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
+        matrix, vector = jnp.ones((self.size, self.size), self.dtype), jnp.ones((self.size,))
+        weights = jnp.ones((self.num_bytes // (4 * self.size), self.size), jnp.float32)
+        return {
+            'products': functools.partial(product, matrix, matrix),
+            'reading': functools.partial(product, weights, vector),
+        }
+
+    def device(self, seconds: dict[str, np.ndarray]) -> Device:
+        flops = 2 * self.size**3 / seconds['products'].min()
+        return Device(flops, self.num_bytes / seconds['reading'].min())
 
 
-def measured_passes(model, params, batch: int, prefix: int) -> dict[str, float]:
-    """Milliseconds of each pass, the best of several times."""
+def programs_to_measure(model, params, batch: int, prefix: int) -> dict[str, Callable]:
+    """A program for each pass: one prefill, `PASSES` of every other."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, model.config.vocab_size, (batch, prefix), np.int32)
     lengths = np.full((batch,), prefix, np.int32)
     config = SamplingConfig(max_new_tokens=1, max_denoising_steps=10**6, temperature=0.0)
     prefill = jax.jit(prefilled, static_argnums=(0, 1))
     args = (params, jnp.asarray(prompts), jnp.asarray(lengths), jax.random.key(0), Controls())
-    times = {'prefill': 1e3 * seconds(lambda: prefill(model, config, *args)).min()}
-    for name, program in pass_programs(model, params, config, prompts, lengths, PASSES).items():
-        times[name] = milliseconds(program, PASSES).min()
-    return {name: float(value) for name, value in times.items()}
+    return {
+        'prefill': lambda: prefill(model, config, *args),
+        **pass_programs(model, params, config, prompts, lengths, PASSES),
+    }
 
 
 def random_model(config: ModelConfig, dtype: jnp.dtype) -> tuple[DiffusionGemma, dict]:
@@ -260,9 +272,14 @@ def main(argv: list[str]) -> None:
     if found and _WEIGHTS.value:
         model, params = found
         found = model, quantize_weights(model, params, _WEIGHTS.value)
-    measured = measured_passes(*found, batch, prefix) if found else {}
-    num_bytes = parameter_counts(config).total * dtype.itemsize
-    device = named_device(_DEVICE.value) if _DEVICE.value else measured_device(dtype, num_bytes)
+    programs = programs_to_measure(*found, batch, prefix) if found else {}
+    peaks = Peaks(dtype, parameter_counts(config).total * dtype.itemsize)
+    times = seconds_in_turns(programs | ({} if _DEVICE.value else peaks.programs()))
+    taken = {
+        label: 1e3 * float(np.median(times[label])) / (1 if label == 'prefill' else PASSES)
+        for label in programs
+    }
+    device = named_device(_DEVICE.value) if _DEVICE.value else peaks.device(times)
     name = _DEVICE.value or f'{jax.devices()[0].device_kind}, peaks measured'
     table = Table(
         'pass', 'GFLOP', 'MB', 'limited by', 'limit ms', 'measured ms', 'measured / limit',
@@ -270,7 +287,7 @@ def main(argv: list[str]) -> None:
         f'batch {batch}, prefix {prefix}, canvas {config.canvas_length}: {name} '
         f'({device.flops / 1e9:,.0f} GFLOP/s, {device.bandwidth / 1e9:,.0f} GB/s)',
     )  # fmt: skip
-    limits, taken = {}, measured
+    limits = {}
     for label, cost in costs(config, batch, prefix, dtype).items():
         limits[label] = limit = 1e3 * cost.seconds(device)
         by_compute = cost.flops / device.flops >= cost.bytes / device.bandwidth

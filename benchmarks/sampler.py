@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
-from timing import milliseconds, pass_programs
+from timing import pass_milliseconds, pass_programs
 
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
@@ -73,10 +73,7 @@ def main(argv: list[str]) -> None:
         batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
         first = pad_prompts(batches[0], tokenizer.pad_id, multiple=PROMPT_WIDTH)
         programs = pass_programs(model, params, config, *first, PASSES)
-        times = {
-            name: float(np.median(milliseconds(program, PASSES, _REPETITIONS.value)))
-            for name, program in programs.items()
-        }
+        times = pass_milliseconds(programs, PASSES, _REPETITIONS.value)
         for name, value in times.items():
             ratio = value / times['autoregressive token']
             costs.add_row(str(size), name, f'{value:.2f}', f'{ratio:.2f}x')

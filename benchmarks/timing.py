@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,30 @@ from diffusiongemma.sampling.sampler import prefilled
 
 def seconds(run: Callable, repetitions: int = 9) -> np.ndarray:
     """Times [repetitions] of `run()`, until its result is ready; one run before compiles."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
+    return seconds_in_turns({'': run}, repetitions)['']
+
+
+def seconds_in_turns(
+    programs: Mapping[str, Callable], repetitions: int = 9
+) -> dict[str, np.ndarray]:
+    """`seconds` of each program; they take turns, so that a slow spell of the machine hits all."""
+    for run in programs.values():
         jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return np.array(times)
+    times = {name: [] for name in programs}
+    for _ in range(repetitions):
+        for name, run in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+    return {name: np.array(taken) for name, taken in times.items()}
 
 
-def milliseconds(program: Callable, count: int, repetitions: int = 9) -> np.ndarray:
-    """Times [repetitions] of each of the `count` passes of a program."""
-    return 1e3 * seconds(program, repetitions) / count
+def pass_milliseconds(
+    programs: Mapping[str, Callable], count: int, repetitions: int = 9
+) -> dict[str, float]:
+    """Median time of one of the `count` passes of each program (`pass_programs`)."""
+    times = seconds_in_turns(programs, repetitions)
+    return {name: 1e3 * float(np.median(taken)) / count for name, taken in times.items()}
 
 
 def spread(ratios: np.ndarray) -> str:
