@@ -269,11 +269,13 @@ def main(argv: list[str]) -> None:
                         {'model': name, 'canvas': canvas_length, 'prefix': prefix, 'pass': label}
                         | row
                     )
-                    table.add_row(
+                    cells = (
                         name, str(canvas_length), str(prefix), label,
                         f'{row["ours_ms"]:.1f}', f'{row["theirs_ms"]:.1f}',
                         f'{row["ratio"]:.2f}x', '{:.2f}-{:.2f}'.format(*row['quartiles']),
                     )  # fmt: skip
+                    print(*cells, flush=True)  # the table comes when all are measured
+                    table.add_row(*cells)
     Console().print(table)
     print(json.dumps({'threads': int(_THREADS), 'compiled': _COMPILE.value, 'rows': results}))
 

@@ -39,7 +39,7 @@ def problem(routing, rows=ROWS, dtype=jnp.float32):
 
 
 def value_and_gradients(execution, config, kernels, x, weights, experts, dtype=jnp.float32):
-    module = Experts(WIDTH, config, dtype, execution)
+    module = Experts(WIDTH, config, dtype, execution=execution)
 
     def loss(kernels, x, weights):
         outputs = module.apply({'params': kernels}, x, weights, experts)
@@ -68,9 +68,21 @@ def test_tokens_that_cannot_be_split_are_computed_where_their_experts_are():
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize('axes', [None, {'expert': 4, 'tensor': 2}], ids=str)
+def test_kernels_with_their_outputs_in_front_are_the_same_experts(axes):
+    config, kernels, *given = problem('one')
+    turned = {name: kernel.swapaxes(1, 2) for name, kernel in kernels.items()}
+    execution = Execution(make_mesh(axes), LOGICAL_AXIS_RULES) if axes else Execution()
+    module = Experts(WIDTH, config, jnp.float32, True, execution)
+    found = jax.jit(module.apply)({'params': turned}, *given)
+    expected = jax.jit(Experts(WIDTH, config, jnp.float32).apply)({'params': kernels}, *given)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def compiled_text(axes):
     config, kernels, x, weights, experts = problem('random')
-    module = Experts(WIDTH, config, jnp.float32, Execution(make_mesh(axes), LOGICAL_AXIS_RULES))
+    execution = Execution(make_mesh(axes), LOGICAL_AXIS_RULES)
+    module = Experts(WIDTH, config, jnp.float32, execution=execution)
     apply = jax.jit(lambda k, *args: module.apply({'params': k}, *args))
     return apply.lower(kernels, x, weights, experts).compile().as_text()
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusiongemma.models import grouped, grouped_gpu
-from diffusiongemma.models.grouped import grouped_matmul
+from diffusiongemma.models.expert_parallel import grouped_mlps
+from diffusiongemma.models.grouped import grouped_matmul, mlps_by_blocks
 
 ROWS, WIDTH, OUT = 24, 5, 7
 
@@ -66,6 +67,22 @@ def test_both_routes_give_the_same(num_groups, dtype):
         found, expected = ours(x, other, sizes), theirs(x, other, sizes)
         assert found.dtype == expected.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, **tolerance)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 3), min_size=ROWS, max_size=ROWS), st.sampled_from([3, ROWS]))
+def test_whole_mlps_by_blocks_are_those_by_three_products(experts, num_pairs):
+    experts = experts[:num_pairs]
+    keys = jax.random.split(jax.random.key(0), 4)
+    gate, up = (jax.random.normal(key, (4, WIDTH, OUT)) for key in keys[:2])
+    down = jax.random.normal(keys[2], (4, OUT, WIDTH))
+    x = jax.random.normal(keys[3], (len(experts), WIDTH))
+    token = jnp.arange(len(experts), dtype=jnp.int32)[::-1]
+    expert = jnp.array(experts, jnp.int32)
+    expected = jax.jit(grouped_mlps)(x, token, expert, (gate, up, down))
+    turned = tuple(kernel.swapaxes(1, 2) for kernel in (gate, up, down))
+    found = jax.jit(mlps_by_blocks)(x, token, expert, turned)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize('sizes', [(0, 40, 0, 56), (3, 0, 5, 0), (24, 24, 24, 24)])

@@ -162,7 +162,7 @@ class ModelConfig:
         teacher's; a CPU without products of bfloat16 computes in float32 all the same.
       scan_layers: the layers are one compiled loop over stacked parameters; else each repetition
         of the pattern has parameters and code of its own (see `unroll_layers`).
-      output_major: kernels of dense layers are stored with their outputs in front (see
+      output_major: kernels of layers are stored with their outputs in front (see
         `output_major_kernels`).
       query_scale: factor on queries before the softmax. Gemma 4 uses 1.0.
       value_norm: RMS-normalise values (without scale).

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +11,7 @@ from diffusiongemma.models.grouped_gpu import fits, grouped_matmul_gpu, grouped_
 from diffusiongemma.models.layers import is_quantized
 
 LARGEST_BLOCK = 32
+LARGEST_BLOCK_OF_MLPS = 16  # as many float32 as a register of AVX512 holds
 
 
 def grouped_product(x: jax.Array, kernels: Any, group_sizes: jax.Array) -> jax.Array:
@@ -87,10 +89,10 @@ class _Blocks:
     one batched product. With fewer most groups have no rows, and no block.
     """
 
-    def __init__(self, num_rows: int, group_sizes: jax.Array):
+    def __init__(self, num_rows: int, group_sizes: jax.Array, largest: int = LARGEST_BLOCK):
         num_groups = group_sizes.shape[0]
         rows_per_group = max(1, 2 * num_rows // num_groups)
-        self.size = min(1 << (rows_per_group - 1).bit_length(), LARGEST_BLOCK)
+        self.size = min(1 << (rows_per_group - 1).bit_length(), largest)
         self.count = -(-num_rows // self.size) + num_groups  # at most
         in_front = int(num_rows >= num_groups)
         self.first = in_front * num_groups  # blocks in front
@@ -149,3 +151,60 @@ def _outer_by_blocks(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.
     else:
         total = jnp.zeros((group_sizes.shape[0], x.shape[1], y.shape[1]), jnp.float32)
     return jax.lax.fori_loop(blocks.first, blocks.used, add, total)
+
+
+def mlps_by_blocks(
+    x: jax.Array, token: jax.Array, expert: jax.Array, kernels: tuple[Any, Any, Any]
+) -> jax.Array:
+    """`expert_parallel.grouped_mlps` for sampling on CPUs, without a gradient.
+
+    All three products are of the same blocks, so that rows are laid out once, by gathers alone.
+
+    Args:
+      x: [t, D].
+      token: [n] int32, row of x of each pair.
+      expert: [n] int32 in [0, E), the expert of each pair.
+      kernels: gate and up [E, F, D], down [E, D, F]: outputs in front of inputs
+        (`ModelConfig.output_major`), in the dtype of x or quantized.
+
+    Returns:
+      [n, D] in the dtype of x, in the order of the pairs.
+    """
+    kernels = jax.tree.map(jnp.asarray, kernels)  # those of numpy have no traced index
+    num_experts = jax.tree.leaves(kernels)[0].shape[0]
+    order = jnp.argsort(expert)
+    sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
+    blocks = _Blocks(expert.size, sizes, LARGEST_BLOCK_OF_MLPS)
+    place = jnp.zeros_like(blocks.place).at[order].set(blocks.place, unique_indices=True)
+    nothing = jnp.full((blocks.count * blocks.size,), x.shape[0], token.dtype)
+    source = nothing.at[place].set(token, unique_indices=True)
+    filled = x.at[source].get(mode='fill', fill_value=0)
+    filled = filled.reshape(blocks.count, blocks.size, -1)
+
+    def add_block(i: jax.Array, outputs: jax.Array) -> jax.Array:
+        own = jax.tree.map(lambda leaf: leaf[blocks.group[i]], kernels)
+        return outputs.at[i - blocks.first].set(_gated_mlp(filled[i], own))
+
+    outputs = jnp.zeros((blocks.count - blocks.first, *filled.shape[1:]), jnp.float32)
+    outputs = jax.lax.fori_loop(blocks.first, blocks.used, add_block, outputs)
+    if blocks.first:
+        in_front = _gated_mlp(filled[: blocks.first], kernels)
+        outputs = jnp.concatenate([in_front, outputs])
+    return outputs.reshape(-1, x.shape[1])[place].astype(x.dtype)
+
+
+def _gated_mlp(x: jax.Array, kernels: tuple[Any, Any, Any]) -> jax.Array:
+    """[..., R, D], gate and up [..., F, D] and down [..., D, F] -> [..., R, D] float32."""
+    gate, up, down = kernels
+    x = x.swapaxes(-1, -2)  # [..., D, R], as is all that follows
+    hidden = nn.gelu(_times(gate, x), approximate=True) * _times(up, x)
+    return _times(down, hidden.astype(x.dtype)).swapaxes(-1, -2)
+
+
+def _times(kernel: Any, x: jax.Array) -> jax.Array:
+    """[..., O, I], [..., I, R] -> [..., O, R] float32, a quantized kernel in the dtype of x."""
+    if is_quantized(kernel):
+        return _times(kernel.qvalue.astype(x.dtype), x) * kernel.scale
+    product = _dot('...oi,...ir->...or', kernel, x)
+    # Without the barrier XLA turns the product of several rows round, which is slower here.
+    return jax.lax.optimization_barrier(product) if x.shape[-1] > 1 else product

@@ -13,9 +13,10 @@ from diffusiongemma.models.denoiser import DENOISER_ALONE, DiffusionGemma
 from diffusiongemma.models.transformer import Gemma
 
 STACKED = ('layers', 'shared_layers')
-# Kernels of dense layers, and how many axes of inputs they have in front, of outputs behind.
+# Kernels of layers, and how many axes of inputs they have in front, of outputs behind.
 KERNELS = {
     'mlp': {'gate': (1, 1), 'up': (1, 1), 'down': (1, 1)},
+    'experts': {'gate': (1, 1), 'up': (1, 1), 'down': (1, 1)},
     'attention': {'query': (1, 2), 'key': (1, 2), 'value': (1, 2), 'output': (2, 1)},
 }
 
@@ -77,9 +78,10 @@ def unroll_layers(model: Gemma, params: dict) -> tuple[Gemma, dict]:
 
 
 def output_major_kernels(model: Gemma, params: dict) -> tuple[Gemma, dict]:
-    """The same function with the outputs of each dense kernel in front of its inputs.
+    """The same function with the outputs of each kernel in front of its inputs.
 
     XLA's products on a CPU are up to three times faster so, where the rows are few (`FEW_ROWS`).
+    Routed experts have no gradient in this layout.
 
     Args:
       model: of any family, without `config.output_major`.

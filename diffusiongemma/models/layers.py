@@ -49,8 +49,9 @@ def kernel_param(
     inputs: dict[str, int],
     outputs: dict[str, int],
     output_major: bool,
+    maps: dict[str, int] | None = None,
 ) -> jax.Array:
-    """Declares the float32 weights of a linear map.
+    """Declares the float32 weights of a linear map, or of several.
 
     Args:
       module: whose parameter it is.
@@ -59,13 +60,13 @@ def kernel_param(
       inputs: size of each input axis by its logical name.
       outputs: the same of the outputs.
       output_major: whether the output axes are in front (`ModelConfig.output_major`).
+      maps: logical name and number of the maps, where there are several.
 
     Returns:
-      [*inputs, *outputs], or [*outputs, *inputs].
+      [*maps, *inputs, *outputs], or [*maps, *outputs, *inputs].
     """
-    first, last = (outputs, inputs) if output_major else (inputs, outputs)
-    shape = (*first.values(), *last.values())
-    return logical_param(module, name, init, shape, (*first, *last))
+    sizes = (maps or {}) | (outputs | inputs if output_major else inputs | outputs)
+    return logical_param(module, name, init, tuple(sizes.values()), tuple(sizes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from diffusiongemma.models.config import MoEConfig
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.expert_parallel import experts_on_mesh, grouped_mlps
+from diffusiongemma.models.grouped import mlps_by_blocks
 from diffusiongemma.models.layers import (
     as_operand,
     kernel_init,
+    kernel_param,
     logical_param,
     rms_normalize,
 )
@@ -50,14 +52,17 @@ class Experts(nn.Module):
     width: int
     config: MoEConfig
     dtype: jnp.dtype
+    output_major: bool = False
     execution: Execution = Execution()
 
     def setup(self):
-        d, f, e = self.width, self.config.expert_width, self.config.num_experts
-        axes_in, axes_out = ('experts', 'embed', 'expert_mlp'), ('experts', 'expert_mlp', 'embed')
-        self.gate = logical_param(self, 'gate', kernel_init(d), (e, d, f), axes_in)
-        self.up = logical_param(self, 'up', kernel_init(d), (e, d, f), axes_in)
-        self.down = logical_param(self, 'down', kernel_init(f), (e, f, d), axes_out)
+        d, f = {'embed': self.width}, {'expert_mlp': self.config.expert_width}
+        layout = (self.output_major, {'experts': self.config.num_experts})
+        init = kernel_init(self.width)
+        self.gate = kernel_param(self, 'gate', init, d, f, *layout)
+        self.up = kernel_param(self, 'up', init, d, f, *layout)
+        init = kernel_init(self.config.expert_width)
+        self.down = kernel_param(self, 'down', init, f, d, *layout)
 
     def __call__(self, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
         """x [B, M, T, D], routing weights and expert ids [B, M, T, k] -> [B, M, T, D]."""
@@ -65,9 +70,12 @@ class Experts(nn.Module):
             as_operand(kernel, self.dtype) for kernel in (self.gate, self.up, self.down)
         )
         if self.execution.mesh is not None:
+            if self.output_major:
+                kernels = tuple(kernel.swapaxes(1, 2) for kernel in kernels)
             return experts_on_mesh(x, weights, experts, kernels, self.execution)
         token = jnp.arange(experts.size) // experts.shape[-1]  # of each pair with an expert
-        outputs = grouped_mlps(x.reshape(-1, self.width), token, experts.reshape(-1), kernels)
+        mlps = mlps_by_blocks if self.output_major else grouped_mlps
+        outputs = mlps(x.reshape(-1, self.width), token, experts.reshape(-1), kernels)
         outputs = outputs.reshape(*experts.shape, self.width)
         return jnp.einsum('bmtkd,bmtk->bmtd', outputs, weights.astype(self.dtype))
 
@@ -79,11 +87,14 @@ class MoE(nn.Module):
     config: MoEConfig
     norm_eps: float
     dtype: jnp.dtype
+    output_major: bool = False
     execution: Execution = Execution()
 
     def setup(self):
         self.router = Router(self.width, self.config, self.norm_eps)
-        self.experts = Experts(self.width, self.config, self.dtype, self.execution)
+        self.experts = Experts(
+            self.width, self.config, self.dtype, self.output_major, self.execution
+        )
 
     def __call__(self, residual: jax.Array, normed: jax.Array) -> jax.Array:
         """residual [B, M, T, D] routes, normed [B, M, T, D] is what the experts see."""

@@ -1,6 +1,5 @@
 """Weights of eight bits for sampling: a pass reads half of what it reads of bfloat16."""
 
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ from diffusiongemma.models.layers import is_quantized
 from diffusiongemma.models.transformer import Gemma
 
 WEIGHT_DTYPES = {'int8': jnp.int8, 'fp8': jnp.float8_e4m3fn}
-EXPERTS = {'experts': KERNELS['mlp']}
 
 
 def quantize_weights(model: Gemma, params: dict, weights: str) -> dict:
@@ -41,16 +39,14 @@ def quantize_weights(model: Gemma, params: dict, weights: str) -> dict:
         raise ValueError('quantized weights are for one device, but this model is on a mesh.')
     quantize = jax.jit(qwix.quantize, static_argnames=('qtype', 'channelwise_axes'))
 
-    def quantized(kernel: Any, inputs: int, outputs: int, output_major: bool) -> Any:
+    def quantized(kernel: Any, inputs: int, outputs: int) -> Any:
         if is_quantized(kernel):
             raise ValueError('the weights are quantized already.')
-        last = kernel.ndim - (0 if output_major else outputs)
+        last = kernel.ndim - (0 if model.config.output_major else outputs)
         summed = range(last - inputs, last)
         kept = tuple(axis for axis in range(kernel.ndim) if axis not in summed)
         return quantize(
             kernel.astype(jnp.float32), qtype=WEIGHT_DTYPES[weights], channelwise_axes=kept
         )
 
-    dense = functools.partial(quantized, output_major=model.config.output_major)
-    experts = functools.partial(quantized, output_major=False)  # in every layout
-    return map_kernels(experts, EXPERTS, map_kernels(dense, KERNELS, params))
+    return map_kernels(quantized, KERNELS, params)

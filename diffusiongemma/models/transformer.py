@@ -97,8 +97,9 @@ class Layer(nn.Module):
         mlp = GatedMLP(config.width, ffn_width, self.dtype, config.output_major, name='mlp')
         update = mlp(norm('pre_ffn_norm', x))
         if config.moe is not None:
-            fields = (config.width, config.moe, config.norm_eps, self.dtype, self.execution)
-            routed = MoE(*fields, name='moe')(x, norm('pre_moe_norm', x))
+            fields = (config.width, config.moe, config.norm_eps, self.dtype)
+            moe = MoE(*fields, config.output_major, self.execution, name='moe')
+            routed = moe(x, norm('pre_moe_norm', x))
             update = norm('post_mlp_norm', update) + norm('post_moe_norm', routed)
         x = x + norm('post_ffn_norm', update)
         if config.per_layer is not None:
