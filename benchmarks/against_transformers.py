@@ -74,6 +74,7 @@ SIZES = {
     },
 }
 VOCAB_SIZES = {'dense': 16_384, 'moe': 16_384, 'gemma': 262_144}
+PREFILL_CHUNK = 512  # as long as the window of sliding layers (`SamplingConfig.prefill_chunk`)
 Passes = dict[str, Callable]
 PASSES = ('prefill', 'denoise step', 'commit', 'autoregressive token')
 
@@ -190,7 +191,9 @@ def our_passes(model, params, prompt: np.ndarray, canvas: np.ndarray, logits: np
     @jax.jit
     def prefill(params, prompt):
         cache = passes.empty_cache(model, params, batch_size, capacity)
-        hidden, cache = passes.prefill(model, params, cache, prompt, lengths, is_empty=True)
+        hidden, cache = passes.prefill(
+            model, params, cache, prompt, lengths, PREFILL_CHUNK, is_empty=True
+        )
         return head(params, hidden), cache
 
     @jax.jit
