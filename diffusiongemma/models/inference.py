@@ -3,7 +3,7 @@
 Checkpoints and training are of stacked layers with the inputs of each kernel in front.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -93,18 +93,15 @@ def output_major_kernels(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     if model.config.output_major:
         raise ValueError('the kernels of this model have their outputs in front already.')
 
-    turned = map_kernels(_outputs_first, KERNELS, params)
+    turned = map_kernels(_outputs_first, params)
     return model.clone(config=model.config.replace(output_major=True)), turned
 
 
-def map_kernels(
-    change: Callable[[Any, int, int], Any], table: Mapping[str, dict], params: dict
-) -> dict:
-    """The parameters with `change(kernel, inputs, outputs)` in place of each kernel of a table.
+def map_kernels(change: Callable[[Any, int, int], Any], params: dict) -> dict:
+    """The parameters with `change(kernel, inputs, outputs)` in place of each of the `KERNELS`.
 
     Args:
       change: of a kernel and how many axes of inputs and of outputs it has.
-      table: like `KERNELS`.
       params: nested dict of arrays.
     """
 
@@ -114,7 +111,8 @@ def map_kernels(
             if name in kernels:
                 made[name] = change(child, *kernels[name])
             else:
-                made[name] = visit(child, table.get(name, {})) if isinstance(child, dict) else child
+                inside = KERNELS.get(name, {})
+                made[name] = visit(child, inside) if isinstance(child, dict) else child
         return made
 
     return visit(params, {})

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.models.inference import KERNELS, map_kernels
+from diffusiongemma.models.inference import map_kernels
 from diffusiongemma.models.layers import is_quantized
 from diffusiongemma.models.transformer import Gemma
 
@@ -49,4 +49,4 @@ def quantize_weights(model: Gemma, params: dict, weights: str) -> dict:
             kernel.astype(jnp.float32), qtype=WEIGHT_DTYPES[weights], channelwise_axes=kept
         )
 
-    return map_kernels(quantized, KERNELS, params)
+    return map_kernels(quantized, params)

@@ -253,9 +253,9 @@ class Backbone(nn.Module):
             groups = scanned(kinds=stack.pattern, **fields, name=name.format('layers'))
             x, stacked_kv = groups(x, stacked, context)
         else:
+            period = len(stack.pattern)
             for g in range(stack.num_groups):
                 own = LayerGroup(kinds=stack.pattern, **fields, name=name.format(f'layers_{g}'))
-                period = len(stack.pattern)
                 x, kv = own(x, single[g * period : (g + 1) * period], context)
                 single_kv += kv
         if stack.tail:
