@@ -30,6 +30,7 @@ from diffusiongemma.distillation.stage1 import Stage1
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
 from diffusiongemma.distillation.step import Constants, make_distillation_step
 from diffusiongemma.models import DiffusionGemma, Gemma, ModelConfig, init_params
+from diffusiongemma.models.execution import Execution
 from diffusiongemma.sampling import TemperatureSchedule
 
 _DEPTHS = flags.DEFINE_list('depths', ['6', '30'], 'Layers, multiples of six.')
@@ -70,9 +71,10 @@ def measure(base: ModelConfig, tokenizer: Any, setting: Setting) -> dict[str, An
     config = base.replace(
         layer_types=PATTERN * (setting.depth // len(PATTERN)),
         canvas_length=_CANVAS.value,
-        scan_layers=setting.scan_layers,
     )
-    model, teacher = DiffusionGemma(config), Gemma(config.autoregressive)
+    execution = Execution(scan_layers=setting.scan_layers)
+    model = DiffusionGemma(config, execution=execution)
+    teacher = Gemma(config.autoregressive, execution=execution)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), 1000)
     step = make_distillation_step(
         model,

@@ -22,6 +22,7 @@ from timing import seconds
 from diffusiongemma import run_config
 from diffusiongemma.models import (
     AttentionConfig,
+    DenoiserConfig,
     DiffusionGemma,
     ModelConfig,
     MoEConfig,
@@ -59,7 +60,7 @@ def config_of(sizes: dict[str, int], routed: bool) -> ModelConfig:
         layer_types=tuple('full' if i % 6 == 5 else 'sliding' for i in range(sizes['depth'])),
         sliding=AttentionConfig(**attention, window=512),
         full=AttentionConfig(**attention, rope_theta=1e6, rope_fraction=0.25),
-        canvas_length=sizes['canvas'],
+        denoiser=DenoiserConfig(sizes['canvas']),
         moe=moe,
     )
 

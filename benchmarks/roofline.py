@@ -45,6 +45,7 @@ from diffusiongemma.models import (
     parameter_counts,
     quantize_weights,
 )
+from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.quantization import WEIGHT_DTYPES
 from diffusiongemma.sampling import Controls, SamplingConfig
 from diffusiongemma.sampling.sampler import prefilled
@@ -220,7 +221,8 @@ def programs_to_measure(model, params, batch: int, prefix: int) -> dict[str, Cal
 def random_model(config: ModelConfig, dtype: jnp.dtype) -> tuple[DiffusionGemma, dict]:
     """A model of random weights, made one by one on the device in the layout for inference."""
     on_cpu = jax.default_backend() == 'cpu'
-    model = DiffusionGemma(config.replace(scan_layers=False, output_major=on_cpu), dtype)
+    execution = Execution(scan_layers=False, output_major=on_cpu)
+    model = DiffusionGemma(config, dtype, execution)
     draw = jax.jit(
         lambda key, shape: jax.random.uniform(key, shape, dtype, -0.05, 0.05), static_argnums=1
     )

@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
             'denoise_dtype': 'bfloat16',
             'canvas_length': 256,
             'predict_next': False,
-            'separate_denoiser': False,  # one set of layers for both passes, as the released model
+            'denoiser': 'shared',  # one set of layers for both passes, as the released model
             'self_conditioning': True,  # a step sees what the step before believed
             'lora': {'rank': 0, 'alpha': 16.0, 'passes': 'both'},  # rank 0: train all layers
             # Stage 0: the teacher answers these prompts; the student learns its answers. A TFDS

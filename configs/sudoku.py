@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
             'denoise_dtype': 'bfloat16',  # faster where the CPU has AVX512-BF16
             'canvas_length': 96,  # a solved grid has 90 tokens
             'predict_next': False,
-            'separate_denoiser': True,  # the encode pass stays exactly the teacher
+            'denoiser': 'separate',  # the encode pass stays exactly the teacher
             'self_conditioning': False,  # settled cells say what is known
             'lora': {'rank': 0, 'alpha': 16.0, 'passes': 'denoise'},  # rank 0: train all layers
             'targets': {

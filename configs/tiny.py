@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
             'denoise_dtype': 'bfloat16',  # faster where the CPU has AVX512-BF16
             'canvas_length': 16,
             'predict_next': True,  # what the teacher knows is of use from the first step on
-            'separate_denoiser': True,  # the encode pass stays exactly the teacher
+            'denoiser': 'separate',  # the encode pass stays exactly the teacher
             'self_conditioning': True,  # a step sees what the step before believed
             'lora': {'rank': 0, 'alpha': 16.0, 'passes': 'denoise'},  # rank 0: train all layers
             # Stage 0: the teacher answers these prompts; the student learns its answers.

@@ -23,7 +23,8 @@ from diffusiongemma.parallel import processes
 
 T = TypeVar('T')
 
-OPTIONAL_KEYS = ('compute',)  # of every program that trains; their defaults change nothing
+# Of every program that trains; without them nothing changes.
+OPTIONAL_KEYS = ('compute', 'light', 'drafting')
 
 
 def build(cls: type[T], values: Any, where: str) -> T:
@@ -71,7 +72,9 @@ def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
     for name in config:
         if name not in (*known, *OPTIONAL_KEYS):
             raise ValueError(f'config has no key {name!r}; {_hint(name, (*known, *OPTIONAL_KEYS))}')
-    missing = [name for name in known if name not in config]
+    # A denoiser that is trained to draft has no stages.
+    stages = ('stage1', 'stage2') if config.get('drafting') else ()
+    missing = [name for name in known if name not in config and name not in stages]
     if missing:
         raise ValueError(f'config lacks {missing}; see configs/tiny.py.')
 

@@ -22,6 +22,7 @@ import pytest  # noqa: E402
 
 from diffusiongemma.models import (  # noqa: E402
     AttentionConfig,
+    DenoiserConfig,
     ModelConfig,
     MoEConfig,
     PerLayerConfig,
@@ -54,7 +55,7 @@ def tiny_config() -> ModelConfig:
         full=AttentionConfig(
             num_kv_heads=1, head_dim=16, rope_theta=1e6, rope_fraction=0.25, value_is_key=True
         ),
-        canvas_length=4,
+        denoiser=DenoiserConfig(canvas_length=4),
     )
 
 

@@ -21,6 +21,7 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
 from diffusiongemma.models import (
     AttentionConfig,
+    DenoiserConfig,
     DiffusionGemma,
     Gemma,
     ModelConfig,
@@ -38,7 +39,7 @@ CONFIG = ModelConfig(
     sliding=AttentionConfig(num_kv_heads=2, head_dim=8, window=4),
     full=AttentionConfig(num_kv_heads=1, head_dim=8, value_is_key=True),
     moe=MoEConfig(num_experts=3, top_k=2, expert_width=8),
-    canvas_length=4,
+    denoiser=DenoiserConfig(canvas_length=4),
 )
 DATA_STATE = {'version': 1, 'grain': {'next_index': 12}}
 
@@ -282,7 +283,7 @@ def test_the_workdir_of_a_run_without_any_checkpoint_says_so(tmp_path):
 
 def test_a_bundle_takes_what_it_lacks_from_its_base(tmp_path):
     tokenizer = Tokenizer.load('builtin')
-    config = CONFIG.replace(separate_denoiser=True)
+    config = CONFIG.replace(kind='separate')
     params = init_params(DiffusionGemma(config), jax.random.key(0))
     teacher = {name: params[name] for name in ('embedder', 'backbone')}
     own = {name: value for name, value in params.items() if name not in teacher}

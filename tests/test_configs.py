@@ -52,7 +52,7 @@ def load(name):
 
 
 def student_of(config, preset):
-    names = ('canvas_length', 'separate_denoiser', 'predict_next')
+    names = ('canvas_length', 'denoiser', 'predict_next')
     return preset.replace(**{name: config[name] for name in names})
 
 

@@ -99,7 +99,7 @@ def test_an_interrupted_distillation_ends_as_one_that_was_not(
     separate, teacher, tmp_path, monkeypatch
 ):
     def config():
-        return student_config(separate_denoiser=separate)
+        return student_config(denoiser='separate' if separate else 'shared')
 
     _, whole = train_student(config(), teacher, DATA, tmp_path / 'whole')
     with monkeypatch.context() as patch:
@@ -117,7 +117,7 @@ def test_an_interrupted_distillation_ends_as_one_that_was_not(
 def test_an_unfinished_run_opens_as_the_teacher_with_a_trained_denoise_pass(teacher, tmp_path):
     _, state = train_student(student_config(), teacher, DATA, tmp_path)
     model, params, _ = load_model(tmp_path)
-    assert model.config.separate_denoiser
+    assert model.config.has_frozen_encoder
     assert_equal({name: params[name] for name in teacher.params}, teacher.params)
     assert_equal({name: params[name] for name in state.ema_params}, state.ema_params)
     moved = params['denoise_backbone']['final_norm']['scale']
@@ -140,7 +140,7 @@ def test_a_run_may_start_from_a_student(teacher, tmp_path):
     opened, _, tokenizer = load_model(tmp_path / 'second')  # says how it was trained
     assert (opened.config.mask_id, opened.config.self_conditioning) == (tokenizer.mask_id, False)
     with pytest.raises(ValueError, match='config.init: .* is not the student'):
-        config = student_config(init=str(tmp_path / 'first'), separate_denoiser=False)
+        config = student_config(init=str(tmp_path / 'first'), denoiser='shared')
         train_student(config, teacher, DATA, tmp_path / 'third')
 
 
@@ -212,7 +212,7 @@ def losses(workdir):
 def test_a_run_on_stored_distributions_needs_no_teacher_and_has_its_losses(
     teacher, tmp_path, monkeypatch
 ):
-    config = student_config(separate_denoiser=False)
+    config = student_config(denoiser='shared')
     config.train.num_steps = config.stage2.first_step = 2  # stage 1 alone
     config.data.row_length, config.data.canvases_per_row = 64, 4
     config.targets.update(

@@ -221,7 +221,7 @@ def test_a_dense_denoiser_with_an_expert_that_writes_zeros_is_the_same_function(
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'separate_denoiser': True}, 'separate_denoiser=True is two; distil'),
+        ({'kind': 'separate'}, 'has layers of its own; distill'),
         ({'layer_types': ('full', 'sliding')}, 'last layer .* sliding'),
         ({'query_scale': 0.5}, 'query_scale=0.5 would be read as 1.0'),
         ({'final_logit_softcap': None}, 'final_logit_softcap is None'),

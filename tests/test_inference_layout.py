@@ -28,7 +28,7 @@ from diffusiongemma.sampling import Sampler, SamplingConfig
 )
 def model(request):
     if request.param == 'separate':
-        config = request.getfixturevalue('tiny_config').replace(separate_denoiser=True)
+        config = request.getfixturevalue('tiny_config').replace(kind='separate')
     else:
         config = request.getfixturevalue(request.param)
     if not config.num_kv_shared_layers:
@@ -40,7 +40,7 @@ def model(request):
 def test_the_layout_of_inference_is_the_same_function(model, mode):
     params = random_params(model)
     unrolled, own = for_inference(model, params)
-    assert unrolled.config.output_major and not unrolled.config.scan_layers
+    assert unrolled.execution.output_major and not unrolled.execution.scan_layers
     stacks = [name for name in params['backbone'] if name.endswith('layers')]
     assert stacks and not set(stacks) & set(own['backbone'])
     prompts = np.array([[3, 4, 5, 6, 7, 8, 9], [9, 3, 8, 4, 0, 0, 0]], np.int32)

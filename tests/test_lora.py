@@ -140,7 +140,7 @@ def test_a_merged_kernel_gives_what_the_two_factors_add(params, path, equation):
 
 @pytest.mark.slow
 def test_adapters_of_the_denoise_pass_leave_the_encode_pass_as_it_is_to_the_bit(config, params):
-    target = config.replace(separate_denoiser=True)
+    target = config.replace(kind='separate')
     base = base_params(target, params)
     adapters = init_lora(DENOISE, base, jax.random.key(1))
     encoded, denoised = passes(config, params)
@@ -170,7 +170,7 @@ def test_gradients_reach_adapters_of_every_kernel(config, params):
 def test_an_autoregressive_base_is_adapted_with_self_conditioning_trained_whole(config):
     teacher = Gemma(config.autoregressive)
     teacher_params = random_params(teacher, 2)
-    target = config.replace(separate_denoiser=True)
+    target = config.replace(kind='separate')
     fresh = random_params(DiffusionGemma(target), 3)
     settings = LoraConfig(rank=2)
     adapters = init_lora(settings, fresh, jax.random.key(1))
@@ -202,7 +202,7 @@ def base(tmp_path, config, params):
 def test_adapters_come_back_from_disk_merged_into_their_base(
     tmp_path, base, config, params, settings
 ):
-    target = config.replace(separate_denoiser=settings.passes == 'denoise')
+    target = config.replace(kind='separate' if settings.passes == 'denoise' else 'shared')
     start = base_params(target, params)
     adapters = trained_adapters(settings, start)
     directory = tmp_path / 'adapters'
@@ -268,7 +268,7 @@ def test_targets_that_match_no_kernel_and_a_pass_that_has_no_layers_are_errors(p
     key = jax.random.key(0)
     with pytest.raises(ValueError, match='no kernel matches the targets'):
         init_lora(dataclasses.replace(BOTH, targets=('*/atention/*',)), params, key)
-    with pytest.raises(ValueError, match='separate_denoiser=True; make its parameters with'):
+    with pytest.raises(ValueError, match='separate denoiser; make its parameters with'):
         init_lora(DENOISE, params, key)
 
 

@@ -81,9 +81,9 @@ def test_only_adapters_are_trained_and_the_encode_pass_stays_the_teachers(teache
 
 
 def test_adapters_of_one_pass_need_a_denoiser_of_its_own(teacher):
-    config = lora_config(separate_denoiser=False)
+    config = lora_config(denoiser='shared')
     model = DiffusionGemma(teacher.model.config.replace(canvas_length=8))
-    with pytest.raises(ValueError, match="lora.passes='denoise' needs .*separate_denoiser=True"):
+    with pytest.raises(ValueError, match="lora.passes='denoise' needs .*denoiser='separate'"):
         lora_student(config, model)
 
 

@@ -13,7 +13,14 @@ from toy_model import ToyConfig, ToyModel, toy
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec
-from diffusiongemma.sampling import Sampler, SamplingConfig, pad_prompts
+from diffusiongemma.sampling import (
+    Controls,
+    PromptLookup,
+    Sampler,
+    SamplingConfig,
+    pad_prompts,
+)
+from diffusiongemma.sampling.epilogue import gumbel_noise
 from diffusiongemma.sampling.lossless import verify
 
 DATA = pathlib.Path(__file__).parent / 'data'
@@ -126,29 +133,110 @@ def test_sampled_text_has_the_distribution_of_autoregression(temperature):
 
 
 def test_the_test_of_the_distribution_can_fail():
-    """Taking the next token from p itself, not from what is left of it, is noticed."""
+    """Drawing what follows with other noise after a refusal is noticed."""
     logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
-    draft, draws = 0, 60_000
-    keys = jax.random.split(jax.random.key(0), draws)
+    drafted, draws = 0, 60_000
+    keys = jax.random.split(jax.random.key(0), (draws, 2))
     stacked = jnp.broadcast_to(logits, (draws, 2, 3))
-    drafts = jnp.full((draws, 2), draft)
-    counts, following = verify(stacked, drafts, 1.0, keys)
-    second = np.where(counts == 2, draft, following)
+    blocks = jnp.full((draws, 2), drafted)
+    counts, following = verify(stacked, blocks, 1.0, gumbel_noise(keys, 3))
+    second = np.where(counts == 2, drafted, following)
     expected = np.array([0.5, 0.3, 0.2]) * draws
     right = scipy.stats.chisquare(np.bincount(second, minlength=3), expected)
     assert right.pvalue > 1e-3
     careless = np.where(
-        counts == 2, draft, jax.random.categorical(jax.random.key(1), stacked[:, 0])
+        counts == 2, drafted, jax.random.categorical(jax.random.key(1), stacked[:, 0])
     )
     wrong = scipy.stats.chisquare(np.bincount(careless, minlength=3), expected)
     assert wrong.pvalue < 1e-12
 
 
 def test_what_is_refused_is_not_drawn_again():
-    logits = jnp.zeros((200, 4, 5))
-    draft = jnp.tile(jnp.array([1, 2, 3, 4]), (200, 1))
-    keys = jax.random.split(jax.random.key(0), 200)
-    counts, following = verify(logits, draft, 1.0, keys)
+    logits = jnp.zeros((2000, 4, 5))
+    block = jnp.tile(jnp.array([1, 2, 3, 4]), (2000, 1))
+    keys = jax.random.split(jax.random.key(0), (2000, 4))
+    counts, following = verify(logits, block, 1.0, gumbel_noise(keys, 5))
     assert set(np.unique(counts)) == {1, 2, 3, 4}
     refused = np.asarray(counts) < 4
-    assert (following[refused] != draft[refused, counts[refused]]).all()
+    assert (following[refused] != block[refused, counts[refused]]).all()
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {},
+        {'top_k': 5},
+        {'top_p': 0.8, 'temperature': 0.7},
+        {'max_draft_steps': 3},
+        {'drafts': PromptLookup(length=3, max_ngram=2)},
+    ],
+)
+def test_sampled_text_is_that_of_autoregression_with_the_same_keys(fields):
+    model, params = toy(4)
+    rng = np.random.default_rng(2)
+    lengths, tokens = rng.integers(1, 9, 500), rng.integers(0, 22, (500, 8))
+    config = SamplingConfig(
+        **({'max_new_tokens': 21, 'stop_ids': (3, 11), 'pad_id': 22, 'temperature': 1.0} | fields)
+    )
+    expected, found = both(model, params, config, tokens, lengths, jax.random.key(5))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.lengths, expected.lengths)
+    assert len(np.unique(found.tokens)) > 5  # it is sampled text
+
+
+def test_rows_with_temperatures_and_keys_of_their_own_are_written_as_by_autoregression():
+    model, params = toy(4)
+    rng = np.random.default_rng(3)
+    lengths, tokens = rng.integers(1, 9, 64), rng.integers(0, 22, (64, 8))
+    keys = jax.random.split(jax.random.key(9), 64)
+    controls = Controls(temperature=jnp.asarray(rng.choice([0.0, 0.5, 1.5], 64), jnp.float32))
+    config = SamplingConfig(max_new_tokens=17, stop_ids=(3,), pad_id=22)
+    expected, found = (
+        Sampler(model, config, mode)(params, tokens, lengths, rng=keys, controls=controls)
+        for mode in ('autoregressive', 'lossless')
+    )
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    alone = Sampler(model, config, 'lossless')(params, tokens[7:8], lengths[7:8], rng=keys[7:8])
+    hot = Controls(temperature=controls.temperature[7:8])
+    alone = Sampler(model, config, 'lossless')(
+        params, tokens[7:8], lengths[7:8], rng=keys[7:8], controls=hot
+    )
+    np.testing.assert_array_equal(alone.tokens[0], found.tokens[7])
+
+
+def test_accepted_lengths_count_what_each_verification_emitted():
+    model, params = toy(4)
+    rng = np.random.default_rng(4)
+    tokens, lengths = rng.integers(0, 22, (50, 8)), np.full(50, 8)
+    config = greedy(max_new_tokens=21, stop_ids=(3,))
+    _, found = both(model, params, config, tokens, lengths, jax.random.key(0))
+    bins = np.arange(found.accepted_lengths.shape[1])
+    np.testing.assert_array_equal(found.accepted_lengths.sum(axis=1), found.canvases)
+    np.testing.assert_array_equal(found.accepted_lengths @ bins, found.lengths)
+    np.testing.assert_allclose(
+        found.tokens_per_pass, found.lengths / (found.denoising_steps + found.canvases), rtol=1e-6
+    )
+
+
+def test_a_looked_up_draft_is_what_followed_the_longest_latest_match():
+    history = jnp.asarray(
+        [[5, 6, 7, 9, 6, 7, 8, 6, 7, 0, 0, 0], [4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0]]
+    )
+    lookup = PromptLookup(length=4, max_ngram=3)
+    drafts = lookup.draft(history, jnp.asarray([9, 3]))
+    np.testing.assert_array_equal(drafts[0], [8, 6, 7, 8])
+    np.testing.assert_array_equal(drafts[1], [4, 4, 4, 4])
+    longer = PromptLookup(length=2, max_ngram=3).draft(
+        jnp.asarray([[1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3, 0]]), jnp.asarray([11])
+    )
+    np.testing.assert_array_equal(longer[0], [7, 9])
+
+
+def test_an_autoregressive_model_can_be_drafted_for_by_looking_up():
+    model, params = toy(0)
+    rng = np.random.default_rng(6)
+    tokens, lengths = rng.integers(0, 22, (20, 8)), np.full(20, 8)
+    config = greedy(max_new_tokens=30, drafts=PromptLookup(length=4))
+    expected, found = both(model, params, config, tokens, lengths, jax.random.key(0))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    assert (found.denoising_steps == 0).all() and found.canvases.sum() < found.lengths.sum()

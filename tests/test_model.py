@@ -15,6 +15,7 @@ from diffusiongemma.models import (
     init_params,
     precision,
 )
+from diffusiongemma.models.execution import Execution
 
 FAMILIES = [
     'tiny_moe_config',
@@ -173,8 +174,8 @@ def test_a_separate_denoiser_may_compute_in_bfloat16_beside_a_float32_encode_pas
     tiny_config, monkeypatch
 ):
     monkeypatch.setattr(precision, 'cpu_has_bfloat16', lambda: True)
-    float32 = DiffusionGemma(tiny_config.replace(separate_denoiser=True))
-    mixed = float32.clone(config=float32.config.replace(denoise_dtype='bfloat16'))
+    float32 = DiffusionGemma(tiny_config.replace(kind='separate'))
+    mixed = float32.clone(execution=Execution(denoise_dtype='bfloat16'))
     params = random_params(float32)
     tokens = tokens_of(float32, 0, 2, 7)
     (one, _), (other, _) = (encode(model, params, tokens) for model in (float32, mixed))
@@ -191,7 +192,7 @@ def test_a_separate_denoiser_may_compute_in_bfloat16_beside_a_float32_encode_pas
     np.testing.assert_array_equal(logits[0], emulated.apply({'params': params}, tokens[:, :4]))
     own = for_inference(emulated, params)[1]
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(own))
-    shared = DiffusionGemma(tiny_config.replace(denoise_dtype='bfloat16'))
+    shared = DiffusionGemma(tiny_config, execution=Execution(denoise_dtype='bfloat16'))
     found = shared.apply({'params': random_params(shared)}, tokens[:, :4])
     plain = DiffusionGemma(tiny_config)
     np.testing.assert_array_equal(

@@ -155,7 +155,7 @@ def loss_of(model, params, batch, name='stage1', teacher_params=None, **settings
     """The loss with a teacher of its own, or with the student's frozen encode pass as teacher."""
     teacher = Gemma(model.config.autoregressive)
     constants = Constants(teacher_params, {})
-    if model.config.separate_denoiser:
+    if model.config.has_frozen_encoder:
         constants = Constants(None, frozen_params(model.config, teacher_params))
     stage = objective(name, model.config, **settings)
     rows = draw_rows(stage, jax.random.key(0), batch)
@@ -170,7 +170,7 @@ def stage(request):
 @pytest.fixture(params=[False, True], ids=['shared', 'separate'])
 def student(request, tiny_config):
     """A student off its teacher, its trained parameters, and its teacher's."""
-    model = DiffusionGemma(tiny_config.replace(separate_denoiser=request.param))
+    model = DiffusionGemma(tiny_config.replace(kind='separate' if request.param else 'shared'))
     teacher_params = init_params(Gemma(tiny_config.autoregressive), jax.random.key(3))
     params = trained_params(model.config, init_params(model, jax.random.key(0)))
     return model, params, teacher_params

@@ -20,9 +20,7 @@ from diffusiongemma.sampling import Sampler, SamplingConfig, passes
 def fresh_student(predict_next):
     """A student of the shipped teacher before any training, its parameters and tokenizer."""
     teacher, teacher_params, tokenizer = load_model('builtin-teacher')
-    config = teacher.config.replace(
-        canvas_length=16, separate_denoiser=True, predict_next=predict_next
-    )
+    config = teacher.config.replace(canvas_length=16, kind='separate', predict_next=predict_next)
     model = DiffusionGemma(config)
     fresh = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
     return model, student_params_from_teacher(fresh, teacher_params), tokenizer

@@ -122,7 +122,7 @@ FAMILIES = ['tiny_config', 'tiny_moe_config', 'tiny_gemma3_config', 'tiny_e2b_co
 @pytest.mark.parametrize('separate', [False, True])
 @pytest.mark.parametrize('family', FAMILIES)
 def test_a_student_of_each_family_takes_all_weights_of_its_teacher(family, separate, request):
-    config = request.getfixturevalue(family).replace(separate_denoiser=separate)
+    config = request.getfixturevalue(family).replace(kind='separate' if separate else 'shared')
 
     def zeros_of(model):
         shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))

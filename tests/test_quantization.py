@@ -33,7 +33,7 @@ def logits(model, params):
 @pytest.mark.parametrize('weights', ['int8', 'fp8'])
 @pytest.mark.parametrize('layout', [lambda *given: given, for_inference])
 def test_products_are_those_of_the_rounded_weights(tiny_moe_config, layout, weights):
-    model = DiffusionGemma(tiny_moe_config.replace(separate_denoiser=True))
+    model = DiffusionGemma(tiny_moe_config.replace(kind='separate'))
     model, params = layout(model, random_params(model))
     quantized = quantize_weights(model, params, weights)
     found = logits(model, quantized)

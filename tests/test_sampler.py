@@ -97,7 +97,7 @@ def test_without_early_stop_every_canvas_takes_all_steps():
     output = sample(config(max_denoising_steps=5, confidence_threshold=0))
     assert output.denoising_steps.tolist() == [20, 20, 20]
     assert output.canvases.tolist() == [4, 4, 4]
-    np.testing.assert_allclose(output.tokens_per_forward, 16 / 20)
+    np.testing.assert_allclose(output.tokens_per_denoise_pass, 16 / 20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,7 +386,7 @@ def test_greedy_autoregression_equals_a_loop_without_cache():
 def test_an_autoregressive_token_costs_one_forward_pass():
     output = sample(config(stop_ids=(3, 8, 14, 19)), 'autoregressive')
     np.testing.assert_array_equal(output.denoising_steps, output.lengths)
-    np.testing.assert_array_equal(output.tokens_per_forward, 1)
+    np.testing.assert_array_equal(output.tokens_per_denoise_pass, 1)
 
 
 def test_draws_follow_the_models_distribution_at_the_temperature():

@@ -3,7 +3,8 @@
 The format of the shipped models and of what a run exports. Parameters keep their dtype; a
 parameter's name is its path in the tree, joined by '/'. A bundle may name a `base`, another bundle
 beside it, that has the parameters which it lacks: a student with a denoiser of its own need not
-repeat its teacher.
+repeat its teacher. With a `base_fingerprint` the base is any model that `load_model` opens, and has
+to be the one that the student was trained on: so a light student is stored.
 """
 
 import json
@@ -51,6 +52,7 @@ def save_bundle(
     dtype: Any = None,
     about: Mapping[str, Any] | None = None,
     base: str | None = None,
+    base_fingerprint: str | None = None,
 ) -> None:
     """Writes a bundle; of several processes all call it and one of them writes.
 
@@ -61,7 +63,9 @@ def save_bundle(
       tokenizer: of the model; written into the bundle.
       dtype: parameters are cast to it; None keeps theirs.
       about: JSON values on how the model was made.
-      base: path, from `directory`, of a bundle with the parameters that `params` lacks.
+      base: path, from `directory`, of a bundle with the parameters that `params` lacks; with a
+        fingerprint also the name or path of any model.
+      base_fingerprint: `fingerprint` of the base's parameters.
     """
     flat = flatten_dict(processes.on_host(params), sep='/')
     if not processes.is_writer():
@@ -70,13 +74,16 @@ def save_bundle(
     directory.mkdir(parents=True, exist_ok=True)
     # safetensors writes the memory as it lies: another order than C would scramble the array.
     arrays = {
-        name: np.array(value, dtype or value.dtype, order='C') for name, value in flat.items()
+        name: np.array(value, cast_to(dtype, value.dtype), order='C')
+        for name, value in flat.items()
     }
     partial = directory / (PARAMS_FILE + '.partial')
     save_file(arrays, partial, metadata={'format': FORMAT})
     content = {'format': FORMAT, 'model': config.to_dict(), 'about': dict(about or {})}
     if base is not None:
         content['base'] = base
+    if base_fingerprint is not None:
+        content['base_fingerprint'] = base_fingerprint
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
     tokenizer.save(directory / TOKENIZER_FILE)
     partial.replace(directory / PARAMS_FILE)
@@ -99,12 +106,7 @@ def load_bundle(
       FileNotFoundError: a file of the bundle is missing.
       ValueError: a file is damaged, or a parameter is missing, unknown or of another shape.
     """
-    config_path = directory / CONFIG_FILE
-    if not config_path.exists():
-        raise FileNotFoundError(f'{directory} has {PARAMS_FILE} but no {CONFIG_FILE}.')
-    content = read_json(config_path)
-    if content.get('format') != FORMAT:
-        raise ValueError(f'{config_path}: format {content.get("format")!r}, expected {FORMAT!r}.')
+    content = read_content(directory)
     model = model_for(ModelConfig.from_dict(content['model']), dtype or jnp.float32)
     reader_of = {}
     for where in filter(None, (content.get('base'), '.')):
@@ -112,12 +114,55 @@ def load_bundle(
         reader_of |= dict.fromkeys(reader.shapes, reader)
     shapes = {name: reader.shapes[name] for name, reader in reader_of.items()}
     check_shapes(model, shapes, str(directory))
-    shardings = flat_shardings(model, mesh)
-    params = {
-        name: assemble(shape, dtype, shardings[name], [(..., reader_of[name].read(name))])
-        for name, shape in shapes.items()
-    }
-    return model, unflatten_dict(params, sep='/')
+    return model, _read(model, reader_of, dtype, mesh)
+
+
+def load_own_params(
+    directory: Path, model: Gemma, dtype: Any, mesh: jax.sharding.Mesh | None = None
+) -> dict:
+    """The parameters of a bundle alone, without those of its base; arguments as of `load_bundle`.
+
+    Raises:
+      ValueError: a file is damaged, or a parameter is unknown to `model` or of another shape.
+    """
+    reader = TensorReader(directory, PARAMS_FILE)
+    wanted = param_shapes(model)
+    others = {name: shape for name, shape in wanted.items() if name not in reader.shapes}
+    check_shapes(model, others | reader.shapes, str(directory))
+    return _read(model, dict.fromkeys(reader.shapes, reader), dtype, mesh)
+
+
+def read_content(directory: Path) -> dict[str, Any]:
+    """What the config.json of a bundle says: `model`, `about`, and `base` if there is one.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is of another format.
+    """
+    config_path = directory / CONFIG_FILE
+    if not config_path.exists():
+        raise FileNotFoundError(f'{directory} has {PARAMS_FILE} but no {CONFIG_FILE}.')
+    content = read_json(config_path)
+    if content.get('format') != FORMAT:
+        raise ValueError(f'{config_path}: format {content.get("format")!r}, expected {FORMAT!r}.')
+    return content
+
+
+def cast_to(dtype: Any, own: Any) -> Any:
+    """The dtype of a parameter where `dtype` is asked for: token ids stay integers."""
+    return own if dtype is None or not jnp.issubdtype(own, jnp.floating) else dtype
+
+
+def _read(
+    model: Gemma, reader_of: Mapping[str, TensorReader], dtype: Any, mesh: Any
+) -> dict[str, Any]:
+    shardings, params = flat_shardings(model, mesh), {}
+    for name, reader in reader_of.items():
+        value = reader.read(name)
+        shape = reader.shapes[name]
+        cast = cast_to(dtype, value.dtype)
+        params[name] = assemble(shape, cast, shardings[name], [(..., value)])
+    return unflatten_dict(params, sep='/')
 
 
 def check_params(model: Gemma, arrays: Mapping[str, Any], where: str) -> None:

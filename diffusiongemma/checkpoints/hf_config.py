@@ -15,6 +15,7 @@ from diffusiongemma.models.config import (
     FULL,
     SLIDING,
     AttentionConfig,
+    DenoiserConfig,
     ModelConfig,
     MoEConfig,
     PerLayerConfig,
@@ -93,7 +94,7 @@ def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
     if model_type in DIFFUSION_TYPES:
         text = content['text_config']
         family = {
-            'canvas_length': content.get('canvas_length', 256),
+            'denoiser': DenoiserConfig(content.get('canvas_length', 256)),
             'final_logit_softcap': text.get('final_logit_softcapping', 30.0),
         }
     else:

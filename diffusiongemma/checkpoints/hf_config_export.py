@@ -192,10 +192,10 @@ def _rope(attention: AttentionConfig) -> dict[str, Any]:
 def _check_faithful(config: ModelConfig, content: Mapping[str, Any], model_type: str) -> None:
     """Raises ValueError unless `content` describes `config`, for us and for transformers."""
     problems = []
-    if config.separate_denoiser:
+    if config.has_frozen_encoder:
         problems.append(
-            'it has one set of layers for both passes, and separate_denoiser=True is two; distil '
-            'with separate_denoiser=False for a model that it can hold'
+            f'it has one set of layers for both passes, and a {config.denoiser.kind} denoiser has '
+            "layers of its own; distill with denoiser='shared' for a model that it can hold"
         )
     else:
         problems += _differences(config, content)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
 
@@ -12,6 +13,7 @@ from diffusiongemma.checkpoints import adapters, bundle, hf_import, orbax_import
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.denoiser import DRAFT_IDS
 from diffusiongemma.models.lora import LoraConfig, base_params, merge_lora
 from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.models.transformer import Gemma
@@ -26,6 +28,7 @@ BUILTIN = {
 }
 EXPORT_DIR = 'model'  # in a workdir: the model that the run exports
 BASE_DIR = 'base'  # in a workdir: the model whose parameters the run leaves as they are
+DRAFT_IDS_FILE = 'draft_ids.npy'  # in a workdir: the draft vocabulary of a light student
 
 
 def load_model(
@@ -39,8 +42,8 @@ def load_model(
         parameters of its newest checkpoint), one of its checkpoints (WORKDIR/checkpoints/STEP), a
         directory in the published format (config.json and safetensors), one of Google's orbax
         checkpoints (see `orbax_import`), or adapters, which are merged into their base.
-      dtype: of the parameters and the computation (a separate denoiser may compute in its own, see
-        `ModelConfig.denoise_dtype`); None keeps the parameters as they are stored and computes
+      dtype: of the parameters and the computation (a denoiser with layers of its own may compute
+        in another, see `Execution.denoise_dtype`); None keeps the parameters as they are stored and computes
         in float32.
       mesh: parameters are created in their shards on it (see `parallel.make_mesh`), without ever
         being whole on the host; None for the default device.
@@ -57,7 +60,7 @@ def load_model(
     if adapters.is_adapters(directory):
         return _load_adapted(directory, dtype, mesh)
     if bundle.is_bundle(directory):
-        model, params = bundle.load_bundle(directory, dtype, mesh)
+        model, params = _load_bundle(directory, dtype, mesh)
     elif (directory / CHECKPOINTS_DIR).is_dir():
         model, params = _load_run(directory, None, dtype, mesh)
     elif directory.parent.name == CHECKPOINTS_DIR and directory.name.isdigit():
@@ -89,6 +92,42 @@ def model_directory(path: str | Path) -> Path:
     return exported if bundle.is_bundle(exported) else directory
 
 
+def _load_bundle(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> tuple[Gemma, dict]:
+    """A bundle, on the base that it names if it lacks parameters."""
+    content = bundle.read_content(directory)
+    if 'base_fingerprint' not in content:
+        return bundle.load_bundle(directory, dtype, mesh)
+    base = _base_of(directory, content['base'], bundle.CONFIG_FILE)
+    base_model, params, _ = load_model(base, dtype, mesh)
+    config = ModelConfig.from_dict(content['model'])
+    backbone = base_model.config.autoregressive
+    if backbone != config.autoregressive or (
+        adapters.fingerprint(params) != content['base_fingerprint']
+    ):
+        raise ValueError(
+            f'{directory} was trained on another model than {base}: a light student only drafts '
+            f'for its own teacher. Change "base" in {directory / bundle.CONFIG_FILE} to where '
+            'that is.'
+        )
+    model = bundle.model_for(config, base_model.dtype)
+    own = bundle.load_own_params(directory, model, dtype, mesh)
+    names = ('embedder', 'backbone', 'per_layer_embedder')
+    params = {name: params[name] for name in names if name in params} | own
+    bundle.check_params(model, flatten_dict(params, sep='/'), f'{directory} on {base}')
+    return model, params
+
+
+def _base_of(directory: Path, base: str, file: str) -> str | Path:
+    """Where the base that a file in `directory` names is; raises FileNotFoundError."""
+    for path in (base, directory / base):
+        if path in BUILTIN or Path(path).is_dir():
+            return path
+    raise FileNotFoundError(
+        f'{directory} needs the model {base}, which is not there; change "base" in '
+        f'{directory / file} to where it is.'
+    )
+
+
 def _load_run(
     workdir: Path, step: int | None, dtype: Any, mesh: jax.sharding.Mesh | None
 ) -> tuple[Gemma, dict]:
@@ -107,9 +146,11 @@ def _load_run(
             ema_params = merge_lora(start, ema_params, LoraConfig(**about['lora']))
         else:
             ema_params = base | ema_params
+    if (workdir / DRAFT_IDS_FILE).exists():
+        ema_params[DRAFT_IDS] = jnp.asarray(np.load(workdir / DRAFT_IDS_FILE))
     bundle.check_params(model, flatten_dict(ema_params, sep='/'), f'{workdir}, step {step}')
     logging.info('%s: averaged parameters of step %d', workdir, step)
-    cast = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), ema_params)
+    cast = jax.tree.map(lambda leaf: leaf.astype(bundle.cast_to(dtype, leaf.dtype)), ema_params)
     return model, cast if mesh is None else jax.device_put(cast, param_shardings(model, mesh))
 
 
@@ -118,14 +159,7 @@ def _load_adapted(
 ) -> tuple[Gemma, dict, Tokenizer | None]:
     """The base that adapters name, with them merged in, and its tokenizer."""
     found = adapters.read_adapters(directory)
-    base = found.base
-    if base not in BUILTIN and not Path(base).is_dir():
-        base = directory / base
-        if not base.is_dir():
-            raise FileNotFoundError(
-                f'{directory} adapts the model {found.base}, which is not there; change "base" in '
-                f'{directory / adapters.CONFIG_FILE} to where it is.'
-            )
+    base = _base_of(directory, found.base, adapters.CONFIG_FILE)
     base_model, params, tokenizer = load_model(base, dtype, mesh)
     if adapters.fingerprint(params) != found.base_fingerprint:
         raise ValueError(f'{directory} does not adapt {base}: its weights are of another model.')

@@ -136,7 +136,7 @@ class _First:
     def __init__(self, source: Any, size: int):
         self._source = source
         self._size = size
-        self.fingerprint = source.fingerprint
+        self.fingerprint = getattr(source, 'fingerprint', type(source).__name__)
 
     def __len__(self) -> int:
         return self._size
@@ -149,6 +149,26 @@ class _First:
 
     def __repr__(self) -> str:
         return f'{self._source!r}[:{self._size}]'
+
+
+def split_source(data: DataSpec | Source, count: int) -> tuple[Source, list[dict[str, Any]]]:
+    """A source without its last examples, and these.
+
+    Args:
+      data: a spec or a source.
+      count: examples that are held out, but at most a tenth of all.
+
+    Raises:
+      ValueError: there are too few examples to hold one out.
+    """
+    source = load_source(data) if isinstance(data, DataSpec) else data
+    count = min(count, len(source) // 10)
+    if not count:
+        raise ValueError(
+            f'{len(source)} examples are too few to hold a tenth out; give at least 10.'
+        )
+    kept = len(source) - count
+    return _First(source, kept), [source[index] for index in range(kept, len(source))]
 
 
 def load_source(spec: DataSpec) -> Source:

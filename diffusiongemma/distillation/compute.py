@@ -23,6 +23,7 @@ class ComputeConfig:
       remat: 'none', 'dots' or 'full', see `Execution`.
       logits_chunk: positions of each row that have logits at the same time; 0 for all.
       query_block: queries of each block that have attention scores at the same time; 0 for all.
+      denoise_dtype: of a denoiser with layers of its own, see `Execution`.
       microbatches: equal parts that a batch is computed in, one after another.
       rules: rows of the table in `parallel.sharding` that this run replaces: mesh axes of a
         logical axis.
@@ -31,6 +32,7 @@ class ComputeConfig:
     remat: str = 'none'
     logits_chunk: int = 0
     query_block: int = 0
+    denoise_dtype: str | None = None
     microbatches: int = 1
     rules: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
@@ -42,13 +44,18 @@ class ComputeConfig:
 
     @classmethod
     def of(cls, config: ConfigDict) -> 'ComputeConfig':
-        """That of `config.compute`; the defaults where a config has none."""
-        return run_config.build(cls, config.get('compute', {}), 'compute')
+        """That of `config.compute` and `config.denoise_dtype`; the defaults where there is none."""
+        compute = run_config.build(cls, config.get('compute', {}), 'compute')
+        dtype = config.get('denoise_dtype') or compute.denoise_dtype
+        return dataclasses.replace(compute, denoise_dtype=dtype)
 
     def execution(self) -> Execution:
         """What a model is told of it, but for the mesh."""
         return Execution(
-            remat=self.remat, logits_chunk=self.logits_chunk, query_block=self.query_block
+            remat=self.remat,
+            logits_chunk=self.logits_chunk,
+            query_block=self.query_block,
+            denoise_dtype=self.denoise_dtype,
         )
 
     def place(self, model: M, mesh: jax.sharding.Mesh) -> M:

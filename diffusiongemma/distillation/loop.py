@@ -65,6 +65,7 @@ def fit(
     description: str,
     batch_sharding: jax.sharding.Sharding,
     batch_size: int,
+    evaluate: Callable[[Any], dict[str, jax.Array]] | None = None,
 ) -> TrainState:
     """Trains until `config.num_steps`, from wherever `state` and `batches` stand.
 
@@ -78,6 +79,7 @@ def fit(
       description: shown in front of the progress bar.
       batch_sharding: where batches are put.
       batch_size: rows of a batch, over all processes.
+      evaluate: further metrics of the averaged parameters, computed at every report.
 
     Returns:
       The state after the last step.
@@ -105,7 +107,10 @@ def fit(
             if save or step % config.report_every == 0:
                 rows = [_floats(row) for row in jax.device_get(steps_metrics)]
                 guard.check(step + 1 - len(rows), rows)
-                reporter.report(step, rows[-1], throughput.measure())
+                measured = throughput.measure()
+                if evaluate is not None:
+                    rows[-1] |= _floats(jax.device_get(evaluate(state.ema_params)))
+                reporter.report(step, rows[-1], measured)
                 steps_metrics = []
             if save:
                 places = processes.gather_json(batches.get_state())

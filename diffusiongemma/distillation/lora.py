@@ -11,6 +11,7 @@ from diffusiongemma import run_config
 from diffusiongemma.checkpoints.adapters import fingerprint, save_adapters
 from diffusiongemma.distillation.step import Constants
 from diffusiongemma.distillation.student import student_params_from_teacher
+from diffusiongemma.models.config import SEPARATE, SHARED
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.lora import (
     DENOISE,
@@ -100,9 +101,11 @@ def lora_student(config: ConfigDict, model: DiffusionGemma) -> LoraStudent | Non
             'the teacher; set one of them to nothing.'
         )
     lora = run_config.build(LoraConfig, values, 'lora')
-    if (lora.passes == DENOISE) != model.config.separate_denoiser:
+    needed = SEPARATE if lora.passes == DENOISE else SHARED
+    if model.config.denoiser.kind != needed:
         raise ValueError(
-            f'config.lora.passes={lora.passes!r} needs config.separate_denoiser='
-            f'{lora.passes == DENOISE}: adapters of the denoise pass alone are layers of its own.'
+            f'config.lora.passes={lora.passes!r} needs config.denoiser={needed!r}, got '
+            f'{model.config.denoiser.kind!r}: adapters of the denoise pass alone are a separate '
+            'denoiser, and a light one is trained whole.'
         )
     return LoraStudent(lora, model, config.seed)

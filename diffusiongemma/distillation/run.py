@@ -8,20 +8,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from diffusiongemma import run_config
+from diffusiongemma.checkpoints.adapters import fingerprint
 from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
-from diffusiongemma.checkpoints.load import BASE_DIR, EXPORT_DIR, load_model
+from diffusiongemma.checkpoints.load import BASE_DIR, DRAFT_IDS_FILE, EXPORT_DIR, load_model
 from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
 from diffusiongemma.data.pipeline import eval_examples, make_train_iterator
-from diffusiongemma.data.sources import DataSpec, load_source
+from diffusiongemma.data.sources import DataSpec, Source, load_source, split_source
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.diffusion.corruption import Corruption, MaskedCorruption, UniformCorruption
 from diffusiongemma.distillation.compute import ComputeConfig
+from diffusiongemma.distillation.draft_vocabulary import draft_vocabulary
+from diffusiongemma.distillation.drafting import DraftingConfig
+from diffusiongemma.distillation.held_out import held_out_batch, held_out_metrics
 from diffusiongemma.distillation.loop import LoopConfig, fit, start_or_resume
 from diffusiongemma.distillation.lora import LoraStudent, lora_student
 from diffusiongemma.distillation.reporting import read_metrics
@@ -54,7 +60,8 @@ from diffusiongemma.evaluation.report import (
     sweep_table,
 )
 from diffusiongemma.evaluation.sweep import Grid, summary, sweep, write_csv
-from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.config import LIGHT, DenoiserConfig, LightConfig, ModelConfig
+from diffusiongemma.models.denoiser import DRAFT_IDS, DiffusionGemma
 from diffusiongemma.models.inference import for_inference
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
 from diffusiongemma.parallel import make_mesh, param_shardings, processes
@@ -62,11 +69,12 @@ from diffusiongemma.sampling import Sampler, SamplingConfig
 
 CONFIG_KEYS = (
     'seed', 'dtype', 'denoise_dtype', 'mesh', 'teacher', 'init', 'canvas_length',
-    'separate_denoiser', 'predict_next', 'self_conditioning', 'lora', 'targets', 'data',
+    'denoiser', 'predict_next', 'self_conditioning', 'lora', 'targets', 'data',
     'corruption', 'ar_weight', 'stage1', 'stage2', 'optimizer', 'train', 'sampling', 'eval',
 )  # fmt: skip
+MAX_COUNTED = 50_000  # examples whose tokens are counted for a draft vocabulary
 # Of a model's config, from one run to the next.
-MAY_CHANGE = {'canvas_length', 'denoise_dtype', 'self_conditioning', 'mask_id'}
+MAY_CHANGE = {'canvas_length', 'self_conditioning', 'mask_id'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +84,8 @@ class BatchConfig:
     Attributes:
       batch_size: rows, over all processes.
       row_length: tokens of a row.
-      canvases_per_row: canvas slots of a row.
+      canvases_per_row: canvas slots of a row; of no use with `config.drafting`, whose canvases
+        are drawn anew in each step.
       random_offset_rate: share of the documents whose canvases start inside the response.
       one_canvas: a document has one canvas, drawn at random, instead of all.
       workers: processes that make batches, on each host; 0 for a thread. The order of the data
@@ -85,7 +94,7 @@ class BatchConfig:
 
     batch_size: int
     row_length: int
-    canvases_per_row: int
+    canvases_per_row: int = 0
     random_offset_rate: float = 0.0
     one_canvas: bool = False
     workers: int = 0
@@ -135,14 +144,19 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
     )
     if targets_config.top_k_logits:  # what it said is in the targets
         teacher = teacher.on_host()
-    student_model, state = train_student(config, teacher, targets, workdir)
+    student_model, state, frozen = train_student(config, teacher, targets, workdir)
     about = {'teacher': str(config.teacher), 'steps': int(state.step), 'seed': config.seed}
     lora = lora_student(config, student_model)
     if lora is None:
-        params = frozen_params(student_model.config, teacher.params) | state.ema_params
+        params = frozen | state.ema_params
     else:
         lora.save(workdir, state.ema_params, teacher.params, str(config.teacher), about)
         params = lora.combine(lora.base(teacher.params, make_mesh(config.mesh)), state.ema_params)
+    on_teacher = {}
+    if config.denoiser == LIGHT:  # the trained part alone, which names its teacher
+        on_teacher['base'] = _seen_from_anywhere(config.teacher)
+        on_teacher['base_fingerprint'] = fingerprint(teacher.params)
+        params = {name: value for name, value in params.items() if name not in teacher.params}
     save_bundle(
         workdir / EXPORT_DIR,
         student_model.config,
@@ -150,8 +164,14 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
         teacher.tokenizer,
         dtype='bfloat16',
         about=about,
+        **on_teacher,
     )
     return evaluate_run(config, teacher.on_devices(_mesh_to_load_on(config)), workdir)
+
+
+def _seen_from_anywhere(model: str) -> str:
+    """The name of a model, or its absolute path."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
 
 
 def load_teacher(config: ConfigDict) -> Teacher:
@@ -196,6 +216,14 @@ def corruption_process(name: str, tokenizer: Tokenizer) -> Corruption:
 def objectives(config: ConfigDict, tokenizer: Tokenizer) -> list[tuple[Objective, int]]:
     """The objectives of the run in their order, each with the step at which it ends."""
     corruption = corruption_process(config.corruption, tokenizer)
+    if config.get('drafting'):
+        drafting = run_config.build(DraftingConfig, config.drafting, 'drafting')
+        return [(drafting.objective(corruption, config.canvas_length), config.train.num_steps)]
+    if config.denoiser == LIGHT:
+        raise ValueError(
+            "config.denoiser='light' is trained to draft: give it a section config.drafting, as "
+            'configs/tiny.py has.'
+        )
     sampling = sampling_config(config, tokenizer)
     shared = {'corruption': corruption, 'schedule': sampling.schedule}
     stage2 = config.stage2.to_dict()
@@ -214,17 +242,18 @@ def objectives(config: ConfigDict, tokenizer: Tokenizer) -> list[tuple[Objective
 
 def student_model(config: ConfigDict, teacher: Gemma, tokenizer: Tokenizer) -> DiffusionGemma:
     """The student that `config` makes of an AR Gemma."""
-    return DiffusionGemma(
-        teacher.config.replace(
-            canvas_length=config.canvas_length,
-            separate_denoiser=config.separate_denoiser,
-            predict_next=config.predict_next,
-            self_conditioning=config.self_conditioning,
-            mask_id=getattr(corruption_process(config.corruption, tokenizer), 'mask_id', None),
-            denoise_dtype=config.denoise_dtype,
-        ),
-        teacher.dtype,
+    light = None
+    if config.denoiser == LIGHT:
+        light = run_config.build(LightConfig, config.get('light') or {}, 'light')
+    denoiser = DenoiserConfig(
+        canvas_length=config.canvas_length,
+        kind=config.denoiser,
+        predict_next=config.predict_next,
+        self_conditioning=config.self_conditioning,
+        mask_id=getattr(corruption_process(config.corruption, tokenizer), 'mask_id', None),
+        light=light,
     )
+    return DiffusionGemma(teacher.config.replace(denoiser=denoiser), teacher.dtype)
 
 
 def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
@@ -255,10 +284,33 @@ def distillation_step(
     )
 
 
+def draft_ids_of(config: ModelConfig, targets: Source, tokenizer: Tokenizer) -> Any:
+    """The draft vocabulary [Vd] int32 of a light student, from its targets; None without one."""
+    light = config.denoiser.light if config.denoiser else None
+    if light is None or not light.draft_vocab_size:
+        return None
+    count = min(len(targets), MAX_COUNTED)
+    responses = (targets[index]['response'] for index in range(count))
+    return jnp.asarray(draft_vocabulary(responses, tokenizer, light.draft_vocab_size))
+
+
+def canvases_per_row(config: ConfigDict, shape: BatchConfig) -> int:
+    """Canvas slots of a packed row: none where the objective draws canvases itself."""
+    if config.get('drafting'):
+        return 0
+    if not shape.canvases_per_row:
+        raise ValueError('config.data.canvases_per_row is missing: canvas slots of a row, >= 1.')
+    return shape.canvases_per_row
+
+
 def train_student(
     config: ConfigDict, teacher: Teacher, targets: DataSpec, workdir: Path
-) -> tuple[DiffusionGemma, TrainState]:
-    """From the teacher's weights to a student: stage 1, then stage 2."""
+) -> tuple[DiffusionGemma, TrainState, dict]:
+    """From the teacher's weights to a student: stage 1, then stage 2, or all to draft.
+
+    Returns:
+      The student, its training state, and the frozen part of its parameters.
+    """
     loop = run_config.build(LoopConfig, config.train, 'train')
     optimizer = optimizer_of(config)
     shape = run_config.build(BatchConfig, config.data, 'data')
@@ -270,8 +322,14 @@ def train_student(
     teacher = dataclasses.replace(teacher, model=compute.place(teacher.model, mesh))
     teacher_params = processes.in_shards(teacher.params, param_shardings(teacher.model, mesh))
     lora = lora_student(config, model)
+    held_out = None
+    if config.get('drafting'):
+        count = run_config.build(DraftingConfig, config.drafting, 'drafting').held_out
+        targets, held_out = split_source(targets, count)
     if lora is None:
-        frozen = frozen_params(model.config, teacher_params)
+        frozen = frozen_params(
+            model.config, teacher_params, draft_ids_of(model.config, targets, teacher.tokenizer)
+        )
         constants = Constants(teacher=None if frozen else teacher_params, student=frozen)
         shardings = trained_params(model.config, param_shardings(model, mesh))
     else:
@@ -286,7 +344,7 @@ def train_student(
             return create_state(lora.init(source), optimizer)
         if not config.init:
             fresh = init_params(model, jax.random.key(config.seed))
-            source = student_params_from_teacher(fresh, source)
+            source = student_params_from_teacher(fresh, source, model.config)
         return create_state(trained_params(model.config, source), optimizer)
 
     source = teacher_params
@@ -300,7 +358,7 @@ def train_student(
         teacher.tokenizer,
         batch_size=shape.batch_size // parts,
         row_length=shape.row_length,
-        canvases_per_row=shape.canvases_per_row,
+        canvases_per_row=canvases_per_row(config, shape),
         canvas_length=config.canvas_length,
         seed=config.seed,
         random_offset_rate=shape.random_offset_rate,
@@ -320,12 +378,18 @@ def train_student(
         teacher.tokenizer.save(workdir / TOKENIZER_FILE)
     if constants.student:  # checkpoints hold the trained part only
         save_bundle(workdir / BASE_DIR, teacher.model.config, teacher.params, teacher.tokenizer)
+        if DRAFT_IDS in constants.student and processes.is_writer():
+            np.save(workdir / DRAFT_IDS_FILE, np.asarray(constants.student[DRAFT_IDS]))
     with contextlib.closing(batches):
         for objective, last_step in stages:
             if int(state.step) >= last_step:
                 continue
             step = distillation_step(config, model, teacher.model, objective, optimizer, lora)
             step = jax.jit(step, donate_argnums=0)
+            evaluate = None
+            if held_out is not None:
+                batch = held_out_batch(held_out, teacher.tokenizer, shape.row_length, rows)
+                evaluate = held_out_metrics(model, objective, constants, batch)
             state = fit(
                 lambda state, batch, step=step: step(state, constants, batch),
                 state,
@@ -336,9 +400,10 @@ def train_student(
                 description=type(objective).__name__.lower(),
                 batch_sharding=rows,
                 batch_size=shape.batch_size,
+                evaluate=evaluate,
             )
     store.close()
-    return model, state
+    return model, state, constants.student
 
 
 def load_student(config: ConfigDict, model: DiffusionGemma) -> dict:

@@ -132,18 +132,20 @@ def teacher_states(
     """
     if 'teacher_ids' in batch:
         names = ('teacher_ids', 'teacher_log_probs', 'teacher_log_rest')
-        return TeacherStates(TopKDistribution(*(batch[name] for name in names)), lambda said: said)
-    if model.config.separate_denoiser:  # its encode pass is frozen
-        module, weights = model, params
+        said = TopKDistribution(*(batch[name] for name in names))
+        return TeacherStates(said, lambda said: said, jax.lax.stop_gradient(hidden))
+    if model.config.has_frozen_encoder:
+        module, weights, said_in = model, params, hidden
     else:
         module, weights = teacher, constants.teacher
-        hidden, _ = causal_pass(teacher, weights, batch)
+        said_in, _ = causal_pass(teacher, weights, batch)
 
     def read(hidden: jax.Array) -> FullDistribution:
         logits = module.apply({'params': weights}, hidden, method='unembed')
         return FullDistribution(jax.lax.stop_gradient(logits))
 
-    return TeacherStates(jax.lax.stop_gradient(hidden), read)
+    said_in, hidden = jax.lax.stop_gradient((said_in, hidden))
+    return TeacherStates(said_in, read, hidden)
 
 
 def distillation_loss(
@@ -175,7 +177,7 @@ def distillation_loss(
     hidden, prefix = causal_pass(model, params, rows.batch)
     said = teacher_states(model, teacher, params, constants, rows.batch, hidden)
     ar_kl = jnp.zeros(())
-    if not model.config.separate_denoiser:
+    if not model.config.has_frozen_encoder:
 
         def kl(hidden: jax.Array, values: Any) -> jax.Array:
             logits = model.apply({'params': params}, hidden, method='unembed')

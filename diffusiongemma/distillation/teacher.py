@@ -27,10 +27,12 @@ class TeacherStates:
     Attributes:
       values: a tree with leaves [..., x]: hidden states, or what a file holds.
       read: from the values at some places to the distributions there.
+      hidden: [B, L, D], final hidden states of the encode pass over the rows, without gradient.
     """
 
     values: Any
     read: Callable[[Any], TeacherDistribution]
+    hidden: jax.Array
 
 
 @flax.struct.dataclass

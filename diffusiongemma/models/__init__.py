@@ -1,7 +1,14 @@
 """Backbone, teacher and denoiser."""
 
 from diffusiongemma.models.cache import KVCache, Prefix, cache_bytes
-from diffusiongemma.models.config import AttentionConfig, ModelConfig, MoEConfig, PerLayerConfig
+from diffusiongemma.models.config import (
+    AttentionConfig,
+    DenoiserConfig,
+    LightConfig,
+    ModelConfig,
+    MoEConfig,
+    PerLayerConfig,
+)
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.inference import for_inference, output_major_kernels, unroll_layers
 from diffusiongemma.models.parameter_counts import ParameterCounts, parameter_counts
@@ -12,9 +19,11 @@ from diffusiongemma.models.transformer import Gemma, init_params, parameter_coun
 __all__ = [
     'PRESETS',
     'AttentionConfig',
+    'DenoiserConfig',
     'DiffusionGemma',
     'Gemma',
     'KVCache',
+    'LightConfig',
     'MoEConfig',
     'ModelConfig',
     'ParameterCounts',

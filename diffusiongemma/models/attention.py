@@ -44,7 +44,7 @@ class Attention(nn.Module):
         config, attention = self.config, self.config.attention(self.kind)
         d, n, k, h = config.width, config.num_heads, attention.num_kv_heads, attention.head_dim
         embed, heads, kv_heads = {'embed': d}, {'heads': n}, {'kv_heads': k}
-        size, output_major = {'head_dim': h}, config.output_major
+        size, output_major = {'head_dim': h}, self.execution.output_major
         init = kernel_init(d)
         self.query = kernel_param(self, 'query', init, embed, heads | size, output_major)
         if not self.shares_kv:
@@ -106,13 +106,13 @@ class Attention(nn.Module):
         if isinstance(mask, CausalMask) and fits(*shapes, self.execution):
             context = attend_fused(query, block_kv, mask, self.execution)
         else:
-            query_block, keys_first = self.execution.query_block, self.config.output_major
+            query_block, keys_first = self.execution.query_block, self.execution.output_major
             context = attend_in_blocks(query, block_kv, prefix_kv, mask, query_block, keys_first)
         output = self._project('bmtnh,nhd->bmtd', context, self.output)
         return output.astype(self.dtype)
 
     def _project(self, equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return project(equation, x, kernel, self.config.output_major)
+        return project(equation, x, kernel, self.execution.output_major)
 
 
 def attend_in_blocks(

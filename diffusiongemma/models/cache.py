@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.masks import KeyTokens, canvas_prefix_window
 
 KV = tuple[tuple[tuple[jax.Array, jax.Array], ...], tuple[tuple[jax.Array, jax.Array], ...]]
@@ -35,28 +35,45 @@ def cache_slots(config: ModelConfig, capacity: int) -> dict[str, int]:
     return slots
 
 
-def zeros_kv(config: ModelConfig, batch_size: int, slots: dict[str, int], dtype: Any) -> KV:
-    """Zero keys and values of each row, `slots` of them in a layer of each type."""
+def zeros_kv(
+    config: ModelConfig, batch_size: int, slots: dict[str, int], dtype: Any, scanned: bool = True
+) -> KV:
+    """Zero keys and values of each row, `slots` of them in a layer of each type.
+
+    `scanned` says whether the layers are a loop (`Execution.scan_layers`).
+    """
 
     def pair(kind: str, *lead: int) -> tuple[jax.Array, jax.Array]:
         attention = config.attention(kind)
         shape = (*lead, batch_size, attention.num_kv_heads, slots[kind], attention.head_dim)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-    stack = config.kv_layers
+    stack = config.kv_layers.as_loop(scanned)
     stacked = tuple(pair(kind, stack.num_groups) for kind in stack.stacked)
     return stacked, tuple(pair(kind) for kind in stack.single)
 
 
+def kv_stack(config: ModelConfig, kv: KV) -> LayerStack:
+    """The layers that keys and values belong to, in a loop where these are stacked."""
+    return config.kv_layers.as_loop(bool(kv[0]))
+
+
+def layer_kv(config: ModelConfig, kv: KV, layer: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values that a layer attends to, its own or an earlier one's, [B, K, ..., H] each."""
+    (stacked, single), stack = kv, kv_stack(config, kv)
+    layer = config.kv_source(layer)
+    first_single = len(stack.types) - len(stack.single)
+    if layer >= first_single:
+        return single[layer - first_single]
+    group, place = divmod(layer, len(stack.stacked))
+    key, value = stacked[place]
+    return key[group], value[group]
+
+
 def last_kv(config: ModelConfig, kv: KV, kind: str) -> tuple[jax.Array, jax.Array]:
     """Keys and values of the last layer of a type that has its own, [B, K, ..., H] each."""
-    (stacked, single), stack = kv, config.kv_layers
-    for pair, single_kind in zip(reversed(single), reversed(stack.single), strict=True):
-        if single_kind == kind:
-            return pair
-    slot = max(i for i, slot_kind in enumerate(stack.stacked) if slot_kind == kind)
-    key, value = stacked[slot]
-    return key[-1], value[-1]
+    types = config.kv_layers.types
+    return layer_kv(config, kv, max(i for i, layer in enumerate(types) if layer == kind))
 
 
 def ring_tokens(lengths: jax.Array, slots: int) -> KeyTokens:
@@ -86,10 +103,13 @@ class Prefix:
     lengths: jax.Array | None = None
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch_size: int, dtype: Any) -> 'Prefix':
-        """A prefix of no tokens (S = 0)."""
+    def empty(
+        cls, config: ModelConfig, batch_size: int, dtype: Any, scanned: bool = True
+    ) -> 'Prefix':
+        """A prefix of no tokens (S = 0); `scanned` as for `zeros_kv`."""
         nothing = jnp.zeros((batch_size, 0), jnp.int32)
-        return cls(zeros_kv(config, batch_size, cache_slots(config, 0), dtype), nothing, nothing)
+        kv = zeros_kv(config, batch_size, cache_slots(config, 0), dtype, scanned)
+        return cls(kv, nothing, nothing)
 
     def key_tokens(self, slots: int) -> KeyTokens:
         """The tokens behind the keys of a leaf of that many slots."""
@@ -99,7 +119,7 @@ class Prefix:
 
     def tokens_by_kind(self, config: ModelConfig) -> dict[str, KeyTokens]:
         """The tokens behind the keys of the layers of each type."""
-        (stacked, single), stack = self.kv, config.kv_layers
+        (stacked, single), stack = self.kv, kv_stack(config, self.kv)
         pairs = zip((*stack.stacked, *stack.single), (*stacked, *single), strict=True)
         return {kind: self.key_tokens(key.shape[-2]) for kind, (key, _) in pairs}
 
@@ -123,10 +143,15 @@ class KVCache:
 
     @classmethod
     def create(
-        cls, config: ModelConfig, batch_size: int, capacity: int, dtype: Any = jnp.float32
+        cls,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int,
+        dtype: Any = jnp.float32,
+        scanned: bool = True,
     ) -> 'KVCache':
-        """An empty cache for `capacity` tokens a row."""
-        kv = zeros_kv(config, batch_size, cache_slots(config, capacity), dtype)
+        """An empty cache for `capacity` tokens a row; `scanned` as for `zeros_kv`."""
+        kv = zeros_kv(config, batch_size, cache_slots(config, capacity), dtype, scanned)
         return cls(kv, jnp.zeros((batch_size,), jnp.int32))
 
     def append(self, block_kv: KV, counts: jax.Array) -> 'KVCache':

@@ -1,6 +1,7 @@
 """The one frozen config that describes every backbone, and what follows from it."""
 
 import dataclasses
+from typing import Any
 
 SLIDING = 'sliding'
 FULL = 'full'
@@ -73,6 +74,87 @@ class PerLayerConfig:
             raise ValueError(f'the width of per-layer embeddings must be >= 1, got {self.width}.')
 
 
+SHARED, SEPARATE, LIGHT = 'shared', 'separate', 'light'
+
+
+@dataclasses.dataclass(frozen=True)
+class LightConfig:
+    """A few layers of their own that read the frozen teacher's keys, values and states.
+
+    Attributes:
+      layers: teacher layers that the denoiser's layers start from, in order. Each attends to the
+        keys and values that the teacher has cached in that very layer, so there is no second cache.
+      teacher_state: the final hidden state of the last encoded token, through a projection that
+        starts at zero, is added to every canvas input.
+      draft_vocab_size: tokens that the denoiser's head scores, see `draft_vocabulary` in the
+        parameters; 0 for the whole vocabulary.
+      serial_rank: rank of a bigram term on the logits that ties each draft token to the one before
+        it; 0 for none.
+    """
+
+    layers: tuple[int, ...]
+    teacher_state: bool = True
+    draft_vocab_size: int = 0
+    serial_rank: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, 'layers', tuple(self.layers))
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(
+                f'light.layers must be increasing numbers of teacher layers, got {self.layers}.'
+            )
+        for name in ('draft_vocab_size', 'serial_rank'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'light.{name} must be >= 0 (0: none), got {getattr(self, name)}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserConfig:
+    """What a DiffusionGemma has besides its backbone.
+
+    Attributes:
+      canvas_length: C, tokens denoised at once.
+      kind: 'shared', the backbone's own weights with layer scalars of their own, as released;
+        'separate', a full second set of layers, so that the encode pass stays exactly the
+        teacher; or 'light', a few layers that read the frozen teacher's states.
+      predict_next: a canvas token is predicted at the position before its own, as the
+        autoregressive pass predicts it: the denoise pass runs over the token before the canvas
+        and all of the canvas but its last token. What a teacher has learned then holds from the
+        first step on (Gong et al. 2024, arXiv:2410.17891). The released models do not.
+      self_conditioning: a denoise pass sees the soft embeddings of the step before; else it was
+        trained without, and takes none.
+      mask_id: the token that stands for noise, of a denoiser that was trained with masked
+        corruption; None for uniform noise.
+      light: of the kind 'light', and of no other.
+    """
+
+    canvas_length: int
+    kind: str = SHARED
+    predict_next: bool = False
+    self_conditioning: bool = True
+    mask_id: int | None = None
+    light: LightConfig | None = None
+
+    def __post_init__(self):
+        if self.canvas_length < 1:
+            raise ValueError(f'canvas_length must be >= 1, got {self.canvas_length}.')
+        if self.kind not in (SHARED, SEPARATE, LIGHT):
+            raise ValueError(
+                f'the kind of a denoiser must be one of {(SHARED, SEPARATE, LIGHT)}, '
+                f'got {self.kind!r}.'
+            )
+        if (self.light is not None) != (self.kind == LIGHT):
+            raise ValueError(
+                f"a denoiser of kind 'light' needs a LightConfig and no other kind has one, got "
+                f'kind={self.kind!r} and light={self.light}.'
+            )
+
+    @property
+    def is_frozen_encoder(self) -> bool:
+        """Whether the encode pass is the teacher, of which nothing is trained."""
+        return self.kind != SHARED
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerStack:
     """Consecutive layers that differ in nothing but their type.
@@ -90,6 +172,10 @@ class LayerStack:
     types: tuple[str, ...]
     shares_kv: bool = False
     scanned: bool = True
+
+    def as_loop(self, scanned: bool) -> 'LayerStack':
+        """The same layers, their repetitions in a loop or not (`Execution.scan_layers`)."""
+        return dataclasses.replace(self, scanned=scanned)
 
     @property
     def pattern(self) -> tuple[str, ...]:
@@ -128,7 +214,9 @@ class LayerStack:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Gemma backbone, and with `canvas_length` > 0 a DiffusionGemma.
+    """A Gemma backbone, and with a `denoiser` a DiffusionGemma.
+
+    How it is computed (layout, dtypes, devices) is not part of it: see `Execution`.
 
     Attributes:
       vocab_size: V.
@@ -145,25 +233,7 @@ class ModelConfig:
       num_kv_shared_layers: the last layers have no keys and values of their own; each attends
         to those of the last layer of its type before them.
       kv_shared_ffn_width: F of these last layers; None for `ffn_width`.
-      canvas_length: C, tokens denoised at once; 0 for a purely autoregressive model.
-      separate_denoiser: the denoise pass has layers of its own (a second set of weights), so
-        that the encode pass can stay exactly the teacher's. Embedding and K/V cache are shared.
-      predict_next: a canvas token is predicted at the position before its own, as the
-        autoregressive pass predicts it: the denoise pass runs over the token before the canvas
-        and all of the canvas but its last token. What a teacher has learnt then holds from the
-        first step on (Gong et al. 2024, arXiv:2410.17891). The released models do not.
-      self_conditioning: a denoise pass sees the soft embeddings of the step before; else it was
-        trained without, and takes none.
-      mask_id: the token that stands for noise, of a denoiser that was trained with masked
-        corruption; None for uniform noise.
-      denoise_dtype: compute dtype of a separate denoiser, 'float32' or 'bfloat16'; None for that
-        of the model, which shared weights always have. In bfloat16 a denoise step is up to 1.7
-        times faster on a CPU with AVX512-BF16, while a float32 encode pass stays exactly the
-        teacher's; a CPU without products of bfloat16 computes in float32 all the same.
-      scan_layers: the layers are one compiled loop over stacked parameters; else each repetition
-        of the pattern has parameters and code of its own (see `unroll_layers`).
-      output_major: kernels of layers are stored with their outputs in front (see
-        `output_major_kernels`).
+      denoiser: of a DiffusionGemma; None for a purely autoregressive model.
       query_scale: factor on queries before the softmax. Gemma 4 uses 1.0.
       value_norm: RMS-normalise values (without scale).
       layer_scalar: the residual stream is scaled once per layer.
@@ -184,14 +254,7 @@ class ModelConfig:
     per_layer: PerLayerConfig | None = None
     num_kv_shared_layers: int = 0
     kv_shared_ffn_width: int | None = None
-    canvas_length: int = 0
-    separate_denoiser: bool = False
-    predict_next: bool = False
-    self_conditioning: bool = True
-    mask_id: int | None = None
-    denoise_dtype: str | None = None
-    scan_layers: bool = True
-    output_major: bool = False
+    denoiser: DenoiserConfig | None = None
     query_scale: float = 1.0
     value_norm: bool = True
     layer_scalar: bool = True
@@ -214,21 +277,29 @@ class ModelConfig:
                     f'heads of the {kind} layers.'
                 )
         self._check_per_layer_and_sharing()
-        if self.canvas_length < 0:
-            raise ValueError(f'canvas_length must be >= 0, got {self.canvas_length}.')
-        if (self.separate_denoiser or self.predict_next) and not self.canvas_length:
-            raise ValueError('separate_denoiser and predict_next need a canvas_length > 0.')
+        self._check_denoiser()
+        if self.final_logit_softcap is not None and self.final_logit_softcap <= 0:
+            raise ValueError(
+                f'final_logit_softcap must be > 0 or None, got {self.final_logit_softcap}.'
+            )
+
+    def _check_denoiser(self):
         if self.mask_id is not None and not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(
                 f'mask_id must be one of {self.vocab_size} token ids or None, got {self.mask_id}.'
             )
-        if self.denoise_dtype not in (None, 'float32', 'bfloat16'):
+        light = self.denoiser and self.denoiser.light
+        if not light:
+            return
+        if not 0 <= light.layers[0] <= light.layers[-1] < self.num_layers:
             raise ValueError(
-                f"denoise_dtype must be 'float32', 'bfloat16' or None, got {self.denoise_dtype!r}."
+                f'light.layers={light.layers}, but the teacher has layers 0 to '
+                f'{self.num_layers - 1}.'
             )
-        if self.final_logit_softcap is not None and self.final_logit_softcap <= 0:
+        if light.draft_vocab_size > self.vocab_size:
             raise ValueError(
-                f'final_logit_softcap must be > 0 or None, got {self.final_logit_softcap}.'
+                f'light.draft_vocab_size={light.draft_vocab_size} is larger than the vocabulary '
+                f'of {self.vocab_size} tokens; use 0 for all of them.'
             )
 
     def _check_per_layer_and_sharing(self):
@@ -257,32 +328,54 @@ class ModelConfig:
 
     @property
     def is_diffusion(self) -> bool:
-        return self.canvas_length > 0
+        return self.denoiser is not None
+
+    @property
+    def canvas_length(self) -> int:
+        """C; 0 for a purely autoregressive model."""
+        return self.denoiser.canvas_length if self.denoiser else 0
+
+    @property
+    def predict_next(self) -> bool:
+        return self.denoiser is not None and self.denoiser.predict_next
+
+    @property
+    def self_conditioning(self) -> bool:
+        return self.denoiser is None or self.denoiser.self_conditioning
+
+    @property
+    def mask_id(self) -> int | None:
+        return self.denoiser.mask_id if self.denoiser else None
+
+    @property
+    def has_frozen_encoder(self) -> bool:
+        """Whether the denoise pass has layers of its own: the encode pass is the teacher."""
+        return self.denoiser is not None and self.denoiser.is_frozen_encoder
 
     @property
     def kv_layers(self) -> LayerStack:
         """The layers with keys and values of their own: what a K/V cache holds."""
         own = self.layer_types[: self.num_layers - self.num_kv_shared_layers]
-        return LayerStack(0, own, scanned=self.scan_layers)
+        return LayerStack(0, own)
 
     @property
     def kv_shared_layers(self) -> LayerStack:
-        """The layers behind them, which share their keys and values."""
+        """The layers after them, which share their keys and values."""
         first = self.num_layers - self.num_kv_shared_layers
-        types = self.layer_types[first:]
-        return LayerStack(first, types, shares_kv=True, scanned=self.scan_layers)
+        return LayerStack(first, self.layer_types[first:], shares_kv=True)
 
     @property
     def autoregressive(self) -> 'ModelConfig':
         """The same backbone without a denoise pass."""
-        return self.replace(
-            canvas_length=0,
-            separate_denoiser=False,
-            predict_next=False,
-            self_conditioning=True,
-            mask_id=None,
-            denoise_dtype=None,
-        )
+        return dataclasses.replace(self, denoiser=None)
+
+    def kv_source(self, layer: int) -> int:
+        """Number of the layer whose keys and values a layer attends to: often its own."""
+        first_shared = self.num_layers - self.num_kv_shared_layers
+        if layer < first_shared:
+            return layer
+        kind = self.layer_types[layer]
+        return max(i for i in range(first_shared) if self.layer_types[i] == kind)
 
     def attention(self, kind: str) -> AttentionConfig:
         """The attention of a layer type, 'sliding' or 'full'."""
@@ -292,8 +385,26 @@ class ModelConfig:
         """F of the layers with keys and values of their own, or of those that share them."""
         return (self.kv_shared_ffn_width if shares_kv else None) or self.ffn_width
 
-    def replace(self, **changes) -> 'ModelConfig':
-        return dataclasses.replace(self, **changes)
+    def replace(self, **changes: Any) -> 'ModelConfig':
+        """The config with other fields; those of `DenoiserConfig` are replaced in the denoiser.
+
+        `GEMMA3_1B.replace(canvas_length=64)` has a denoiser where there was none, and
+        `canvas_length=0` takes it away.
+        """
+        names = {field.name for field in dataclasses.fields(DenoiserConfig)}
+        inner = {name: changes.pop(name) for name in list(changes) if name in names}
+        config = dataclasses.replace(self, **changes)
+        if not inner:
+            return config
+        if inner.get('canvas_length', self.canvas_length) == 0:
+            if set(inner) != {'canvas_length'}:
+                raise ValueError(f'{sorted(inner)} need a canvas_length > 0.')
+            return config.autoregressive
+        if config.denoiser is None:
+            denoiser = DenoiserConfig(**inner)
+        else:
+            denoiser = dataclasses.replace(config.denoiser, **inner)
+        return dataclasses.replace(config, denoiser=denoiser)
 
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` reverses it."""
@@ -302,17 +413,36 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict) -> 'ModelConfig':
         """Raises ValueError when a key is unknown or a required one is missing."""
-        values = dict(values)
+        values = _with_nested_denoiser(values)
         nested = {
             'sliding': AttentionConfig,
             'full': AttentionConfig,
             'moe': MoEConfig,
             'per_layer': PerLayerConfig,
+            'denoiser': DenoiserConfig,
         }
         for name, nested_cls in nested.items():
-            if values.get(name) is not None:
-                values[name] = _build(nested_cls, values[name], f'model config, {name!r}')
+            if values.get(name) is None:
+                continue
+            if name == 'denoiser' and values[name].get('light') is not None:
+                light = _build(LightConfig, values[name]['light'], "model config, 'light'")
+                values[name] = values[name] | {'light': light}
+            values[name] = _build(nested_cls, values[name], f'model config, {name!r}')
         return _build(cls, values, 'model config')
+
+
+_EXECUTION_KEYS = ('scan_layers', 'output_major', 'denoise_dtype')  # once part of the config
+_FLAT_KEYS = ('canvas_length', 'separate_denoiser', 'predict_next', 'self_conditioning', 'mask_id')
+
+
+def _with_nested_denoiser(values: dict) -> dict:
+    """A config of today from one of before, when the denoiser's fields stood among the others."""
+    values = {name: value for name, value in values.items() if name not in _EXECUTION_KEYS}
+    flat = {name: values.pop(name) for name in _FLAT_KEYS if name in values}
+    is_separate = flat.pop('separate_denoiser', False)
+    if flat.get('canvas_length'):
+        values['denoiser'] = flat | {'kind': SEPARATE if is_separate else SHARED}
+    return values
 
 
 def _build(cls, values: dict, where: str):

@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.cache import Prefix
-from diffusiongemma.models.config import ModelConfig
-from diffusiongemma.models.layers import GatedMLP, RMSNorm, rms_normalize
+from diffusiongemma.models.config import LIGHT, SEPARATE, LightConfig, ModelConfig
+from diffusiongemma.models.execution import Execution
+from diffusiongemma.models.layers import GatedMLP, RMSNorm, logical_param, rms_normalize
+from diffusiongemma.models.light import LightBackbone, SerialCorrection, TeacherState
 from diffusiongemma.models.masks import canvas_mask
 from diffusiongemma.models.precision import native_dtype
 from diffusiongemma.models.transformer import (
@@ -17,7 +19,10 @@ from diffusiongemma.models.transformer import (
     rope_by_kind,
 )
 
-DENOISER_ALONE = ('denoise_backbone', 'self_conditioning')  # parameters of a separate denoiser
+# Parameters of a denoiser with layers of its own; those of them that a model has are trained.
+DENOISER_ALONE = ('denoise_backbone', 'self_conditioning', 'teacher_state', 'serial')
+DRAFT_IDS = 'draft_ids'  # tokens of the draft vocabulary, int32 [Vd] in increasing order
+DRAFT_HEAD = 'draft_head'  # their rows of the embedding, where `Execution.gather_draft_head`
 
 
 class SelfConditioning(nn.Module):
@@ -29,6 +34,7 @@ class SelfConditioning(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, embeddings: jax.Array, soft_embeddings: jax.Array | None) -> jax.Array:
@@ -41,7 +47,7 @@ class SelfConditioning(nn.Module):
             config.width,
             config.ffn_width,
             self.dtype,
-            config.output_major,
+            self.execution.output_major,
             zero_init_output=True,
             name='mlp',
         )
@@ -52,28 +58,52 @@ class SelfConditioning(nn.Module):
 class DiffusionGemma(Gemma):
     """The denoiser. `encode` is the causal pass of its parent.
 
-    Both passes run on the same weights but for the layer scalars (as released), or on two
-    backbones with `config.separate_denoiser`.
+    Both passes run on the same weights but for the layer scalars (as released), or the denoise
+    pass has layers of its own: see `DenoiserConfig.kind`.
     """
 
     def setup(self):
         if not self.config.is_diffusion:
             raise ValueError(
-                'DiffusionGemma needs a config with canvas_length > 0; '
+                'DiffusionGemma needs a config with a denoiser (canvas_length > 0); '
                 'for a purely autoregressive model use Gemma.'
             )
         super().setup()
-        self.self_conditioning = SelfConditioning(self.config, self.denoise_dtype)
-        if self.config.separate_denoiser:
-            self.denoise_backbone = Backbone(
-                self.config.autoregressive, self.denoise_dtype, self.execution
-            )
+        config, dtype, light = self.config, self.denoise_dtype, self.light
+        if light is None or config.self_conditioning:
+            self.self_conditioning = SelfConditioning(config, dtype, self.execution)
+        if config.denoiser.kind == SEPARATE:
+            self.denoise_backbone = Backbone(config.autoregressive, dtype, self.execution)
+        elif config.denoiser.kind == LIGHT:
+            self.denoise_backbone = LightBackbone(config, dtype, self.execution)
+        if light is None:
+            return
+        if light.teacher_state:
+            self.teacher_state = TeacherState(config, dtype)
+        if light.serial_rank:
+            self.serial = SerialCorrection(config)
+        if light.draft_vocab_size:
+            size = light.draft_vocab_size
+            self.draft_ids = self.param(DRAFT_IDS, lambda _: jnp.arange(size, dtype=jnp.int32))
+            if self.execution.gather_draft_head:
+                self.draft_head = logical_param(
+                    self,
+                    DRAFT_HEAD,
+                    nn.initializers.zeros,
+                    (size, config.width),
+                    ('vocab', 'embed'),
+                )
+
+    @property
+    def light(self) -> LightConfig | None:
+        """What a light denoiser has; None for the other kinds."""
+        return self.config.denoiser.light
 
     @property
     def denoise_dtype(self) -> jnp.dtype:
         """Compute dtype of the denoise pass on the devices at hand."""
-        if self.config.separate_denoiser and self.config.denoise_dtype is not None:
-            return native_dtype(self.config.denoise_dtype, self.execution.platform)
+        if self.config.has_frozen_encoder and self.execution.denoise_dtype is not None:
+            return native_dtype(self.execution.denoise_dtype, self.execution.platform)
         return jnp.dtype(self.dtype)
 
     def denoise_hidden(
@@ -84,6 +114,7 @@ class DiffusionGemma(Gemma):
         prefix: Prefix,
         soft_embeddings: jax.Array | None = None,
         previous: jax.Array | None = None,
+        teacher_state: jax.Array | None = None,
     ) -> jax.Array:
         """The denoise pass over M canvases per row (sampling: M = 1), short of the logits.
 
@@ -96,6 +127,8 @@ class DiffusionGemma(Gemma):
             without `config.self_conditioning`.
           previous: [B, M] int32, the token before each canvas; needed with
             `config.predict_next`, and only there.
+          teacher_state: [B, M, D], the encode pass's final hidden state of the last token that
+            the prefix has before each canvas; for a light denoiser that reads it.
 
         Returns:
           Final hidden states [B, M, C, D].
@@ -117,9 +150,16 @@ class DiffusionGemma(Gemma):
         context = PassContext(rope_by_kind(self.config, positions), masks)
         embeddings = self.embedder.encode(canvas).astype(self.denoise_dtype)
         embeddings = self.execution.constrain(embeddings, *ACTIVATION_AXES)
-        x = self.self_conditioning(embeddings, soft_embeddings)
+        x = embeddings
+        # One-shot drafts of a light denoiser enter its layers as tokens enter the teacher's.
+        if self.light is None or self.config.self_conditioning:
+            x = self.self_conditioning(embeddings, soft_embeddings)
         per_layer = self.per_layer_inputs(canvas, x)
-        if self.config.separate_denoiser:
+        if self.light is not None:
+            if self.light.teacher_state:
+                x = self.teacher_state(x, teacher_state)
+            return self.denoise_backbone(x, prefix.kv, context, per_layer)
+        if self.config.denoiser.kind == SEPARATE:
             hidden, _ = self.denoise_backbone(x, prefix.kv, context, 'encode', per_layer)
         else:
             hidden, _ = self.backbone(x, prefix.kv, context, 'denoise', per_layer)
@@ -133,10 +173,64 @@ class DiffusionGemma(Gemma):
         prefix: Prefix,
         soft_embeddings: jax.Array | None = None,
         previous: jax.Array | None = None,
+        teacher_state: jax.Array | None = None,
     ) -> jax.Array:
-        """`denoise_hidden` and the head: float32 logits [B, M, C, V]."""
-        args = (canvas, starts, segment_ids, prefix, soft_embeddings, previous)
-        return self.unembed(self.denoise_hidden(*args))
+        """`denoise_hidden` and the head: float32 logits [B, M, C, V].
+
+        Tokens outside of a draft vocabulary have logits of -inf. There is no serial correction:
+        it needs the tokens before, see `serial_logits`.
+        """
+        args = (canvas, starts, segment_ids, prefix, soft_embeddings, previous, teacher_state)
+        logits = self.draft_logits(self.denoise_hidden(*args))
+        if self.light is None or not self.light.draft_vocab_size:
+            return logits
+        whole = jnp.full((*logits.shape[:-1], self.config.vocab_size), -jnp.inf, logits.dtype)
+        return whole.at[..., self.draft_ids].set(logits)
+
+    def draft_logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 soft-capped logits [..., Vd] of the draft vocabulary, else of V."""
+        if self.light is None or not self.light.draft_vocab_size:
+            return self.unembed(hidden)
+        return self.embedder.decode(hidden, self.draft_table())
+
+    def score_tokens(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Logits of some tokens alone: [B, K, D], [B, P] int32 -> float32 [B, K, P]."""
+
+        def of_row(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+            return self.embedder.decode(hidden, self.embedder.embedding[tokens])
+
+        return jax.vmap(of_row)(hidden, tokens)
+
+    def draft_table(self) -> jax.Array:
+        """Rows of the embedding [Vd, D] of the draft vocabulary's tokens."""
+        if self.execution.gather_draft_head:
+            return self.draft_head
+        return jnp.take(self.embedder.embedding, self.draft_ids, axis=0)
+
+    def draft_rows(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Places of tokens [...] in the draft vocabulary, and whether they have one, [...] bool.
+
+        Outside of it the place is Vd. Without a draft vocabulary a token is its own place.
+        """
+        if self.light is None or not self.light.draft_vocab_size:
+            return tokens, jnp.ones(tokens.shape, bool)
+        size = self.light.draft_vocab_size
+        place = jnp.searchsorted(self.draft_ids, tokens).astype(jnp.int32)
+        found = jnp.take(self.draft_ids, jnp.minimum(place, size - 1)) == tokens
+        return jnp.where(found, place, size), found
+
+    def draft_tokens(self, rows: jax.Array) -> jax.Array:
+        """Tokens at places [...] of the draft vocabulary: what `draft_rows` reverses."""
+        if self.light is None or not self.light.draft_vocab_size:
+            return rows
+        return jnp.take(self.draft_ids, rows)
+
+    def serial_logits(self, previous: jax.Array) -> jax.Array:
+        """What the logits of a draft gain by the tokens before, [...] int32 -> [..., Vd] float32.
+
+        Only of a light denoiser with `serial_rank` > 0.
+        """
+        return self.serial(self.draft_rows(previous)[0])
 
     def soft_embed(self, logits: jax.Array) -> jax.Array:
         """Self-conditioning input: softmax(logits) @ embedding * sqrt(D), [..., V] -> [..., D]."""
@@ -147,11 +241,16 @@ class DiffusionGemma(Gemma):
         batch_size, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
         ones = jnp.ones_like(tokens)
-        _, kv = self.encode(tokens, positions, ones)
+        hidden, kv = self.encode(tokens, positions, ones)
         starts = jnp.full((batch_size, 1), length, jnp.int32)
         prefix = Prefix(kv, positions, ones)
-        previous = tokens[:, -1:]
-        logits = self.denoise(tokens[:, None], starts, ones[:, :1], prefix, previous=previous)
+        light, previous = self.light, tokens[:, -1:]
+        state = hidden[:, -1:] if light is not None and light.teacher_state else None
+        logits = self.denoise(
+            tokens[:, None], starts, ones[:, :1], prefix, previous=previous, teacher_state=state
+        )
+        if light is not None and light.serial_rank:
+            logits += jnp.mean(self.serial_logits(previous))  # creates its parameters
         return logits[:, 0]
 
 

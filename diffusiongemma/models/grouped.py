@@ -165,7 +165,7 @@ def mlps_by_blocks(
       token: [n] int32, row of x of each pair.
       expert: [n] int32 in [0, E), the expert of each pair.
       kernels: gate and up [E, F, D], down [E, D, F]: outputs in front of inputs
-        (`ModelConfig.output_major`), in the dtype of x or quantized.
+        (`Execution.output_major`), in the dtype of x or quantized.
 
     Returns:
       [n, D] in the dtype of x, in the order of the pairs.

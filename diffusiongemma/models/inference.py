@@ -3,13 +3,20 @@
 Checkpoints and training are of stacked layers with the inputs of each kernel in front.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.models.denoiser import DENOISER_ALONE, DiffusionGemma
+from diffusiongemma.models.denoiser import (
+    DENOISER_ALONE,
+    DRAFT_HEAD,
+    DRAFT_IDS,
+    DiffusionGemma,
+)
+from diffusiongemma.models.precision import cpu_has_bfloat16
 from diffusiongemma.models.transformer import Gemma
 
 STACKED = ('layers', 'shared_layers')
@@ -24,17 +31,22 @@ KERNELS = {
 def for_inference(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     """The model and its parameters as they compute fastest on the devices at hand.
 
-    A separate denoiser's parameters are in its compute dtype, so that no pass has to convert them.
-    On one device, a CPU or GPU, layers are unrolled; on a CPU kernels have their outputs in front.
+    A denoiser with layers of its own computes in bfloat16 on CPUs with native bfloat16 matmuls,
+    unless `Execution.denoise_dtype` says otherwise, and its parameters are in its compute dtype, so
+    that no pass has to convert them. On one device, a CPU or GPU, layers are unrolled and the rows
+    of a draft vocabulary's head gathered; on a CPU kernels are in the transposed layout.
 
     Args:
       model: of any family, in the layout of training.
       params: its parameters; nested dict of arrays.
     """
+    platform = model.execution.platform or jax.default_backend()
+    if model.execution.denoise_dtype is None and platform == 'cpu' and cpu_has_bfloat16():
+        model = with_execution(model, denoise_dtype='bfloat16')
     params = _in_denoise_dtype(model, params)
     if model.execution.mesh is not None:
         return model, params
-    platform = model.execution.platform or jax.default_backend()
+    model, params = gather_draft_head(model, params)
     if platform == 'cpu':
         model, params = output_major_kernels(model, params)
     if platform in ('cpu', 'gpu', 'cuda'):
@@ -50,7 +62,7 @@ def unroll_layers(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     Compile time then grows with depth.
 
     Args:
-      model: of any family, with `config.scan_layers`.
+      model: of any family, with `Execution.scan_layers`.
       params: its parameters; nested dict of arrays.
 
     Returns:
@@ -59,7 +71,7 @@ def unroll_layers(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     Raises:
       ValueError: the model is unrolled already.
     """
-    if not model.config.scan_layers:
+    if not model.execution.scan_layers:
         raise ValueError('the layers of this model are unrolled already (scan_layers=False).')
 
     def unrolled(node: Any) -> Any:
@@ -74,7 +86,24 @@ def unroll_layers(model: Gemma, params: dict) -> tuple[Gemma, dict]:
                 made[name] = unrolled(child)
         return made
 
-    return model.clone(config=model.config.replace(scan_layers=False)), unrolled(params)
+    return with_execution(model, scan_layers=False), unrolled(params)
+
+
+def with_execution(model: Gemma, **changes: Any) -> Gemma:
+    """The model computed in another way, see `Execution`."""
+    return model.clone(execution=dataclasses.replace(model.execution, **changes))
+
+
+def gather_draft_head(model: Gemma, params: dict) -> tuple[Gemma, dict]:
+    """The same function with the rows that a draft vocabulary scores as a parameter of their own.
+
+    Without a draft vocabulary model and parameters are returned as they are.
+    """
+    if DRAFT_IDS not in params or model.execution.gather_draft_head:
+        return model, params
+    head = jnp.take(params['embedder']['embedding'], params[DRAFT_IDS], axis=0)
+    head = head.astype(model.denoise_dtype)
+    return with_execution(model, gather_draft_head=True), params | {DRAFT_HEAD: head}
 
 
 def output_major_kernels(model: Gemma, params: dict) -> tuple[Gemma, dict]:
@@ -84,17 +113,17 @@ def output_major_kernels(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     Routed experts have no gradient in this layout.
 
     Args:
-      model: of any family, without `config.output_major`.
+      model: of any family, without `Execution.output_major`.
       params: its parameters; nested dict of arrays, layers stacked or not.
 
     Raises:
       ValueError: the kernels have their outputs in front already.
     """
-    if model.config.output_major:
+    if model.execution.output_major:
         raise ValueError('the kernels of this model have their outputs in front already.')
 
     turned = map_kernels(_outputs_first, params)
-    return model.clone(config=model.config.replace(output_major=True)), turned
+    return with_execution(model, output_major=True), turned
 
 
 def map_kernels(change: Callable[[Any, int, int], Any], params: dict) -> dict:
@@ -124,12 +153,13 @@ def _outputs_first(kernel: Any, inputs: int, outputs: int) -> jax.Array:
 
 
 def _in_denoise_dtype(model: Gemma, params: dict) -> dict:
-    if not isinstance(model, DiffusionGemma) or not model.config.separate_denoiser:
+    if not isinstance(model, DiffusionGemma) or not model.config.has_frozen_encoder:
         return params
-    if model.config.denoise_dtype is None:
+    if model.execution.denoise_dtype is None:
         return params
     own = {
         name: jax.tree.map(lambda leaf: leaf.astype(model.denoise_dtype), params[name])
         for name in DENOISER_ALONE
+        if name in params
     }
     return params | own

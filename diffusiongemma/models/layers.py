@@ -59,7 +59,7 @@ def kernel_param(
       init: its initializer.
       inputs: size of each input axis by its logical name.
       outputs: the same of the outputs.
-      output_major: whether the output axes are in front (`ModelConfig.output_major`).
+      output_major: whether the output axes are in front (`Execution.output_major`).
       maps: logical name and number of the maps, where there are several.
 
     Returns:
@@ -250,16 +250,19 @@ class Embedder(nn.Module):
             soft = product(jax.nn.softmax(rows, axis=-1).astype(dtype), table)
         return (soft * self.width**0.5).astype(dtype).reshape(*logits.shape[:-1], self.width)
 
-    def decode(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 logits [..., V], soft-capped by cap * tanh(logits / cap)."""
+    def decode(self, hidden: jax.Array, table: jax.Array | None = None) -> jax.Array:
+        """[..., D] -> float32 logits [..., V], soft-capped by cap * tanh(logits / cap).
+
+        `table` [n, D] holds the rows of some tokens alone, in place of the whole embedding.
+        """
         tokens = hidden.reshape(-1, self.width)
-        embedding = self.embedding.astype(hidden.dtype)
-        large = self.vocab_size > LARGE_VOCABULARY
+        embedding = (self.embedding if table is None else table).astype(hidden.dtype)
+        large = len(embedding) > LARGE_VOCABULARY
         if self.output_major and large and FEW_ROWS // 2 < len(tokens) <= FEW_ROWS:
             logits = logits_by_parts(tokens, self._logits, embedding)
         else:
             logits = self._logits(tokens, embedding)
-        return logits.reshape(*hidden.shape[:-1], self.vocab_size)
+        return logits.reshape(*hidden.shape[:-1], len(embedding))
 
     def _logits(self, tokens: jax.Array, table: jax.Array) -> jax.Array:
         """[t, D] and rows [n, D] of the table -> [t, n]."""

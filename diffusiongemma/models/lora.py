@@ -7,7 +7,7 @@ axes are those of the kernel: repetitions of the layer pattern, experts. What is
 merged parameters.
 
 Adapters of the denoise pass alone need a model whose denoise pass has layers of its own
-(`separate_denoiser`); the encode pass then stays the base's to the bit. `base_params` makes such
+(kind 'separate'); the encode pass then stays the base's to the bit. `base_params` makes such
 parameters from those of any base.
 """
 
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.config import SHARED, ModelConfig
 from diffusiongemma.models.execution import product
 
 BOTH, DENOISE = 'both', 'denoise'
@@ -89,7 +89,7 @@ def init_lora(config: LoraConfig, params: Mapping[str, Any], key: jax.Array) -> 
     """
     if config.passes == DENOISE and 'denoise_backbone' not in params:
         raise ValueError(
-            "adapters of passes='denoise' need a model with separate_denoiser=True; make its "
+            "adapters of passes='denoise' need a model with a separate denoiser; make its "
             'parameters with base_params.'
         )
     adapters = {}
@@ -147,7 +147,7 @@ def base_params(target: ModelConfig, params: Mapping[str, Any]) -> dict:
         if path[0] != 'backbone' or not target.is_diffusion or 'denoise_backbone' in params:
             continue
         denoise_scalar = (*path[:-1], 'denoise_scalar')
-        if not target.separate_denoiser:
+        if target.denoiser.kind == SHARED:
             if path[-1] == 'encode_scalar':
                 found.setdefault(denoise_scalar, value)
             continue

@@ -42,7 +42,7 @@ def quantize_weights(model: Gemma, params: dict, weights: str) -> dict:
     def quantized(kernel: Any, inputs: int, outputs: int) -> Any:
         if is_quantized(kernel):
             raise ValueError('the weights are quantized already.')
-        last = kernel.ndim - (0 if model.config.output_major else outputs)
+        last = kernel.ndim - (0 if model.execution.output_major else outputs)
         summed = range(last - inputs, last)
         kept = tuple(axis for axis in range(kernel.ndim) if axis not in summed)
         return quantize(

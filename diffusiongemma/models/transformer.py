@@ -94,11 +94,12 @@ class Layer(nn.Module):
         attended, own_kv = self._attend(norm('pre_attention_norm', x), given, context)
         x = x + norm('post_attention_norm', attended)
         ffn_width = config.ffn_width_of(self.shares_kv)
-        mlp = GatedMLP(config.width, ffn_width, self.dtype, config.output_major, name='mlp')
+        output_major = self.execution.output_major
+        mlp = GatedMLP(config.width, ffn_width, self.dtype, output_major, name='mlp')
         update = mlp(norm('pre_ffn_norm', x))
         if config.moe is not None:
             fields = (config.width, config.moe, config.norm_eps, self.dtype)
-            moe = MoE(*fields, config.output_major, self.execution, name='moe')
+            moe = MoE(*fields, output_major, self.execution, name='moe')
             routed = moe(x, norm('pre_moe_norm', x))
             update = norm('post_mlp_norm', update) + norm('post_moe_norm', routed)
         x = x + norm('post_ffn_norm', update)
@@ -214,9 +215,10 @@ class Backbone(nn.Module):
         `per_layer` [B, M, T, layers, P] are the per-layer embeddings, where the model has them.
         """
         config = self.config
-        given = layer_inputs(config.kv_layers, prefix_kv, per_layer)
-        x, block_kv = self._run(config.kv_layers, which, x, given, context)
-        shared = config.kv_shared_layers
+        scanned = self.execution.scan_layers
+        stack, shared = (s.as_loop(scanned) for s in (config.kv_layers, config.kv_shared_layers))
+        given = layer_inputs(stack, prefix_kv, per_layer)
+        x, block_kv = self._run(stack, which, x, given, context)
         if shared.types:
             sources = {
                 kind: (last_kv(config, prefix_kv, kind), last_kv(config, block_kv, kind))
@@ -241,7 +243,7 @@ class Backbone(nn.Module):
         name = 'shared_{}' if stack.shares_kv else '{}'
         stacked, single = given
         stacked_kv, single_kv = (), []
-        if self.config.scan_layers:
+        if stack.scanned:
             scanned = nn.scan(
                 LayerGroup,
                 variable_axes={'params': 0},
@@ -300,11 +302,11 @@ class Gemma(nn.Module):
             config.width,
             config.final_logit_softcap,
             self.dtype,
-            config.output_major,
+            self.execution.output_major,
         )
         if config.per_layer is not None:
             self.per_layer_embedder = PerLayerEmbedder(config, self.dtype)
-        backbone = config.autoregressive if config.separate_denoiser else config
+        backbone = config.autoregressive if config.has_frozen_encoder else config
         self.backbone = Backbone(backbone, self.dtype, self.execution)
 
     def encode(
@@ -326,7 +328,8 @@ class Gemma(nn.Module):
           Final hidden states [B, T, D] and the keys and values [.., B, K, T, H] of the T tokens.
         """
         if prefix is None:
-            prefix = Prefix.empty(self.config, tokens.shape[0], self.dtype)
+            scanned = self.execution.scan_layers
+            prefix = Prefix.empty(self.config, tokens.shape[0], self.dtype, scanned)
         masks = {
             kind: self._causal_mask(kind, positions, segment_ids, keys)
             for kind, keys in prefix.tokens_by_kind(self.config).items()
@@ -360,7 +363,8 @@ class Gemma(nn.Module):
 
     def empty_kv(self, batch_size: int, capacity: int) -> KV:
         """Keys and values of an empty `KVCache`: windows shorter than its capacity are rings."""
-        kv = zeros_kv(self.config, batch_size, cache_slots(self.config, capacity), self.dtype)
+        slots = cache_slots(self.config, capacity)
+        kv = zeros_kv(self.config, batch_size, slots, self.dtype, self.execution.scan_layers)
 
         def place(leaf: jax.Array) -> jax.Array:
             return self.execution.constrain(leaf, *[None] * (leaf.ndim - 4), *CACHE_AXES)

@@ -10,6 +10,7 @@ from diffusiongemma.sampling.acceptance import (
     TopK,
 )
 from diffusiongemma.sampling.controls import Controls, allow, ban, exact_lengths, pin
+from diffusiongemma.sampling.drafts import DraftSource, PromptLookup
 from diffusiongemma.sampling.passes import CausalModel, DenoisingModel
 from diffusiongemma.sampling.sampler import Sampler, pad_prompts
 from diffusiongemma.sampling.schedule import TemperatureSchedule
@@ -32,10 +33,12 @@ __all__ = [
     'ConfidenceThreshold',
     'Controls',
     'DenoisingModel',
+    'DraftSource',
     'EntropyBound',
     'Margin',
     'MeanEntropy',
     'Never',
+    'PromptLookup',
     'Proposal',
     'Sampler',
     'SamplerOutput',

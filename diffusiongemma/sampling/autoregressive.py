@@ -20,6 +20,8 @@ def start(
     params: Any,
     state: GenerationState,
     hidden: jax.Array,
+    prompt: jax.Array,
+    prompt_lengths: jax.Array,
 ) -> GenerationState:
     """Emits the first token.
 
@@ -29,7 +31,10 @@ def start(
       params: the model's parameters.
       state: the prompts.
       hidden: [B, D], hidden states of their last tokens.
+      prompt: [B, P] int32, of no use here.
+      prompt_lengths: [B] int32, likewise.
     """
+    del prompt, prompt_lengths
     token = first_token(model, config, params, state, hidden, fold_in_rows(state.keys, 0))
     return state.emit(config, token[:, None], passes=1)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.lossless import draft_length
 from diffusiongemma.sampling.randomness import row_keys
 from diffusiongemma.sampling.sampler import MODES, Sampler, pad_prompts
 from diffusiongemma.sampling.state import GenerationState, SamplerOutput
@@ -84,11 +85,17 @@ class _Queue:
         count = len(lengths)
         zeros = np.zeros(count, np.int32)
         shape = (count, sampler.config.max_new_tokens)
+        accepted = None
+        if sampler.mode == 'lossless':
+            bins = draft_length(sampler.model, sampler.config) + 2
+            accepted = np.zeros((count, bins), np.int32)
         self.results = SamplerOutput(
             tokens=np.full(shape, sampler.config.pad_id, np.int32),
             lengths=zeros,
             denoising_steps=zeros.copy(),
             canvases=zeros.copy(),
+            causal_passes=zeros.copy(),
+            accepted_lengths=accepted,
         )
 
     def start(self, indices: np.ndarray) -> GenerationState:

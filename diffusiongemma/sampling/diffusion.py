@@ -16,7 +16,15 @@ from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.acceptance import Proposal
 from diffusiongemma.sampling.automaton import condition
 from diffusiongemma.sampling.controls import OPEN, restrict
-from diffusiongemma.sampling.epilogue import always_greedy, draw, keep_top, per_row, read_logits
+from diffusiongemma.sampling.epilogue import (
+    adjust,
+    always_greedy,
+    draw,
+    keep_top,
+    per_row,
+    pick,
+    read_logits,
+)
 from diffusiongemma.sampling.passes import DenoisingModel
 from diffusiongemma.sampling.randomness import fold_in_rows, split_rows, uniform_tokens
 from diffusiongemma.sampling.state import (
@@ -33,9 +41,11 @@ def start(
     params: Any,
     state: GenerationState,
     hidden: jax.Array,
+    prompt: jax.Array,
+    prompt_lengths: jax.Array,
 ) -> GenerationState:
     """The state as it is: prompts are cached, and a canvas needs no hidden state."""
-    del model, config, params, hidden
+    del model, config, params, hidden, prompt, prompt_lengths
     return state
 
 
@@ -48,10 +58,21 @@ def next_canvas(
     return commit_canvas(model, config, params, state, canvas)
 
 
-def canvas_task(model: DenoisingModel, state: GenerationState) -> CanvasTask:
-    """The next canvas of every row."""
-    length, controls = model.config.canvas_length, state.controls
+def canvas_task(
+    model: DenoisingModel, state: GenerationState, length: int | None = None, first: int = 0
+) -> CanvasTask:
+    """The next canvas of every row.
+
+    Args:
+      model: the denoiser.
+      state: the responses before the canvas.
+      length: tokens of the canvas; None for the model's.
+      first: tokens between the cached ones and the canvas, see `CanvasTask`.
+    """
+    length, controls = length or model.config.canvas_length, state.controls
     return CanvasTask(
+        length=length,
+        first=first,
         keys=fold_in_rows(state.keys, state.canvases),
         active=~state.finished,
         last_token=state.last_token,
@@ -72,10 +93,12 @@ def commit_canvas(
     state: GenerationState,
     canvas: DenoiseState,
 ) -> GenerationState:
-    """Emits a canvas and encodes it behind the cached tokens of the rows that go on."""
+    """Emits a canvas and encodes it after the cached tokens of the rows that go on."""
     active, tokens = ~state.finished, canvas.result(config)
     state = state.emit(config, tokens, canvas.steps)
-    state = state.replace(canvases=state.canvases + active)
+    state = state.replace(
+        canvases=state.canvases + active, causal_passes=state.causal_passes + ~state.finished
+    )
 
     def commit(cache: KVCache) -> KVCache:
         return passes.extend(model, params, cache, tokens, ~state.finished)[1]
@@ -121,9 +144,9 @@ def first_noise(
     model: DenoisingModel, config: SamplingConfig, params: Any, task: CanvasTask
 ) -> DenoiseState:
     """The canvas before its first denoise step: noise but for what is seeded or pinned."""
-    batch_size, length = task.keys.shape[0], model.config.canvas_length
+    batch_size, length = task.keys.shape[0], task.length or model.config.canvas_length
     window = config.stopping_rule.history_length
-    canvas = _noise(model, config, split_rows(task.keys)[0], length)
+    canvas = first_canvas(model, config, split_rows(task.keys)[0], length)
     return DenoiseState(
         step=jnp.zeros((), jnp.int32),
         canvas=hold(task.pinned, hold(task.seed, canvas)),
@@ -160,12 +183,25 @@ def denoise_step(
     """
     keys = fold_in_rows(split_rows(task.keys)[1], state.step)
     logits = passes.denoise(
-        model, params, cache, state.canvas, state.soft_embeddings, task.last_token
+        model,
+        params,
+        cache,
+        state.canvas,
+        state.soft_embeddings,
+        task.last_token,
+        task.first,
+        task.teacher_state,
     )  # [B, C, V]
     mask_id = passes.mask_id(model)
     settled = _settled(mask_id, task, state.canvas)
     shaped = _shape(config, mask_id, task, state.step, logits, settled)
     proposal, argmax, shaped = _propose(model, config, task, state, keys, shaped, settled)
+    if task.text_noise is not None and task.automaton is None:
+        # The draft is drawn as the text is, so that it is accepted more often.
+        own = restrict(logits, settled, task.allowed)
+        temperature = _temperature(config, task)
+        own = adjust(own, temperature, config.top_k, config.top_p)
+        argmax = pick(own, temperature, task.text_noise)
     canvas = config.acceptance_rule.next_canvas(proposal)
     history = jnp.concatenate([state.argmax_history[:, 1:], argmax[:, None]], axis=1)  # [B, W, C]
     stop = config.stopping_rule.should_stop(history, proposal.entropies)
@@ -249,7 +285,7 @@ def _propose(
     proposal = Proposal(
         canvas=state.canvas,
         candidates=candidates,
-        noise=_noise(model, config, noise_keys, length),
+        noise=first_canvas(model, config, noise_keys, length),
         open=jnp.ones(argmax.shape, bool) if settled is None else settled == OPEN,
         entropies=prediction.entropies,
         confidences=prediction.confidences,
@@ -266,10 +302,10 @@ def _temperature(config: SamplingConfig, task: CanvasTask) -> float | jax.Array:
     return config.temperature if task.temperature is None else task.temperature
 
 
-def _noise(
+def first_canvas(
     model: DenoisingModel, config: SamplingConfig, keys: jax.Array, length: int
 ) -> jax.Array:
-    """[B, length] int32: uniform tokens, or the mask token."""
+    """Noise [B, length] int32: uniform tokens, or the mask token."""
     vocab_size = _noise_vocab(model, config)
     if vocab_size is None:
         return jnp.full((keys.shape[0], length), passes.mask_id(model), jnp.int32)

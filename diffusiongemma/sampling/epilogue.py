@@ -75,11 +75,35 @@ def draw(adjusted: jax.Array, temperature: float | jax.Array, keys: jax.Array) -
     Returns:
       [B, ...] int32.
     """
-    likeliest = likeliest_tokens(adjusted)
     if always_greedy(temperature):
-        return likeliest
-    greedy = per_row(jnp.asarray(temperature) == 0, likeliest)
-    return jnp.where(greedy, likeliest, draw_tokens(adjusted, keys))
+        return likeliest_tokens(adjusted)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, adjusted.shape[1:]))(keys)
+    return pick(adjusted, temperature, noise)
+
+
+def pick(adjusted: jax.Array, temperature: float | jax.Array, noise: jax.Array | None) -> jax.Array:
+    """argmax(adjusted + noise), which is a draw from softmax(adjusted) for Gumbel noise.
+
+    Args:
+      adjusted: [B, ..., V] float32, see `adjust`.
+      temperature: a number >= 0, or [B]; rows at 0 take the argmax without noise.
+      noise: [B, ..., V] float32, see `gumbel_noise`; None where every row is greedy.
+
+    Returns:
+      [B, ...] int32.
+    """
+    if noise is None or always_greedy(temperature):
+        return likeliest_tokens(adjusted)
+    greedy = per_row(jnp.broadcast_to(jnp.asarray(temperature) == 0, adjusted.shape[:1]), adjusted)
+    return likeliest_tokens(adjusted + jnp.where(greedy, 0.0, noise))
+
+
+def gumbel_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
+    """Standard Gumbel noise of each place: keys [B, T] -> [B, T, V] float32.
+
+    With the same key it is what `draw` draws one row of logits [V] with.
+    """
+    return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,))))(keys)
 
 
 def always_greedy(temperature: float | jax.Array) -> bool:
@@ -112,11 +136,6 @@ def keep_top(logits: jax.Array, top_k: int | None, top_p: float | None) -> jax.A
         lowest = jnp.take_along_axis(descending, count - 1, axis=-1)
         logits = jnp.where(logits >= lowest, logits, -jnp.inf)
     return logits
-
-
-def draw_tokens(logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """Draws from softmax(logits), each row with its own key: [B, ..., V] -> [B, ...] int32."""
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 def entropy(logits: jax.Array) -> jax.Array:

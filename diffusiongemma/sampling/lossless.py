@@ -1,14 +1,16 @@
-"""Lossless generation: the canvas is a draft, the causal pass that commits it also verifies it.
+"""Lossless generation: a draft is verified by the causal pass that commits it.
 
-prefill -> while rows are unfinished { denoise a draft -> encode it -> accept its longest valid
-prefix -> cache and emit that prefix }. The causal logits come with the commit at no extra cost.
-Acceptance is speculative sampling (Leviathan et al. 2023, arXiv:2211.17192) with a draft that
-puts all its mass on one token: position i is accepted with probability p(x_i | x_<i), and where
-it is not, the next token is drawn from p without x_i. So every token has exactly the distribution
-of autoregressive decoding at the same temperature; at temperature 0 the text is the same.
+prefill -> while rows are unfinished { draft -> encode it -> accept its longest valid prefix ->
+cache and emit that prefix }. The causal logits come with the commit at no extra cost.
+
+A draft token is accepted while it is the one that autoregressive decoding draws at its place. Draws
+are argmax(log p + g) with Gumbel noise g that depends on the row's key and the place in the
+response alone (`epilogue.gumbel_noise`), so the text is token for token that of the autoregressive
+mode with the same key, greedy or sampled. A draft that is drawn with the same noise is accepted
+with a probability near 1 - TV(p, q) (shared Gumbel noise: Daliri et al. 2024, arXiv:2408.07978).
 
 The token that is known for certain but not yet encoded, the "pending" one, is the first of the
-next canvas and pinned there.
+block that is verified.
 """
 
 from typing import Any
@@ -18,15 +20,15 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.cache import KVCache
-from diffusiongemma.models.vocabulary import likeliest_tokens
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.automaton import trace
 from diffusiongemma.sampling.autoregressive import first_token, next_token_logits
 from diffusiongemma.sampling.controls import OPEN
-from diffusiongemma.sampling.diffusion import canvas_task, denoise_canvas, hold
-from diffusiongemma.sampling.epilogue import always_greedy, draw, per_row
+from diffusiongemma.sampling.diffusion import canvas_task, denoise_canvas, first_canvas, hold
+from diffusiongemma.sampling.drafts import history_of, light_draft
+from diffusiongemma.sampling.epilogue import always_greedy, gumbel_noise, pick
 from diffusiongemma.sampling.passes import DenoisingModel
-from diffusiongemma.sampling.randomness import split_rows
+from diffusiongemma.sampling.randomness import fold_in_rows, split_rows
 from diffusiongemma.sampling.state import (
     CanvasTask,
     DenoiseState,
@@ -43,12 +45,20 @@ class LosslessState:
     Attributes:
       generation: what has been emitted and cached.
       pending: [B] int32, each row's next token, drawn but neither emitted nor cached.
+      hidden: [B, D], final hidden state of each row's last encoded token.
+      prompt: [B, P] int32, right-padded.
+      prompt_lengths: [B] int32.
       draft_steps: [B] int32, denoise steps that each row's next draft may take.
+      accepted_lengths: [B, K + 2] int32, verifications after which so many tokens were emitted.
     """
 
     generation: GenerationState
     pending: jax.Array
+    hidden: jax.Array
+    prompt: jax.Array
+    prompt_lengths: jax.Array
     draft_steps: jax.Array
+    accepted_lengths: jax.Array
 
     @property
     def running(self) -> jax.Array:
@@ -64,14 +74,16 @@ class LosslessState:
 
     def insert(self, new: 'LosslessState', slots: jax.Array) -> 'LosslessState':
         """As `GenerationState.insert`."""
-        return LosslessState(
-            generation=self.generation.insert(new.generation, slots),
-            pending=self.pending.at[slots].set(new.pending, mode='drop'),
-            draft_steps=self.draft_steps.at[slots].set(new.draft_steps, mode='drop'),
-        )
+
+        def put(old: jax.Array, rows: jax.Array) -> jax.Array:
+            return old.at[slots].set(rows, mode='drop')
+
+        generation = self.generation.insert(new.generation, slots)
+        others = jax.tree.map(put, self.replace(generation=None), new.replace(generation=None))
+        return others.replace(generation=generation)
 
     def output(self) -> SamplerOutput:
-        return self.generation.output()
+        return self.generation.output().replace(accepted_lengths=self.accepted_lengths)
 
 
 def start(
@@ -80,6 +92,8 @@ def start(
     params: Any,
     state: GenerationState,
     hidden: jax.Array,
+    prompt: jax.Array,
+    prompt_lengths: jax.Array,
 ) -> LosslessState:
     """Draws the first tokens.
 
@@ -87,35 +101,150 @@ def start(
       model: the denoiser.
       config: how to sample.
       params: the model's parameters.
-      state: the prompts.
+      state: the prompts, cached.
       hidden: [B, D], hidden states of their last tokens.
+      prompt: [B, P] int32, their tokens, right-padded.
+      prompt_lengths: [B] int32.
     """
-    first_keys, keys = split_rows(state.keys)
+    sizes = (prompt.shape[0], draft_length(model, config) + 2)
     return LosslessState(
-        generation=state.replace(keys=keys),
-        pending=first_token(model, config, params, state, hidden, first_keys),
+        generation=state,
+        pending=first_token(model, config, params, state, hidden, fold_in_rows(state.keys, 0)),
+        hidden=hidden,
+        prompt=prompt,
+        prompt_lengths=prompt_lengths,
         draft_steps=jnp.ones_like(state.lengths),
+        accepted_lengths=jnp.zeros(sizes, jnp.int32),
     )
+
+
+def draft_length(model: DenoisingModel, config: SamplingConfig) -> int:
+    """K, tokens of a draft; the pending token is not one of them."""
+    if config.drafts is not None:
+        return config.drafts.length
+    return canvas_length(model, config) - (0 if passes.predicts_next(model) else 1)
+
+
+def canvas_length(model: DenoisingModel, config: SamplingConfig) -> int:
+    """Tokens of a canvas that is a draft."""
+    return config.draft_length or model.config.canvas_length
 
 
 def next_draft(
     model: DenoisingModel, config: SamplingConfig, params: Any, state: LosslessState
 ) -> LosslessState:
-    """Drafts a canvas of every unfinished row, verifies it, emits and caches what holds."""
-    task, verify_keys = draft_task(model, state)
-    cache, limit = state.cache, config.max_draft_steps
-    draft = denoise_canvas(model, config, params, cache, task, limit)
-    return verify_draft(model, config, params, state, draft, verify_keys)
+    """Drafts for every unfinished row, verifies the drafts, emits and caches what holds."""
+    noise = text_noise(model, config, state)
+    nothing = jnp.zeros_like(state.draft_steps)
+    if config.drafts is not None:
+        return verify_draft(
+            model, config, params, state, looked_up_draft(config, state), nothing, noise
+        )
+    if drafts_in_one_pass(model, config, state):
+        draft = one_pass_draft(model, config, params, state, noise)
+        return verify_draft(model, config, params, state, draft.tokens, nothing + 1, noise)
+    task = draft_task(model, config, state, noise)
+    denoised = denoise_canvas(model, config, params, state.cache, task, config.max_draft_steps)
+    draft = drafted_tokens(model, denoised)
+    return verify_draft(model, config, params, state, draft, denoised.steps, noise)
 
 
-def draft_task(model: DenoisingModel, state: LosslessState) -> tuple[CanvasTask, jax.Array]:
-    """The next draft of every row, and the keys [B] that verify it."""
+def text_noise(
+    model: DenoisingModel, config: SamplingConfig, state: LosslessState
+) -> jax.Array | None:
+    """Gumbel noise [B, K + 1, V] of the tokens after the pending ones; None for greedy text."""
     before = state.generation
-    task = canvas_task(model, before)
-    draft_keys, verify_keys = split_rows(task.keys)
-    nothing = jnp.full((before.lengths.shape[0], model.config.canvas_length), OPEN, jnp.int32)
-    pinned = hold(task.pinned, nothing).at[:, 0].set(state.pending)
-    return task.replace(keys=draft_keys, pinned=pinned, max_steps=state.draft_steps), verify_keys
+    if always_greedy(before.temperature(config)):
+        return None
+    places = before.lengths[:, None] + 1 + jnp.arange(draft_length(model, config) + 1)
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(before.keys, places)
+    return gumbel_noise(keys, model.config.vocab_size)
+
+
+def looked_up_draft(config: SamplingConfig, state: LosslessState) -> jax.Array:
+    """Drafts [B, K] of a `DraftSource`, which reads the text so far."""
+    generation = state.generation
+    rows = jnp.arange(len(state.pending))
+    response = jnp.pad(generation.tokens, [(0, 0), (0, 1)])
+    response = response.at[rows, generation.lengths].set(state.pending)
+    texts = history_of(state.prompt, state.prompt_lengths, response, generation.lengths + 1)
+    return config.drafts.draft(*texts)
+
+
+def drafts_in_one_pass(model: DenoisingModel, config: SamplingConfig, state: Any) -> bool:
+    """Whether a light denoiser drafts, and nothing is asked that takes a canvas to obey."""
+    controls = state.generation.controls
+    constrained = (controls.pinned, controls.seed, controls.allowed_sets, controls.automaton)
+    is_light = getattr(model, 'light', None) is not None
+    return is_light and config.max_draft_steps == 1 and all(c is None for c in constrained)
+
+
+def one_pass_draft(
+    model: DenoisingModel,
+    config: SamplingConfig,
+    params: Any,
+    state: LosslessState,
+    noise: jax.Array | None,
+) -> Any:
+    """What a light denoiser drafts after the pending tokens, see `drafts.light_draft`."""
+    before = state.generation
+    keys = split_rows(fold_in_rows(before.keys, before.canvases))[0]
+    canvas = first_canvas(model, config, keys, canvas_length(model, config))
+    temperature = before.temperature(config)
+    return light_draft(
+        model,
+        params,
+        state.cache,
+        canvas,
+        state.pending,
+        state.hidden,
+        state.prompt,
+        temperature,
+        config.top_k,
+        config.top_p,
+        None if noise is None else noise[:, :-1],
+    )
+
+
+def draft_task(
+    model: DenoisingModel, config: SamplingConfig, state: LosslessState, noise: jax.Array | None
+) -> CanvasTask:
+    """The next draft of every row as a canvas to denoise.
+
+    The pending token is the first of the canvas and pinned there; of a model that predicts next
+    tokens it is the token before the canvas.
+    """
+    before, length = state.generation, canvas_length(model, config)
+    if passes.predicts_next(model):
+        ahead = before.replace(lengths=before.lengths + 1, last_token=state.pending)
+        task = canvas_task(model, ahead, length, first=1)
+        task = task.replace(automaton_states=_after_pending(state))
+        text_noise = None if noise is None else noise[:, :-1]
+    else:
+        task = canvas_task(model, before, length)
+        nothing = jnp.full((before.lengths.shape[0], length), OPEN, jnp.int32)
+        task = task.replace(pinned=hold(task.pinned, nothing).at[:, 0].set(state.pending))
+        text_noise = None if noise is None else jnp.roll(noise, 1, axis=1)[:, :length]
+    keys = fold_in_rows(before.keys, before.canvases)
+    return task.replace(
+        keys=split_rows(keys)[0],
+        max_steps=state.draft_steps,
+        text_noise=text_noise,
+        teacher_state=state.hidden,
+    )
+
+
+def _after_pending(state: LosslessState) -> jax.Array | None:
+    before = state.generation
+    if before.automaton_states is None:
+        return None
+    automaton = before.controls.automaton
+    return trace(automaton, before.automaton_states, state.pending[:, None])[:, 1]
+
+
+def drafted_tokens(model: DenoisingModel, denoised: DenoiseState) -> jax.Array:
+    """The draft [B, K] out of a denoised canvas: what follows the pending token."""
+    return denoised.argmax if passes.predicts_next(model) else denoised.argmax[:, 1:]
 
 
 def verify_draft(
@@ -123,58 +252,70 @@ def verify_draft(
     config: SamplingConfig,
     params: Any,
     state: LosslessState,
-    denoised: DenoiseState,
-    keys: jax.Array,
+    draft: jax.Array,
+    steps: jax.Array,
+    noise: jax.Array | None,
 ) -> LosslessState:
-    """Encodes a draft, emits and caches what holds; arguments as of `draft_task`."""
-    before, draft = state.generation, denoised.argmax
-    length, active = model.config.canvas_length, ~before.finished
-    hidden, block_kv = passes.encode_block(model, params, before.cache, draft, active)
-    logits = model.apply({'params': params}, hidden, method='unembed')  # [B, C, V]
+    """Encodes pending tokens and drafts, emits and caches what holds.
+
+    Args:
+      model: the model.
+      config: how to sample.
+      params: its parameters.
+      state: before the draft.
+      draft: [B, K] int32, what may follow the pending tokens.
+      steps: [B] int32, denoise passes that the draft took.
+      noise: [B, K + 1, V] from `text_noise`.
+    """
+    before = state.generation
+    active = ~before.finished
+    block = jnp.concatenate([state.pending[:, None], draft], axis=1)  # [B, K + 1]
+    length = block.shape[1]
+    hidden, block_kv = passes.encode_block(model, params, before.cache, block, active)
+    logits = model.apply({'params': params}, hidden, method='unembed')  # [B, K + 1, V]
     states = before.automaton_states
     if states is not None:
-        states = trace(before.controls.automaton, states, draft)[:, 1:]  # [B, C]
+        states = trace(before.controls.automaton, states, block)[:, 1:]  # [B, K + 1]
     logits = next_token_logits(config, before, logits, before.lengths + 1, states)
-    counts, pending = verify(logits, draft, before.temperature(config), keys)
-    after = before.emit(config, draft, denoised.steps, counts)
-    cache = before.cache.append(block_kv, after.lengths - before.lengths)
+    counts, pending = verify(logits, block, before.temperature(config), noise)
+    after = before.emit(config, block, steps, counts)
+    emitted = after.lengths - before.lengths
+    cache = before.cache.append(block_kv, emitted)
+    last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    rows = jnp.arange(len(counts))
     # A draft that held wholly was worth fewer steps, one that fell early is worth more.
-    steps = state.draft_steps - (counts == length) + (counts < length // 4)
-    return LosslessState(
-        generation=after.replace(cache=cache, canvases=before.canvases + active),
+    draft_steps = state.draft_steps - (counts == length) + (counts < length // 4)
+    return state.replace(
+        generation=after.replace(
+            cache=cache,
+            canvases=before.canvases + active,
+            causal_passes=before.causal_passes + active,
+        ),
         pending=pending,
-        draft_steps=jnp.clip(steps, 1, config.max_draft_steps),
+        hidden=last,
+        draft_steps=jnp.clip(draft_steps, 1, config.max_draft_steps),
+        accepted_lengths=state.accepted_lengths.at[rows, emitted].add(active),
     )
 
 
 def verify(
-    logits: jax.Array, draft: jax.Array, temperature: float | jax.Array, keys: jax.Array
+    logits: jax.Array,
+    block: jax.Array,
+    temperature: float | jax.Array,
+    noise: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """How much of each draft holds, and the token that follows.
+    """How much of each block autoregressive decoding would have written, and what comes next.
 
     Args:
-      logits: [B, C, V] of the autoregressive distributions; those at i predict token i + 1.
-      draft: [B, C] int32; its first token is known to be right.
+      logits: [B, T, V] of the autoregressive distributions; those at i predict token i + 1.
+      block: [B, T] int32; its first token is known to be right.
       temperature: a number or [B]; where it is 0, greedily.
-      keys: [B] keys.
+      noise: [B, T, V] float32, the Gumbel noise that the tokens are drawn with; None for greedy.
 
     Returns:
-      [B] int32, tokens of the draft that hold, at least 1; and [B] int32, the token after them.
+      [B] int32, tokens of the block that hold, at least 1; and [B] int32, the token after them.
     """
-    length = draft.shape[1]
-    accept_keys, next_keys = split_rows(keys)
-    predicting, proposed = logits[:, :-1], draft[:, 1:]
-    holds = likeliest_tokens(logits)[:, :-1] == proposed
-    if not always_greedy(temperature):
-        log_probs = jax.nn.log_softmax(predicting, axis=-1)
-        log_probs = jnp.take_along_axis(log_probs, proposed[..., None], axis=-1)[..., 0]
-        uniform = jax.vmap(lambda key: jax.random.uniform(key, (length - 1,)))(accept_keys)
-        greedy = per_row(jnp.asarray(temperature) == 0, holds)
-        holds = jnp.where(greedy, holds, uniform < jnp.exp(log_probs))
+    drawn = pick(logits, temperature, noise)  # [B, T]
+    holds = drawn[:, :-1] == block[:, 1:]
     counts = 1 + jnp.sum(jnp.cumprod(holds.astype(jnp.int32), axis=-1), axis=-1)  # [B]
-    last = jnp.take_along_axis(logits, (counts - 1)[:, None, None], axis=1)[:, 0]  # [B, V]
-    # The residual distribution: p without the token that was refused, if one was.
-    refused = jnp.take_along_axis(draft, jnp.minimum(counts, length - 1)[:, None], axis=1)
-    refused = jnp.where(counts[:, None] < length, refused, -1)
-    last = jnp.where(jnp.arange(last.shape[-1]) == refused, -jnp.inf, last)
-    return counts, draw(last, temperature, next_keys)
+    return counts, jnp.take_along_axis(drawn, (counts - 1)[:, None], axis=1)[:, 0]

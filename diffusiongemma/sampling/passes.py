@@ -66,6 +66,11 @@ class DenoisingModel(CausalModel, Protocol):
         ...
 
 
+def predicts_next(model: DenoisingModel) -> bool:
+    """Whether a canvas token is predicted at the position before its own."""
+    return getattr(model.config, 'predict_next', False)
+
+
 def mask_id(model: DenoisingModel) -> int | None:
     """The token that stands for noise; None for uniform noise."""
     return getattr(model.config, 'mask_id', None)
@@ -196,13 +201,22 @@ def denoise(
     canvas: jax.Array,
     soft_embeddings: jax.Array,
     last_token: jax.Array,
+    first: int = 0,
+    teacher_state: jax.Array | None = None,
 ) -> jax.Array:
-    """One denoise pass over a canvas [B, C] behind the cached tokens: logits [B, C, V].
+    """One denoise pass over a canvas after the cached tokens: logits [B, C, V].
 
-    `last_token` [B] int32 is the last of the cached tokens.
+    Args:
+      model: the denoiser.
+      params: its parameters.
+      cache: what the rows hold.
+      canvas: [B, C] int32.
+      soft_embeddings: [B, C, D].
+      last_token: [B] int32, the token before the canvas.
+      first: tokens between the cached ones and the canvas, 0 or 1: a pending one.
+      teacher_state: [B, D], for a light denoiser that reads it.
     """
-    starts = cache.lengths[:, None]
-    predict_next = getattr(model.config, 'predict_next', False)
+    starts = cache.lengths[:, None] + first
     logits = model.apply(
         {'params': params},
         canvas[:, None],
@@ -210,10 +224,59 @@ def denoise(
         jnp.ones_like(starts),
         cache.as_prefix(),
         soft_embeddings[:, None],
-        **({'previous': last_token[:, None]} if predict_next else {}),
+        **_more(model, last_token, teacher_state),
         method='denoise',
     )
     return logits[:, 0]
+
+
+def denoise_hidden(
+    model: Any,
+    params: Any,
+    cache: KVCache,
+    canvas: jax.Array,
+    pending: jax.Array,
+    teacher_state: jax.Array,
+) -> jax.Array:
+    """Hidden states [B, K, D] that predict what follows the pending tokens, without the head.
+
+    Args:
+      model: a DiffusionGemma.
+      params: its parameters.
+      cache: the tokens before the pending ones.
+      canvas: [B, C] int32 noise; where the model does not predict next tokens, the first of each
+        row gives its place to the pending token.
+      pending: [B] int32.
+      teacher_state: [B, D], hidden states of the last cached tokens.
+    """
+    starts, shifted = cache.lengths[:, None], predicts_next(model)
+    if shifted:
+        starts = starts + 1
+    else:
+        canvas = canvas.at[:, 0].set(pending)
+    hidden = model.apply(
+        {'params': params},
+        canvas[:, None],
+        starts,
+        jnp.ones_like(starts),
+        cache.as_prefix(),
+        **_more(model, pending, teacher_state),
+        method='denoise_hidden',
+    )[:, 0]
+    return hidden if shifted else hidden[:, 1:]
+
+
+def _more(
+    model: DenoisingModel, last_token: jax.Array, teacher_state: jax.Array | None
+) -> dict[str, jax.Array]:
+    """Arguments of a denoise pass that not every model takes."""
+    more = {}
+    if predicts_next(model):
+        more['previous'] = last_token[:, None]
+    light = getattr(model, 'light', None)
+    if light is not None and light.teacher_state and teacher_state is not None:
+        more['teacher_state'] = teacher_state[:, None]
+    return more
 
 
 def soft_embed(model: DenoisingModel, params: Any, logits: jax.Array) -> jax.Array:

@@ -38,7 +38,8 @@ def _compiled(first: Callable, advance: Callable) -> Mode:
     def start(
         model: CausalModel, config: SamplingConfig, params: Any, *prompts: Any
     ) -> GenerationState:
-        return first(model, config, params, *prefilled(model, config, params, *prompts))
+        prepared = prefilled(model, config, params, *prompts)
+        return first(model, config, params, *prepared, *prompts[:2])
 
     def generate(
         model: CausalModel, config: SamplingConfig, params: Any, *prompts: Any
@@ -127,11 +128,25 @@ class Sampler:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f'mode must be one of {sorted(MODES)}, got {self.mode!r}.')
-        if self.mode != 'autoregressive' and not getattr(self.model.config, 'canvas_length', 0):
+        drafts = self.mode == 'lossless' and self.config.drafts is not None
+        has_canvas = bool(getattr(self.model.config, 'canvas_length', 0))
+        if self.mode != 'autoregressive' and not (drafts or has_canvas):
             raise ValueError(
                 f'mode {self.mode!r} needs a model with a canvas, but canvas_length of this '
                 f'{type(self.model).__name__} is 0. Use a DiffusionGemma, or '
                 "mode='autoregressive'."
+            )
+        light = getattr(self.model, 'light', None) if has_canvas else None
+        if self.mode == 'diffusion' and light is not None:
+            raise ValueError(
+                'a light denoiser drafts for the teacher, which has to verify it: use '
+                "mode='lossless', or a student with a 'shared' or 'separate' denoiser."
+            )
+        longest = getattr(self.model.config, 'canvas_length', 0)
+        if (self.config.draft_length or 0) > longest > 0:
+            raise ValueError(
+                f'draft_length={self.config.draft_length} is longer than the canvas of {longest} '
+                'tokens that the model was trained with.'
             )
         vocab_size = self.model.config.vocab_size
         ids = (self.config.pad_id, *self.config.stop_ids)
@@ -190,7 +205,11 @@ class Sampler:
 
     def _stream(self, params: Any, arguments: tuple) -> Iterator[SamplerOutput]:
         mode = MODES[self.mode]
-        block = 1 if self.mode == 'autoregressive' else self.model.config.canvas_length
+        block = 1
+        if self.mode == 'lossless':
+            block = lossless.draft_length(self.model, self.config) + 1
+        elif self.mode == 'diffusion':
+            block = self.model.config.canvas_length
         state = mode.start(self.model, self.config, params, *arguments)
         before = jax.tree.map(jnp.zeros_like, state.output())
         while True:

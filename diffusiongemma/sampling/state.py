@@ -12,6 +12,7 @@ from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling.acceptance import AcceptanceRule, Ancestral, EntropyBound
 from diffusiongemma.sampling.automaton import TokenAutomaton, advance
 from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.drafts import DraftSource
 from diffusiongemma.sampling.schedule import TemperatureSchedule
 from diffusiongemma.sampling.stopping import Never, StableAndConfident, StoppingRule
 
@@ -23,6 +24,10 @@ class SamplingConfig:
     Attributes:
       max_new_tokens: length limit of a response; need not be a multiple of the canvas length.
       max_denoising_steps: T, limit of denoise steps per canvas.
+      drafts: a source of drafts for the lossless mode, such as `PromptLookup`; None for the
+        model's own denoiser.
+      draft_length: canvas tokens of a draft in the lossless mode, at most the model's canvas
+        length; None for all of it. Short drafts are verified faster.
       max_draft_steps: limit of denoise steps per draft in the lossless mode. A row whose draft
         fell early takes one step more for the next, one whose draft held wholly one less.
       entropy_bound: nats, bound of the `EntropyBound` acceptance.
@@ -51,6 +56,8 @@ class SamplingConfig:
 
     max_new_tokens: int = 256
     max_denoising_steps: int = 48
+    drafts: DraftSource | None = None
+    draft_length: int | None = None
     max_draft_steps: int = 1
     entropy_bound: float = 0.1
     t_min: float = 0.4
@@ -83,6 +90,11 @@ class SamplingConfig:
             )
         if self.max_draft_steps < 1:
             raise ValueError(f'max_draft_steps must be >= 1, got {self.max_draft_steps}.')
+        if self.draft_length is not None and self.draft_length < 2:
+            raise ValueError(
+                f'draft_length must be >= 2 canvas tokens, got {self.draft_length}; None takes the '
+                "model's canvas length."
+            )
         if not 0 <= self.temperature < float('inf'):
             raise ValueError(
                 f'temperature must be finite and >= 0, got {self.temperature}; '
@@ -162,19 +174,29 @@ class SamplerOutput:
       lengths: [B] int32, tokens of each response, its stop token included.
       denoising_steps: [B] int32, denoise passes over all canvases of a row, without the
         prefill and the commits. Autoregressive: passes that gave a token, the prefill included.
-      canvases: [B] int32, canvases that a row took (lossless: drafts, each of them verified by
-        a causal pass); 0 when autoregressive.
+      canvases: [B] int32, canvases that a row took (lossless: drafts); 0 when autoregressive.
+      causal_passes: [B] int32, causal passes after the prefill that a row took: commits of
+        canvases that others follow, or verifications; 0 when autoregressive.
+      accepted_lengths: [B, K + 2] int32, in the lossless mode: after how many verifications 0, 1,
+        .., K + 1 tokens were emitted, the pending one counted. None in the other modes.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     denoising_steps: jax.Array
     canvases: jax.Array
+    causal_passes: jax.Array
+    accepted_lengths: jax.Array | None = None
 
     @property
-    def tokens_per_forward(self) -> jax.Array:
-        """TPF [B] float32, tokens per denoise pass; 1 when autoregressive."""
+    def tokens_per_denoise_pass(self) -> jax.Array:
+        """[B] float32; 1 when autoregressive."""
         return self.lengths / jnp.maximum(self.denoising_steps, 1)
+
+    @property
+    def tokens_per_pass(self) -> jax.Array:
+        """[B] float32, denoise passes, commits and verifications counted; the prefill is not."""
+        return self.lengths / jnp.maximum(self.denoising_steps + self.causal_passes, 1)
 
 
 @flax.struct.dataclass
@@ -193,6 +215,12 @@ class CanvasTask:
       automaton: of the valid responses.
       automaton_states: [B] int32, states before the canvas.
       remaining: [B] int32, tokens that each response may still have.
+      text_noise: [B, C, V] float32, Gumbel noise that the text at these places is drawn with; a
+        draft that is drawn with the same is accepted more often.
+      teacher_state: [B, D], hidden state of the last encoded token, for a light denoiser.
+      length: C, where it is not the model's.
+      first: tokens between the cached ones and the canvas: 1 where the token before the canvas
+        is pending, that is not cached yet.
     """
 
     keys: jax.Array
@@ -206,6 +234,10 @@ class CanvasTask:
     automaton: TokenAutomaton | None = None
     automaton_states: jax.Array | None = None
     remaining: jax.Array | None = None
+    text_noise: jax.Array | None = None
+    teacher_state: jax.Array | None = None
+    length: int | None = flax.struct.field(pytree_node=False, default=None)
+    first: int = flax.struct.field(pytree_node=False, default=0)
 
 
 @flax.struct.dataclass
@@ -256,6 +288,7 @@ class GenerationState:
       finished: [B] bool, stop token or length limit reached; such a row never changes again.
       denoising_steps: [B] int32, as in SamplerOutput.
       canvases: [B] int32, as in SamplerOutput.
+      causal_passes: [B] int32, as in SamplerOutput.
       automaton_states: [B] int32, after the responses so far; None without an automaton.
     """
 
@@ -269,6 +302,7 @@ class GenerationState:
     finished: jax.Array
     denoising_steps: jax.Array
     canvases: jax.Array
+    causal_passes: jax.Array
     automaton_states: jax.Array | None
 
     @classmethod
@@ -296,6 +330,7 @@ class GenerationState:
             finished=limits == 0,
             denoising_steps=zeros,
             canvases=zeros,
+            causal_passes=zeros,
             automaton_states=controls.start_states(zeros.size),
         )
 
@@ -380,4 +415,5 @@ class GenerationState:
             lengths=self.lengths,
             denoising_steps=self.denoising_steps,
             canvases=self.canvases,
+            causal_passes=self.causal_passes,
         )

@@ -1,16 +1,16 @@
 """A canvas as it settles, for a live view: the state after every denoise step."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.sampling import diffusion, lossless
+from diffusiongemma.sampling import diffusion, lossless, passes
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.sampler import MODES, Sampler
-from diffusiongemma.sampling.state import DenoiseState, SamplerOutput
+from diffusiongemma.sampling.state import CanvasTask, DenoiseState, SamplerOutput
 
 
 @flax.struct.dataclass
@@ -38,6 +38,8 @@ _STATIC = ('model', 'config')
 _first_noise = jax.jit(diffusion.first_noise, static_argnames=_STATIC)
 _denoise_step = jax.jit(diffusion.denoise_step, static_argnames=_STATIC)
 _commit_canvas = jax.jit(diffusion.commit_canvas, static_argnames=_STATIC)
+_text_noise = jax.jit(lossless.text_noise, static_argnames=_STATIC)
+_one_pass_draft = jax.jit(lossless.one_pass_draft, static_argnames=_STATIC)
 _verify_draft = jax.jit(lossless.verify_draft, static_argnames=_STATIC)
 
 
@@ -72,34 +74,94 @@ def watch(
 
 def _watch(sampler: Sampler, params: Any, arguments: tuple) -> Iterator[Draft | SamplerOutput]:
     model, config = sampler.model, sampler.config
-    verifies, limit = sampler.mode == 'lossless', config.max_denoising_steps
-    if verifies:
-        limit = min(limit, config.max_draft_steps)
     state = MODES[sampler.mode].start(model, config, params, *arguments)
     while state.running:
-        if verifies:
-            task, verify_keys = lossless.draft_task(model, state)
-        else:
+        if sampler.mode == 'diffusion':
             task = diffusion.canvas_task(model, state)
-        canvas = _first_noise(model, config, params, task)
-        yield _draft(state.output(), canvas, jnp.zeros_like(canvas.stopped))
-        while canvas.step < limit and not jnp.all(canvas.stopped):
-            changing = ~canvas.stopped
-            canvas = _denoise_step(model, config, params, state.cache, task, canvas)
-            yield _draft(state.output(), canvas, changing)
-        if verifies:
-            state = _verify_draft(model, config, params, state, canvas, verify_keys)
-        else:
+            limit = config.max_denoising_steps
+            canvas = yield from _watch_canvas(sampler, params, state, task, limit)
             state = _commit_canvas(model, config, params, state, canvas)
+            continue
+        noise = _text_noise(model, config, state)
+        if lossless.drafts_in_one_pass(model, config, state):
+            draft, steps = (yield from _watch_light(sampler, params, state, noise)), 1
+        else:
+            task = lossless.draft_task(model, config, state, noise)
+            limit = min(config.max_denoising_steps, config.max_draft_steps)
+            before = state.pending if passes.predicts_next(model) else None
+            canvas = yield from _watch_canvas(sampler, params, state, task, limit, before)
+            draft, steps = lossless.drafted_tokens(model, canvas), canvas.steps
+        steps = jnp.broadcast_to(steps, state.pending.shape)
+        state = _verify_draft(model, config, params, state, draft, steps, noise)
     yield state.output()
 
 
-def _draft(output: SamplerOutput, canvas: DenoiseState, changing: jax.Array) -> Draft:
+def _watch_canvas(
+    sampler: Sampler,
+    params: Any,
+    state: Any,
+    task: CanvasTask,
+    limit: int,
+    pending: jax.Array | None = None,
+) -> Generator[Draft, None, DenoiseState]:
+    """The canvas after each of its steps, after a `pending` token [B] if there is one.
+
+    Returns it after the last step.
+    """
+    model, config = sampler.model, sampler.config
+    canvas = _first_noise(model, config, params, task)
+    yield _draft(state.output(), canvas, jnp.zeros_like(canvas.stopped), pending)
+    while canvas.step < limit and not jnp.all(canvas.stopped):
+        changing = ~canvas.stopped
+        canvas = _denoise_step(model, config, params, state.cache, task, canvas)
+        yield _draft(state.output(), canvas, changing, pending)
+    return canvas
+
+
+def _watch_light(
+    sampler: Sampler, params: Any, state: Any, noise: jax.Array | None
+) -> Generator[Draft, None, jax.Array]:
+    """The pending token and the draft [B, K] after it, which is returned."""
+    model, config = sampler.model, sampler.config
+    draft = _one_pass_draft(model, config, params, state, noise)
+    tokens = jnp.concatenate([state.pending[:, None], draft.tokens], axis=1)
+    entropies = jnp.pad(draft.entropies, [(0, 0), (1, 0)])
+    noise_id = passes.mask_id(model)
+    empty = jnp.full_like(tokens, config.pad_id if noise_id is None else noise_id)
+    before = DenoiseState(
+        step=jnp.zeros((), jnp.int32),
+        canvas=empty.at[:, 0].set(state.pending),
+        argmax_history=jnp.full_like(tokens, -1)[:, None],
+        entropies=jnp.full_like(entropies, jnp.inf).at[:, 0].set(0.0),
+        soft_embeddings=jnp.zeros(()),
+        stopped=state.finished,
+        steps=jnp.zeros_like(state.pending),
+    )
+    yield _draft(state.output(), before, jnp.zeros_like(state.finished))
+    after = before.replace(
+        step=before.step + 1, canvas=tokens, argmax_history=tokens[:, None], entropies=entropies
+    )
+    yield _draft(state.output(), after, ~state.finished)
+    return draft.tokens
+
+
+def _draft(
+    output: SamplerOutput,
+    canvas: DenoiseState,
+    changing: jax.Array,
+    pending: jax.Array | None = None,
+) -> Draft:
+    argmax, tokens, entropies = canvas.argmax, canvas.canvas, canvas.entropies
+    if pending is not None:
+        argmax, tokens = (
+            jnp.concatenate([pending[:, None], each], axis=1) for each in (argmax, tokens)
+        )
+        entropies = jnp.pad(entropies, [(0, 0), (1, 0)])
     return Draft(
         output=output,
         step=canvas.step,
-        argmax=canvas.argmax,
-        canvas=canvas.canvas,
-        entropies=canvas.entropies,
+        argmax=argmax,
+        canvas=tokens,
+        entropies=entropies,
         changing=changing,
     )

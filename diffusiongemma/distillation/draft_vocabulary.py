@@ -1,0 +1,53 @@
+"""The draft vocabulary: the tokens that a light denoiser's head scores."""
+
+import collections
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+
+def draft_vocabulary(responses: Iterable[str], tokenizer: Any, size: int) -> np.ndarray:
+    """The most frequent tokens of teacher-written text, and those that any text may need.
+
+    The latter are special tokens and tokens of a single byte, digits among them. What is left out
+    costs no correctness, as the verifier scores the whole vocabulary: a draft ends there.
+
+    Args:
+      responses: teacher-written text.
+      tokenizer: a `Tokenizer`.
+      size: Vd.
+
+    Returns:
+      [Vd] int32 token ids in increasing order.
+
+    Raises:
+      ValueError: the vocabulary is smaller than `size`, or what any text may need is larger.
+    """
+    if size > tokenizer.vocab_size:
+        raise ValueError(
+            f'light.draft_vocab_size={size} is larger than the vocabulary of '
+            f'{tokenizer.vocab_size} tokens; use 0 for all of them.'
+        )
+    counts: collections.Counter[int] = collections.Counter()
+    for response in responses:
+        counts.update(tokenizer.format_response(response))
+    single = [i for i in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(i)) == 1]
+    needed = sorted({*tokenizer.stop_ids, tokenizer.pad_id, *single})
+    if len(needed) > size:
+        raise ValueError(
+            f'light.draft_vocab_size={size} has no room for the {len(needed)} stop tokens and '
+            'tokens of a single byte; use a larger one, or 0 for the whole vocabulary.'
+        )
+    by_count = (token for token, _ in counts.most_common())
+    others = (i for i in range(tokenizer.vocab_size))
+    chosen = dict.fromkeys(needed)
+    for token in (*by_count, *others):
+        if len(chosen) == size:
+            break
+        chosen.setdefault(token)
+    total = max(sum(counts.values()), 1)
+    covered = sum(count for token, count in counts.items() if token in chosen) / total
+    logging.info('draft vocabulary: %d tokens, %.2f%% of the text', size, 100 * covered)
+    return np.sort(np.fromiter(chosen, np.int32))

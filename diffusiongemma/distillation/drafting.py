@@ -1,0 +1,417 @@
+"""Drafting: a denoiser trained for what the teacher will accept of its drafts.
+
+One pass of the frozen teacher over a row serves many canvases, which start at random places of the
+responses (anchors) and may overlap. Each shows what the lossless sampler shows at its first step:
+the pending token, known and not yet encoded, noise after it, and the teacher's states of what is
+before it. With q_j the probability that the draft gives to the text's token at place j,
+
+    L = - sum_j w_j log q_j / sum_j w_j        for each canvas, then the mean over canvases
+
+where `PositionWeights` say what a place is worth. For text that is sampled, a share of the loss is
+the total variation distance to the teacher's distribution, which is the probability that a sampled
+draft token is refused (`sampling.lossless`; DSpark trains with 0.1 and 0.9).
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.diffusion.corruption import Corruption
+from diffusiongemma.distillation.canvases import Batch
+from diffusiongemma.distillation.losses import mean_weights, over_positions
+from diffusiongemma.distillation.teacher import FullDistribution, TeacherStates
+from diffusiongemma.models.cache import Prefix
+
+
+class PositionWeights(Protocol):
+    """What the places of a draft are worth; hashable."""
+
+    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+        """Weights [..., K] float32 without gradient, 0 where a place is not valid.
+
+        Args:
+          probabilities: [..., K] float32 in [0, 1], that the draft gives to the text's tokens.
+          valid: [..., K] bool, places with a token of the text; those of a draft come first.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualWeights:
+    """Plain cross-entropy: every place is worth the same."""
+
+    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+        """See `PositionWeights`."""
+        del probabilities
+        return valid.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecayWeights:
+    """A fixed decay exp(-(j - 1) / gamma) over the places j = 1, 2, ... (DFlash, 2602.06036)."""
+
+    gamma: float = 4.0
+
+    def __post_init__(self):
+        if self.gamma <= 0:
+            raise ValueError(f'gamma must be > 0 places, got {self.gamma}.')
+
+    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+        """See `PositionWeights`."""
+        decay = jnp.exp(-jnp.arange(probabilities.shape[-1]) / self.gamma)
+        return jnp.where(valid, decay, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class AcceptedLengthWeights:
+    """The gradient of the expected accepted length (D-PACE, arXiv:2605.18810).
+
+    A = sum_k prod_{i<=k} q_i tokens of a draft are accepted in the mean, and dA / d log q_j =
+    sum_{k>=j} prod_{i<=k} q_i. That is the weight of place j, with smoothed probabilities
+    s_i = (1 - smoothing) q_i + smoothing, so that late places are trained before early ones are
+    certain. A token outside of the draft vocabulary has q_i = s_i = 0: nothing after it counts.
+    """
+
+    smoothing: float = 0.5
+
+    def __post_init__(self):
+        if not 0 <= self.smoothing <= 1:
+            raise ValueError(f'smoothing must lie in [0, 1], got {self.smoothing}.')
+
+    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+        """See `PositionWeights`."""
+        smoothed = (1 - self.smoothing) * probabilities + self.smoothing
+        smoothed = jnp.where(valid & (probabilities > 0), smoothed, 0.0)
+        accepted = jnp.cumprod(jax.lax.stop_gradient(smoothed), axis=-1)  # [..., K]
+        return jnp.flip(jnp.cumsum(jnp.flip(accepted, axis=-1), axis=-1), axis=-1)
+
+
+class Draw(NamedTuple):
+    """What chance decides in a step, and weights that make sums over canvases means.
+
+    Attributes:
+      anchors: [B, A] int32, index in the row of each canvas's pending token.
+      noise: [B, A, C] int32, what stands after it.
+      replaced: [B, A] bool, canvases that start where the draft at this anchor was refused.
+      canvases: [B, A] float32, weights of the canvases in use.
+    """
+
+    anchors: jax.Array
+    noise: jax.Array
+    replaced: jax.Array
+    canvases: jax.Array
+
+
+class Draft(NamedTuple):
+    """What the drafts of a batch say about the text, [B, A, K] each; K places after the anchor.
+
+    Attributes:
+      cross_entropy: float32, -log q of the text's token; 0 where `valid` is false or q is 0.
+      probabilities: float32, q; 0 outside of the draft vocabulary.
+      hits: bool, the greedy draft token is the text's, given that those before it are.
+      variation: float32, total variation distance to the teacher's distribution, or None.
+      valid: bool, the place holds a token of the anchor's document.
+    """
+
+    cross_entropy: jax.Array
+    probabilities: jax.Array
+    hits: jax.Array
+    variation: jax.Array | None
+    valid: jax.Array
+
+    @property
+    def accepted(self) -> jax.Array:
+        """[B, A, K] bool, greedy draft tokens that the teacher's text confirms."""
+        return jnp.cumprod((self.hits & self.valid).astype(jnp.int32), axis=-1) > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafting:
+    """The objective of the module's docstring.
+
+    Attributes:
+      corruption: what stands in a canvas after its pending token.
+      canvas_length: C, tokens of a canvas.
+      weights: what each place is worth.
+      anchors_per_row: A, canvases of a row; where a row has fewer places to start, so many.
+      total_variation: share of the total variation distance in the loss, the rest is the
+        cross-entropy; 0 for greedy text.
+      refused_rate: share of the canvases that start where the draft at their anchor was refused:
+        at the token that the teacher put in place of the refused one. The sampler meets just
+        these states, which are harder than random ones. Costs a pass without gradient.
+    """
+
+    corruption: Corruption
+    canvas_length: int
+    weights: PositionWeights = AcceptedLengthWeights()
+    anchors_per_row: int = 32
+    total_variation: float = 0.0
+    refused_rate: float = 0.0
+
+    def __post_init__(self):
+        if self.anchors_per_row < 1:
+            raise ValueError(f'anchors_per_row must be >= 1, got {self.anchors_per_row}.')
+        for name in ('total_variation', 'refused_rate'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f'{name} must lie in [0, 1], got {getattr(self, name)}.')
+
+    @property
+    def num_steps(self) -> int:
+        """Denoise steps that are trained."""
+        return 1
+
+    def draw(self, key: jax.Array, batch: Batch) -> Draw:
+        """See `step.Objective`."""
+        anchor_key, noise_key, refused_key = jax.random.split(key, 3)
+        anchors, used = draw_anchors(anchor_key, anchor_places(batch), self.anchors_per_row)
+        shape = (*anchors.shape, self.canvas_length)
+        clean = jnp.zeros(shape, jnp.int32)
+        noise, _ = self.corruption.corrupt(noise_key, clean, jnp.ones(()))
+        replaced = jax.random.bernoulli(refused_key, float(self.refused_rate), anchors.shape)
+        return Draw(anchors, noise, replaced, mean_weights(used))
+
+    def loss(
+        self,
+        model: nn.Module,
+        params: dict,
+        draw: Draw,
+        batch: Batch,
+        prefix: Prefix,
+        teacher: TeacherStates,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `step.Objective`."""
+        anchors = draw.anchors
+        if self.refused_rate > 0:
+            refused = self._refused_at(model, params, draw, batch, prefix, teacher)
+            anchors = jnp.where(draw.replaced, refused, anchors)
+        draft = self.draft(model, params, anchors, draw.noise, batch, prefix, teacher)
+        losses = draft.cross_entropy
+        if draft.variation is not None:
+            losses = (1 - self.total_variation) * losses + self.total_variation * draft.variation
+        weights = self.weights.weights(draft.probabilities, draft.valid)
+        total = jnp.maximum(jnp.sum(weights, axis=-1), 1e-6)
+        per_canvas = jnp.sum(weights * losses, axis=-1) / total  # [B, A]
+        return jnp.sum(per_canvas * draw.canvases), accepted_lengths(draft, draw.canvases)
+
+    def draft(
+        self,
+        model: nn.Module,
+        params: dict,
+        anchors: jax.Array,
+        noise: jax.Array,
+        batch: Batch,
+        prefix: Prefix,
+        teacher: TeacherStates,
+    ) -> Draft:
+        """Drafts from the pending tokens at `anchors` [B, A], with `noise` [B, A, C] after them."""
+        tokens, length = batch['tokens'], batch['tokens'].shape[1]
+        hidden = _draft_hidden(model, params, anchors, noise, batch, prefix, teacher.hidden)
+        places = anchors[..., None] + 1 + jnp.arange(hidden.shape[2])  # [B, A, K]
+        rows = jnp.arange(len(tokens))[:, None, None]
+        inside = jnp.minimum(places, length - 1)
+        same = batch['segment_ids'][rows, inside] == _at(batch['segment_ids'], anchors)[..., None]
+        valid = (places < length) & same
+        text, before = tokens[rows, inside], tokens[rows, inside - 1]
+        values = ()
+        if self.total_variation > 0:
+            values = (jax.tree.map(lambda leaf: leaf[rows, inside - 1], teacher.values),)
+
+        def score(hidden: jax.Array, text: jax.Array, before: jax.Array, *values: Any) -> tuple:
+            variables = {'params': params}
+            logits = model.apply(variables, hidden, method='draft_logits')
+            if model.light is not None and model.light.serial_rank:
+                logits += model.apply(variables, before, method='serial_logits')
+            row, known = model.apply(variables, text, method='draft_rows')
+            known_row = jnp.where(known, row, 0)
+            log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+            log_q = jnp.take_along_axis(log_probs, known_row[..., None], axis=-1)[..., 0]
+            log_q = jnp.where(known, log_q, 0.0)
+            hits = known & (jnp.argmax(logits, axis=-1) == row)
+            variation = None
+            if values:
+                said = teacher.read(values[0])
+                variation = _total_variation(model, params, log_probs, said)
+            return -log_q, jnp.where(known, jnp.exp(log_q), 0.0), hits, variation
+
+        chunk = model.execution.logits_chunk
+        scores = over_positions(score, chunk, places.shape, hidden, text, before, *values)
+        cross_entropy, probabilities, hits, variation = scores
+        return Draft(cross_entropy, probabilities, hits, variation, valid)
+
+    def _refused_at(
+        self,
+        model: nn.Module,
+        params: dict,
+        draw: Draw,
+        batch: Batch,
+        prefix: Prefix,
+        teacher: TeacherStates,
+    ) -> jax.Array:
+        """Index [B, A] of the token that takes the place of the first refused one.
+
+        The anchor itself where that token is the last of its document.
+        """
+        params = jax.lax.stop_gradient(params)
+        greedy = dataclasses.replace(self, total_variation=0.0)
+        draft = greedy.draft(model, params, draw.anchors, draw.noise, batch, prefix, teacher)
+        refused = draw.anchors + 1 + jnp.sum(draft.accepted, axis=-1)
+        refused = jnp.minimum(refused, batch['tokens'].shape[1] - 1)
+        same = _at(batch['segment_ids'], refused) == _at(batch['segment_ids'], draw.anchors)
+        return jnp.where(same & _at(anchor_places(batch), refused), refused, draw.anchors)
+
+
+def anchor_places(batch: Batch) -> jax.Array:
+    """[B, L] bool, where a draft may start: response tokens that another one follows."""
+    is_target, segment_ids = batch['target_mask'], batch['segment_ids']
+    followed = jnp.roll(is_target, -1, axis=1) & (jnp.roll(segment_ids, -1, axis=1) == segment_ids)
+    return (is_target & followed).at[:, -1].set(False)
+
+
+def draw_anchors(key: jax.Array, places: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Draws different places of each row, all with the same probability.
+
+    Args:
+      key: PRNG key.
+      places: [B, L] bool.
+      count: A.
+
+    Returns:
+      [B, A] int32 in increasing order, and [B, A] bool; false where a row has fewer places.
+
+    Raises:
+      ValueError: a row can't have so many.
+    """
+    length = places.shape[1]
+    if count >= length:
+        raise ValueError(
+            f'anchors_per_row={count} do not fit a row of {length} tokens; use at most '
+            f'{length - 1}, or longer rows.'
+        )
+    drawn = jnp.where(places, jax.random.uniform(key, places.shape), -1.0)
+    scores, anchors = jax.lax.top_k(drawn, count)
+    # No draft starts at a row's last token: what is not used stands there, after all others.
+    anchors = jnp.sort(jnp.where(scores >= 0, anchors, length - 1), axis=1)
+    return anchors.astype(jnp.int32), anchors < length - 1
+
+
+def accepted_lengths(draft: Draft, canvases: jax.Array) -> dict[str, jax.Array]:
+    """Means over canvases, tokens per verification with the token that follows a draft counted.
+
+    Args:
+      draft: of a batch.
+      canvases: [B, A] float32, weights that sum to 1.
+    """
+    likely = jnp.cumprod(jnp.where(draft.valid, draft.probabilities, 0.0), axis=-1)
+    expected = 1 + jnp.sum(likely, axis=-1)  # [B, A]
+    length = 1 + jnp.sum(draft.accepted, axis=-1)
+    return {
+        'expected_accepted_length': jnp.sum(expected * canvases),
+        'accepted_length': jnp.sum(length * canvases),
+    }
+
+
+def acceptance_by_position(draft: Draft, canvases: jax.Array) -> jax.Array:
+    """[K] float32: how often a draft token is accepted where all before it were.
+
+    Places after a document's end do not count; 0 where no draft got so far.
+    """
+    used = (canvases > 0)[..., None]
+    before = jnp.pad(draft.accepted[..., :-1], [(0, 0), (0, 0), (1, 0)], constant_values=True)
+    tried = jnp.sum(used & before & draft.valid, axis=(0, 1))
+    return jnp.sum(used & draft.accepted, axis=(0, 1)) / jnp.maximum(tried, 1)
+
+
+def _draft_hidden(
+    model: nn.Module,
+    params: dict,
+    anchors: jax.Array,
+    noise: jax.Array,
+    batch: Batch,
+    prefix: Prefix,
+    hidden: jax.Array,
+) -> jax.Array:
+    """Hidden states [B, A, K, D] that predict the K tokens after each anchor [B, A].
+
+    The canvas is the one that the sampler drafts with: see `sampling.drafts`.
+    """
+    pending, segment_ids = _at(batch['tokens'], anchors), _at(batch['segment_ids'], anchors)
+    starts, light, more = _at(batch['positions'], anchors), model.light, {}
+    if light is not None and light.teacher_state:
+        more['teacher_state'] = _at(hidden, jnp.maximum(anchors - 1, 0))  # [B, A, D]
+    if model.config.predict_next:
+        canvas, starts, more['previous'] = noise, starts + 1, pending
+    else:
+        canvas = jnp.concatenate([pending[..., None], noise[..., 1:]], axis=-1)
+    args = (canvas, starts, segment_ids, prefix)
+    output = model.apply({'params': params}, *args, **more, method='denoise_hidden')
+    return output if model.config.predict_next else output[:, :, 1:]
+
+
+def _at(rows: jax.Array, index: jax.Array) -> jax.Array:
+    """Values of rows [B, L, ...] at the places [B, A]: [B, A, ...]."""
+    return rows[jnp.arange(len(rows))[:, None], index]
+
+
+def _total_variation(model: nn.Module, params: dict, log_probs: jax.Array, said: Any) -> jax.Array:
+    """1 - sum_x min(p_T(x), q(x)) for log q [..., Vd] -> [...] float32."""
+    if not isinstance(said, FullDistribution):
+        raise ValueError(
+            'drafting.total_variation needs the whole distribution of the teacher: set '
+            'config.targets.top_k_logits to 0.'
+        )
+    logits, size = said.logits.astype(jnp.float32), log_probs.shape[-1]
+    probs = jax.nn.softmax(logits, axis=-1)
+    if size < probs.shape[-1]:
+        tokens = model.apply({'params': params}, jnp.arange(size), method='draft_tokens')
+        probs = jnp.take(probs, tokens, axis=-1)
+    return 1 - jnp.sum(jnp.minimum(probs, jnp.exp(log_probs)), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftingConfig:
+    """What `config.drafting` may say.
+
+    Attributes:
+      weights: 'accepted_length', 'decay' or 'equal', see `PositionWeights`.
+      smoothing: of the accepted-length weights.
+      gamma: of the decay, in places.
+      anchors_per_row, total_variation, refused_rate: see `Drafting`.
+      held_out: teacher-written examples, the last of the targets, that are never trained on;
+        accepted lengths are reported on them. At most a tenth of the targets.
+    """
+
+    weights: str = 'accepted_length'
+    smoothing: float = 0.5
+    gamma: float = 4.0
+    anchors_per_row: int = 32
+    total_variation: float = 0.0
+    refused_rate: float = 0.0
+    held_out: int = 64
+
+    def __post_init__(self):
+        if self.weights not in ('accepted_length', 'decay', 'equal'):
+            raise ValueError(
+                "drafting.weights must be 'accepted_length', 'decay' or 'equal', "
+                f'got {self.weights!r}.'
+            )
+        if self.held_out < 1:
+            raise ValueError(f'drafting.held_out must be >= 1 example, got {self.held_out}.')
+
+    def objective(self, corruption: Corruption, canvas_length: int) -> Drafting:
+        """The objective that it describes."""
+        weights: PositionWeights = EqualWeights()
+        if self.weights == 'accepted_length':
+            weights = AcceptedLengthWeights(self.smoothing)
+        elif self.weights == 'decay':
+            weights = DecayWeights(self.gamma)
+        return Drafting(
+            corruption,
+            canvas_length,
+            weights,
+            self.anchors_per_row,
+            self.total_variation,
+            self.refused_rate,
+        )

@@ -1,0 +1,64 @@
+"""Accepted lengths on examples that are never trained on."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from diffusiongemma.data.packing import RowLayout, pack_examples
+from diffusiongemma.distillation.canvases import Batch
+from diffusiongemma.distillation.drafting import (
+    Drafting,
+    acceptance_by_position,
+    accepted_lengths,
+)
+from diffusiongemma.distillation.step import Constants, causal_pass, teacher_states
+from diffusiongemma.parallel import processes
+
+
+def held_out_batch(
+    examples: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    row_length: int,
+    sharding: jax.sharding.Sharding,
+) -> Batch:
+    """Examples as one packed batch, spread like those that are trained on.
+
+    Rows are repeated until every device has as many.
+    """
+    layout = RowLayout(row_length, 0, 0, tokenizer.pad_id)
+    packed = pack_examples(examples, tokenizer, layout)
+    rows = len(packed['tokens'])
+    ways = sharding.num_devices if sharding is not None else 1
+    index = np.arange(-(-rows // ways) * ways) % rows
+    batch = {name: value[index] for name, value in packed.items()}
+    return processes.in_shards(batch, jax.tree.map(lambda _: sharding, batch))
+
+
+def held_out_metrics(
+    model: nn.Module, objective: Drafting, constants: Constants, batch: Batch
+) -> Callable[[Any], dict[str, jax.Array]]:
+    """A function from the trained parameters to metrics of the drafts on a batch.
+
+    `held_out/accepted_length` and `held_out/expected_accepted_length` are tokens per verification,
+    the one after the draft included; `held_out/acceptance/01`, `02`, ... are the shares of draft
+    tokens at each place that are accepted where all before them were. Anchors are the same at
+    every call.
+    """
+
+    @jax.jit
+    def metrics(trained: Any, constants: Constants, batch: Batch) -> dict[str, jax.Array]:
+        params = constants.student | trained
+        hidden, prefix = causal_pass(model, params, batch)
+        said = teacher_states(model, model, params, constants, batch, hidden)
+        draw = objective.draw(jax.random.key(0), batch)
+        args = (draw.anchors, draw.noise, batch, prefix, said)
+        draft = objective.draft(model, params, *args)
+        measured = accepted_lengths(draft, draw.canvases)
+        shares = acceptance_by_position(draft, draw.canvases)
+        measured |= {f'acceptance/{k + 1:02}': share for k, share in enumerate(shares)}
+        return {f'held_out/{name}': value for name, value in measured.items()}
+
+    return lambda trained: metrics(trained, constants, batch)

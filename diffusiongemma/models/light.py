@@ -1,0 +1,126 @@
+"""The light denoiser: a few layers that draft on the frozen teacher's states.
+
+Each layer starts from one of the teacher's and attends to the keys and values that the teacher has
+cached in that very layer, so that the prefix is never encoded a second time. This is the design of
+the fast lossless systems (EAGLE-3, arXiv:2503.01840; DFlash, arXiv:2602.06036), with the teacher's
+own cache in place of one that is projected for the draft.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.models.cache import KV, layer_kv
+from diffusiongemma.models.config import LightConfig, ModelConfig
+from diffusiongemma.models.execution import Execution
+from diffusiongemma.models.layers import RMSNorm, kernel_init, logical_param, project
+from diffusiongemma.models.transformer import LayerInput, PassContext, rematerialised
+
+
+def draft_layer_config(config: ModelConfig, layer: int) -> ModelConfig:
+    """The config of the draft layer that starts from a teacher layer: dense, of its width."""
+    shares_kv = config.kv_source(layer) != layer
+    return config.autoregressive.replace(
+        moe=None, ffn_width=config.ffn_width_of(shares_kv), kv_shared_ffn_width=None
+    )
+
+
+def shares_draft_kv(config: ModelConfig, layer: int) -> bool:
+    """Whether a draft layer attends to the canvas keys and values of an earlier draft layer.
+
+    So it is where the teacher's layer shares those of another one that is a draft layer too.
+    """
+    source, light = config.kv_source(layer), _light(config)
+    return source != layer and source in light.layers
+
+
+class LightBackbone(nn.Module):
+    """The draft layers and the final norm."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, prefix_kv: KV, context: PassContext, per_layer: jax.Array | None
+    ) -> jax.Array:
+        """x [B, M, T, D] -> normed hidden states [B, M, T, D].
+
+        Args:
+          x: what enters the first layer.
+          prefix_kv: the teacher's keys and values of the prefix, of all its layers.
+          context: rotary tables and masks.
+          per_layer: [B, M, T, teacher layers, P], where the teacher has per-layer embeddings.
+        """
+        config, canvas_kv = self.config, {}
+        make_layer = rematerialised(self.execution.remat)
+        for number, layer in enumerate(_light(config).layers):
+            kind, shares_kv = config.layer_types[layer], shares_draft_kv(config, layer)
+            cached = layer_kv(config, prefix_kv, layer)
+            own_context = context
+            if shares_kv:
+                source = canvas_kv[config.kv_source(layer)]
+                own_context = context.replace(shared_kv={kind: (cached, source)})
+            draft_layer = make_layer(
+                draft_layer_config(config, layer),
+                kind,
+                'encode',
+                self.dtype,
+                self.execution,
+                shares_kv,
+                name=f'layer_{number}',
+            )
+            given = LayerInput(cached, None if per_layer is None else per_layer[..., layer, :])
+            x, canvas_kv[layer] = draft_layer(x, given, own_context)
+        return RMSNorm(config.norm_eps, config.norm_scale_offset, name='final_norm')(x)
+
+
+class TeacherState(nn.Module):
+    """Adds the teacher's state to every canvas input, by a projection that starts at zero."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state: jax.Array) -> jax.Array:
+        """x [B, M, T, D], state [B, M, D] -> [B, M, T, D]."""
+        width = self.config.width
+        kernel = logical_param(
+            self, 'kernel', nn.initializers.zeros, (width, width), ('embed', 'mlp')
+        )
+        added = project('bmd,de->bme', state.astype(self.dtype), kernel)
+        return x + added.astype(x.dtype)[:, :, None]
+
+
+class SerialCorrection(nn.Module):
+    """A low-rank bigram term on the draft's logits: what follows the token before.
+
+    All positions of a draft are predicted together, each without knowing what the others will be;
+    this term ties each to the one before it. It starts at zero.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        light = _light(self.config)
+        rank, size = light.serial_rank, light.draft_vocab_size or self.config.vocab_size
+        # One more row than the draft vocabulary has tokens: for every token outside of it.
+        rows = size + (1 if light.draft_vocab_size else 0)
+        self.previous = logical_param(
+            self, 'previous', kernel_init(rank), (rows, rank), ('vocab', 'norm')
+        )
+        self.following = logical_param(
+            self, 'following', nn.initializers.zeros, (rank, size), ('norm', 'vocab')
+        )
+
+    def __call__(self, previous: jax.Array) -> jax.Array:
+        """Rows [...] int32 of the tokens before -> what their logits gain, float32 [..., Vd]."""
+        rows = jnp.take(self.previous, previous.reshape(-1), axis=0).astype(jnp.float32)
+        gain = project('tr,rv->tv', rows, self.following)
+        return gain.reshape(*previous.shape, gain.shape[-1])
+
+
+def _light(config: ModelConfig) -> LightConfig:
+    assert config.denoiser is not None and config.denoiser.light is not None
+    return config.denoiser.light
