@@ -32,7 +32,7 @@ BASE = {
     'eval.speed_batches': 2,
     'eval.speed_batch_sizes': '(1,)',
 }
-SHARED = {'separate_denoiser': False}
+SHARED = {'denoiser': 'shared'}
 ROWS = {
     'main': {},
     'main_seed_1': {'seed': 1},
@@ -49,7 +49,7 @@ ROWS = {
 COLUMNS = (
     'student_accuracy',
     'exact_match',
-    'tokens_per_forward',
+    'tokens_per_denoise_pass',
     'teacher_nll',
     'lossless_tokens_per_pass',
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import logging as py_logging
 import os
 import re
 import sys
@@ -112,6 +113,15 @@ def keep_compiled_programs() -> None:
         jax.config.update('jax_compilation_cache_dir', str(Path(home) / 'diffusiongemma'))
 
 
+class _OwnMessages(py_logging.Filter):
+    """Lets through what this package says, and of others warnings and errors."""
+
+    PACKAGE = str(Path(__file__).parent)
+
+    def filter(self, record: py_logging.LogRecord) -> bool:
+        return record.levelno >= py_logging.WARNING or record.pathname.startswith(self.PACKAGE)
+
+
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Runs an absl program; what the user can mend ends in one line on stderr and exit code 1.
 
@@ -122,6 +132,8 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f'unexpected arguments {argv[1:]}')
         keep_compiled_programs()
+        if flags.FLAGS.verbosity <= 0:
+            logging.get_absl_handler().addFilter(_OwnMessages())
         try:
             main(argv)
         except guard.Preempted as stopped:

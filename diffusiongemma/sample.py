@@ -25,6 +25,7 @@ from diffusiongemma.models.quantization import WEIGHT_DTYPES
 from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, generate_text, pad_prompts
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.grammar import from_json_schema, from_regex
+from diffusiongemma.sampling.sampler import MODES, main_mode
 from diffusiongemma.sampling.watch import watch
 from diffusiongemma.view.animation import write_gif, write_html
 from diffusiongemma.view.conversation import Conversation
@@ -36,7 +37,10 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _PROMPT = flags.DEFINE_string('prompt', None, 'What to answer; without it, a chat.')
 _MODE = flags.DEFINE_enum(
-    'mode', 'diffusion', ['diffusion', 'autoregressive', 'lossless'], 'Decode mode.'
+    'mode',
+    None,
+    sorted(MODES),
+    "Decode mode; by default 'diffusion', and 'lossless' for a light student.",
 )
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy.', lower_bound=0.0)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
@@ -81,7 +85,8 @@ class Answer:
     text: str
     tokens: list[int]
     denoising_steps: int
-    tokens_per_forward: float
+    tokens_per_denoise_pass: float
+    tokens_per_pass: float
     seconds: float
 
 
@@ -111,7 +116,7 @@ class Loaded:
             top_k=_TOP_K.value,
             top_p=_TOP_P.value,
         )
-        return cls(Sampler(model, config, _MODE.value), params, tokenizer)
+        return cls(Sampler(model, config, _MODE.value or main_mode(model)), params, tokenizer)
 
 
 def constraint(tokenizer: Tokenizer, vocab_size: int) -> Controls | None:
@@ -142,7 +147,8 @@ def answer(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls | Non
         text=text,
         tokens=np.asarray(output.tokens)[0, : int(output.lengths[0])].tolist(),
         denoising_steps=int(output.denoising_steps[0]),
-        tokens_per_forward=float(output.tokens_per_forward[0]),
+        tokens_per_denoise_pass=float(output.tokens_per_denoise_pass[0]),
+        tokens_per_pass=float(output.tokens_per_pass[0]),
         seconds=seconds,
     )
 
@@ -204,8 +210,8 @@ def main(argv: list[str]) -> None:
         return
     print(result.text)
     print(
-        f'[{len(result.tokens)} tokens, {result.denoising_steps} forward passes, '
-        f'{result.tokens_per_forward:.2f} tokens per forward, '
+        f'[{len(result.tokens)} tokens, {result.denoising_steps} denoise passes, '
+        f'{result.tokens_per_pass:.2f} tokens per pass (commits and verifications counted), '
         f'{len(result.tokens) / result.seconds:,.0f} tokens/s]'
     )
 

@@ -55,7 +55,7 @@ def test_the_main_job_shows_a_table_samples_and_leaves_a_plot_and_a_checkpoint(w
     for row in (
         'accuracy',
         'denoising steps per canvas',
-        'tokens per forward',
+        'tokens per pass',
         'tokens/s',
         'ratio',
     ):
@@ -81,7 +81,7 @@ def test_evaluate_ends_with_one_json_line(workdir):
     result = json.loads(out.splitlines()[-1])
     assert result['num_examples'] == 4
     assert {
-        'teacher_accuracy', 'student_accuracy', 'tokens_per_forward',
+        'teacher_accuracy', 'student_accuracy', 'tokens_per_denoise_pass', 'tokens_per_pass',
         'denoising_steps_per_canvas', 'speedup', 'exact_match', 'teacher_nll', 'token_entropy',
         'repetition_4', 'implausible_within', 'implausible_across',
     } <= set(result)  # fmt: skip
@@ -91,7 +91,7 @@ def test_evaluate_ends_with_one_json_line(workdir):
 @pytest.mark.slow
 def test_sample_answers_with_the_student_of_a_run(workdir):
     out, _ = run('sample', f'--checkpoint={workdir}', f'--prompt={PROMPT}', '--max_new_tokens=32')
-    assert 'tokens per forward' in out
+    assert 'tokens per pass' in out
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,14 @@ def test_sample_answers_with_the_student_of_a_run(workdir):
 def test_sample_answers_at_once_with_the_shipped_student(mode):
     out, _ = run('sample', f'--prompt={PROMPT}', f'--mode={mode}', '--json')
     answer = json.loads(out.splitlines()[-1])
-    assert set(answer) == {'text', 'tokens', 'denoising_steps', 'tokens_per_forward', 'seconds'}
+    assert set(answer) == {
+        'text',
+        'tokens',
+        'denoising_steps',
+        'tokens_per_denoise_pass',
+        'tokens_per_pass',
+        'seconds',
+    }
     assert 'The answer is ' in answer['text']
     assert answer['denoising_steps'] >= 1
 

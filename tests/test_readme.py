@@ -83,7 +83,7 @@ def test_a_jsonl_file_becomes_a_student(checkout):
         rows = [{k: source[i][k] for k in ('prompt', 'response')} for i in range(size)]
         lines = ''.join(json.dumps(row) + '\n' for row in rows)
         (checkout / f'{name}.jsonl').write_text(lines)
-    assert 'tokens per forward' in run('configs/jsonl.py', checkout)
+    assert 'tokens per pass' in run('configs/jsonl.py', checkout)
     assert (checkout / 'my_student' / 'distillation.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -96,6 +96,6 @@ def test_the_main_job_from_an_empty_environment(checkout, tmp_path):
     environment = {k: v for k, v in ENVIRONMENT.items() if k != 'PYTHONPATH'}
     environment['PATH'] = f'{tmp_path}/venv/bin{os.pathsep}{os.environ["PATH"]}'
     out = run('distill --config=configs/tiny.py', checkout, environment)
-    assert 'lossless' in out and 'tokens per forward' in out
+    assert 'lossless' in out and 'tokens per pass' in out
     assert (workdir / 'distillation.png').read_bytes().startswith(b'\x89PNG')
     shutil.rmtree(workdir)

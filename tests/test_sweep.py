@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / 'configs'))
 import tiny  # noqa: E402
 
 
-def point(mode='diffusion', accuracy=1.0, tokens_per_forward=1.0, speedup=1.0):
+def point(mode='diffusion', accuracy=1.0, tokens_per_denoise_pass=1.0, speedup=1.0):
     return Point(
         mode=mode,
         entropy_bound=0.1,
@@ -29,7 +29,8 @@ def point(mode='diffusion', accuracy=1.0, tokens_per_forward=1.0, speedup=1.0):
         accuracy=accuracy,
         exact_match=0.5,
         teacher_nll=0.1,
-        tokens_per_forward=tokens_per_forward,
+        tokens_per_denoise_pass=tokens_per_denoise_pass,
+        tokens_per_pass=tokens_per_denoise_pass / 2,
         steps_per_canvas=2.0,
         tokens_per_second=100 * speedup,
         speedup=speedup,
@@ -71,10 +72,10 @@ def test_the_best_point_is_the_fastest_within_one_point_of_the_teacher():
 
 
 def test_the_aup_of_a_sweep_is_that_of_its_frontier():
-    beaten = point(accuracy=0.5, tokens_per_forward=1.5)
-    points = [point(accuracy=0.9, tokens_per_forward=2.0), beaten]
+    beaten = point(accuracy=0.5, tokens_per_denoise_pass=1.5)
+    points = [point(accuracy=0.9, tokens_per_denoise_pass=2.0), beaten]
     assert summary([TEACHER, LOSSLESS, *points])['aup'] == pytest.approx(2 * 90)
-    points.append(point(accuracy=0.87, tokens_per_forward=3.0))
+    points.append(point(accuracy=0.87, tokens_per_denoise_pass=3.0))
     expected = 2 * 90 + (90 + 87 * math.exp(-3 * (1 - 87 / 90))) / 2
     assert summary([TEACHER, LOSSLESS, *points])['aup'] == pytest.approx(expected)
 
@@ -104,7 +105,7 @@ def test_a_sweep_of_the_shipped_student_leaves_a_table_and_a_plot(tmp_path):
         teacher, lossless, swept = csv.DictReader(file)
     assert (teacher['mode'], lossless['mode']) == ('autoregressive', 'lossless')
     assert teacher['entropy_bound'] == teacher['canvas_length'] == ''
-    assert float(teacher['tokens_per_forward']) == float(teacher['speedup']) == 1
+    assert float(teacher['tokens_per_denoise_pass']) == float(teacher['speedup']) == 1
     assert float(lossless['exact_match']) == 1  # its denoiser is separate
     assert float(lossless['teacher_nll']) == pytest.approx(float(teacher['teacher_nll']))
     settings = [swept[name] for name in ('entropy_bound', 'max_denoising_steps', 'canvas_length')]

@@ -43,8 +43,8 @@ def load_model(
         directory in the published format (config.json and safetensors), one of Google's orbax
         checkpoints (see `orbax_import`), or adapters, which are merged into their base.
       dtype: of the parameters and the computation (a denoiser with layers of its own may compute
-        in another, see `Execution.denoise_dtype`); None keeps the parameters as they are stored and computes
-        in float32.
+        in another, see `Execution.denoise_dtype`); None keeps the parameters as they are stored
+        and computes in float32.
       mesh: parameters are created in their shards on it (see `parallel.make_mesh`), without ever
         being whole on the host; None for the default device.
 

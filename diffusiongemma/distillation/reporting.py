@@ -3,8 +3,9 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 from rich.console import Console
@@ -115,6 +116,18 @@ class AnswerProgress:
                 'targets %d/%d  %s  ETA %s',
                 self._answered, self._total, status, _clock(left * elapsed / self._prompts),
             )  # fmt: skip
+
+
+def progress(parts: Sequence[Any], description: str) -> Iterator[Any]:
+    """Iterates over the parts of a task; a bar on a terminal, elsewhere a line when it is done."""
+    bar, start = _progress_bar(), time.perf_counter()
+    task = bar.add_task(description, total=len(parts), status='')
+    with bar:
+        for part in parts:
+            yield part
+            bar.advance(task)
+    if bar.disable and processes.is_writer():
+        logging.info('%s: %.0f s', description, time.perf_counter() - start)
 
 
 def _progress_bar() -> Progress:

@@ -30,7 +30,7 @@ from diffusiongemma.distillation.drafting import DraftingConfig
 from diffusiongemma.distillation.held_out import held_out_batch, held_out_metrics
 from diffusiongemma.distillation.loop import LoopConfig, fit, start_or_resume
 from diffusiongemma.distillation.lora import LoraStudent, lora_student
-from diffusiongemma.distillation.reporting import read_metrics
+from diffusiongemma.distillation.reporting import progress, read_metrics
 from diffusiongemma.distillation.stage1 import Stage1
 from diffusiongemma.distillation.stage2 import Stage2
 from diffusiongemma.distillation.state import (
@@ -66,6 +66,7 @@ from diffusiongemma.models.inference import for_inference
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
 from diffusiongemma.parallel import make_mesh, param_shardings, processes
 from diffusiongemma.sampling import Sampler, SamplingConfig
+from diffusiongemma.sampling.sampler import main_mode
 
 CONFIG_KEYS = (
     'seed', 'dtype', 'denoise_dtype', 'mesh', 'teacher', 'init', 'canvas_length',
@@ -458,7 +459,7 @@ def open_evaluation(config: ConfigDict, teacher: Teacher, checkpoint: str | Path
     greedy = dataclasses.replace(sampling, temperature=0.0)
     return Evaluation(
         (Sampler(teacher_model, greedy, mode='autoregressive'), teacher_params),
-        (Sampler(student, sampling), student_params),
+        (Sampler(student, sampling, main_mode(student)), student_params),
         tokenizer,
         examples,
         eval_config,
@@ -474,7 +475,9 @@ def compare_with_teacher(
       The numbers, the examples, the teacher's responses and the student's.
     """
     evaluation = open_evaluation(config, teacher, checkpoint)
-    comparison, by_teacher, by_student = compare(*evaluation, jax.random.key(config.seed))
+    comparison, by_teacher, by_student = compare(
+        *evaluation, jax.random.key(config.seed), watch=progress
+    )
     return comparison, evaluation.examples, by_teacher, by_student
 
 
@@ -520,4 +523,12 @@ def evaluate_run(config: ConfigDict, teacher: Teacher, workdir: Path) -> Compari
     )
     plot_run(workdir / 'distillation.png', read_metrics(workdir), comparison)
     console.print(f'plot: {workdir / "distillation.png"}  student: {workdir / EXPORT_DIR}')
+    print(json.dumps(dataclasses.asdict(comparison)))
+    console.print(
+        f'next: python -m diffusiongemma.sample --checkpoint={workdir} --mode=lossless --watch '
+        f'--prompt={json.dumps(examples[0]["prompt"])}',
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
     return comparison

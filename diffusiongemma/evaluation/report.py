@@ -17,47 +17,73 @@ from diffusiongemma.evaluation.tasks import is_correct
 
 
 def comparison_table(result: Comparison) -> Table:
-    """Teacher and student in columns; in lossless mode a verification is a forward pass too."""
+    """The teacher, the student in its modes, and drafts that need no training, in columns."""
+    modes = ('diffusion', 'lossless') if result.mode == 'diffusion' else ('lossless',)
     table = Table(
-        title=f'{result.num_examples} held-out problems: the teacher (autoregressive), the student '
-        f'in both modes; speed at batch {result.speed_batch_size}, same process'
+        title=f'{result.num_examples} held-out problems: the teacher (autoregressive) and the '
+        f'student; speed at batch {result.speed_batch_size}, same process, interleaved',
+        caption='lookup: lossless with drafts copied from the text so far (no training)',
     )
     table.add_column('', no_wrap=True)
-    for name in ('teacher', 'diffusion', 'lossless'):
+    for name in ('teacher', *modes, 'lookup'):
         table.add_column(name, justify='right')
-    table.add_row(
+
+    def row(name: str, teacher: str, diffusion: str, lossless: str, lookup: str = '-') -> None:
+        cells = {'diffusion': diffusion, 'lossless': lossless}
+        table.add_row(name, teacher, *(cells[mode] for mode in modes), lookup)
+
+    row(
         'accuracy',
         f'{result.teacher_accuracy:.1%}',
         f'{result.student_accuracy:.1%}',
         f'{result.lossless_accuracy:.1%}',
     )
-    table.add_row(
-        "equal to the teacher's", '100.0%', f'{result.exact_match:.1%}',
+    row(
+        "equal to the teacher's",
+        '100.0%',
+        f'{result.exact_match:.1%}',
         f'{result.lossless_exact_match:.1%}',
-    )  # fmt: skip
+    )
     for name, of_teacher, of_student in _measures(result.teacher_samples, result):
-        table.add_row(name, of_teacher, of_student, '-')
-    table.add_row(
-        'denoising steps per canvas', '-', f'{result.denoising_steps_per_canvas:.2f}', '-'
+        if result.mode == 'diffusion':
+            row(name, of_teacher, of_student, '-')
+    own, lookup = result.acceptance, result.lookup_acceptance
+    row(
+        'accepted length (tokens per verification)',
+        '-',
+        '-',
+        f'{own.accepted_length:.2f}',
+        f'{lookup.accepted_length:.2f}',
     )
-    table.add_row(
-        'tokens per forward',
+    row(
+        'tokens per denoise pass',
+        '-',
+        f'{result.tokens_per_denoise_pass:.2f}',
+        f'{result.lossless_tokens_per_denoise_pass:.2f}',
+    )
+    row(
+        'tokens per pass, all counted',
         '1.00',
-        f'{result.tokens_per_forward:.2f}',
+        f'{result.tokens_per_pass:.2f}',
         f'{result.lossless_tokens_per_pass:.2f}',
+        f'{result.lookup_tokens_per_pass:.2f}',
     )
-    table.add_row(
+    row('share of the time that drafts take', '-', '-', f'{result.lossless_draft_share:.0%}')
+    row(
         'tokens/s',
         f'{result.teacher_tokens_per_second:,.0f}',
         f'{result.student_tokens_per_second:,.0f}',
         f'{result.lossless_tokens_per_second:,.0f}',
+        f'{result.lookup_tokens_per_second:,.0f}',
     )
-    table.add_row('ratio', '1.00x', f'{result.speedup:.2f}x', f'{result.lossless_speedup:.2f}x')
-    for speeds in result.larger_batches:
-        table.add_row(
-            f'ratio at batch {speeds.speed_batch_size}', '1.00x', f'{speeds.speedup:.2f}x',
+    for speeds in (result, *result.larger_batches):
+        row(
+            f'speed-up at batch {speeds.speed_batch_size}',
+            '1.00x',
+            f'{speeds.speedup:.2f}x',
             f'{speeds.lossless_speedup:.2f}x',
-        )  # fmt: skip
+            f'{speeds.lookup_speedup:.2f}x',
+        )
     return table
 
 
@@ -111,25 +137,20 @@ def plot_run(path: Path, metrics: Sequence[Mapping[str, float]], result: Compari
 
     figure = Figure(figsize=(10, 3.6), layout='constrained')
     loss_axes, quality_axes, speed_axes = figure.subplots(1, 3, width_ratios=(2, 1, 1))
-    steps = [row['step'] for row in metrics]
-    for name, label in (('loss/denoise', 'denoise pass'), ('loss/encode', 'encode pass (KL)')):
-        losses = [row[name] for row in metrics]
-        if any(losses):  # a frozen encode pass has none
-            loss_axes.plot(steps, losses, label=label)
-    loss_axes.set(xlabel='step', ylabel='loss [nats/token]', title='distillation', yscale='log')
-    loss_axes.legend()
-    names = ('teacher', 'student', 'lossless')
-    colors = ('tab:gray', 'tab:blue', 'tab:green')
-    accuracies = (result.teacher_accuracy, result.student_accuracy, result.lossless_accuracy)
+    _plot_training(loss_axes, metrics)
+    names, colors = ['teacher', 'lossless'], ['tab:gray', 'tab:green']
+    accuracies = [result.teacher_accuracy, result.lossless_accuracy]
+    speeds = [result.teacher_tokens_per_second, result.lossless_tokens_per_second]
+    ratios = [1.0, result.lossless_speedup]
+    if result.mode == 'diffusion':
+        names.append('diffusion')
+        colors.append('tab:blue')
+        accuracies.append(result.student_accuracy)
+        speeds.append(result.student_tokens_per_second)
+        ratios.append(result.speedup)
     bars = quality_axes.bar(names, [100 * value for value in accuracies], color=colors)
     quality_axes.bar_label(bars, fmt='%.1f')
     quality_axes.set(ylabel='held-out accuracy [%]', ylim=(0, 108), title='quality')
-    speeds = (
-        result.teacher_tokens_per_second,
-        result.student_tokens_per_second,
-        result.lossless_tokens_per_second,
-    )
-    ratios = (1.0, result.speedup, result.lossless_speedup)
     ticks = [f'{name}\n{ratio:.2f}x' for name, ratio in zip(names, ratios, strict=True)]
     bars = speed_axes.bar(ticks, speeds, color=colors)
     speed_axes.bar_label(bars, fmt='%.0f')
@@ -141,12 +162,37 @@ def plot_run(path: Path, metrics: Sequence[Mapping[str, float]], result: Compari
     figure.savefig(path, dpi=120)
 
 
+ACCEPTED_LENGTH = 'held_out/accepted_length'
+
+
+def _plot_training(axes: Any, metrics: Sequence[Mapping[str, float]]) -> None:
+    """The accepted length of a student that is trained to draft, else its losses."""
+    if any(ACCEPTED_LENGTH in row for row in metrics):
+        rows = [row for row in metrics if ACCEPTED_LENGTH in row]
+        steps = [row['step'] for row in rows]
+        axes.plot(steps, [row[ACCEPTED_LENGTH] for row in rows])
+        axes.set(
+            xlabel='step',
+            ylabel='tokens per verification',
+            title='accepted length on held-out text',
+        )
+        return
+    steps = [row['step'] for row in metrics]
+    for name, label in (('loss/denoise', 'denoise pass'), ('loss/encode', 'encode pass (KL)')):
+        losses = [row[name] for row in metrics]
+        if any(losses):  # a frozen encode pass has none
+            axes.plot(steps, losses, label=label)
+    axes.set(xlabel='step', ylabel='loss [nats/token]', title='distillation', yscale='log')
+    axes.legend()
+
+
 def sweep_table(points: Sequence[Point], batch_size: int) -> Table:
     """The points of a sweep in rows; speeds are those at `batch_size`."""
     table = Table(
         title=f'quality against speed at batch {batch_size}, same process',
-        caption='NLL under the teacher, nats per token; TPF: tokens per forward pass; '
-        'steps: denoise passes per canvas; ratio of tokens/s to the teacher',
+        caption='NLL under the teacher, nats per token; tok/denoise: tokens per denoise pass; '
+        'tok/pass: commits and verifications counted too; steps: denoise passes per canvas; '
+        'ratio of tokens/s to the teacher',
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -159,7 +205,8 @@ def sweep_table(points: Sequence[Point], batch_size: int) -> Table:
         'max steps': ('max_denoising_steps', 'd'),
         'accuracy': ('accuracy', '.1%'),
         'NLL': ('teacher_nll', '.3f'),
-        'TPF': ('tokens_per_forward', '.2f'),
+        'tok/denoise': ('tokens_per_denoise_pass', '.2f'),
+        'tok/pass': ('tokens_per_pass', '.2f'),
         'steps': ('steps_per_canvas', '.2f'),
         'ratio': ('speedup', '.2f'),
     }
@@ -172,7 +219,7 @@ def sweep_table(points: Sequence[Point], batch_size: int) -> Table:
 
 
 def plot_sweep(path: Path, points: Sequence[Point], batch_size: int) -> None:
-    """Writes a PNG: accuracy against tokens per forward pass and against the measured speed.
+    """Writes a PNG: accuracy against tokens per pass and against the measured speed.
 
     A line joins the points of one entropy bound (its colour) and one canvas length (its dashes);
     the marker says how many steps a canvas may take. Points are as of `sweep`.
@@ -182,9 +229,9 @@ def plot_sweep(path: Path, points: Sequence[Point], batch_size: int) -> None:
     figure = Figure(figsize=(11, 4.2), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     styles = _styles(points[2:])
-    _plot_points(left, points, 'tokens_per_forward', styles)
+    _plot_points(left, points, 'tokens_per_pass', styles)
     _plot_points(right, points, 'speedup', styles)
-    left.set(xlabel='tokens per forward pass', ylabel='held-out accuracy [%]')
+    left.set(xlabel='tokens per pass, all counted', ylabel='held-out accuracy [%]')
     right.set(xlabel=f'tokens/s at batch {batch_size}, ratio to the teacher')
     figure.legend(handles=_legend(styles), loc='outside right upper')
     figure.savefig(path, dpi=120)

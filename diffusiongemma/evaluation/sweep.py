@@ -93,8 +93,8 @@ class Point:
       accuracy: share of the problems that are solved.
       exact_match: share of the responses that equal the teacher's.
       teacher_nll: nats per token, of the responses under the teacher.
-      tokens_per_forward: tokens per denoise pass; lossless: per pass, drafts and verifications
-        counted; autoregressive: 1.
+      tokens_per_denoise_pass: tokens per denoise pass; 1 when autoregressive.
+      tokens_per_pass: tokens per pass, commits and verifications counted; 1 when autoregressive.
       steps_per_canvas: denoise passes per canvas; None when autoregressive.
       tokens_per_second: at the main batch size.
       speedup: its ratio to the teacher's.
@@ -107,7 +107,8 @@ class Point:
     accuracy: float
     exact_match: float
     teacher_nll: float
-    tokens_per_forward: float
+    tokens_per_denoise_pass: float
+    tokens_per_pass: float
     steps_per_canvas: float | None
     tokens_per_second: float
     speedup: float
@@ -142,8 +143,13 @@ def sweep(
       The teacher, the lossless mode, then the points of the grid in its order.
 
     Raises:
-      ValueError: a value of the grid cannot be sampled with.
+      ValueError: a value of the grid cannot be sampled with, or the student is a light one.
     """
+    if student[0].mode != 'diffusion':
+        raise ValueError(
+            'a sweep is over settings of the diffusion mode, and a light student only drafts for '
+            'the lossless one; evaluate it without --sweep.'
+        )
     lossless = dataclasses.replace(student[0], mode='lossless'), student[1]
     contestants = [teacher, lossless, *grid.over(student)]
     watch = functools.partial(track, console=console)
@@ -175,8 +181,7 @@ def _point(
     speed: float,
     teacher_speed: float,
 ) -> Point:
-    is_swept, is_lossless = sampler.mode == 'diffusion', sampler.mode == 'lossless'
-    tokens_per_forward = answers.tokens_per_pass if is_lossless else answers.tokens_per_forward
+    is_swept = sampler.mode == 'diffusion'
     return Point(
         mode=sampler.mode,
         entropy_bound=sampler.config.entropy_bound if is_swept else None,
@@ -185,7 +190,8 @@ def _point(
         accuracy=accuracy(examples, answers.responses),
         exact_match=exact_match(answers.tokens, by_teacher.tokens),
         teacher_nll=teacher_nll,
-        tokens_per_forward=tokens_per_forward,
+        tokens_per_denoise_pass=answers.tokens_per_denoise_pass,
+        tokens_per_pass=answers.tokens_per_pass,
         steps_per_canvas=answers.steps_per_canvas if answers.canvases else None,
         tokens_per_second=speed,
         speedup=speed / teacher_speed,
@@ -204,7 +210,7 @@ def summary(points: Sequence[Point]) -> dict[str, Any]:
     teacher, lossless, *diffusion = points
     near = [point for point in diffusion if point.accuracy >= teacher.accuracy - NEAR - 1e-9]
     best = max(near, key=lambda point: point.speedup, default=None)
-    curve = frontier([(point.tokens_per_forward, 100 * point.accuracy) for point in diffusion])
+    curve = frontier([(point.tokens_per_denoise_pass, 100 * point.accuracy) for point in diffusion])
     highest = max(100 * point.accuracy for point in points)
     return {
         'best': None if best is None else dataclasses.asdict(best),

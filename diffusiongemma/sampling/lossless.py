@@ -135,18 +135,29 @@ def next_draft(
 ) -> LosslessState:
     """Drafts for every unfinished row, verifies the drafts, emits and caches what holds."""
     noise = text_noise(model, config, state)
-    nothing = jnp.zeros_like(state.draft_steps)
+    tokens, steps = draft(model, config, params, state, noise)
+    return verify_draft(model, config, params, state, tokens, steps, noise)
+
+
+def draft(
+    model: DenoisingModel,
+    config: SamplingConfig,
+    params: Any,
+    state: LosslessState,
+    noise: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """What may follow the pending tokens [B, K], and the denoise passes that it took [B].
+
+    `noise` is that of `text_noise`.
+    """
+    no_steps = jnp.zeros_like(state.draft_steps)
     if config.drafts is not None:
-        return verify_draft(
-            model, config, params, state, looked_up_draft(config, state), nothing, noise
-        )
+        return looked_up_draft(config, state), no_steps
     if drafts_in_one_pass(model, config, state):
-        draft = one_pass_draft(model, config, params, state, noise)
-        return verify_draft(model, config, params, state, draft.tokens, nothing + 1, noise)
+        return one_pass_draft(model, config, params, state, noise).tokens, no_steps + 1
     task = draft_task(model, config, state, noise)
     denoised = denoise_canvas(model, config, params, state.cache, task, config.max_draft_steps)
-    draft = drafted_tokens(model, denoised)
-    return verify_draft(model, config, params, state, draft, denoised.steps, noise)
+    return drafted_tokens(model, denoised), denoised.steps
 
 
 def text_noise(
@@ -252,7 +263,7 @@ def verify_draft(
     config: SamplingConfig,
     params: Any,
     state: LosslessState,
-    draft: jax.Array,
+    drafted: jax.Array,
     steps: jax.Array,
     noise: jax.Array | None,
 ) -> LosslessState:
@@ -263,13 +274,13 @@ def verify_draft(
       config: how to sample.
       params: its parameters.
       state: before the draft.
-      draft: [B, K] int32, what may follow the pending tokens.
+      drafted: [B, K] int32, what may follow the pending tokens.
       steps: [B] int32, denoise passes that the draft took.
       noise: [B, K + 1, V] from `text_noise`.
     """
     before = state.generation
     active = ~before.finished
-    block = jnp.concatenate([state.pending[:, None], draft], axis=1)  # [B, K + 1]
+    block = jnp.concatenate([state.pending[:, None], drafted], axis=1)  # [B, K + 1]
     length = block.shape[1]
     hidden, block_kv = passes.encode_block(model, params, before.cache, block, active)
     logits = model.apply({'params': params}, hidden, method='unembed')  # [B, K + 1, V]

@@ -101,6 +101,13 @@ MODES = {
 }
 
 
+def main_mode(model: CausalModel) -> str:
+    """The mode that a model is made for."""
+    if not getattr(model.config, 'canvas_length', 0):
+        return 'autoregressive'
+    return 'diffusion' if getattr(model, 'light', None) is None else 'lossless'
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """Generates responses to a batch of prompts.
