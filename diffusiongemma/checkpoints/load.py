@@ -14,7 +14,9 @@ from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DRAFT_IDS
+from diffusiongemma.models.inference import with_execution
 from diffusiongemma.models.lora import LoraConfig, base_params, merge_lora
+from diffusiongemma.models.precision import cpu_has_bfloat16
 from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel.sharding import param_shardings
@@ -42,9 +44,9 @@ def load_model(
         parameters of its newest checkpoint), one of its checkpoints (WORKDIR/checkpoints/STEP), a
         directory in the published format (config.json and safetensors), one of Google's orbax
         checkpoints (see `orbax_import`), or adapters, which are merged into their base.
-      dtype: of the parameters and the computation (a denoiser with layers of its own may compute
-        in another, see `Execution.denoise_dtype`); None keeps the parameters as they are stored
-        and computes in float32.
+      dtype: of the parameters and the computation; a denoiser with layers of its own computes in
+        bfloat16 on a CPU with native bfloat16 matmuls (`Execution.denoise_dtype`). None keeps the
+        parameters as they are stored and computes in float32.
       mesh: parameters are created in their shards on it (see `parallel.make_mesh`), without ever
         being whole on the host; None for the default device.
 
@@ -70,9 +72,18 @@ def load_model(
         model, params = orbax_import.load_orbax(directory, dtype, mesh)
     else:
         model, params = hf_import.load_hf(directory, dtype, mesh)
+    if mesh is None and model.config.has_frozen_encoder:
+        model = _with_fast_denoiser(model)
     tokenizer_file = directory / bundle.TOKENIZER_FILE
     tokenizer = Tokenizer.load(str(tokenizer_file)) if tokenizer_file.exists() else None
     return model, params, tokenizer
+
+
+def _with_fast_denoiser(model: Gemma) -> Gemma:
+    """A denoiser with layers of its own in bfloat16 on a CPU with native bfloat16 matmuls."""
+    if jax.default_backend() == 'cpu' and cpu_has_bfloat16():
+        return with_execution(model, denoise_dtype='bfloat16')
+    return model
 
 
 def model_directory(path: str | Path) -> Path:

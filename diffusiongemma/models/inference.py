@@ -16,7 +16,6 @@ from diffusiongemma.models.denoiser import (
     DRAFT_IDS,
     DiffusionGemma,
 )
-from diffusiongemma.models.precision import cpu_has_bfloat16
 from diffusiongemma.models.transformer import Gemma
 
 STACKED = ('layers', 'shared_layers')
@@ -31,18 +30,15 @@ KERNELS = {
 def for_inference(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     """The model and its parameters as they compute fastest on the devices at hand.
 
-    A denoiser with layers of its own computes in bfloat16 on CPUs with native bfloat16 matmuls,
-    unless `Execution.denoise_dtype` says otherwise, and its parameters are in its compute dtype, so
-    that no pass has to convert them. On one device, a CPU or GPU, layers are unrolled and the rows
-    of a draft vocabulary's head gathered; on a CPU kernels are in the transposed layout.
+    The parameters of a denoiser with layers of its own are in its compute dtype, so that no pass
+    has to convert them. On one device, a CPU or GPU, layers are unrolled and the rows of a draft
+    vocabulary's head gathered; on a CPU kernels are in the transposed layout.
 
     Args:
       model: of any family, in the layout of training.
       params: its parameters; nested dict of arrays.
     """
     platform = model.execution.platform or jax.default_backend()
-    if model.execution.denoise_dtype is None and platform == 'cpu' and cpu_has_bfloat16():
-        model = with_execution(model, denoise_dtype='bfloat16')
     params = _in_denoise_dtype(model, params)
     if model.execution.mesh is not None:
         return model, params
