@@ -27,7 +27,8 @@ class TargetsConfig:
 
     Attributes:
       source: the prompts; their own responses are not used, unless `sequence_level` is off.
-      batch_size: prompts answered at once, over all devices; a multiple of data x fsdp of the mesh.
+      batch_size: prompts answered at once, over all devices; a multiple of data x fsdp x
+        expert of the mesh.
       max_new_tokens: longest answer; a longer one is left out, never cut.
       temperature: 0 for greedy answers.
       prompt_multiple: prompts are padded to a multiple of this.

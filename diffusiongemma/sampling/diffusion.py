@@ -15,7 +15,7 @@ from diffusiongemma.models.vocabulary import likeliest_tokens
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.acceptance import Proposal
 from diffusiongemma.sampling.automaton import condition
-from diffusiongemma.sampling.controls import OPEN, restrict
+from diffusiongemma.sampling.controls import OPEN, restrict, without_unknown
 from diffusiongemma.sampling.epilogue import always_greedy, draw, keep_top, per_row, read_logits
 from diffusiongemma.sampling.passes import DenoisingModel
 from diffusiongemma.sampling.randomness import fold_in_rows, split_rows, uniform_tokens
@@ -217,6 +217,7 @@ def _shape(
     shaped = logits / per_row(temperature * jnp.where(factor == 0, 1.0, factor), logits)
     if mask_id is not None:
         shaped = shaped.at[..., mask_id].set(-jnp.inf)
+    shaped = without_unknown(shaped, config.vocab_size)
     return restrict(shaped, settled, task.allowed)
 
 
