@@ -68,7 +68,12 @@ def load_model(
     else:
         model, params = hf_import.load_hf(directory, dtype, mesh)
     tokenizer_file = directory / bundle.TOKENIZER_FILE
-    tokenizer = Tokenizer.load(str(tokenizer_file)) if tokenizer_file.exists() else None
+    # Of the Gemma 4 models those with per-layer embeddings (E2B, E4B) have prompts without the
+    # empty thought channel. A chat template, where there is one, says so itself.
+    empty_thought = model.config.per_layer is None
+    tokenizer = None
+    if tokenizer_file.exists():
+        tokenizer = Tokenizer.load(str(tokenizer_file), empty_thought)
     return model, params, tokenizer
 
 
