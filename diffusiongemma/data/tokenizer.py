@@ -195,7 +195,18 @@ class Tokenizer:
 
         The name of a special token, spelled out in the text, is encoded in two parts, so that it
         is read as the characters that it is made of.
+
+        Raises:
+          ValueError: the text is no valid Unicode: bytes that are not UTF-8 came in as surrogates.
         """
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f'the text {text[:40]!r} is not valid Unicode ({error.reason} at position '
+                    f'{error.start}); give it as UTF-8.'
+                ) from error
         ids: list[int] = []
         start = 0
         for match in self._literal.finditer(text):
