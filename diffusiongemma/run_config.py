@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from diffusiongemma.checkpoints.fields import read_model_config
 from diffusiongemma.checkpoints.store import CheckpointError
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.distillation import guard
@@ -52,7 +53,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
 
 def model_config(config: ConfigDict) -> ModelConfig:
     """The model of `config.model`."""
-    return ModelConfig.from_dict(config.model.to_dict())
+    return read_model_config(config.model.to_dict(), 'config.model')
 
 
 def data_specs(config: ConfigDict) -> list[DataSpec]:

@@ -67,8 +67,6 @@ def read_hf_config(directory: Path) -> ModelConfig:
     content = read_json(path)
     try:
         return model_config_from_hf(content)
-    except KeyError as error:
-        raise ValueError(f'{path} lacks the key {error}; copy the file again.') from error
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
 
@@ -77,10 +75,18 @@ def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
     """The `ModelConfig` of a parsed config.json.
 
     Raises:
-      KeyError: a key without default is missing.
-      ValueError: another model, a value of another type, or a feature that is not supported.
+      ValueError: another model, a missing key, a value of another type, or a feature that is not
+        supported.
     """
     check_types(content)
+    try:
+        return _model_config(content)
+    except KeyError as error:
+        raise ValueError(f'it lacks the key {error}; copy the file again.') from error
+
+
+def _model_config(content: Mapping[str, Any]) -> ModelConfig:
+    """The `ModelConfig` of a config.json whose types are checked; KeyError: a key is missing."""
     model_type = content.get('model_type')
     if model_type not in MODEL_TYPES:
         raise ValueError(f'model_type {model_type!r} cannot be read; supported: {MODEL_TYPES}.')

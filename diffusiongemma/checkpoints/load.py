@@ -9,9 +9,9 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 
 from diffusiongemma.checkpoints import adapters, bundle, hf_import, orbax_import
+from diffusiongemma.checkpoints.fields import read_fields, read_model_config
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.lora import LoraConfig, base_params, merge_lora
 from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.models.transformer import Gemma
@@ -104,18 +104,36 @@ def _load_run(
             f'the checkpoint of step {step} in {workdir} does not say which model it is of; '
             'finish its run, which exports a model.'
         )
-    model = bundle.model_for(ModelConfig.from_dict(about['model']), dtype or jnp.float32)
+    config = read_model_config(about['model'], f'{workdir}, step {step}')
+    model = bundle.model_for(config, dtype or jnp.float32)
     if bundle.is_bundle(workdir / BASE_DIR):
         base = bundle.load_bundle(workdir / BASE_DIR, dtype)[1]
         if 'lora' in about:
             start = base_params(model.config, base)
-            ema_params = merge_lora(start, ema_params, LoraConfig(**about['lora']))
+            ema_params = merge_lora(
+                start, ema_params, read_fields(LoraConfig, about['lora'], f'{workdir}, step {step}')
+            )
         else:
             ema_params = base | ema_params
     bundle.check_params(model, flatten_dict(ema_params, sep='/'), f'{workdir}, step {step}')
     logging.info('%s: averaged parameters of step %d', workdir, step)
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), ema_params)
     return model, cast if mesh is None else jax.device_put(cast, param_shardings(model, mesh))
+
+
+def _check_chain(directory: Path) -> None:
+    """Raises ValueError where adapters adapt, by way of others or not, themselves."""
+    seen = []
+    while adapters.is_adapters(directory):
+        if directory.resolve() in seen:
+            raise ValueError(
+                f'{directory} adapts itself; change "base" in {directory / adapters.CONFIG_FILE} '
+                'to the model that it was trained on.'
+            )
+        seen.append(directory.resolve())
+        base = adapters.read_adapters(directory).base
+        near = Path(base) if Path(base).is_dir() else directory / base
+        directory = BUILTIN.get(base, near)
 
 
 def _load_adapted(
@@ -131,6 +149,7 @@ def _load_adapted(
                 f'{directory} adapts the model {found.base}, which is not there; change "base" in '
                 f'{directory / adapters.CONFIG_FILE} to where it is.'
             )
+    _check_chain(directory)
     base_model, params, tokenizer = load_model(base, dtype, mesh)
     if adapters.fingerprint(params) != found.base_fingerprint:
         raise ValueError(f'{directory} does not adapt {base}: its weights are of another model.')
