@@ -165,7 +165,11 @@ def _layer_kinds(text: Mapping[str, Any], model_type: str) -> tuple[str, ...]:
                 f'sliding_window_pattern={every} has no effect on a {model_type}, which has '
                 f'{_EVERY}; write layer_types.'
             )
-        return tuple(SLIDING if (i + 1) % every else FULL for i in range(text['num_hidden_layers']))
+        count = text['num_hidden_layers']
+        kinds = [SLIDING if (i + 1) % every else FULL for i in range(count)]
+        if not gemma3:
+            kinds[-1] = FULL  # as transformers has it, whatever the number of layers
+        return tuple(kinds)
     unknown = sorted(set(names) - set(_LAYER_TYPES))
     if unknown:
         raise ValueError(f'layer_types {unknown} are unknown; known: {sorted(_LAYER_TYPES)}.')
