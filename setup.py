@@ -21,6 +21,7 @@ setup(
         'grain>=0.2.13',
         'importlib_resources',  # tensorflow-datasets needs it and does not say so
         'jax>=0.7',
+        'jinja2>=3.1',  # chat templates of checkpoints
         'matplotlib',
         'ml-collections>=1.0',
         'numpy',

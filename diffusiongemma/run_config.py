@@ -9,13 +9,15 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
+from diffusiongemma.checkpoints.fields import read_model_config
 from diffusiongemma.checkpoints.store import CheckpointError
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.distillation import guard
@@ -53,7 +55,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
 
 def model_config(config: ConfigDict) -> ModelConfig:
     """The model of `config.model`."""
-    return ModelConfig.from_dict(config.model.to_dict())
+    return read_model_config(config.model.to_dict(), 'config.model')
 
 
 def data_specs(config: ConfigDict) -> list[DataSpec]:
@@ -151,6 +153,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         name, _, path = argument.lstrip('-').partition('=')
         if name == 'config' and not Path(path.partition(':')[0]).is_file():
             _fail(f'no config file {path}; the ones of this project are in configs/.')
+    if 'config' in flags.FLAGS:
+        flag = flags.FLAGS['config']
+        flag.parser = _WithOptionalKeys(flag.parser, argv)
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -165,6 +170,90 @@ def _parse_flags(argv: list[str]) -> list[str]:
             if parents.startswith('config') and last == missing:
                 _fail(f'{parents} has no key {last!r}; {hint}')
         _fail(f'{error}; check the overrides of --config.')
+
+
+class _WithOptionalKeys(flags.ArgumentParser):
+    """Loads a config and gives it the documented keys that it leaves out and `argv` overrides.
+
+    ml_collections overrides only what a config file has; docs/configs.md names what it may have.
+    """
+
+    def __init__(self, parser: flags.ArgumentParser, argv: list[str]):
+        self._parser, self._argv = parser, argv
+
+    def parse(self, argument: Any) -> Any:
+        config = self._parser.parse(argument)
+        if isinstance(config, ConfigDict):
+            for name in self._argv:
+                if path := re.match(r'--?(?:no)?config\.([\w.]+)', name):
+                    _add_optional(config, *path[1].rpartition('.')[::2])
+        return config
+
+    def flag_type(self) -> str:
+        return self._parser.flag_type()
+
+
+def _add_optional(config: ConfigDict, section: str, key: str) -> None:
+    """Adds a key with its default, where it is a field of what reads the section."""
+    cls = _sections().get(section)
+    fields = {field.name: field for field in dataclasses.fields(cls)} if cls else {}
+    if key not in fields or (section == 'data' and 'sources' in config.data):
+        return  # the data of `train` have other keys
+    with config.unlocked():
+        if section in OPTIONAL_KEYS and section not in config:
+            config[section] = ConfigDict()
+        for name in section.split('.'):
+            config = config.get(name)
+            if not isinstance(config, ConfigDict):
+                return
+        if key in config:
+            return
+        # Of a type in the form `int | None` the first is that of a value on the command line.
+        hint = get_type_hints(cls)[key]
+        kind = next(t for t in (*get_args(hint), hint) if t is not type(None))
+        kind = get_origin(hint) if get_origin(hint) is tuple else kind
+        default = fields[key].default
+        if kind in (bool, int, float, str, tuple):
+            config[key] = (
+                placeholder(kind) if default in (None, dataclasses.MISSING) else kind(default)
+            )
+
+
+def _sections() -> dict[str, type]:
+    """Returns what reads each section of a config; docs/configs.md lists the fields."""
+    from diffusiongemma.distillation.compute import ComputeConfig
+    from diffusiongemma.distillation.loop import LoopConfig
+    from diffusiongemma.distillation.run import BatchConfig
+    from diffusiongemma.distillation.stage1 import Stage1
+    from diffusiongemma.distillation.stage2 import Stage2
+    from diffusiongemma.distillation.state import OptimizerConfig
+    from diffusiongemma.distillation.targets import TargetsConfig
+    from diffusiongemma.evaluation.compare import EvalConfig
+    from diffusiongemma.evaluation.sweep import Grid
+    from diffusiongemma.models.config import AttentionConfig, MoEConfig, PerLayerConfig
+    from diffusiongemma.models.lora import LoraConfig
+    from diffusiongemma.sampling import SamplingConfig
+
+    return {
+        'compute': ComputeConfig,
+        'targets': TargetsConfig,
+        'targets.source': DataSpec,
+        'data': BatchConfig,
+        'lora': LoraConfig,
+        'stage1': Stage1,
+        'stage2': Stage2,
+        'optimizer': OptimizerConfig,
+        'train': LoopConfig,
+        'sampling': SamplingConfig,
+        'eval': EvalConfig,
+        'eval.source': DataSpec,
+        'eval.sweep': Grid,
+        'model': ModelConfig,
+        'model.sliding': AttentionConfig,
+        'model.full': AttentionConfig,
+        'model.moe': MoEConfig,
+        'model.per_layer': PerLayerConfig,
+    }
 
 
 def _fail(message: str) -> NoReturn:

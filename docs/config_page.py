@@ -28,9 +28,10 @@ INTRO = """# Configs
 
 A config is a Python file with `get_config()`, which returns an `ml_collections.ConfigDict`. Any key
 is overridden on the command line: `--config.train.num_steps=500`, tuples as
-`--config.eval.speed_batch_sizes='(1, 8)'`. An unknown key ends the program with the nearest known
-name. What a run was configured with, overrides included, is written to `config.json` in its
-workdir.
+`--config.eval.speed_batch_sizes='(1, 8)'`, also a key of this page that the file leaves out
+(`--config.targets.source.prompt_feature=question`). Sources in the tuple `data.sources` are changed
+in the file. An unknown key ends the program with the nearest known name. What a run was configured
+with, overrides included, is written to `config.json` in its workdir.
 
 `configs/` has `tiny` (the README's main job), `tiny_teacher`, `jsonl` (prompts of your own),
 `sudoku`, and recipes for

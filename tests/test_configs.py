@@ -3,11 +3,14 @@
 import importlib.util
 import math
 import sys
+import typing
 from pathlib import Path
 
 import jax
 import pytest
+from absl import flags
 from jax.sharding import AbstractMesh
+from ml_collections import config_flags
 
 from diffusiongemma import run_config, train
 from diffusiongemma.data.packing import RowLayout
@@ -133,6 +136,54 @@ def test_every_key_of_a_config_is_on_the_page(name):
     check(model, 'model')
     for kind in ('sliding', 'full'):
         check(model.get(kind, {}), 'model.sliding, model.full')
+
+
+def parsed(name, *overrides):
+    """A config with overrides, as a program parses it."""
+    argv = ['program', f'--config={CONFIGS / name}.py', *overrides]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+    values['config'].parser = run_config._WithOptionalKeys(values['config'].parser, argv)
+    values(argv)
+    return values.config
+
+
+@pytest.mark.parametrize('name', STUDENTS + TEACHERS)
+def test_every_key_of_the_page_is_set_on_the_command_line(name):
+    config = load(name)
+    texts = {bool: 'true', int: '3', float: '0.5', str: 'text', tuple: '(1, 2)'}
+    expected = {bool: True, int: 3, float: 0.5, str: 'text'}
+    for section, cls in run_config._sections().items():
+        inside = config
+        for part in section.split('.'):
+            inside = inside.get(part) if inside is not None else None
+        if inside is None or (name in TEACHERS and section == 'data'):
+            continue
+        for field, hint in typing.get_type_hints(cls).items():
+            kinds = [t for t in (*typing.get_args(hint), hint) if t in expected]
+            if kinds and typing.get_origin(hint) is not tuple:
+                path = f'{section}.{field}'
+                value = parsed(name, f'--config.{path}={texts[kinds[0]]}')
+                for part in path.split('.'):
+                    value = value[part]
+                assert value == expected[kinds[0]], path
+
+
+def test_the_sections_that_are_completed_are_those_of_the_page():
+    listed = {
+        part: keys
+        for title, keys, *_ in config_page.SECTIONS
+        for part in title.split(', ')
+        if isinstance(keys, type)
+    }
+    assert listed.pop('data.sources') is DataSpec  # a tuple, which no override reaches into
+    assert listed == run_config._sections()
+
+
+def test_a_key_that_nothing_reads_is_still_refused():
+    for key in ('targets.source.promt_feature=x', 'sampling.nothing=1', 'nothing.size=1'):
+        with pytest.raises((AttributeError, KeyError)):
+            parsed('jsonl', f'--config.{key}')
 
 
 @pytest.mark.parametrize('name', STUDENTS)

@@ -1,6 +1,9 @@
 """JSONL files, data specs, packing, and the resumable stream of batches."""
 
+import bz2
+import gzip
 import json
+import lzma
 import multiprocessing
 from contextlib import closing
 
@@ -10,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src import xla_bridge
 
+from diffusiongemma.data.jsonl import JsonlSource
 from diffusiongemma.data.packing import RowLayout, pack_examples
 from diffusiongemma.data.pipeline import eval_examples, make_train_iterator
 from diffusiongemma.data.sources import DataSpec, load_source
@@ -67,6 +71,33 @@ def test_a_bad_jsonl_row_is_named_by_its_line(tmp_path, second_line, message):
     path.write_text('{"prompt": "p", "response": "r"}\n' + second_line + '\n')
     with pytest.raises(ValueError, match=message):
         load_source(DataSpec(kind='jsonl', path=str(path)))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    rows = b'{"prompt": "a", "response": "b"}\n\xef\xbb\xbf\n{"prompt": "c", "response": "d"}\n'
+    (tmp_path / 'plain.jsonl').write_bytes(rows)
+    (tmp_path / 'marked.jsonl').write_bytes(b'\xef\xbb\xbf' + rows)
+    plain, marked = (JsonlSource(tmp_path / f'{name}.jsonl') for name in ('plain', 'marked'))
+    assert [marked[i] for i in range(2)] == [plain[i] for i in range(2)]
+    assert len(marked) == 2 and marked.fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize(
+    ('convert', 'message'),
+    [
+        (gzip.compress, 'gunzip'),
+        (bz2.compress, 'bunzip2'),
+        (lzma.compress, 'unxz'),
+        (lambda data: data.decode().encode('utf-16'), 'UTF-16.*save it as UTF-8'),
+        (lambda data: data.decode().encode('utf-16-le'), 'may be UTF-16; save the file as UTF-8'),
+        (lambda data: data.replace(b'p', b'\xe9'), 'line 1: the text is not UTF-8'),
+    ],
+)
+def test_a_jsonl_file_in_another_form_is_an_error_that_says_what_to_do(tmp_path, convert, message):
+    path = tmp_path / 'a.jsonl'
+    path.write_bytes(convert(b'{"prompt": "p", "response": "r"}\n'))
+    with pytest.raises(ValueError, match=f'a.jsonl.*{message}'):
+        JsonlSource(path)
 
 
 def test_an_empty_jsonl_file_is_an_error(tmp_path):

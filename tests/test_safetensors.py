@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from diffusiongemma.checkpoints import hf_import
 from diffusiongemma.checkpoints.hf_config import model_config_from_hf, read_hf_config
 from diffusiongemma.checkpoints.hf_import import load_hf
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
@@ -114,6 +115,61 @@ def test_tied_copies_of_the_decoder_are_left_out(tmp_path, tensors, params):
         DOWN_PROJ.replace('decoder', 'encoder.language_model'): tensors[DOWN_PROJ],
     }
     assert_trees_equal(load_hf(write(tmp_path, tensors | copies), jnp.float32)[1], params)
+
+
+def test_every_tied_copy_that_is_left_out_is_logged(tmp_path, tensors, caplog):
+    copies = {
+        'lm_head.weight': tensors['model.decoder.embed_tokens.weight'].astype(np.float64),
+        DOWN_PROJ.replace('decoder', 'encoder.language_model'): tensors[DOWN_PROJ],
+    }
+    with caplog.at_level('INFO', logger='absl'):
+        load_hf(write(tmp_path, tensors | copies), jnp.float32)
+    for name in copies:
+        assert name in caplog.text
+
+
+@pytest.mark.parametrize('rows', [slice(0, 1), slice(-1, None), slice(None)])
+def test_a_head_with_other_values_than_the_embedding_is_an_error(tmp_path, tensors, rows):
+    head = tensors['model.decoder.embed_tokens.weight'].copy()
+    head[rows] += 1e-6
+    with pytest.raises(ValueError, match='lm_head.weight has other values .* delete lm_head'):
+        load_hf(write(tmp_path, tensors | {'lm_head.weight': head}), jnp.float32)
+    with pytest.raises(ValueError, match='lm_head.weight has other shape'):
+        load_hf(write(tmp_path, tensors | {'lm_head.weight': head[1:].copy()}), jnp.float32)
+
+
+def test_encoder_weights_other_than_the_decoders_are_an_error(tmp_path, tensors):
+    name = DOWN_PROJ.replace('decoder', 'encoder.language_model')
+    changed = tensors[DOWN_PROJ].copy()
+    changed[-1, -1] *= 2
+    with pytest.raises(ValueError, match=f'{name} has other values than {DOWN_PROJ}'):
+        load_hf(write(tmp_path, tensors | {name: changed}), jnp.float32)
+
+
+def test_a_tied_copy_is_compared_some_rows_at_a_time(tmp_path, tensors, monkeypatch):
+    monkeypatch.setattr(hf_import, '_COMPARED', 100)
+    head = tensors['model.decoder.embed_tokens.weight'].copy()
+    load_hf(write(tmp_path, tensors | {'lm_head.weight': head}), jnp.float32)
+    head[-1, -1] += 1
+    with pytest.raises(ValueError, match='lm_head.weight has other values'):
+        load_hf(write(tmp_path, tensors | {'lm_head.weight': head}), jnp.float32)
+
+
+@pytest.mark.parametrize('dtype', [np.int8, ml_dtypes.float8_e4m3fn])
+def test_a_weight_that_is_no_float_is_named_before_any_tensor_is_read(tmp_path, tensors, dtype):
+    path = write(tmp_path, tensors) / 'model.safetensors'
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8 : 8 + size])
+    about = header[DOWN_PROJ]
+    stored = {np.int8: 'I8', ml_dtypes.float8_e4m3fn: 'F8_E4M3'}[dtype]
+    about['dtype'], about['shape'] = stored, [*about['shape'][:-1], 4 * about['shape'][-1]]
+    header = json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, 'little') + header + data[8 + size :])
+    with pytest.raises(ValueError, match=f'{DOWN_PROJ}'):
+        load_hf(tmp_path, jnp.float32)
+    with pytest.raises(ValueError, match=f'{DOWN_PROJ} is stored as {stored}.*dequantize'):
+        TensorReader(tmp_path).check_weights([DOWN_PROJ])
 
 
 def test_what_is_left_out_is_logged_by_part(tmp_path, caplog):

@@ -189,6 +189,12 @@ def test_training_is_reproducible_and_keeps_its_special_ids(tokenizer):
     assert small.decode(small.encode(text)) == text
 
 
+def test_text_of_another_encoding_is_one_clear_error(tokenizer):
+    for text in ('caf\udce9', '\ud800'):  # as bytes that are not UTF-8 come from a command line
+        with pytest.raises(ValueError, match='is not valid Unicode.*give it as UTF-8'):
+            tokenizer.format_prompt(text)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.model.*'builtin'"):
         Tokenizer.load(str(tmp_path / 'nowhere.model'))

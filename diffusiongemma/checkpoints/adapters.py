@@ -7,15 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from diffusiongemma.checkpoints.fields import read_fields, read_model_config
 from diffusiongemma.checkpoints.json_file import read_json
+from diffusiongemma.checkpoints.placement import param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
 from diffusiongemma.models.config import ModelConfig
-from diffusiongemma.models.lora import LoraConfig
+from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.lora import LoraConfig, init_lora
+from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import processes
 
 CONFIG_FILE = 'adapter.json'
@@ -106,11 +111,44 @@ def read_adapters(directory: Path) -> Adapters:
     content = read_json(path)
     if content.get('format') != FORMAT:
         raise ValueError(f'{path}: format {content.get("format")!r}, expected {FORMAT!r}.')
+    lora = read_fields(LoraConfig, content.get('lora'), f'{path}, "lora"')
+    model = read_model_config(content.get('model'), f'{path}, "model"')
+    base, base_fingerprint = (content.get(name) for name in ('base', 'base_fingerprint'))
+    if not (isinstance(base, str) and isinstance(base_fingerprint, str)) or '\0' in base:
+        raise ValueError(
+            f'{path}: "base" and "base_fingerprint" must be strings, got {base!r} and '
+            f'{base_fingerprint!r}; "base" is the path of the base model.'
+        )
     reader = TensorReader(directory, PARAMS_FILE)
-    return Adapters(
-        lora=LoraConfig(**content['lora']),
-        params=unflatten_dict({name: reader.read(name) for name in reader.shapes}, sep='/'),
-        model=ModelConfig.from_dict(content['model']),
-        base=content['base'],
-        base_fingerprint=content['base_fingerprint'],
-    )
+    _check_shapes(reader, lora, model, path)
+    reader.check_weights(reader.shapes)
+    params = {name: reader.read(name) for name in reader.shapes}
+    return Adapters(lora, unflatten_dict(params, sep='/'), model, base, base_fingerprint)
+
+
+def _check_shapes(reader: TensorReader, lora: LoraConfig, model: ModelConfig, path: Path) -> None:
+    """Raises ValueError unless the tensors are the adapters of the model, factor for factor."""
+    module = (DiffusionGemma if model.is_diffusion else Gemma)(model)
+    params = {
+        name: jax.ShapeDtypeStruct(shape, np.float32)
+        for name, shape in param_shapes(module).items()
+    }
+    params = unflatten_dict(params, sep='/')
+    try:
+        wanted = jax.eval_shape(lambda p: init_lora(lora, p, jax.random.key(0)), params)
+    except ValueError as error:  # such as no kernel that matches
+        raise ValueError(f'{path}: {error}') from error
+    shapes = {name: value.shape for name, value in flatten_dict(wanted, sep='/').items()}
+    problems = [f'{name} is missing' for name in sorted(set(shapes) - set(reader.shapes))]
+    problems += [f'{name} is unknown' for name in sorted(set(reader.shapes) - set(shapes))]
+    problems += [
+        f'{name} has shape {reader.shapes[name]}, {CONFIG_FILE} asks for {shape}'
+        for name, shape in sorted(shapes.items())
+        if reader.shapes.get(name, shape) != shape
+    ]
+    if problems:
+        more = f' (and {len(problems) - 5} more)' if len(problems) > 5 else ''
+        raise ValueError(
+            f'{path.parent / PARAMS_FILE} does not fit {CONFIG_FILE}: {"; ".join(problems[:5])}'
+            f'{more}. Copy both files from the same run.'
+        )

@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from diffusiongemma.checkpoints.fields import read_model_config
 from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.placement import assemble, flat_shardings, param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
@@ -107,10 +108,14 @@ def load_bundle(
       ValueError: a file is damaged, or a parameter is missing, unknown or of another shape.
     """
     content = read_content(directory)
-    model = model_for(ModelConfig.from_dict(content['model']), dtype or jnp.float32)
+    config_path = directory / CONFIG_FILE
+    model = model_for(
+        read_model_config(content.get('model'), f'{config_path}, "model"'), dtype or jnp.float32
+    )
     reader_of = {}
-    for where in filter(None, (content.get('base'), '.')):
+    for where in filter(None, (_base(content, config_path), '.')):
         reader = TensorReader(directory / where, PARAMS_FILE)
+        reader.check_weights(reader.shapes)
         reader_of |= dict.fromkeys(reader.shapes, reader)
     shapes = {name: reader.shapes[name] for name, reader in reader_of.items()}
     check_shapes(model, shapes, str(directory))
@@ -163,6 +168,21 @@ def _read(
         cast = cast_to(dtype, value.dtype)
         params[name] = assemble(shape, cast, shardings[name], [(..., value)])
     return unflatten_dict(params, sep='/')
+
+
+def _base(content: Mapping[str, Any], path: Path) -> str | None:
+    """The bundle that has the parameters which this one lacks; raises where it is not there."""
+    base = content.get('base')
+    if base is None:
+        return None
+    if not isinstance(base, str) or '\0' in base:
+        raise ValueError(f'{path}: "base" must be the path of a bundle, got {base!r}.')
+    if not (path.parent / base / PARAMS_FILE).is_file():
+        raise FileNotFoundError(
+            f'{path.parent} takes parameters from the bundle {base!r}, and there is no '
+            f'{PARAMS_FILE} in it; copy it there, or change "base" in {path}.'
+        )
+    return base
 
 
 def check_params(model: Gemma, arrays: Mapping[str, Any], where: str) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusiongemma.checkpoints.hf_rope import rope_of
+from diffusiongemma.checkpoints.hf_schema import check_types
 from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.models.config import (
     FULL,
@@ -37,18 +39,8 @@ _GEMMA3_DEFAULTS = {
     'head_dim': 256,
     'sliding_window': 4096,
 }
+_EVERY = 6  # every sixth layer is a full one, where a file does not say which are
 _GLOBAL_HEAD_DIM = 512  # where a config has neither per_layer_config nor global_head_dim
-_ROPE = {
-    'gemma4': {
-        SLIDING: {'rope_theta': 10_000.0},
-        FULL: {
-            'rope_type': 'proportional',
-            'partial_rotary_factor': 0.25,
-            'rope_theta': 1_000_000.0,
-        },
-    },
-    'gemma3': {SLIDING: {'rope_theta': 10_000.0}, FULL: {'rope_theta': 1_000_000.0}},
-}
 
 
 def is_published(directory: Path) -> bool:
@@ -57,7 +49,7 @@ def is_published(directory: Path) -> bool:
         return False
     try:
         content = json.loads((directory / 'config.json').read_text(encoding='utf-8'))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get('model_type') in MODEL_TYPES
 
@@ -67,7 +59,8 @@ def read_hf_config(directory: Path) -> ModelConfig:
 
     Raises:
       FileNotFoundError: there is no config.json.
-      ValueError: it is no JSON, of another model, lacks a key or asks for what is not supported.
+      ValueError: it is not valid JSON, of another model, lacks a key, has a value of another type
+        or asks for what is not supported.
     """
     path = directory / 'config.json'
     if not path.is_file():
@@ -75,8 +68,6 @@ def read_hf_config(directory: Path) -> ModelConfig:
     content = read_json(path)
     try:
         return model_config_from_hf(content)
-    except KeyError as error:
-        raise ValueError(f'{path} lacks the key {error}.') from error
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
 
@@ -85,9 +76,18 @@ def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
     """The `ModelConfig` of a parsed config.json.
 
     Raises:
-      KeyError: a key without default is missing.
-      ValueError: another model, or a feature that is not supported.
+      ValueError: another model, a missing key, a value of another type, or a feature that is not
+        supported.
     """
+    check_types(content)
+    try:
+        return _model_config(content)
+    except KeyError as error:
+        raise ValueError(f'it lacks the key {error}; copy the file again.') from error
+
+
+def _model_config(content: Mapping[str, Any]) -> ModelConfig:
+    """The `ModelConfig` of a config.json whose types are checked; KeyError: a key is missing."""
     model_type = content.get('model_type')
     if model_type not in MODEL_TYPES:
         raise ValueError(f'model_type {model_type!r} cannot be read; supported: {MODEL_TYPES}.')
@@ -103,13 +103,13 @@ def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
     if model_type in GEMMA3_TYPES:
         text = _GEMMA3_DEFAULTS | text
         family |= {
-            'query_scale': text.get('query_pre_attn_scalar', 256) ** -0.5,
+            'query_scale': float(text.get('query_pre_attn_scalar', 256)) ** -0.5,
             'value_norm': False,
             'layer_scalar': False,
             'norm_scale_offset': 1.0,
         }
     _check_supported(content, text, model_type)
-    kinds = _layer_kinds(text)
+    kinds = _layer_kinds(text, model_type)
     return ModelConfig(
         vocab_size=text['vocab_size'],
         width=text['hidden_size'],
@@ -134,8 +134,9 @@ def _check_supported(content: Mapping[str, Any], text: Mapping[str, Any], model_
     used = {
         'attention_bias': text.get('attention_bias'),
         'attn_logit_softcapping': text.get('attn_logit_softcapping'),
-        # Vision tokens may see each other; text stays causal ("vision").
-        'use_bidirectional_attention': text.get('use_bidirectional_attention') in (True, 'all'),
+        # Vision tokens of Gemma 4 may see each other; text stays causal ("vision").
+        'use_bidirectional_attention': text.get('use_bidirectional_attention')
+        not in (None, False, *(['vision'] if model_type not in GEMMA3_TYPES else [])),
         'tie_word_embeddings=false': not (
             text.get('tie_word_embeddings', True) and content.get('tie_word_embeddings', True)
         ),
@@ -146,6 +147,8 @@ def _check_supported(content: Mapping[str, Any], text: Mapping[str, Any], model_
     if model_type not in GEMMA4_E_TYPES:
         used['hidden_size_per_layer_input'] = text.get('hidden_size_per_layer_input')
     unsupported = [name for name, value in used.items() if value]
+    if model_type in GEMMA3_TYPES:
+        unsupported += [name for name in ('per_layer_config', 'num_experts') if text.get(name)]
     activation = text.get('hidden_activation', 'gelu_pytorch_tanh')
     if activation != 'gelu_pytorch_tanh':
         unsupported.append(f'hidden_activation={activation}')
@@ -153,11 +156,21 @@ def _check_supported(content: Mapping[str, Any], text: Mapping[str, Any], model_
         raise ValueError(f'{", ".join(unsupported)} is set, which is not supported.')
 
 
-def _layer_kinds(text: Mapping[str, Any]) -> tuple[str, ...]:
+def _layer_kinds(text: Mapping[str, Any], model_type: str) -> tuple[str, ...]:
     names = text.get('layer_types')
+    gemma3 = model_type in GEMMA3_TYPES
     if names is None:
-        every = text.get('sliding_window_pattern') or 6
-        return tuple(SLIDING if (i + 1) % every else FULL for i in range(text['num_hidden_layers']))
+        every = text.get('sliding_window_pattern', _EVERY)
+        if every != _EVERY and not gemma3:
+            raise ValueError(
+                f'sliding_window_pattern={every} has no effect on a {model_type}, which has '
+                f'{_EVERY}; write layer_types.'
+            )
+        count = text['num_hidden_layers']
+        kinds = [SLIDING if (i + 1) % every else FULL for i in range(count)]
+        if not gemma3:
+            kinds[-1] = FULL  # as transformers has it, whatever the number of layers
+        return tuple(kinds)
     unknown = sorted(set(names) - set(_LAYER_TYPES))
     if unknown:
         raise ValueError(f'layer_types {unknown} are unknown; known: {sorted(_LAYER_TYPES)}.')
@@ -165,14 +178,22 @@ def _layer_kinds(text: Mapping[str, Any]) -> tuple[str, ...]:
         raise ValueError(
             f'num_hidden_layers is {text["num_hidden_layers"]}, but layer_types has {len(names)}.'
         )
+    if not gemma3 and _LAYER_TYPES[names[-1]] != FULL:
+        raise ValueError(
+            f'the last of layer_types is {names[-1]}, and transformers makes it full_attention in '
+            f'a {model_type}; write that.'
+        )
     return tuple(_LAYER_TYPES[name] for name in names)
 
 
 def _moe(text: Mapping[str, Any], model_type: str) -> MoEConfig | None:
     # Only Gemma 4 asks for it by a flag of its own; DiffusionGemma by a number of experts.
     enabled = text.get('enable_moe_block', model_type not in GEMMA4_TYPES)
-    if not (enabled and text.get('num_experts')):
+    if not enabled or (model_type not in GEMMA4_TYPES and not text.get('num_experts')):
         return None
+    for name in ('num_experts', 'top_k_experts', 'moe_intermediate_size'):
+        if not text[name]:
+            raise ValueError(f'{name} is {text[name]}, but the layers have experts; write it.')
     return MoEConfig(
         num_experts=text['num_experts'],
         top_k=text['top_k_experts'],
@@ -206,14 +227,18 @@ def _attention(
     )
     sizes = {name: text[name] for name in ('head_dim', 'num_key_value_heads')}
     sizes |= _overrides(text, kinds, kind, separate_kv_heads=value_is_key) if not gemma3 else {}
-    rope = _rope(text, kind, gemma3)
+    name = next(name for name, ours in _LAYER_TYPES.items() if ours == kind)
+    rope = rope_of(text, name, gemma3, used=kind in kinds)
+    window = None if full else text['sliding_window']
+    if window is None and not full and kind in kinds:
+        raise ValueError('sliding_window is null, but some layers slide; write their window.')
     return AttentionConfig(
         num_kv_heads=sizes['num_key_value_heads'],
         head_dim=sizes['head_dim'],
         rope_theta=rope['rope_theta'],
-        rope_fraction=rope.get('partial_rotary_factor', 1.0),
-        rope_scale=rope.get('factor', 1.0),
-        window=None if full else text['sliding_window'],
+        rope_fraction=rope['partial_rotary_factor'],
+        rope_scale=rope['factor'],
+        window=window,
         value_is_key=value_is_key,
     )
 
@@ -235,6 +260,11 @@ def _overrides(
             found['num_key_value_heads'] = text['num_global_key_value_heads']
         return found
     by_number = {int(i): value for i, value in per_layer.items()}  # '05', where there are ten
+    beyond = sorted(set(by_number) - set(range(len(kinds))))
+    if beyond:
+        raise ValueError(f'per_layer_config has layers {beyond[:3]}, but there are {len(kinds)}.')
+    if len(by_number) != len(per_layer):
+        raise ValueError('per_layer_config has a layer twice; keep one of them.')
     overrides = {i: by_number.get(i, {}) for i, k in enumerate(kinds) if k == kind}
     if not overrides:
         return {}
@@ -249,30 +279,3 @@ def _overrides(
     if unknown:
         raise ValueError(f'per_layer_config sets {unknown}, which is not supported.')
     return dict(found)
-
-
-def _rope(text: Mapping[str, Any], kind: str, gemma3: bool) -> dict[str, Any]:
-    """Rotary parameters of one layer type.
-
-    Raises:
-      ValueError: frequencies other than theta^(-2i/H) / factor, or zero from some i on.
-    """
-    name = next(name for name, ours in _LAYER_TYPES.items() if ours == kind)
-    given = text.get('rope_parameters')
-    if given is not None:
-        rope = dict(given.get(name) or {})
-    elif gemma3:  # files from before rope_parameters
-        old = {FULL: 'rope_theta', SLIDING: 'rope_local_base_freq'}[kind]
-        rope = {'rope_theta': text[old]} if old in text else {}
-        rope |= (text.get('rope_scaling') or {}) if kind == FULL else {}
-    else:
-        rope = {}
-    if not rope or gemma3:
-        rope = _ROPE['gemma3' if gemma3 else 'gemma4'][kind] | rope
-    rope_type = rope.get('rope_type', 'default')
-    whole = rope.get('partial_rotary_factor', 1.0) == 1.0
-    unscaled = rope.get('factor', 1.0) == 1.0
-    supported = {'default': whole and unscaled, 'linear': whole, 'proportional': True}
-    if not supported.get(rope_type, False):
-        raise ValueError(f'rotary embedding {rope} of the {kind} layers is not supported.')
-    return rope

@@ -6,7 +6,6 @@ hold (vision tower, token ids, tokenizer files) can come from a base checkpoint.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from diffusiongemma.checkpoints.hf_config_export import (
 from diffusiongemma.checkpoints.hf_import import TOWERS, Source, TensorNames, sources
 from diffusiongemma.checkpoints.placement import param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import INDEX_FILE, SINGLE_FILE, TensorReader
+from diffusiongemma.data.chat_template import TEMPLATE_FILE
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig, MoEConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
@@ -39,12 +39,6 @@ TOKENIZER_FILES = (
     'preprocessor_config.json',
 )  # fmt: skip
 _NULL_EXPERT = MoEConfig(num_experts=1, top_k=1, expert_width=8)
-# As `Tokenizer.format_prompt` writes a conversation; the beginning of the text is part of it.
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<START>' + ('model' if message['role'] == "
-    "'assistant' else message['role']) + '\\n' + message['content'] + '<END>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<START>model\\n' }}{% endif %}"
-)
 
 
 class _Tensor(NamedTuple):
@@ -258,12 +252,11 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer | None, base: Path | 
         'pad_token': pieces[tokenizer.pad_id],
         'unk_token': pieces[tokenizer.unk_id],
         'mask_token': pieces[tokenizer.mask_id],
-        'extra_special_tokens': [start, end],
+        'extra_special_tokens': [start, end, *(pieces[i] for i in tokenizer.think_ids or ())],
     }
     _write_json(directory / 'tokenizer_config.json', content)
-    template = re.sub('<START>', lambda _: start, _CHAT_TEMPLATE)
-    template = re.sub('<END>', lambda _: end, template)
-    (directory / 'chat_template.jinja').write_text(template, encoding='utf-8')
+    # What `Tokenizer.format_prompt` renders, so that transformers writes the same conversations.
+    (directory / TEMPLATE_FILE).write_bytes(tokenizer.chat_template.encode())
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -6,8 +6,9 @@ writes with the same table.
 
 DiffusionGemma stores its backbone once, under `model.decoder.`; the encoder adds one scalar per
 layer. An autoregressive Gemma has the same names under another prefix. Left out, with a line in
-the log, are the vision and audio towers, and the key and value weights that files may still have
-for layers that share the keys and values of an earlier one.
+the log, are the vision and audio towers, the key and value weights that files may still have
+for layers that share the keys and values of an earlier one, and tied copies: a head or encoder
+weights that equal, value for value, the tensor that is read. Where they differ it is an error.
 """
 
 import re
@@ -38,6 +39,7 @@ TOWERS = re.compile(
     r'embed_audio|multi_modal_projector)\.'
 )
 SHARED_KV = re.compile(r'layers\.(?P<layer>\d+)\.self_attn\.[kv]_(proj|norm)\.weight')
+_COMPARED = 2**22  # numbers of a tied copy that are compared at a time
 HEADS = ('lm_head.weight', 'language_model.lm_head.weight')
 
 
@@ -71,8 +73,9 @@ def load_hf(
 
     Raises:
       FileNotFoundError: config.json or weights are missing.
-      ValueError: a tensor is missing, unknown or of another shape. Shapes are checked before
-        any tensor is read.
+      ValueError: a tensor is missing, unknown or of another shape, or is stored in a dtype that
+        is not supported (checked before any tensor is read); or a copy of a tied tensor differs
+        from it.
     """
     config = read_hf_config(directory)
     return load_tensors(TensorReader(directory), config, dtype, mesh)
@@ -86,6 +89,10 @@ class Reader(Protocol):
 
     def read(self, name: str) -> np.ndarray: ...
 
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray: ...
+
+    def check_weights(self, names: Collection[str]) -> None: ...
+
 
 def load_tensors(
     reader: Reader, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh | None
@@ -95,7 +102,8 @@ def load_tensors(
     shapes = param_shapes(model)
     table = {name: sources(config, name, shape) for name, shape in shapes.items()}
     names = TensorNames(config, reader.shapes)
-    _check(table, names, reader, reader.directory)
+    copies = _check(table, names, reader, reader.directory)
+    _check_copies(copies, reader)
     shardings = flat_shardings(model, mesh)
 
     def tensors(name: str) -> Iterator[tuple[Any, np.ndarray]]:
@@ -127,11 +135,13 @@ class TensorNames:
     def of(self, source: Source) -> str:
         return (self._encoder if source.of_encoder else self.backbone) + source.tensor
 
-    def is_tied_copy(self, name: str, wanted: set[str]) -> bool:
-        """Whether a tensor only repeats one that is read: the head, or the encoder's backbone."""
+    def tied_to(self, name: str, wanted: set[str]) -> str | None:
+        """The tensor that is read in the place of another: the embedding for a head, the decoder's
+        for the encoder's; None where there is none."""
+        if name in HEADS:
+            return f'{self.backbone}embed_tokens.weight'
         in_decoder = self.backbone + name.removeprefix(self._encoder)
-        encoder = name.startswith(self._encoder) and in_decoder in wanted
-        return encoder or name in HEADS
+        return in_decoder if name.startswith(self._encoder) and in_decoder in wanted else None
 
     def left_out(self, name: str) -> str | None:
         """What a tensor that no text pass uses is part of; None for any other."""
@@ -256,9 +266,13 @@ def _check(
     names: TensorNames,
     reader: Reader,
     directory: Path,
-) -> None:
-    """Raises ValueError unless the reader holds exactly what the table asks for."""
-    problems, wanted = [], set()
+) -> dict[str, str]:
+    """Raises ValueError unless the reader holds exactly what the table asks for.
+
+    Returns:
+      The names of tied copies beside that, each with the tensor that it must equal.
+    """
+    problems, wanted, copies = [], set(), {}
     for parameter, parts in table.items():
         for _, source in parts:
             tensor = names.of(source)
@@ -271,12 +285,15 @@ def _check(
                     f'{tensor} has shape {have}, config.json asks for {source.shape} '
                     f'(for {parameter})'
                 )
+    reader.check_weights(sorted(wanted & set(reader.shapes)))
     left_out = Counter()
     for name in sorted(set(reader.shapes) - wanted):
         part = names.left_out(name)
         if part is not None:
             left_out[part] += 1
-        elif not names.is_tied_copy(name, wanted):
+        elif (original := names.tied_to(name, wanted)) is not None:
+            copies[name] = original
+        else:
             problems.append(f'{name} is unknown')
     if problems:
         more = f' (and {len(problems) - 5} more)' if len(problems) > 5 else ''
@@ -284,3 +301,48 @@ def _check(
     if left_out:
         parts = ', '.join(f'{part} ({count})' for part, count in sorted(left_out.items()))
         logging.info('%s: tensors left out, the text needs none of them: %s', directory, parts)
+    return copies
+
+
+def _check_copies(copies: Mapping[str, str], reader: Reader) -> None:
+    """Raises ValueError unless each copy has the values of its original; logs what is left out."""
+    for name, original in copies.items():
+        shape, wanted = reader.shapes[name], reader.shapes[original]
+        if shape == wanted and _same_values(reader, name, original):
+            continue
+        how = 'values' if shape == wanted else f'shape ({shape}, not {wanted})'
+        remedy = (
+            'A head of its own is not supported: if it was trained (LoRA with modules_to_save), '
+            'train again without it; if the embedding is what you want'
+            if name in HEADS
+            else 'Encoder and decoder share these weights here: if the decoder has what you want'
+        )
+        raise ValueError(
+            f'{reader.directory}: {name} has other {how} than {original}, to which the format ties '
+            f'it. {remedy}, delete {name} from the file.'
+        )
+    if copies:
+        logging.info(
+            '%s: tied copies left out, equal to what is read: %s',
+            reader.directory,
+            ', '.join(f'{name} ({original})' for name, original in copies.items()),
+        )
+
+
+def _same_values(reader: Reader, name: str, original: str) -> bool:
+    """Whether two tensors of one shape hold the same numbers, some rows of them at a time."""
+    shape = reader.shapes[name]
+    if not shape:
+        return _equal(reader.read(name), reader.read(original))
+    count = max(1, _COMPARED // max(1, int(np.prod(shape[1:]))))
+    return all(
+        _equal(reader.rows(name, start, start + count), reader.rows(original, start, start + count))
+        for start in range(0, shape[0], count)
+    )
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays hold the same numbers, whatever dtypes they are stored in."""
+    if a.dtype == b.dtype and a.tobytes() == b.tobytes():
+        return True  # NaNs included
+    return np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True)

@@ -6,8 +6,15 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file; raises ValueError that names it where it is none."""
+    """Returns the object in a JSON file.
+
+    Raises:
+      ValueError: it is not valid JSON, or no object; the message names the file.
+    """
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{path} is no JSON ({error}); copy it again.') from error
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is not valid JSON ({error}); copy it again.') from error
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} holds no JSON object, but {str(content)[:40]!r}; copy it again.')
+    return content

@@ -10,9 +10,9 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 
 from diffusiongemma.checkpoints import adapters, bundle, hf_import, orbax_import
+from diffusiongemma.checkpoints.fields import read_fields, read_model_config
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DRAFT_IDS
 from diffusiongemma.models.inference import with_execution
 from diffusiongemma.models.lora import LoraConfig, base_params, merge_lora
@@ -75,7 +75,12 @@ def load_model(
     if mesh is None and model.config.has_frozen_encoder:
         model = _with_fast_denoiser(model)
     tokenizer_file = directory / bundle.TOKENIZER_FILE
-    tokenizer = Tokenizer.load(str(tokenizer_file)) if tokenizer_file.exists() else None
+    # Of the Gemma 4 models those with per-layer embeddings (E2B, E4B) have prompts without the
+    # empty thought channel. A chat template, where there is one, says so itself.
+    empty_thought = model.config.per_layer is None
+    tokenizer = None
+    if tokenizer_file.exists():
+        tokenizer = Tokenizer.load(str(tokenizer_file), empty_thought)
     return model, params, tokenizer
 
 
@@ -110,7 +115,8 @@ def _load_bundle(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) ->
         return bundle.load_bundle(directory, dtype, mesh)
     base = _base_of(directory, content['base'], bundle.CONFIG_FILE)
     base_model, params, _ = load_model(base, dtype, mesh)
-    config = ModelConfig.from_dict(content['model'])
+    where = f'{directory / bundle.CONFIG_FILE}, "model"'
+    config = read_model_config(content.get('model'), where)
     backbone = base_model.config.autoregressive
     if backbone != config.autoregressive or (
         adapters.fingerprint(params) != content['base_fingerprint']
@@ -149,12 +155,15 @@ def _load_run(
             f'the checkpoint of step {step} in {workdir} does not say which model it is of; '
             'finish its run, which exports a model.'
         )
-    model = bundle.model_for(ModelConfig.from_dict(about['model']), dtype or jnp.float32)
+    config = read_model_config(about['model'], f'{workdir}, step {step}')
+    model = bundle.model_for(config, dtype or jnp.float32)
     if bundle.is_bundle(workdir / BASE_DIR):
         base = bundle.load_bundle(workdir / BASE_DIR, dtype)[1]
         if 'lora' in about:
             start = base_params(model.config, base)
-            ema_params = merge_lora(start, ema_params, LoraConfig(**about['lora']))
+            ema_params = merge_lora(
+                start, ema_params, read_fields(LoraConfig, about['lora'], f'{workdir}, step {step}')
+            )
         else:
             ema_params = base | ema_params
     if (workdir / DRAFT_IDS_FILE).exists():
@@ -165,12 +174,28 @@ def _load_run(
     return model, cast if mesh is None else jax.device_put(cast, param_shardings(model, mesh))
 
 
+def _check_chain(directory: Path) -> None:
+    """Raises ValueError where adapters adapt, by way of others or not, themselves."""
+    seen = []
+    while adapters.is_adapters(directory):
+        if directory.resolve() in seen:
+            raise ValueError(
+                f'{directory} adapts itself; change "base" in {directory / adapters.CONFIG_FILE} '
+                'to the model that it was trained on.'
+            )
+        seen.append(directory.resolve())
+        base = adapters.read_adapters(directory).base
+        near = Path(base) if Path(base).is_dir() else directory / base
+        directory = BUILTIN.get(base, near)
+
+
 def _load_adapted(
     directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None
 ) -> tuple[Gemma, dict, Tokenizer | None]:
     """The base that adapters name, with them merged in, and its tokenizer."""
     found = adapters.read_adapters(directory)
     base = _base_of(directory, found.base, adapters.CONFIG_FILE)
+    _check_chain(directory)
     base_model, params, tokenizer = load_model(base, dtype, mesh)
     if adapters.fingerprint(params) != found.base_fingerprint:
         raise ValueError(f'{directory} does not adapt {base}: its weights are of another model.')

@@ -14,11 +14,12 @@ beside it says the rest; without one the numbers of the released models are take
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
@@ -166,6 +167,21 @@ class OrbaxReader:
         )
         (array,) = jax.tree.leaves(tree)
         return convert(array)
+
+    def rows(self, tensor: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of one tensor, cut off at its end."""
+        return self.read(tensor)[start:stop]
+
+    def check_weights(self, names: Collection[str]) -> None:
+        """Raises ValueError where one of these tensors is not floating-point."""
+        for name in names:
+            leaf = self._tensors[name][0]
+            dtype = self._leaves[leaf][1].dtype
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(
+                    f'{self.directory}: the weight {leaf} is stored as {dtype}; store it in a '
+                    'floating-point dtype.'
+                )
 
     def config(self) -> ModelConfig:
         """From config.json, else from shapes and the numbers of the released models."""

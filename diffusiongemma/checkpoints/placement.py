@@ -1,5 +1,6 @@
 """Parameters from pieces on the host straight into their shards."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,11 @@ Bounds = tuple[tuple[int, int], ...]  # of a shard: (start, stop) along each axi
 
 def param_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of `model` by its '/'-joined path; nothing is allocated."""
+    return dict(_param_shapes(model))
+
+
+@functools.lru_cache(maxsize=16)  # tracing a model takes longer than reading a small one
+def _param_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     return {name: value.shape for name, value in flatten_dict(shapes, sep='/').items()}
 

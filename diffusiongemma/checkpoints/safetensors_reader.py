@@ -1,7 +1,7 @@
 """Lazy reading of safetensors: one file, or shards with an index."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -15,6 +15,7 @@ _DTYPES = {
     'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8,
     'BOOL': np.bool_,
 }  # fmt: skip
+_FLOATING = ('F64', 'F32', 'F16', 'BF16')
 
 
 class TensorReader:
@@ -25,6 +26,7 @@ class TensorReader:
 
     Attributes:
       shapes: shape of every tensor.
+      dtypes: the stored dtype of every tensor, by safetensors' name for it ('F32').
 
     Raises:
       FileNotFoundError: neither a single file nor an index, or a shard is missing.
@@ -43,6 +45,7 @@ class TensorReader:
                 f'{directory} has neither {single} nor {INDEX_FILE}; it is no checkpoint '
                 'in the published format.'
             )
+        self.dtypes: dict[str, str] = {}
         self.shapes: Mapping[str, tuple[int, ...]] = self._read_shapes()
 
     def read(self, name: str) -> np.ndarray:
@@ -50,13 +53,30 @@ class TensorReader:
         with self._open(self._file_of[name]) as file:
             return file.get_tensor(name)
 
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of one tensor, cut off at its end; only they are read."""
+        with self._open(self._file_of[name]) as file:
+            return file.get_slice(name)[start : min(stop, self.shapes[name][0])]
+
     def dtype(self, name: str) -> np.dtype:
         """Stored dtype of one tensor; raises ValueError where numpy has none like it."""
-        with self._open(self._file_of[name]) as file:
-            stored = file.get_slice(name).get_dtype()
+        stored = self.dtypes[name]
         if stored not in _DTYPES:
-            raise ValueError(f'{self.directory}: {name} is stored as {stored}, not supported.')
+            raise ValueError(
+                f'{self.directory}: {name} is stored as {stored}, which cannot be read; store it '
+                'as BF16, F16 or F32.'
+            )
         return np.dtype(_DTYPES[stored])
+
+    def check_weights(self, names: Iterable[str]) -> None:
+        """Raises ValueError where one of these tensors is not stored in a floating-point dtype
+        that can be read."""
+        for name in names:
+            if self.dtypes.get(name, 'F32') not in _FLOATING:
+                raise ValueError(
+                    f'{self.directory}: the weight {name} is stored as {self.dtypes[name]}; '
+                    f'store it as one of {", ".join(_FLOATING)} (dequantize it first).'
+                )
 
     def _open(self, file_name: str) -> safe_open:
         path = self.directory / file_name
@@ -91,8 +111,10 @@ class TensorReader:
                         f'{INDEX_FILE} places {absent[0]} in {file_name}, which does not hold it.'
                     )
                 unplaced += [(file_name, name) for name in sorted(held - expected)]
-                for name in expected:
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
+                for name in sorted(expected):
+                    tensor = file.get_slice(name)
+                    shapes[name] = tuple(tensor.get_shape())
+                    self.dtypes[name] = tensor.get_dtype()
         if unplaced:
             file_name, name = unplaced[0]
             raise ValueError(f'{file_name} holds {name}, which {INDEX_FILE} does not place there.')

@@ -10,6 +10,20 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+# What Excel and PowerShell put at the start of UTF-8 text; it is skipped.
+_BYTE_ORDER_MARK = b'\xef\xbb\xbf'
+# First bytes of what is often taken for JSONL, and what to do about it.
+_FOREIGN = (
+    (b'\x1f\x8b', 'is compressed (gzip); unpack it with gunzip'),
+    (b'BZh', 'is compressed (bzip2); unpack it with bunzip2'),
+    (b'\xfd7zXZ', 'is compressed (xz); unpack it with unxz'),
+    (b'\x28\xb5\x2f\xfd', 'is compressed (zstd); unpack it with unzstd'),
+    (b'PK\x03\x04', 'is a ZIP archive; unpack it'),
+    (b'PAR1', 'is a Parquet file; write its rows as JSON lines'),
+    (b'\xff\xfe', 'is UTF-16 text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)'),
+    (b'\xfe\xff', 'is UTF-16 text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)'),
+)
+
 
 def parse_row(line: bytes, where: str, prompt_feature: str, response_feature: str) -> dict:
     """One line as an example; keys other than the two features are kept as they are.
@@ -24,9 +38,12 @@ def parse_row(line: bytes, where: str, prompt_feature: str, response_feature: st
       ValueError: on anything but a JSON object whose two features are text.
     """
     try:
-        row = json.loads(line.decode('utf-8'))
+        row = json.loads(line.removeprefix(_BYTE_ORDER_MARK).decode('utf-8'))
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{where}: the text is not UTF-8; save the file as UTF-8.') from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{where}: invalid JSON: {error}') from error
+        hint = ' The text may be UTF-16; save the file as UTF-8.' if b'\0' in line else ''
+        raise ValueError(f'{where}: invalid JSON: {error}.{hint} Correct the line.') from error
     if not isinstance(row, dict):
         raise ValueError(
             f'{where}: expected an object like {{"{prompt_feature}": "...", '
@@ -53,7 +70,7 @@ class JsonlSource:
     """Random access to the rows of a JSONL file.
 
     Every row is checked once, at construction. Only the place of each row is held in memory;
-    blank lines are skipped.
+    blank lines and byte order marks are skipped. The text is UTF-8 and not compressed.
 
     Attributes:
       fingerprint: hash of the content; a file that was only moved keeps it.
@@ -69,7 +86,8 @@ class JsonlSource:
 
         Raises:
           FileNotFoundError: when there is no such file.
-          ValueError: on the first bad row, with its line number, or when there is no row.
+          ValueError: on the first bad row, with its line number, when there is no row, or when
+            the file is compressed or in another encoding.
         """
         self._file = epath.Path(path)
         self._features = prompt_feature, response_feature
@@ -78,21 +96,31 @@ class JsonlSource:
                 f'No file at {self._file}. Give the path of a JSONL file with one '
                 f'{{"{prompt_feature}": ..., "{response_feature}": ...}} a line.'
             )
+        self._check_is_text()
         digest = hashlib.sha256()
         spans, numbers, offset = [], [], 0  # (start, length) and line number of each row
         with self._file.open('rb') as lines:
             for number, line in enumerate(lines, start=1):
-                if line.strip():
+                content = line.removeprefix(_BYTE_ORDER_MARK).strip()
+                if content:
                     parse_row(line, f'{self._file}, line {number}', *self._features)
                     spans.append((offset, len(line)))
                     numbers.append(number)
-                    digest.update(line.strip() + b'\n')
+                    digest.update(content + b'\n')
                 offset += len(line)
         if not spans:
             raise ValueError(f'{self._file}: empty dataset, the file has no rows.')
         self._spans = np.array(spans, np.int64)
         self._numbers = np.array(numbers, np.int64)
         self.fingerprint = f'jsonl {digest.hexdigest()[:16]}'
+
+    def _check_is_text(self) -> None:
+        """Raises ValueError on a compressed file or another encoding, with what to do."""
+        with self._file.open('rb') as file:
+            start = file.read(8)
+        for first, remedy in _FOREIGN:
+            if start.startswith(first):
+                raise ValueError(f'{self._file} {remedy}.')
 
     def __len__(self) -> int:
         return len(self._spans)

@@ -306,7 +306,9 @@ def _mixed(
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
-    return getattr(tokenizer, 'content_hash', type(tokenizer).__name__)
+    name = getattr(tokenizer, 'content_hash', type(tokenizer).__name__)
+    prompt_format = getattr(tokenizer, 'format_hash', None)
+    return name if prompt_format is None else f'{name} {prompt_format}'
 
 
 def eval_examples(source: SourceLike, n: int | None = None) -> list[dict[str, Any]]:

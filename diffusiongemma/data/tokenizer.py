@@ -14,10 +14,18 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import sentencepiece
 from etils import epath
+
+from diffusiongemma.data.chat_template import (
+    TEMPLATE_FILE,
+    ChatTemplate,
+    Parts,
+    default_template,
+    find_template,
+)
 
 BUILTIN = 'builtin'
 _BUILTIN_PATH = pathlib.Path(__file__).parents[1] / 'assets' / 'tokenizer.model'
@@ -25,6 +33,8 @@ _BUILTIN_PATH = pathlib.Path(__file__).parents[1] / 'assets' / 'tokenizer.model'
 TURN_PIECES = (('<|turn>', '<turn|>'), ('<start_of_turn>', '<end_of_turn>'))
 # Gemma 4: asks for thoughts in the system turn; they stand between the other two in a response.
 THINK_PIECES = ('<|think|>', '<|channel>', '<channel|>')
+# Gemma 4 hands over to a tool here, and waits: nothing that follows is its response.
+TOOL_RESPONSE_PIECE = '<|tool_response>'
 # Pieces that steer the model rather than stand for text. Control symbols of the model file are
 # always among them; released vocabularies hold the others as user-defined symbols, which
 # sentencepiece would find in plain text.
@@ -45,14 +55,30 @@ class Tokenizer:
       think_ids: ids of the tokens that ask for thoughts, open and close their channel, or None.
       special_ids: tokens that stand for no text; `encode` avoids them and `decode` skips them.
       content_hash: sha256 of the model file, stored with whatever was made with it.
+      format_hash: tells prompt formats of one vocabulary apart; None for the format of a
+        vocabulary without thoughts that came without a chat template.
+      chat_template: the jinja2 template of its conversations.
     """
 
-    def __init__(self, model: bytes, source: str = 'these bytes'):
+    def __init__(
+        self,
+        model: bytes,
+        source: str = 'these bytes',
+        chat_template: str | None = None,
+        empty_thought: bool = True,
+        template_source: str = 'the chat template',
+    ):
         """Reads a serialized sentencepiece model.
 
         Args:
           model: content of a .model file.
           source: where it came from, for error messages.
+          chat_template: the checkpoint's jinja2 template; None for that of the model family,
+            which the vocabulary tells.
+          empty_thought: without a template, whether a prompt that asks for no thoughts ends in an
+            empty thought channel, as those of Gemma 4 12B, 26B and 31B; E2B and E4B have none. Of
+            no effect on a vocabulary without thoughts.
+          template_source: where the template came from, for error messages.
 
         Raises:
           ValueError: when it is no sentencepiece model or lacks a token that is needed.
@@ -89,22 +115,46 @@ class Tokenizer:
             )
         self.turn_start_id: int = ids[turns[0][0]]
         self.turn_end_id: int = ids[turns[0][1]]
-        # Gemma 3 knows no system role: its system text opens the user's turn.
-        self._has_system_turn = turns[0] == TURN_PIECES[0]
-        self.stop_ids: tuple[int, ...] = (self.eos_id, self.turn_end_id)
+        tool_response = [ids[TOOL_RESPONSE_PIECE]] if TOOL_RESPONSE_PIECE in ids else []
+        self.stop_ids: tuple[int, ...] = (self.eos_id, self.turn_end_id, *tool_response)
         thinks = tuple(ids[piece] for piece in THINK_PIECES if piece in ids)
         self.think_ids: tuple[int, ...] | None = thinks if len(thinks) == 3 else None
         self._byte_ids = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in range(256)]
         literals = sorted(ids, key=len, reverse=True)
         self._literal = re.compile('|'.join(re.escape(text) for text in (*literals, _SPACE)))
+        self._control = re.compile('(' + '|'.join(re.escape(text) for text in literals) + ')')
+        self._special = ids
+        self._own_template, self._empty_thought = chat_template, empty_thought
+        self._template_source = template_source
+        is_gemma3, has_thoughts = turns[0] == TURN_PIECES[1], self.think_ids is not None
+        default = default_template(
+            *turns[0],
+            has_system_turn=not is_gemma3,  # Gemma 3's system text opens the user's turn
+            thinks=has_thoughts,
+            empty_thought=empty_thought,
+        )
+        self.chat_template: str = default if chat_template is None else chat_template
+        named = {'bos': self.bos_id, 'eos': self.eos_id, 'pad': self.pad_id, 'unk': self.unk_id}
+        tokens = {f'{name}_token': self.piece(i) for name, i in named.items() if i >= 0}
+        self._chat = ChatTemplate(self.chat_template, tokens, template_source)
+        self.format_hash: str | None = None
+        if has_thoughts or self.chat_template != default:
+            self.format_hash = hashlib.sha256(self.chat_template.encode()).hexdigest()[:16]
 
     @classmethod
-    def load(cls, path: str = BUILTIN) -> Tokenizer:
+    def load(cls, path: str = BUILTIN, empty_thought: bool = True) -> Tokenizer:
         """Loads a .model file from a local or gs:// path, or the one that ships ('builtin').
+
+        The chat template that lies beside it, as in a published checkpoint, is its own.
+
+        Args:
+          path: of the .model file.
+          empty_thought: of effect where there is no template, see `__init__`.
 
         Raises:
           FileNotFoundError: when there is no such file.
-          ValueError: when the file is not a usable tokenizer model.
+          ValueError: when the file is not a usable tokenizer model, or the file of the chat
+            template beside it is damaged.
         """
         file = epath.Path(_BUILTIN_PATH if path == BUILTIN else path)
         if not file.is_file():
@@ -112,14 +162,25 @@ class Tokenizer:
                 f'No tokenizer model at {file}. Pass the path of a sentencepiece .model file, '
                 f'or {BUILTIN!r} for the one that ships with the library.'
             )
-        return cls(file.read_bytes(), str(file))
+        template, where = find_template(file.parent) or (None, 'the chat template')
+        return cls(file.read_bytes(), str(file), template, empty_thought, where)
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes the sentencepiece model to `path`."""
-        epath.Path(path).write_bytes(self._model)
+        """Writes the sentencepiece model to `path`, and a chat template of its own beside it.
+
+        A template that lies there from another tokenizer is removed, since `load` would take it.
+        """
+        path = epath.Path(path)
+        path.write_bytes(self._model)
+        template = path.parent / TEMPLATE_FILE
+        if self._own_template is not None:
+            template.write_bytes(self._own_template.encode())
+        elif template.exists():
+            template.unlink()
 
     def __reduce__(self):
-        return Tokenizer, (self._model, self._source)
+        own = self._own_template, self._empty_thought, self._template_source
+        return Tokenizer, (self._model, self._source, *own)
 
     def __repr__(self) -> str:
         return f'Tokenizer({self._source}, sha256 {self.content_hash[:12]})'
@@ -134,7 +195,18 @@ class Tokenizer:
 
         The name of a special token, spelled out in the text, is encoded in two parts, so that it
         is read as the characters that it is made of.
+
+        Raises:
+          ValueError: the text is no valid Unicode: bytes that are not UTF-8 came in as surrogates.
         """
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f'the text {text[:40]!r} is not valid Unicode ({error.reason} at position '
+                    f'{error.start}); give it as UTF-8.'
+                ) from error
         ids: list[int] = []
         start = 0
         for match in self._literal.finditer(text):
@@ -172,44 +244,59 @@ class Tokenizer:
             return bytes([int(piece[1:-1], 16)])
         return piece.replace(_SPACE, ' ').encode()
 
-    def _turn(self, role: str, content: list[int]) -> list[int]:
-        header = self._processor.encode(f'{role}\n')
-        newline = self._processor.encode('\n')
-        return [self.turn_start_id, *header, *content, self.turn_end_id, *newline]
-
     def format_prompt(
         self, prompt: str, system: str | None = None, thinking: bool = False
     ) -> list[int]:
         """Ids of a conversation with one user turn, up to where the model's response starts.
 
-        For Gemma 4 that is `<bos><|turn>user\\n{prompt}<turn|>\\n<|turn>model\\n`, with a turn of
-        the role `system` before it where there is a system text, or where thoughts are asked for.
+        As the chat template writes it. Gemma 4's is `<bos><|turn>user\\n{prompt}<turn|>\\n
+        <|turn>model\\n`, with a turn of the role `system` before it where there is a system text,
+        or where thoughts are asked for. Where they are not, the larger models' prompts go on with
+        an empty thought channel. Text is trimmed where the template trims it.
 
         Raises:
-          ValueError: when thoughts are asked for and the tokenizer has no tokens for them.
+          ValueError: when thoughts are asked for and the tokenizer has no tokens for them, or the
+            chat template of the checkpoint cannot write this conversation.
         """
         if thinking and self.think_ids is None:
             raise ValueError(
                 f'{self._source} has no {", ".join(THINK_PIECES)}: its model does not think. '
                 'Ask without thinking.'
             )
-        ids = [self.bos_id]
-        if self._has_system_turn and (thinking or system is not None):
-            content = [self.think_ids[0]] if thinking and self.think_ids else []
-            ids += self._turn('system', content + self.encode(system or ''))
-        elif system is not None:
-            prompt = f'{system}\n\n{prompt}'
-        return ids + self.format_turn(prompt)
+        texts = {'user': prompt} if system is None else {'user': prompt, 'system': system}
+        return self._fill(self._chat.prompt(system is not None, thinking), texts)
 
-    def format_turn(self, prompt: str) -> list[int]:
-        """Ids of a user turn, up to where the model's response starts."""
-        header = [self.turn_start_id, *self._processor.encode('model\n')]
-        return self._turn('user', self.encode(prompt)) + header
+    def format_turn(self, prompt: str, thinking: bool = False) -> list[int]:
+        """Ids of a later user turn, up to where the model's response starts."""
+        return self._fill(self._chat.next_turn(thinking), {'user': prompt})
+
+    def response_prefix(self, thinking: bool = False) -> list[int]:
+        """The last ids of a prompt that later turns do not see: an empty thought channel."""
+        return self._fill((self._chat.response_prefix(thinking),), {})
 
     def end_turn(self, response: Iterable[int]) -> list[int]:
         """Ids of a response as a later turn sees it: without thoughts, its turn closed."""
         ids = [i for i in self.split_thoughts(response)[1] if i not in self.stop_ids]
-        return [*ids, self.turn_end_id, *self._processor.encode('\n')]
+        text = self.decode(ids)
+        trimmed = self._chat.response_slot().trim(text)
+        ids = ids if trimmed == text else self.encode(trimmed)
+        return ids + self._fill((self._chat.turn_end(),), {})
+
+    def _fill(self, parts: Parts, texts: Mapping[str, str]) -> list[int]:
+        """Ids of a rendered conversation; only its literal text can hold special tokens."""
+        ids: list[int] = []
+        run = ''  # text without special tokens, encoded as a whole
+        for part in parts:
+            if not isinstance(part, str):
+                run += part.trim(texts[part.role])
+                continue
+            for piece in self._control.split(part):
+                if piece in self._special:
+                    ids += [*self.encode(run), self._special[piece]]
+                    run = ''
+                else:
+                    run += piece
+        return ids + self.encode(run)
 
     def split_thoughts(self, response: Iterable[int]) -> tuple[list[int], list[int]]:
         """The ids of a response inside its thought channels, and the others."""

@@ -27,8 +27,9 @@ class TargetsConfig:
 
     Attributes:
       source: the prompts; their own responses are not used, unless `sequence_level` is off.
-      batch_size: prompts answered at once, over all devices; a multiple of data x fsdp of the mesh.
-      max_new_tokens: longest answer; a longer one is left out, never cut.
+      batch_size: prompts answered at once, over all devices; a multiple of data x fsdp x
+        expert of the mesh.
+      max_new_tokens: longest answer, thoughts included; a longer one is left out, never cut.
       temperature: 0 for greedy answers.
       prompt_multiple: prompts are padded to a multiple of this.
       top_k_logits: k, likeliest tokens of the teacher that are kept for each token of a response;
@@ -127,10 +128,14 @@ class Answerer:
         last = output.tokens[np.arange(len(texts)), output.lengths - 1]
         ended = [
             row | {'response': text}
-            for row, text, token in zip(rows, texts, last, strict=False)
-            if token in self._tokenizer.stop_ids
+            for row, text, token, ids in zip(rows, texts, last, output.tokens, strict=False)
+            if token in self._tokenizer.stop_ids and (text or not self._thought_in(ids))
         ]
         return ended, int(np.sum(output.lengths[: len(rows)]))
+
+    def _thought_in(self, ids: np.ndarray) -> bool:
+        """Whether a response [T] has thoughts; one of thoughts alone is no answer to learn."""
+        return bool(self._tokenizer.split_thoughts(ids.tolist())[0])
 
     def _with_teacher(self, rows: list[Example]) -> list[Example]:
         """The rows with `TEACHER_KEYS`, but for documents that are longer than the teacher's."""

@@ -141,7 +141,9 @@ def _made_from(
         digest.update(np.asarray(processes.on_host(value)).tobytes())
     spec = config.source
     identity = getattr(source, 'fingerprint', spec.describe())
-    return {
+    # Only where there is a choice of formats: targets from before it existed keep their name.
+    has_format = tokenizer.format_hash is not None
+    return ({'prompt_format': tokenizer.format_hash} if has_format else {}) | {
         'teacher': digest.hexdigest(),
         'tokenizer': tokenizer.content_hash,
         'prompts': [identity, len(source), spec.prompt_feature, spec.response_feature],

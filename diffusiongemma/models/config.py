@@ -1,6 +1,7 @@
 """The one frozen config that describes every backbone, and what follows from it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 SLIDING = 'sliding'
@@ -413,7 +414,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict) -> 'ModelConfig':
         """Raises ValueError when a key is unknown or a required one is missing."""
-        values = _with_nested_denoiser(values)
+        values = with_nested_denoiser(values)
         nested = {
             'sliding': AttentionConfig,
             'full': AttentionConfig,
@@ -435,13 +436,21 @@ _EXECUTION_KEYS = ('scan_layers', 'output_major', 'denoise_dtype')  # once part 
 _FLAT_KEYS = ('canvas_length', 'separate_denoiser', 'predict_next', 'self_conditioning', 'mask_id')
 
 
-def _with_nested_denoiser(values: dict) -> dict:
-    """A config of today from one of before, when the denoiser's fields stood among the others."""
+def with_nested_denoiser(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config dict of today, also from one of before.
+
+    Then the denoiser's fields stood among the others, and some were of the execution.
+
+    Raises:
+      ValueError: there are fields of a denoiser and no canvas.
+    """
     values = {name: value for name, value in values.items() if name not in _EXECUTION_KEYS}
     flat = {name: values.pop(name) for name in _FLAT_KEYS if name in values}
     is_separate = flat.pop('separate_denoiser', False)
-    if flat.get('canvas_length'):
+    if flat.get('canvas_length', 0) != 0 or flat.get('canvas_length', 0) is False:
         values['denoiser'] = flat | {'kind': SEPARATE if is_separate else SHARED}
+    elif is_separate or flat.get('predict_next'):
+        raise ValueError('separate_denoiser and predict_next need a canvas_length > 0.')
     return values
 
 

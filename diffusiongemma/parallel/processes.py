@@ -190,8 +190,8 @@ def data_shard(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, i
     if sum(map(len, parts)) != batch_size or len({len(part) for part in parts}) > 1:
         raise ValueError(
             f'the mesh spreads the {batch_size} rows of a batch over {len(rows)} processes so '
-            'that some of them share only a part of their rows. Make data x fsdp a multiple of '
-            'the number of processes, or a divisor of it.'
+            'that some of them share only a part of their rows. Make data x fsdp x expert a '
+            'multiple of the number of processes, or a divisor of it.'
         )
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 

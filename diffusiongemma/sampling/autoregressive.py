@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.automaton import allowed
-from diffusiongemma.sampling.controls import restrict
+from diffusiongemma.sampling.controls import restrict, without_unknown
 from diffusiongemma.sampling.epilogue import adjust, draw
 from diffusiongemma.sampling.passes import CausalModel
 from diffusiongemma.sampling.randomness import fold_in_rows
@@ -88,13 +88,14 @@ def next_token_logits(
     """Logits [B, T, V] of the distribution that autoregressive decoding draws from.
 
     Args:
-      config: temperature, top_k, top_p.
+      config: temperature, top_k, top_p; ids beyond its vocab_size are banned.
       state: its controls say what is allowed, and may set the temperature.
       logits: [B, T, V] of the causal pass.
       offsets: [B] int32, place in the response of the token that the first of them predict.
       states: [B, T] int32, the automaton's state before each of those tokens, or None.
     """
     length, controls = logits.shape[1], state.controls
+    logits = without_unknown(logits, config.vocab_size)
     logits = restrict(
         logits, controls.pinned_at(offsets, length), controls.allowed_at(offsets, length)
     )

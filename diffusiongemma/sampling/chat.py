@@ -1,6 +1,7 @@
 """A conversation whose K/V cache stays between turns: a turn encodes only what is new."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,10 +9,24 @@ import jax
 import numpy as np
 
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.sampler import MODES, Sampler, check_fits, pad_prompts
 from diffusiongemma.sampling.text import check_stops
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'chunk'))
+def _encode(
+    model: passes.CausalModel,
+    params: Any,
+    cache: KVCache,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    chunk: int | None,
+) -> KVCache:
+    """Appends the first `lengths` [1] of tokens [1, T] to the cache."""
+    return passes.prefill(model, params, cache, tokens, lengths, chunk, is_empty=False)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +116,7 @@ class ChatSampler:
             capacity or the model's positions.
         """
         if self._turns:
-            turn = self._tokenizer.format_turn(text)
+            turn = self._tokenizer.format_turn(text, self._thinking)
         else:
             turn = self._tokenizer.format_prompt(text, self._system, self._thinking)
         self._check_room(self.tokens + turn)
@@ -110,12 +125,19 @@ class ChatSampler:
     def _respond(self, tokens: list[int]) -> Iterator[Reply]:
         sampler = self.sampler
         mode, model, config = MODES[sampler.mode], sampler.model, sampler.config
-        new, lengths = pad_prompts(
-            [tokens[self.cached :]], self._tokenizer.pad_id, multiple=self._multiple
-        )
-        cache = self._cache
+        cache, cached = self._cache, self.cached
         if cache is None:
             cache = passes.empty_cache(model, self._params, 1, self._capacity)
+        # Later turns do not see an empty thought channel at the end of the prompt: what is before
+        # it is encoded by itself, so that they can go on from there.
+        unseen = self._tokenizer.response_prefix(self._thinking)
+        history = tokens[: len(tokens) - len(unseen)]
+        if unseen:
+            new, lengths = self._padded(history[cached:])
+            cache = _encode(model, self._params, cache, new, lengths, config.prefill_chunk)
+            cached = len(history)
+        history_cache = cache
+        new, lengths = self._padded(tokens[cached:])
         rng = jax.random.fold_in(self._rng, self._turns)
         state = mode.start(model, config, self._params, new, lengths, rng[None], Controls(), cache)
         prompt_cache = state.cache
@@ -127,12 +149,21 @@ class ChatSampler:
             if not state.running:
                 break
             state = mode.advance(model, config, self._params, state)
-        thoughts, _ = self._tokenizer.split_thoughts(response)
-        # Later turns do not see thoughts: they go on from the cache before the response.
-        self._cache = prompt_cache if thoughts else state.cache
-        self.cached = int(self._cache.lengths[0])
-        self.tokens = tokens + self._tokenizer.end_turn(response)
+        self.tokens = history + self._tokenizer.end_turn(response)
+        # Later turns go on from the longest cache that holds what they see: they see no thoughts,
+        # no untrimmed text, and always the same end of a turn.
+        for cache, encoded in (
+            (state.cache, tokens + response),
+            (prompt_cache, tokens),
+            (history_cache, history),
+        ):
+            self._cache, self.cached = cache, int(cache.lengths[0])
+            if encoded[: self.cached] == self.tokens[: self.cached]:
+                break
         self._turns += 1
+
+    def _padded(self, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        return pad_prompts([tokens], self._tokenizer.pad_id, multiple=self._multiple)
 
     def _check_room(self, tokens: list[int]) -> None:
         new = self.sampler.config.max_new_tokens

@@ -195,6 +195,21 @@ def restrict(logits: jax.Array, pinned: jax.Array | None, allowed: jax.Array | N
     return logits
 
 
+def without_unknown(logits: jax.Array, vocab_size: int | None) -> jax.Array:
+    """Returns the logits with every id that the tokenizer does not have at -inf.
+
+    A model can have more rows than its tokenizer has tokens (Gemma 3 4B and larger: 262,208 rows
+    for 262,144 tokens). Such an id stands for no text and must never be drawn.
+
+    Args:
+      logits: [..., V] float32.
+      vocab_size: tokens of the tokenizer, at most V; None where it has all V.
+    """
+    if vocab_size is None or vocab_size >= logits.shape[-1]:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+
+
 def pin(responses: Sequence[Sequence[int | None]]) -> jax.Array:
     """`Controls.pinned` from one list per row: token ids, None where a position is open."""
     width = max((len(row) for row in responses), default=0)

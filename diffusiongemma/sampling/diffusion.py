@@ -15,7 +15,7 @@ from diffusiongemma.models.vocabulary import likeliest_tokens
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.acceptance import Proposal
 from diffusiongemma.sampling.automaton import condition
-from diffusiongemma.sampling.controls import OPEN, restrict
+from diffusiongemma.sampling.controls import OPEN, restrict, without_unknown
 from diffusiongemma.sampling.epilogue import (
     adjust,
     always_greedy,
@@ -253,6 +253,7 @@ def _shape(
     shaped = logits / per_row(temperature * jnp.where(factor == 0, 1.0, factor), logits)
     if mask_id is not None:
         shaped = shaped.at[..., mask_id].set(-jnp.inf)
+    shaped = without_unknown(shaped, config.vocab_size)
     return restrict(shaped, settled, task.allowed)
 
 

@@ -96,7 +96,15 @@ def from_json_schema(
             schema = json.loads(schema)
         except ValueError as error:
             raise ValueError(f'The schema is no JSON: {error}.') from error
-    return from_regex(to_pattern(schema, separators), tokenizer, **options)
+    try:
+        pattern = to_pattern(schema, separators)
+    except (AttributeError, KeyError, RecursionError, TypeError) as error:
+        # A keyword holds a value of a type that JSON Schema does not allow there.
+        raise ValueError(
+            f'The schema is not valid JSON Schema ({error}); check the types of the values of its '
+            'keywords, such as a number for minLength.'
+        ) from error
+    return from_regex(pattern, tokenizer, **options)
 
 
 def from_texts(answers: Sequence[str], tokenizer: Tokenizer, **options: Any) -> TokenAutomaton:

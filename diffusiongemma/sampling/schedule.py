@@ -13,7 +13,9 @@ class TemperatureSchedule:
       t_min: temperature at noise level 0, > 0.
       t_max: temperature at noise level 1, >= t_min.
       num_steps: T, the steps from pure noise to a clean canvas.
-      exponent: > 0; 1 is linear, a larger one cools early, a smaller one late.
+      exponent: > 0; 1 is linear, a larger one cools early, a smaller one late. Google's code
+        has a parameter of the same name with the opposite meaning: it scales by
+        1 - (1 - t) ** exponent, so there a larger one cools late. Only 1 means the same in both.
     """
 
     t_min: float = 0.4

@@ -36,7 +36,7 @@ def generate_text(
       controls: settings and constraints of the rows.
 
     Returns:
-      The responses without their turn end, and the sampler's output.
+      The answers, without thoughts and turn end, and the sampler's output.
 
     Raises:
       ValueError: when the sampler would not stop at the tokenizer's end of turn, or when
@@ -60,8 +60,14 @@ def check_stops(sampler: Sampler, tokenizer: Tokenizer) -> None:
 
 
 def decode_responses(tokenizer: Tokenizer, output: SamplerOutput) -> list[str]:
-    """Text of each row's response; special tokens, the stop token among them, are skipped."""
+    """Returns the text of each row's answer.
+
+    What a model writes into its thought channel is not part of it, not even where the channel is
+    never closed; `ChatSampler` and `Tokenizer.split_thoughts` give it. Special tokens, the stop
+    token among them, are skipped.
+    """
     rows, lengths = np.asarray(output.tokens), np.asarray(output.lengths)
     return [
-        tokenizer.decode(row[:length].tolist()) for row, length in zip(rows, lengths, strict=True)
+        tokenizer.decode(tokenizer.split_thoughts(row[:length].tolist())[1])
+        for row, length in zip(rows, lengths, strict=True)
     ]
