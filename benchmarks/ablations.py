@@ -62,7 +62,7 @@ def command(row: str, workdir: Path) -> list[str]:
     """The command of a row."""
     overrides = BASE | ROWS[row]
     return [
-        sys.executable, '-m', 'diffusiongemma.distill', '--config=configs/tiny.py',
+        sys.executable, '-m', 'diffusiongemma.distill', '--config=configs/tiny_diffusion.py',
         f'--workdir={workdir}', *(f'--config.{key}={value}' for key, value in overrides.items()),
     ]  # fmt: skip
 

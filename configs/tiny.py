@@ -56,19 +56,30 @@ def get_config() -> ConfigDict:
             'corruption': 'masked',
             'ar_weight': 0.0,  # the encode pass is frozen
             'optimizer': {
-                'learning_rate': 3e-3,
+                'learning_rate': 5e-3,
                 'warmup_steps': 60,
                 'weight_decay': 0.0,
                 'ema_decay': 0.99,
             },
             'train': {'num_steps': 1_600, 'report_every': 50, 'checkpoint_every': 800},
-            'sampling': {'max_new_tokens': 96, 'temperature': 0.0},
+            'sampling': {
+                'max_new_tokens': 96,
+                'temperature': 0.0,
+                # Of students with a diffusion mode, such as 'builtin'.
+                'max_denoising_steps': 4,
+                'stability_threshold': 0,
+            },
             'eval': {
                 'source': {'kind': 'wordmath', 'split': 'test', 'size': 256},
                 'batch_size': 32,
                 'speed_batch_sizes': (1, 8, 32),
                 'speed_batches': 24,
                 'prompt_multiple': 16,  # prompts have some 25 to 55 tokens
+                'sweep': {
+                    'entropy_bound': (0.02, 0.1, 0.5),
+                    'max_denoising_steps': (1, 4, 16),
+                    'canvas_length': (),  # (): the student's own
+                },
             },
         }
     )

@@ -54,10 +54,11 @@ def test_the_main_job_shows_a_table_samples_and_leaves_a_plot_and_a_checkpoint(w
     out = (workdir / 'stdout').read_text()
     for row in (
         'accuracy',
-        'denoising steps per canvas',
-        'tokens per pass',
+        'accepted length',
+        'tokens per denoise pass',
+        'tokens per pass, all counted',
         'tokens/s',
-        'ratio',
+        'speed-up at batch 4',
     ):
         assert row in out
     assert out.count('teacher:') == out.count('student:') - 1 == 3  # samples; and where it is

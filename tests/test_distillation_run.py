@@ -23,7 +23,7 @@ from diffusiongemma.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
 import jsonl  # noqa: E402
-import tiny  # noqa: E402
+import tiny_diffusion  # noqa: E402
 import tiny_teacher  # noqa: E402
 
 DATA = DataSpec(kind='wordmath', size=200)
@@ -41,7 +41,7 @@ def teacher(tiny_config) -> Teacher:
 
 
 def student_config(**changes) -> ConfigDict:
-    config = tiny.get_config()
+    config = tiny_diffusion.get_config()
     config.mesh = {'data': 1, 'fsdp': 8}
     config.canvas_length = 8
     config.data = {'batch_size': 8, 'row_length': 128, 'canvases_per_row': 12}

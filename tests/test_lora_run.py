@@ -17,7 +17,7 @@ from diffusiongemma.models import DiffusionGemma, Gemma, init_params
 from diffusiongemma.parallel import make_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
-import tiny  # noqa: E402
+import tiny_diffusion  # noqa: E402
 
 DATA = DataSpec(kind='wordmath', size=100)
 
@@ -35,7 +35,7 @@ def teacher(tiny_config) -> Teacher:
 
 
 def lora_config(**changes):
-    config = tiny.get_config()
+    config = tiny_diffusion.get_config()
     config.mesh = {'data': 1, 'fsdp': 4, 'tensor': 2}
     config.canvas_length = 8
     config.data = {'batch_size': 4, 'row_length': 64, 'canvases_per_row': 4}

@@ -21,7 +21,7 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install -e '.[plan]'"
 )
 SMALL = (
-    '--config=configs/tiny.py', '--config.canvas_length=8', '--config.data.row_length=32',
+    '--config=configs/tiny_diffusion.py', '--config.canvas_length=8', '--config.data.row_length=32',
     '--config.data.canvases_per_row=2', '--config.stage2.num_steps=1',
     '--config.stage1.self_conditioning_rate=0.0', '--optimization_level=O1',
 )  # fmt: skip

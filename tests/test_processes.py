@@ -105,7 +105,7 @@ def test_two_processes_distil_from_targets_to_evaluation(tmp_path):
         '--config.eval.speed_batches=1',
         '--config.eval.speed_batch_sizes=(1,)',
         program='distill',
-        config='tiny',
+        config='tiny_diffusion',
     )
     assert json.loads((tmp_path / 'student' / 'evaluation.json').read_text())['num_examples'] == 4
     assert (tmp_path / 'student' / 'distillation.png').exists()

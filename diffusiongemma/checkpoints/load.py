@@ -145,6 +145,12 @@ def _base_of(directory: Path, base: str, file: str) -> str | Path:
     )
 
 
+def saved_draft_ids(workdir: Path) -> jax.Array | None:
+    """The draft vocabulary [Vd] int32 of a run's light student; None where it has none."""
+    path = workdir / DRAFT_IDS_FILE
+    return jnp.asarray(np.load(path)) if path.exists() else None
+
+
 def _load_run(
     workdir: Path, step: int | None, dtype: Any, mesh: jax.sharding.Mesh | None
 ) -> tuple[Gemma, dict]:
@@ -166,8 +172,9 @@ def _load_run(
             )
         else:
             ema_params = base | ema_params
-    if (workdir / DRAFT_IDS_FILE).exists():
-        ema_params[DRAFT_IDS] = jnp.asarray(np.load(workdir / DRAFT_IDS_FILE))
+    draft_ids = saved_draft_ids(workdir)
+    if draft_ids is not None:
+        ema_params[DRAFT_IDS] = draft_ids
     bundle.check_params(model, flatten_dict(ema_params, sep='/'), f'{workdir}, step {step}')
     logging.info('%s: averaged parameters of step %d', workdir, step)
     cast = jax.tree.map(lambda leaf: leaf.astype(bundle.cast_to(dtype, leaf.dtype)), ema_params)

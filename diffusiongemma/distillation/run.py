@@ -18,7 +18,13 @@ from rich.console import Console
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.adapters import fingerprint
 from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
-from diffusiongemma.checkpoints.load import BASE_DIR, DRAFT_IDS_FILE, EXPORT_DIR, load_model
+from diffusiongemma.checkpoints.load import (
+    BASE_DIR,
+    DRAFT_IDS_FILE,
+    EXPORT_DIR,
+    load_model,
+    saved_draft_ids,
+)
 from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
 from diffusiongemma.data.pipeline import eval_examples, make_train_iterator
 from diffusiongemma.data.sources import DataSpec, Source, load_source, split_source
@@ -145,10 +151,11 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
     )
     if targets_config.top_k_logits:  # what it said is in the targets
         teacher = teacher.on_host()
-    student_model, state, frozen = train_student(config, teacher, targets, workdir)
+    student_model, state = train_student(config, teacher, targets, workdir)
     about = {'teacher': str(config.teacher), 'steps': int(state.step), 'seed': config.seed}
     lora = lora_student(config, student_model)
     if lora is None:
+        frozen = frozen_params(student_model.config, teacher.params, saved_draft_ids(workdir))
         params = frozen | state.ema_params
     else:
         lora.save(workdir, state.ema_params, teacher.params, str(config.teacher), about)
@@ -306,12 +313,8 @@ def canvases_per_row(config: ConfigDict, shape: BatchConfig) -> int:
 
 def train_student(
     config: ConfigDict, teacher: Teacher, targets: DataSpec, workdir: Path
-) -> tuple[DiffusionGemma, TrainState, dict]:
-    """From the teacher's weights to a student: stage 1, then stage 2, or all to draft.
-
-    Returns:
-      The student, its training state, and the frozen part of its parameters.
-    """
+) -> tuple[DiffusionGemma, TrainState]:
+    """From the teacher's weights to a student: stage 1, then stage 2, or all to draft."""
     loop = run_config.build(LoopConfig, config.train, 'train')
     optimizer = optimizer_of(config)
     shape = run_config.build(BatchConfig, config.data, 'data')
@@ -381,6 +384,7 @@ def train_student(
         save_bundle(workdir / BASE_DIR, teacher.model.config, teacher.params, teacher.tokenizer)
         if DRAFT_IDS in constants.student and processes.is_writer():
             np.save(workdir / DRAFT_IDS_FILE, np.asarray(constants.student[DRAFT_IDS]))
+        processes.as_writer_says(None)  # it is written
     with contextlib.closing(batches):
         for objective, last_step in stages:
             if int(state.step) >= last_step:
@@ -404,7 +408,7 @@ def train_student(
                 evaluate=evaluate,
             )
     store.close()
-    return model, state, constants.student
+    return model, state
 
 
 def load_student(config: ConfigDict, model: DiffusionGemma) -> dict:

@@ -55,6 +55,7 @@ def comparison_table(result: Comparison) -> Table:
         f'{own.accepted_length:.2f}',
         f'{lookup.accepted_length:.2f}',
     )
+    row('denoise passes per canvas', '-', f'{result.denoising_steps_per_canvas:.2f}', '-')
     row(
         'tokens per denoise pass',
         '-',

@@ -1,0 +1,119 @@
+"""Runs that train a light student: resumed, opened, exported on its teacher."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_distillation_run import DATA, assert_equal, crash_at
+
+from diffusiongemma.checkpoints.bundle import save_bundle
+from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.distillation import reporting
+from diffusiongemma.distillation.run import Teacher, distill, load_teacher, train_student
+from diffusiongemma.models import Gemma, init_params
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
+import tiny  # noqa: E402
+
+
+@pytest.fixture
+def teacher_directory(tiny_config, tmp_path):
+    """A random teacher with the vocabulary of the built-in tokenizer, as a bundle."""
+    tokenizer = Tokenizer.load('builtin')
+    model = Gemma(tiny_config.replace(vocab_size=tokenizer.vocab_size, canvas_length=0))
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    save_bundle(tmp_path / 'teacher', model.config, params, tokenizer)
+    return tmp_path / 'teacher'
+
+
+def light_config(teacher_directory, **changes):
+    config = tiny.get_config()
+    config.teacher = str(teacher_directory)
+    config.mesh = {'data': 1, 'fsdp': 8}
+    config.canvas_length = 4
+    config.light = {'layers': (0, 2), 'draft_vocab_size': 700, 'serial_rank': 4}
+    config.data = {'batch_size': 8, 'row_length': 128}
+    config.drafting = {'anchors_per_row': 4, 'held_out': 8, 'refused_rate': 0.5}
+    config.train = {'num_steps': 4, 'report_every': 1, 'checkpoint_every': 2}
+    config.targets.source = {'kind': 'wordmath', 'size': 200}
+    config.targets.sequence_level = False  # a random teacher's answers do not end
+    config.eval = {
+        'source': {'kind': 'wordmath', 'split': 'test', 'size': 2},
+        'batch_size': 2,
+        'speed_batch_sizes': (2,),
+        'speed_batches': 1,
+    }
+    config.sampling.max_new_tokens = 6
+    config.update(changes)
+    return config
+
+
+def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
+    teacher_directory, tmp_path, capsys
+):
+    workdir = tmp_path / 'run'
+    result = distill(light_config(teacher_directory), workdir)
+    assert (result.mode, result.lossless_exact_match) == ('lossless', 1.0)
+    out = capsys.readouterr().out.splitlines()
+    assert json.loads(out[-2])['lossless_exact_match'] == 1.0  # the last JSON line
+    assert out[-1].startswith('next: python -m diffusiongemma.sample')
+    model, params, _ = load_model(workdir)
+    assert set(json.loads((workdir / 'model' / 'config.json').read_text())) >= {
+        'base',
+        'base_fingerprint',
+    }
+    assert model.light.draft_vocab_size == 700 and params['draft_ids'].shape == (700,)
+    rows = reporting.read_metrics(workdir)
+    assert {'held_out/accepted_length', 'held_out/acceptance/04'} <= set(rows[-1])
+    # The same architecture with other weights.
+    other, tokenizer = Gemma(model.config.autoregressive), Tokenizer.load('builtin')
+    changed = init_params(other, jax.random.key(5))
+    changed['backbone']['final_norm']['scale'] += 1.0
+    save_bundle(teacher_directory, other.config, changed, tokenizer)
+    with pytest.raises(ValueError, match='was trained on another model than'):
+        load_model(workdir)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_as_one_that_was_not(teacher_directory, tmp_path, monkeypatch):
+    config = light_config(teacher_directory)
+    teacher: Teacher = load_teacher(config)
+    _, whole = train_student(config, teacher, DATA, tmp_path / 'whole')
+    with monkeypatch.context() as patch:
+        crash_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_student(config, teacher, DATA, tmp_path / 'cut')
+    _, resumed = train_student(config, teacher, DATA, tmp_path / 'cut')
+    assert_equal(whole, resumed)
+    opened, params, _ = load_model(tmp_path / 'cut')
+    assert_equal({name: params[name] for name in resumed.ema_params}, resumed.ema_params)
+    assert opened.light is not None
+    assert np.asarray(params['draft_ids']).dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (
+            {'light': {'layers': (0, 7)}},
+            r'light.layers=\(0, 7\), but the teacher has layers 0 to 2',
+        ),
+        ({'light': {'layer': (0,)}}, "config.light has no key 'layer'; did you mean 'layers'"),
+        ({'light': {'layers': (0,), 'draft_vocab_size': 2000}}, 'larger than the vocabulary'),
+        ({'drafting': {'anchors_per_row': 128}}, 'anchors_per_row=128 do not fit a row of 128'),
+        ({'drafting': {}}, "config.denoiser='light' is trained to draft"),
+        ({'denoiser': 'heavy'}, "must be one of .* got 'heavy'"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_in_one_line(teacher_directory, tmp_path, changes, message):
+    config = light_config(teacher_directory)
+    with config.unlocked():
+        for name, value in changes.items():
+            config[name] = value
+    teacher = load_teacher(config)
+    with pytest.raises(ValueError, match=message):
+        train_student(config, teacher, DATA, tmp_path / 'run')
