@@ -222,6 +222,7 @@ def _add_optional(config: ConfigDict, section: str, key: str) -> None:
 def _sections() -> dict[str, type]:
     """Returns what reads each section of a config; docs/configs.md lists the fields."""
     from diffusiongemma.distillation.compute import ComputeConfig
+    from diffusiongemma.distillation.drafting import DraftingConfig
     from diffusiongemma.distillation.loop import LoopConfig
     from diffusiongemma.distillation.run import BatchConfig
     from diffusiongemma.distillation.stage1 import Stage1
@@ -230,7 +231,13 @@ def _sections() -> dict[str, type]:
     from diffusiongemma.distillation.targets import TargetsConfig
     from diffusiongemma.evaluation.compare import EvalConfig
     from diffusiongemma.evaluation.sweep import Grid
-    from diffusiongemma.models.config import AttentionConfig, MoEConfig, PerLayerConfig
+    from diffusiongemma.models.config import (
+        AttentionConfig,
+        DenoiserConfig,
+        LightConfig,
+        MoEConfig,
+        PerLayerConfig,
+    )
     from diffusiongemma.models.lora import LoraConfig
     from diffusiongemma.sampling import SamplingConfig
 
@@ -240,6 +247,8 @@ def _sections() -> dict[str, type]:
         'targets.source': DataSpec,
         'data': BatchConfig,
         'lora': LoraConfig,
+        'light': LightConfig,
+        'drafting': DraftingConfig,
         'stage1': Stage1,
         'stage2': Stage2,
         'optimizer': OptimizerConfig,
@@ -249,6 +258,7 @@ def _sections() -> dict[str, type]:
         'eval.source': DataSpec,
         'eval.sweep': Grid,
         'model': ModelConfig,
+        'model.denoiser': DenoiserConfig,
         'model.sliding': AttentionConfig,
         'model.full': AttentionConfig,
         'model.moe': MoEConfig,

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.distillation.compute import ComputeConfig
+from diffusiongemma.distillation.drafting import DraftingConfig
 from diffusiongemma.distillation.loop import LoopConfig
 from diffusiongemma.distillation.run import BatchConfig
 from diffusiongemma.distillation.stage1 import Stage1
@@ -19,7 +20,14 @@ from diffusiongemma.distillation.state import OptimizerConfig
 from diffusiongemma.distillation.targets import TargetsConfig
 from diffusiongemma.evaluation.compare import EvalConfig
 from diffusiongemma.evaluation.sweep import Grid
-from diffusiongemma.models import AttentionConfig, ModelConfig, MoEConfig, PerLayerConfig
+from diffusiongemma.models import (
+    AttentionConfig,
+    DenoiserConfig,
+    LightConfig,
+    ModelConfig,
+    MoEConfig,
+    PerLayerConfig,
+)
 from diffusiongemma.models.lora import LoraConfig
 from diffusiongemma.sampling import SamplingConfig
 
@@ -33,8 +41,8 @@ is overridden on the command line: `--config.train.num_steps=500`, tuples as
 in the file. An unknown key ends the program with the nearest known name. What a run was configured
 with, overrides included, is written to `config.json` in its workdir.
 
-`configs/` has `tiny` (the README's main job), `tiny_teacher`, `jsonl` (prompts of your own),
-`sudoku`, and recipes for
+`configs/` has `tiny` (the README's main job, a light denoiser), `tiny_diffusion` (a separate one,
+for the diffusion mode), `tiny_teacher`, `jsonl` (prompts of your own), `sudoku`, and recipes for
 `gemma3_270m`, `gemma3_1b`, `gemma4_e2b` and `gemma4_26b_a4b` ([models.md](models.md)).
 
 This page is written by `python docs/config_page.py` from the dataclasses that read the keys, and a
@@ -45,12 +53,13 @@ have the default.
 DISTILL = {
     'seed': 'of everything random: noise, order of the data, first parameters',
     'dtype': "of the computation: 'float32' or 'bfloat16'",
-    'denoise_dtype': 'of a separate denoiser, see `ModelConfig.denoise_dtype`',
+    'denoise_dtype': 'of a denoiser with layers of its own, see `Execution.denoise_dtype`',
     'mesh': 'devices along each axis, see below',
     'teacher': "what is distilled: a checkpoint that `load_model` opens, or 'builtin-teacher'",
     'init': "a student to go on from; empty starts from the teacher's weights",
     'canvas_length': 'C, tokens of a canvas',
-    'separate_denoiser': 'the denoise pass has layers of its own; the encode pass is the teacher',
+    'denoiser': "'shared', 'separate' or 'light', see `DenoiserConfig` below",
+    'light': "layers and head of a 'light' denoiser, see below",
     'predict_next': 'a canvas token is predicted at the position before its own',
     'self_conditioning': 'a denoise step sees the soft embeddings of the step before',
     'lora': 'adapters alone, see below',
@@ -58,7 +67,8 @@ DISTILL = {
     'data': 'batches, see below',
     'compute': 'memory against time, see below',
     'corruption': "the forward process: 'uniform' or 'masked'",
-    'ar_weight': 'weight of KL(teacher || encode pass); no effect with `separate_denoiser`',
+    'ar_weight': "weight of KL(teacher || encode pass); no effect but with 'shared'",
+    'drafting': 'trains the denoiser to draft, in place of the two stages, see below',
     'stage1': 'see below',
     'stage2': 'see below',
     'optimizer': 'see below',
@@ -95,6 +105,8 @@ SECTIONS: tuple[tuple[str, Any, dict[str, str], tuple[str, ...]], ...] = (
     ('targets.source, eval.source, data.sources', DataSpec, {}, ()),
     ('data', BatchConfig, {}, ()),
     ('lora', LoraConfig, {}, ()),
+    ('light', LightConfig, {}, ()),
+    ('drafting', DraftingConfig, {}, ()),
     ('stage1', Stage1, {}, ('corruption', 'schedule')),
     (
         'stage2',
@@ -108,6 +120,7 @@ SECTIONS: tuple[tuple[str, Any, dict[str, str], tuple[str, ...]], ...] = (
     ('eval', EvalConfig, {'source': 'the examples', 'sweep': 'the grid of `--sweep`'}, ()),
     ('eval.sweep', Grid, {}, ()),
     ('model', ModelConfig, {}, ()),
+    ('model.denoiser', DenoiserConfig, {}, ()),
     ('model.sliding, model.full', AttentionConfig, {}, ()),
     (
         'model.moe',
