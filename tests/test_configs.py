@@ -192,7 +192,7 @@ def test_a_key_that_nothing_reads_is_still_refused():
             parsed('jsonl', f'--config.{key}')
 
 
-@pytest.mark.parametrize('name', STUDENTS)
+@pytest.mark.parametrize('name', [name for name in STUDENTS if load(name).denoiser != 'light'])
 def test_adapters_need_no_more_than_a_rank(name):
     config = load(name)
     config.lora.rank = 8
