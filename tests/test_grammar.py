@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from diffusiongemma.constraints import automaton as fa
+from diffusiongemma.constraints.automaton import DEAD, END, FREE, START
+from diffusiongemma.constraints.grammar import from_json_schema, from_regex, from_texts
+from diffusiongemma.constraints.json_schema import to_pattern
+from diffusiongemma.constraints.posterior import condition
+from diffusiongemma.constraints.regex import byte_automaton
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.sampling import automaton as fa
-from diffusiongemma.sampling.automaton import DEAD, END, FREE, START
-from diffusiongemma.sampling.grammar import from_json_schema, from_regex, from_texts
-from diffusiongemma.sampling.json_schema import to_pattern
-from diffusiongemma.sampling.regex import byte_automaton
 
 PATTERNS = [
     'a|ab',
@@ -195,7 +196,7 @@ def test_a_tokenizer_that_drops_the_first_blank_is_refused(tokenizer, monkeypatc
 def test_marginals_of_a_long_canvas_are_distributions(tokenizer):
     automaton = from_regex(r'("[^"]*",)*', tokenizer)
     logits = 20 * jax.random.normal(jax.random.key(0), (2, 256, automaton.vocab_size))
-    run = jax.jit(lambda *x: fa.condition(automaton, *x).log_marginals())
+    run = jax.jit(lambda *x: condition(automaton, *x).log_marginals())
     log_marginals = run(logits, jnp.array([START, START]), jnp.array([256, 1000]))
     sums = np.exp(np.asarray(log_marginals, np.float64)).sum(axis=-1)
     np.testing.assert_allclose(sums, 1.0, atol=1e-4)
@@ -208,7 +209,7 @@ def generate(automaton, rows, canvas_length, max_tokens, seed, greedy=False):
         key, remaining = inputs
         logit_key, draw_key = jax.random.split(key)
         logits = table[jax.random.randint(logit_key, (rows, canvas_length), 0, len(table))]
-        posterior = fa.condition(automaton, logits, states, jnp.full(rows, remaining))
+        posterior = condition(automaton, logits, states, jnp.full(rows, remaining))
         keys = jax.random.split(draw_key, rows)
         canvas = posterior.most_likely() if greedy else posterior.draw(keys)
         states = fa.advance(automaton, states, canvas, jnp.full(rows, canvas_length))
