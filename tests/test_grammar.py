@@ -118,7 +118,8 @@ def test_classes_hold_the_same_characters_as_in_python(name, flag):
         (r'a[^\s\S]', 'matches no string'),
         ('(a|b)*a(a|b){12}', 'more than max_states=1000 states'),
         ('(?:){4294967294}', 'more than max_states=1000 states'),
-        ('a{99999999999}', 'more than max_states=1000 states'),
+        ('a{99999999999}', 'too large a count or too deep groups'),
+        ('(' * 3000 + ')' * 3000, 'too large a count or too deep groups'),
         ('(((a{9}){9}){9}){9}', 'more than max_states=1000 states'),
     ],
 )
