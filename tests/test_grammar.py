@@ -190,7 +190,7 @@ def test_a_vocabulary_that_cannot_spell_the_language_is_refused(tokenizer, monke
 
 def test_a_tokenizer_that_drops_the_first_blank_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(Tokenizer, 'decode', lambda self, ids: 'x')
-    with pytest.raises(ValueError, match='drops the blank in front of a text'):
+    with pytest.raises(ValueError, match='drops the blank before a text'):
         from_regex('a', tokenizer)
 
 

@@ -1,6 +1,7 @@
 """Deterministic automata over bytes: determinization, products and minimization."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -35,6 +36,18 @@ class Dfa:
         """Whether no text is accepted. Holds for automata that `minimized` returns."""
         return not self.accepting.any()
 
+    @functools.cached_property
+    def arrows(self) -> list[list[tuple[int, int, int]]]:
+        """For each state the (first byte, last byte, next state) that do not lead to DEAD."""
+        arrows = []
+        for row in self.by_byte():
+            firsts = np.flatnonzero(np.diff(row, prepend=-1))
+            lasts = np.append(firsts[1:], 256) - 1
+            live = row[firsts] > 0
+            columns = (firsts[live], lasts[live], row[firsts][live])
+            arrows.append(list(zip(*(c.tolist() for c in columns), strict=True)))
+        return arrows
+
     def by_byte(self) -> np.ndarray:
         """Returns the table with a column for each byte, [S, 256] int32."""
         return self.table[:, self.byte_classes]
@@ -49,7 +62,8 @@ class Dfa:
 
 def from_table(by_byte: np.ndarray, accepting: np.ndarray) -> Dfa:
     """Returns the minimal automaton of a table [S, 256] and its accepting states [S]."""
-    return minimized(Dfa(np.arange(256), by_byte, accepting))
+    table, byte_classes = np.unique(by_byte, axis=1, return_inverse=True)
+    return minimized(Dfa(byte_classes.ravel(), table, accepting))
 
 
 def product(left: Dfa, right: Dfa, max_states: int, *, difference: bool = False) -> Dfa:
@@ -64,7 +78,8 @@ def product(left: Dfa, right: Dfa, max_states: int, *, difference: bool = False)
     left_table, right_table = left.table[:, pairs[0]], right.table[:, pairs[1]]
     width = right.num_states
     numbers = {0: 0, width + 1: 1}
-    queue, rows = [0, width + 1], []
+    queue = [0, width + 1]
+    rows: list[list[int]] = []
     while len(rows) < len(queue):
         first, second = divmod(queue[len(rows)], width)
         targets = left_table[first].astype(np.int64) * width + right_table[second]
@@ -80,8 +95,8 @@ def product(left: Dfa, right: Dfa, max_states: int, *, difference: bool = False)
         rows.append(row)
         if len(queue) > max_states:
             raise TooManyStatesError
-    first, second = np.divmod(np.array(queue), width)
-    accepting = left.accepting[first] & (right.accepting[second] != difference)
+    firsts, seconds = np.divmod(np.array(queue), width)
+    accepting = left.accepting[firsts] & (right.accepting[seconds] != difference)
     return minimized(Dfa(columns.ravel(), np.array(rows, np.int32), accepting))
 
 

@@ -62,6 +62,13 @@ class Joined:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shared:
+    """The part, which is compiled and minimized once, however often it occurs."""
+
+    part: 'Expression'
+
+
+@dataclasses.dataclass(frozen=True)
 class Accepted:
     """The texts that an automaton accepts."""
 
@@ -75,7 +82,7 @@ class Anchor:
     at_end: bool
 
 
-Expression = Literal | Characters | Sequence | Choice | Repeat | Joined | Accepted | Anchor
+Expression = Literal | Characters | Sequence | Choice | Repeat | Joined | Shared | Accepted | Anchor
 
 EMPTY = Literal('')  # the empty text
 NOTHING = Choice(())  # no text
@@ -95,6 +102,11 @@ def choice(parts: Iterable[Expression]) -> Expression:
     """Returns a choice of the parts that match some text."""
     kept = tuple(part for part in parts if not is_nothing(part))
     return kept[0] if len(kept) == 1 else Choice(kept)
+
+
+def shared(part: Expression) -> Expression:
+    """Returns a part that is compiled once, however often it occurs."""
+    return part if is_nothing(part) else Shared(part)
 
 
 def repeat(part: Expression, low: int, high: int | None = None) -> Expression:
@@ -142,6 +154,8 @@ def to_regex(part: Expression) -> str:
             return f'(?:{"|".join(map(to_regex, parts))})'
         case Repeat(inner, low, high):
             return f'(?:{to_regex(inner)}){_count_text(low, high)}'
+        case Shared(inner):
+            return to_regex(inner)
         case Joined(parts, separator):
             text, may_be_empty = _joined_text(parts, re.escape(separator))
             return f'(?:{text})?' if may_be_empty else f'(?:{text})'

@@ -1,11 +1,10 @@
 """From a regular expression, a JSON schema or a list of answers to a token automaton.
 
-pattern -> automaton over bytes -> for each token, where its bytes lead from each state -> classes
-of tokens that lead alike.
+expression -> minimal automaton over bytes -> for each token, where its bytes lead from each state
+-> classes of tokens that lead alike.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,10 @@ from diffusiongemma.constraints.automaton import (
     TokenAutomaton,
     shortest_distances,
 )
-from diffusiongemma.constraints.json_schema import to_pattern
+from diffusiongemma.constraints.dfa import TooManyStatesError
+from diffusiongemma.constraints.expressions import literals
+from diffusiongemma.constraints.json_schema import schema_dfa
+from diffusiongemma.constraints.nfa import compile_expression
 from diffusiongemma.data.tokenizer import Tokenizer
 
 
@@ -32,7 +34,7 @@ def from_regex(
     vocab_size: int | None = None,
     max_states: int = 20_000,
 ) -> TokenAutomaton:
-    """Responses that a regular expression matches as a whole.
+    """Returns the automaton of responses that a regular expression matches as a whole.
 
     Args:
       pattern: in Python's syntax and sense, see `regex.byte_automaton`.
@@ -40,14 +42,107 @@ def from_regex(
       stop_ids: tokens that end a response; None for the tokenizer's.
       vocab_size: V of the model; None for the tokenizer's. Tokens beyond the tokenizer's are
         never allowed.
-      max_states: limit of the states of the automaton over bytes. Repetition counts multiply:
-        `.{0,100}` takes about 800, for a character of UTF-8 has up to four bytes.
+      max_states: limit of the states of the automaton over bytes, before it is minimized.
+        Repetition counts multiply: `.{0,100}` takes about 800, for a character of UTF-8 has up
+        to four bytes.
 
     Raises:
       ValueError: when the pattern is invalid, uses what is not supported, matches no string or
         none that the vocabulary can spell, or takes more than max_states states.
     """
-    byte_table, accepting = regex.byte_automaton(pattern, max_states)
+    table, accepting = regex.byte_automaton(pattern, max_states)
+    what = f'what {regex.shown(pattern)} matches'
+    return _from_bytes(table, accepting, tokenizer, what, stop_ids, vocab_size)
+
+
+def from_json_schema(
+    schema: Any,
+    tokenizer: Tokenizer,
+    separators: tuple[str, str] = (',', ':'),
+    *,
+    any_depth: int = 1,
+    stop_ids: Sequence[int] | None = None,
+    vocab_size: int | None = None,
+    max_states: int = 20_000,
+) -> TokenAutomaton:
+    """Returns the automaton of responses that are JSON and valid under a schema.
+
+    Args:
+      schema: the schema, or its text; docs/constraints.md lists what it may hold.
+      tokenizer: the model's tokenizer.
+      separators: between items and after keys, as of `json.dumps`: (', ', ': ') for blanks.
+      any_depth: how deep arrays and objects nest in a value without any constraint.
+      stop_ids: as of `from_regex`.
+      vocab_size: as of `from_regex`.
+      max_states: as of `from_regex`.
+
+    Raises:
+      ValueError: when the schema is invalid, uses what is not supported (the message names the
+        keyword and its path), allows no value or none that the vocabulary can spell, or takes
+        more than max_states states.
+    """
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except RecursionError:
+            raise ValueError('The schema is nested too deeply. Nest fewer schemas.') from None
+        except ValueError as error:
+            raise ValueError(f'The schema is not valid JSON: {error}. Correct its text.') from None
+    dfa = schema_dfa(schema, separators, max_states=max_states, any_depth=any_depth)
+    what = 'the values of the schema'
+    return _from_bytes(dfa.by_byte(), dfa.accepting, tokenizer, what, stop_ids, vocab_size)
+
+
+def from_texts(
+    answers: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    stop_ids: Sequence[int] | None = None,
+    vocab_size: int | None = None,
+    max_states: int = 20_000,
+) -> TokenAutomaton:
+    """Returns the automaton of responses that are one of the answers.
+
+    Raises:
+      ValueError: when there are no answers, when they are not text or none that the vocabulary
+        can spell, and as of `from_regex`.
+    """
+    if not answers:
+        raise ValueError('No answers to choose from: pass at least one text.')
+    try:
+        dfa = compile_expression(literals(answers), max_states)
+    except UnicodeEncodeError:
+        raise ValueError(
+            'An answer holds half of a surrogate pair (U+D800 to U+DFFF), which is no character. '
+            'Remove it.'
+        ) from None
+    except TooManyStatesError:
+        raise ValueError(
+            f'The answers take more than max_states={max_states} states. Pass fewer or shorter '
+            'ones, or raise max_states.'
+        ) from None
+    what = 'one of the answers'
+    return _from_bytes(dfa.by_byte(), dfa.accepting, tokenizer, what, stop_ids, vocab_size)
+
+
+def _from_bytes(
+    byte_table: np.ndarray,
+    accepting: np.ndarray,
+    tokenizer: Tokenizer,
+    what: str,
+    stop_ids: Sequence[int] | None,
+    vocab_size: int | None,
+) -> TokenAutomaton:
+    """Returns the automaton over tokens of one over bytes.
+
+    Args:
+      byte_table: [S, 256] int32; state 0 is dead, 1 the start.
+      accepting: [S] bool.
+      tokenizer: the model's tokenizer.
+      what: what the automaton accepts, for errors.
+      stop_ids: as of `from_regex`.
+      vocab_size: as of `from_regex`.
+    """
     columns, token_columns = _spell(byte_table, _vocabulary(tokenizer))
     stop_ids = tokenizer.stop_ids if stop_ids is None else stop_ids
     vocab_size = vocab_size or tokenizer.vocab_size
@@ -67,59 +162,30 @@ def from_regex(
     automaton = TokenAutomaton.create(classes, next_states)
     if automaton.min_tokens == UNREACHABLE:
         raise ValueError(
-            f'No sequence of tokens of this vocabulary spells what {regex.shown(pattern)} matches. '
+            f'No sequence of tokens of this vocabulary spells {what}. '
             'Does the tokenizer lack byte tokens?'
         )
     return automaton
 
 
-def from_json_schema(
-    schema: dict | str,
-    tokenizer: Tokenizer,
-    *,
-    separators: tuple[str, str] = (',', ':'),
-    **options: Any,
-) -> TokenAutomaton:
-    """Responses that are JSON and valid under a schema.
-
-    Args:
-      schema: a JSON schema, or its text; `json_schema.to_pattern` says what it may hold.
-      tokenizer: the model's tokenizer.
-      separators: between items and behind keys, as of `json.dumps`: (', ', ': ') for blanks.
-      **options: as of `from_regex`.
+def _vocabulary(tokenizer: Tokenizer) -> list[bytes]:
+    """Returns the bytes of each token.
 
     Raises:
-      ValueError: as of `from_regex`, and when the schema uses what is not supported.
+      ValueError: where a text is more than the bytes of its tokens.
     """
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except ValueError as error:
-            raise ValueError(f'The schema is no JSON: {error}.') from error
-    return from_regex(to_pattern(schema, separators), tokenizer, **options)
-
-
-def from_texts(answers: Sequence[str], tokenizer: Tokenizer, **options: Any) -> TokenAutomaton:
-    """Responses that are one of the answers; options and errors as of `from_regex`."""
-    if not answers:
-        raise ValueError('No answers to choose from: pass at least one text.')
-    return from_regex('|'.join(re.escape(answer) for answer in answers), tokenizer, **options)
-
-
-def _vocabulary(tokenizer: Tokenizer) -> list[bytes]:
-    """Bytes of each token; raises ValueError where a text is more than those of its tokens."""
     vocabulary = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     blank = next((i for i, text in enumerate(vocabulary) if text.startswith(b' ')), None)
     if blank is not None and not tokenizer.decode([blank]).startswith(' '):
         raise ValueError(
-            f'{tokenizer} drops the blank in front of a text (add_dummy_prefix), so that its '
+            f'{tokenizer} drops the blank before a text (add_dummy_prefix), so that its '
             'tokens do not spell what it decodes. Constraints need a tokenizer that does not.'
         )
     return vocabulary
 
 
 def _spell(byte_table: np.ndarray, vocabulary: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Where the bytes of each token lead from each state.
+    """Returns where the bytes of each token lead from each state.
 
     All tokens grow by a byte at a time. Those whose first bytes lead alike from every state are
     one from there on, so that the work is that of the distinct columns and not of the vocabulary.
@@ -182,7 +248,7 @@ def _with_end(columns: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, n
 def _prune(
     table: np.ndarray, reached: np.ndarray, token_columns: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Drops states without use and merges the columns that are equal then.
+    """Drops unused states and merges the columns that are equal then.
 
     Returns:
       [V] token classes and [N, K] next states.

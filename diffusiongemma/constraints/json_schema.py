@@ -1,220 +1,297 @@
-"""From a JSON schema to a regular expression that matches only valid JSON texts."""
+"""From a JSON schema to the texts of JSON that are valid under it."""
 
 import json
-import re
-from collections.abc import Iterable, Iterator
 from typing import Any
 
-# Keywords that describe and do not constrain.
-_ANNOTATIONS = {
-    '$schema', '$id', '$comment', '$defs', 'definitions', 'title', 'description', 'default',
-    'examples', 'deprecated', 'readOnly', 'writeOnly',
-}  # fmt: skip
-# Keywords that are honoured beside `type`, for each type.
-_KEYWORDS = {
-    'object': {'properties', 'required', 'additionalProperties'},
-    'array': {'items', 'minItems', 'maxItems'},
-    'string': {'minLength', 'maxLength'},
-    'integer': {'minimum', 'maximum'},
-    'number': set(),
-    'boolean': set(),
-    'null': set(),
-}
-_TYPES = {
-    'object': dict,
-    'array': list,
-    'string': str,
-    'integer': int,
-    'number': (int, float),
-    'boolean': bool,
-    'null': type(None),
-}
-# Characters of a string as they are, or behind a backslash; \u escapes are not written, since
-# half of a surrogate pair would be no character.
-_CHARACTER = r'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])'
-_INTEGER = r'-?(?:0|[1-9][0-9]*)'
-# An exponent of three digits could be more than a float holds.
-_NUMBER = rf'{_INTEGER}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{{1,2}})?'
-_MAX_INTEGER_RANGE = 10_000
+from diffusiongemma.constraints.branches import Branch, Branches, items_at
+from diffusiongemma.constraints.dfa import Dfa, TooManyStatesError, product
+from diffusiongemma.constraints.expressions import (
+    EMPTY,
+    NOTHING,
+    Accepted,
+    Expression,
+    Literal,
+    Repeat,
+    choice,
+    is_nothing,
+    joined,
+    literals,
+    repeat,
+    sequence,
+    shared,
+    to_regex,
+)
+from diffusiongemma.constraints.nfa import compile_expression, compile_shared
+from diffusiongemma.constraints.numbers import MAX_DIGITS, integers, multiples, numbers
+from diffusiongemma.constraints.objects import object_expression
+from diffusiongemma.constraints.schema_parts import Located, common_types, load
+from diffusiongemma.constraints.strings import FORMATS, FREE_FORMATS, Texts
+from diffusiongemma.constraints.validity import (
+    Validator,
+    bounds_of,
+    limits_of,
+    with_whole_numbers,
+)
+
+# Whole floats from here on are written with an exponent, as `repr` does.
+_MAX_WHOLE = 1e16
 
 
-def to_pattern(schema: Any, separators: tuple[str, str] = (',', ':')) -> str:
-    """A regular expression, in Python's syntax, of JSON texts that are valid under a schema.
-
-    Supported are objects (`properties` in their order, `required`), arrays (`items`, `minItems`,
-    `maxItems`), strings (`minLength`, `maxLength`), integers (`minimum` and `maximum` together),
-    numbers, booleans, null, lists of types, `enum`, `const`, `anyOf`, an `allOf` of one schema,
-    and a local `$ref` that is not recursive. Objects get no properties beyond those named.
-    Descriptive keywords are passed over; any other is an error, for what it asks could be broken.
+def schema_dfa(
+    schema: Any, separators: tuple[str, str] = (',', ':'), *, max_states: int, any_depth: int = 1
+) -> Dfa:
+    """Returns the automaton over bytes of the JSON texts that are valid under a schema.
 
     Args:
-      schema: the schema as `json.loads` gives it.
-      separators: between items and behind keys, as of `json.dumps`.
+      schema: the schema as `json.loads` gives it; docs/constraints.md lists what it may hold.
+      separators: between items and after keys, as of `json.dumps`.
+      max_states: limit of the states before minimization.
+      any_depth: how deep arrays and objects nest in a value without any constraint.
 
     Raises:
-      ValueError: when the schema uses what is not supported, or no value can be valid.
+      ValueError: when the schema is invalid, uses what is not supported, allows no value, or
+        takes more than max_states states. The message names the keyword and its path.
     """
-    return _Compiler(schema, separators).pattern(schema, '#', ())
+    compiler = _Compiler(schema, separators, max_states, any_depth)
+    try:
+        dfa = compile_expression(compiler.root(), max_states)
+    except TooManyStatesError:
+        raise ValueError(compiler.too_large()) from None
+    except RecursionError:
+        raise ValueError('The schema is nested too deeply. Nest fewer schemas.') from None
+    if dfa.is_empty:
+        raise ValueError(compiler.impossible())
+    return dfa
+
+
+def to_pattern(
+    schema: Any,
+    separators: tuple[str, str] = (',', ':'),
+    *,
+    max_states: int = 20_000,
+    any_depth: int = 1,
+) -> str:
+    """Returns a regular expression in Python's syntax; arguments as of `schema_dfa`.
+
+    Raises:
+      ValueError: as of `schema_dfa`, and where the schema needs an intersection of patterns.
+    """
+    compiler = _Compiler(schema, separators, max_states, any_depth)
+    try:
+        expression = compiler.root()
+        if is_nothing(expression):
+            raise ValueError(compiler.impossible())
+        return to_regex(expression)
+    except TooManyStatesError:
+        raise ValueError(compiler.too_large()) from None
+    except RecursionError:
+        raise ValueError('The schema is nested too deeply. Nest fewer schemas.') from None
 
 
 class _Compiler:
-    """Walks a schema. `where` is the path of the part at hand, for errors."""
+    """Turns the parts of one schema into expressions.
 
-    def __init__(self, root: Any, separators: tuple[str, str]):
-        self._root = root
-        self._separators = separators
-        self._comma, self._colon = (re.escape(separator) for separator in separators)
-
-    def pattern(self, schema: Any, where: str, refs: tuple[str, ...]) -> str:
-        """The pattern of one schema; `refs` are the references that led to it."""
-        if not isinstance(schema, dict):
-            raise ValueError(f'The schema at {where} must be an object, got {schema!r}.')
-        kinds = [k for k in ('$ref', 'enum', 'const', 'anyOf', 'allOf', 'type') if k in schema]
-        if not kinds:
-            found = ', '.join(sorted(schema.keys() - _ANNOTATIONS)) or 'nothing that constrains'
-            raise ValueError(
-                f'The schema at {where} has {found}; it needs one of type, enum, const, anyOf '
-                'and $ref. A value of any kind is not supported.'
-            )
-        kind = kinds[0]
-        if kind in ('enum', 'const'):
-            self._check(schema, {kind, 'type'}, where)
-            values = schema['enum'] if kind == 'enum' else [schema['const']]
-            return self._values(values, _types(schema, where) if 'type' in schema else None, where)
-        if kind == 'type':
-            types = _types(schema, where)
-            self._check(schema, {'type'}.union(*(_KEYWORDS[t] for t in types)), where)
-            return _any_of(getattr(self, f'_{t}')(schema, where, refs) for t in types)
-        self._check(schema, {kind}, where)
-        if kind == '$ref':
-            return self._reference(schema['$ref'], where, refs)
-        parts = schema[kind]
-        if not parts or kind == 'allOf' and len(parts) > 1:
-            raise ValueError(f'{kind} of {len(parts)} schemas is not supported, at {where}.')
-        return _any_of(
-            self.pattern(part, f'{where}/{kind}/{i}', refs) for i, part in enumerate(parts)
-        )
-
-    def _check(self, schema: dict, known: set[str], where: str) -> None:
-        unknown = sorted(schema.keys() - known - _ANNOTATIONS)
-        if unknown:
-            raise ValueError(
-                f'The keyword {unknown[0]!r} is not supported at {where}, beside '
-                f'{", ".join(sorted(schema.keys() & known))}. Take it out if answers may break '
-                'it, or write the schema without it.'
-            )
-
-    def _reference(self, ref: str, where: str, refs: tuple[str, ...]) -> str:
-        if ref in refs:
-            raise ValueError(
-                f'The reference {ref!r} at {where} is recursive, which no regular expression '
-                'can express. Unroll it to the depth that you need.'
-            )
-        if not ref.startswith('#'):
-            raise ValueError(f'The reference {ref!r} at {where} is not local (#/...).')
-        target = self._root
-        for name in filter(None, ref[1:].split('/')):
-            name = name.replace('~1', '/').replace('~0', '~')
-            if not isinstance(target, dict) or name not in target:
-                raise ValueError(f'The reference {ref!r} at {where} leads nowhere.')
-            target = target[name]
-        return self.pattern(target, ref, (*refs, ref))
-
-    def _values(self, values: list, types: list[str] | None, where: str) -> str:
-        fitting = [v for v in values if types is None or any(_has_type(v, t) for t in types)]
-        if not fitting:
-            raise ValueError(f'No value of {values!r} at {where} has the type {types}.')
-        texts = (json.dumps(v, ensure_ascii=False, separators=self._separators) for v in fitting)
-        return _any_of(re.escape(text) for text in texts)
-
-    def _object(self, schema: dict, where: str, refs: tuple[str, ...]) -> str:
-        properties, required = schema.get('properties', {}), set(schema.get('required', ()))
-        if missing := sorted(required - properties.keys()):
-            raise ValueError(
-                f'The required property {missing[0]!r} at {where} is not among its properties.'
-            )
-        members = []
-        for name, part in properties.items():
-            key = re.escape(json.dumps(name, ensure_ascii=False))
-            value = self.pattern(part, f'{where}/properties/{name}', refs)
-            members.append((f'{key}{self._colon}{value}', name in required))
-        return rf'\{{{_members(members, self._comma)}\}}'
-
-    def _array(self, schema: dict, where: str, refs: tuple[str, ...]) -> str:
-        low, high = _limits(schema, 'minItems', 'maxItems', where)
-        if high == 0:
-            return r'\[\]'
-        if 'items' not in schema:
-            raise ValueError(f'The array at {where} needs items: any value is not supported.')
-        item = self.pattern(schema['items'], f'{where}/items', refs)
-        rest = '' if high is None else high - 1
-        items = f'{item}(?:{self._comma}{item}){{{max(low - 1, 0)},{rest}}}'
-        return rf'\[{items}\]' if low else rf'\[(?:{items})?\]'
-
-    def _string(self, schema: dict, where: str, refs: tuple[str, ...]) -> str:
-        low, high = _limits(schema, 'minLength', 'maxLength', where)
-        return f'"{_CHARACTER}{{{low},{"" if high is None else high}}}"'
-
-    def _integer(self, schema: dict, where: str, refs: tuple[str, ...]) -> str:
-        if not schema.keys() & {'minimum', 'maximum'}:
-            return _INTEGER
-        low, high = schema.get('minimum'), schema.get('maximum')
-        whole = all(isinstance(bound, int) for bound in (low, high))
-        if not whole or not low <= high < low + _MAX_INTEGER_RANGE:
-            raise ValueError(
-                f'minimum={low} and maximum={high} at {where} are not supported: they must both '
-                f'be there, whole, and hold 1 to {_MAX_INTEGER_RANGE} integers.'
-            )
-        return _any_of(str(value) for value in range(low, high + 1))
-
-    def _number(self, schema: dict, where: str, refs: tuple[str, ...]) -> str:
-        return _NUMBER
-
-    def _boolean(self, schema: dict, where: str, refs: tuple[str, ...]) -> str:
-        return 'true|false'
-
-    def _null(self, schema: dict, where: str, refs: tuple[str, ...]) -> str:
-        return 'null'
-
-
-def _any_of(patterns: Iterable[str]) -> str:
-    return f'(?:{"|".join(patterns)})'
-
-
-def _members(members: list[tuple[str, bool]], comma: str) -> str:
-    """An object's members in order, with commas between those that are there.
-
-    The first one that is there is either an optional one or the first required one; what comes
-    behind it has its comma in front.
+    Attributes:
+      comma: between items.
+      colon: after keys.
+      max_states: limit of every automaton.
+      branches: finds what holds together.
+      validator: says which values are valid.
     """
 
-    def starts() -> Iterator[str]:
-        for i, (member, required) in enumerate(members):
-            rest = (f'(?:{comma}{m}){"" if needed else "?"}' for m, needed in members[i + 1 :])
-            yield member + ''.join(rest)
-            if required:
-                return
-        yield ''
+    def __init__(self, schema: Any, separators: tuple[str, str], max_states: int, any_depth: int):
+        self.comma, self.colon = separators
+        if (self.comma.strip(' \t\n\r'), self.colon.strip(' \t\n\r')) != (',', ':'):
+            raise ValueError(
+                f'separators={separators} do not make valid JSON. Pass a comma and a colon, '
+                'with blanks or without.'
+            )
+        self._schema = load(schema)
+        self.max_states = max_states
+        self.validator = Validator(self._schema, max_states)
+        self.branches = Branches(self._schema, self.validator)
+        self._any_depth = any_depth
+        self._known: dict[tuple[str, ...], Expression] = {}
+        self._reasons: list[str] = []
+        self._largest = (0, '', '#')
 
-    return _any_of(starts())
+    def root(self) -> Expression:
+        """Returns the texts that are valid under the whole schema."""
+        return self.value([Located(self._schema, '#')])
+
+    def value(self, parts: list[Located]) -> Expression:
+        """Returns the texts that are valid under all parts."""
+        key = tuple(part.where for part in parts)
+        if key not in self._known:
+            branches = self.branches.of(*parts)
+            expression = choice(self._branch(branch) for branch in branches)
+            if is_nothing(expression) and parts:
+                self._reasons.append(parts[0].where)
+            self._known[key] = expression
+        return self._known[key]
+
+    def any_value(self, depth: int) -> Expression:
+        """Returns values of any kind whose arrays and objects nest at most `depth` deep."""
+        string = Texts().expression(self.max_states)
+        parts = [literals(['null', 'true', 'false']), string, self.number(())]
+        if depth:
+            inner = self.any_value(depth - 1)
+            member = sequence(string, Literal(self.colon), inner)
+            for start, item, end in (('[', inner, ']'), ('{', member, '}')):
+                items = joined([Repeat(item, 0, None)], self.comma)
+                parts.append(sequence(Literal(start), items, Literal(end)))
+        return shared(choice(parts))
+
+    def refuse(self, keyword: str, where: str, why: str) -> ValueError:
+        """Returns the error of a keyword that is not supported where it is."""
+        return ValueError(f'{keyword} at {where} is not supported here: {why}')
+
+    def count(self, branch: Branch, name: str) -> tuple[int, int | None]:
+        """Returns the limits of a count, and remembers the largest one for errors."""
+        for part in branch:
+            for keyword in (f'min{name}', f'max{name}'):
+                if keyword in part.schema:
+                    entry = (int(part.schema[keyword]), keyword, part.where)
+                    self._largest = max(self._largest, entry)
+        return limits_of(branch, name)
+
+    def too_large(self) -> str:
+        """Returns the message of a schema that takes too many states."""
+        count, keyword, where = self._largest
+        what = f'{keyword}={count} at {where}' if keyword else 'its number of properties'
+        return (
+            f'The schema takes more than max_states={self.max_states} states. '
+            f'Lower {what}, or raise max_states.'
+        )
+
+    def impossible(self) -> str:
+        """Returns the message of a schema that allows no value."""
+        where = self._reasons[0] if self._reasons else '#'
+        return (
+            f'No value is valid under the schema at {where}: its keywords contradict each other. '
+            'Relax one of them.'
+        )
+
+    def _branch(self, branch: Branch) -> Expression:
+        if not branch:
+            return self.any_value(self._any_depth)
+        values = self.branches.values(branch)
+        types = common_types(branch)
+        if values is not None:
+            return self._values(values, 'number' not in types)
+        parts: list[Expression] = [literals(['null'])] if 'null' in types else []
+        parts += [literals(['true', 'false'])] if 'boolean' in types else []
+        parts += [self.number(branch)] if 'number' in types else []
+        parts += [self._integer(branch)] if 'integer' in types else []
+        parts += [self.texts(branch).expression(self.max_states)] if 'string' in types else []
+        parts += [self._array(branch)] if 'array' in types else []
+        parts += [object_expression(self, branch)] if 'object' in types else []
+        return choice(parts)
+
+    def _values(self, values: list[Any], whole: bool) -> Expression:
+        """Returns texts of values. Whole floats are written as integers, or also as floats."""
+        texts = []
+        for value in values:
+            if not (isinstance(value, float) and abs(value) >= _MAX_WHOLE and not whole):
+                texts.append(self._text(with_whole_numbers(value)))
+            if not (isinstance(value, float) and whole):
+                texts.append(self._text(value))
+        return literals(texts)
+
+    def _text(self, value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, separators=(self.comma, self.colon))
+
+    def number(self, branch: Branch) -> Expression:
+        """Returns the numbers of a branch."""
+        if any('multipleOf' in part.schema for part in branch):
+            return self._integer(branch)
+        return shared(numbers(bounds_of(branch)))
+
+    def _integer(self, branch: Branch) -> Expression:
+        low, high = bounds_of(branch).integers()
+        limit = 10**MAX_DIGITS
+        if low is not None and low >= limit or high is not None and high <= -limit:
+            raise self.refuse(
+                'a bound', branch[0].where, f'integers with bounds end at {MAX_DIGITS} digits.'
+            )
+        result = shared(integers(low, high))
+        for part in branch:
+            divisor = part.schema.get('multipleOf', 1)
+            if divisor != int(divisor):
+                raise self.refuse(
+                    f'multipleOf={divisor}',
+                    part.where,
+                    'only whole divisors are. Use an integer of the smaller unit, or leave it out.',
+                )
+            if divisor != 1 and not is_nothing(result):
+                if divisor + 3 > self.max_states:
+                    self._largest = (int(divisor), 'multipleOf', part.where)
+                    raise TooManyStatesError
+                dfa = compile_shared(result, self.max_states)
+                result = _accepted(product(dfa, multiples(int(divisor)), self.max_states))
+        return result
+
+    def texts(self, branch: Branch) -> Texts:
+        """Returns the constraints of the strings of a branch."""
+        low, high = self.count(branch, 'Length')
+        patterns, formats = [], []
+        for part in branch:
+            if 'pattern' in part.schema:
+                patterns.append(self.checked_pattern(part.schema['pattern'], part.where))
+            name = part.schema.get('format')
+            if name is not None and name not in FREE_FORMATS:
+                if name not in FORMATS:
+                    raise self.refuse(
+                        f'format={name!r}',
+                        part.where,
+                        f'known are {", ".join(FORMATS)}. Write a pattern instead.',
+                    )
+                formats.append(name)
+        if high is not None and high < low:
+            return Texts(0, 0, (), ('',))
+        return Texts(low, high, tuple(dict.fromkeys(patterns)), (), tuple(dict.fromkeys(formats)))
+
+    def checked_pattern(self, pattern: str, where: str) -> str:
+        """Returns a pattern; raises ValueError with its path when it is not supported."""
+        try:
+            self.validator.matches(pattern, '')
+        except TooManyStatesError:
+            raise ValueError(
+                f'The pattern {pattern!r} at {where} takes more than max_states='
+                f'{self.max_states} states. Lower its repetition counts, or raise max_states.'
+            ) from None
+        except ValueError as error:
+            raise ValueError(f'At {where}/pattern: {error}') from None
+        return pattern
+
+    def _array(self, branch: Branch) -> Expression:
+        low, high = self.count(branch, 'Items')
+        if high is not None and high < low:
+            return NOTHING
+        for part in branch:
+            if part.schema.get('uniqueItems') and (high is None or high > 1):
+                raise self.refuse(
+                    'uniqueItems',
+                    part.where,
+                    'a finite automaton cannot compare items. Leave it out.',
+                )
+        length = max((len(part.each('prefixItems')) for part in branch), default=0)
+        length = length if high is None else min(length, high)
+        comma = Literal(self.comma)
+        item = self.value(items_at(length, branch)) if high is None or high > length else NOTHING
+        rest_low, rest_high = max(low - length, 0), None if high is None else high - length
+        if not length:
+            if is_nothing(repeat(item, rest_low, rest_high)):
+                return NOTHING
+            inner = joined([Repeat(item, rest_low, rest_high)], self.comma)
+            return sequence(Literal('['), inner, Literal(']'))
+        inner = repeat(sequence(comma, item), rest_low, rest_high)
+        for index in reversed(range(length)):
+            item = self.value(items_at(index, branch))
+            inner = sequence(*([comma] if index else []), item, inner)
+            inner = inner if index < low else choice([EMPTY, inner])
+        return sequence(Literal('['), inner, Literal(']'))
 
 
-def _types(schema: dict, where: str) -> list[str]:
-    types = schema['type'] if isinstance(schema['type'], list) else [schema['type']]
-    for name in types:
-        if name not in _TYPES:
-            raise ValueError(f'Unknown type {name!r} at {where}; known are {", ".join(_TYPES)}.')
-    return types
-
-
-def _has_type(value: Any, name: str) -> bool:
-    if isinstance(value, bool):
-        return name == 'boolean'
-    return isinstance(value, _TYPES[name])
-
-
-def _limits(schema: dict, low_name: str, high_name: str, where: str) -> tuple[int, int | None]:
-    low, high = schema.get(low_name, 0), schema.get(high_name)
-    if low < 0 or high is not None and high < low:
-        raise ValueError(f'{low_name}={low} and {high_name}={high} at {where} fit no value.')
-    return low, high
+def _accepted(dfa: Dfa) -> Expression:
+    return NOTHING if dfa.is_empty else Accepted(dfa)

@@ -4,6 +4,8 @@ The textbook way: a nondeterministic automaton (Thompson 1968), its sets of stat
 minimization.
 """
 
+import functools
+
 import numpy as np
 
 from diffusiongemma.constraints.dfa import Dfa, TooManyStatesError, minimized
@@ -17,6 +19,7 @@ from diffusiongemma.constraints.expressions import (
     Literal,
     Repeat,
     Sequence,
+    Shared,
 )
 from diffusiongemma.constraints.utf8 import Ranges, products
 
@@ -34,6 +37,12 @@ def compile_expression(expression: Expression, max_states: int) -> Dfa:
     nfa = _Nfa(max_states * _NFA_FACTOR)
     end = nfa.add(expression, nfa.new_state())
     return minimized(_determinized(nfa, end, max_states))
+
+
+@functools.lru_cache(maxsize=512)
+def compile_shared(expression: Expression, max_states: int) -> Dfa:
+    """Returns what `compile_expression` does, and keeps it."""
+    return compile_expression(expression, max_states)
 
 
 class _Nfa:
@@ -88,6 +97,8 @@ class _Nfa:
                 return self._repeat(part, low, high, state)
             case Joined(parts, separator):
                 return self._joined(parts, separator, state)
+            case Shared(part):
+                return self._accepted(compile_shared(part, self._max_states), state)
             case Accepted(dfa):
                 return self._accepted(dfa, state)
             case Anchor(at_end):
@@ -148,13 +159,10 @@ class _Nfa:
         end = self.new_state()
         numbers = [self.new_state() for _ in range(dfa.num_states)]
         self.jumps[state].append(numbers[1])
-        for source, row in enumerate(dfa.by_byte()):
-            firsts = np.flatnonzero(np.diff(row, prepend=-1)).tolist()
-            for first, after in zip(firsts, [*firsts[1:], 256], strict=True):
-                if row[first]:
-                    self.arrows[numbers[source]].append((first, after - 1, numbers[row[first]]))
-            if dfa.accepting[source]:
-                self.jumps[numbers[source]].append(end)
+        for number, arrows, accepting in zip(numbers, dfa.arrows, dfa.accepting, strict=True):
+            self.arrows[number] = [(low, high, numbers[target]) for low, high, target in arrows]
+            if accepting:
+                self.jumps[number].append(end)
         return end
 
     def _characters(self, ranges: Ranges, state: int) -> int:
@@ -197,6 +205,13 @@ def _determinized(nfa: _Nfa, end: int, max_states: int) -> Dfa:
          for low, high, target in arrows]
         for arrows in nfa.arrows
     ]  # fmt: skip
+
+    @functools.cache
+    def single(state: int) -> frozenset[int]:
+        """The closure of one state, without the states that only pass on to others."""
+        found = nfa.closure(frozenset([state]))
+        return frozenset(s for s in found if moves[s] or s == end or s in nfa.end_jumps)
+
     start = nfa.closure(frozenset([0]), nfa.start_jumps)
     sets: list[frozenset[int]] = [frozenset(), start]
     numbers: dict[frozenset[int], int] = {frozenset(): 0}
@@ -216,11 +231,7 @@ def _determinized(nfa: _Nfa, end: int, max_states: int) -> Dfa:
             kernel = frozenset(members)
             number = by_kernel.get(kernel)
             if number is None:
-                reached = frozenset(
-                    state
-                    for state in nfa.closure(kernel)
-                    if moves[state] or state == end or state in nfa.end_jumps
-                )
+                reached = frozenset().union(*map(single, kernel))
                 number = numbers.setdefault(reached, len(sets))
                 if number == len(sets):
                     sets.append(reached)
