@@ -311,7 +311,7 @@ class Schemas:
         end = self.rng.choice(ends)
         near = [end, end + 1, end - 1, math.nextafter(end, math.inf), math.nextafter(end, -9e99)]
         value = self.rng.choice([*near, float(end), self.number_value()])
-        whole = kind == 'integer' and self.chance(0.8)
+        whole = kind == 'integer' and self.chance(0.8) and abs(value) < 1e29
         return int(value) if whole else value
 
     def _array_near(self, schema, root):

@@ -5,6 +5,8 @@ import functools
 
 import numpy as np
 
+_FEW_STATES = 2048
+
 
 class TooManyStatesError(Exception):
     """An automaton exceeds its limit of states."""
@@ -39,13 +41,18 @@ class Dfa:
     @functools.cached_property
     def arrows(self) -> list[list[tuple[int, int, int]]]:
         """For each state the (first byte, last byte, next state) that do not lead to DEAD."""
-        arrows = []
-        for row in self.by_byte():
-            firsts = np.flatnonzero(np.diff(row, prepend=-1))
-            lasts = np.append(firsts[1:], 256) - 1
-            live = row[firsts] > 0
-            columns = (firsts[live], lasts[live], row[firsts][live])
-            arrows.append(list(zip(*(c.tolist() for c in columns), strict=True)))
+        table = self.by_byte()
+        starts = np.ones(table.shape, bool)
+        starts[:, 1:] = table[:, 1:] != table[:, :-1]
+        states, firsts = np.nonzero(starts)
+        lasts = (np.append(firsts[1:], 0) - 1) % 256  # a row starts at 0: the last one ends at 255
+        targets = table[states, firsts]
+        arrows: list[list[tuple[int, int, int]]] = [[] for _ in table]
+        columns = (states, firsts, lasts, targets)
+        for state, *arrow in zip(
+            *(column[targets > 0].tolist() for column in columns), strict=True
+        ):
+            arrows[state].append(tuple(arrow))
         return arrows
 
     def by_byte(self) -> np.ndarray:
@@ -103,16 +110,20 @@ def product(left: Dfa, right: Dfa, max_states: int, *, difference: bool = False)
 def minimized(dfa: Dfa) -> Dfa:
     """Returns the automaton with the fewest states and byte classes that accepts the same.
 
-    Valmari 2012, "Fast brief practical DFA minimization": partitions of states and of arrows
-    refine each other in O(m log n) for m arrows, and dead states take no part.
+    Large automata take Valmari 2012, "Fast brief practical DFA minimization"; small ones Moore's
+    rounds over the whole table, which cost less there.
     """
     live = _useful(dfa.table, dfa.accepting)
     if not live[1]:
         dead = np.zeros((2, 1), np.int32)
         return Dfa(np.zeros(256, np.int64), dead, np.zeros(2, bool))
-    tails, labels = np.nonzero(live[dfa.table] & live[:, None])
-    heads = dfa.table[tails, labels]
-    blocks = _refine(dfa.num_states, tails, labels, heads, np.flatnonzero(dfa.accepting & live))
+    if dfa.num_states <= _FEW_STATES:
+        blocks = _refined_by_rounds(dfa.table * live[dfa.table], dfa.accepting & live)
+    else:
+        tails, labels = np.nonzero(live[dfa.table] & live[:, None])
+        heads = dfa.table[tails, labels]
+        final = np.flatnonzero(dfa.accepting & live)
+        blocks = _refined_by_splits(dfa.num_states, tails, labels, heads, final)
     # The dead state first, then the block of the start, then the others that are live.
     order = np.unique(blocks[live])
     numbers = np.zeros(dfa.num_states, np.int32)
@@ -148,6 +159,33 @@ def _useful(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
                 queue.append(source)
     useful[list(seen)] = True
     return useful
+
+
+def _refined_by_rounds(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
+    """Returns the block of each state, [S] integer: equal where the same texts are accepted.
+
+    Each round tells states apart whose next states the last round told apart (Moore 1956). The
+    shortest way to an accepting state differs only where the texts do, so that it starts them.
+    """
+    blocks, count = _shortest(table, accepting), 0
+    while True:
+        rows = np.concatenate([blocks[:, None], blocks[table]], axis=1).astype(np.int32)
+        keys = np.ascontiguousarray(rows).view(f'V{4 * rows.shape[1]}').ravel()
+        _, blocks = np.unique(keys, return_inverse=True)
+        if blocks.max() == count:
+            return blocks
+        count = blocks.max()
+
+
+def _shortest(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
+    """Returns the fewest bytes from each state to an accepting one; S where there is no way."""
+    distances = np.where(accepting, 0, len(table))
+    while True:
+        shorter = np.minimum(distances, 1 + distances[table].min(axis=1))
+        shorter[0] = len(table)
+        if np.array_equal(shorter, distances):
+            return distances
+        distances = shorter
 
 
 class _Partition:
@@ -194,10 +232,12 @@ class _Partition:
         self.touched = []
 
 
-def _refine(
+def _refined_by_splits(
     num_states: int, tails: np.ndarray, labels: np.ndarray, heads: np.ndarray, final: np.ndarray
 ) -> np.ndarray:
-    """Returns the block of each state, [S] integer: equal where the same texts are accepted.
+    """Returns the blocks of `_refined_by_rounds`.
+
+    Partitions of states and of arrows refine each other in O(M log S); dead states take no part.
 
     Args:
       num_states: S.

@@ -185,8 +185,7 @@ def _ranges(op: Any, value: Any, flags: int) -> Ranges:
 def _category(name: str, ascii_only: bool) -> Ranges:
     r"""Returns the ranges of \d, \s, \w and their complements, as `re` itself finds them."""
     letter = {'DIGIT': 'd', 'SPACE': 's', 'WORD': 'w'}[name.rpartition('_')[2]]
-    negated = '_NOT_' in name
-    matches = re.compile(rf'\{letter}', re.ASCII if ascii_only else 0).fullmatch
     limit = 128 if ascii_only else MAX_CODE_POINT + 1
-    ranges = [(point, point) for point in range(limit) if matches(chr(point))]
-    return complement(ranges) if negated else normalized(ranges)
+    runs = re.finditer(rf'\{letter}+', ''.join(map(chr, range(limit))))
+    ranges = [(run.start(), run.end() - 1) for run in runs]
+    return complement(ranges) if '_NOT_' in name else normalized(ranges)

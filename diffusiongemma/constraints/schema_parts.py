@@ -31,7 +31,7 @@ class Located:
 
     Attributes:
       schema: a dict or a bool.
-      where: its path, a fragment of RFC 6901 without percent-encoding.
+      where: its path, a fragment of RFC 6901 with percent-encoding only where it is needed.
       refs: the references that led to it.
     """
 
@@ -41,7 +41,8 @@ class Located:
 
     def __truediv__(self, name: str | int) -> 'Located':
         """Returns the part under a key or an index."""
-        key = str(name).replace('~', '~0').replace('/', '~1')
+        key = str(name).replace('~', '~0').replace('/', '~1').replace('%', '%25')
+        key = ''.join(c if c.isprintable() else urllib.parse.quote(c) for c in key)
         return Located(self.schema[name], f'{self.where}/{key}', self.refs)
 
     def each(self, keyword: str) -> list['Located']:
