@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+from fractions import Fraction
 
 import jsonschema
 import numpy as np
@@ -19,19 +20,22 @@ NAMES = ['a', 'b/c', '~d', 'é "q"', 'k\n']  # in the order of every schema
 EXTRA = ['z1', 'zé', 'x-2', '']
 TEXTS = ['', 'a', 'ab', 'abc', 'é', '"\\', '\n', 'a\tb', '😀x', '12', 'b', '2024-02-29', 'x' * 9]
 PATTERNS = [
-    '^[a-z]+$', 'b', '^a|b$', '^$', '[0-9]{2}', '^(?:a|é)*$', 'a.b', r'^\d+$', '^..?$', r'\w',
+    '^[a-z]+$', 'b', '^a|b$', '^$', '[0-9]{2}', '^(?:a|é)*$', 'a.b', '^..?$',
 ]  # fmt: skip
+RARE_PATTERNS = [r'^\d+$', r'\w', '[^b]$', '(?:^|é)a']  # of many states
 KEY_PATTERNS = ['^z', 'é', '^x-', '[0-9]$']
 NUMBERS = [
     0, 1, -1, 2, 3, 7, 10, 99, 100, -5, -17, 12345, 10**15, 0.5, -0.5, 0.1, 0.25, 1.5, 2.0, -3.0,
     1e-5, -2.5e-7, 1e16, 1e22, 3.14, 99.99, 1e-4, 123456.789, 2**53, -(2**60), 1e300, 0.30000000001,
 ]  # fmt: skip
+BOUNDS = [0, 1, 2.0, -1, 10, -17, 0.5]
 FORMAT_EXAMPLES = {
     'date': ['2024-02-29', '1999-12-31'],
     'time': ['12:00:59Z', '23:59:00.123456-05:30'],
     'date-time': ['2024-02-29T00:00:00Z'],
     'duration': ['P1DT2H', 'P3W'],
     'uuid': ['01234567-89ab-cdef-0123-456789abcdef'],
+    'ipv6': ['0:0:0:0:0:0:0:1'],
     'ipv4': ['127.0.0.1'],
     'email': ['a.b@example.org'],
     'uri': ['https://example.org/a'],
@@ -49,8 +53,15 @@ def is_pattern(validator, pattern, instance, schema):
         yield jsonschema.ValidationError('pattern')
 
 
+def is_multiple(validator, divisor, instance, schema):
+    """Exact, where the package divides floats: 9007199254740995 is a multiple of 5.0."""
+    if validator.is_type(instance, 'number') and Fraction(instance) % Fraction(divisor):
+        yield jsonschema.ValidationError('multipleOf')
+
+
 Validator = jsonschema.validators.extend(
-    jsonschema.Draft202012Validator, {'format': is_format, 'pattern': is_pattern}
+    jsonschema.Draft202012Validator,
+    {'format': is_format, 'pattern': is_pattern, 'multipleOf': is_multiple},
 )
 
 
@@ -122,7 +133,9 @@ class Schemas:
         result = {}
         for names in (('minimum', 'exclusiveMinimum'), ('maximum', 'exclusiveMaximum')):
             if self.chance(0.4):
-                result[self.rng.choice(names)] = self.number_value()
+                rare = self.chance(0.15)  # new bounds take longer than known ones
+                value = self.number_value() if rare else self.rng.choice(BOUNDS)
+                result[self.rng.choice(names)] = value
         return result
 
     def number_value(self):
@@ -157,7 +170,8 @@ class Schemas:
     def string(self):
         result = {'type': 'string', **self.limits('Length', 4)}
         if self.chance(0.3):
-            result['pattern'] = self.rng.choice(PATTERNS)
+            patterns = RARE_PATTERNS if self.chance(0.05) else PATTERNS
+            result['pattern'] = self.rng.choice(patterns)
         elif self.chance(0.1):
             return {'type': 'string', 'format': self.rng.choice(list(FORMATS))}
         return result
@@ -176,6 +190,12 @@ class Schemas:
         result = {'type': self.rng.sample(names, self.rng.randint(1, 3))}
         return {**self.bounds(), **self.limits('Length', 3), **result}
 
+    def choices(self):
+        values = [None, 'a', 1, 2.0, True, 'b']
+        return self.rng.choice(
+            [{'type': 'boolean'}, {'enum': self.rng.sample(values, self.rng.randint(1, 4))}]
+        )
+
     def any(self):
         return self.rng.choice([True, {}, {'title': 'A title'}, {}])
 
@@ -191,7 +211,10 @@ class Schemas:
         if self.chance(0.7):
             result['items'] = self.part(depth) if self.chance(0.8) else False
         if self.chance(0.1):
-            result['uniqueItems'] = self.chance(0.3)
+            result['uniqueItems'] = self.chance(0.5)
+            if self.chance(0.5):
+                result.pop('prefixItems', None)
+                result['items'] = self.choices()
         return result
 
     def object(self, depth, explicit):
@@ -344,6 +367,15 @@ def _unquoted(token):
     import urllib.parse
 
     return urllib.parse.unquote(token).replace('~1', '/').replace('~0', '~')
+
+
+def is_huge(value):
+    """Whether a number is beyond the digits of integers with bounds."""
+    if isinstance(value, list):
+        return any(map(is_huge, value))
+    if isinstance(value, dict):
+        return any(map(is_huge, value.values()))
+    return isinstance(value, int | float) and abs(value) >= 1e29
 
 
 def spellings(value, limit=400):

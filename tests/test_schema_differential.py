@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from schema_cases import Schemas, distances, spellings, validator, walk
+from schema_cases import Schemas, distances, is_huge, spellings, validator, walk
 
 from diffusiongemma.constraints.json_schema import schema_dfa
 
@@ -32,7 +32,8 @@ def check_case(seed):
     for value in values:
         texts = spellings(value)
         accepted = any(dfa.accepts(text.encode()) for text in texts)
-        assert accepted == valid(value), (seed, schema, value, accepted)
+        limited = not accepted and is_huge(value)
+        assert limited or accepted == valid(value), (seed, schema, value, accepted)
     to_end = distances(dfa)
     for budget in (4, 20, 40):
         text = walk(dfa, rng, to_end, budget)

@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-_FEW_STATES = 2048
+_FEW_STATES = 4096
 
 
 class TooManyStatesError(Exception):

@@ -104,6 +104,11 @@ def choice(parts: Iterable[Expression]) -> Expression:
     return kept[0] if len(kept) == 1 else Choice(kept)
 
 
+def accepted(dfa: Dfa) -> Expression:
+    """Returns the texts that a minimal automaton accepts."""
+    return NOTHING if dfa.is_empty else Accepted(dfa)
+
+
 def shared(part: Expression) -> Expression:
     """Returns a part that is compiled once, however often it occurs."""
     return part if is_nothing(part) else Shared(part)

@@ -3,20 +3,18 @@
 import json
 from typing import Any
 
-from diffusiongemma.constraints.branches import Branch, Branches, items_at
+from diffusiongemma.constraints.arrays import array_expression
+from diffusiongemma.constraints.branches import Branch, Branches
 from diffusiongemma.constraints.dfa import Dfa, TooManyStatesError, product
 from diffusiongemma.constraints.expressions import (
-    EMPTY,
-    NOTHING,
-    Accepted,
     Expression,
     Literal,
     Repeat,
+    accepted,
     choice,
     is_nothing,
     joined,
     literals,
-    repeat,
     sequence,
     shared,
     to_regex,
@@ -178,17 +176,17 @@ class _Compiler:
         values = self.branches.values(branch)
         types = common_types(branch)
         if values is not None:
-            return self._values(values, 'number' not in types)
+            return self.listed(values, 'number' not in types)
         parts: list[Expression] = [literals(['null'])] if 'null' in types else []
         parts += [literals(['true', 'false'])] if 'boolean' in types else []
         parts += [self.number(branch)] if 'number' in types else []
         parts += [self._integer(branch)] if 'integer' in types else []
         parts += [self.texts(branch).expression(self.max_states)] if 'string' in types else []
-        parts += [self._array(branch)] if 'array' in types else []
+        parts += [array_expression(self, branch)] if 'array' in types else []
         parts += [object_expression(self, branch)] if 'object' in types else []
         return choice(parts)
 
-    def _values(self, values: list[Any], whole: bool) -> Expression:
+    def listed(self, values: list[Any], whole: bool) -> Expression:
         """Returns texts of values. Whole floats are written as integers, or also as floats."""
         texts = []
         for value in values:
@@ -228,7 +226,7 @@ class _Compiler:
                     self._largest = (int(divisor), 'multipleOf', part.where)
                     raise TooManyStatesError
                 dfa = compile_shared(result, self.max_states)
-                result = _accepted(product(dfa, multiples(int(divisor)), self.max_states))
+                result = accepted(product(dfa, multiples(int(divisor)), self.max_states))
         return result
 
     def texts(self, branch: Branch) -> Texts:
@@ -263,35 +261,3 @@ class _Compiler:
         except ValueError as error:
             raise ValueError(f'At {where}/pattern: {error}') from None
         return pattern
-
-    def _array(self, branch: Branch) -> Expression:
-        low, high = self.count(branch, 'Items')
-        if high is not None and high < low:
-            return NOTHING
-        for part in branch:
-            if part.schema.get('uniqueItems') and (high is None or high > 1):
-                raise self.refuse(
-                    'uniqueItems',
-                    part.where,
-                    'a finite automaton cannot compare items. Leave it out.',
-                )
-        length = max((len(part.each('prefixItems')) for part in branch), default=0)
-        length = length if high is None else min(length, high)
-        comma = Literal(self.comma)
-        item = self.value(items_at(length, branch)) if high is None or high > length else NOTHING
-        rest_low, rest_high = max(low - length, 0), None if high is None else high - length
-        if not length:
-            if is_nothing(repeat(item, rest_low, rest_high)):
-                return NOTHING
-            inner = joined([Repeat(item, rest_low, rest_high)], self.comma)
-            return sequence(Literal('['), inner, Literal(']'))
-        inner = repeat(sequence(comma, item), rest_low, rest_high)
-        for index in reversed(range(length)):
-            item = self.value(items_at(index, branch))
-            inner = sequence(*([comma] if index else []), item, inner)
-            inner = inner if index < low else choice([EMPTY, inner])
-        return sequence(Literal('['), inner, Literal(']'))
-
-
-def _accepted(dfa: Dfa) -> Expression:
-    return NOTHING if dfa.is_empty else Accepted(dfa)

@@ -2,16 +2,16 @@
 
 import itertools
 import json
-from typing import Protocol
 
-from diffusiongemma.constraints.branches import Branch, Branches, required
-from diffusiongemma.constraints.dfa import Dfa, product
+from diffusiongemma.constraints.branches import Branch, required
+from diffusiongemma.constraints.compiler import Compiler
+from diffusiongemma.constraints.dfa import product
 from diffusiongemma.constraints.expressions import (
     NOTHING,
-    Accepted,
     Expression,
     Literal,
     Repeat,
+    accepted,
     choice,
     is_nothing,
     joined,
@@ -21,34 +21,8 @@ from diffusiongemma.constraints.expressions import (
 from diffusiongemma.constraints.nfa import compile_expression, compile_shared
 from diffusiongemma.constraints.schema_parts import Located, common_types
 from diffusiongemma.constraints.strings import Texts, strings_of
-from diffusiongemma.constraints.validity import Validator
 
 _MAX_PATTERNS = 4  # each doubles the kinds of names
-
-
-class Compiler(Protocol):
-    """What objects need of the compiler of a schema."""
-
-    comma: str
-    colon: str
-    max_states: int
-    branches: Branches
-    validator: Validator
-
-    def value(self, parts: list[Located]) -> Expression:
-        """Returns the texts that are valid under all parts."""
-
-    def count(self, branch: Branch, name: str) -> tuple[int, int | None]:
-        """Returns the limits of a count."""
-
-    def texts(self, branch: Branch) -> Texts:
-        """Returns the constraints of the strings of a branch."""
-
-    def checked_pattern(self, pattern: str, where: str) -> str:
-        """Returns a pattern that is supported."""
-
-    def refuse(self, keyword: str, where: str, why: str) -> ValueError:
-        """Returns the error of a keyword that is not supported where it is."""
 
 
 def object_expression(compiler: Compiler, branch: Branch) -> Expression:
@@ -63,6 +37,8 @@ def object_expression(compiler: Compiler, branch: Branch) -> Expression:
     needed = required(branch)
     finite = _finite_names(compiler, branch)
     names = [n for part in branch for n in part.schema.get('properties', {})]
+    if _is_closed(branch):
+        finite = finite and [n for n in finite if _has_pattern(compiler, branch, n)]
     names = list(dict.fromkeys([*names, *(finite or []), *needed]))
     members = []
     for name in names:
@@ -75,6 +51,21 @@ def object_expression(compiler: Compiler, branch: Branch) -> Expression:
     other = NOTHING if finite is not None else _other_members(compiler, branch, names)
     low, high = compiler.count(branch, 'Properties')
     return _counted(compiler, branch, members, other, low, high)
+
+
+def _is_closed(branch: Branch) -> bool:
+    """Returns whether a branch names properties and says nothing about others."""
+    keywords = {keyword for part in branch for keyword in part.schema}
+    named = keywords & {'properties', 'patternProperties'}
+    return bool(named) and 'additionalProperties' not in keywords
+
+
+def _has_pattern(compiler: Compiler, branch: Branch, name: str) -> bool:
+    return any(
+        compiler.validator.matches(pattern, name)
+        for part in branch
+        for pattern in part.schema.get('patternProperties', {})
+    )
 
 
 def _counted(
@@ -121,7 +112,7 @@ def _counted(
             )
         whole = compile_expression(result, compiler.max_states)
         empty = compile_shared(Literal('{}'), compiler.max_states)
-        return _accepted(product(whole, empty, compiler.max_states, difference=True))
+        return accepted(product(whole, empty, compiler.max_states, difference=True))
     return result
 
 
@@ -145,10 +136,7 @@ def _finite_names(compiler: Compiler, branch: Branch) -> list[str] | None:
 
 def _other_members(compiler: Compiler, branch: Branch, names: list[str]) -> Expression:
     """Returns a member whose name is none of these; NOTHING where there can be none."""
-    keywords = {keyword for part in branch for keyword in part.schema}
-    closed = 'additionalProperties' not in keywords and bool(
-        keywords & {'properties', 'patternProperties'}
-    )
+    closed = _is_closed(branch)
     patterns = list(
         dict.fromkeys(p for part in branch for p in part.schema.get('patternProperties', {}))
     )
@@ -209,8 +197,4 @@ def _name_texts(compiler: Compiler, names: Branch) -> Expression:
         return literals(value for value in values if isinstance(value, str))
     if 'string' not in common_types(names):
         return NOTHING
-    return _accepted(compiler.texts(names).dfa(compiler.max_states))
-
-
-def _accepted(dfa: Dfa) -> Expression:
-    return NOTHING if dfa.is_empty else Accepted(dfa)
+    return accepted(compiler.texts(names).dfa(compiler.max_states))

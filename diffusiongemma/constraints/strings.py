@@ -50,21 +50,29 @@ _TIME = (
 )
 _BYTE = '(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])'
 _LABEL = '[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?'
-_DURATION_TIME = 'T(?:[0-9]+H(?:[0-9]+M)?(?:[0-9]+S)?|[0-9]+M(?:[0-9]+S)?|[0-9]+S)'
-_DURATION_DAY = '(?:[0-9]+Y(?:[0-9]+M(?:[0-9]+D)?)?|[0-9]+M(?:[0-9]+D)?|[0-9]+D)'
+_COUNT = '[0-9]{1,4}'
+_DURATION_TIME = f'T(?:{_COUNT}H(?:{_COUNT}M)?(?:{_COUNT}S)?|{_COUNT}M(?:{_COUNT}S)?|{_COUNT}S)'
+_DURATION_DAY = f'(?:{_COUNT}Y(?:{_COUNT}M(?:{_COUNT}D)?)?|{_COUNT}M(?:{_COUNT}D)?|{_COUNT}D)'
+_HEX = '[0-9a-f]'
 # Formats that constrain a string, as patterns of the whole text.
 FORMATS = {
     'date': _DATE,
     'time': _TIME,
     'date-time': f'{_DATE}T{_TIME}',
-    'duration': f'P(?:{_DURATION_DAY}(?:{_DURATION_TIME})?|{_DURATION_TIME}|[0-9]+W)',
-    'uuid': '[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}',
+    'duration': f'P(?:{_DURATION_DAY}(?:{_DURATION_TIME})?|{_DURATION_TIME}|{_COUNT}W)',
+    'uuid': f'{_HEX}{{8}}(?:-{_HEX}{{4}}){{3}}-{_HEX}{{12}}',
+    **{
+        f'uuid{version}': f'{_HEX}{{8}}-{_HEX}{{4}}-{version}{_HEX}{{3}}-'
+        f'[89ab]{_HEX}{{3}}-{_HEX}{{12}}'
+        for version in (1, 3, 4, 5)
+    },
     'ipv4': rf'{_BYTE}(?:\.{_BYTE}){{3}}',
+    'ipv6': f'(?:{_HEX}{{1,4}}:){{7}}{_HEX}{{1,4}}',
     'email': rf'[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_+-]+)*@(?:{_LABEL}\.)+[A-Za-z]{{2,24}}',
-    'uri': r'https?://[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*(?::[0-9]{1,4})?(?:/[A-Za-z0-9._~/-]*)?',
+    'uri': rf'https?://(?:{_LABEL}\.)*[A-Za-z]{{2,24}}(?::[0-9]{{1,4}})?(?:/[A-Za-z0-9._~/-]*)?',
 }
 # Formats that say how a text is shown or stored, not what it holds.
-FREE_FORMATS = {'password', 'binary'}
+FREE_FORMATS = {'password', 'binary', 'path', 'file-path', 'directory-path'}
 
 
 @dataclasses.dataclass(frozen=True)
