@@ -50,6 +50,7 @@ _TIME = (
 )
 _BYTE = '(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])'
 _LABEL = '[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?'
+_WORDS = '[a-z0-9]+(?:-+[a-z0-9]+)*'
 _COUNT = '[0-9]{1,4}'
 _DURATION_TIME = f'T(?:{_COUNT}H(?:{_COUNT}M)?(?:{_COUNT}S)?|{_COUNT}M(?:{_COUNT}S)?|{_COUNT}S)'
 _DURATION_DAY = f'(?:{_COUNT}Y(?:{_COUNT}M(?:{_COUNT}D)?)?|{_COUNT}M(?:{_COUNT}D)?|{_COUNT}D)'
@@ -69,7 +70,7 @@ FORMATS = {
     'ipv4': rf'{_BYTE}(?:\.{_BYTE}){{3}}',
     'ipv6': f'(?:{_HEX}{{1,4}}:){{7}}{_HEX}{{1,4}}',
     'email': rf'[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_+-]+)*@(?:{_LABEL}\.)+[A-Za-z]{{2,24}}',
-    'uri': rf'https?://(?:{_LABEL}\.)*[A-Za-z]{{2,24}}(?::[0-9]{{1,4}})?(?:/[A-Za-z0-9._~/-]*)?',
+    'uri': rf'https?://(?:{_WORDS}\.)*[a-z]+(?::[0-9]{{1,4}})?(?:/[A-Za-z0-9._~/-]*)?',
 }
 # Formats that say how a text is shown or stored, not what it holds.
 FREE_FORMATS = {'password', 'binary', 'path', 'file-path', 'directory-path'}
