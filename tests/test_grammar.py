@@ -317,36 +317,60 @@ def test_any_optional_members_may_be_missing(present, required):
 @pytest.mark.parametrize(
     'schema, message',
     [
-        ({}, 'The schema at # has nothing that constrains; it needs one of type'),
-        ({'properties': {}}, 'The schema at # has properties; it needs one of type'),
-        (True, 'must be an object, got True'),
-        ({'type': 'text'}, "Unknown type 'text' at #"),
-        ({'type': 'string', 'pattern': 'a'}, "The keyword 'pattern' is not supported at #"),
-        ({'type': 'string', 'format': 'date'}, "The keyword 'format' is not supported"),
-        ({'type': 'integer', 'multipleOf': 2}, "The keyword 'multipleOf' is not supported"),
-        ({'type': 'integer', 'minimum': 2}, 'minimum=2 and maximum=None at # are not supported'),
-        ({'type': 'integer', 'minimum': 2, 'maximum': 1}, 'minimum=2 and maximum=1'),
-        ({'oneOf': [{'type': 'null'}]}, 'The schema at # has oneOf'),
-        ({'allOf': [{'type': 'null'}] * 2}, 'allOf of 2 schemas is not supported'),
-        ({'type': 'array'}, 'The array at # needs items'),
-        ({'type': 'string', 'minLength': 3, 'maxLength': 2}, 'minLength=3 and maxLength=2'),
-        ({'type': 'object', 'required': ['a']}, "required property 'a' at # is not among"),
-        ({'enum': ['a'], 'type': 'null'}, r"No value of \['a'\] at # has the type"),
-        ({'$ref': '#/$defs/x'}, "reference '#/\\$defs/x' at # leads nowhere"),
-        ({'$ref': 'http://a/b'}, 'is not local'),
+        (False, 'No value is valid under the schema at #: its keywords contradict each other'),
+        (3, 'The schema at # must be an object or a boolean, got 3'),
+        ({'type': 'text'}, "type at # must be one of null, .*, or a list of them, got 'text'"),
+        ({'type': []}, 'type at # must be one of'),
+        ({'type': 'string', 'format': 'x'}, "format='x' at # is not supported here: known are"),
+        ({'multipleOf': 0.1}, 'multipleOf=0.1 at # is not supported here: only whole divisors'),
         (
-            {'type': 'array', 'items': {'$ref': '#'}},
-            "The reference '#' at #/items is recursive",
+            {'type': 'integer', 'minimum': 2, 'maximum': 1},
+            'No value is valid under the schema at #',
         ),
-        (
-            {'type': 'object', 'properties': {'a': {'not': {}}}},
-            'The schema at #/properties/a has not',
-        ),
+        ({'type': 'integer', 'minimum': 1e300}, 'a bound at # is not supported here: .* 30 digits'),
+        ({'oneOf': [{'type': 'null'}, {}]}, 'alternatives 0 and 1 may hold for one value. Use any'),
+        ({'oneOf': [{'type': 'integer'}, {'type': 'number'}]}, 'may hold for one value'),
+        ({'type': 'string', 'minLength': 3, 'maxLength': 2}, 'No value is valid'),
+        ({'enum': ['a'], 'type': 'null'}, 'No value is valid'),
+        ({'$ref': '#/$defs/x'}, "reference '#/\\$defs/x' at # leads nowhere: # has no '\\$defs'"),
+        ({'$ref': '#/type', 'type': 'null'}, 'The schema at #/type must be an object or a boolean'),
+        ({'$ref': 'http://a/b'}, 'is not local. Copy what it names into \\$defs'),
+        ({'$ref': '#name'}, 'names an anchor, which is not supported'),
+        ({'$ref': '#/$defs/~2', '$defs': {'~2': {}}}, 'leads nowhere'),
+        ({'$ref': '#'}, "The reference '#' at # is recursive, which no finite automaton can hold"),
+        ({'type': 'array', 'items': {'$ref': '#'}}, "The reference '#' at #/items is recursive"),
+        ({'properties': {'a/b': {'not': {}}}}, "The keyword 'not' at #/properties/a~1b is not sup"),
+        ({'type': 'string', 'nullable': True}, "'nullable' at # .* add 'null' to the type instead"),
+        ({'items': [{}]}, r'items at # must be a schema, got \[\{\}\]. Write prefixItems'),
+        ({'minLength': 1.5}, 'minLength at # must be a whole number >= 0, got 1.5'),
+        ({'minimum': True}, 'minimum at # must be a number, got True'),
+        ({'exclusiveMinimum': True}, 'exclusiveMinimum at # must be a number'),
+        ({'const': float('nan')}, 'The schema is not valid JSON: Out of range float'),
+        ({'const': {1, 2}}, 'The schema is not valid JSON: Object of type set'),
+        ({'const': '\ud800'}, 'half of a surrogate pair'),
+        ({'pattern': '(a'}, r"At #/pattern: Invalid regular expression '\(a'"),
+        ({'pattern': '(?=a)'}, 'At #/pattern: .* has lookahead'),
+        ({'patternProperties': {'(?i)a': {}}}, 'At #/patternProperties/pattern: .* IGNORECASE'),
+        ({'type': 'array', 'uniqueItems': True}, 'uniqueItems at # is not supported here'),
+        ({'maxLength': 99999}, 'more than max_states=20000 states. Lower maxLength=99999 at #'),
+        ({'type': 'object', 'minProperties': 2}, 'minProperties at # is not supported here'),
+        (functools.reduce(lambda x, _: {'items': x}, range(3000), {}), 'nested too deeply'),
     ],
 )
 def test_a_schema_that_is_not_supported_is_named(tokenizer, schema, message):
     with pytest.raises(ValueError, match=message):
         from_json_schema(schema, tokenizer)
+
+
+@pytest.mark.parametrize('text', ['{', '[' * 100_000, '{"const": 1e999}', '1' * 5000])
+def test_a_text_that_is_no_schema_is_refused(tokenizer, text):
+    with pytest.raises(ValueError, match='The schema'):
+        from_json_schema(text, tokenizer)
+
+
+def test_separators_must_make_json(tokenizer):
+    with pytest.raises(ValueError, match='do not make valid JSON'):
+        from_json_schema(True, tokenizer, separators=(';', ':'))
 
 
 def test_a_schema_may_be_text(tokenizer):

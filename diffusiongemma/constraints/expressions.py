@@ -165,8 +165,8 @@ def to_regex(part: Expression) -> str:
             text, may_be_empty = _joined_text(parts, re.escape(separator))
             return f'(?:{text})?' if may_be_empty else f'(?:{text})'
     raise ValueError(
-        'This constraint is an intersection of several and has no short regular expression; '
-        'compile it with from_json_schema instead.'
+        'This constraint is an intersection of several and has no short regular expression. '
+        'Compile it with from_json_schema instead.'
     )
 
 

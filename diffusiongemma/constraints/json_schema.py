@@ -33,6 +33,8 @@ from diffusiongemma.constraints.validity import (
 
 # Whole floats from here on are written with an exponent, as `repr` does.
 _MAX_WHOLE = 1e16
+# Characters of a string with a format and maxLength: every one of them takes states.
+_MAX_FORMATTED = 255
 
 
 def schema_dfa(
@@ -245,6 +247,8 @@ class _Compiler:
                         f'known are {", ".join(FORMATS)}. Write a pattern instead.',
                     )
                 formats.append(name)
+        if formats and high is not None:
+            high = min(high, _MAX_FORMATTED)
         if high is not None and high < low:
             return Texts(0, 0, (), ('',))
         return Texts(low, high, tuple(dict.fromkeys(patterns)), (), tuple(dict.fromkeys(formats)))

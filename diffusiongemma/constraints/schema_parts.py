@@ -128,7 +128,9 @@ def check(part: Located) -> None:
     if isinstance(schema, bool):
         return
     if not isinstance(schema, dict):
-        raise ValueError(f'The schema at {where} must be an object or a boolean, got {schema!r}.')
+        raise ValueError(
+            f'The schema at {where} must be an object or a boolean, got {_brief(schema)}.'
+        )
     for keyword, value in schema.items():
         if keyword == '$id' and where == '#' or keyword.startswith('x-'):
             continue
@@ -141,7 +143,14 @@ def check(part: Located) -> None:
             accepts, expected = _CHECKS[keyword]
             if not accepts(value):
                 remedy = f' {_REMEDIES[keyword]}' if keyword in _REMEDIES else ''
-                raise ValueError(f'{keyword} at {where} must be {expected}, got {value!r}.{remedy}')
+                raise ValueError(
+                    f'{keyword} at {where} must be {expected}, got {_brief(value)}.{remedy}'
+                )
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f'{text[:77]}...'
 
 
 def _is_number(value: Any) -> bool:
