@@ -248,13 +248,13 @@ class _Compiler:
                     )
                 formats.append(name)
         if formats and high is not None:
-            high = min(high, _MAX_FORMATTED)
+            high = min(high, max(low, _MAX_FORMATTED))
         if high is not None and high < low:
             return Texts(0, 0, (), ('',))
         return Texts(low, high, tuple(dict.fromkeys(patterns)), (), tuple(dict.fromkeys(formats)))
 
     def checked_pattern(self, pattern: str, where: str) -> str:
-        """Returns a pattern; raises ValueError with its path when it is not supported."""
+        """Returns a pattern; raises ValueError with its path when it is too large."""
         try:
             self.validator.matches(pattern, '')
         except TooManyStatesError:
@@ -262,6 +262,4 @@ class _Compiler:
                 f'The pattern {pattern!r} at {where} takes more than max_states='
                 f'{self.max_states} states. Lower its repetition counts, or raise max_states.'
             ) from None
-        except ValueError as error:
-            raise ValueError(f'At {where}/pattern: {error}') from None
         return pattern

@@ -1,11 +1,15 @@
 """The parts of a JSON schema: where they are, what references lead to, and what they may hold."""
 
 import dataclasses
+import functools
 import json
 import re
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
+
+from diffusiongemma.constraints.expressions import Expression
+from diffusiongemma.constraints.regex import parse
 
 # Keywords that describe and do not constrain. Beside those of JSON Schema, the two of OpenAPI
 # that pydantic writes.
@@ -146,6 +150,18 @@ def check(part: Located) -> None:
                 raise ValueError(
                     f'{keyword} at {where} must be {expected}, got {_brief(value)}.{remedy}'
                 )
+    for keyword in ('pattern', 'patternProperties'):
+        patterns = schema.get(keyword, ())
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            try:
+                _parse_search(pattern)
+            except ValueError as error:
+                raise ValueError(f'At {where}/{keyword}: {error}') from None
+
+
+@functools.lru_cache(maxsize=512)
+def _parse_search(pattern: str) -> Expression:
+    return parse(pattern, search=True)
 
 
 def _brief(value: Any) -> str:

@@ -4,11 +4,9 @@ import json
 from fractions import Fraction
 from typing import Any
 
-from diffusiongemma.constraints.nfa import compile_shared
 from diffusiongemma.constraints.numbers import Bounds
-from diffusiongemma.constraints.regex import parse
-from diffusiongemma.constraints.schema_parts import Located, resolve, types_of
-from diffusiongemma.constraints.strings import FORMATS, search_dfa
+from diffusiongemma.constraints.schema_parts import Located, check, resolve, types_of
+from diffusiongemma.constraints.strings import search_dfa
 
 
 def canonical(value: Any) -> str:
@@ -53,14 +51,22 @@ def limits_of(parts: tuple[Located, ...], name: str) -> tuple[int, int | None]:
 
 
 class Validator:
-    """Says whether values are valid under parts of one schema, which `check` has accepted."""
+    """Says whether values are valid under parts of one schema.
+
+    `format` describes and does not constrain, as in JSON Schema.
+    """
 
     def __init__(self, root: Any, max_states: int):
         self._root = root
         self._max_states = max_states
+        self._checked: set[str] = set()
+        self._values: dict[str, set[str] | None] = {}
 
     def is_valid(self, value: Any, part: Located) -> bool:
-        """Returns whether a value is valid under a part."""
+        """Returns whether a value is valid under a part; errors as of `check`."""
+        if part.where not in self._checked:
+            check(part)
+            self._checked.add(part.where)
         if isinstance(part.schema, bool):
             return part.schema
         if not self._has_type(value, types_of(part)) or not self._combines(value, part):
@@ -89,12 +95,8 @@ class Validator:
         schema = part.schema
         if '$ref' in schema and not self.is_valid(value, resolve(self._root, part)):
             return False
-        values = [*schema.get('enum', []), *([schema['const']] if 'const' in schema else [])]
-        if 'enum' in schema and 'const' in schema:
-            values = [item for item in schema['enum'] if canonical(item) == canonical(values[-1])]
-        if ('enum' in schema or 'const' in schema) and canonical(value) not in map(
-            canonical, values
-        ):
+        listed = self._listed(part)
+        if listed is not None and canonical(value) not in listed:
             return False
         valid = {
             keyword: [self.is_valid(value, choice) for choice in part.each(keyword)]
@@ -107,6 +109,17 @@ class Validator:
             and sum(valid.get('oneOf', [True])) == 1
         )
 
+    def _listed(self, part: Located) -> set[str] | None:
+        """Returns the canonical texts of the values that `enum` and `const` allow, or None."""
+        if part.where not in self._values:
+            listed = []
+            if 'enum' in part.schema:
+                listed.append({canonical(value) for value in part.schema['enum']})
+            if 'const' in part.schema:
+                listed.append({canonical(part.schema['const'])})
+            self._values[part.where] = set.intersection(*listed) if listed else None
+        return self._values[part.where]
+
     def _is_number(self, value: int | float, part: Located) -> bool:
         divisor = part.schema.get('multipleOf')
         whole = divisor is None or Fraction(value) % Fraction(divisor) == 0
@@ -116,13 +129,7 @@ class Validator:
         low, high = limits_of((part,), 'Length')
         if len(value) < low or high is not None and len(value) > high:
             return False
-        if 'pattern' in part.schema and not self.matches(part.schema['pattern'], value):
-            return False
-        name = part.schema.get('format')
-        if name in FORMATS:
-            dfa = compile_shared(parse(FORMATS[name]), self._max_states)
-            return dfa.accepts(value.encode())
-        return True
+        return 'pattern' not in part.schema or self.matches(part.schema['pattern'], value)
 
     def _is_array(self, value: list, part: Located) -> bool:
         low, high = limits_of((part,), 'Items')
