@@ -96,6 +96,7 @@ class Schemas:
     def __init__(self, rng):
         self.rng = rng
         self.defs = {}
+        self.explicit = False  # whether objects say what other names there are
 
     def chance(self, p):
         return self.rng.random() < p
@@ -106,7 +107,7 @@ class Schemas:
             result['$defs'] = self.defs
         return result
 
-    def part(self, depth, explicit=False):
+    def part(self, depth):
         kinds = ['null', 'boolean', 'integer', 'integer', 'number', 'string', 'string', 'enum']
         kinds += ['const', 'types', *(['any', 'bare'] if self.chance(0.4) else [])]
         if depth > 1:
@@ -114,7 +115,7 @@ class Schemas:
             kinds += ['anyOf', 'oneOf', 'allOf', 'ref', 'optional']
         kind = self.rng.choice(kinds)
         if kind in ('array', 'object', 'map'):
-            result = getattr(self, kind)(depth - 1, explicit)
+            result = getattr(self, kind)(depth - 1)
         elif kind in ('anyOf', 'oneOf', 'allOf', 'ref', 'optional'):
             result = getattr(self, kind)(depth)
         else:
@@ -203,7 +204,7 @@ class Schemas:
         """Keywords without a type."""
         return self.rng.choice([self.bounds(), self.limits('Length', 3), {'pattern': 'b'}])
 
-    def array(self, depth, explicit):
+    def array(self, depth):
         result = {'type': 'array', **self.limits('Items', 2)}
         if self.chance(0.4):
             count = self.rng.randint(1, 3)
@@ -217,22 +218,22 @@ class Schemas:
                 result['items'] = self.choices()
         return result
 
-    def object(self, depth, explicit):
+    def object(self, depth):
         names = [name for name in NAMES if self.chance(0.5)]
         result = {'type': 'object', 'properties': {name: self.part(depth) for name in names}}
         result['required'] = [name for name in names if self.chance(0.5)]
         if self.chance(0.05):
             result['required'].append('zr')
-        if explicit or self.chance(0.5):
+        if self.explicit or self.chance(0.5):
             extra = self.rng.choice([False, False, True, self.part(depth)])
             result['additionalProperties'] = extra
         if self.chance(0.1):
             result |= self.limits('Properties', 2)
         return result
 
-    def map(self, depth, explicit):
+    def map(self, depth):
         result = {'type': 'object', **self.limits('Properties', 1)}
-        if explicit or self.chance(0.8):
+        if self.explicit or self.chance(0.8):
             result['additionalProperties'] = self.part(depth)
         if self.chance(0.3):
             patterns = self.rng.sample(KEY_PATTERNS, self.rng.randint(1, 2))
@@ -265,13 +266,15 @@ class Schemas:
         }
 
     def allOf(self, depth):  # noqa: N802
+        outer, self.explicit = self.explicit, True
         kind = self.rng.choice(['integer', 'number', 'string', 'object', 'map', 'array', 'part'])
         if kind in ('object', 'map', 'array'):
-            parts = [getattr(self, kind)(depth - 1, True) for _ in range(2)]
+            parts = [getattr(self, kind)(depth - 1) for _ in range(2)]
         elif kind == 'part':
-            parts = [self.part(depth - 1, True)]
+            parts = [self.part(depth - 1)]
         else:
             parts = [getattr(self, kind)() for _ in range(2)]
+        self.explicit = outer
         result = {'allOf': parts}
         if self.chance(0.2) and kind != 'part':
             result['type'] = {'map': 'object'}.get(kind, kind)

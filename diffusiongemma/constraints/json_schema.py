@@ -212,7 +212,9 @@ class _Compiler:
         limit = 10**MAX_DIGITS
         if low is not None and low >= limit or high is not None and high <= -limit:
             raise self.refuse(
-                'a bound', branch[0].where, f'integers with bounds end at {MAX_DIGITS} digits.'
+                'a bound',
+                branch[0].where,
+                f'integers with bounds have at most {MAX_DIGITS} digits. Use a closer bound.',
             )
         result = shared(integers(low, high))
         for part in branch:

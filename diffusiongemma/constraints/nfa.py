@@ -201,41 +201,32 @@ def _determinized(nfa: _Nfa, end: int, max_states: int) -> Dfa:
     classes = np.searchsorted(firsts, np.arange(256), side='right') - 1
     column = [*classes.tolist(), len(firsts)]
     moves = [
-        [(column[low], column[high + 1] if high < 255 else len(firsts), target)
-         for low, high, target in arrows]
+        [(column[low], column[high + 1], target) for low, high, target in arrows]
         for arrows in nfa.arrows
-    ]  # fmt: skip
+    ]
 
     @functools.cache
-    def single(state: int) -> frozenset[int]:
+    def closed(state: int) -> frozenset[int]:
         """The closure of one state, without the states that only pass on to others."""
-        found = nfa.closure(frozenset([state]))
+        found = nfa.closure(frozenset([state])) if nfa.jumps[state] else [state]
         return frozenset(s for s in found if moves[s] or s == end or s in nfa.end_jumps)
 
-    start = nfa.closure(frozenset([0]), nfa.start_jumps)
-    sets: list[frozenset[int]] = [frozenset(), start]
+    sets = [frozenset(), nfa.closure(frozenset([0]), nfa.start_jumps)]
     numbers: dict[frozenset[int], int] = {frozenset(): 0}
-    by_kernel: dict[frozenset[int], int] = {frozenset(): 0}  # sets before their closure
+    by_kernel: dict[_Kernel, int] = {}
     rows: list[list[int]] = [[0] * len(firsts)]
     while len(rows) < len(sets):
-        targets: dict[int, set[int]] = {}
-        for state in sets[len(rows)]:
-            for low, high, target in moves[state]:
-                for i in range(low, high):
-                    if i in targets:
-                        targets[i].add(target)
-                    else:
-                        targets[i] = {target}
         row = [0] * len(firsts)
-        for i, members in targets.items():
-            kernel = frozenset(members)
+        for i, kernel in enumerate(_kernels(moves, sets[len(rows)], len(firsts))):
+            if kernel is None:
+                continue
             number = by_kernel.get(kernel)
             if number is None:
-                reached = frozenset().union(*map(single, kernel))
-                number = numbers.setdefault(reached, len(sets))
+                parts = [kernel] if isinstance(kernel, int) else kernel
+                reached = frozenset().union(*map(closed, parts))
+                number = by_kernel[kernel] = numbers.setdefault(reached, len(sets))
                 if number == len(sets):
                     sets.append(reached)
-                by_kernel[kernel] = number
             row[i] = number
         if len(sets) > max_states:
             raise TooManyStatesError
@@ -247,3 +238,24 @@ def _determinized(nfa: _Nfa, end: int, max_states: int) -> Dfa:
         for i, states in enumerate(sets)
     ]
     return Dfa(classes, np.array(rows, np.int32), np.array(accepting))
+
+
+# The states that one byte leads to, before their closure; an integer where it is only one.
+_Kernel = int | frozenset[int]
+
+
+def _kernels(
+    moves: list[list[tuple[int, int, int]]], states: frozenset[int], num_classes: int
+) -> list[_Kernel | None]:
+    """Returns what each class of bytes leads to from a set of states, None for nowhere."""
+    kernels: list[_Kernel | None] = [None] * num_classes
+    for state in states:
+        for low, high, target in moves[state]:
+            for i in range(low, high):
+                known = kernels[i]
+                if known is None:
+                    kernels[i] = target
+                elif known != target:
+                    more = known if isinstance(known, frozenset) else (known,)
+                    kernels[i] = frozenset((target, *more))
+    return kernels
