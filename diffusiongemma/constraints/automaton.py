@@ -22,7 +22,7 @@ UNREACHABLE = 2**30
 
 @flax.struct.dataclass
 class TokenAutomaton:
-    """A deterministic automaton over tokens; see `grammar` for how to make one.
+    """A deterministic automaton over tokens; see `grammar` for how to compile one.
 
     A response is accepted when its last token, the stop token, leads to END. Automata of equal
     shapes are served by one compiled program.
@@ -42,7 +42,7 @@ class TokenAutomaton:
     def create(
         cls, token_classes: np.ndarray, next_states: np.ndarray, *, multiple: int = 64
     ) -> 'TokenAutomaton':
-        """Measures distances and pads the tables.
+        """Returns an automaton with distances and padded tables.
 
         Args:
           token_classes: [V] integer, values in [0, K).
@@ -81,27 +81,27 @@ class TokenAutomaton:
 
     @property
     def num_states(self) -> int:
-        """N, padding included."""
+        """The number of states N, padding included."""
         return self.next_states.shape[0]
 
     @property
     def num_classes(self) -> int:
-        """K, padding included."""
+        """The number of classes K, padding included."""
         return self.next_states.shape[1]
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """The vocabulary size V."""
         return self.token_classes.shape[0]
 
     @property
     def min_tokens(self) -> int:
-        """Tokens of the shortest response, the stop token included."""
+        """The number of tokens of the shortest response, the stop token included."""
         return int(self.distances[START])
 
 
 def shortest_distances(next_states: np.ndarray) -> np.ndarray:
-    """Fewest tokens from each state to END or FREE: [N, K] -> [N] integer.
+    """Returns the fewest tokens from each state to END or FREE: [N, K] -> [N] integer.
 
     Breadth-first search against the arrows.
     """
@@ -119,7 +119,7 @@ def shortest_distances(next_states: np.ndarray) -> np.ndarray:
 
 
 def trace(automaton: TokenAutomaton, states: jax.Array, tokens: jax.Array) -> jax.Array:
-    """States along the way.
+    """Returns the states that a walk passes through.
 
     Args:
       automaton: the automaton.
@@ -141,13 +141,13 @@ def trace(automaton: TokenAutomaton, states: jax.Array, tokens: jax.Array) -> ja
 def advance(
     automaton: TokenAutomaton, states: jax.Array, tokens: jax.Array, counts: jax.Array
 ) -> jax.Array:
-    """The state after the first `counts` [B] tokens of each row; else as `trace`, but [B]."""
+    """Returns the state after the first `counts` [B] tokens of each row, [B]; else as `trace`."""
     path = trace(automaton, states, tokens)
     return jnp.take_along_axis(path, counts[:, None], axis=1)[:, 0]
 
 
 def allowed(automaton: TokenAutomaton, states: jax.Array, remaining: jax.Array) -> jax.Array:
-    """Next tokens after which the response can still end in time.
+    """Returns the next tokens after which the response can still end in time.
 
     Args:
       automaton: the automaton.

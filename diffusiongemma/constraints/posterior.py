@@ -22,7 +22,7 @@ from diffusiongemma.constraints.automaton import FREE, TokenAutomaton
 
 @flax.struct.dataclass
 class CanvasPosterior:
-    """Independent positions, given that the canvas is valid. Made by `condition`.
+    """The distribution of independent positions given that the canvas is valid, see `condition`.
 
     A row that no canvas can make valid is not `feasible`: its state is dead, too few tokens
     remain, or logits of -inf rule out whatever would have fitted. It is read as if it were in
@@ -50,7 +50,7 @@ class CanvasPosterior:
     messages: jax.Array
 
     def log_marginals(self) -> jax.Array:
-        """Log-probability of each token at each position, [B, C, V] float32.
+        """Returns the log-probability of each token at each position, [B, C, V] float32.
 
         -inf where no valid canvas has the token, and below float32's e^-87.
         """
@@ -76,7 +76,7 @@ class CanvasPosterior:
         return self.logits - self.log_partition + shifts[..., self.automaton.token_classes]
 
     def draw(self, keys: jax.Array) -> jax.Array:
-        """One exact draw from the joint posterior, each row with its own key.
+        """Returns one exact draw from the joint posterior, each row with its own key.
 
         Gumbel noise on the logits makes the best canvas a draw (the Gumbel-max trick). In the
         FREE state the result is that of `epilogue.draw_tokens` with the same keys.
@@ -92,7 +92,7 @@ class CanvasPosterior:
         return self._best(noise + self.logits, self.messages)
 
     def most_likely(self) -> jax.Array:
-        """The valid canvas of the highest probability (Viterbi), [B, C] int32.
+        """Returns the valid canvas of the highest probability (Viterbi), [B, C] int32.
 
         In the FREE state it is the argmax of every position.
         """
@@ -101,7 +101,7 @@ class CanvasPosterior:
         return self._best(self.logits, messages)
 
     def _best(self, scores: jax.Array, messages: jax.Array) -> jax.Array:
-        """Walks forward by the best class score and what the rest of the canvas is worth.
+        """Returns the best canvas, by class scores and what the rest of the canvas is worth.
 
         Classes that lead to the same state are worth the same from there on, so that the walk
         decides on states, and each token is the best of those between two states of the path.
@@ -131,8 +131,8 @@ def condition(
     """Conditions the independent positions of a canvas on its being valid.
 
     A canvas is valid when the response ends within its first `remaining` positions, or, where
-    more than C tokens remain, when it could still end within the `remaining - C` behind it.
-    Positions behind a response's end are unconstrained. Fix a token by logits of -inf for the
+    more than C tokens remain, when it could still end within the `remaining - C` after it.
+    Positions after a response's end are unconstrained. Fix a token by logits of -inf for the
     others, ban it by -inf for itself.
 
     Takes time O(B C (V + N K)), and B N (C + K) numbers beside arrays of the logits' shape.
@@ -177,7 +177,7 @@ def _backward(
     remaining: jax.Array,
     reduce: Callable[..., jax.Array],
 ) -> jax.Array:
-    """What the positions from each on are worth to each state.
+    """Returns what the positions from each one on are worth to each state.
 
     Args:
       automaton: the automaton.
@@ -214,12 +214,12 @@ def _class_max(automaton: TokenAutomaton, scores: jax.Array) -> jax.Array:
 def _by_class(
     automaton: TokenAutomaton, values: jax.Array, segment_op: Callable[..., jax.Array]
 ) -> jax.Array:
-    """[B, C, V] -> [B, C, K], reduced over the tokens of each class."""
+    """Returns [B, C, V] -> [B, C, K], reduced over the tokens of each class."""
     by_token = jnp.moveaxis(values, -1, 0)
     reduced = segment_op(by_token, automaton.token_classes, num_segments=automaton.num_classes)
     return jnp.moveaxis(reduced, 0, -1)
 
 
 def _finite(values: jax.Array) -> jax.Array:
-    """-inf as 0, so that a difference of two impossible scores is no NaN."""
+    """Returns 0 for -inf, so that a difference of two impossible scores is not NaN."""
     return jnp.where(values == -jnp.inf, 0.0, values)
