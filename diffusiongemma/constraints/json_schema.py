@@ -153,7 +153,10 @@ class _Compiler:
                 if keyword in part.schema:
                     entry = (int(part.schema[keyword]), keyword, part.where)
                     self._largest = max(self._largest, entry)
-        return limits_of(branch, name)
+        low, high = limits_of(branch, name)
+        if name == 'Length' and max(low, high or 0) > self.max_states:
+            raise TooManyStatesError  # at once: every character takes a state or more
+        return low, high
 
     def too_large(self) -> str:
         """Returns the message of a schema that takes too many states."""

@@ -186,6 +186,7 @@ def _category(name: str, ascii_only: bool) -> Ranges:
     r"""Returns the ranges of \d, \s, \w and their complements, as `re` itself finds them."""
     letter = {'DIGIT': 'd', 'SPACE': 's', 'WORD': 'w'}[name.rpartition('_')[2]]
     limit = 128 if ascii_only else MAX_CODE_POINT + 1
-    runs = re.finditer(rf'\{letter}+', ''.join(map(chr, range(limit))))
+    text = ''.join(map(chr, range(limit)))
+    runs = re.finditer(rf'\{letter}+', text, re.ASCII if ascii_only else 0)
     ranges = [(run.start(), run.end() - 1) for run in runs]
     return complement(ranges) if '_NOT_' in name else normalized(ranges)
