@@ -61,13 +61,17 @@ def is_multiple(validator, divisor, instance, schema):
 
 Validator = jsonschema.validators.extend(
     jsonschema.Draft202012Validator,
-    {'format': is_format, 'pattern': is_pattern, 'multipleOf': is_multiple},
+    {'pattern': is_pattern, 'multipleOf': is_multiple},
 )
+FormatValidator = jsonschema.validators.extend(Validator, {'format': is_format})
 
 
-def validator(schema):
-    """Objects with properties or patternProperties alone have no other names; see `closed`."""
-    return Validator(closed(schema))
+def validator(schema, formats=False):
+    """Objects with properties or patternProperties alone have no other names; see `closed`.
+
+    `format` describes alone, as in JSON Schema, unless `formats` asks for it.
+    """
+    return (FormatValidator if formats else Validator)(closed(schema))
 
 
 def closed(schema):
@@ -381,7 +385,7 @@ def is_huge(value):
     return isinstance(value, int | float) and abs(value) >= 1e29
 
 
-def spellings(value, limit=400):
+def spellings(value, limit):
     """Texts of a value: every order of keys, and whole floats as integers too."""
     return itertools.islice(_spellings(value), limit)
 
