@@ -2,8 +2,8 @@
 .PHONY: install check format test slow bench docs clean
 
 # What a package re-exports is documented there; these also have modules to import from.
-API = diffusiongemma $(addprefix diffusiongemma., models sampling sampling.batching sampling.chat \
-	sampling.decide sampling.grammar sampling.watch checkpoints data diffusion distillation \
+API = diffusiongemma $(addprefix diffusiongemma., constraints models sampling sampling.batching sampling.chat \
+	sampling.decide sampling.watch checkpoints data diffusion distillation \
 	evaluation parallel view)
 
 install:  ## the package with what tests and docs need

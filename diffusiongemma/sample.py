@@ -19,12 +19,12 @@ from rich.console import Console
 
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.constraints.grammar import from_json_schema, from_regex
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models import for_inference, quantize_weights
 from diffusiongemma.models.quantization import WEIGHT_DTYPES
 from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, generate_text, pad_prompts
 from diffusiongemma.sampling.chat import ChatSampler
-from diffusiongemma.sampling.grammar import from_json_schema, from_regex
 from diffusiongemma.sampling.sampler import MODES, main_mode
 from diffusiongemma.sampling.watch import watch
 from diffusiongemma.view.animation import write_gif, write_html

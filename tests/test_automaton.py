@@ -11,8 +11,9 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusiongemma.sampling import automaton as fa
-from diffusiongemma.sampling.automaton import DEAD, END, FREE, START, UNREACHABLE, TokenAutomaton
+from diffusiongemma.constraints import automaton as fa
+from diffusiongemma.constraints.automaton import DEAD, END, FREE, START, UNREACHABLE, TokenAutomaton
+from diffusiongemma.constraints.posterior import condition
 from diffusiongemma.sampling.epilogue import draw_tokens
 from diffusiongemma.sampling.randomness import row_keys
 
@@ -53,7 +54,7 @@ def enumerated(automaton, logits, state, remaining):
 @functools.cache
 def compiled(name):
     def read(automaton, logits, states, remaining, *keys):
-        posterior = fa.condition(automaton, logits, states, remaining)
+        posterior = condition(automaton, logits, states, remaining)
         return getattr(posterior, name)(*keys), posterior.feasible
 
     return jax.jit(read)
@@ -226,7 +227,7 @@ def test_automata_of_one_shape_share_a_program():
     @jax.jit
     def run(automaton, logits):
         traced.append(1)
-        return fa.condition(automaton, logits, jnp.array([START]), jnp.array([9])).most_likely()
+        return condition(automaton, logits, jnp.array([START]), jnp.array([9])).most_likely()
 
     rng = np.random.default_rng(0)
     for _ in range(3):
@@ -280,4 +281,4 @@ def test_tables_that_do_not_fit_are_refused(classes, next_states, message):
 
 def test_logits_of_another_vocabulary_are_refused():
     with pytest.raises(ValueError, match='The logits have 6 tokens, the automaton 5'):
-        fa.condition(chain(1), jnp.zeros((1, C, 6)), jnp.array([START]), jnp.array([9]))
+        condition(chain(1), jnp.zeros((1, C, 6)), jnp.array([START]), jnp.array([9]))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from toy_model import toy
 
+from diffusiongemma.constraints.automaton import FREE, START, TokenAutomaton
 from diffusiongemma.sampling import (
     Controls,
     Sampler,
@@ -19,7 +20,6 @@ from diffusiongemma.sampling import (
     pad_prompts,
     pin,
 )
-from diffusiongemma.sampling.automaton import FREE, START, TokenAutomaton
 from diffusiongemma.sampling.sampler import MODES
 
 C, PAD, V, LIMIT = 4, 22, 23, 14

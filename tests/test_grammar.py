@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from diffusiongemma.constraints import automaton as fa
+from diffusiongemma.constraints.automaton import DEAD, END, FREE, START
+from diffusiongemma.constraints.grammar import from_json_schema, from_regex, from_texts
+from diffusiongemma.constraints.json_schema import to_pattern
+from diffusiongemma.constraints.posterior import condition
+from diffusiongemma.constraints.regex import byte_automaton
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.sampling import automaton as fa
-from diffusiongemma.sampling.automaton import DEAD, END, FREE, START
-from diffusiongemma.sampling.grammar import from_json_schema, from_regex, from_texts
-from diffusiongemma.sampling.json_schema import to_pattern
-from diffusiongemma.sampling.regex import byte_automaton
 
 PATTERNS = [
     'a|ab',
@@ -117,7 +118,8 @@ def test_classes_hold_the_same_characters_as_in_python(name, flag):
         (r'a[^\s\S]', 'matches no string'),
         ('(a|b)*a(a|b){12}', 'more than max_states=1000 states'),
         ('(?:){4294967294}', 'more than max_states=1000 states'),
-        ('a{99999999999}', 'more than max_states=1000 states'),
+        ('a{99999999999}', 'too large a count or too deep groups'),
+        ('(' * 3000 + ')' * 3000, 'too large a count or too deep groups'),
         ('(((a{9}){9}){9}){9}', 'more than max_states=1000 states'),
     ],
 )
@@ -188,14 +190,14 @@ def test_a_vocabulary_that_cannot_spell_the_language_is_refused(tokenizer, monke
 
 def test_a_tokenizer_that_drops_the_first_blank_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(Tokenizer, 'decode', lambda self, ids: 'x')
-    with pytest.raises(ValueError, match='drops the blank in front of a text'):
+    with pytest.raises(ValueError, match='drops the blank before a text'):
         from_regex('a', tokenizer)
 
 
 def test_marginals_of_a_long_canvas_are_distributions(tokenizer):
     automaton = from_regex(r'("[^"]*",)*', tokenizer)
     logits = 20 * jax.random.normal(jax.random.key(0), (2, 256, automaton.vocab_size))
-    run = jax.jit(lambda *x: fa.condition(automaton, *x).log_marginals())
+    run = jax.jit(lambda *x: condition(automaton, *x).log_marginals())
     log_marginals = run(logits, jnp.array([START, START]), jnp.array([256, 1000]))
     sums = np.exp(np.asarray(log_marginals, np.float64)).sum(axis=-1)
     np.testing.assert_allclose(sums, 1.0, atol=1e-4)
@@ -208,7 +210,7 @@ def generate(automaton, rows, canvas_length, max_tokens, seed, greedy=False):
         key, remaining = inputs
         logit_key, draw_key = jax.random.split(key)
         logits = table[jax.random.randint(logit_key, (rows, canvas_length), 0, len(table))]
-        posterior = fa.condition(automaton, logits, states, jnp.full(rows, remaining))
+        posterior = condition(automaton, logits, states, jnp.full(rows, remaining))
         keys = jax.random.split(draw_key, rows)
         canvas = posterior.most_likely() if greedy else posterior.draw(keys)
         states = fa.advance(automaton, states, canvas, jnp.full(rows, canvas_length))
@@ -315,36 +317,63 @@ def test_any_optional_members_may_be_missing(present, required):
 @pytest.mark.parametrize(
     'schema, message',
     [
-        ({}, 'The schema at # has nothing that constrains; it needs one of type'),
-        ({'properties': {}}, 'The schema at # has properties; it needs one of type'),
-        (True, 'must be an object, got True'),
-        ({'type': 'text'}, "Unknown type 'text' at #"),
-        ({'type': 'string', 'pattern': 'a'}, "The keyword 'pattern' is not supported at #"),
-        ({'type': 'string', 'format': 'date'}, "The keyword 'format' is not supported"),
-        ({'type': 'integer', 'multipleOf': 2}, "The keyword 'multipleOf' is not supported"),
-        ({'type': 'integer', 'minimum': 2}, 'minimum=2 and maximum=None at # are not supported'),
-        ({'type': 'integer', 'minimum': 2, 'maximum': 1}, 'minimum=2 and maximum=1'),
-        ({'oneOf': [{'type': 'null'}]}, 'The schema at # has oneOf'),
-        ({'allOf': [{'type': 'null'}] * 2}, 'allOf of 2 schemas is not supported'),
-        ({'type': 'array'}, 'The array at # needs items'),
-        ({'type': 'string', 'minLength': 3, 'maxLength': 2}, 'minLength=3 and maxLength=2'),
-        ({'type': 'object', 'required': ['a']}, "required property 'a' at # is not among"),
-        ({'enum': ['a'], 'type': 'null'}, r"No value of \['a'\] at # has the type"),
-        ({'$ref': '#/$defs/x'}, "reference '#/\\$defs/x' at # leads nowhere"),
-        ({'$ref': 'http://a/b'}, 'is not local'),
+        (False, 'No value is valid under the schema at #: its keywords contradict each other'),
+        (3, 'The schema at # must be an object or a boolean, got 3'),
+        ({'type': 'text'}, "type at # must be one of null, .*, or a list of them, got 'text'"),
+        ({'type': []}, 'type at # must be one of'),
+        ({'type': 'string', 'format': 'x'}, "format='x' at # is not supported here: known are"),
+        ({'multipleOf': 0.1}, 'multipleOf=0.1 at # is not supported here: only whole divisors'),
         (
-            {'type': 'array', 'items': {'$ref': '#'}},
-            "The reference '#' at #/items is recursive",
+            {'type': 'integer', 'minimum': 2, 'maximum': 1},
+            'No value is valid under the schema at #',
         ),
-        (
-            {'type': 'object', 'properties': {'a': {'not': {}}}},
-            'The schema at #/properties/a has not',
-        ),
+        ({'type': 'integer', 'minimum': 1e300}, 'a bound at # is not supported here: .* 30 digits'),
+        ({'oneOf': [{'type': 'null'}, {}]}, 'alternatives 0 and 1 may hold for one value. Use any'),
+        ({'oneOf': [{'type': 'integer'}, {'type': 'number'}]}, 'may hold for one value'),
+        ({'type': 'string', 'minLength': 3, 'maxLength': 2}, 'No value is valid'),
+        ({'enum': ['a'], 'type': 'null'}, 'No value is valid'),
+        ({'$ref': '#/$defs/x'}, "reference '#/\\$defs/x' at # leads nowhere: # has no '\\$defs'"),
+        ({'$ref': '#/type', 'type': 'null'}, 'The schema at #/type must be an object or a boolean'),
+        ({'$ref': 'http://a/b'}, 'is not local. Copy what it names into \\$defs'),
+        ({'$ref': '#name'}, 'names an anchor, which is not supported'),
+        ({'$ref': '#/$defs/~2', '$defs': {'~2': {}}}, 'leads nowhere'),
+        ({'$ref': '#'}, "The reference '#' at # is recursive, which no finite automaton can hold"),
+        ({'type': 'array', 'items': {'$ref': '#'}}, "The reference '#' at #/items is recursive"),
+        ({'properties': {'a/b': {'not': {}}}}, "The keyword 'not' at #/properties/a~1b is not sup"),
+        ({'type': 'string', 'nullable': True}, "'nullable' at # .* add 'null' to the type instead"),
+        ({'items': [{}]}, r'items at # must be a schema, got \[\{\}\]. Write prefixItems'),
+        ({'const': [1], 'items': {'not': {}}}, "The keyword 'not' at #/items is not supported"),
+        ({'const': ['a'], 'items': {'pattern': '('}}, 'At #/items/pattern: Invalid'),
+        ({'const': {'a': 1}, 'properties': {'a': 3}}, 'The schema at #/properties/a must be'),
+        ({'minLength': 1.5}, 'minLength at # must be a whole number >= 0, got 1.5'),
+        ({'minimum': True}, 'minimum at # must be a number, got True'),
+        ({'exclusiveMinimum': True}, 'exclusiveMinimum at # must be a number'),
+        ({'const': float('nan')}, 'The schema is not valid JSON: Out of range float'),
+        ({'const': {1, 2}}, 'The schema is not valid JSON: Object of type set'),
+        ({'const': '\ud800'}, 'half of a surrogate pair'),
+        ({'pattern': '(a'}, r"At #/pattern: Invalid regular expression '\(a'"),
+        ({'pattern': '(?=a)'}, 'At #/pattern: .* has lookahead'),
+        ({'patternProperties': {'(?i)a': {}}}, 'At #/patternProperties: .* IGNORECASE'),
+        ({'type': 'array', 'uniqueItems': True}, 'uniqueItems at # is not supported here'),
+        ({'maxLength': 99999}, 'more than max_states=20000 states. Lower maxLength=99999 at #'),
+        ({'type': 'object', 'minProperties': 2}, 'minProperties at # is not supported here'),
+        (functools.reduce(lambda x, _: {'items': x}, range(3000), {}), 'nested too deeply'),
     ],
 )
 def test_a_schema_that_is_not_supported_is_named(tokenizer, schema, message):
     with pytest.raises(ValueError, match=message):
         from_json_schema(schema, tokenizer)
+
+
+@pytest.mark.parametrize('text', ['{', '[' * 100_000, '{"const": 1e999}', '1' * 5000])
+def test_a_text_that_is_no_schema_is_refused(tokenizer, text):
+    with pytest.raises(ValueError, match='The schema'):
+        from_json_schema(text, tokenizer)
+
+
+def test_separators_must_make_json(tokenizer):
+    with pytest.raises(ValueError, match='do not make valid JSON'):
+        from_json_schema(True, tokenizer, separators=(';', ':'))
 
 
 def test_a_schema_may_be_text(tokenizer):

@@ -11,6 +11,7 @@ import pytest
 from toy_model import ToyConfig
 
 from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.constraints.grammar import from_json_schema, from_regex
 from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
@@ -22,7 +23,6 @@ from diffusiongemma.sampling import (
     generate_text,
     pad_prompts,
 )
-from diffusiongemma.sampling.grammar import from_json_schema, from_regex
 
 TOKENIZER = Tokenizer.load()
 SCHEMA = {

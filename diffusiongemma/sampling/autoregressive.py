@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.constraints.automaton import allowed
 from diffusiongemma.sampling import passes
-from diffusiongemma.sampling.automaton import allowed
 from diffusiongemma.sampling.controls import restrict, without_unknown
 from diffusiongemma.sampling.epilogue import adjust, draw
 from diffusiongemma.sampling.passes import CausalModel

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusiongemma.sampling.automaton import START, TokenAutomaton
+from diffusiongemma.constraints.automaton import START, TokenAutomaton
 
 OPEN = -1  # a position without a pinned token, a seed or a set
 

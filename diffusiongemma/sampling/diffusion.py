@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.constraints.posterior import condition
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.models.vocabulary import likeliest_tokens
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.acceptance import Proposal
-from diffusiongemma.sampling.automaton import condition
 from diffusiongemma.sampling.controls import OPEN, restrict, without_unknown
 from diffusiongemma.sampling.epilogue import (
     adjust,

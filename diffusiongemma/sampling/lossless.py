@@ -19,9 +19,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.constraints.automaton import trace
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
-from diffusiongemma.sampling.automaton import trace
 from diffusiongemma.sampling.autoregressive import first_token, next_token_logits
 from diffusiongemma.sampling.controls import OPEN
 from diffusiongemma.sampling.diffusion import canvas_task, denoise_canvas, first_canvas, hold

@@ -8,9 +8,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.constraints.automaton import TokenAutomaton, advance
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling.acceptance import AcceptanceRule, Ancestral, EntropyBound
-from diffusiongemma.sampling.automaton import TokenAutomaton, advance
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafts import DraftSource
 from diffusiongemma.sampling.schedule import TemperatureSchedule

@@ -1,4 +1,4 @@
-"""Sampling under a finite automaton over tokens: canvases that are valid as a whole.
+"""The posterior of a canvas under an automaton: canvases that are valid as a whole.
 
 A denoise pass gives each position of a canvas a distribution of its own. `condition` turns their
 product into its exact posterior given that the canvas is the start of a response that the
@@ -16,164 +16,13 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-# States that every automaton has, by index.
-DEAD = 0  # no response can be completed any more; nothing leaves it
-FREE = 1  # unconstrained: every token leads back here
-END = 2  # the stop token has been; what follows is no part of the response
-START = 3
-
-# Distance of states from which no response can be completed.
-UNREACHABLE = 2**30
-
-
-@flax.struct.dataclass
-class TokenAutomaton:
-    """A deterministic automaton over tokens; see `grammar` for how to make one.
-
-    A response is accepted when its last token, the stop token, leads to END. Automata of equal
-    shapes are served by one compiled program.
-
-    Attributes:
-      token_classes: [V] int32, class of each token.
-      next_states: [N, K] int32, the state after a token of a class.
-      distances: [N] int32, fewest tokens from a state to END, the stop token included. 0 for END
-        and FREE, UNREACHABLE where there is no way.
-    """
-
-    token_classes: jax.Array
-    next_states: jax.Array
-    distances: jax.Array
-
-    @classmethod
-    def create(
-        cls, token_classes: np.ndarray, next_states: np.ndarray, *, multiple: int = 64
-    ) -> 'TokenAutomaton':
-        """Measures distances and pads the tables.
-
-        Args:
-          token_classes: [V] integer, values in [0, K).
-          next_states: [N, K] integer. The rows DEAD, FREE and END lead to themselves alone.
-          multiple: N and K are rounded up to a multiple of it, so that few shapes occur. Added
-            states are dead, added classes have no token.
-
-        Raises:
-          ValueError: when the tables do not fit together.
-        """
-        token_classes, next_states = np.asarray(token_classes), np.asarray(next_states)
-        num_states, num_classes = next_states.shape
-        if not (0 <= token_classes.min() and token_classes.max() < num_classes):
-            raise ValueError(
-                f'token_classes must lie in [0, {num_classes}), the columns of next_states; got '
-                f'{token_classes.min()} to {token_classes.max()}.'
-            )
-        if not (0 <= next_states.min() and next_states.max() < num_states):
-            raise ValueError(
-                f'next_states must lie in [0, {num_states}), its rows; got '
-                f'{next_states.min()} to {next_states.max()}.'
-            )
-        for state in (DEAD, FREE, END):
-            if np.any(next_states[state] != state):
-                raise ValueError(f'Every token must lead from state {state} back to it.')
-        used = np.isin(np.arange(num_classes), token_classes)
-        distances = shortest_distances(np.where(used, next_states, DEAD))
-        rows, columns = -num_states % multiple, -num_classes % multiple
-        return cls(
-            token_classes=jnp.asarray(token_classes, jnp.int32),
-            next_states=jnp.asarray(np.pad(next_states, ((0, rows), (0, columns))), jnp.int32),
-            distances=jnp.asarray(
-                np.pad(distances, (0, rows), constant_values=UNREACHABLE), jnp.int32
-            ),
-        )
-
-    @property
-    def num_states(self) -> int:
-        """N, padding included."""
-        return self.next_states.shape[0]
-
-    @property
-    def num_classes(self) -> int:
-        """K, padding included."""
-        return self.next_states.shape[1]
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self.token_classes.shape[0]
-
-    @property
-    def min_tokens(self) -> int:
-        """Tokens of the shortest response, the stop token included."""
-        return int(self.distances[START])
-
-
-def shortest_distances(next_states: np.ndarray) -> np.ndarray:
-    """Fewest tokens from each state to END or FREE: [N, K] -> [N] integer.
-
-    Breadth-first search against the arrows.
-    """
-    num_states, num_classes = next_states.shape
-    by_target = np.argsort(next_states, axis=None, kind='stable')
-    bounds = np.searchsorted(next_states.ravel()[by_target], np.arange(num_states + 1))
-    distances = np.full(num_states, UNREACHABLE)
-    frontier, distance = np.array([FREE, END]), 0
-    while frontier.size:
-        distances[frontier] = distance
-        arrows = np.concatenate([by_target[bounds[s] : bounds[s + 1]] for s in frontier])
-        sources = np.unique(arrows // num_classes)
-        frontier, distance = sources[distances[sources] == UNREACHABLE], distance + 1
-    return distances
-
-
-def trace(automaton: TokenAutomaton, states: jax.Array, tokens: jax.Array) -> jax.Array:
-    """States along the way.
-
-    Args:
-      automaton: the automaton.
-      states: [B] int32, each row's state before its first token.
-      tokens: [B, T] int32.
-
-    Returns:
-      [B, T + 1] int32; column i is the state after i tokens.
-    """
-
-    def step(states: jax.Array, classes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        states = automaton.next_states[states, classes]
-        return states, states
-
-    _, path = jax.lax.scan(step, states, automaton.token_classes[tokens].T)  # [T, B]
-    return jnp.concatenate([states[:, None], path.T], axis=1)
-
-
-def advance(
-    automaton: TokenAutomaton, states: jax.Array, tokens: jax.Array, counts: jax.Array
-) -> jax.Array:
-    """The state after the first `counts` [B] tokens of each row; else as `trace`, but [B]."""
-    path = trace(automaton, states, tokens)
-    return jnp.take_along_axis(path, counts[:, None], axis=1)[:, 0]
-
-
-def allowed(automaton: TokenAutomaton, states: jax.Array, remaining: jax.Array) -> jax.Array:
-    """Next tokens after which the response can still end in time.
-
-    Args:
-      automaton: the automaton.
-      states: [B] int32.
-      remaining: [B] int32, tokens that the response may still have, the next one included.
-
-    Returns:
-      [B, V] bool. A row has no True exactly where its response can no longer end in time.
-    """
-    reached = automaton.distances[automaton.next_states[states]]  # [B, K]
-    in_time = automaton.distances[states] <= jnp.maximum(remaining, 0)
-    classes = (reached <= jnp.maximum(remaining - 1, 0)[:, None]) & in_time[:, None]
-    return classes[:, automaton.token_classes]
+from diffusiongemma.constraints.automaton import FREE, TokenAutomaton
 
 
 @flax.struct.dataclass
 class CanvasPosterior:
-    """Independent positions, given that the canvas is valid. Made by `condition`.
+    """The distribution of independent positions given that the canvas is valid, see `condition`.
 
     A row that no canvas can make valid is not `feasible`: its state is dead, too few tokens
     remain, or logits of -inf rule out whatever would have fitted. It is read as if it were in
@@ -201,7 +50,7 @@ class CanvasPosterior:
     messages: jax.Array
 
     def log_marginals(self) -> jax.Array:
-        """Log-probability of each token at each position, [B, C, V] float32.
+        """Returns the log-probability of each token at each position, [B, C, V] float32.
 
         -inf where no valid canvas has the token, and below float32's e^-87.
         """
@@ -227,7 +76,7 @@ class CanvasPosterior:
         return self.logits - self.log_partition + shifts[..., self.automaton.token_classes]
 
     def draw(self, keys: jax.Array) -> jax.Array:
-        """One exact draw from the joint posterior, each row with its own key.
+        """Returns one exact draw from the joint posterior, each row with its own key.
 
         Gumbel noise on the logits makes the best canvas a draw (the Gumbel-max trick). In the
         FREE state the result is that of `epilogue.draw_tokens` with the same keys.
@@ -243,7 +92,7 @@ class CanvasPosterior:
         return self._best(noise + self.logits, self.messages)
 
     def most_likely(self) -> jax.Array:
-        """The valid canvas of the highest probability (Viterbi), [B, C] int32.
+        """Returns the valid canvas of the highest probability (Viterbi), [B, C] int32.
 
         In the FREE state it is the argmax of every position.
         """
@@ -252,7 +101,7 @@ class CanvasPosterior:
         return self._best(self.logits, messages)
 
     def _best(self, scores: jax.Array, messages: jax.Array) -> jax.Array:
-        """Walks forward by the best class score and what the rest of the canvas is worth.
+        """Returns the best canvas, by class scores and what the rest of the canvas is worth.
 
         Classes that lead to the same state are worth the same from there on, so that the walk
         decides on states, and each token is the best of those between two states of the path.
@@ -282,8 +131,8 @@ def condition(
     """Conditions the independent positions of a canvas on its being valid.
 
     A canvas is valid when the response ends within its first `remaining` positions, or, where
-    more than C tokens remain, when it could still end within the `remaining - C` behind it.
-    Positions behind a response's end are unconstrained. Fix a token by logits of -inf for the
+    more than C tokens remain, when it could still end within the `remaining - C` after it.
+    Positions after a response's end are unconstrained. Fix a token by logits of -inf for the
     others, ban it by -inf for itself.
 
     Takes time O(B C (V + N K)), and B N (C + K) numbers beside arrays of the logits' shape.
@@ -328,7 +177,7 @@ def _backward(
     remaining: jax.Array,
     reduce: Callable[..., jax.Array],
 ) -> jax.Array:
-    """What the positions from each on are worth to each state.
+    """Returns what the positions from each one on are worth to each state.
 
     Args:
       automaton: the automaton.
@@ -365,12 +214,12 @@ def _class_max(automaton: TokenAutomaton, scores: jax.Array) -> jax.Array:
 def _by_class(
     automaton: TokenAutomaton, values: jax.Array, segment_op: Callable[..., jax.Array]
 ) -> jax.Array:
-    """[B, C, V] -> [B, C, K], reduced over the tokens of each class."""
+    """Returns [B, C, V] -> [B, C, K], reduced over the tokens of each class."""
     by_token = jnp.moveaxis(values, -1, 0)
     reduced = segment_op(by_token, automaton.token_classes, num_segments=automaton.num_classes)
     return jnp.moveaxis(reduced, 0, -1)
 
 
 def _finite(values: jax.Array) -> jax.Array:
-    """-inf as 0, so that a difference of two impossible scores is no NaN."""
+    """Returns 0 for -inf, so that a difference of two impossible scores is not NaN."""
     return jnp.where(values == -jnp.inf, 0.0, values)
