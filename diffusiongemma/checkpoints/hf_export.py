@@ -261,6 +261,8 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer | None, base: Path | 
         'extra_special_tokens': [start, end],
     }
     _write_json(directory / 'tokenizer_config.json', content)
+    if not tokenizer.chat_turns:  # a pretrained model is known by its lack of a template
+        return
     template = re.sub('<START>', lambda _: start, _CHAT_TEMPLATE)
     template = re.sub('<END>', lambda _: end, template)
     (directory / 'chat_template.jinja').write_text(template, encoding='utf-8')

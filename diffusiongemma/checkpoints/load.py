@@ -1,4 +1,5 @@
-"""Opens whatever holds a model: a shipped one, a workdir, a bundle, a published or an orbax one."""
+"""Opens whatever holds a model: a shipped or a packaged one, a workdir, a bundle, and the formats
+of others (published, GGUF, orbax)."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ import jax.numpy as jnp
 from absl import logging
 from flax.traverse_util import flatten_dict
 
-from diffusiongemma.checkpoints import adapters, bundle, hf_import, orbax_import
+from diffusiongemma.checkpoints import adapters, bundle, gguf_import, hf_import, orbax_import
+from diffusiongemma.checkpoints.hf_config import read_hf_config
+from diffusiongemma.checkpoints.json_file import read_json
+from diffusiongemma.checkpoints.packaged import PACKAGED, packaged_file
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig
@@ -26,6 +30,7 @@ BUILTIN = {
 }
 EXPORT_DIR = 'model'  # in a workdir: the model that the run exports
 BASE_DIR = 'base'  # in a workdir: the model whose parameters the run leaves as they are
+TOKENIZER_JSON = 'tokenizer.json'  # in a published checkpoint without tokenizer.model
 
 
 def load_model(
@@ -35,10 +40,12 @@ def load_model(
 
     Args:
       path: 'builtin' (the shipped student), 'builtin-teacher', 'builtin-sudoku' (a student for
-        sudoku alone), a bundle, the workdir of a run (the model that it exported, else the averaged
+        sudoku alone), 'gemma3-270m' (Google's weights, from a package that the extra `gemma`
+        installs), a bundle, the workdir of a run (the model that it exported, else the averaged
         parameters of its newest checkpoint), one of its checkpoints (WORKDIR/checkpoints/STEP), a
-        directory in the published format (config.json and safetensors), one of Google's orbax
-        checkpoints (see `orbax_import`), or adapters, which are merged into their base.
+        directory in the published format (config.json and safetensors), a GGUF file or a
+        directory with one, one of Google's orbax checkpoints (see `orbax_import`), or adapters,
+        which are merged into their base.
       dtype: of the parameters and the computation (a separate denoiser may compute in its own, see
         `ModelConfig.denoise_dtype`); None keeps the parameters as they are stored and computes
         in float32.
@@ -50,10 +57,14 @@ def load_model(
       tokenizer, or None where the directory has none.
 
     Raises:
-      FileNotFoundError: there is no such model, or `path` names a preset, which has no weights.
+      FileNotFoundError: there is no such model, or `path` names a preset, which has no weights, or
+        a packaged model whose package is missing.
       ValueError: the files do not fit together; the message names the tensor.
     """
     directory = model_directory(path)
+    gguf_file = gguf_import.find_gguf(directory)
+    if gguf_file is not None:
+        return gguf_import.load_gguf(gguf_file, dtype, mesh)
     if adapters.is_adapters(directory):
         return _load_adapted(directory, dtype, mesh)
     if bundle.is_bundle(directory):
@@ -66,15 +77,26 @@ def load_model(
     elif orbax_import.is_orbax(directory):
         model, params = orbax_import.load_orbax(directory, dtype, mesh)
     else:
+        tokenizer = _published_tokenizer(directory)
         model, params = hf_import.load_hf(directory, dtype, mesh)
+        return model, params, tokenizer
     tokenizer_file = directory / bundle.TOKENIZER_FILE
     tokenizer = Tokenizer.load(str(tokenizer_file)) if tokenizer_file.exists() else None
     return model, params, tokenizer
 
 
 def model_directory(path: str | Path) -> Path:
-    """Where the files of a model lie; raises FileNotFoundError when there is no such directory."""
+    """Returns where the files of a model lie, or the GGUF file that holds it.
+
+    Raises:
+      FileNotFoundError: there is no such directory or file, or a packaged model is not installed.
+      ValueError: the file of a packaged model is not the expected one.
+    """
+    if str(path) in PACKAGED and not Path(path).exists():
+        return packaged_file(str(path))
     directory = BUILTIN.get(str(path), Path(path))
+    if directory.suffix == gguf_import.SUFFIX and directory.is_file():
+        return directory
     if not directory.is_dir() and str(path) in PRESETS:
         raise FileNotFoundError(
             f'{path} is a preset, which has no weights: pass the directory of a downloaded '
@@ -83,10 +105,37 @@ def model_directory(path: str | Path) -> Path:
         )
     if not directory.is_dir():
         raise FileNotFoundError(
-            f'no model at {directory}: pass a directory, or one of {sorted(BUILTIN)}.'
+            f'no model at {directory}: pass a directory, a {gguf_import.SUFFIX} file, or one of '
+            f'{sorted([*BUILTIN, *PACKAGED])}.'
         )
     exported = directory / EXPORT_DIR
     return exported if bundle.is_bundle(exported) else directory
+
+
+def _published_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a published checkpoint, or None where it has none.
+
+    A checkpoint whose tokenizer_config.json comes without a chat template is a pretrained model.
+
+    Raises:
+      ValueError: it has more tokens than the model.
+    """
+    names = (bundle.TOKENIZER_FILE, TOKENIZER_JSON)
+    files = [directory / name for name in names if (directory / name).exists()]
+    if not files:
+        return None
+    tokenizer = Tokenizer.load(str(files[0]))
+    vocab_size = read_hf_config(directory).vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f'{files[0]} has {tokenizer.vocab_size} tokens, the model {vocab_size}; '
+            'they are not of one checkpoint.'
+        )
+    config = directory / 'tokenizer_config.json'
+    if config.exists() and not any(directory.glob('chat_template.*')):
+        if not read_json(config).get('chat_template'):
+            return tokenizer.without_chat_turns()
+    return tokenizer
 
 
 def _load_run(
@@ -119,9 +168,9 @@ def _load_adapted(
     """The base that adapters name, with them merged in, and its tokenizer."""
     found = adapters.read_adapters(directory)
     base = found.base
-    if base not in BUILTIN and not Path(base).is_dir():
+    if base not in (*BUILTIN, *PACKAGED) and not Path(base).exists():
         base = directory / base
-        if not base.is_dir():
+        if not base.exists():
             raise FileNotFoundError(
                 f'{directory} adapts the model {found.base}, which is not there; change "base" in '
                 f'{directory / adapters.CONFIG_FILE} to where it is.'

@@ -7,6 +7,8 @@
 
 Text and control tokens do not mix: `encode` never emits a control token, whatever the text
 spells out, and `decode` never shows one. Only `format_prompt` and `format_response` put them in.
+A pretrained model has no turns: its tokenizer (`chat_turns` is False) formats a prompt as plain
+text to be continued.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from collections.abc import Iterable
 
 import sentencepiece
 from etils import epath
+
+from diffusiongemma.data.tokenizer_json import model_from_tokenizer_json
+from diffusiongemma.data.vocabulary import SPACE, mark_unused
 
 BUILTIN = 'builtin'
 _BUILTIN_PATH = pathlib.Path(__file__).parents[1] / 'assets' / 'tokenizer.model'
@@ -31,7 +36,6 @@ THINK_PIECES = ('<|think|>', '<|channel>', '<channel|>')
 _STEERING = re.compile(
     r'<\|[^|<>]+\|?>|<[^|<>]+\|>|<(?:start|end)_of_\w+>|<(?:pad|eos|bos|unk|mask)>'
 )
-_SPACE = '\u2581'  # sentencepiece's mark for a blank, which is a character of its own too
 
 
 class Tokenizer:
@@ -41,6 +45,8 @@ class Tokenizer:
       vocab_size: number of pieces.
       pad_id, eos_id, bos_id, unk_id, mask_id: ids of the common special tokens.
       turn_start_id, turn_end_id: ids of the tokens that open and close a turn.
+      chat_turns: whether prompts are turns of a conversation; False for a pretrained model, whose
+        turn tokens have the type UNUSED.
       stop_ids: tokens after which a response is over.
       think_ids: ids of the tokens that ask for thoughts, open and close their channel, or None.
       special_ids: tokens that stand for no text; `encode` avoids them and `decode` skips them.
@@ -91,16 +97,20 @@ class Tokenizer:
         self.turn_end_id: int = ids[turns[0][1]]
         # Gemma 3 knows no system role: its system text opens the user's turn.
         self._has_system_turn = turns[0] == TURN_PIECES[0]
-        self.stop_ids: tuple[int, ...] = (self.eos_id, self.turn_end_id)
+        self.chat_turns: bool = not processor.is_unused(self.turn_start_id)
+        turn_end = (self.turn_end_id,) if self.chat_turns else ()
+        self.stop_ids: tuple[int, ...] = (self.eos_id, *turn_end)
         thinks = tuple(ids[piece] for piece in THINK_PIECES if piece in ids)
         self.think_ids: tuple[int, ...] | None = thinks if len(thinks) == 3 else None
         self._byte_ids = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in range(256)]
         literals = sorted(ids, key=len, reverse=True)
-        self._literal = re.compile('|'.join(re.escape(text) for text in (*literals, _SPACE)))
+        self._literal = re.compile('|'.join(re.escape(text) for text in (*literals, SPACE)))
 
     @classmethod
     def load(cls, path: str = BUILTIN) -> Tokenizer:
         """Loads a .model file from a local or gs:// path, or the one that ships ('builtin').
+
+        A tokenizer.json of Gemma's kind is read as the sentencepiece model that it was made of.
 
         Raises:
           FileNotFoundError: when there is no such file.
@@ -112,7 +122,17 @@ class Tokenizer:
                 f'No tokenizer model at {file}. Pass the path of a sentencepiece .model file, '
                 f'or {BUILTIN!r} for the one that ships with the library.'
             )
-        return cls(file.read_bytes(), str(file))
+        content = file.read_bytes()
+        if file.suffix == '.json':
+            content = model_from_tokenizer_json(content, str(file))
+        return cls(content, str(file))
+
+    def without_chat_turns(self) -> Tokenizer:
+        """Returns the tokenizer of a pretrained model with the same vocabulary."""
+        if not self.chat_turns:
+            return self
+        names = [piece for pair in TURN_PIECES for piece in pair]
+        return Tokenizer(mark_unused(self._model, names), self._source)
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the sentencepiece model to `path`."""
@@ -140,7 +160,7 @@ class Tokenizer:
         for match in self._literal.finditer(text):
             literal = match[0]
             ids += self._processor.encode(text[start : match.start()])
-            if literal == _SPACE:  # sentencepiece would read it as a blank
+            if literal == SPACE:  # sentencepiece would read it as a blank
                 ids += [self._byte_ids[byte] for byte in literal.encode()]
             else:
                 ids += self._processor.encode(literal[0]) + self._processor.encode(literal[1:])
@@ -170,7 +190,7 @@ class Tokenizer:
         piece = self.piece(token_id)
         if self._processor.is_byte(token_id):
             return bytes([int(piece[1:-1], 16)])
-        return piece.replace(_SPACE, ' ').encode()
+        return piece.replace(SPACE, ' ').encode()
 
     def _turn(self, role: str, content: list[int]) -> list[int]:
         header = self._processor.encode(f'{role}\n')
@@ -184,10 +204,19 @@ class Tokenizer:
 
         For Gemma 4 that is `<bos><|turn>user\\n{prompt}<turn|>\\n<|turn>model\\n`, with a turn of
         the role `system` before it where there is a system text, or where thoughts are asked for.
+        For a pretrained model (`chat_turns` is False) it is `<bos>{prompt}`.
 
         Raises:
-          ValueError: when thoughts are asked for and the tokenizer has no tokens for them.
+          ValueError: when thoughts are asked for and the tokenizer has no tokens for them, or when
+            a pretrained model gets a system text.
         """
+        if not self.chat_turns:
+            if thinking or system is not None:
+                raise ValueError(
+                    f'{self._source} is of a pretrained model, which continues plain text: it '
+                    'takes no system text and does not think.'
+                )
+            return [self.bos_id, *self.encode(prompt)]
         if thinking and self.think_ids is None:
             raise ValueError(
                 f'{self._source} has no {", ".join(THINK_PIECES)}: its model does not think. '
@@ -202,7 +231,16 @@ class Tokenizer:
         return ids + self.format_turn(prompt)
 
     def format_turn(self, prompt: str) -> list[int]:
-        """Ids of a user turn, up to where the model's response starts."""
+        """Ids of a user turn, up to where the model's response starts.
+
+        Raises:
+          ValueError: for a pretrained model, which has no turns.
+        """
+        if not self.chat_turns:
+            raise ValueError(
+                f'{self._source} is of a pretrained model, which has no turns: it continues a '
+                'prompt and cannot hold a conversation.'
+            )
         header = [self.turn_start_id, *self._processor.encode('model\n')]
         return self._turn('user', self.encode(prompt)) + header
 
@@ -227,5 +265,5 @@ class Tokenizer:
         return thoughts, rest
 
     def format_response(self, response: str) -> list[int]:
-        """Ids of a response with the turn end that stops it."""
-        return [*self.encode(response), self.turn_end_id]
+        """Ids of a response with the token that stops it: turn end, or <eos> without turns."""
+        return [*self.encode(response), self.stop_ids[-1]]
