@@ -89,8 +89,7 @@ def load_gguf(
       mesh: the parameters are created in their shards on it; None for the default device.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ModuleNotFoundError: the package `gguf` is missing.
+      FileNotFoundError: there is no such file, or the package `gguf` is missing.
       ValueError: the file is damaged, of another model, or lacks a tensor or its vocabulary.
     """
     file = GgufFile(path)

@@ -20,7 +20,7 @@ _SCALARS = {
     0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd',
 }  # fmt: skip
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS of llama.cpp
-INSTALL = "pip install 'diffusiongemma[gemma]' (or pip install gguf)"
+INSTALL = 'pip install gguf'
 
 
 class GgufTensor(NamedTuple):
@@ -49,8 +49,7 @@ class GgufFile:
         """Reads and checks the header.
 
         Raises:
-          FileNotFoundError: there is no such file.
-          ModuleNotFoundError: the package `gguf` is missing.
+          FileNotFoundError: there is no such file, or the package `gguf` is missing.
           ValueError: it is not a GGUF file, is truncated or damaged, is one of several parts, or
             holds a tensor of a type that cannot be dequantized.
         """
@@ -219,7 +218,7 @@ def _import_gguf(path: Path) -> Any:
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'{path} needs the package gguf: {INSTALL}.') from error
+        raise FileNotFoundError(f'{path} needs the package gguf: {INSTALL}.') from error
     return gguf
 
 
