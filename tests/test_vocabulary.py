@@ -35,10 +35,12 @@ def tokenizer_json(model: bytes) -> dict:
     id_of = {p.piece: i for i, p in enumerate(content.pieces)}
     found = []
     for p in content.pieces:
-        for i in range(1, len(p.piece)) if p.type == 1 else ():
+        for i in range(1, len(p.piece)) if p.type in (1, 4) else ():
             left, right = p.piece[:i], p.piece[i:]
             if left in id_of and right in id_of:
-                found.append((-p.score, len(left), len(right), left, right))
+                found.append(
+                    (-p.score if p.type == 1 else -1e9, len(left), len(right), left, right)
+                )
     flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}
     added = [
         {'id': i, 'content': p.piece, 'special': p.type != 4, **flags}
@@ -202,6 +204,16 @@ def test_a_tokenizer_json_that_cannot_be_read_is_named(tmp_path, content, messag
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer.load(str(file))
     assert '\n' not in str(error.value)
+
+
+def test_runs_that_are_merged_first_are_user_defined_without_added_tokens(readers, tmp_path):
+    content = tokenizer_json(MODELS['runs'])
+    content['added_tokens'] = [token for token in content['added_tokens'] if token['special']]
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
+    read = Tokenizer.load(str(tmp_path / 'tokenizer.json'))
+    own = Tokenizer(MODELS['runs'])
+    for text in ('  the user', '\n\n\n\n\n', 'a   b\t\t\tc', '     ', '\n \n  \n\n'):
+        assert read.encode(text) == own.encode(text)
 
 
 def test_merges_in_an_order_that_scores_cannot_express_are_refused():

@@ -5,8 +5,9 @@ back as one; a pipeline of other steps than Gemma's is an error. Runs of more th
 split as sentencepiece splits them, longest piece first, and not as `tokenizers` does.
 """
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusiongemma.data.vocabulary import (
@@ -35,6 +36,7 @@ _MODEL = {
     'dropout': (None, 0.0),
     'ignore_merges': (None, False),
 }
+_WHITE = f'{SPACE}\n\t'
 _ADDED_FLAGS = ('single_word', 'lstrip', 'rstrip')
 
 
@@ -63,8 +65,22 @@ def model_from_tokenizer_json(content: bytes, source: str) -> bytes:
     ]
     if any(len(pair) != 2 for pair in merges):
         raise ValueError(f'{source} has a merge that is not a pair of pieces.')
+    runs = _runs_merged_first(merges)
+    types = [PieceType.USER_DEFINED if p in runs else t for p, t in zip(pieces, types, strict=True)]
     scores = scores_of_merges(pieces, types, merges, source)
     return sentencepiece_model(pieces, scores, types, source)
+
+
+def _runs_merged_first(merges: Sequence[tuple[str, ...]]) -> set[str]:
+    """Runs of one white-space character that are merged before anything else.
+
+    Such a run is one piece up to the longest there is, whatever stands beside it: a user-defined
+    piece of sentencepiece. Some files keep this as added tokens, others in the order of merges.
+    """
+    found = (left + right for left, right in merges)
+    return set(
+        itertools.takewhile(lambda piece: piece[0] in _WHITE and len(set(piece)) == 1, found)
+    )
 
 
 def _check_pipeline(parsed: Mapping[str, Any], source: str) -> None:

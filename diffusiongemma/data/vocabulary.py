@@ -80,7 +80,8 @@ def scores_of_merges(
     """Returns the scores that make sentencepiece merge in the order of `merges`.
 
     A list of merges names pairs, a score ranks what a pair becomes. The two agree where all pairs
-    that become one piece follow each other, as in every list that was made of scores.
+    that become one piece follow each other, as in every list that was made of scores. User-defined
+    pieces are found before anything is merged: their place in the list says nothing.
 
     Args:
       pieces: by id, blanks as sentencepiece writes them.
@@ -91,11 +92,17 @@ def scores_of_merges(
     Raises:
       ValueError: the pairs that become one piece do not follow each other, or become no piece.
     """
+    types_of = dict(zip(pieces, types, strict=True))
+    normal = {piece for piece, kind in types_of.items() if kind == PieceType.NORMAL}
     rank_of: dict[str, int] = {}
     listed: dict[str, int] = {}  # how many pairs become the piece
     last = None
     for rank, (left, right) in enumerate(merges):
         union = left + right
+        if union not in types_of:
+            raise ValueError(f'{source}: {union!r} is merged, but is not in the vocabulary.')
+        if union not in normal:
+            continue
         if union != last:
             if union in rank_of:
                 raise ValueError(
@@ -105,10 +112,6 @@ def scores_of_merges(
             rank_of[union] = rank
             last = union
         listed[union] = listed.get(union, 0) + 1
-    normal = {p for p, kind in zip(pieces, types, strict=True) if kind == PieceType.NORMAL}
-    stray = rank_of.keys() - set(pieces)
-    if stray:
-        raise ValueError(f'{source}: {min(stray)!r} is merged, but is not in the vocabulary.')
     unlisted = [
         piece
         for piece in normal
