@@ -1,8 +1,11 @@
 """Reading GGUF files: names, config, quantization, vocabulary, placement, and bad input."""
 
 import dataclasses
+import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -185,6 +188,19 @@ def test_a_chat_template_in_the_file_makes_prompts_turns(gemma3, tmp_path):
     assert plain.format_prompt('a 1') == [plain.bos_id, *plain.encode('a 1')]
     assert plain.stop_ids == (plain.eos_id,)
     assert tuned.format_prompt('a 1')[1] == tuned.turn_start_id
+
+
+def test_the_sample_command_continues_text_and_does_not_talk(gemma3_file):
+    command = [sys.executable, '-m', 'diffusiongemma.sample', f'--checkpoint={gemma3_file}']
+    root = Path(__file__).parents[1]
+    asked = [*command, '--prompt=a b', '--max_new_tokens=3', '--json']
+    done = subprocess.run(asked, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer['denoising_steps'] == len(answer['tokens']) <= 3  # autoregressive, without asking
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, input='')
+    assert done.returncode == 1
+    assert 'is a pretrained model, which cannot talk: give it a --prompt' in done.stderr
 
 
 def test_towers_beside_the_text_are_left_out(gemma3, tmp_path, caplog):
