@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusiongemma.checkpoints.convert import convert
 from diffusiongemma.checkpoints.gguf_config import read_gguf_config
 from diffusiongemma.checkpoints.gguf_import import find_gguf, load_gguf
 from diffusiongemma.checkpoints.gguf_reader import GgufFile
@@ -188,6 +189,15 @@ def test_a_chat_template_in_the_file_makes_prompts_turns(gemma3, tmp_path):
     assert plain.format_prompt('a 1') == [plain.bos_id, *plain.encode('a 1')]
     assert plain.stop_ids == (plain.eos_id,)
     assert tuned.format_prompt('a 1')[1] == tuned.turn_start_id
+
+
+def test_a_file_converts_to_the_published_format_and_to_a_bundle(gemma3_file, tmp_path):
+    _, expected, tokenizer = load_model(gemma3_file)
+    for format in ('hf', 'bundle'):
+        convert(gemma3_file, tmp_path / format, format)
+        _, params, read = load_model(tmp_path / format)
+        assert_trees_close(params, expected, atol=0)
+        assert read.content_hash == tokenizer.content_hash and not read.chat_turns
 
 
 def test_the_sample_command_continues_text_and_does_not_talk(gemma3_file):
