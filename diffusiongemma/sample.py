@@ -33,14 +33,17 @@ from diffusiongemma.view.frames import frames
 from diffusiongemma.view.terminal import show
 
 _CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', 'builtin', "A workdir, a bundle, a published checkpoint, or 'builtin'."
+    'checkpoint',
+    'builtin',
+    "A workdir, a bundle, a published checkpoint, a GGUF file, 'builtin', or 'gemma3-270m'.",
 )
 _PROMPT = flags.DEFINE_string('prompt', None, 'What to answer; without it, a chat.')
 _MODE = flags.DEFINE_enum(
     'mode',
     None,
     sorted(MODES),
-    "Decode mode; by default 'diffusion', and 'lossless' for a light student.",
+    "Decode mode; by default 'diffusion', 'lossless' for a light student, 'autoregressive' for a "
+    'model without a canvas.',
 )
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy.', lower_bound=0.0)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
@@ -103,7 +106,14 @@ class Loaded:
         """Raises ValueError or FileNotFoundError where the checkpoint is of no use."""
         model, params, tokenizer = load_model(_CHECKPOINT.value)
         if tokenizer is None:
-            raise ValueError(f'{_CHECKPOINT.value} has no tokenizer.model; copy it there.')
+            raise ValueError(
+                f'{_CHECKPOINT.value} has no tokenizer.model or tokenizer.json; copy one there.'
+            )
+        if _PROMPT.value is None and not tokenizer.chat_turns:
+            raise ValueError(
+                f'{_CHECKPOINT.value} is a pretrained model, which cannot talk: give it a --prompt '
+                'to continue.'
+            )
         model, params = for_inference(model, params)
         if _WEIGHTS.value is not None:
             params = quantize_weights(model, params, _WEIGHTS.value)

@@ -245,5 +245,5 @@ def test_a_directory_that_holds_a_model_is_not_written_into(tmp_path, format):
 
 
 def test_a_bundle_needs_a_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match='has no tokenizer.model; a bundle needs it'):
+    with pytest.raises(ValueError, match='has no tokenizer.model or tokenizer.json'):
         convert(DATA / 'tiny_heldout', tmp_path / 'out', 'bundle')

@@ -281,7 +281,7 @@ def test_missing_unknown_and_misshaped_tensors_are_all_named(tmp_path, tensors):
     message = str(error.value)
     assert f'{DOWN_PROJ} is missing (for backbone/layers/layer_1/mlp/down)' in message
     assert 'model.decoder.layers.9.mlp.down_proj.weight is unknown' in message
-    assert 'norm.weight has shape (7,), config.json asks for (48,)' in message
+    assert 'norm.weight has shape (7,), the config asks for (48,)' in message
     assert 'backbone/final_norm/scale' in message
 
 

@@ -45,7 +45,9 @@ def convert(
     model, params, tokenizer = load_model(source, dtype)
     if format == 'bundle':
         if tokenizer is None:
-            raise ValueError(f'{directory} has no tokenizer.model; a bundle needs it.')
+            raise ValueError(
+                f'{directory} has no tokenizer.model or tokenizer.json; a bundle needs one.'
+            )
         about = {'converted_from': directory.name}
         bundle.save_bundle(output, model.config, params, tokenizer, about=about)
         return

@@ -255,6 +255,8 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer | None, base: Path | 
         'extra_special_tokens': [start, end, *(pieces[i] for i in tokenizer.think_ids or ())],
     }
     _write_json(directory / 'tokenizer_config.json', content)
+    if not tokenizer.chat_turns:  # a pretrained model is known by its lack of a template
+        return
     # What `Tokenizer.format_prompt` renders, so that transformers writes the same conversations.
     (directory / TEMPLATE_FILE).write_bytes(tokenizer.chat_template.encode())
 

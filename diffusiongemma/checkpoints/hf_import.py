@@ -282,7 +282,7 @@ def _check(
                 problems.append(f'{tensor} is missing (for {parameter})')
             elif have != source.shape:
                 problems.append(
-                    f'{tensor} has shape {have}, config.json asks for {source.shape} '
+                    f'{tensor} has shape {have}, the config asks for {source.shape} '
                     f'(for {parameter})'
                 )
     reader.check_weights(sorted(wanted & set(reader.shapes)))

@@ -1,4 +1,5 @@
-"""Opens whatever holds a model: a shipped one, a workdir, a bundle, a published or an orbax one."""
+"""Opens whatever holds a model: a shipped or a packaged one, a workdir, a bundle, and the formats
+of others (published, GGUF, orbax)."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,14 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
 
-from diffusiongemma.checkpoints import adapters, bundle, hf_import, orbax_import
+from diffusiongemma.checkpoints import adapters, bundle, gguf_import, hf_import, orbax_import
 from diffusiongemma.checkpoints.fields import read_fields, read_model_config
+from diffusiongemma.checkpoints.hf_config import read_hf_config
+from diffusiongemma.checkpoints.json_file import read_json
+from diffusiongemma.checkpoints.packaged import PACKAGED, packaged_file
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DRAFT_IDS
 from diffusiongemma.models.inference import with_execution
 from diffusiongemma.models.lora import LoraConfig, base_params, merge_lora
@@ -31,6 +36,7 @@ BUILTIN = {
 EXPORT_DIR = 'model'  # in a workdir: the model that the run exports
 BASE_DIR = 'base'  # in a workdir: the model whose parameters the run leaves as they are
 DRAFT_IDS_FILE = 'draft_ids.npy'  # in a workdir: the draft vocabulary of a light student
+TOKENIZER_JSON = 'tokenizer.json'  # in a published checkpoint without tokenizer.model
 
 
 def load_model(
@@ -40,10 +46,12 @@ def load_model(
 
     Args:
       path: 'builtin' (the shipped student), 'builtin-teacher', 'builtin-sudoku' (a student for
-        sudoku alone), a bundle, the workdir of a run (the model that it exported, else the averaged
+        sudoku alone), 'gemma3-270m' (Google's weights, from a package that the extra `gemma`
+        installs), a bundle, the workdir of a run (the model that it exported, else the averaged
         parameters of its newest checkpoint), one of its checkpoints (WORKDIR/checkpoints/STEP), a
-        directory in the published format (config.json and safetensors), one of Google's orbax
-        checkpoints (see `orbax_import`), or adapters, which are merged into their base.
+        directory in the published format (config.json and safetensors), a GGUF file or a
+        directory with one, one of Google's orbax checkpoints (see `orbax_import`), or adapters,
+        which are merged into their base.
       dtype: of the parameters and the computation; a denoiser with layers of its own computes in
         bfloat16 on a CPU with native bfloat16 matmuls (`Execution.denoise_dtype`). None keeps the
         parameters as they are stored and computes in float32.
@@ -55,10 +63,14 @@ def load_model(
       tokenizer, or None where the directory has none.
 
     Raises:
-      FileNotFoundError: there is no such model, or `path` names a preset, which has no weights.
+      FileNotFoundError: there is no such model, or `path` names a preset, which has no weights, or
+        a packaged model whose package is missing.
       ValueError: the files do not fit together; the message names the tensor.
     """
     directory = model_directory(path)
+    gguf_file = gguf_import.find_gguf(directory)
+    if gguf_file is not None:
+        return gguf_import.load_gguf(gguf_file, dtype, mesh)
     if adapters.is_adapters(directory):
         return _load_adapted(directory, dtype, mesh)
     if bundle.is_bundle(directory):
@@ -71,17 +83,25 @@ def load_model(
     elif orbax_import.is_orbax(directory):
         model, params = orbax_import.load_orbax(directory, dtype, mesh)
     else:
+        tokenizer = _published_tokenizer(directory)
         model, params = hf_import.load_hf(directory, dtype, mesh)
+        return model, params, tokenizer
     if mesh is None and model.config.has_frozen_encoder:
         model = _with_fast_denoiser(model)
     tokenizer_file = directory / bundle.TOKENIZER_FILE
-    # Of the Gemma 4 models those with per-layer embeddings (E2B, E4B) have prompts without the
-    # empty thought channel. A chat template, where there is one, says so itself.
-    empty_thought = model.config.per_layer is None
     tokenizer = None
     if tokenizer_file.exists():
-        tokenizer = Tokenizer.load(str(tokenizer_file), empty_thought)
+        tokenizer = Tokenizer.load(str(tokenizer_file), has_empty_thought(model.config))
     return model, params, tokenizer
+
+
+def has_empty_thought(config: ModelConfig) -> bool:
+    """Whether a prompt without thoughts ends in an empty thought channel.
+
+    Of the Gemma 4 models those with per-layer embeddings (E2B, E4B) do without. A chat template,
+    where there is one, says so itself.
+    """
+    return config.per_layer is None
 
 
 def _with_fast_denoiser(model: Gemma) -> Gemma:
@@ -92,8 +112,17 @@ def _with_fast_denoiser(model: Gemma) -> Gemma:
 
 
 def model_directory(path: str | Path) -> Path:
-    """Where the files of a model lie; raises FileNotFoundError when there is no such directory."""
+    """Returns where the files of a model lie, or the GGUF file that holds it.
+
+    Raises:
+      FileNotFoundError: there is no such directory or file, or a packaged model is not installed.
+      ValueError: the file of a packaged model is not the expected one.
+    """
+    if str(path) in PACKAGED and not Path(path).exists():
+        return packaged_file(str(path))
     directory = BUILTIN.get(str(path), Path(path))
+    if directory.suffix == gguf_import.SUFFIX and directory.is_file():
+        return directory
     if not directory.is_dir() and str(path) in PRESETS:
         raise FileNotFoundError(
             f'{path} is a preset, which has no weights: pass the directory of a downloaded '
@@ -102,7 +131,8 @@ def model_directory(path: str | Path) -> Path:
         )
     if not directory.is_dir():
         raise FileNotFoundError(
-            f'no model at {directory}: pass a directory, or one of {sorted(BUILTIN)}.'
+            f'no model at {directory}: pass a directory, a {gguf_import.SUFFIX} file, or one of '
+            f'{sorted([*BUILTIN, *PACKAGED])}.'
         )
     exported = directory / EXPORT_DIR
     return exported if bundle.is_bundle(exported) else directory
@@ -137,7 +167,7 @@ def _load_bundle(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) ->
 def _base_of(directory: Path, base: str, file: str) -> str | Path:
     """Where the base that a file in `directory` names is; raises FileNotFoundError."""
     for path in (base, directory / base):
-        if path in BUILTIN or Path(path).is_dir():
+        if path in (*BUILTIN, *PACKAGED) or Path(path).exists():
             return path
     raise FileNotFoundError(
         f'{directory} needs the model {base}, which is not there; change "base" in '
@@ -149,6 +179,33 @@ def saved_draft_ids(workdir: Path) -> jax.Array | None:
     """The draft vocabulary [Vd] int32 of a run's light student; None where it has none."""
     path = workdir / DRAFT_IDS_FILE
     return jnp.asarray(np.load(path)) if path.exists() else None
+
+
+def _published_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a published checkpoint, or None where it has none.
+
+    A checkpoint whose tokenizer_config.json comes without a chat template is a pretrained model.
+
+    Raises:
+      ValueError: it has more tokens than the model.
+    """
+    names = (bundle.TOKENIZER_FILE, TOKENIZER_JSON)
+    files = [directory / name for name in names if (directory / name).exists()]
+    if not files:
+        return None
+    model_config = read_hf_config(directory)
+    tokenizer = Tokenizer.load(str(files[0]), has_empty_thought(model_config))
+    vocab_size = model_config.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f'{files[0]} has {tokenizer.vocab_size} tokens, the model {vocab_size}; '
+            'they are not of one checkpoint.'
+        )
+    config = directory / 'tokenizer_config.json'
+    if config.exists() and not any(directory.glob('chat_template.*')):
+        if not read_json(config).get('chat_template'):
+            return tokenizer.without_chat_turns()
+    return tokenizer
 
 
 def _load_run(

@@ -1,4 +1,4 @@
-"""Where examples come from: built-in tasks, JSONL files, TFDS datasets.
+"""Where examples come from: built-in tasks, Python source, HumanEval, JSONL files, TFDS datasets.
 
     >>> source = load_source(DataSpec(kind='wordmath', split='test', size=100))
     >>> sorted(source[0])
@@ -16,13 +16,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from diffusiongemma.data import jsonl
-from diffusiongemma.data.tasks import sudoku, wordmath
+from diffusiongemma.data.tasks import human_eval, python_source, sudoku, wordmath
 
 DEFAULT_TASK_SIZE = 1_000_000
 # The fields that each kind reads, besides kind, size and weight.
 _FIELDS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     'wordmath': ('split', 'seed'),
     'sudoku': ('split', 'seed', 'box', 'min_clues', 'max_clues'),
+    'python_source': ('split',),
+    'human_eval': (),
     'jsonl': ('path', 'prompt_feature', 'response_feature'),
     'tfds': ('name', 'path', 'split', 'prompt_feature', 'response_feature'),
 }
@@ -52,10 +54,12 @@ class DataSpec:
     """Names a source.
 
     Attributes:
-      kind: 'wordmath' or 'sudoku' (built-in tasks), 'jsonl' or 'tfds'.
+      kind: 'wordmath' or 'sudoku' (built-in tasks), 'python_source' (the standard library's own
+        files), 'human_eval' (the package human-eval), 'jsonl' or 'tfds'.
       name: TFDS dataset, with its config and version where wanted: 'name/config:1.0.0'.
       path: file (jsonl) or data directory (tfds; TFDS's own by default).
-      split: 'train' or 'test' of a task; any split of a TFDS dataset, slices included.
+      split: 'train' or 'test' of a task or of python_source; any split of a TFDS dataset, slices
+        included.
       size: number of examples. A task makes that many (by default 1,000,000); of other kinds
         the first so many are used (by default all).
       seed: of a task's stream of examples.
@@ -175,7 +179,8 @@ def load_source(spec: DataSpec) -> Source:
     """Opens the source that a spec names.
 
     Raises:
-      FileNotFoundError: when there is no such file or directory.
+      FileNotFoundError: when there is no such file or directory, or the package that the data
+        comes from is not installed.
       ValueError: on bad rows, an empty dataset, or an unknown split, dataset or feature.
     """
     task_size = spec.size or DEFAULT_TASK_SIZE
@@ -185,8 +190,13 @@ def load_source(spec: DataSpec) -> Source:
         return sudoku.Sudoku(
             spec.split, task_size, spec.seed, spec.box, spec.min_clues, spec.max_clues
         )
-    if spec.kind == 'jsonl':
-        source: Source = jsonl.JsonlSource(spec.path, spec.prompt_feature, spec.response_feature)
+    source: Source
+    if spec.kind == 'python_source':
+        source = python_source.PythonSource(spec.split)
+    elif spec.kind == 'human_eval':
+        source = human_eval.HumanEval()
+    elif spec.kind == 'jsonl':
+        source = jsonl.JsonlSource(spec.path, spec.prompt_feature, spec.response_feature)
     else:
         # TFDS takes long to import, and most runs do without it.
         from diffusiongemma.data.tfds_source import TfdsSource

@@ -7,6 +7,8 @@
 
 Text and control tokens do not mix: `encode` never emits a control token, whatever the text
 spells out, and `decode` never shows one. Only `format_prompt` and `format_response` put them in.
+A pretrained model has no turns: its tokenizer (`chat_turns` is False) formats a prompt as plain
+text to be continued.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from diffusiongemma.data.chat_template import (
     default_template,
     find_template,
 )
+from diffusiongemma.data.tokenizer_json import model_from_tokenizer_json
+from diffusiongemma.data.vocabulary import SPACE, mark_unused
 
 BUILTIN = 'builtin'
 _BUILTIN_PATH = pathlib.Path(__file__).parents[1] / 'assets' / 'tokenizer.model'
@@ -41,7 +45,6 @@ TOOL_RESPONSE_PIECE = '<|tool_response>'
 _STEERING = re.compile(
     r'<\|[^|<>]+\|?>|<[^|<>]+\|>|<(?:start|end)_of_\w+>|<(?:pad|eos|bos|unk|mask)>'
 )
-_SPACE = '\u2581'  # sentencepiece's mark for a blank, which is a character of its own too
 
 
 class Tokenizer:
@@ -51,6 +54,8 @@ class Tokenizer:
       vocab_size: number of pieces.
       pad_id, eos_id, bos_id, unk_id, mask_id: ids of the common special tokens.
       turn_start_id, turn_end_id: ids of the tokens that open and close a turn.
+      chat_turns: whether prompts are turns of a conversation; False for a pretrained model, whose
+        turn tokens have the type UNUSED.
       stop_ids: tokens after which a response is over.
       think_ids: ids of the tokens that ask for thoughts, open and close their channel, or None.
       special_ids: tokens that stand for no text; `encode` avoids them and `decode` skips them.
@@ -115,13 +120,16 @@ class Tokenizer:
             )
         self.turn_start_id: int = ids[turns[0][0]]
         self.turn_end_id: int = ids[turns[0][1]]
-        tool_response = [ids[TOOL_RESPONSE_PIECE]] if TOOL_RESPONSE_PIECE in ids else []
-        self.stop_ids: tuple[int, ...] = (self.eos_id, self.turn_end_id, *tool_response)
+        self.chat_turns: bool = not processor.is_unused(self.turn_start_id)
+        turn_ends = [self.turn_end_id]
+        if TOOL_RESPONSE_PIECE in ids:
+            turn_ends.append(ids[TOOL_RESPONSE_PIECE])
+        self.stop_ids: tuple[int, ...] = (self.eos_id, *(turn_ends if self.chat_turns else ()))
         thinks = tuple(ids[piece] for piece in THINK_PIECES if piece in ids)
         self.think_ids: tuple[int, ...] | None = thinks if len(thinks) == 3 else None
         self._byte_ids = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in range(256)]
         literals = sorted(ids, key=len, reverse=True)
-        self._literal = re.compile('|'.join(re.escape(text) for text in (*literals, _SPACE)))
+        self._literal = re.compile('|'.join(re.escape(text) for text in (*literals, SPACE)))
         self._control = re.compile('(' + '|'.join(re.escape(text) for text in literals) + ')')
         self._special = ids
         self._own_template, self._empty_thought = chat_template, empty_thought
@@ -145,10 +153,11 @@ class Tokenizer:
     def load(cls, path: str = BUILTIN, empty_thought: bool = True) -> Tokenizer:
         """Loads a .model file from a local or gs:// path, or the one that ships ('builtin').
 
-        The chat template that lies beside it, as in a published checkpoint, is its own.
+        A tokenizer.json of Gemma's kind is read as the sentencepiece model that it was made of. The
+        chat template that lies beside the file, as in a published checkpoint, is its own.
 
         Args:
-          path: of the .model file.
+          path: of the .model or tokenizer.json file.
           empty_thought: of effect where there is no template, see `__init__`.
 
         Raises:
@@ -162,8 +171,18 @@ class Tokenizer:
                 f'No tokenizer model at {file}. Pass the path of a sentencepiece .model file, '
                 f'or {BUILTIN!r} for the one that ships with the library.'
             )
+        content = file.read_bytes()
+        if file.suffix == '.json':
+            content = model_from_tokenizer_json(content, str(file))
         template, where = find_template(file.parent) or (None, 'the chat template')
-        return cls(file.read_bytes(), str(file), template, empty_thought, where)
+        return cls(content, str(file), template, empty_thought, where)
+
+    def without_chat_turns(self) -> Tokenizer:
+        """Returns the tokenizer of a pretrained model with the same vocabulary."""
+        if not self.chat_turns:
+            return self
+        names = [piece for pair in TURN_PIECES for piece in pair]
+        return Tokenizer(mark_unused(self._model, names), self._source)
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the sentencepiece model to `path`, and a chat template of its own beside it.
@@ -212,7 +231,7 @@ class Tokenizer:
         for match in self._literal.finditer(text):
             literal = match[0]
             ids += self._processor.encode(text[start : match.start()])
-            if literal == _SPACE:  # sentencepiece would read it as a blank
+            if literal == SPACE:  # sentencepiece would read it as a blank
                 ids += [self._byte_ids[byte] for byte in literal.encode()]
             else:
                 ids += self._processor.encode(literal[0]) + self._processor.encode(literal[1:])
@@ -242,7 +261,7 @@ class Tokenizer:
         piece = self.piece(token_id)
         if self._processor.is_byte(token_id):
             return bytes([int(piece[1:-1], 16)])
-        return piece.replace(_SPACE, ' ').encode()
+        return piece.replace(SPACE, ' ').encode()
 
     def format_prompt(
         self, prompt: str, system: str | None = None, thinking: bool = False
@@ -252,12 +271,21 @@ class Tokenizer:
         As the chat template writes it. Gemma 4's is `<bos><|turn>user\\n{prompt}<turn|>\\n
         <|turn>model\\n`, with a turn of the role `system` before it where there is a system text,
         or where thoughts are asked for. Where they are not, the larger models' prompts go on with
-        an empty thought channel. Text is trimmed where the template trims it.
+        an empty thought channel. Text is trimmed where the template trims it. For a pretrained
+        model (`chat_turns` is False) it is `<bos>{prompt}`.
 
         Raises:
           ValueError: when thoughts are asked for and the tokenizer has no tokens for them, or the
-            chat template of the checkpoint cannot write this conversation.
+            chat template of the checkpoint cannot write this conversation, or a pretrained model
+            gets a system text.
         """
+        if not self.chat_turns:
+            if thinking or system is not None:
+                raise ValueError(
+                    f'{self._source} is of a pretrained model, which continues plain text: it '
+                    'takes no system text and does not think.'
+                )
+            return [self.bos_id, *self.encode(prompt)]
         if thinking and self.think_ids is None:
             raise ValueError(
                 f'{self._source} has no {", ".join(THINK_PIECES)}: its model does not think. '
@@ -267,7 +295,16 @@ class Tokenizer:
         return self._fill(self._chat.prompt(system is not None, thinking), texts)
 
     def format_turn(self, prompt: str, thinking: bool = False) -> list[int]:
-        """Ids of a later user turn, up to where the model's response starts."""
+        """Ids of a later user turn, up to where the model's response starts.
+
+        Raises:
+          ValueError: for a pretrained model, which has no turns.
+        """
+        if not self.chat_turns:
+            raise ValueError(
+                f'{self._source} is of a pretrained model, which has no turns: it continues a '
+                'prompt and cannot hold a conversation.'
+            )
         return self._fill(self._chat.next_turn(thinking), {'user': prompt})
 
     def response_prefix(self, thinking: bool = False) -> list[int]:
@@ -314,5 +351,5 @@ class Tokenizer:
         return thoughts, rest
 
     def format_response(self, response: str) -> list[int]:
-        """Ids of a response with the turn end that stops it."""
-        return [*self.encode(response), self.turn_end_id]
+        """Ids of a response with the token that stops it: turn end, or <eos> without turns."""
+        return [*self.encode(response), self.stop_ids[-1]]

@@ -25,6 +25,8 @@ def generate_text(
 ) -> tuple[list[str], SamplerOutput]:
     """Answers each prompt as the model's turn of a conversation.
 
+    A pretrained model (`Tokenizer.chat_turns` is False) continues each prompt as plain text.
+
     Args:
       sampler: made with `SamplingConfig.for_tokenizer(tokenizer)`.
       params: the model's parameters.

@@ -1,0 +1,138 @@
+"""Sentencepiece models made of a vocabulary that is stored in another format.
+
+GGUF files and tokenizer.json hold the vocabulary of a sentencepiece model, its order of merges and
+the kind of each piece. Made into a sentencepiece model again, it is read, saved in bundles and
+hashed like any `tokenizer.model`.
+"""
+
+import enum
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from absl import logging
+from sentencepiece import sentencepiece_model_pb2
+
+_proto: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+SPACE = '\u2581'  # sentencepiece's mark for a blank
+# Gemma's names of the pieces that sentencepiece must know the role of.
+UNKNOWN, BEGIN, END, PAD = '<unk>', '<bos>', '<eos>', '<pad>'
+
+
+class PieceType(enum.IntEnum):
+    """Kind of a piece, numbered as in sentencepiece and in GGUF."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def sentencepiece_model(
+    pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], source: str
+) -> bytes:
+    """Returns a serialized sentencepiece model: BPE with byte fallback, as Gemma's.
+
+    Text is taken as it is: there is no normalization and no blank before the first word.
+
+    Args:
+      pieces: by id; blanks may be written as ' '.
+      scores: of each piece; of two pairs of neighbors that can be merged, the one whose union has
+        the higher score comes first.
+      types: `PieceType` of each piece.
+      source: where the vocabulary comes from, for error messages.
+
+    Raises:
+      ValueError: a piece that Gemma's tokenizers need is missing, or a type is unknown.
+    """
+    missing = [name for name in (UNKNOWN, BEGIN, END, PAD) if name not in pieces]
+    if missing:
+        raise ValueError(f'the vocabulary of {source} lacks {missing}, which Gemma has.')
+    unknown_types = sorted(set(types) - set(PieceType))
+    if unknown_types:
+        raise ValueError(f'the vocabulary of {source} has pieces of the types {unknown_types}.')
+    model = _proto.ModelProto()
+    for piece, score, kind in zip(pieces, scores, types, strict=True):
+        kind = PieceType.UNKNOWN if piece == UNKNOWN else kind
+        model.pieces.add(piece=piece.replace(' ', SPACE), score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type = _proto.TrainerSpec.BPE
+    trainer.vocab_size = len(pieces)
+    trainer.byte_fallback = True
+    trainer.unk_piece, trainer.unk_id = UNKNOWN, pieces.index(UNKNOWN)
+    trainer.bos_piece, trainer.bos_id = BEGIN, pieces.index(BEGIN)
+    trainer.eos_piece, trainer.eos_id = END, pieces.index(END)
+    trainer.pad_piece, trainer.pad_id = PAD, pieces.index(PAD)
+    normalizer.name = 'identity'
+    normalizer.add_dummy_prefix = False
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    return model.SerializeToString()
+
+
+def scores_of_merges(
+    pieces: Sequence[str],
+    types: Sequence[int],
+    merges: Iterable[tuple[str, str]],
+    source: str,
+) -> list[float]:
+    """Returns the scores that make sentencepiece merge in the order of `merges`.
+
+    A list of merges names pairs, a score ranks what a pair becomes. The two agree where all pairs
+    that become one piece follow each other, as in every list that was made of scores. User-defined
+    pieces are found before anything is merged: their place in the list says nothing.
+
+    Args:
+      pieces: by id, blanks as sentencepiece writes them.
+      types: `PieceType` of each piece.
+      merges: pairs of pieces, those that are merged first in front.
+      source: where they come from, for messages.
+
+    Raises:
+      ValueError: the pairs that become one piece do not follow each other, or become no piece.
+    """
+    types_of = dict(zip(pieces, types, strict=True))
+    normal = {piece for piece, kind in types_of.items() if kind == PieceType.NORMAL}
+    rank_of: dict[str, int] = {}
+    listed: dict[str, int] = {}  # how many pairs become the piece
+    last = None
+    for rank, (left, right) in enumerate(merges):
+        union = left + right
+        if union not in types_of:
+            raise ValueError(f'{source}: {union!r} is merged, but is not in the vocabulary.')
+        if union not in normal:
+            continue
+        if union != last:
+            if union in rank_of:
+                raise ValueError(
+                    f'{source}: the merges that become {union!r} are not next to each other; '
+                    'sentencepiece cannot merge in this order.'
+                )
+            rank_of[union] = rank
+            last = union
+        listed[union] = listed.get(union, 0) + 1
+    unlisted = [
+        piece
+        for piece in normal
+        if len(piece) > 1
+        and sum(piece[:i] in normal and piece[i:] in normal for i in range(1, len(piece)))
+        > listed.get(piece, 0)
+    ]
+    if unlisted:
+        logging.warning(
+            '%s: %d pieces, such as %r, can be made of two pieces in ways that the list of merges '
+            'does not have; texts with them may be split in another way than there.',
+            source, len(unlisted), min(unlisted),
+        )  # fmt: skip
+    return [-float(rank_of.get(piece, len(rank_of))) for piece in pieces]
+
+
+def mark_unused(model: bytes, pieces: Iterable[str]) -> bytes:
+    """Returns a sentencepiece model in which `pieces` have the type UNUSED."""
+    content = _proto.ModelProto.FromString(model)
+    names = set(pieces)
+    for piece in content.pieces:
+        if piece.piece in names:
+            piece.type = PieceType.UNUSED
+    return content.SerializeToString()
