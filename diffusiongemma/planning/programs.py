@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from diffusiongemma import run_config
-from diffusiongemma.checkpoints.bundle import CONFIG_FILE
+from diffusiongemma.checkpoints.bundle import CONFIG_FILE, cast_to
 from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.load import BUILTIN
 from diffusiongemma.data.packing import RowLayout, pack_examples
@@ -24,6 +24,7 @@ from diffusiongemma.distillation.lora import lora_student
 from diffusiongemma.distillation.run import (
     CONFIG_KEYS,
     BatchConfig,
+    canvases_per_row,
     distillation_step,
     objectives,
     optimizer_of,
@@ -35,11 +36,11 @@ from diffusiongemma.distillation.step import Constants
 from diffusiongemma.distillation.student import frozen_params, trained_params
 from diffusiongemma.distillation.targets import TargetsConfig
 from diffusiongemma.models.config import ModelConfig
-from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.denoiser import DRAFT_IDS, DiffusionGemma
 from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.models.transformer import Gemma, init_params
 from diffusiongemma.parallel import batch_sharding, param_shardings, state_shardings
-from diffusiongemma.sampling import Controls, diffusion, passes
+from diffusiongemma.sampling import Controls, SamplingConfig, diffusion, lossless, passes
 from diffusiongemma.sampling.sampler import MODES, prefilled
 
 
@@ -108,7 +109,8 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
     teacher_params = _params(teacher, mesh, dtype)
     lora = lora_student(config, model)
     if lora is None:
-        frozen = frozen_params(model.config, teacher_params)
+        draft_ids = _params(model, mesh, dtype).get(DRAFT_IDS)
+        frozen = frozen_params(model.config, teacher_params, draft_ids)
         constants = Constants(teacher=None if frozen else teacher_params, student=frozen)
         shardings = trained_params(model.config, param_shardings(model, mesh))
         trained = trained_params(model.config, _params(model, mesh, dtype))
@@ -125,7 +127,8 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
     stages = objectives(config, token_ids)
     objective = stages[-1][0] if stages[-1][0].num_steps > 1 else stages[0][0]
     step = distillation_step(config, model, teacher, objective, optimizer, lora)
-    layout = RowLayout(shape.row_length, shape.canvases_per_row, config.canvas_length, top_k=top_k)
+    canvases = canvases_per_row(config, shape)
+    layout = RowLayout(shape.row_length, canvases, config.canvas_length, top_k=top_k)
     batch = _batch(layout, shape.batch_size, compute.batch_sharding(mesh, shape.batch_size))
     kinds = {
         'parameters': _device_bytes(state.params),
@@ -180,6 +183,8 @@ def sampler_programs(
     state = jax.eval_shape(start, params, tokens, lengths, keys)
     cache = _placed(state.cache, _cache_shardings(state.cache, mesh, rows))
     state = _placed(state, jax.tree.map(lambda _: rows, state)).replace(cache=cache)
+    if model.light is not None:
+        return _lossless_programs(model, sampling, params, state, (tokens, lengths, keys), mesh)
 
     def step(params: Any, state: Any) -> Any:
         task = diffusion.canvas_task(model, state)
@@ -208,9 +213,55 @@ def sampler_programs(
     ]
 
 
+def _lossless_programs(
+    model: DiffusionGemma,
+    sampling: SamplingConfig,
+    params: Any,
+    generation: Any,
+    prompts: tuple[Any, Any, Any],
+    mesh: Mesh,
+) -> list[PlannedProgram]:
+    """The whole of lossless sampling with a light denoiser, and its passes: draft and verify."""
+    tokens, lengths, _ = prompts
+    batch_size = tokens.shape[0]
+    rows = batch_sharding(mesh, batch_size)
+    hidden = jax.ShapeDtypeStruct((batch_size, model.config.width), model.dtype, sharding=rows)
+
+    def first(params: Any, *arguments: Any) -> Any:
+        return lossless.start(model, sampling, params, *arguments)
+
+    state = jax.eval_shape(first, params, generation, hidden, tokens, lengths)
+    state = _placed(state, jax.tree.map(lambda _: rows, state)).replace(generation=generation)
+
+    def draft(params: Any, state: Any) -> Any:
+        noise = lossless.text_noise(model, sampling, state)
+        return lossless.draft(model, sampling, params, state, noise)
+
+    def verify(params: Any, state: Any, drafted: Any, steps: Any) -> Any:
+        noise = lossless.text_noise(model, sampling, state)
+        return lossless.verify_draft(model, sampling, params, state, drafted, steps, noise)
+
+    def whole(params: Any, *prompts: Any) -> Any:
+        return MODES['lossless'].generate(model, sampling, params, *prompts, Controls())
+
+    drafted = jax.eval_shape(draft, params, state)
+    drafted = _placed(drafted, jax.tree.map(lambda _: rows, drafted))
+    weights = {'parameters': _device_bytes(params)}
+    cached = weights | {'cache': _device_bytes(generation.cache)}
+    count = batch_size * lossless.draft_length(model, sampling)
+    new = batch_size * sampling.max_new_tokens
+    return [
+        PlannedProgram('generate', whole, (params, *prompts), weights, new),
+        PlannedProgram('draft', draft, (params, state), cached, count),
+        PlannedProgram('verify', verify, (params, state, *drafted), cached, count + batch_size),
+    ]
+
+
 def _params(model: DiffusionGemma | Gemma, mesh: Mesh, dtype: Any) -> Any:
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cast_to(dtype, leaf.dtype)), shapes
+    )
     return _placed(shapes, param_shardings(model, mesh))
 
 
