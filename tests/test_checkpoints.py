@@ -273,7 +273,9 @@ def test_a_model_without_canvas_opens_as_a_gemma(tmp_path):
 
 
 def test_a_path_without_a_model_is_an_error_that_lists_the_shipped_ones(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: pass a directory, or one of .'builtin'"):
+    with pytest.raises(
+        FileNotFoundError, match="nowhere: pass a directory, a .gguf file, or one of .'builtin'"
+    ):
         load_model(tmp_path / 'nowhere')
 
 

@@ -129,7 +129,7 @@ def test_responses_have_the_length_that_is_asked_for(mode):
 
 def test_a_seeded_canvas_starts_from_its_seed():
     """With the right text to start from the toy is sure at once."""
-    many_steps = dataclasses.replace(GREEDY, max_denoising_steps=20)
+    many_steps = dataclasses.replace(GREEDY, max_denoising_steps=20, vocab_size=V)
     unseeded = sample('diffusion', config=many_steps)
     seeded = sample('diffusion', Controls(seed=jnp.asarray(unseeded.tokens)), many_steps)
     np.testing.assert_array_equal(seeded.tokens, unseeded.tokens)

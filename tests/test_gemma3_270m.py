@@ -11,8 +11,8 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from test_vocabulary import TEXTS as ANY_TEXT
-from test_vocabulary import tokenizer_json
+from test_tokenizer_files import TEXTS as ANY_TEXT
+from test_tokenizer_files import tokenizer_json
 
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.checkpoints.packaged import PACKAGED

@@ -77,7 +77,7 @@ def first_new_index(mode, minimum):
 
 def test_canvases_follow_the_models_rule_at_temperature_zero():
     """The toy's target at a position is a function of the tokens before the canvas."""
-    tokens = sample(config(temperature=0)).tokens
+    tokens = sample(config(temperature=0, vocab_size=23)).tokens
     for prompt, response in zip(PROMPTS, tokens.tolist(), strict=True):
         known = list(prompt)
         for begin in range(0, 16, C):
@@ -378,7 +378,7 @@ def naive_greedy(model, params, prompt, count):
 
 def test_greedy_autoregression_equals_a_loop_without_cache():
     model, params = toy(C)
-    output = sample(config(temperature=0), 'autoregressive')
+    output = sample(config(temperature=0, vocab_size=23), 'autoregressive')
     for prompt, row in zip(PROMPTS, output.tokens.tolist(), strict=True):
         assert row == naive_greedy(model, params, prompt, 16)
 
@@ -393,7 +393,7 @@ def test_draws_follow_the_models_distribution_at_the_temperature():
     model, params = toy(C)
     count = 2000
     tokens, lengths = np.tile([[2, 5, 7]], (count, 1)), np.full(count, 3)
-    one = config(max_new_tokens=1, temperature=2.0)
+    one = config(max_new_tokens=1, temperature=2.0, vocab_size=23)
     drawn = Sampler(model, one, 'autoregressive')(params, tokens, lengths, rng=KEY).tokens[:, 0]
     hidden, _ = model.apply(
         {'params': params},

@@ -77,8 +77,8 @@ def draw(adjusted: jax.Array, temperature: float | jax.Array, keys: jax.Array) -
     """
     if always_greedy(temperature):
         return likeliest_tokens(adjusted)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, adjusted.shape[1:]))(keys)
-    return pick(adjusted, temperature, noise)
+    greedy = per_row(jnp.asarray(temperature) == 0, adjusted[..., 0])
+    return jnp.where(greedy, likeliest_tokens(adjusted), draw_tokens(adjusted, keys))
 
 
 def pick(adjusted: jax.Array, temperature: float | jax.Array, noise: jax.Array | None) -> jax.Array:
@@ -96,6 +96,12 @@ def pick(adjusted: jax.Array, temperature: float | jax.Array, noise: jax.Array |
         return likeliest_tokens(adjusted)
     greedy = per_row(jnp.broadcast_to(jnp.asarray(temperature) == 0, adjusted.shape[:1]), adjusted)
     return likeliest_tokens(adjusted + jnp.where(greedy, 0.0, noise))
+
+
+def draw_tokens(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """Draws from softmax(logits), each row with its own key: [B, ..., V] -> [B, ...] int32."""
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    return likeliest_tokens(logits + noise)
 
 
 def gumbel_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
