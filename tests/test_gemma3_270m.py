@@ -125,3 +125,4 @@ def test_logits_and_greedy_tokens_are_those_of_transformers():
     assert summary['prompts'] == summary['equal'] == 20, done.stdout
     assert summary['long'] >= 4
     assert summary['worst'] < 1e-3
+    assert summary['worst_repeated'] < 1e-2  # see the script
