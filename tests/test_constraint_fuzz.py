@@ -99,7 +99,7 @@ subjects = st.lists(st.text('ab1é\n.-A•', max_size=5), max_size=6)
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning')
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.one_of(patterns, st.text('ab()[]{}|*+?^$\\.,-:<>=!P12', max_size=12)), subjects)
 def test_any_pattern_means_what_python_means_or_is_refused_in_one_line(pattern, texts):
     try:
@@ -115,7 +115,7 @@ def test_any_pattern_means_what_python_means_or_is_refused_in_one_line(pattern, 
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning')
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(patterns, subjects)
 def test_a_search_finds_what_python_finds_with_anchors_anywhere(pattern, texts):
     try:
