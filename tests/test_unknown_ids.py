@@ -16,7 +16,7 @@ PROMPTS = jnp.ones((8, 4), jnp.int32), jnp.full((8,), 4, jnp.int32)
 
 @pytest.fixture
 def drawn_to_unknown(tiny_config):
-    """A model whose likeliest tokens are ids that its tokenizer does not have."""
+    """A model whose argmax tokens are ids that its tokenizer does not have."""
     model = DiffusionGemma(tiny_config)
     params = random_params(model)
     rows = jnp.asarray(params['embedder']['embedding'])

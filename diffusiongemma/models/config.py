@@ -150,11 +150,6 @@ class DenoiserConfig:
                 f'kind={self.kind!r} and light={self.light}.'
             )
 
-    @property
-    def is_frozen_encoder(self) -> bool:
-        """Whether the encode pass is the teacher, of which nothing is trained."""
-        return self.kind != SHARED
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerStack:
@@ -351,7 +346,7 @@ class ModelConfig:
     @property
     def has_frozen_encoder(self) -> bool:
         """Whether the denoise pass has layers of its own: the encode pass is the teacher."""
-        return self.denoiser is not None and self.denoiser.is_frozen_encoder
+        return self.denoiser is not None and self.denoiser.kind != SHARED
 
     @property
     def kv_layers(self) -> LayerStack:

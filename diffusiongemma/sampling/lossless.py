@@ -236,9 +236,8 @@ def draft_task(
         nothing = jnp.full((before.lengths.shape[0], length), OPEN, jnp.int32)
         task = task.replace(pinned=hold(task.pinned, nothing).at[:, 0].set(state.pending))
         text_noise = None if noise is None else jnp.roll(noise, 1, axis=1)[:, :length]
-    keys = fold_in_rows(before.keys, before.canvases)
     return task.replace(
-        keys=split_rows(keys)[0],
+        keys=split_rows(task.keys)[0],
         max_steps=state.draft_steps,
         text_noise=text_noise,
         teacher_state=state.hidden,
