@@ -40,6 +40,8 @@ from absl import logging
 Features = dict[str, np.ndarray]
 
 TEACHER_KEYS = ('teacher_ids', 'teacher_log_probs', 'teacher_log_rest')
+# [R] int32 of an example: its response in tokens, which then need not end in a stop token.
+RESPONSE_IDS = 'response_ids'
 
 
 class PromptTokenizer(Protocol):
@@ -112,9 +114,15 @@ class Document:
 
 
 def tokenize(example: Mapping[str, Any], tokenizer: PromptTokenizer) -> Document:
-    """Turns {'prompt', 'response'} into a document, with `TEACHER_KEYS` where there are any."""
+    """Turns {'prompt', 'response'} into a document, with `TEACHER_KEYS` where there are any.
+
+    Where an example has `RESPONSE_IDS`, these are its response, as they are.
+    """
     prompt = tokenizer.format_prompt(example['prompt'])
-    response = tokenizer.format_response(example['response'])
+    if RESPONSE_IDS in example:
+        response = [int(token) for token in example[RESPONSE_IDS]]
+    else:
+        response = tokenizer.format_response(example['response'])
     teacher = {name: example[name] for name in TEACHER_KEYS if name in example}
     return Document(np.asarray(prompt + response, np.int32), len(prompt), teacher)
 

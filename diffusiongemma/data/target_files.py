@@ -13,6 +13,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from diffusiongemma.data.packing import RESPONSE_IDS
+
 _VERSION = '1.0.0'
 _SPLIT = 'train'
 
@@ -23,9 +25,12 @@ class TargetFiles:
     Features of an example: 'prompt' and 'response' (text), 'index' (int64, of the prompt in its
     source) and, with k = top_k > 0, for each of the R tokens of the response and its turn end:
     'teacher_ids' [R, k] int32, 'teacher_log_probs' [R, k] float16, 'teacher_log_rest' [R] float16.
+    With `response_ids` also 'response_ids' [R] int32, see `packing`.
     """
 
-    def __init__(self, directory: Path, name: str, num_shards: int, top_k: int):
+    def __init__(
+        self, directory: Path, name: str, num_shards: int, top_k: int, *, response_ids: bool = False
+    ):
         """Writes nothing.
 
         Args:
@@ -33,6 +38,7 @@ class TargetFiles:
           name: of the dataset.
           num_shards: shards that it will have.
           top_k: k.
+          response_ids: that examples hold the tokens of their responses.
         """
         self._directory = directory / name / _VERSION
         self._template = tfds.core.ShardedFileTemplate(
@@ -44,8 +50,10 @@ class TargetFiles:
         self._num_shards = num_shards
         text, tensor = tfds.features.Text(), tfds.features.Tensor
         features = {'prompt': text, 'response': text, 'index': np.int64}
+        raw = {'encoding': tfds.features.Encoding.BYTES}
+        if response_ids:
+            features[RESPONSE_IDS] = tensor(shape=(None,), dtype=np.int32, **raw)
         if top_k:
-            raw = {'encoding': tfds.features.Encoding.BYTES}
             features |= {
                 'teacher_ids': tensor(shape=(None, top_k), dtype=np.int32, **raw),
                 'teacher_log_probs': tensor(shape=(None, top_k), dtype=np.float16, **raw),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusiongemma.data.packing import Document, tokenize
+from diffusiongemma.data.packing import RESPONSE_IDS, Document, tokenize
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.teacher import TopKDistribution
@@ -29,13 +29,16 @@ class TargetsConfig:
       source: the prompts; their own responses are not used, unless `sequence_level` is off.
       batch_size: prompts answered at once, over all devices; a multiple of data x fsdp x
         expert of the mesh.
-      max_new_tokens: longest answer, thoughts included; a longer one is left out, never cut.
+      max_new_tokens: longest answer, thoughts included; a longer one is left out, never cut,
+        unless `keep_unfinished`.
       temperature: 0 for greedy answers.
       prompt_multiple: prompts are padded to a multiple of this.
       top_k_logits: k, likeliest tokens of the teacher that are kept for each token of a response;
         0 keeps none. Training then needs no teacher in memory.
       sequence_level: the student learns the teacher's answers. Off, for an ablation or where the
         source's own responses are what the teacher would say: it learns those.
+      keep_unfinished: answers may stop at max_new_tokens, without a stop token. So do those of a
+        pretrained model, which goes on with a text and seldom ends it. The examples hold tokens.
     """
 
     source: DataSpec
@@ -45,6 +48,7 @@ class TargetsConfig:
     prompt_multiple: int = 64
     top_k_logits: int = 0
     sequence_level: bool = True
+    keep_unfinished: bool = False
 
     def __post_init__(self):
         if not isinstance(self.source, DataSpec):
@@ -126,12 +130,19 @@ class Answerer:
         output = processes.on_host(self._sampler(self._params, tokens, lengths, rng=keys))
         texts = decode_responses(self._tokenizer, output)
         last = output.tokens[np.arange(len(texts)), output.lengths - 1]
+        num_tokens = int(np.sum(output.lengths[: len(rows)]))
+        if self._config.keep_unfinished:
+            ids = [row[:length] for row, length in zip(output.tokens, output.lengths, strict=True)]
+            return [
+                row | {'response': text, RESPONSE_IDS: tokens.astype(np.int32)}
+                for row, text, tokens in zip(rows, texts, ids, strict=False)
+            ], num_tokens
         ended = [
             row | {'response': text}
             for row, text, token, ids in zip(rows, texts, last, output.tokens, strict=False)
             if token in self._tokenizer.stop_ids and (text or not self._thought_in(ids))
         ]
-        return ended, int(np.sum(output.lengths[: len(rows)]))
+        return ended, num_tokens
 
     def _thought_in(self, ids: np.ndarray) -> bool:
         """Whether a response [T] has thoughts; one of thoughts alone is no answer to learn."""

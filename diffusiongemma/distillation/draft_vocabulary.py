@@ -1,21 +1,23 @@
 """The draft vocabulary: the tokens that a light denoiser's head scores."""
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 
-def draft_vocabulary(responses: Iterable[str], tokenizer: Any, size: int) -> np.ndarray:
+def draft_vocabulary(
+    responses: Iterable[Sequence[int] | np.ndarray], tokenizer: Any, size: int
+) -> np.ndarray:
     """The most frequent tokens of teacher-written text, and those that any text may need.
 
     The latter are special tokens and tokens of a single byte, digits among them. What is left out
     costs no correctness, as the verifier scores the whole vocabulary: a draft ends there.
 
     Args:
-      responses: teacher-written text.
+      responses: teacher-written texts, in tokens.
       tokenizer: a `Tokenizer`.
       size: Vd.
 
@@ -32,7 +34,7 @@ def draft_vocabulary(responses: Iterable[str], tokenizer: Any, size: int) -> np.
         )
     counts: collections.Counter[int] = collections.Counter()
     for response in responses:
-        counts.update(tokenizer.format_response(response))
+        counts.update(np.asarray(response).tolist())
     single = [i for i in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(i)) == 1]
     needed = sorted({*tokenizer.stop_ids, tokenizer.pad_id, *single})
     if len(needed) > size:

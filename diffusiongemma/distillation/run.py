@@ -26,6 +26,7 @@ from diffusiongemma.checkpoints.load import (
     saved_draft_ids,
 )
 from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
+from diffusiongemma.data.packing import tokenize
 from diffusiongemma.data.pipeline import eval_examples, make_train_iterator
 from diffusiongemma.data.sources import DataSpec, Source, load_source, split_source
 from diffusiongemma.data.tokenizer import Tokenizer
@@ -298,7 +299,7 @@ def draft_ids_of(config: ModelConfig, targets: Source, tokenizer: Tokenizer) -> 
     if light is None or not light.draft_vocab_size:
         return None
     count = min(len(targets), MAX_COUNTED)
-    responses = (targets[index]['response'] for index in range(count))
+    responses = (tokenize(targets[index], tokenizer).response for index in range(count))
     return jnp.asarray(draft_vocabulary(responses, tokenizer, light.draft_vocab_size))
 
 

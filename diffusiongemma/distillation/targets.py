@@ -70,7 +70,13 @@ def write_targets(
     if not processes.as_writer_says(counts_file.exists()):
         kept = _distinct(source) if config.sequence_level else list(range(len(source)))
         shards = [kept[first : first + SHARD_SIZE] for first in range(0, len(kept), SHARD_SIZE)]
-        files = TargetFiles(directory, name, len(shards), config.top_k_logits)
+        files = TargetFiles(
+            directory,
+            name,
+            len(shards),
+            config.top_k_logits,
+            response_ids=config.keep_unfinished,
+        )
         missing = [number for number in range(len(shards)) if not files.has(number)]
         missing = processes.as_writer_says(missing)  # others may see a new file later
         if missing:
@@ -143,7 +149,10 @@ def _made_from(
     identity = getattr(source, 'fingerprint', spec.describe())
     # Only where there is a choice of formats: targets from before it existed keep their name.
     has_format = tokenizer.format_hash is not None
-    return ({'prompt_format': tokenizer.format_hash} if has_format else {}) | {
+    made_from: dict[str, Any] = {'prompt_format': tokenizer.format_hash} if has_format else {}
+    if config.keep_unfinished:
+        made_from['keep_unfinished'] = True
+    return made_from | {
         'teacher': digest.hexdigest(),
         'tokenizer': tokenizer.content_hash,
         'prompts': [identity, len(source), spec.prompt_feature, spec.response_feature],
