@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from diffusiongemma import run_config
-from diffusiongemma.checkpoints.convert import convert
+from diffusiongemma.checkpoints.convert import INT8, convert
 from diffusiongemma.checkpoints.hf_export import MAX_SHARD_BYTES
 from diffusiongemma.sampling import SamplingConfig
 from diffusiongemma.sampling.published import generation_config
@@ -22,7 +22,10 @@ _FORMAT = flags.DEFINE_enum(
     'format', 'hf', ['hf', 'bundle'], "'hf' is what transformers loads, 'bundle' is our own."
 )
 _DTYPE = flags.DEFINE_enum(
-    'dtype', None, ['float32', 'bfloat16'], 'Cast the parameters to it; default: keep theirs.'
+    'dtype',
+    None,
+    ['float32', 'bfloat16', INT8],
+    'Cast the parameters to it; int8 stores them in eight bits (bundle); default: keep theirs.',
 )
 _MAX_SHARD_GB = flags.DEFINE_float(
     'max_shard_gb', MAX_SHARD_BYTES / 1e9, 'Largest file of the output in 10^9 bytes (hf).', 1e-6
@@ -41,7 +44,7 @@ def main(argv: list[str]) -> None:
         _INPUT.value,
         Path(_OUTPUT.value),
         _FORMAT.value,
-        dtype=jnp.dtype(_DTYPE.value) if _DTYPE.value else None,
+        dtype=jnp.dtype(_DTYPE.value) if _DTYPE.value not in (None, INT8) else _DTYPE.value,
         max_shard_bytes=int(_MAX_SHARD_GB.value * 1e9),
         base=Path(_BASE.value) if _BASE.value else None,
         generation=lambda config: generation_config(SamplingConfig(), config.is_diffusion),

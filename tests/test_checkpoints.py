@@ -12,8 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
 
+from diffusiongemma.checkpoints import int8_storage
 from diffusiongemma.checkpoints.bundle import load_bundle, save_bundle
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.checkpoints.store import CheckpointStore, describe_model, read_ema
@@ -222,6 +227,51 @@ def test_a_bundle_comes_back_bit_for_bit(tmp_path, dtype):
     assert_trees_equal(params, cast)
     assert model == DiffusionGemma(CONFIG, dtype)
     assert tokenizer.content_hash == Tokenizer.load('builtin').content_hash
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(0, 40),
+    st.integers(0, 10**6),
+    st.sampled_from([1e-6, 1.0, 1e4]),
+)
+@settings(max_examples=30, deadline=None)
+def test_eight_bits_round_a_weight_by_at_most_half_a_step_of_its_block(more, odd, seed, size):
+    value = np.random.default_rng(seed).normal(0, size, (more, 5461 + odd, 3)).astype(np.float32)
+    value[0, :100] = 0
+    stored = int8_storage.to_int8('w', value)
+    if value.size < int8_storage.SMALLEST:
+        assert list(stored) == ['w'] and stored['w'] is value
+        return
+    back = int8_storage.from_int8(stored['w'], stored['w' + int8_storage.SCALE])
+    steps = np.repeat(stored['w' + int8_storage.SCALE].astype(np.float32), int8_storage.BLOCK)
+    steps = steps[: value.size].reshape(value.shape)
+    # The scale is rounded too, by at most one part in 256: the largest value may be clipped.
+    assert np.all(np.abs(back - value) <= steps * (0.5 + 127 / 256))
+    assert np.all(back[0, :100] == 0) and stored['w'].dtype == np.int8
+
+
+def test_a_bundle_in_eight_bits_is_small_and_a_scale_that_is_missing_is_named(tmp_path):
+    config = CONFIG.replace(ffn_width=600)
+    params = init_params(DiffusionGemma(config), jax.random.key(0))
+    for name, dtype in (('whole', None), ('small', 'int8')):
+        save_bundle(tmp_path / name, config, params, Tokenizer.load('builtin'), dtype=dtype)
+    bytes_of = {n: (tmp_path / n / 'params.safetensors').stat().st_size for n in ('whole', 'small')}
+    assert bytes_of['small'] < 0.6 * bytes_of['whole']
+    loaded = load_bundle(tmp_path / 'small', jnp.float32)[1]
+    for path, value in flatten_dict(jax.device_get(params)).items():
+        error = np.abs(flatten_dict(loaded)[path] - value)
+        assert np.all(error <= 0.01 * np.abs(value).max()), path
+    path = tmp_path / 'small' / 'params.safetensors'
+    tensors = load_file(path)
+    scale = next(name for name in tensors if name.endswith(int8_storage.SCALE))
+    save_file(tensors | {scale: tensors[scale][:-1]}, path)
+    with pytest.raises(ValueError, match='with scales of shape'):
+        load_bundle(tmp_path / 'small', jnp.float32)
+    del tensors[scale]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match='is stored as I8'):
+        load_bundle(tmp_path / 'small', jnp.float32)
 
 
 def test_arrays_that_lie_in_another_order_in_memory_are_bundled_right(tmp_path):

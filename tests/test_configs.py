@@ -28,9 +28,11 @@ from diffusiongemma.models import PRESETS, DiffusionGemma, Gemma, init_params
 from diffusiongemma.parallel import (
     MESH_AXES,
     batch_sharding,
+    make_mesh,
     param_shardings,
     state_shardings,
 )
+from diffusiongemma.planning.programs import training_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'docs'))
 import config_page  # noqa: E402
@@ -65,6 +67,17 @@ def test_a_config_says_what_it_is_for_its_hardware_and_the_command_that_runs_it(
     program = 'train' if name in TEACHERS else 'distill'
     assert 'Meant for ' in text and f'python -m diffusiongemma.{program} ' in text
     assert f'--config=configs/{name}.py' in text
+
+
+@pytest.mark.slow
+def test_the_light_recipe_for_a_gpu_compiles_and_fits_its_card():
+    config = load('gemma3_270m_light_gpu')
+    planned = training_step(
+        config, PRESETS['gemma3_270m'], make_mesh(config.mesh, jax.devices()[:1])
+    )
+    step = jax.jit(planned.function, donate_argnums=planned.donated)
+    memory = step.lower(*planned.arguments).compile().memory_analysis()
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 0.9 * 80e9
 
 
 @pytest.mark.parametrize('name', TEACHERS)

@@ -26,6 +26,7 @@ from diffusiongemma.distillation.drafting import (
     accepted_lengths,
     anchor_places,
     draw_anchors,
+    occurs_earlier,
 )
 from diffusiongemma.distillation.step import (
     Constants,
@@ -234,9 +235,26 @@ def test_total_variation_is_one_minus_the_common_mass(student, batch):
     np.testing.assert_allclose(loss, jnp.sum(by_canvas * draw.canvases), rtol=1e-5)
 
 
+@given(st.integers(1, 3), st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_no_canvas_starts_where_a_lookup_would_find_the_last_tokens(ngram, seed):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 4, (2, 16))
+    segments = np.sort(rng.integers(1, 3, (2, 16)), axis=1)
+    batch = {'tokens': jnp.asarray(tokens), 'segment_ids': jnp.asarray(segments)}
+    found = np.asarray(occurs_earlier(batch, ngram))
+    for b, i in np.ndindex(2, 16):
+        document = [t for t, s in zip(tokens[b, : i + 1], segments[b], strict=False)
+                    if s == segments[b, i]]  # fmt: skip
+        last = document[-ngram:]
+        earlier = [document[j : j + ngram] for j in range(len(document) - ngram)]
+        assert found[b, i] == (len(document) >= ngram and last in earlier)
+
+
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
+        ({'lookup_ngram': -1}, 'lookup_ngram must be >= 0'),
         ({'weights': 'best'}, "must be 'accepted_length', 'decay' or 'equal', got 'best'"),
         ({'held_out': 0}, 'held_out must be >= 1'),
         ({'anchors_per_row': 0}, 'anchors_per_row must be >= 1'),
@@ -252,15 +270,15 @@ def test_settings_that_cannot_be_are_refused(fields, message):
 
 def test_the_draft_vocabulary_has_frequent_tokens_and_what_any_text_may_need():
     examples = eval_examples(DataSpec(kind='wordmath', size=50))
-    responses = [example['response'] for example in examples]
-    ids = draft_vocabulary(responses, TOKENIZER, 400)
+    documents = [TOKENIZER.format_response(example['response']) for example in examples]
+    ids = draft_vocabulary(documents, TOKENIZER, 400)
     assert ids.dtype == np.int32 and (np.diff(ids) > 0).all() and len(ids) == 400
     assert set(TOKENIZER.stop_ids) <= set(ids.tolist())
     assert set(TOKENIZER.encode('0 7 9')) <= set(ids.tolist())
     with pytest.raises(ValueError, match='has no room for the .* stop tokens'):
-        draft_vocabulary(responses, TOKENIZER, 40)
+        draft_vocabulary(documents, TOKENIZER, 40)
     with pytest.raises(ValueError, match='larger than the vocabulary of 1024'):
-        draft_vocabulary(responses, TOKENIZER, 1025)
+        draft_vocabulary(documents, TOKENIZER, 1025)
 
 
 def test_held_out_examples_are_the_last_and_never_trained_on():

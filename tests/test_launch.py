@@ -10,6 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / 'launch').glob('*.sh') if path.stem != 'common')
+GPU_MINUTES = sorted(
+    path for path in (ROOT / 'launch/gpu_minutes').glob('*.sh') if path.stem != 'common'
+)
 WORKDIR = '/mnt/a shared disk'
 
 
@@ -76,8 +79,36 @@ def test_shellcheck_finds_nothing():
     )
     if shellcheck is None:
         pytest.skip("no shellcheck; pip install -e '.[test]' brings it")
-    scripts = sorted(map(str, (ROOT / 'launch').glob('*.sh')))
+    for folder in (ROOT / 'launch', ROOT / 'launch' / 'gpu_minutes'):
+        scripts = sorted(map(str, folder.glob('*.sh')))
+        done = subprocess.run(
+            [shellcheck, '-x', *scripts], cwd=folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize('path', GPU_MINUTES, ids=lambda path: path.stem)
+def test_the_scripts_for_gpu_minutes_print_commands_whose_flags_exist(path, tmp_path):
     done = subprocess.run(
-        [shellcheck, '-x', *scripts], cwd=ROOT / 'launch', capture_output=True, text=True
+        [str(path), '--dry_run', str(tmp_path / 'out')], capture_output=True, text=True, check=True
     )
-    assert done.returncode == 0, done.stdout
+    assert not (tmp_path / 'out').exists()
+    for line in done.stdout.splitlines():
+        words = shlex.split(line)
+        program = words[1] if words[1] != '-m' else words[2].replace('.', '/') + '.py'
+        text = (ROOT / program).read_text(encoding='utf-8')
+        for option in words[3 if words[1] == '-m' else 2 :]:
+            name, _, value = option.removeprefix('--').partition('=')
+            if name == 'config':
+                config = value
+                assert (ROOT / value).exists()
+            elif name.startswith('config.'):
+                key = name.rpartition('.')[2]
+                assert f"'{key}'" in (ROOT / config).read_text(encoding='utf-8')
+            else:
+                assert f"'{name}'" in text
+
+
+def test_a_script_for_gpu_minutes_says_how_it_is_called():
+    done = subprocess.run([str(GPU_MINUTES[0])], capture_output=True, text=True)
+    assert done.returncode == 2 and '[--dry_run] OUTPUT' in done.stderr

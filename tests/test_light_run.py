@@ -10,6 +10,7 @@ import pytest
 from test_distillation_run import DATA, assert_equal, crash_at
 
 from diffusiongemma.checkpoints.bundle import save_bundle
+from diffusiongemma.checkpoints.convert import convert
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import reporting
@@ -30,6 +31,11 @@ def teacher_directory(tiny_config, tmp_path):
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
     save_bundle(tmp_path / 'teacher', model.config, params, tokenizer)
     return tmp_path / 'teacher'
+
+
+def assert_close(rounded, whole):
+    for one, other in zip(jax.tree.leaves(rounded), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(one, other, atol=0.01 * float(np.abs(other).max()))
 
 
 def light_config(teacher_directory, **changes):
@@ -71,6 +77,12 @@ def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
     assert model.light.draft_vocab_size == 700 and params['draft_ids'].shape == (700,)
     rows = reporting.read_metrics(workdir)
     assert {'held_out/accepted_length', 'held_out/acceptance/04'} <= set(rows[-1])
+    # Stored in eight bits it opens on the same teacher, close to what it was.
+    convert(workdir, tmp_path / 'small', 'bundle', dtype='int8')
+    small, small_params, _ = load_model(tmp_path / 'small')
+    assert small == model
+    assert_close(small_params, params)
+    assert_equal(small_params['backbone'], params['backbone'])
     # The same architecture with other weights.
     other, tokenizer = Gemma(model.config.autoregressive), Tokenizer.load('builtin')
     changed = init_params(other, jax.random.key(5))

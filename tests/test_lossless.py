@@ -169,6 +169,8 @@ def test_what_is_refused_is_not_drawn_again():
         {'top_p': 0.8, 'temperature': 0.7},
         {'max_draft_steps': 3},
         {'drafts': PromptLookup(length=3, max_ngram=2)},
+        {'lookup_ngram': 1},
+        {'lookup_ngram': 2, 'max_draft_steps': 2},
     ],
 )
 def test_sampled_text_is_that_of_autoregression_with_the_same_keys(fields):
@@ -230,6 +232,31 @@ def test_a_looked_up_draft_is_what_followed_the_longest_latest_match():
         jnp.asarray([[1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3, 0]]), jnp.asarray([11])
     )
     np.testing.assert_array_equal(longer[0], [7, 9])
+
+
+def test_a_lookup_takes_the_place_of_a_draft_only_where_enough_tokens_match():
+    history = jnp.asarray([[1, 2, 3, 4, 1, 2], [5, 1, 6, 1, 7, 1], [9, 8, 7, 6, 5, 4]])
+    tokens, matched = PromptLookup(length=2).find(history, jnp.asarray([6, 6, 6]))
+    np.testing.assert_array_equal(matched, [2, 1, 0])
+    np.testing.assert_array_equal(tokens[:2], [[3, 4], [7, 1]])
+
+
+def test_a_text_that_repeats_itself_needs_fewer_passes_with_lookups():
+    model, params = toy(4)
+    rng = np.random.default_rng(8)
+    lengths, tokens = np.full(30, 8), np.tile(rng.integers(0, 22, (30, 4)), (1, 2))
+    alone, helped = (
+        Sampler(model, greedy(max_new_tokens=30, lookup_ngram=n), 'lossless')(
+            params, tokens, lengths, rng=jax.random.key(0)
+        )
+        for n in (0, 1)
+    )
+    np.testing.assert_array_equal(alone.tokens, helped.tokens)
+    assert helped.denoising_steps.sum() < alone.denoising_steps.sum()
+    with pytest.raises(ValueError, match='drafts and lookup_ngram are both given'):
+        greedy(lookup_ngram=1, drafts=PromptLookup())
+    with pytest.raises(ValueError, match='lookup_ngram must be >= 0 tokens, got -1'):
+        greedy(lookup_ngram=-1)
 
 
 def test_an_autoregressive_model_can_be_drafted_for_by_looking_up():

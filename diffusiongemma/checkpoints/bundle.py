@@ -4,10 +4,12 @@ The format of the shipped models and of what a run exports. Parameters keep thei
 parameter's name is its path in the tree, joined by '/'. A bundle may name a `base`, another bundle
 beside it, that has the parameters which it lacks: a student with a denoiser of its own need not
 repeat its teacher. With a `base_fingerprint` the base is any model that `load_model` opens, and has
-to be the one that the student was trained on: so a light student is stored.
+to be the one that the student was trained on: so a light student is stored. Large weights may be
+stored in eight bits (`int8_storage`).
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from diffusiongemma.checkpoints.fields import read_model_config
+from diffusiongemma.checkpoints.int8_storage import BLOCK, SCALE, from_int8, to_int8
 from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.placement import assemble, flat_shardings, param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
@@ -48,7 +51,7 @@ def save_bundle(
     directory: Path,
     config: ModelConfig,
     params: Any,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     dtype: Any = None,
     about: Mapping[str, Any] | None = None,
@@ -61,8 +64,10 @@ def save_bundle(
       directory: is created; the files of an older bundle in it are replaced.
       config: of the model.
       params: nested dict of arrays.
-      tokenizer: of the model; written into the bundle.
-      dtype: parameters are cast to it; None keeps theirs.
+      tokenizer: of the model; written into the bundle. None where it is that of a base with a
+        fingerprint.
+      dtype: parameters are cast to it; None keeps theirs, 'int8' stores large ones in eight bits
+        and the others in bfloat16.
       about: JSON values on how the model was made.
       base: path, from `directory`, of a bundle with the parameters that `params` lacks; with a
         fingerprint also the name or path of any model.
@@ -74,10 +79,13 @@ def save_bundle(
         return
     directory.mkdir(parents=True, exist_ok=True)
     # safetensors writes the memory as it lies: another order than C would scramble the array.
-    arrays = {
-        name: np.array(value, cast_to(dtype, value.dtype), order='C')
-        for name, value in flat.items()
-    }
+    arrays, eight_bits = {}, dtype == 'int8'
+    for name, value in flat.items():
+        if eight_bits:
+            value = to_int8(name, np.asarray(value))
+        for part, array in (value if eight_bits else {name: value}).items():
+            cast = cast_to(jnp.bfloat16 if eight_bits else dtype, array.dtype)
+            arrays[part] = np.array(array, cast, order='C')
     partial = directory / (PARAMS_FILE + '.partial')
     save_file(arrays, partial, metadata={'format': FORMAT})
     content = {'format': FORMAT, 'model': config.to_dict(), 'about': dict(about or {})}
@@ -86,7 +94,8 @@ def save_bundle(
     if base_fingerprint is not None:
         content['base_fingerprint'] = base_fingerprint
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
-    tokenizer.save(directory / TOKENIZER_FILE)
+    if tokenizer is not None:
+        tokenizer.save(directory / TOKENIZER_FILE)
     partial.replace(directory / PARAMS_FILE)
     processes.as_writer_says(None)
 
@@ -114,7 +123,7 @@ def load_bundle(
     )
     reader_of = {}
     for where in filter(None, (_base(content, config_path), '.')):
-        reader = TensorReader(directory / where, PARAMS_FILE)
+        reader = _BundleReader(directory / where)
         reader.check_weights(reader.shapes)
         reader_of |= dict.fromkeys(reader.shapes, reader)
     shapes = {name: reader.shapes[name] for name, reader in reader_of.items()}
@@ -130,11 +139,37 @@ def load_own_params(
     Raises:
       ValueError: a file is damaged, or a parameter is unknown to `model` or of another shape.
     """
-    reader = TensorReader(directory, PARAMS_FILE)
+    reader = _BundleReader(directory)
     wanted = param_shapes(model)
     others = {name: shape for name, shape in wanted.items() if name not in reader.shapes}
     check_shapes(model, others | reader.shapes, str(directory))
     return _read(model, dict.fromkeys(reader.shapes, reader), dtype, mesh)
+
+
+class _BundleReader(TensorReader):
+    """The parameters of a bundle; those that are stored in eight bits are read as float32."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory, PARAMS_FILE)
+        stored = self.shapes
+        self._scaled = {name for name in stored if name + SCALE in stored}
+        self.shapes = {
+            name: shape
+            for name, shape in stored.items()
+            if name.removesuffix(SCALE) not in self._scaled or name in self._scaled
+        }
+        for name in self._scaled:
+            blocks = -(-math.prod(stored[name]) // BLOCK)
+            if self.dtypes[name] != 'I8' or stored[name + SCALE] != (blocks,):
+                raise ValueError(
+                    f'{directory / PARAMS_FILE}: {name} is stored as {self.dtypes[name]} with '
+                    f'scales of shape {stored[name + SCALE]}; expected I8 and ({blocks},).'
+                )
+            self.dtypes[name] = 'F32'  # what it is read as
+
+    def read(self, name: str) -> np.ndarray:
+        value = super().read(name)
+        return from_int8(value, super().read(name + SCALE)) if name in self._scaled else value
 
 
 def read_content(directory: Path) -> dict[str, Any]:
@@ -153,13 +188,19 @@ def read_content(directory: Path) -> dict[str, Any]:
     return content
 
 
+def named_base(directory: Path) -> str | None:
+    """The name or path of the model that a bundle with a fingerprint is based on, or None."""
+    content = read_content(directory)
+    return content['base'] if 'base_fingerprint' in content else None
+
+
 def cast_to(dtype: Any, own: Any) -> Any:
     """The dtype of a parameter where `dtype` is asked for: token ids stay integers."""
     return own if dtype is None or not jnp.issubdtype(own, jnp.floating) else dtype
 
 
 def _read(
-    model: Gemma, reader_of: Mapping[str, TensorReader], dtype: Any, mesh: Any
+    model: Gemma, reader_of: Mapping[str, '_BundleReader'], dtype: Any, mesh: Any
 ) -> dict[str, Any]:
     shardings, params = flat_shardings(model, mesh), {}
     for name, reader in reader_of.items():

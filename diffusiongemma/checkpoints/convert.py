@@ -7,9 +7,11 @@ from typing import Any
 from diffusiongemma.checkpoints import bundle, hf_export
 from diffusiongemma.checkpoints.hf_config import is_published
 from diffusiongemma.checkpoints.load import load_model, model_directory
+from diffusiongemma.checkpoints.packaged import PACKAGED
 from diffusiongemma.models.config import ModelConfig
 
 FORMATS = ('hf', 'bundle')
+INT8 = 'int8'
 
 
 def convert(
@@ -28,7 +30,8 @@ def convert(
       source: whatever `load_model` opens.
       output: is created.
       format: 'hf' (published) or 'bundle'.
-      dtype: of the parameters; None keeps theirs.
+      dtype: of the parameters; None keeps theirs. 'int8' stores large ones of a bundle in eight
+        bits (`int8_storage`).
       max_shard_bytes: largest file of the published format.
       base: published checkpoint to take over what the model does not hold, see `save_hf`;
         defaults to `source` where that is one.
@@ -42,14 +45,31 @@ def convert(
         raise ValueError(f'format must be one of {FORMATS}, got {format!r}.')
     directory = model_directory(source)
     hf_export.check_empty(output)
-    model, params, tokenizer = load_model(source, dtype)
+    if format != 'bundle' and dtype == INT8:
+        raise ValueError("dtype='int8' is for the format 'bundle'; transformers would not read it.")
+    on_base = bundle.is_bundle(directory) and bundle.named_base(directory)
+    model, params, tokenizer = load_model(source, None if dtype == INT8 else dtype)
+    if format == 'bundle' and on_base:  # a student that holds its trained part alone stays one
+        content = bundle.read_content(directory)
+        own = bundle.load_own_params(directory, model, None)
+        bundle.save_bundle(
+            output,
+            model.config,
+            own,
+            None if on_base in PACKAGED else tokenizer,
+            dtype=dtype,
+            about=content['about'],
+            base=on_base,
+            base_fingerprint=content['base_fingerprint'],
+        )
+        return
     if format == 'bundle':
         if tokenizer is None:
             raise ValueError(
                 f'{directory} has no tokenizer.model or tokenizer.json; a bundle needs one.'
             )
         about = {'converted_from': directory.name}
-        bundle.save_bundle(output, model.config, params, tokenizer, about=about)
+        bundle.save_bundle(output, model.config, params, tokenizer, dtype=dtype, about=about)
         return
     if base is None and is_published(directory):
         base = directory

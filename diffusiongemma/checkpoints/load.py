@@ -32,6 +32,7 @@ BUILTIN = {
     'builtin-student': ASSETS / 'student',
     'builtin-teacher': ASSETS / 'teacher',
     'builtin-sudoku': ASSETS / 'sudoku',
+    'gemma3-270m-student': ASSETS / 'gemma3_270m_student',
 }
 EXPORT_DIR = 'model'  # in a workdir: the model that the run exports
 BASE_DIR = 'base'  # in a workdir: the model whose parameters the run leaves as they are
@@ -73,8 +74,9 @@ def load_model(
         return gguf_import.load_gguf(gguf_file, dtype, mesh)
     if adapters.is_adapters(directory):
         return _load_adapted(directory, dtype, mesh)
+    base_tokenizer = None
     if bundle.is_bundle(directory):
-        model, params = _load_bundle(directory, dtype, mesh)
+        model, params, base_tokenizer = _load_bundle(directory, dtype, mesh)
     elif (directory / CHECKPOINTS_DIR).is_dir():
         model, params = _load_run(directory, None, dtype, mesh)
     elif directory.parent.name == CHECKPOINTS_DIR and directory.name.isdigit():
@@ -89,7 +91,7 @@ def load_model(
     if mesh is None and model.config.has_frozen_encoder:
         model = _with_fast_denoiser(model)
     tokenizer_file = directory / bundle.TOKENIZER_FILE
-    tokenizer = None
+    tokenizer = base_tokenizer
     if tokenizer_file.exists():
         tokenizer = Tokenizer.load(str(tokenizer_file), has_empty_thought(model.config))
     return model, params, tokenizer
@@ -138,13 +140,15 @@ def model_directory(path: str | Path) -> Path:
     return exported if bundle.is_bundle(exported) else directory
 
 
-def _load_bundle(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> tuple[Gemma, dict]:
-    """A bundle, on the base that it names if it lacks parameters."""
+def _load_bundle(
+    directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None
+) -> tuple[Gemma, dict, Tokenizer | None]:
+    """A bundle, on the base that it names if it lacks parameters, and that base's tokenizer."""
     content = bundle.read_content(directory)
     if 'base_fingerprint' not in content:
-        return bundle.load_bundle(directory, dtype, mesh)
+        return *bundle.load_bundle(directory, dtype, mesh), None
     base = _base_of(directory, content['base'], bundle.CONFIG_FILE)
-    base_model, params, _ = load_model(base, dtype, mesh)
+    base_model, params, tokenizer = load_model(base, dtype, mesh)
     where = f'{directory / bundle.CONFIG_FILE}, "model"'
     config = read_model_config(content.get('model'), where)
     backbone = base_model.config.autoregressive
@@ -161,7 +165,7 @@ def _load_bundle(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) ->
     names = ('embedder', 'backbone', 'per_layer_embedder')
     params = {name: params[name] for name in names if name in params} | own
     bundle.check_params(model, flatten_dict(params, sep='/'), f'{directory} on {base}')
-    return model, params
+    return model, params, tokenizer
 
 
 def _base_of(directory: Path, base: str, file: str) -> str | Path:

@@ -9,15 +9,15 @@ from absl import logging
 
 
 def draft_vocabulary(
-    responses: Iterable[Sequence[int] | np.ndarray], tokenizer: Any, size: int
+    documents: Iterable[Sequence[int] | np.ndarray], tokenizer: Any, size: int
 ) -> np.ndarray:
-    """The most frequent tokens of teacher-written text, and those that any text may need.
+    """The most frequent tokens of some texts, and those that any text may need.
 
     The latter are special tokens and tokens of a single byte, digits among them. What is left out
     costs no correctness, as the verifier scores the whole vocabulary: a draft ends there.
 
     Args:
-      responses: teacher-written texts, in tokens.
+      documents: like those that will be drafted, in tokens.
       tokenizer: a `Tokenizer`.
       size: Vd.
 
@@ -33,8 +33,8 @@ def draft_vocabulary(
             f'{tokenizer.vocab_size} tokens; use 0 for all of them.'
         )
     counts: collections.Counter[int] = collections.Counter()
-    for response in responses:
-        counts.update(np.asarray(response).tolist())
+    for document in documents:
+        counts.update(np.asarray(document).tolist())
     single = [i for i in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(i)) == 1]
     needed = sorted({*tokenizer.stop_ids, tokenizer.pad_id, *single})
     if len(needed) > size:

@@ -142,6 +142,8 @@ class Drafting:
       refused_rate: share of the canvases that start where the draft at their anchor was refused:
         at the token that the teacher put in place of the refused one. The sampler meets just
         these states, which are harder than random ones. Costs a pass without gradient.
+      lookup_ngram: no canvas starts where the last so many tokens occur earlier in the document:
+        there the sampler's setting of that name drafts without the model. 0: anywhere.
     """
 
     corruption: Corruption
@@ -150,10 +152,13 @@ class Drafting:
     anchors_per_row: int = 32
     total_variation: float = 0.0
     refused_rate: float = 0.0
+    lookup_ngram: int = 0
 
     def __post_init__(self):
         if self.anchors_per_row < 1:
             raise ValueError(f'anchors_per_row must be >= 1, got {self.anchors_per_row}.')
+        if self.lookup_ngram < 0:
+            raise ValueError(f'lookup_ngram must be >= 0 tokens, got {self.lookup_ngram}.')
         for name in ('total_variation', 'refused_rate'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'{name} must lie in [0, 1], got {getattr(self, name)}.')
@@ -166,7 +171,8 @@ class Drafting:
     def draw(self, key: jax.Array, batch: Batch) -> Draw:
         """See `step.Objective`."""
         anchor_key, noise_key, refused_key = jax.random.split(key, 3)
-        anchors, used = draw_anchors(anchor_key, anchor_places(batch), self.anchors_per_row)
+        places = anchor_places(batch, self.lookup_ngram)
+        anchors, used = draw_anchors(anchor_key, places, self.anchors_per_row)
         shape = (*anchors.shape, self.canvas_length)
         clean = jnp.zeros(shape, jnp.int32)
         noise, _ = self.corruption.corrupt(noise_key, clean, jnp.ones(()))
@@ -260,14 +266,33 @@ class Drafting:
         refused = draw.anchors + 1 + jnp.sum(draft.accepted, axis=-1)
         refused = jnp.minimum(refused, batch['tokens'].shape[1] - 1)
         same = _at(batch['segment_ids'], refused) == _at(batch['segment_ids'], draw.anchors)
-        return jnp.where(same & _at(anchor_places(batch), refused), refused, draw.anchors)
+        return jnp.where(
+            same & _at(anchor_places(batch, self.lookup_ngram), refused), refused, draw.anchors
+        )
 
 
-def anchor_places(batch: Batch) -> jax.Array:
-    """[B, L] bool, where a draft may start: response tokens that another one follows."""
+def anchor_places(batch: Batch, lookup_ngram: int = 0) -> jax.Array:
+    """[B, L] bool, where a draft may start: response tokens that another one follows.
+
+    With `lookup_ngram` only those where a lookup of so many tokens finds nothing.
+    """
     is_target, segment_ids = batch['target_mask'], batch['segment_ids']
     followed = jnp.roll(is_target, -1, axis=1) & (jnp.roll(segment_ids, -1, axis=1) == segment_ids)
-    return (is_target & followed).at[:, -1].set(False)
+    places = (is_target & followed).at[:, -1].set(False)
+    return places & ~occurs_earlier(batch, lookup_ngram) if lookup_ngram else places
+
+
+def occurs_earlier(batch: Batch, ngram: int) -> jax.Array:
+    """[B, L] bool, whether the `ngram` tokens up to here occur earlier in their document."""
+    tokens, segments = batch['tokens'], batch['segment_ids']
+    length = tokens.shape[1]
+    equal = tokens[:, :, None] == tokens[:, None, :]
+    equal &= segments[:, :, None] == segments[:, None, :]  # [B, L, L]
+    runs = equal
+    for k in range(1, ngram):  # the token k before is equal too
+        runs &= jnp.pad(equal, [(0, 0), (k, 0), (k, 0)])[:, :length, :length]
+    index = jnp.arange(length)
+    return jnp.any(runs & (index < index[:, None]), axis=-1)
 
 
 def draw_anchors(key: jax.Array, places: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -378,7 +403,7 @@ class DraftingConfig:
       weights: 'accepted_length', 'decay' or 'equal', see `PositionWeights`.
       smoothing: of the accepted-length weights.
       gamma: of the decay, in places.
-      anchors_per_row, total_variation, refused_rate: see `Drafting`.
+      anchors_per_row, total_variation, refused_rate, lookup_ngram: see `Drafting`.
       held_out: teacher-written examples, the last of the targets, that are never trained on;
         accepted lengths are reported on them. At most a tenth of the targets.
     """
@@ -389,6 +414,7 @@ class DraftingConfig:
     anchors_per_row: int = 32
     total_variation: float = 0.0
     refused_rate: float = 0.0
+    lookup_ngram: int = 0
     held_out: int = 64
 
     def __post_init__(self):
@@ -414,4 +440,5 @@ class DraftingConfig:
             self.anchors_per_row,
             self.total_variation,
             self.refused_rate,
+            self.lookup_ngram,
         )

@@ -379,7 +379,7 @@ def compare(
 def looking_up(lossless: Sampler) -> Sampler:
     """The lossless mode with drafts from the text so far, as long as the student's own."""
     length = draft_length(lossless.model, lossless.config)
-    config = dataclasses.replace(lossless.config, drafts=PromptLookup(length))
+    config = dataclasses.replace(lossless.config, drafts=PromptLookup(length), lookup_ngram=0)
     return dataclasses.replace(lossless, config=config)
 
 

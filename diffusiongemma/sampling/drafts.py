@@ -45,6 +45,10 @@ class PromptLookup:
 
     def draft(self, history: jax.Array, lengths: jax.Array) -> jax.Array:
         """See `DraftSource`; where no last token occurs earlier the draft means nothing."""
+        return self.find(history, lengths)[0]
+
+    def find(self, history: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The draft [B, length], and how many of the last tokens [B] int32 it continues."""
         size = history.shape[1]
         index = jnp.arange(size)
         last = lengths[:, None] - 1  # [B, 1]
@@ -63,7 +67,7 @@ class PromptLookup:
         period = jnp.maximum(last[:, 0] - best, 1)[:, None]
         beyond = jnp.maximum(places - last, 0)
         places -= -(-beyond // period) * period
-        return jnp.take_along_axis(history, places, axis=1)
+        return jnp.take_along_axis(history, places, axis=1), jnp.max(matched, axis=1)
 
 
 def history_of(

@@ -25,7 +25,7 @@ from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.autoregressive import first_token, next_token_logits
 from diffusiongemma.sampling.controls import OPEN
 from diffusiongemma.sampling.diffusion import canvas_task, denoise_canvas, first_canvas, hold
-from diffusiongemma.sampling.drafts import history_of, light_draft
+from diffusiongemma.sampling.drafts import PromptLookup, history_of, light_draft
 from diffusiongemma.sampling.epilogue import always_greedy, gumbel_noise, pick
 from diffusiongemma.sampling.passes import DenoisingModel
 from diffusiongemma.sampling.randomness import fold_in_rows, split_rows
@@ -36,6 +36,8 @@ from diffusiongemma.sampling.state import (
     SamplerOutput,
     SamplingConfig,
 )
+
+LONGEST_NGRAM = 6  # that a lookup tells from a shorter one
 
 
 @flax.struct.dataclass
@@ -152,9 +154,29 @@ def draft(
     """
     no_steps = jnp.zeros_like(state.draft_steps)
     if config.drafts is not None:
-        return looked_up_draft(config, state), no_steps
+        return config.drafts.draft(*text_so_far(state)), no_steps
+    if not config.lookup_ngram:
+        return model_draft(model, config, params, state, noise)
+    looked_up, found = looked_up_draft(model, config, state)
+
+    def with_model() -> tuple[jax.Array, jax.Array]:
+        tokens, steps = model_draft(model, config, params, state, noise)
+        return jnp.where(found[:, None], looked_up, tokens), jnp.where(found, 0, steps)
+
+    return jax.lax.cond(jnp.all(found | state.finished), lambda: (looked_up, no_steps), with_model)
+
+
+def model_draft(
+    model: DenoisingModel,
+    config: SamplingConfig,
+    params: Any,
+    state: LosslessState,
+    noise: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The denoiser's draft; arguments and results as of `draft`."""
     if drafts_in_one_pass(model, config, state):
-        return one_pass_draft(model, config, params, state, noise).tokens, no_steps + 1
+        tokens = one_pass_draft(model, config, params, state, noise).tokens
+        return tokens, jnp.ones_like(state.draft_steps)
     task = draft_task(model, config, state, noise)
     denoised = denoise_canvas(model, config, params, state.cache, task, config.max_draft_steps)
     return drafted_tokens(model, denoised), denoised.steps
@@ -172,14 +194,22 @@ def text_noise(
     return gumbel_noise(keys, model.config.vocab_size)
 
 
-def looked_up_draft(config: SamplingConfig, state: LosslessState) -> jax.Array:
-    """Drafts [B, K] of a `DraftSource`, which reads the text so far."""
+def looked_up_draft(
+    model: DenoisingModel, config: SamplingConfig, state: LosslessState
+) -> tuple[jax.Array, jax.Array]:
+    """Drafts [B, K] out of the text so far, and where `config.lookup_ngram` tokens match [B]."""
+    source = PromptLookup(draft_length(model, config), max(LONGEST_NGRAM, config.lookup_ngram))
+    tokens, matched = source.find(*text_so_far(state))
+    return tokens, matched >= config.lookup_ngram
+
+
+def text_so_far(state: LosslessState) -> tuple[jax.Array, jax.Array]:
+    """Prompts, responses and pending tokens as one text a row, see `history_of`."""
     generation = state.generation
     rows = jnp.arange(len(state.pending))
     response = jnp.pad(generation.tokens, [(0, 0), (0, 1)])
     response = response.at[rows, generation.lengths].set(state.pending)
-    texts = history_of(state.prompt, state.prompt_lengths, response, generation.lengths + 1)
-    return config.drafts.draft(*texts)
+    return history_of(state.prompt, state.prompt_lengths, response, generation.lengths + 1)
 
 
 def drafts_in_one_pass(model: DenoisingModel, config: SamplingConfig, state: Any) -> bool:

@@ -26,6 +26,9 @@ class SamplingConfig:
       max_denoising_steps: T, limit of denoise steps per canvas.
       drafts: a source of drafts for the lossless mode, such as `PromptLookup`; None for the
         model's own denoiser.
+      lookup_ngram: in the lossless mode, a draft is what followed the last so many tokens (or
+        more) where they occur earlier in the text, and the model's own elsewhere; 0 for the
+        model's alone. Code and other text that repeats itself gains from it.
       draft_length: canvas tokens of a draft in the lossless mode, at most the model's canvas
         length; None for all of it. Short drafts are verified faster.
       max_draft_steps: limit of denoise steps per draft in the lossless mode. A row whose draft
@@ -57,6 +60,7 @@ class SamplingConfig:
     max_new_tokens: int = 256
     max_denoising_steps: int = 48
     drafts: DraftSource | None = None
+    lookup_ngram: int = 0
     draft_length: int | None = None
     max_draft_steps: int = 1
     entropy_bound: float = 0.1
@@ -90,6 +94,15 @@ class SamplingConfig:
             )
         if self.max_draft_steps < 1:
             raise ValueError(f'max_draft_steps must be >= 1, got {self.max_draft_steps}.')
+        if self.lookup_ngram < 0:
+            raise ValueError(
+                f'lookup_ngram must be >= 0 tokens, got {self.lookup_ngram}; 0 looks nothing up.'
+            )
+        if self.lookup_ngram and self.drafts is not None:
+            raise ValueError(
+                'drafts and lookup_ngram are both given: use one of them; lookup_ngram drafts with '
+                'the model where nothing is found.'
+            )
         if self.draft_length is not None and self.draft_length < 2:
             raise ValueError(
                 f'draft_length must be >= 2 canvas tokens, got {self.draft_length}; None takes the '

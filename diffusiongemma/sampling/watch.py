@@ -41,6 +41,7 @@ _commit_canvas = jax.jit(diffusion.commit_canvas, static_argnames=_STATIC)
 _text_noise = jax.jit(lossless.text_noise, static_argnames=_STATIC)
 _one_pass_draft = jax.jit(lossless.one_pass_draft, static_argnames=_STATIC)
 _verify_draft = jax.jit(lossless.verify_draft, static_argnames=_STATIC)
+_looked_up = jax.jit(lossless.looked_up_draft, static_argnames=_STATIC)
 
 
 def watch(
@@ -83,7 +84,11 @@ def _watch(sampler: Sampler, params: Any, arguments: tuple) -> Iterator[Draft | 
             state = _commit_canvas(model, config, params, state, canvas)
             continue
         noise = _text_noise(model, config, state)
-        if lossless.drafts_in_one_pass(model, config, state):
+        looked_up = _looked_up(model, config, state) if config.lookup_ngram else None
+        if looked_up is not None and jnp.all(looked_up[1] | state.finished):
+            draft, steps = looked_up[0], 0
+            yield _shown(sampler, state, draft, jnp.zeros(draft.shape), done=True)
+        elif lossless.drafts_in_one_pass(model, config, state):
             draft, steps = (yield from _watch_light(sampler, params, state, noise)), 1
         else:
             task = lossless.draft_task(model, config, state, noise)
@@ -92,6 +97,9 @@ def _watch(sampler: Sampler, params: Any, arguments: tuple) -> Iterator[Draft | 
             canvas = yield from _watch_canvas(sampler, params, state, task, limit, before)
             draft, steps = lossless.drafted_tokens(model, canvas), canvas.steps
         steps = jnp.broadcast_to(steps, state.pending.shape)
+        if looked_up is not None:
+            draft = jnp.where(looked_up[1][:, None], looked_up[0], draft)
+            steps = jnp.where(looked_up[1], 0, steps)
         state = _verify_draft(model, config, params, state, draft, steps, noise)
     yield state.output()
 
@@ -124,25 +132,29 @@ def _watch_light(
     """The pending token and the draft [B, K] after it, which is returned."""
     model, config = sampler.model, sampler.config
     draft = _one_pass_draft(model, config, params, state, noise)
-    tokens = jnp.concatenate([state.pending[:, None], draft.tokens], axis=1)
-    entropies = jnp.pad(draft.entropies, [(0, 0), (1, 0)])
-    noise_id = passes.mask_id(model)
-    empty = jnp.full_like(tokens, config.pad_id if noise_id is None else noise_id)
-    before = DenoiseState(
-        step=jnp.zeros((), jnp.int32),
-        canvas=empty.at[:, 0].set(state.pending),
-        argmax_history=jnp.full_like(tokens, -1)[:, None],
-        entropies=jnp.full_like(entropies, jnp.inf).at[:, 0].set(0.0),
+    yield _shown(sampler, state, draft.tokens, draft.entropies, done=False)
+    yield _shown(sampler, state, draft.tokens, draft.entropies, done=True)
+    return draft.tokens
+
+
+def _shown(
+    sampler: Sampler, state: Any, drafted: jax.Array, entropies: jax.Array, *, done: bool
+) -> Draft:
+    """A draft [B, K] after its pending token; noise in its place until it is `done`."""
+    tokens = jnp.concatenate([state.pending[:, None], drafted], axis=1)
+    noise_id = passes.mask_id(sampler.model)
+    noise = jnp.full_like(tokens, sampler.config.pad_id if noise_id is None else noise_id)
+    unknown = jnp.full(tokens.shape, jnp.inf).at[:, 0].set(0.0)
+    canvas = DenoiseState(
+        step=jnp.asarray(int(done), jnp.int32),
+        canvas=tokens if done else noise.at[:, 0].set(state.pending),
+        argmax_history=(tokens if done else jnp.full_like(tokens, -1))[:, None],
+        entropies=jnp.pad(entropies, [(0, 0), (1, 0)]) if done else unknown,
         soft_embeddings=jnp.zeros(()),
         stopped=state.finished,
         steps=jnp.zeros_like(state.pending),
     )
-    yield _draft(state.output(), before, jnp.zeros_like(state.finished))
-    after = before.replace(
-        step=before.step + 1, canvas=tokens, argmax_history=tokens[:, None], entropies=entropies
-    )
-    yield _draft(state.output(), after, ~state.finished)
-    return draft.tokens
+    return _draft(state.output(), canvas, done & ~state.finished)
 
 
 def _draft(
