@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.sampling import diffusion, lossless, passes
 from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.finite import check_finite
 from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.sampling.state import CanvasTask, DenoiseState, SamplerOutput
 
@@ -62,7 +63,8 @@ def watch(
       params, tokens, lengths, rng, controls: as of a call of the sampler.
 
     Raises:
-      ValueError: as a call of the sampler, and for the autoregressive mode.
+      ValueError, FloatingPointError: as a call of the sampler; ValueError also for the
+        autoregressive mode.
     """
     if sampler.mode == 'autoregressive':
         raise ValueError(
@@ -84,16 +86,18 @@ def _watch(sampler: Sampler, params: Any, arguments: tuple) -> Iterator[Draft | 
             continue
         noise = _text_noise(model, config, state)
         if lossless.drafts_in_one_pass(model, config, state):
-            draft, steps = (yield from _watch_light(sampler, params, state, noise)), 1
+            drafted = yield from _watch_light(sampler, params, state, noise)
         else:
             task = lossless.draft_task(model, config, state, noise)
             limit = min(config.max_denoising_steps, config.max_draft_steps)
             before = state.pending if passes.predicts_next(model) else None
             canvas = yield from _watch_canvas(sampler, params, state, task, limit, before)
-            draft, steps = lossless.drafted_tokens(model, canvas), canvas.steps
-        steps = jnp.broadcast_to(steps, state.pending.shape)
-        state = _verify_draft(model, config, params, state, draft, steps, noise)
-    yield state.output()
+            tokens = lossless.drafted_tokens(model, canvas)
+            drafted = lossless.Drafted(tokens, canvas.steps, canvas.finite)
+        state = _verify_draft(model, config, params, state, drafted, noise)
+    output = state.output()
+    check_finite(output.failed_pass)
+    yield output
 
 
 def _watch_canvas(
@@ -120,8 +124,8 @@ def _watch_canvas(
 
 def _watch_light(
     sampler: Sampler, params: Any, state: Any, noise: jax.Array | None
-) -> Generator[Draft, None, jax.Array]:
-    """The pending token and the draft [B, K] after it, which is returned."""
+) -> Generator[Draft, None, lossless.Drafted]:
+    """The pending token and the draft after it, which is returned."""
     model, config = sampler.model, sampler.config
     draft = _one_pass_draft(model, config, params, state, noise)
     tokens = jnp.concatenate([state.pending[:, None], draft.tokens], axis=1)
@@ -136,13 +140,14 @@ def _watch_light(
         soft_embeddings=jnp.zeros(()),
         stopped=state.finished,
         steps=jnp.zeros_like(state.pending),
+        finite=draft.finite,
     )
     yield _draft(state.output(), before, jnp.zeros_like(state.finished))
     after = before.replace(
         step=before.step + 1, canvas=tokens, argmax_history=tokens[:, None], entropies=entropies
     )
     yield _draft(state.output(), after, ~state.finished)
-    return draft.tokens
+    return lossless.Drafted(draft.tokens, jnp.ones_like(state.pending), draft.finite)
 
 
 def _draft(
