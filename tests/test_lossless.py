@@ -139,7 +139,7 @@ def test_the_test_of_the_distribution_can_fail():
     keys = jax.random.split(jax.random.key(0), (draws, 2))
     stacked = jnp.broadcast_to(logits, (draws, 2, 3))
     blocks = jnp.full((draws, 2), drafted)
-    counts, following = verify(stacked, blocks, 1.0, gumbel_noise(keys, 3))
+    counts, following, _ = verify(stacked, blocks, 1.0, gumbel_noise(keys, 3))
     second = np.where(counts == 2, drafted, following)
     expected = np.array([0.5, 0.3, 0.2]) * draws
     right = scipy.stats.chisquare(np.bincount(second, minlength=3), expected)
@@ -155,7 +155,7 @@ def test_what_is_refused_is_not_drawn_again():
     logits = jnp.zeros((2000, 4, 5))
     block = jnp.tile(jnp.array([1, 2, 3, 4]), (2000, 1))
     keys = jax.random.split(jax.random.key(0), (2000, 4))
-    counts, following = verify(logits, block, 1.0, gumbel_noise(keys, 5))
+    counts, following, _ = verify(logits, block, 1.0, gumbel_noise(keys, 5))
     assert set(np.unique(counts)) == {1, 2, 3, 4}
     refused = np.asarray(counts) < 4
     assert (following[refused] != block[refused, counts[refused]]).all()

@@ -24,7 +24,9 @@ LIMIT = 12
 def output(tokens, canvases, steps):
     padded = np.zeros((1, LIMIT), np.int32)
     padded[0, : len(tokens)] = tokens
-    return SamplerOutput(padded, *(np.array([n]) for n in (len(tokens), steps, canvases, canvases)))
+    return SamplerOutput(
+        padded, *(np.array([n]) for n in (len(tokens), steps, canvases, canvases, 0))
+    )
 
 
 def draft(before, step, tokens, entropies):

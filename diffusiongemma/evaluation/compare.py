@@ -409,7 +409,7 @@ def draft_share(
         start = time.perf_counter()
         drafted = jax.block_until_ready(drafts(model, settings, params, state, noise))
         middle = time.perf_counter()
-        jax.block_until_ready(verifies(model, settings, params, state, *drafted, noise))
+        jax.block_until_ready(verifies(model, settings, params, state, drafted, noise))
         seconds.append((middle - start, time.perf_counter() - middle))
     drafting, verifying = np.median(seconds[1:], axis=0)
     return float(drafting / (drafting + verifying))

@@ -237,9 +237,9 @@ def _lossless_programs(
         noise = lossless.text_noise(model, sampling, state)
         return lossless.draft(model, sampling, params, state, noise)
 
-    def verify(params: Any, state: Any, drafted: Any, steps: Any) -> Any:
+    def verify(params: Any, state: Any, drafted: Any) -> Any:
         noise = lossless.text_noise(model, sampling, state)
-        return lossless.verify_draft(model, sampling, params, state, drafted, steps, noise)
+        return lossless.verify_draft(model, sampling, params, state, drafted, noise)
 
     def whole(params: Any, *prompts: Any) -> Any:
         return MODES['lossless'].generate(model, sampling, params, *prompts, Controls())
@@ -253,7 +253,7 @@ def _lossless_programs(
     return [
         PlannedProgram('generate', whole, (params, *prompts), weights, new),
         PlannedProgram('draft', draft, (params, state), cached, count),
-        PlannedProgram('verify', verify, (params, state, *drafted), cached, count + batch_size),
+        PlannedProgram('verify', verify, (params, state, drafted), cached, count + batch_size),
     ]
 
 

@@ -9,6 +9,7 @@ from diffusiongemma.constraints.automaton import allowed
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.controls import restrict, without_unknown
 from diffusiongemma.sampling.epilogue import adjust, draw
+from diffusiongemma.sampling.finite import chosen_are_finite
 from diffusiongemma.sampling.passes import CausalModel
 from diffusiongemma.sampling.randomness import fold_in_rows
 from diffusiongemma.sampling.state import GenerationState, SamplingConfig
@@ -35,7 +36,9 @@ def start(
       prompt_lengths: [B] int32, likewise.
     """
     del prompt, prompt_lengths
-    token = first_token(model, config, params, state, hidden, fold_in_rows(state.keys, 0))
+    keys = fold_in_rows(state.keys, 0)
+    token, finite = first_token(model, config, params, state, hidden, keys)
+    state = state.finish_unless(finite, 'prefill')
     return state.emit(config, token[:, None], passes=1)
 
 
@@ -47,7 +50,8 @@ def next_token(
     hidden, cache = passes.extend(model, params, state.cache, latest, ~state.finished)
     state = state.replace(cache=cache)
     keys = fold_in_rows(state.keys, state.lengths)
-    token = first_token(model, config, params, state, hidden[:, 0], keys)
+    token, finite = first_token(model, config, params, state, hidden[:, 0], keys)
+    state = state.finish_unless(finite, 'autoregressive')
     return state.emit(config, token[:, None], passes=1)
 
 
@@ -58,7 +62,7 @@ def first_token(
     state: GenerationState,
     hidden: jax.Array,
     keys: jax.Array,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Draws the first token that is not emitted yet.
 
     Args:
@@ -70,12 +74,13 @@ def first_token(
       keys: [B] keys.
 
     Returns:
-      [B] int32.
+      [B] int32, and whether the logits are finite [B] bool.
     """
     logits = model.apply({'params': params}, hidden, method='unembed')[:, None]  # [B, 1, V]
     states = None if state.automaton_states is None else state.automaton_states[:, None]
-    logits = next_token_logits(config, state, logits, state.lengths, states)
-    return draw(logits[:, 0], state.temperature(config), keys)
+    logits = next_token_logits(config, state, logits, state.lengths, states)[:, 0]  # [B, V]
+    token = draw(logits, state.temperature(config), keys)
+    return token, chosen_are_finite(logits, token)
 
 
 def next_token_logits(

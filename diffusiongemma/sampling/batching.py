@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.finite import check_finite
 from diffusiongemma.sampling.lossless import draft_length
 from diffusiongemma.sampling.randomness import row_keys
 from diffusiongemma.sampling.sampler import MODES, Sampler, pad_prompts
@@ -42,7 +43,8 @@ def generate_many(
       The outputs in the order of the prompts, as numpy arrays with N rows.
 
     Raises:
-      ValueError: as a call of the sampler, and when batch_size < 1.
+      ValueError, FloatingPointError: as a call of the sampler; ValueError also when
+        batch_size < 1.
     """
     if batch_size < 1:
         raise ValueError(f'batch_size must be >= 1 row, got {batch_size}.')
@@ -57,6 +59,7 @@ def generate_many(
         state = mode.until_one_finishes(sampler.model, sampler.config, params, state)
         finished = np.asarray(state.finished) & ~done
         queue.collect(state.output(), np.flatnonzero(finished), owners)
+        check_finite(queue.results.failed_pass)
         done |= finished
         free = np.flatnonzero(finished)[: len(prompts) - following]
         if free.size:
@@ -95,6 +98,7 @@ class _Queue:
             denoising_steps=zeros.copy(),
             canvases=zeros.copy(),
             causal_passes=zeros.copy(),
+            failed_pass=zeros.copy(),
             accepted_lengths=accepted,
         )
 

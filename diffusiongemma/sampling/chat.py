@@ -12,6 +12,7 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.finite import check_finite
 from diffusiongemma.sampling.sampler import MODES, Sampler, check_fits, pad_prompts
 from diffusiongemma.sampling.text import check_stops
 
@@ -143,6 +144,7 @@ class ChatSampler:
         prompt_cache = state.cache
         while True:
             output = state.output()
+            check_finite(output.failed_pass)
             response = np.asarray(output.tokens)[0, : int(output.lengths[0])].tolist()
             if response:
                 yield self._reply(response, int(output.denoising_steps[0]))

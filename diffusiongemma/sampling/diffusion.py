@@ -25,6 +25,7 @@ from diffusiongemma.sampling.epilogue import (
     pick,
     read_logits,
 )
+from diffusiongemma.sampling.finite import are_finite
 from diffusiongemma.sampling.passes import DenoisingModel
 from diffusiongemma.sampling.randomness import fold_in_rows, split_rows, uniform_tokens
 from diffusiongemma.sampling.state import (
@@ -95,17 +96,21 @@ def commit_canvas(
 ) -> GenerationState:
     """Emits a canvas and encodes it after the cached tokens of the rows that go on."""
     active, tokens = ~state.finished, canvas.result(config)
+    state = state.finish_unless(canvas.finite, 'denoise')
     state = state.emit(config, tokens, canvas.steps)
     state = state.replace(
         canvases=state.canvases + active, causal_passes=state.causal_passes + ~state.finished
     )
 
-    def commit(cache: KVCache) -> KVCache:
-        return passes.extend(model, params, cache, tokens, ~state.finished)[1]
+    def commit(cache: KVCache) -> tuple[KVCache, jax.Array]:
+        hidden, cache = passes.extend(model, params, cache, tokens, ~state.finished)
+        return cache, are_finite(hidden)
 
     # The last canvas is never committed.
-    cache = jax.lax.cond(state.running, commit, lambda cache: cache, state.cache)
-    return state.replace(cache=cache)
+    cache, finite = jax.lax.cond(
+        state.running, commit, lambda cache: (cache, jnp.ones_like(active)), state.cache
+    )
+    return state.replace(cache=cache).finish_unless(finite, 'commit')
 
 
 def denoise_canvas(
@@ -155,6 +160,7 @@ def first_noise(
         soft_embeddings=passes.no_soft_embeddings(model, params, batch_size, length),
         stopped=~task.active,
         steps=jnp.zeros((batch_size,), jnp.int32),
+        finite=jnp.ones((batch_size,), bool),
     )
 
 
@@ -205,6 +211,9 @@ def denoise_step(
     canvas = config.acceptance_rule.next_canvas(proposal)
     history = jnp.concatenate([state.argmax_history[:, 1:], argmax[:, None]], axis=1)  # [B, W, C]
     stop = config.stopping_rule.should_stop(history, proposal.entropies)
+    # Logits with NaN or infinity have no entropy.
+    finite = state.finite & (state.stopped | are_finite(proposal.entropies))
+    stop |= ~finite
     if mask_id is not None:
         stop |= jnp.all(canvas != mask_id, axis=-1)
     if task.max_steps is not None:
@@ -229,6 +238,7 @@ def denoise_step(
         soft_embeddings=unless_stopped(soft_embeddings, state.soft_embeddings),
         stopped=state.stopped | stop,
         steps=state.steps + ~state.stopped,
+        finite=finite,
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.epilogue import adjust, entropy, pick
+from diffusiongemma.sampling.finite import chosen_are_finite
 
 
 class DraftSource(Protocol):
@@ -100,10 +101,12 @@ class LightDraft(NamedTuple):
     Attributes:
       tokens: [B, K] int32.
       entropies: [B, K] float32, nats, of each position by itself.
+      finite: [B] bool, whether the logits that the tokens were chosen by are finite.
     """
 
     tokens: jax.Array
     entropies: jax.Array
+    finite: jax.Array
 
 
 def light_draft(
@@ -145,14 +148,16 @@ def light_draft(
     if noise is not None and light.draft_vocab_size:
         drafted_noise = jnp.take_along_axis(noise, tokens[:, None], axis=-1)
 
-    def choose(logits: jax.Array) -> jax.Array:
-        row = pick(adjust(logits, temperature, top_k, top_p), temperature, drafted_noise)
-        return jnp.take_along_axis(tokens, row, axis=1)  # [B, K]
+    def choose(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        adjusted = adjust(logits, temperature, top_k, top_p)
+        row = pick(adjusted, temperature, drafted_noise)
+        finite = jnp.all(chosen_are_finite(adjusted, row), axis=-1)  # [B]
+        return jnp.take_along_axis(tokens, row, axis=1), finite  # [B, K]
 
-    drafted = choose(logits)
+    drafted, finite = choose(logits)
     if light.serial_rank:
-        drafted = _resolve(model, variables, logits, size, pending, drafted, choose)
-    return LightDraft(drafted, entropy(logits))
+        drafted, finite = _resolve(model, variables, logits, size, pending, drafted, choose)
+    return LightDraft(drafted, entropy(logits), finite)
 
 
 def _with_prompt_tokens(
@@ -178,24 +183,28 @@ def _resolve(
     pending: jax.Array,
     drafted: jax.Array,
     choose: Any,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """The draft [B, K] that each token continues: x_i = choose(logits_i + serial(x_(i-1))).
+
+    Returned with it is whether its logits are finite [B].
 
     From left to right these equations have one solution. It is found by applying them to all
     positions at once until nothing changes: position i is right after i rounds at the latest, and
     mostly after two or three.
     """
 
-    def once(drafted: jax.Array) -> jax.Array:
+    def once(drafted: jax.Array) -> tuple[jax.Array, jax.Array]:
         before = jnp.concatenate([pending[:, None], drafted[:, :-1]], axis=1)
         gain = model.apply(variables, before, method='serial_logits')  # [B, K, Vd]
         gain = jnp.pad(gain, [(0, 0), (0, 0), (0, logits.shape[-1] - size)])
         return choose(logits + gain)
 
-    def go_on(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def go_on(carry: tuple[jax.Array, ...]) -> jax.Array:
         return jnp.any(carry[0] != carry[1])
 
-    _, drafted = jax.lax.while_loop(
-        go_on, lambda carry: (carry[1], once(carry[1])), (jnp.full_like(drafted, -1), drafted)
-    )
-    return drafted
+    def again(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return carry[1], *once(carry[1])
+
+    unresolved = jnp.full_like(drafted, -1), drafted, jnp.ones(drafted.shape[0], bool)
+    _, drafted, finite = jax.lax.while_loop(go_on, again, unresolved)
+    return drafted, finite

@@ -133,14 +133,14 @@ def keep_top(logits: jax.Array, top_k: int | None, top_p: float | None) -> jax.A
     """
     if top_k is not None and top_k < logits.shape[-1]:
         lowest = jax.lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)  # NaN stays, and is found
     if top_p is not None and top_p < 1:
         descending = -jnp.sort(-logits, axis=-1)
         probs = jax.nn.softmax(descending, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs
         count = jnp.sum(before < top_p, axis=-1, keepdims=True)  # >= 1
         lowest = jnp.take_along_axis(descending, count - 1, axis=-1)
-        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)
     return logits
 
 

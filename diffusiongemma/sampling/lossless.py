@@ -13,7 +13,7 @@ The token that is known for certain but not yet encoded, the "pending" one, is t
 block that is verified.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -27,6 +27,7 @@ from diffusiongemma.sampling.controls import OPEN
 from diffusiongemma.sampling.diffusion import canvas_task, denoise_canvas, first_canvas, hold
 from diffusiongemma.sampling.drafts import PromptLookup, history_of, light_draft
 from diffusiongemma.sampling.epilogue import always_greedy, gumbel_noise, pick
+from diffusiongemma.sampling.finite import chosen_are_finite
 from diffusiongemma.sampling.passes import DenoisingModel
 from diffusiongemma.sampling.randomness import fold_in_rows, split_rows
 from diffusiongemma.sampling.state import (
@@ -88,6 +89,20 @@ class LosslessState:
         return self.generation.output().replace(accepted_lengths=self.accepted_lengths)
 
 
+class Drafted(NamedTuple):
+    """What is verified.
+
+    Attributes:
+      tokens: [B, K] int32, what may follow the pending tokens.
+      steps: [B] int32, denoise passes that the draft took.
+      finite: [B] bool, whether the logits of these passes were finite.
+    """
+
+    tokens: jax.Array
+    steps: jax.Array
+    finite: jax.Array
+
+
 def start(
     model: DenoisingModel,
     config: SamplingConfig,
@@ -109,9 +124,11 @@ def start(
       prompt_lengths: [B] int32.
     """
     sizes = (prompt.shape[0], draft_length(model, config) + 2)
+    keys = fold_in_rows(state.keys, 0)
+    pending, finite = first_token(model, config, params, state, hidden, keys)
     return LosslessState(
-        generation=state,
-        pending=first_token(model, config, params, state, hidden, fold_in_rows(state.keys, 0)),
+        generation=state.finish_unless(finite, 'prefill'),
+        pending=pending,
         hidden=hidden,
         prompt=prompt,
         prompt_lengths=prompt_lengths,
@@ -137,8 +154,8 @@ def next_draft(
 ) -> LosslessState:
     """Drafts for every unfinished row, verifies the drafts, emits and caches what holds."""
     noise = text_noise(model, config, state)
-    tokens, steps = draft(model, config, params, state, noise)
-    return verify_draft(model, config, params, state, tokens, steps, noise)
+    drafted = draft(model, config, params, state, noise)
+    return verify_draft(model, config, params, state, drafted, noise)
 
 
 def draft(
@@ -147,23 +164,33 @@ def draft(
     params: Any,
     state: LosslessState,
     noise: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """What may follow the pending tokens [B, K], and the denoise passes that it took [B].
-
-    `noise` is that of `text_noise`.
-    """
+) -> Drafted:
+    """What may follow the pending tokens; `noise` is that of `text_noise`."""
     no_steps = jnp.zeros_like(state.draft_steps)
     if config.drafts is not None:
-        return config.drafts.draft(*text_so_far(state)), no_steps
+        tokens = config.drafts.draft(*text_so_far(state))
+        return Drafted(tokens, no_steps, jnp.ones_like(state.finished))
     if not config.lookup_ngram:
         return model_draft(model, config, params, state, noise)
     looked_up, found = looked_up_draft(model, config, state)
 
-    def with_model() -> tuple[jax.Array, jax.Array]:
-        tokens, steps = model_draft(model, config, params, state, noise)
-        return jnp.where(found[:, None], looked_up, tokens), jnp.where(found, 0, steps)
+    def with_model() -> Drafted:
+        drafted = model_draft(model, config, params, state, noise)
+        return in_place_of(drafted, looked_up, found)
 
-    return jax.lax.cond(jnp.all(found | state.finished), lambda: (looked_up, no_steps), with_model)
+    def without_model() -> Drafted:
+        return Drafted(looked_up, no_steps, jnp.ones_like(state.finished))
+
+    return jax.lax.cond(jnp.all(found | state.finished), without_model, with_model)
+
+
+def in_place_of(drafted: Drafted, looked_up: jax.Array, found: jax.Array) -> Drafted:
+    """The model's drafts, but for the rows [B] in which the looked-up ones [B, K] were found."""
+    return Drafted(
+        tokens=jnp.where(found[:, None], looked_up, drafted.tokens),
+        steps=jnp.where(found, 0, drafted.steps),
+        finite=found | drafted.finite,
+    )
 
 
 def model_draft(
@@ -172,14 +199,14 @@ def model_draft(
     params: Any,
     state: LosslessState,
     noise: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The denoiser's draft; arguments and results as of `draft`."""
+) -> Drafted:
+    """The denoiser's draft; arguments as of `draft`."""
     if drafts_in_one_pass(model, config, state):
-        tokens = one_pass_draft(model, config, params, state, noise).tokens
-        return tokens, jnp.ones_like(state.draft_steps)
+        light = one_pass_draft(model, config, params, state, noise)
+        return Drafted(light.tokens, jnp.ones_like(state.draft_steps), light.finite)
     task = draft_task(model, config, state, noise)
     denoised = denoise_canvas(model, config, params, state.cache, task, config.max_draft_steps)
-    return drafted_tokens(model, denoised), denoised.steps
+    return Drafted(drafted_tokens(model, denoised), denoised.steps, denoised.finite)
 
 
 def text_noise(
@@ -292,8 +319,7 @@ def verify_draft(
     config: SamplingConfig,
     params: Any,
     state: LosslessState,
-    drafted: jax.Array,
-    steps: jax.Array,
+    drafted: Drafted,
     noise: jax.Array | None,
 ) -> LosslessState:
     """Encodes pending tokens and drafts, emits and caches what holds.
@@ -303,13 +329,12 @@ def verify_draft(
       config: how to sample.
       params: its parameters.
       state: before the draft.
-      drafted: [B, K] int32, what may follow the pending tokens.
-      steps: [B] int32, denoise passes that the draft took.
+      drafted: what may follow the pending tokens.
       noise: [B, K + 1, V] from `text_noise`.
     """
-    before = state.generation
-    active = ~before.finished
-    block = jnp.concatenate([state.pending[:, None], drafted], axis=1)  # [B, K + 1]
+    active = ~state.finished
+    before = state.generation.finish_unless(drafted.finite, 'denoise')
+    block = jnp.concatenate([state.pending[:, None], drafted.tokens], axis=1)  # [B, K + 1]
     length = block.shape[1]
     hidden, block_kv = passes.encode_block(model, params, before.cache, block, active)
     logits = model.apply({'params': params}, hidden, method='unembed')  # [B, K + 1, V]
@@ -317,8 +342,9 @@ def verify_draft(
     if states is not None:
         states = trace(before.controls.automaton, states, block)[:, 1:]  # [B, K + 1]
     logits = next_token_logits(config, before, logits, before.lengths + 1, states)
-    counts, pending = verify(logits, block, before.temperature(config), noise)
-    after = before.emit(config, block, steps, counts)
+    counts, pending, finite = verify(logits, block, before.temperature(config), noise)
+    before = before.finish_unless(finite, 'verify')
+    after = before.emit(config, block, drafted.steps, counts)
     emitted = after.lengths - before.lengths
     cache = before.cache.append(block_kv, emitted)
     last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
@@ -343,7 +369,7 @@ def verify(
     block: jax.Array,
     temperature: float | jax.Array,
     noise: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """How much of each block autoregressive decoding would have written, and what comes next.
 
     Args:
@@ -353,9 +379,12 @@ def verify(
       noise: [B, T, V] float32, the Gumbel noise that the tokens are drawn with; None for greedy.
 
     Returns:
-      [B] int32, tokens of the block that hold, at least 1; and [B] int32, the token after them.
+      [B] int32, tokens of the block that hold, at least 1; [B] int32, the token after them; and
+      [B] bool, whether the logits that both follow from are finite.
     """
     drawn = pick(logits, temperature, noise)  # [B, T]
     holds = drawn[:, :-1] == block[:, 1:]
     counts = 1 + jnp.sum(jnp.cumprod(holds.astype(jnp.int32), axis=-1), axis=-1)  # [B]
-    return counts, jnp.take_along_axis(drawn, (counts - 1)[:, None], axis=1)[:, 0]
+    unused = jnp.arange(drawn.shape[1]) >= counts[:, None]
+    finite = jnp.all(chosen_are_finite(logits, drawn) | unused, axis=-1)
+    return counts, jnp.take_along_axis(drawn, (counts - 1)[:, None], axis=1)[:, 0], finite

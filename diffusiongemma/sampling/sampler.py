@@ -11,6 +11,7 @@ import numpy as np
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import autoregressive, diffusion, lossless, passes
 from diffusiongemma.sampling.controls import Controls, is_known
+from diffusiongemma.sampling.finite import are_finite, check_finite
 from diffusiongemma.sampling.passes import CausalModel
 from diffusiongemma.sampling.randomness import row_keys, typed_key
 from diffusiongemma.sampling.state import GenerationState, SamplerOutput, SamplingConfig
@@ -91,7 +92,8 @@ def prefilled(
     )
     last_token = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
     keys = row_keys(rng, tokens.shape[0])
-    return GenerationState.create(config, cache, last_token, keys, controls), hidden
+    state = GenerationState.create(config, cache, last_token, keys, controls)
+    return state.finish_unless(are_finite(hidden), 'prefill'), hidden
 
 
 MODES = {
@@ -188,9 +190,13 @@ class Sampler:
         Raises:
           ValueError: when shapes, types, lengths, token ids, keys or controls are unfit. Values
             are checked where they are known, which inside another jit they are not.
+          FloatingPointError: when logits are NaN or infinite; it names the pass and the row.
+            Inside another jit `failed_pass` of the output says so.
         """
         arguments = self.checked(tokens, lengths, rng, controls)
-        return MODES[self.mode].generate(self.model, self.config, params, *arguments)
+        output = MODES[self.mode].generate(self.model, self.config, params, *arguments)
+        check_finite(output.failed_pass)
+        return output
 
     def stream(
         self,
@@ -221,6 +227,7 @@ class Sampler:
         before = jax.tree.map(jnp.zeros_like, state.output())
         while True:
             after = state.output()
+            check_finite(after.failed_pass)
             if jnp.any(after.lengths > before.lengths):
                 new = jax.tree.map(jnp.subtract, after, before)
                 yield new.replace(tokens=self._latest(before, after, block))

@@ -13,6 +13,7 @@ from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling.acceptance import AcceptanceRule, Ancestral, EntropyBound
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafts import DraftSource
+from diffusiongemma.sampling.finite import first_failure
 from diffusiongemma.sampling.schedule import TemperatureSchedule
 from diffusiongemma.sampling.stopping import Never, StableAndConfident, StoppingRule
 
@@ -190,6 +191,8 @@ class SamplerOutput:
       canvases: [B] int32, canvases that a row took (lossless: drafts); 0 when autoregressive.
       causal_passes: [B] int32, causal passes after the prefill that a row took: commits of
         canvases that others follow, or verifications; 0 when autoregressive.
+      failed_pass: [B] int32, 0, or which pass gave logits that are NaN or infinite, see
+        `finite.PASSES`; such a row ends before that pass. A call of `Sampler` raises an error.
       accepted_lengths: [B, K + 2] int32, in the lossless mode: after how many verifications 0, 1,
         .., K + 1 tokens were emitted, the pending one counted. None in the other modes.
     """
@@ -199,6 +202,7 @@ class SamplerOutput:
     denoising_steps: jax.Array
     canvases: jax.Array
     causal_passes: jax.Array
+    failed_pass: jax.Array
     accepted_lengths: jax.Array | None = None
 
     @property
@@ -266,6 +270,8 @@ class DenoiseState:
       soft_embeddings: [B, C, D], self-conditioning of the next step.
       stopped: [B] bool; such a row keeps all of the above.
       steps: [B] int32, denoise steps that a row took before it stopped.
+      finite: [B] bool, whether the logits of all of these steps were finite; where not, the row
+        is stopped.
     """
 
     step: jax.Array
@@ -275,6 +281,7 @@ class DenoiseState:
     soft_embeddings: jax.Array
     stopped: jax.Array
     steps: jax.Array
+    finite: jax.Array
 
     @property
     def argmax(self) -> jax.Array:
@@ -302,6 +309,7 @@ class GenerationState:
       denoising_steps: [B] int32, as in SamplerOutput.
       canvases: [B] int32, as in SamplerOutput.
       causal_passes: [B] int32, as in SamplerOutput.
+      failed_pass: [B] int32, as in SamplerOutput; where it is not 0 the row is finished.
       automaton_states: [B] int32, after the responses so far; None without an automaton.
     """
 
@@ -316,6 +324,7 @@ class GenerationState:
     denoising_steps: jax.Array
     canvases: jax.Array
     causal_passes: jax.Array
+    failed_pass: jax.Array
     automaton_states: jax.Array | None
 
     @classmethod
@@ -344,6 +353,7 @@ class GenerationState:
             denoising_steps=zeros,
             canvases=zeros,
             causal_passes=zeros,
+            failed_pass=zeros,
             automaton_states=controls.start_states(zeros.size),
         )
 
@@ -356,6 +366,11 @@ class GenerationState:
     def running(self) -> jax.Array:
         """[] bool, some row is unfinished."""
         return ~jnp.all(self.finished)
+
+    def finish_unless(self, finite: jax.Array, name: str) -> 'GenerationState':
+        """Ends the unfinished rows in which the logits of a pass are not `finite` [B] bool."""
+        failed = first_failure(self.failed_pass, name, ~self.finished & ~finite)
+        return self.replace(failed_pass=failed, finished=self.finished | (failed > 0))
 
     def emit(
         self,
@@ -429,4 +444,5 @@ class GenerationState:
             denoising_steps=self.denoising_steps,
             canvases=self.canvases,
             causal_passes=self.causal_passes,
+            failed_pass=self.failed_pass,
         )

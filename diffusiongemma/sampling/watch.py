@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from diffusiongemma.sampling import diffusion, lossless, passes
 from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.drafts import LightDraft
+from diffusiongemma.sampling.finite import check_finite
 from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.sampling.state import CanvasTask, DenoiseState, SamplerOutput
 
@@ -63,7 +65,8 @@ def watch(
       params, tokens, lengths, rng, controls: as of a call of the sampler.
 
     Raises:
-      ValueError: as a call of the sampler, and for the autoregressive mode.
+      ValueError, FloatingPointError: as a call of the sampler; ValueError also for the
+        autoregressive mode.
     """
     if sampler.mode == 'autoregressive':
         raise ValueError(
@@ -84,24 +87,29 @@ def _watch(sampler: Sampler, params: Any, arguments: tuple) -> Iterator[Draft | 
             state = _commit_canvas(model, config, params, state, canvas)
             continue
         noise = _text_noise(model, config, state)
-        looked_up = _looked_up(model, config, state) if config.lookup_ngram else None
-        if looked_up is not None and jnp.all(looked_up[1] | state.finished):
-            draft, steps = looked_up[0], 0
-            yield _shown(sampler, state, draft, jnp.zeros(draft.shape), done=True)
+        looked_up = found = None
+        if config.lookup_ngram:
+            looked_up, found = _looked_up(model, config, state)
+        if looked_up is not None and jnp.all(found | state.finished):
+            fine = jnp.ones_like(state.finished)
+            drafted = lossless.Drafted(looked_up, jnp.zeros_like(state.pending), fine)
+            certain = jnp.zeros(looked_up.shape)
+            yield _shown(sampler, state, LightDraft(looked_up, certain, fine), done=True)
         elif lossless.drafts_in_one_pass(model, config, state):
-            draft, steps = (yield from _watch_light(sampler, params, state, noise)), 1
+            drafted = yield from _watch_light(sampler, params, state, noise)
         else:
             task = lossless.draft_task(model, config, state, noise)
             limit = min(config.max_denoising_steps, config.max_draft_steps)
             before = state.pending if passes.predicts_next(model) else None
             canvas = yield from _watch_canvas(sampler, params, state, task, limit, before)
-            draft, steps = lossless.drafted_tokens(model, canvas), canvas.steps
-        steps = jnp.broadcast_to(steps, state.pending.shape)
+            tokens = lossless.drafted_tokens(model, canvas)
+            drafted = lossless.Drafted(tokens, canvas.steps, canvas.finite)
         if looked_up is not None:
-            draft = jnp.where(looked_up[1][:, None], looked_up[0], draft)
-            steps = jnp.where(looked_up[1], 0, steps)
-        state = _verify_draft(model, config, params, state, draft, steps, noise)
-    yield state.output()
+            drafted = lossless.in_place_of(drafted, looked_up, found)
+        state = _verify_draft(model, config, params, state, drafted, noise)
+    output = state.output()
+    check_finite(output.failed_pass)
+    yield output
 
 
 def _watch_canvas(
@@ -128,20 +136,18 @@ def _watch_canvas(
 
 def _watch_light(
     sampler: Sampler, params: Any, state: Any, noise: jax.Array | None
-) -> Generator[Draft, None, jax.Array]:
-    """The pending token and the draft [B, K] after it, which is returned."""
+) -> Generator[Draft, None, lossless.Drafted]:
+    """The pending token and the draft after it, which is returned."""
     model, config = sampler.model, sampler.config
     draft = _one_pass_draft(model, config, params, state, noise)
-    yield _shown(sampler, state, draft.tokens, draft.entropies, done=False)
-    yield _shown(sampler, state, draft.tokens, draft.entropies, done=True)
-    return draft.tokens
+    yield _shown(sampler, state, draft, done=False)
+    yield _shown(sampler, state, draft, done=True)
+    return lossless.Drafted(draft.tokens, jnp.ones_like(state.pending), draft.finite)
 
 
-def _shown(
-    sampler: Sampler, state: Any, drafted: jax.Array, entropies: jax.Array, *, done: bool
-) -> Draft:
-    """A draft [B, K] after its pending token; noise in its place until it is `done`."""
-    tokens = jnp.concatenate([state.pending[:, None], drafted], axis=1)
+def _shown(sampler: Sampler, state: Any, draft: LightDraft, *, done: bool) -> Draft:
+    """A draft after its pending token; noise in its place until it is `done`."""
+    tokens = jnp.concatenate([state.pending[:, None], draft.tokens], axis=1)
     noise_id = passes.mask_id(sampler.model)
     noise = jnp.full_like(tokens, sampler.config.pad_id if noise_id is None else noise_id)
     unknown = jnp.full(tokens.shape, jnp.inf).at[:, 0].set(0.0)
@@ -149,10 +155,11 @@ def _shown(
         step=jnp.asarray(int(done), jnp.int32),
         canvas=tokens if done else noise.at[:, 0].set(state.pending),
         argmax_history=(tokens if done else jnp.full_like(tokens, -1))[:, None],
-        entropies=jnp.pad(entropies, [(0, 0), (1, 0)]) if done else unknown,
+        entropies=jnp.pad(draft.entropies, [(0, 0), (1, 0)]) if done else unknown,
         soft_embeddings=jnp.zeros(()),
         stopped=state.finished,
         steps=jnp.zeros_like(state.pending),
+        finite=draft.finite,
     )
     return _draft(state.output(), canvas, done & ~state.finished)
 
@@ -168,7 +175,7 @@ def _draft(
         argmax, tokens = (
             jnp.concatenate([pending[:, None], each], axis=1) for each in (argmax, tokens)
         )
-        entropies = jnp.pad(entropies, [(0, 0), (1, 0)])
+        entropies = jnp.pad(draft.entropies, [(0, 0), (1, 0)])
     return Draft(
         output=output,
         step=canvas.step,

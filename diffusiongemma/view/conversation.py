@@ -48,8 +48,8 @@ class Conversation:
                 return
             try:
                 self._turn(line)
-            except ValueError as error:
-                self._write(f'error: {error}\n/reset forgets the conversation, /help helps.\n')
+            except (ValueError, FloatingPointError) as error:
+                self._write(f'error: {error}\n')
             except KeyboardInterrupt:
                 self._write('\n[stopped; the conversation is as it was before]\n')
 
