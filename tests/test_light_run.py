@@ -12,6 +12,7 @@ from test_distillation_run import DATA, assert_equal, crash_at
 from diffusiongemma.checkpoints.bundle import save_bundle
 from diffusiongemma.checkpoints.convert import convert
 from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import reporting
 from diffusiongemma.distillation.run import Teacher, distill, load_teacher, train_student
@@ -77,6 +78,13 @@ def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
     assert model.light.draft_vocab_size == 700 and params['draft_ids'].shape == (700,)
     rows = reporting.read_metrics(workdir)
     assert {'held_out/accepted_length', 'held_out/acceptance/04'} <= set(rows[-1])
+    # A student that goes on from it, on other data, has its draft vocabulary.
+    more = light_config(teacher_directory, init=str(workdir))
+    more.train = {'num_steps': 1, 'report_every': 1, 'checkpoint_every': 1}
+    other_data = DataSpec(kind='wordmath', size=100, seed=5)
+    train_student(more, load_teacher(more), other_data, tmp_path / 'more')
+    continued = np.load(tmp_path / 'more' / 'draft_ids.npy')
+    np.testing.assert_array_equal(continued, params['draft_ids'])
     # Stored in eight bits it opens on the same teacher, close to what it was.
     convert(workdir, tmp_path / 'small', 'bundle', dtype='int8')
     small, small_params, _ = load_model(tmp_path / 'small')

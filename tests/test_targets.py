@@ -210,6 +210,30 @@ def test_answers_that_do_not_end_are_left_out(random_teacher, one_device, tmp_pa
         write_targets(*random_teacher, config, tmp_path, one_device, seed=0)
 
 
+def test_answers_that_do_not_end_can_be_kept_as_the_tokens_that_they_are(
+    random_teacher, one_device, tmp_path
+):
+    model, params, tokenizer = random_teacher
+    config = TargetsConfig(WORDMATH, batch_size=4, max_new_tokens=3, keep_unfinished=True)
+    spec = write_targets(*random_teacher, config, tmp_path / 'out', one_device, seed=0)
+    rows = examples(spec)
+    assert len(rows) == 6
+    for row in rows:
+        prompt = tokenizer.format_prompt(row['prompt'])
+        document = tokenize(row, tokenizer)
+        assert len(row['response_ids']) == 3  # no stop token after them
+        np.testing.assert_array_equal(document.response, row['response_ids'])
+        # Greedy, each after those before it.
+        logits = model.apply({'params': params}, document.tokens[None])[0]
+        expected = np.argmax(logits[len(prompt) - 1 : -1], axis=-1)
+        np.testing.assert_array_equal(document.response, expected)
+        assert tokenizer.decode(row['response_ids'].tolist()) == row['response']
+    message = 'made with another keep_unfinished'
+    with pytest.raises(ValueError, match=message):
+        plain = TargetsConfig(WORDMATH, batch_size=4, max_new_tokens=3)
+        write_targets(*random_teacher, plain, tmp_path / 'out', one_device, seed=0)
+
+
 def test_documents_longer_than_the_teachers_are_left_out(random_teacher, one_device, tmp_path):
     model, params, tokenizer = random_teacher
     model = Gemma(model.config.replace(max_positions=40))

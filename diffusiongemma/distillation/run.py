@@ -342,12 +342,13 @@ def train_student(
     if config.get('drafting'):
         count = run_config.build(DraftingConfig, config.drafting, 'drafting').held_out
         targets, held_out = split_source(targets, count)
+    started = load_student(config, model) if config.init else None
     if lora is None:
-        frozen = frozen_params(
-            model.config,
-            teacher_params,
-            draft_ids_of(config, model.config, targets, teacher.tokenizer),
-        )
+        if started is None:
+            draft_ids = draft_ids_of(config, model.config, targets, teacher.tokenizer)
+        else:  # the rows of its head and of its serial correction stand for these tokens
+            draft_ids = started.get(DRAFT_IDS)
+        frozen = frozen_params(model.config, teacher_params, draft_ids)
         constants = Constants(teacher=None if frozen else teacher_params, student=frozen)
         shardings = trained_params(model.config, param_shardings(model, mesh))
     else:
@@ -366,8 +367,8 @@ def train_student(
         return create_state(trained_params(model.config, source), optimizer)
 
     source = teacher_params
-    if config.init:
-        source = processes.in_shards(load_student(config, model), param_shardings(model, mesh))
+    if started is not None:
+        source = processes.in_shards(started, param_shardings(model, mesh))
 
     rows = compute.batch_sharding(mesh, shape.batch_size)
     part, parts = processes.data_shard(rows, shape.batch_size)
@@ -391,7 +392,7 @@ def train_student(
         about['lora'] = json.loads(json.dumps(dataclasses.asdict(lora.config)))
     store = CheckpointStore(workdir, loop.max_to_keep, about, loop.best_metric)
     state = start_or_resume(init, shardings, mesh, store, batches, source)
-    del source, teacher_params  # `constants` has what the steps read
+    del source, started, teacher_params  # `constants` has what the steps read
     if processes.is_writer():
         teacher.tokenizer.save(workdir / TOKENIZER_FILE)
     if constants.student:  # checkpoints hold the trained part only

@@ -150,7 +150,7 @@ def _made_from(
     # Only where there is a choice of formats: targets from before it existed keep their name.
     has_format = tokenizer.format_hash is not None
     made_from: dict[str, Any] = {'prompt_format': tokenizer.format_hash} if has_format else {}
-    if config.keep_unfinished:
+    if config.keep_unfinished:  # likewise
         made_from['keep_unfinished'] = True
     return made_from | {
         'teacher': digest.hexdigest(),
@@ -169,7 +169,8 @@ def _check_made_alike(path: Path, made_from: dict[str, Any]) -> None:
     if before is None:
         _write_atomically(path, json.dumps(made_from, indent=2) + '\n')
         return
-    differing = sorted(key for key in made_from if before.get(key) != made_from[key])
+    keys = {*made_from, *before}
+    differing = sorted(key for key in keys if before.get(key) != made_from.get(key))
     if differing:
         raise ValueError(
             f'{path.parent} holds targets made with another {" and ".join(differing)}; '

@@ -175,7 +175,7 @@ def _draft(
         argmax, tokens = (
             jnp.concatenate([pending[:, None], each], axis=1) for each in (argmax, tokens)
         )
-        entropies = jnp.pad(draft.entropies, [(0, 0), (1, 0)])
+        entropies = jnp.pad(entropies, [(0, 0), (1, 0)])
     return Draft(
         output=output,
         step=canvas.step,

@@ -1,0 +1,314 @@
+r"""What a light student of a pretrained model drafts on code: accepted lengths and the clock.
+
+    python benchmarks/code_drafts.py --checkpoint=gemma3-270m-student --output=/tmp/code_drafts
+
+The teacher continues prompts greedily, 96 tokens each: HumanEval's, and windows of held-out files
+of the Python standard library. Accepted lengths (tokens per verification, the one after the draft
+counted) of that text follow from what would be drafted at each of its places: by the student, by
+its untrained start, by lookups in the text so far, and by lookups where --lookup_ngram tokens match
+and the student elsewhere. Then the sampler itself writes --prompts of them, and its text has to be
+the teacher's. With --turns the clock: whole responses at batch 1, autoregressive and lossless in
+turns, ratios with their spread; with --others also transformers (float32, torch) and llama.cpp (the
+GGUF file as it is quantized), where they are installed. Writes code_drafts.json.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from diffusiongemma import run_config
+from diffusiongemma.checkpoints.convert import convert
+from diffusiongemma.checkpoints.load import load_model, model_directory
+from diffusiongemma.data.sources import DataSpec, load_source
+from diffusiongemma.diffusion.corruption import MaskedCorruption
+from diffusiongemma.distillation.drafting import Drafting
+from diffusiongemma.distillation.step import causal_pass
+from diffusiongemma.distillation.student import frozen_params, student_params_from_teacher
+from diffusiongemma.distillation.teacher import TeacherStates
+from diffusiongemma.models import Gemma, for_inference, init_params
+from diffusiongemma.models.denoiser import DRAFT_IDS
+from diffusiongemma.sampling import PromptLookup, Sampler, SamplingConfig, pad_prompts
+from diffusiongemma.sampling.lossless import LONGEST_NGRAM
+
+_CHECKPOINT = flags.DEFINE_string('checkpoint', 'gemma3-270m-student', 'A light student.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Directory of the texts and the table.')
+_TEACHER = flags.DEFINE_string('teacher', 'gemma3-270m', 'For the untrained start; empty: without.')
+_ROWS = flags.DEFINE_integer('rows', 164, 'Prompts of each source.', lower_bound=1)
+_PROMPTS = flags.DEFINE_integer('prompts', 164, 'That the sampler itself writes.', lower_bound=0)
+_NGRAM = flags.DEFINE_integer('lookup_ngram', 2, 'Tokens that a lookup needs.', lower_bound=1)
+_LENGTH = flags.DEFINE_integer('draft_length', 7, 'Tokens of a draft.', lower_bound=2)
+_TURNS = flags.DEFINE_integer('turns', 0, 'Prompts that are timed at batch 1.', lower_bound=0)
+_OTHERS = flags.DEFINE_bool('others', False, 'Time transformers and llama.cpp too.')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Of what the sampler writes.', 0.0)
+
+TOKENS = 96
+BATCH = 41
+SOURCES = {
+    'human_eval': DataSpec(kind='human_eval'),
+    'python_source': DataSpec(kind='python_source', split='test'),
+}
+
+
+def teacher_texts(model, params, tokenizer, prompts: list[list[int]], path: Path) -> np.ndarray:
+    """Greedy responses [rows, TOKENS] int32, -1 after their end; kept in a file."""
+    if path.exists():
+        return np.load(path)
+    config = SamplingConfig.for_tokenizer(tokenizer, max_new_tokens=TOKENS, temperature=0.0)
+    sampler, texts = Sampler(model, config, 'autoregressive'), []
+    for first in range(0, len(prompts), BATCH):
+        rows = prompts[first : first + BATCH]
+        rows = rows + rows[-1:] * (BATCH - len(rows))
+        tokens, lengths = pad_prompts(rows, tokenizer.pad_id, multiple=128)
+        output = sampler(params, tokens, lengths, rng=jax.random.key(0))
+        places = np.arange(TOKENS)
+        written = np.where(places < np.asarray(output.lengths)[:, None], output.tokens, -1)
+        texts.append(written)
+        print(f'{path.stem}: {first + BATCH} of {len(prompts)} rows', flush=True)
+    texts = np.concatenate(texts)[: len(prompts)].astype(np.int32)
+    np.save(path, texts)
+    return texts
+
+
+def student_hits(model, params, prompts, texts, length: int, pad_id: int) -> np.ndarray:
+    """Where the student's drafts hold, [rows, TOKENS, length] bool.
+
+    At [r, i, k]: with token i of the text pending, draft token k is the text's, given that the
+    draft tokens before it are.
+    """
+    objective = Drafting(MaskedCorruption(model.config.mask_id), length)
+
+    @jax.jit
+    def hits(params: Any, batch: dict, anchors: jax.Array) -> jax.Array:
+        hidden, prefix = causal_pass(model, params, batch)
+        noise = jnp.full((*anchors.shape, length), model.config.mask_id, jnp.int32)
+        states = TeacherStates(hidden=hidden, values=None, read=None)
+        draft = objective.draft(model, params, anchors, noise, batch, prefix, states)
+        return draft.hits & draft.valid
+
+    found, rows = [], 4
+    width = -(-max(map(len, prompts)) // 64) * 64 + TOKENS
+    for first in range(0, len(prompts), rows):
+        tokens = np.full((rows, width), pad_id, np.int32)
+        segments, anchors = np.zeros((rows, width), np.int32), np.zeros((rows, TOKENS), np.int32)
+        for r, (prompt, text) in enumerate(
+            zip(prompts[first : first + rows], texts[first : first + rows], strict=True)
+        ):
+            whole = [*prompt, *text[text >= 0]]
+            tokens[r, : len(whole)], segments[r, : len(whole)] = whole, 1
+            anchors[r] = np.minimum(len(prompt) + np.arange(TOKENS), len(whole) - 1)
+        batch = {
+            'tokens': tokens,
+            'segment_ids': segments,
+            'positions': np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape),
+            'target_mask': segments > 0,
+        }
+        found.append(np.asarray(hits(params, batch, anchors)))
+    return np.concatenate(found)[: len(prompts)]
+
+
+def lookup_hits(prompts, texts, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `student_hits` for lookups; and how many last tokens they continue, [rows, TOKENS]."""
+    source = PromptLookup(length, LONGEST_NGRAM)
+    width = max(map(len, prompts)) + TOKENS
+    find = jax.jit(source.find)
+    hits = np.zeros((len(prompts), TOKENS, length), bool)
+    matched = np.zeros((len(prompts), TOKENS), np.int32)
+    for r, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        whole = np.zeros(width, np.int32)
+        whole[: len(prompt)], whole[len(prompt) : len(prompt) + TOKENS] = prompt, text
+        history = np.broadcast_to(whole, (TOKENS, width))
+        drafts, matched[r] = find(history, len(prompt) + 1 + np.arange(TOKENS))
+        after = np.pad(text, (0, length + 1), constant_values=-1)
+        ahead = np.arange(TOKENS)[:, None] + 1 + np.arange(length)
+        hits[r] = np.asarray(drafts) == after[ahead]
+    return hits, matched
+
+
+def accepted_length(hits: np.ndarray, texts: np.ndarray) -> float:
+    """Tokens per verification when the texts are written with drafts that hold at `hits`."""
+    tokens = verifications = 0
+    for row, text in zip(np.cumprod(hits, axis=-1).sum(axis=-1), texts, strict=True):
+        place, end = 0, int((text >= 0).sum())
+        while place < end:
+            place, verifications = place + 1 + int(row[place]), verifications + 1
+        tokens += end
+    return tokens / max(verifications, 1)
+
+
+def written(sampler: Sampler, params, tokenizer, prompts, seed: int) -> tuple[np.ndarray, Any]:
+    """Responses [rows, TOKENS], -1 after their end, and the sum of the accepted lengths' counts."""
+    texts, counts = [], 0
+    for first in range(0, len(prompts), BATCH):
+        rows = prompts[first : first + BATCH]
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), first), len(rows))
+        tokens, lengths = pad_prompts(rows, tokenizer.pad_id, multiple=128)
+        output = sampler(params, tokens, lengths, rng=keys)
+        places = np.arange(TOKENS)
+        texts.append(np.where(places < np.asarray(output.lengths)[:, None], output.tokens, -1))
+        if output.accepted_lengths is not None:
+            counts = counts + np.asarray(output.accepted_lengths).sum(axis=0)
+    return np.concatenate(texts), counts
+
+
+def timed(
+    samplers: dict[str, tuple[Sampler, Any]], others: dict[str, Any], tokenizer, prompts
+) -> dict[str, list[float]]:
+    """Seconds per token of whole responses at batch 1, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in (*samplers, *others)}
+    for number, prompt in enumerate([prompts[0], *prompts]):  # the first one compiles
+        tokens, lengths = pad_prompts([prompt], tokenizer.pad_id, multiple=256)
+        for name, (sampler, params) in samplers.items():
+            start = time.perf_counter()
+            output = jax.block_until_ready(sampler(params, tokens, lengths, rng=jax.random.key(0)))
+            spent = (time.perf_counter() - start) / int(output.lengths[0])
+            if number:
+                seconds[name].append(spent)
+        for name, write in others.items():
+            start = time.perf_counter()
+            spent = len(write(prompt))
+            spent = (time.perf_counter() - start) / spent
+            if number:
+                seconds[name].append(spent)
+    return seconds
+
+
+def other_writers(directory: Path) -> dict[str, Any]:
+    """Functions from a prompt's tokens to their greedy continuation, of what is installed."""
+    writers, name = {}, _TEACHER.value
+    if importlib.util.find_spec('transformers') is not None:
+        import torch
+        from transformers import Gemma3ForCausalLM
+
+        if not (directory / 'config.json').exists():
+            convert(name, directory, 'hf')
+        theirs = Gemma3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+        @torch.no_grad()
+        def with_torch(prompt: list[int]) -> list[int]:
+            tokens = theirs.generate(
+                torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0
+            )
+            return tokens[0, len(prompt) :].tolist()
+
+        writers['transformers'] = with_torch
+    if importlib.util.find_spec('llama_cpp') is not None:
+        from llama_cpp import Llama
+
+        llama = Llama(str(model_directory(name)), n_ctx=1024, n_threads=2, verbose=False)
+
+        def with_llama(prompt: list[int]) -> list[int]:
+            llama.reset()
+            tokens = []
+            for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
+                tokens.append(token)
+                if len(tokens) == TOKENS or token == llama.token_eos():
+                    return tokens
+            return tokens
+
+        writers['llama.cpp'] = with_llama
+    return writers
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    output = Path(_OUTPUT.value)
+    output.mkdir(parents=True, exist_ok=True)
+    model, params, tokenizer = load_model(_CHECKPOINT.value)
+    teacher = Gemma(model.config.autoregressive, model.dtype)
+    fast_model, fast_params = for_inference(model, params)
+    fast_teacher, teacher_params = for_inference(
+        teacher, {name: params[name] for name in ('embedder', 'backbone')}
+    )
+    students = {'student': params}
+    if _TEACHER.value:
+        fresh = init_params(model, jax.random.key(0))
+        start = student_params_from_teacher(fresh, load_model(_TEACHER.value)[1], model.config)
+        frozen = frozen_params(model.config, params, params.get(DRAFT_IDS))
+        students['untrained start'] = start | {
+            name: frozen[name] for name in (*teacher_params, DRAFT_IDS) if name in frozen
+        }
+    settings = SamplingConfig.for_tokenizer(
+        tokenizer, max_new_tokens=TOKENS, temperature=_TEMPERATURE.value
+    )
+    drafting = dataclasses.replace(settings, draft_length=_LENGTH.value)
+    both = dataclasses.replace(drafting, lookup_ngram=_NGRAM.value)
+    lookups = dataclasses.replace(settings, drafts=PromptLookup(_LENGTH.value, LONGEST_NGRAM))
+    others = other_writers(output / 'published') if _OTHERS.value else {}
+    results: dict[str, Any] = {}
+    table = Table('accepted length, greedy', *SOURCES)
+    columns: dict[str, list[str]] = {}
+    for name, spec in SOURCES.items():
+        source = load_source(spec)
+        prompts = [
+            tokenizer.format_prompt(source[i]['prompt'])
+            for i in range(min(_ROWS.value, len(source)))
+        ]
+        texts = teacher_texts(
+            fast_teacher, teacher_params, tokenizer, prompts, output / f'{name}_{len(prompts)}.npy'
+        )
+        looked, matched = lookup_hits(prompts, texts, _LENGTH.value)
+        lengths = {'lookup': accepted_length(looked, texts)}
+        takes = (matched >= _NGRAM.value)[..., None]
+        for who, theirs in students.items():
+            hits = student_hits(model, theirs, prompts, texts, _LENGTH.value, tokenizer.pad_id)
+            lengths[who] = accepted_length(hits, texts)
+            mixed = accepted_length(np.where(takes, looked, hits), texts)
+            lengths[f'lookup, else {who}'] = mixed
+        known = np.isin(texts[texts >= 0], np.asarray(params.get(DRAFT_IDS, np.arange(1))))
+        results[name] = {'accepted_length': lengths, 'draft_vocabulary_coverage': known.mean()}
+        chosen = prompts[: _PROMPTS.value]
+        if chosen:
+            sampler = Sampler(fast_model, both, 'lossless')
+            found, counts = written(sampler, fast_params, tokenizer, chosen, seed=0)
+            plain = Sampler(fast_teacher, settings, 'autoregressive')
+            expected = texts[: len(chosen)]
+            if _TEMPERATURE.value > 0:
+                expected, _ = written(plain, teacher_params, tokenizer, chosen, seed=0)
+            bins = np.arange(len(counts))
+            results[name] |= {
+                'temperature': _TEMPERATURE.value,
+                'rows_equal': int((found == expected).all(axis=1).sum()),
+                'rows': len(chosen),
+                'accepted_length_of_the_sampler': float(counts @ bins / counts.sum()),
+            }
+        if _TURNS.value:
+            samplers = {
+                'autoregressive': (
+                    Sampler(fast_teacher, settings, 'autoregressive'),
+                    teacher_params,
+                ),
+                'lookup': (Sampler(fast_teacher, lookups, 'lossless'), teacher_params),
+                'student': (Sampler(fast_model, drafting, 'lossless'), fast_params),
+                'lookup, else student': (Sampler(fast_model, both, 'lossless'), fast_params),
+            }
+            seconds = timed(samplers, others, tokenizer, prompts[: _TURNS.value])
+            base = np.asarray(seconds['autoregressive'])
+            results[name]['ms_per_token'] = {
+                who: float(np.median(times) * 1e3) for who, times in seconds.items()
+            }
+            results[name]['speedup_10_50_90'] = {
+                who: np.percentile(base / np.asarray(times), (10, 50, 90)).round(2).tolist()
+                for who, times in seconds.items()
+            }
+        for who, length in lengths.items():
+            columns.setdefault(who, []).append(f'{length:.2f}')
+        (output / 'code_drafts.json').write_text(json.dumps(results, indent=2) + '\n')
+    for who, values in columns.items():
+        table.add_row(who, *values)
+    Console().print(table)
+    print(json.dumps(results))
+
+
+if __name__ == '__main__':
+    flags.mark_flags_as_required(['output'])
+    run_config.run_main(main)
