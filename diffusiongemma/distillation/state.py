@@ -62,7 +62,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
         init_value=0.0,
         peak_value=config.learning_rate,
         warmup_steps=min(config.warmup_steps, max(num_steps - 1, 1)),
-        decay_steps=num_steps,
+        decay_steps=max(num_steps, 2),  # one step of warm-up, and at least one after it
         end_value=config.learning_rate * config.final_learning_rate_fraction,
     )
 
