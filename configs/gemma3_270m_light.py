@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
             'drafting': {
                 'weights': 'accepted_length',
                 'smoothing': 0.5,
-                'anchors_per_row': 128,
+                'anchors_per_row': 64,
                 'refused_rate': 0.0,
                 'total_variation': 0.0,
                 'lookup_ngram': 2,  # where a lookup drafts no canvas is trained
@@ -62,12 +62,12 @@ def get_config() -> ConfigDict:
             'corruption': 'masked',
             'ar_weight': 0.0,  # the encode pass is frozen
             'optimizer': {
-                'learning_rate': 1e-3,
+                'learning_rate': 2e-3,
                 'warmup_steps': 40,
                 'weight_decay': 0.0,
                 'ema_decay': 0.99,
             },
-            'train': {'num_steps': 600, 'report_every': 50, 'checkpoint_every': 100},
+            'train': {'num_steps': 800, 'report_every': 50, 'checkpoint_every': 100},
             'sampling': {
                 'max_new_tokens': 96,
                 'temperature': 0.0,

@@ -39,7 +39,8 @@ def prompts() -> list[str]:
     code = [problems[i]['prompt'] for i in (0, 20, 40, 60, 80, 100)]
     source = load_source(DataSpec(kind='python_source', split='test'))
     windows = [source[i]['prompt'] for i in range(0, 60, 15)]
-    long = [LONG, ''.join(code), ''.join(windows), OTHER_LANGUAGES[0] * 60]
+    several = ''.join(source[i]['prompt'] for i in range(8))
+    long = [LONG, ''.join(code), several, OTHER_LANGUAGES[0] * 60]
     prose = ['The capital of France is', 'Once upon a time', '1, 2, 3, 4,']
     return [*prose, *OTHER_LANGUAGES, *code, *windows, *long]
 
