@@ -100,6 +100,11 @@ class Engine:
     where these are the same object.
 
     It is for one thread.
+
+    Attributes:
+      sampler: what a request does not say otherwise.
+      capacity: most tokens of a prompt and its response.
+      slots: rows of a group.
     """
 
     def __init__(
@@ -158,7 +163,7 @@ class Engine:
             'slots': slots, 'capacity': self.capacity, 'multiple': multiple,
             'together': prefill_together,
         }  # fmt: skip
-        self._max_groups = max_groups
+        self.slots, self._max_groups = slots, max_groups
         self._groups: dict[Any, _Group] = {}
         self._ids = itertools.count()
 
