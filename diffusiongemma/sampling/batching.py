@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma.sampling.controls import Controls
-from diffusiongemma.sampling.finite import check_finite
+from diffusiongemma.sampling.engine import Engine, Failed, Finished, Result
 from diffusiongemma.sampling.lossless import draft_length
 from diffusiongemma.sampling.randomness import row_keys
-from diffusiongemma.sampling.sampler import MODES, Sampler, pad_prompts
-from diffusiongemma.sampling.state import GenerationState, SamplerOutput
+from diffusiongemma.sampling.sampler import Sampler, pad_prompts
+from diffusiongemma.sampling.state import SamplerOutput
 
 
 def generate_many(
@@ -49,88 +48,56 @@ def generate_many(
     if batch_size < 1:
         raise ValueError(f'batch_size must be >= 1 row, got {batch_size}.')
     tokens, lengths = pad_prompts(prompts, sampler.config.pad_id, multiple=multiple)
-    tokens, lengths, rng, controls = sampler.checked(tokens, lengths, rng, controls)
-    queue = _Queue(sampler, params, tokens, lengths, row_keys(rng, len(prompts)), controls)
-    mode = MODES[sampler.mode]
-    owners = np.arange(min(batch_size, len(prompts)))  # which prompt each row answers
-    state = queue.start(owners)
-    following, done = len(owners), np.zeros(len(owners), bool)
-    while not done.all():
-        state = mode.until_one_finishes(sampler.model, sampler.config, params, state)
-        finished = np.asarray(state.finished) & ~done
-        queue.collect(state.output(), np.flatnonzero(finished), owners)
-        check_finite(queue.results.failed_pass)
-        done |= finished
-        free = np.flatnonzero(finished)[: len(prompts) - following]
-        if free.size:
-            owners[free] = np.arange(following, following + free.size)
-            state = _insert(state, *queue.start_padded(owners[free], free, len(owners)))
-            following += free.size
-            done[free] = False
-    return queue.results
+    _, _, rng, controls = sampler.checked(tokens, lengths, rng, controls)
+    width, count = tokens.shape[1], len(prompts)
+    capacity = width + sampler.config.max_new_tokens
+    positions = getattr(sampler.model.config, 'max_positions', None)
+    engine = Engine(
+        sampler,
+        params,
+        slots=min(batch_size, count),
+        capacity=min(capacity, positions or capacity),
+        multiple=width,
+        prefill_together=batch_size,
+    )
+    keys = row_keys(rng, count)
+    owners = {}
+    for n, prompt in enumerate(prompts):
+        row = controls.map_rows(lambda array, n=n: np.asarray(array[n : n + 1]))
+        owners[engine.submit(prompt, rng=keys[n : n + 1], controls=row)] = n
+    results = _empty(sampler, count)
+    for event in engine.run(until_one_finishes=True):
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Finished):
+            _keep(results, owners[event.id], event.result)
+    return results
 
 
-class _Queue:
-    """The prompts, how rows start with them, and what came of them."""
-
-    def __init__(
-        self,
-        sampler: Sampler,
-        params: Any,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        keys: jax.Array,
-        controls: Controls,
-    ):
-        self._sampler, self._params = sampler, params
-        self._tokens, self._lengths, self._keys = tokens, lengths, keys
-        self._controls = controls
-        count = len(lengths)
-        zeros = np.zeros(count, np.int32)
-        shape = (count, sampler.config.max_new_tokens)
-        accepted = None
-        if sampler.mode == 'lossless':
-            bins = draft_length(sampler.model, sampler.config) + 2
-            accepted = np.zeros((count, bins), np.int32)
-        self.results = SamplerOutput(
-            tokens=np.full(shape, sampler.config.pad_id, np.int32),
-            lengths=zeros,
-            denoising_steps=zeros.copy(),
-            canvases=zeros.copy(),
-            causal_passes=zeros.copy(),
-            failed_pass=zeros.copy(),
-            accepted_lengths=accepted,
-        )
-
-    def start(self, indices: np.ndarray) -> GenerationState:
-        """Rows at the beginning of their responses to some of the prompts."""
-        return MODES[self._sampler.mode].start(
-            self._sampler.model,
-            self._sampler.config,
-            self._params,
-            self._tokens[indices],
-            self._lengths[indices],
-            self._keys[indices],
-            self._controls.map_rows(lambda array: array[indices]),
-        )
-
-    def start_padded(
-        self, indices: np.ndarray, slots: np.ndarray, batch_size: int
-    ) -> tuple[GenerationState, jax.Array]:
-        """New rows for some slots, as many as the next power of two, so that few shapes compile."""
-        extra = 2 ** int(np.ceil(np.log2(len(indices)))) - len(indices)
-        indices = np.append(indices, np.repeat(indices[:1], extra))
-        return self.start(indices), jnp.asarray(np.append(slots, np.repeat(batch_size, extra)))
-
-    def collect(self, output: SamplerOutput, rows: np.ndarray, owners: np.ndarray) -> None:
-        """Keeps the results of rows that have finished."""
-
-        def keep(results: np.ndarray, values: jax.Array) -> None:
-            results[owners[rows]] = np.asarray(values)[rows]
-
-        jax.tree.map(keep, self.results, output)
+def _empty(sampler: Sampler, count: int) -> SamplerOutput:
+    """The output of `count` prompts before any is answered."""
+    zeros = np.zeros(count, np.int32)
+    accepted = None
+    if sampler.mode == 'lossless':
+        bins = draft_length(sampler.model, sampler.config) + 2
+        accepted = np.zeros((count, bins), np.int32)
+    return SamplerOutput(
+        tokens=np.full((count, sampler.config.max_new_tokens), sampler.config.pad_id, np.int32),
+        lengths=zeros,
+        denoising_steps=zeros.copy(),
+        canvases=zeros.copy(),
+        causal_passes=zeros.copy(),
+        failed_pass=zeros.copy(),
+        accepted_lengths=accepted,
+    )
 
 
-@jax.jit
-def _insert(state: GenerationState, new: GenerationState, slots: jax.Array) -> GenerationState:
-    return state.insert(new, slots)
+def _keep(output: SamplerOutput, row: int, result: Result) -> None:
+    """Writes a result into a row."""
+    output.tokens[row, : len(result.tokens)] = result.tokens
+    output.lengths[row] = len(result.tokens)
+    output.denoising_steps[row] = result.denoising_steps
+    output.canvases[row] = result.canvases
+    output.causal_passes[row] = result.causal_passes
+    if result.accepted_lengths is not None:
+        output.accepted_lengths[row] = result.accepted_lengths

@@ -26,6 +26,7 @@ class Controls:
 
     Attributes:
       temperature: [B] float32 >= 0 in place of the config's; 0 is greedy.
+      top_p: [B] float32 in (0, 1] in place of the config's; 1 keeps all tokens.
       max_new_tokens: [B] int32, at most the config's; 0 gives an empty response.
       pinned: [B, T] int32, the token that a position holds, `OPEN` (-1) where it is open. Text
         between a prefix and a suffix is filled in by pinning the suffix.
@@ -42,6 +43,7 @@ class Controls:
     """
 
     temperature: jax.Array | None = None
+    top_p: jax.Array | None = None
     max_new_tokens: jax.Array | None = None
     pinned: jax.Array | None = None
     seed: jax.Array | None = None
@@ -84,6 +86,7 @@ class Controls:
         """Raises ValueError on unfit shapes, and on unfit values where they are known."""
         rows = {
             'temperature': self.temperature,
+            'top_p': self.top_p,
             'max_new_tokens': self.max_new_tokens,
             'automaton_states': self.automaton_states,
         }
@@ -123,6 +126,7 @@ class Controls:
 
     def _check_values(self, vocab_size: int, max_new_tokens: int) -> None:
         _check_range('temperature', self.temperature, 0, np.finfo(np.float32).max)
+        _check_range('top_p', self.top_p, np.finfo(np.float32).tiny, 1)
         _check_range('max_new_tokens', self.max_new_tokens, 0, max_new_tokens)
         _check_range('pinned', self.pinned, OPEN, vocab_size - 1)
         _check_range('seed', self.seed, OPEN, vocab_size - 1)

@@ -81,6 +81,7 @@ def canvas_task(
         seed=controls.seed_at(state.lengths, length),
         allowed=controls.allowed_at(state.lengths, length),
         temperature=controls.temperature,
+        top_p=controls.top_p,
         automaton=controls.automaton,
         automaton_states=state.automaton_states,
         remaining=state.limits - state.lengths,
@@ -206,7 +207,7 @@ def denoise_step(
         # The draft is drawn as the text is, so that it is accepted more often.
         own = restrict(logits, settled, task.allowed)
         temperature = _temperature(config, task)
-        own = adjust(own, temperature, config.top_k, config.top_p)
+        own = adjust(own, temperature, config.top_k, _top_p(config, task))
         argmax = pick(own, temperature, task.text_noise)
     canvas = config.acceptance_rule.next_canvas(proposal)
     history = jnp.concatenate([state.argmax_history[:, 1:], argmax[:, None]], axis=1)  # [B, W, C]
@@ -281,7 +282,7 @@ def _propose(
     candidate_keys, noise_keys = split_rows(keys)
     if task.automaton is None:
         argmax = likeliest_tokens(shaped)
-        adjusted = keep_top(shaped, config.top_k, config.top_p)
+        adjusted = keep_top(shaped, config.top_k, _top_p(config, task))
         candidates = draw(adjusted, _temperature(config, task), candidate_keys)
     else:
         posterior = condition(task.automaton, shaped, task.automaton_states, task.remaining)
@@ -311,6 +312,10 @@ def _propose(
 
 def _temperature(config: SamplingConfig, task: CanvasTask) -> float | jax.Array:
     return config.temperature if task.temperature is None else task.temperature
+
+
+def _top_p(config: SamplingConfig, task: CanvasTask) -> float | jax.Array | None:
+    return config.top_p if task.top_p is None else task.top_p
 
 
 def first_canvas(

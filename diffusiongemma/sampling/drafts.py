@@ -119,7 +119,7 @@ def light_draft(
     prompt: jax.Array,
     temperature: float | jax.Array,
     top_k: int | None,
-    top_p: float | None,
+    top_p: float | jax.Array | None,
     noise: jax.Array | None,
 ) -> LightDraft:
     """One pass of a light denoiser, its head over the draft vocabulary, the serial correction.

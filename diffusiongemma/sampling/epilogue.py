@@ -48,7 +48,10 @@ def read_logits(shaped: jax.Array, candidates: jax.Array, argmax: jax.Array) -> 
 
 
 def adjust(
-    logits: jax.Array, temperature: float | jax.Array, top_k: int | None, top_p: float | None
+    logits: jax.Array,
+    temperature: float | jax.Array,
+    top_k: int | None,
+    top_p: float | jax.Array | None,
 ) -> jax.Array:
     """Logits [B, ..., V] of the distribution that tokens are drawn from.
 
@@ -122,23 +125,26 @@ def per_row(values: jax.Array, like: jax.Array) -> jax.Array:
     return values.reshape(-1, *[1] * (like.ndim - 1)) if values.ndim else values
 
 
-def keep_top(logits: jax.Array, top_k: int | None, top_p: float | None) -> jax.Array:
-    """Bans all but the likeliest tokens (-inf): [..., V] -> [..., V].
+def keep_top(logits: jax.Array, top_k: int | None, top_p: float | jax.Array | None) -> jax.Array:
+    """Bans all but the likeliest tokens (-inf): [B, ..., V] -> [B, ..., V].
 
     Args:
-      logits: [..., V] float32, already divided by the temperature.
+      logits: [B, ..., V] float32, already divided by the temperature.
       top_k: keeps the k likeliest tokens (more on a tie); None for all.
       top_p: then keeps the smallest set of likeliest tokens whose probability reaches p
-        (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751); None for all.
+        (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751), one p or one per row [B];
+        1 and None keep all.
     """
     if top_k is not None and top_k < logits.shape[-1]:
         lowest = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < lowest, -jnp.inf, logits)  # NaN stays, and is found
-    if top_p is not None and top_p < 1:
+    if top_p is not None and not (isinstance(top_p, (int, float)) and top_p >= 1):
+        # The float sum of all probabilities may exceed 1: a limit of 1 must not cut its tail.
+        limit = jnp.where(jnp.asarray(top_p) >= 1, jnp.inf, top_p)
         descending = -jnp.sort(-logits, axis=-1)
         probs = jax.nn.softmax(descending, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs
-        count = jnp.sum(before < top_p, axis=-1, keepdims=True)  # >= 1
+        count = jnp.sum(before < per_row(limit, logits), axis=-1, keepdims=True)  # >= 1
         lowest = jnp.take_along_axis(descending, count - 1, axis=-1)
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
     return logits

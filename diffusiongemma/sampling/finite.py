@@ -56,11 +56,16 @@ def check_finite(failed_pass: Any) -> None:
         rows = np.flatnonzero(codes)
         if rows.size:
             others = f' (and {rows.size - 1} more)' if rows.size > 1 else ''
-            raise FloatingPointError(
-                f'the logits of the {PASSES[codes[rows[0]] - 1]} pass are NaN or infinite in row '
-                f'{first + rows[0]}{others}. Look for NaN and infinity in the weights, and for a '
-                'cast that overflowed; convert the checkpoint again from its source.'
-            )
+            raise not_finite(codes[rows[0]], f'row {first + rows[0]}{others}')
+
+
+def not_finite(code: int, where: str) -> FloatingPointError:
+    """Returns the error of a failed pass, by its code, that names `where`."""
+    return FloatingPointError(
+        f'the logits of the {PASSES[code - 1]} pass are NaN or infinite in {where}. Look for NaN '
+        'and infinity in the weights, and for a cast that overflowed; convert the checkpoint again '
+        'from its source.'
+    )
 
 
 def _local_rows(array: Any) -> list[tuple[int, np.ndarray]]:

@@ -269,7 +269,7 @@ def one_pass_draft(
         state.prompt,
         temperature,
         config.top_k,
-        config.top_p,
+        before.top_p(config),
         None if noise is None else noise[:, :-1],
     )
 

@@ -24,7 +24,9 @@ class Mode(NamedTuple):
 
     Attributes:
       generate: the whole of it, from prompts to the output.
-      start: from prompts to the state before the first block; arguments as of `prefilled`.
+      start: from prompts to the state before the first block; arguments as of `prefilled`. With
+        a `capacity` states of prompts of any width are of equal shapes, so that rows of one can
+        take the place of rows of another.
       advance: one more block of every unfinished row.
       until_one_finishes: blocks until another row is finished.
     """
@@ -37,10 +39,18 @@ class Mode(NamedTuple):
 
 def _compiled(first: Callable, advance: Callable) -> Mode:
     def start(
-        model: CausalModel, config: SamplingConfig, params: Any, *prompts: Any
+        model: CausalModel,
+        config: SamplingConfig,
+        params: Any,
+        *prompts: Any,
+        capacity: int | None = None,
     ) -> GenerationState:
-        prepared = prefilled(model, config, params, *prompts)
-        return first(model, config, params, *prepared, *prompts[:2])
+        prepared = prefilled(model, config, params, *prompts, capacity=capacity)
+        tokens, lengths = prompts[:2]
+        if capacity is not None:
+            wider = ((0, 0), (0, capacity - tokens.shape[1]))
+            tokens = jnp.pad(tokens, wider, constant_values=config.pad_id)
+        return first(model, config, params, *prepared, tokens, lengths)
 
     def generate(
         model: CausalModel, config: SamplingConfig, params: Any, *prompts: Any
@@ -62,8 +72,12 @@ def _compiled(first: Callable, advance: Callable) -> Mode:
             state,
         )
 
-    functions = (generate, start, advance, until_one_finishes)
-    return Mode(*(jax.jit(function, static_argnames=_STATIC) for function in functions))
+    return Mode(
+        generate=jax.jit(generate, static_argnames=_STATIC),
+        start=jax.jit(start, static_argnames=(*_STATIC, 'capacity')),
+        advance=jax.jit(advance, static_argnames=_STATIC),
+        until_one_finishes=jax.jit(until_one_finishes, static_argnames=_STATIC),
+    )
 
 
 def prefilled(
@@ -75,17 +89,21 @@ def prefilled(
     rng: jax.Array,
     controls: Controls,
     cache: KVCache | None = None,
+    *,
+    capacity: int | None = None,
 ) -> tuple[GenerationState, jax.Array]:
     """Caches the prompts; arguments as of a call of `Sampler`.
 
     With a `cache` they stand behind what it holds, and it must have room for the responses too.
+    Without one, a cache of `capacity` tokens a row is made; None for as many as the width of the
+    prompts and max_new_tokens.
 
     Returns:
       Empty responses behind them, and the hidden states [B, D] of the prompts' last tokens.
     """
     is_empty = cache is None
     if cache is None:
-        capacity = tokens.shape[1] + config.max_new_tokens
+        capacity = capacity or tokens.shape[1] + config.max_new_tokens
         cache = passes.empty_cache(model, params, tokens.shape[0], capacity)
     hidden, cache = passes.prefill(
         model, params, cache, tokens, lengths, config.prefill_chunk, is_empty=is_empty
@@ -274,7 +292,8 @@ class Sampler:
             check_fits(np.asarray(lengths), max_new_tokens, self.model.config)
         controls = Controls() if controls is None else controls
         controls.check(shape[0], vocab_size, max_new_tokens)
-        cut = self.config.top_k is not None or self.config.top_p is not None
+        limits = (self.config.top_k, self.config.top_p, controls.top_p)
+        cut = any(limit is not None for limit in limits)
         if controls.automaton is not None and cut and self.mode == 'diffusion':
             raise ValueError(
                 'top_k and top_p do not go with an automaton in the diffusion mode: they could '

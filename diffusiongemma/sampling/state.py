@@ -228,6 +228,7 @@ class CanvasTask:
       seed: [B, C] int32, tokens to start from, -1 for noise.
       allowed: bool that broadcasts to [B, C, V], tokens that a position may hold.
       temperature: [B] float32 in place of the config's.
+      top_p: [B] float32 in place of the config's.
       max_steps: [B] int32, limit of each row's steps beside the config's.
       automaton: of the valid responses.
       automaton_states: [B] int32, states before the canvas.
@@ -247,6 +248,7 @@ class CanvasTask:
     seed: jax.Array | None = None
     allowed: jax.Array | None = None
     temperature: jax.Array | None = None
+    top_p: jax.Array | None = None
     max_steps: jax.Array | None = None
     automaton: TokenAutomaton | None = None
     automaton_states: jax.Array | None = None
@@ -361,6 +363,10 @@ class GenerationState:
         """The config's number, or one per row [B]."""
         given = self.controls.temperature
         return config.temperature if given is None else given
+
+    def top_p(self, config: SamplingConfig) -> float | jax.Array | None:
+        """The config's number, or one per row [B]."""
+        return config.top_p if self.controls.top_p is None else self.controls.top_p
 
     @property
     def running(self) -> jax.Array:

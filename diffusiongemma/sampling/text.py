@@ -1,6 +1,7 @@
 """From text to text: tokenise prompts, sample, decode."""
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -73,3 +74,94 @@ def decode_responses(tokenizer: Tokenizer, output: SamplerOutput) -> list[str]:
         tokenizer.decode(tokenizer.split_thoughts(row[:length].tolist())[1])
         for row, length in zip(rows, lengths, strict=True)
     ]
+
+
+class TextStream:
+    """The text of a response whose tokens come bit by bit.
+
+    The parts that `push` and `finish` return join to what `decode_responses` gives for all tokens,
+    cut where a stop text begins. No part ends inside a character or inside what may become a stop
+    text.
+
+    Attributes:
+      stopped: whether a stop text has come; nothing follows it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        """Starts before the first token.
+
+        Args:
+          tokenizer: the model's tokenizer.
+          stop: texts of which the first to come ends the response; it is not part of it.
+        """
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []  # of the answer, without thoughts
+        self._thinking = False
+        # The text of ids[:_read] is out of the decoder. Two reads back it starts anew, since what a
+        # token adds may depend on the one before it.
+        self._context, self._read = 0, 0
+        self._held = ''
+        self.stopped = False
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """Returns the text that is certain now and was not before."""
+        self._ids += self._without_thoughts(tokens)
+        return self._until_stop(self._decoded(len(self._ids) - self._open_bytes()))
+
+    def finish(self) -> str:
+        """Returns what is left when no token follows."""
+        text = self._until_stop(self._decoded(len(self._ids))) + self._held
+        self._held = ''
+        return text
+
+    def _without_thoughts(self, tokens: Iterable[int]) -> list[int]:
+        _, opens, closes = self._tokenizer.think_ids or (None, None, None)
+        answer = []
+        for token in tokens:
+            if token in (opens, closes):
+                self._thinking = token == opens
+            elif not self._thinking and token not in self._tokenizer.special_ids:
+                answer.append(token)
+        return answer
+
+    def _open_bytes(self) -> int:
+        """How many of the last tokens are bytes of a character that is not complete."""
+        for count in (3, 2, 1):
+            if len(self._ids) - count < self._read:
+                continue
+            last = b''.join(self._tokenizer.token_bytes(i) for i in self._ids[-count:])
+            decoder = codecs.getincrementaldecoder('utf-8')()
+            try:
+                if last and not decoder.decode(last):
+                    return count
+            except UnicodeDecodeError:
+                pass
+        return 0
+
+    def _decoded(self, end: int) -> str:
+        """The text of ids[_read:end]."""
+        if end <= self._read:
+            return ''
+        before = self._tokenizer.decode(self._ids[self._context : self._read])
+        text = self._tokenizer.decode(self._ids[self._context : end])[len(before) :]
+        self._context, self._read = self._read, end
+        return text
+
+    def _until_stop(self, text: str) -> str:
+        if self.stopped:
+            return ''
+        text = self._held + text
+        self._held = ''
+        places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        if places:
+            self.stopped = True
+            return text[: min(places)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters of a text a stop text begins with, not all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

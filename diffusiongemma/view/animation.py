@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusiongemma.view.frames import Cell, Colour, Frame, colour_of, legend
+from diffusiongemma.view.frames import Cell, Colour, Frame, colour_of, css, legend
 
 _BACKGROUND, _QUIET, _TITLE = (13, 17, 23), (139, 148, 158), (121, 192, 255)
 _COLUMNS, _FONT_SIZE, _MARGIN = 80, 15, 16
@@ -116,12 +116,12 @@ def write_html(path: Path, frames: Sequence[Frame], title: str, frame_seconds: f
     shown = [
         {
             'caption': frame.caption,
-            'cells': [[cell.text, cell.state, _css(cell.colour)] for cell in frame.cells],
+            'cells': [[cell.text, cell.state, css(cell.colour)] for cell in frame.cells],
         }
         for frame in frames
     ]
     words = ''.join(
-        f'<span style="color:{_css(colour or _QUIET)}">{html.escape(text)}</span>'
+        f'<span style="color:{css(colour or _QUIET)}">{html.escape(text)}</span>'
         for text, colour in legend()
     )
     values = {
@@ -132,10 +132,6 @@ def write_html(path: Path, frames: Sequence[Frame], title: str, frame_seconds: f
     }
     page = re.sub('|'.join(values), lambda name: values[name[0]], _PAGE)
     Path(path).write_text(page, encoding='utf-8')
-
-
-def _css(colour: Colour) -> str:
-    return '#{:02x}{:02x}{:02x}'.format(*colour)
 
 
 _PAGE = """<!doctype html>

@@ -63,6 +63,11 @@ def colour_of(certainty: float) -> Colour:
     return red, green, blue
 
 
+def css(colour: Colour) -> str:
+    """The colour as a web page writes it."""
+    return '#{:02x}{:02x}{:02x}'.format(*colour)
+
+
 def legend() -> list[tuple[str, Colour | None]]:
     """What the colours of open tokens mean; texts with their colours, None for a quiet one."""
     marks = (('0', 1.0), ('ln 2', 0.5), ('large', 0.0))
@@ -78,7 +83,7 @@ class Frame:
 
     Attributes:
       cells: the committed tokens, then those of the canvas.
-      canvas: number of the canvas, counted from 1.
+      canvas: number of the canvas, counted from 1; 0 where there is none (autoregressive mode).
       step: denoise steps that it has taken; None right after a commit or a verification.
       tokens: committed tokens.
       denoising_steps: denoise passes so far, over all canvases.
@@ -105,6 +110,8 @@ class Frame:
     @property
     def caption(self) -> str:
         """Where it is and what it took, in one line."""
+        if not self.canvas:  # token by token
+            return f'{self.tokens} tokens, {self.denoising_steps} passes'
         refused = sum(cell.state == 'refused' for cell in self.cells)
         entropy = self.mean_entropy
         if self.step is None:
@@ -149,6 +156,29 @@ def frames(
         if isinstance(draft, Draft):
             yield _frame(tokenizer, moment, moment.canvases + 1, int(draft.step), seconds)
         latest = moment
+
+
+def token_frames(blocks: Iterable[SamplerOutput], tokenizer: Tokenizer) -> Iterator[Frame]:
+    """Frames of what `Sampler.stream` yields for one prompt, one for each committed block.
+
+    Args:
+      blocks: of any mode; only what they take counts as time, not what is done with a frame.
+      tokenizer: the model's.
+    """
+    blocks, seconds = iter(blocks), 0.0
+    settled: list[int] = []
+    canvases = passes = 0
+    while True:
+        start = time.perf_counter()
+        block = next(blocks, None)
+        if block is None:
+            return
+        settled += np.asarray(block.tokens)[0, : int(block.lengths[0])].tolist()
+        canvases += int(block.canvases[0])
+        passes += int(block.denoising_steps[0])
+        seconds += time.perf_counter() - start
+        moment = _Moment(list(settled), [], canvases, passes, len(settled))
+        yield _frame(tokenizer, moment, canvases, None, seconds)
 
 
 class _Token(NamedTuple):

@@ -1,0 +1,106 @@
+"""The steps of a decode mode one by one, for programs that call them inside a jit of their own."""
+
+from typing import Any
+
+import flax.struct
+import jax
+
+from diffusiongemma.sampling import diffusion, lossless
+from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.lossless import LosslessState
+from diffusiongemma.sampling.passes import CausalModel
+from diffusiongemma.sampling.sampler import MODES, Sampler
+from diffusiongemma.sampling.state import DenoiseState, GenerationState
+
+
+@flax.struct.dataclass
+class Decoder:
+    """A sampler bound to its parameters: a pytree whose leaves are the parameters.
+
+        decoder = Decoder.of(sampler, params)
+        state = decoder.prefill(tokens, lengths, rng)
+        state = decoder.commit(state, decoder.denoise(state))  # mode 'diffusion'
+        state = decoder.verify(state, *decoder.draft(state))   # mode 'lossless'
+
+    All methods are pure and may be traced; arguments are not checked (`Sampler.checked` does). Put
+    behind each other until `state.running` is false they do what a call of the sampler does, and
+    `state.output()` is its output.
+
+    Attributes:
+      params: the model's parameters.
+      sampler: model, config and mode; static.
+    """
+
+    params: Any
+    sampler: Sampler = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, sampler: Sampler, params: Any) -> 'Decoder':
+        """The decoder of a sampler."""
+        return cls(params=params, sampler=sampler)
+
+    @property
+    def model(self) -> CausalModel:
+        return self.sampler.model
+
+    def prefill(
+        self,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        rng: jax.Array,
+        controls: Controls | None = None,
+    ) -> GenerationState | LosslessState:
+        """Encodes prompts.
+
+        Args:
+          tokens: [B, P] int32, right-padded.
+          lengths: [B] int32, at least 1.
+          rng: one key, of which row r uses `fold_in(rng, r)`, or [B] keys.
+          controls: settings and constraints of the rows.
+
+        Returns:
+          Empty responses after them; in the autoregressive mode with their first token.
+        """
+        controls = Controls() if controls is None else controls
+        start = MODES[self.sampler.mode].start
+        return start(self.model, self.sampler.config, self.params, tokens, lengths, rng, controls)
+
+    def denoise(self, state: GenerationState, max_steps: int | None = None) -> DenoiseState:
+        """The next canvas of every row [B, C], denoised until the stopping rule ends it.
+
+        Args:
+          state: of the diffusion mode.
+          max_steps: limit of the steps beside the config's.
+        """
+        task = diffusion.canvas_task(self.model, state)
+        arguments = (self.model, self.sampler.config, self.params, state.cache, task)
+        return diffusion.denoise_canvas(*arguments, max_steps)
+
+    def commit(self, state: GenerationState, canvas: DenoiseState) -> GenerationState:
+        """Appends a canvas to the responses and encodes it where a row goes on."""
+        arguments = (self.model, self.sampler.config, self.params, state, canvas)
+        return diffusion.commit_canvas(*arguments)
+
+    def draft(self, state: LosslessState) -> tuple[jax.Array, jax.Array]:
+        """What may follow the pending tokens, [B, K] int32, and the passes that it took, [B]."""
+        config = self.sampler.config
+        noise = lossless.text_noise(self.model, config, state)
+        return lossless.draft(self.model, config, self.params, state, noise)
+
+    def verify(self, state: LosslessState, drafted: jax.Array, steps: jax.Array) -> LosslessState:
+        """Encodes pending tokens and drafts, appends what the model would have written itself.
+
+        Args:
+          state: of the lossless mode.
+          drafted: [B, K] int32, of `draft` or of any other source: the text does not depend on it.
+          steps: [B] int32, denoise passes that the draft took, which are counted.
+        """
+        config = self.sampler.config
+        noise = lossless.text_noise(self.model, config, state)
+        arguments = (self.model, config, self.params, state, drafted, steps, noise)
+        return lossless.verify_draft(*arguments)
+
+    def next_token(self, state: GenerationState) -> GenerationState:
+        """One more token of every unfinished row, in the autoregressive mode."""
+        advance = MODES['autoregressive'].advance
+        return advance(self.model, self.sampler.config, self.params, state)

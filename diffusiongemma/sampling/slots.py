@@ -1,0 +1,192 @@
+"""A batch of few rows, the slots, whose rows start and end apart from each other."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.sampler import MODES, Sampler
+from diffusiongemma.sampling.state import SamplerOutput
+
+State = Any  # the outer loop's carry of a decode mode: GenerationState, or one that holds it
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a slot starts with.
+
+    Attributes:
+      prompt: token ids, at least one.
+      key: [1] typed random key of the row.
+      controls: of one row; the sets and the automaton in it are those of all slots.
+    """
+
+    prompt: Sequence[int]
+    key: jax.Array
+    controls: Controls
+
+
+class Slots:
+    """A generation state of fixed shape in which rows are replaced.
+
+    A row's tokens depend on its entry alone. With prompts prefilled one by one (`together` = 1)
+    the programs that compute them are the same ones whatever else is there.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: Any,
+        *,
+        slots: int,
+        capacity: int,
+        multiple: int,
+        together: int,
+    ):
+        """Allocates nothing before the first entry.
+
+        Args:
+          sampler: any mode.
+          params: the model's parameters.
+          slots: rows.
+          capacity: tokens of a prompt and its response.
+          multiple: a prompt is padded to this number times a power of two, at most the capacity,
+            so that few shapes compile.
+          together: how many prompts one prefill pass may take.
+        """
+        self.sampler, self._params = sampler, params
+        self.size, self._capacity = slots, capacity
+        self._multiple, self._together = multiple, together
+        self._state: State | None = None
+
+    @property
+    def allocated(self) -> bool:
+        """Whether there is a K/V cache."""
+        return self._state is not None
+
+    def release(self) -> None:
+        """Gives the memory back; what was in the slots is lost."""
+        self._state = None
+
+    def insert(self, entries: Sequence[Entry], slots: Sequence[int]) -> None:
+        """Puts entries, at the beginning of their responses, in the place of some rows."""
+        for first in range(0, len(entries), self._together):
+            some = slice(first, first + self._together)
+            self._insert(list(entries[some]), list(slots[some]))
+
+    def _insert(self, entries: list[Entry], slots: list[int]) -> None:
+        extra = 2 ** int(np.ceil(np.log2(len(entries)))) - len(entries)
+        entries = entries + entries[:1] * extra  # as many as a power of two: few shapes compile
+        slots = slots + [self.size] * extra  # which is no slot
+        lengths = np.array([len(entry.prompt) for entry in entries], np.int32)
+        tokens = np.full(
+            (len(entries), self._width(int(lengths.max()))), self.sampler.config.pad_id, np.int32
+        )
+        for row, entry in zip(tokens, entries, strict=True):
+            row[: len(entry.prompt)] = entry.prompt
+        keys = jnp.concatenate([entry.key for entry in entries])
+        controls = _stacked([entry.controls for entry in entries])
+        arguments = (tokens, lengths, keys, controls)
+        new = _start(self.sampler, self._params, *arguments, capacity=self._capacity)
+        if self._state is None:
+            self._state = _blank(new, self.size)
+        self._state = _put(self._state, new, jnp.asarray(slots))
+
+    def _width(self, length: int) -> int:
+        blocks = -(-length // self._multiple)
+        return min(self._multiple * 2 ** int(np.ceil(np.log2(blocks))), self._capacity)
+
+    def advance(self) -> None:
+        """One more block of every unfinished row."""
+        self._state = _advance(self.sampler, self._params, self._state)
+
+    def until_one_finishes(self) -> None:
+        """Blocks until another row is finished, in one compiled program."""
+        self._state = _until_one_finishes(self.sampler, self._params, self._state)
+
+    def stop(self, slots: Sequence[int]) -> None:
+        """Ends rows where they are, so that they cost nothing more."""
+        rows = np.isin(np.arange(self.size), list(slots))
+        self._state = _stop(self._state, rows)
+
+    def read(self) -> tuple[SamplerOutput, np.ndarray]:
+        """The responses so far as numpy arrays, and which rows are finished [slots] bool."""
+        return jax.device_get((self._state.output(), self._state.finished))
+
+
+def _stacked(controls: Sequence[Controls]) -> Controls:
+    """Controls of several rows out of those of one row each."""
+    first, *others = controls
+    return first.map_rows(lambda *rows: np.concatenate(rows), *others)
+
+
+@functools.partial(jax.jit, static_argnames=('sampler', 'capacity'))
+def _start(sampler: Sampler, params: Any, *prompts: Any, capacity: int) -> State:
+    start = MODES[sampler.mode].start
+    return start(sampler.model, sampler.config, params, *prompts, capacity=capacity)
+
+
+@functools.partial(jax.jit, static_argnames='slots')
+def _blank(new: State, slots: int) -> State:
+    """Finished rows of the shapes of another state's.
+
+    The sets and the automaton are copied: the state is donated from program to program, and
+    whoever asked for them keeps them.
+    """
+    first = jnp.zeros(slots, jnp.int32)
+
+    def repeat(leaf: jax.Array) -> jax.Array:
+        return leaf[first]
+
+    def repeat_kv(leaf: jax.Array) -> jax.Array:
+        return jnp.zeros((*leaf.shape[:-4], slots, *leaf.shape[-3:]), leaf.dtype)
+
+    generation = _generation(new)
+    cache = generation.cache
+    cache = cache.replace(kv=jax.tree.map(repeat_kv, cache.kv), lengths=repeat(cache.lengths))
+    controls = generation.controls.map_rows(repeat)
+    controls = controls.replace(
+        allowed_sets=jax.tree.map(jnp.copy, controls.allowed_sets),
+        automaton=jax.tree.map(jnp.copy, controls.automaton),
+    )
+    nothing = {'cache': None, 'controls': None}
+    blank = jax.tree.map(repeat, _with_generation(new, generation.replace(**nothing)))
+    generation = _generation(blank).replace(
+        cache=cache, controls=controls, finished=jnp.ones(slots, bool)
+    )
+    return _with_generation(blank, generation)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(state: State, new: State, slots: jax.Array) -> State:
+    return state.insert(new, slots)
+
+
+@functools.partial(jax.jit, static_argnames='sampler', donate_argnums=2)
+def _advance(sampler: Sampler, params: Any, state: State) -> State:
+    return MODES[sampler.mode].advance(sampler.model, sampler.config, params, state)
+
+
+@functools.partial(jax.jit, static_argnames='sampler', donate_argnums=2)
+def _until_one_finishes(sampler: Sampler, params: Any, state: State) -> State:
+    return MODES[sampler.mode].until_one_finishes(sampler.model, sampler.config, params, state)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _stop(state: State, rows: jax.Array) -> State:
+    generation = _generation(state)
+    return _with_generation(state, generation.replace(finished=generation.finished | rows))
+
+
+def _generation(state: State) -> Any:
+    """The `GenerationState` of a mode's state."""
+    return getattr(state, 'generation', state)
+
+
+def _with_generation(state: State, generation: Any) -> State:
+    return state.replace(generation=generation) if hasattr(state, 'generation') else generation

@@ -1,0 +1,118 @@
+"""Serves a model over HTTP, in OpenAI's protocol.
+
+python -m diffusiongemma.serve --checkpoint=builtin --port=8000
+"""
+
+import os
+
+from absl import flags
+
+from diffusiongemma import run_config
+from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.models import for_inference, quantize_weights
+from diffusiongemma.models.quantization import WEIGHT_DTYPES
+from diffusiongemma.sampling import Sampler, SamplingConfig
+from diffusiongemma.sampling.engine import Engine
+from diffusiongemma.sampling.sampler import MODES, main_mode
+
+_CHECKPOINT = flags.DEFINE_string(
+    'checkpoint',
+    'builtin',
+    "A workdir, a bundle, a published checkpoint, a GGUF file, 'builtin', or 'gemma3-270m'.",
+)
+_NAME = flags.DEFINE_string('name', None, 'The model in requests; by default the checkpoint.')
+_HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on; 0.0.0.0 for all.')
+_PORT = flags.DEFINE_integer(
+    'port', 8000, 'Port to listen on; 0 for any free one.', lower_bound=0, upper_bound=65535
+)
+_MODE = flags.DEFINE_enum(
+    'mode',
+    None,
+    sorted(MODES),
+    "Decode mode of requests that name none; by default 'diffusion', 'lossless' for a light "
+    "student, 'autoregressive' for a model without a canvas.",
+)
+_TEMPERATURE = flags.DEFINE_float(
+    'temperature', 0.0, 'Of requests that name none; 0 is greedy.', lower_bound=0.0
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    'max_new_tokens', 128, 'Longest answer in tokens.', lower_bound=1
+)
+_CAPACITY = flags.DEFINE_integer(
+    'capacity',
+    None,
+    "Most tokens of a prompt and its answer; by default the model's positions, at most 4096.",
+    lower_bound=2,
+)
+_SLOTS = flags.DEFINE_integer('slots', 8, 'Requests that are answered at once.', lower_bound=1)
+_MAX_QUEUE = flags.DEFINE_integer(
+    'max_queue', 64, 'Requests that may wait for a slot; more are refused.', lower_bound=0
+)
+_MAX_BODY_BYTES = flags.DEFINE_integer(
+    'max_body_bytes', 2**20, 'Longest body of a request.', lower_bound=1
+)
+_API_KEY = flags.DEFINE_string(
+    'api_key', None, 'What clients must send; by default the variable DIFFUSIONGEMMA_API_KEY.'
+)
+_GRACE_SECONDS = flags.DEFINE_float(
+    'grace_seconds', 60.0, 'How long open requests may take after SIGTERM.', lower_bound=0.0
+)
+_MAX_STEPS = flags.DEFINE_integer(
+    'max_denoising_steps', 48, 'Most denoise steps per canvas.', lower_bound=1
+)
+_ENTROPY_BOUND = flags.DEFINE_float(
+    'entropy_bound',
+    0.1,
+    'Nats; a higher one accepts more tokens per denoise step.',
+    lower_bound=0.0,
+)
+_WEIGHTS = flags.DEFINE_enum(
+    'weights', None, sorted(WEIGHT_DTYPES), 'Weights of eight bits, products as before.'
+)
+_WARM_UP = flags.DEFINE_bool('warm_up', True, 'Compile before the first request.')
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    try:
+        from diffusiongemma.serving.server import listen, serve
+        from diffusiongemma.serving.service import Service, Settings
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"serving needs the package {error.name}: pip install 'diffusiongemma[serve]'."
+        ) from None
+    sock = listen(_HOST.value, _PORT.value)
+    model, params, tokenizer = load_model(_CHECKPOINT.value)
+    if tokenizer is None:
+        raise ValueError(
+            f'{_CHECKPOINT.value} has no tokenizer.model or tokenizer.json; copy one there.'
+        )
+    model, params = for_inference(model, params)
+    if _WEIGHTS.value is not None:
+        params = quantize_weights(model, params, _WEIGHTS.value)
+    config = SamplingConfig.for_tokenizer(
+        tokenizer,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        max_denoising_steps=_MAX_STEPS.value,
+        entropy_bound=_ENTROPY_BOUND.value,
+    )
+    sampler = Sampler(model, config, _MODE.value or main_mode(model))
+    capacity, slots = _CAPACITY.value, _SLOTS.value
+    engine = Engine(sampler, params, tokenizer, slots=slots, capacity=capacity)
+    settings = Settings(
+        name=_NAME.value or _CHECKPOINT.value,
+        max_queue=_MAX_QUEUE.value,
+        api_key=_API_KEY.value or os.environ.get('DIFFUSIONGEMMA_API_KEY') or None,
+        max_body_bytes=_MAX_BODY_BYTES.value,
+    )
+    service = Service(engine, params, tokenizer, settings, _TEMPERATURE.value)
+    if _WARM_UP.value:
+        service.warm_up()
+    host, port = sock.getsockname()[:2]
+    where = f'[{host}]' if ':' in host else host
+    print(f'{settings.name}, mode {sampler.mode}, at http://{where}:{port}', flush=True)
+    serve(service, sock, _GRACE_SECONDS.value)
+
+
+if __name__ == '__main__':
+    run_config.run_main(main)

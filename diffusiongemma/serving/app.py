@@ -1,0 +1,390 @@
+"""The HTTP side: routes, bodies, server-sent events."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import anyio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.sampling.engine import Delta, Finished, Result
+from diffusiongemma.serving.fields import RequestError, parse_object
+from diffusiongemma.serving.page import page
+from diffusiongemma.serving.protocol import (
+    Ask,
+    Limits,
+    read_chat,
+    read_completion,
+    read_decision,
+    read_frames,
+)
+from diffusiongemma.serving.service import Call, Service, failure
+from diffusiongemma.serving.worker import News, Shown
+from diffusiongemma.view.frames import css
+
+_GONE = 499  # the client left; nobody reads this
+_T = TypeVar('_T')
+
+
+def make_app(service: Service) -> Starlette:
+    """The ASGI application of a service."""
+    endpoints = _Endpoints(service)
+    guarded = endpoints.guarded
+    routes = [
+        Route('/', lambda request: HTMLResponse(page(service.settings.name, service.limits))),
+        Route('/health', guarded(endpoints.health, needs_key=False)),
+        Route('/metrics', guarded(endpoints.metrics)),
+        Route('/v1/models', guarded(endpoints.models)),
+        Route('/v1/models/{name:path}', guarded(endpoints.model)),
+        Route('/v1/completions', guarded(endpoints.completions), methods=['POST']),
+        Route('/v1/chat/completions', guarded(endpoints.chat), methods=['POST']),
+        Route('/v1/decisions', guarded(endpoints.decisions), methods=['POST']),
+        Route('/v1/frames', guarded(endpoints.frames), methods=['POST']),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """A path or method that does not exist."""
+    assert isinstance(error, HTTPException)
+    message = f'{request.method} {request.url.path[:100]}: {error.detail}.'
+    body = RequestError(error.status_code, message).body()
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+class _Endpoints:
+    """One method for each route."""
+
+    def __init__(self, service: Service):
+        self._service = service
+        self._created = int(time.time())
+
+    def guarded(
+        self, endpoint: Callable[[Request], Awaitable[Response]], needs_key: bool = True
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """The endpoint behind the API key; its errors are answers, and all answers are counted."""
+        name = endpoint.__name__
+
+        async def handle(request: Request) -> Response:
+            try:
+                if needs_key:
+                    kind, _, key = request.headers.get('authorization', '').partition(' ')
+                    self._service.admit(key.strip() if kind.lower() == 'bearer' else None)
+                response = await endpoint(request)
+            except RequestError as error:
+                response = JSONResponse(error.body(), error.status, _headers(error.status))
+            except ClientDisconnect:
+                response = Response(status_code=_GONE)
+            self._service.metrics.request(name, response.status_code)
+            return response
+
+        return handle
+
+    async def health(self, request: Request) -> Response:
+        draining = self._service.draining
+        state = 'shutting down' if draining else 'ok'
+        return JSONResponse({'status': state}, 503 if draining else 200)
+
+    async def metrics(self, request: Request) -> Response:
+        text = self._service.metrics.text(self._service.gauges())
+        return PlainTextResponse(text, media_type='text/plain; version=0.0.4')
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({'object': 'list', 'data': [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params['name'])
+        return JSONResponse(self._model())
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, await self._read(request, read_completion))
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, await self._read(request, read_chat))
+
+    async def decisions(self, request: Request) -> Response:
+        service = self._service
+        decision = await self._read(request, read_decision)
+        service.check_room()
+        service.open_calls += 1
+        try:
+            work = service.worker.call(lambda: service.decide(decision))
+            chances = await asyncio.wrap_future(work)
+        except ValueError as error:
+            raise RequestError(400, str(error)) from None
+        finally:
+            service.open_calls -= 1
+        answers = [
+            {'text': text, 'probability': chance}
+            for text, chance in zip(decision.texts, chances, strict=True)
+        ]
+        return JSONResponse(
+            {
+                'object': 'decision', 'model': service.settings.name, 'answers': answers,
+                'seed': decision.seed,
+            }
+        )  # fmt: skip
+
+    async def frames(self, request: Request) -> Response:
+        call = self._service.open_frames(await self._read(request, read_frames))
+        return await self._stream(call, _frame_events)
+
+    async def _read(
+        self, request: Request, read: Callable[[dict[str, Any], Tokenizer, Limits], _T]
+    ) -> _T:
+        """What a body asks for; in a thread, since long texts take a while to tokenize."""
+        body = await self._body(request)
+        service = self._service
+        return await anyio.to_thread.run_sync(read, body, service.tokenizer, service.limits)
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """The JSON object of a body, of which `model` is checked."""
+        kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
+        if kind != 'application/json':
+            raise RequestError(
+                415, f"The body must be JSON: send 'Content-Type: application/json', not {kind!r}."
+            )
+        settings = self._service.settings
+        body, limit = bytearray(), settings.max_body_bytes
+        declared = request.headers.get('content-length', '')
+        try:
+            with anyio.fail_after(settings.body_seconds):
+                if declared.isdecimal() and int(declared) > limit:
+                    raise _too_long(limit)
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise _too_long(limit)
+        except TimeoutError:
+            raise RequestError(
+                408, f'The body did not arrive within {settings.body_seconds:g} seconds.'
+            ) from None
+        values = parse_object(bytes(body))
+        if isinstance(values.get('model'), str):
+            self._check_model(values['model'])
+        return values
+
+    def _check_model(self, name: str) -> None:
+        own = self._service.settings.name
+        if name != own:
+            raise RequestError(
+                404, f'There is no model {name[:80]!r} here, only {own!r}.', 'model',
+                'model_not_found',
+            )  # fmt: skip
+
+    def _model(self) -> dict[str, Any]:
+        limits = self._service.limits
+        return {
+            'id': self._service.settings.name,
+            'object': 'model',
+            'created': self._created,
+            'owned_by': 'diffusiongemma',
+            'modes': [mode for mode, reason in limits.modes.items() if reason is None],
+            'max_tokens': limits.max_new_tokens,
+            'max_context': self._service.capacity,
+        }
+
+    async def _answer(self, request: Request, ask: Ask) -> Response:
+        service = self._service
+        service.check_room()  # before a schema is compiled
+        automaton = None
+        if ask.schema is not None:
+            automaton = await anyio.to_thread.run_sync(service.automaton, ask.schema)
+        form = _Form(service, ask)
+        call = service.open(ask, automaton)
+        if ask.stream:
+            return await self._stream(call, form.events)
+        try:
+            result = await _unless_gone(request, call.result())
+        finally:
+            call.close()
+        return Response(status_code=_GONE) if result is None else JSONResponse(form.whole(result))
+
+    async def _stream(
+        self, call: Call, events: Callable[[Call, News], AsyncIterator[str]]
+    ) -> Response:
+        """A stream of events; what the engine refuses at once is no stream but an error."""
+        try:
+            first = await call.next()
+        except BaseException:
+            call.close()
+            raise
+        return _EventStream(call, events(call, first))
+
+
+class _Form:
+    """The answer to a request as OpenAI's clients read it."""
+
+    def __init__(self, service: Service, ask: Ask):
+        self._ask, self._tokenizer = ask, service.tokenizer
+        self._head = {
+            'id': f'{"chatcmpl" if ask.chat else "cmpl"}-{uuid.uuid4().hex}',
+            'object': 'chat.completion' if ask.chat else 'text_completion',
+            'created': int(time.time()),
+            'model': service.settings.name,
+        }
+
+    def whole(self, result: Result) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        text = self._text(result)
+        said = {'message': {'role': 'assistant', 'content': text}} if self._ask.chat else {
+            'text': text
+        }  # fmt: skip
+        choice = {'index': 0, **said, 'finish_reason': self._reason(result), 'logprobs': None}
+        return self._head | {'choices': [choice]} | self._costs(result)
+
+    async def events(self, call: Call, news: News) -> AsyncIterator[str]:
+        """Server-sent events of an answer, from its first news on."""
+        if self._ask.chat:
+            yield self._part({'role': 'assistant', 'content': ''}, None)
+        while isinstance(news, Delta):
+            if news.text and self._ask.suffix is None:
+                yield self._part(news.text, None)
+            news = await call.next()
+        if not isinstance(news, Finished):
+            yield _event(failure(news).body())
+            return
+        if self._ask.suffix is not None:
+            yield self._part(self._text(news.result), None)
+        yield self._part('', self._reason(news.result), self._costs(news.result))
+        if self._ask.stream_usage:
+            yield _event(self._part_head() | {'choices': []} | self._costs(news.result))
+        yield 'data: [DONE]\n\n'
+
+    def _part(
+        self, said: str | dict[str, str], reason: str | None, costs: dict[str, Any] | None = None
+    ) -> str:
+        choice: dict[str, Any] = {'index': 0, 'finish_reason': reason, 'logprobs': None}
+        if not self._ask.chat:
+            choice['text'] = said
+        elif isinstance(said, dict):
+            choice['delta'] = said
+        else:
+            choice['delta'] = {'content': said} if said else {}
+        extra = {} if costs is None else {'diffusiongemma': costs['diffusiongemma']}
+        return _event(self._part_head() | {'choices': [choice]} | extra)
+
+    def _part_head(self) -> dict[str, Any]:
+        return self._head | ({'object': 'chat.completion.chunk'} if self._ask.chat else {})
+
+    def _text(self, result: Result) -> str:
+        if self._ask.suffix is None:
+            return result.text
+        return self._tokenizer.decode(result.tokens[: self._ask.max_new_tokens])
+
+    def _reason(self, result: Result) -> str:
+        return result.reason if self._ask.suffix is None else 'stop'
+
+    def _costs(self, result: Result) -> dict[str, Any]:
+        prompt, answer = len(self._ask.prompt), len(result.tokens)
+        if self._ask.suffix is not None:
+            answer = self._ask.max_new_tokens or 0
+        accepted = result.accepted_lengths
+        own: dict[str, Any] = {
+            'mode': result.mode,
+            'seed': self._ask.seed,
+            'denoise_passes': result.denoising_steps,
+            'causal_passes': result.causal_passes,
+            'tokens_per_pass': round(result.tokens_per_pass, 3),
+        }
+        if accepted is not None and accepted.sum():
+            mean = float((accepted * range(len(accepted))).sum() / accepted.sum())
+            own['accepted_length'] = round(mean, 3)
+        usage = {
+            'prompt_tokens': prompt, 'completion_tokens': answer, 'total_tokens': prompt + answer,
+        }  # fmt: skip
+        return {'usage': usage, 'diffusiongemma': own}
+
+
+async def _frame_events(call: Call, news: News) -> AsyncIterator[str]:
+    """Server-sent events of frames, from the first on."""
+    while isinstance(news, Shown):
+        frame = news.item
+        cells = [[cell.text, cell.state, css(cell.colour)] for cell in frame.cells]
+        yield _event({'cells': cells, 'caption': frame.caption, 'rate': frame.rate})
+        news = await call.next()
+    if getattr(news, 'error', None) is not None:
+        yield _event(failure(news).body())
+    yield 'data: [DONE]\n\n'
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f'data: {json.dumps(value)}\n\n'
+
+
+def _too_long(limit: int) -> RequestError:
+    return RequestError(413, f'The body is longer than {limit} bytes; send a shorter prompt.')
+
+
+def _headers(status: int) -> dict[str, str]:
+    headers = {'retry-after': '1'} if status in (429, 503) else {}
+    # What is left of a body that was not read, or a server that ends, would spoil the connection.
+    return headers | ({'connection': 'close'} if status in (408, 413, 415, 503) else {})
+
+
+async def _unless_gone(request: Request, work: Awaitable[_T]) -> _T | None:
+    """What the work gives; None where the client leaves before."""
+    result: _T | None = None
+    error: Exception | None = None
+    async with anyio.create_task_group() as group:
+
+        async def listen() -> None:
+            await _until_gone(request.receive)
+            group.cancel_scope.cancel()
+
+        group.start_soon(listen)
+        try:
+            result = await work
+        except Exception as raised:  # outside of the group, so that it is not one of several
+            error = raised
+        group.cancel_scope.cancel()
+    if error is not None:
+        raise error
+    return result
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())['type'] != 'http.disconnect':
+        pass
+
+
+class _EventStream(Response):
+    """Sends events as they come and closes their call, also where the client leaves."""
+
+    media_type = 'text/event-stream'
+
+    def __init__(self, call: Call, events: AsyncIterator[str]):
+        super().__init__(headers={'cache-control': 'no-store', 'x-accel-buffering': 'no'})
+        del self.headers['content-length']
+        self._call, self._events = call, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with anyio.create_task_group() as group:
+
+                async def listen() -> None:
+                    await _until_gone(receive)
+                    group.cancel_scope.cancel()
+
+                group.start_soon(listen)
+                await self._send(send)
+                group.cancel_scope.cancel()
+        finally:
+            self._call.close()
+
+    async def _send(self, send: Send) -> None:
+        start = {'type': 'http.response.start', 'status': 200, 'headers': self.raw_headers}
+        await send(start)
+        async for event in self._events:
+            body = {'type': 'http.response.body', 'body': event.encode(), 'more_body': True}
+            await send(body)
+        await send({'type': 'http.response.body', 'body': b'', 'more_body': False})

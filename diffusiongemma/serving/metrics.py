@@ -1,0 +1,107 @@
+"""Counts of what a server does, in the text format of Prometheus."""
+
+import collections
+import threading
+import time
+from collections.abc import Iterable, Mapping
+
+from diffusiongemma.sampling.engine import Result
+
+_WINDOW_SECONDS = 10.0
+_PREFIX = 'diffusiongemma_'
+_HELP = {
+    'requests_total': 'HTTP requests by endpoint and status.',
+    'answers_total': 'Answers by decode mode and reason of their end.',
+    'prompt_tokens_total': 'Tokens of the prompts of answered requests.',
+    'tokens_total': 'Tokens of answers, the stop token included, by decode mode.',
+    'denoise_passes_total': 'Denoise passes by decode mode; autoregressive: passes.',
+    'causal_passes_total': 'Commits and verifications by decode mode.',
+}
+
+
+class Metrics:
+    """Counters, a histogram of accepted lengths, and a rate; for any thread."""
+
+    def __init__(self) -> None:
+        """Starts at zero."""
+        self._lock = threading.Lock()
+        self._counts: dict[str, collections.Counter] = {
+            name: collections.Counter() for name in _HELP
+        }
+        self._accepted: collections.Counter = collections.Counter()
+        self._recent: collections.deque[tuple[float, int]] = collections.deque()
+
+    def request(self, endpoint: str, status: int) -> None:
+        """Counts a response."""
+        with self._lock:
+            self._counts['requests_total'][('endpoint', endpoint), ('status', str(status))] += 1
+
+    def answer(self, prompt_tokens: int, result: Result) -> None:
+        """Counts an answer and what it cost."""
+        mode = (('mode', result.mode),)
+        with self._lock:
+            self._counts['answers_total'][(*mode, ('reason', result.reason))] += 1
+            self._counts['prompt_tokens_total'][()] += prompt_tokens
+            self._counts['tokens_total'][mode] += len(result.tokens)
+            self._counts['denoise_passes_total'][mode] += result.denoising_steps
+            self._counts['causal_passes_total'][mode] += result.causal_passes
+            if result.accepted_lengths is not None:
+                for length, count in enumerate(result.accepted_lengths.tolist()):
+                    self._accepted[length] += count
+
+    def tokens(self, count: int) -> None:
+        """Counts tokens that came just now, for the rate."""
+        with self._lock:
+            self._recent.append((time.monotonic(), count))
+            self._forget()
+
+    def rate(self) -> float:
+        """Tokens per second over the last ten seconds."""
+        with self._lock:
+            self._forget()
+            return sum(count for _, count in self._recent) / _WINDOW_SECONDS
+
+    def _forget(self) -> None:
+        start = time.monotonic() - _WINDOW_SECONDS
+        while self._recent and self._recent[0][0] < start:
+            self._recent.popleft()
+
+    def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
+        """All of it; `gauges` are further numbers by name, each with its help."""
+        gauges = dict(gauges)
+        gauges['tokens_per_second'] = (
+            'Tokens of answers per second, over the last ten seconds.', self.rate(),
+        )  # fmt: skip
+        lines: list[str] = []
+        with self._lock:
+            for name, counts in self._counts.items():
+                lines += _family(name, 'counter', _HELP[name])
+                samples = sorted(counts.items()) or (
+                    [((), 0)] if name == 'prompt_tokens_total' else []
+                )
+                lines += [_sample(name, labels, value) for labels, value in samples]
+            lines += self._histogram()
+        for name, (about, value) in gauges.items():
+            lines += [*_family(name, 'gauge', about), _sample(name, (), value)]
+        return '\n'.join(lines) + '\n'
+
+    def _histogram(self) -> list[str]:
+        name = 'accepted_length'
+        lines = _family(name, 'histogram', 'Tokens that a verification emitted (lossless mode).')
+        total = 0
+        for length in range(max(self._accepted, default=0) + 1):
+            total += self._accepted[length]
+            lines.append(_sample(f'{name}_bucket', (('le', str(length)),), total))
+        lines.append(_sample(f'{name}_bucket', (('le', '+Inf'),), total))
+        weighted = sum(length * count for length, count in self._accepted.items())
+        return [*lines, _sample(f'{name}_sum', (), weighted), _sample(f'{name}_count', (), total)]
+
+
+def _family(name: str, kind: str, about: str) -> list[str]:
+    return [f'# HELP {_PREFIX}{name} {about}', f'# TYPE {_PREFIX}{name} {kind}']
+
+
+def _sample(name: str, labels: Iterable[tuple[str, str]], value: float) -> str:
+    """One line; the values of labels are names of ours and need no escapes."""
+    inside = ','.join(f'{key}="{text}"' for key, text in labels)
+    return f'{_PREFIX}{name}{{{inside}}} {value}' if inside else f'{_PREFIX}{name} {value}'

@@ -1,0 +1,360 @@
+"""From the bodies of OpenAI's protocol to requests of an engine."""
+
+import dataclasses
+import json
+import secrets
+from typing import Any
+
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.sampling.sampler import MODES
+from diffusiongemma.serving.fields import Fields, RequestError, name_of, shown
+
+MAX_SEED = 2**63 - 1
+_MAX_STOPS, _MAX_STOP_LENGTH = 4, 256
+# Fields of OpenAI's that are taken where they ask for nothing, and why they are refused elsewhere.
+_NEUTRAL: dict[str, tuple[tuple, str]] = {
+    'n': ((1,), 'send one request per answer, each with a seed of its own.'),
+    'best_of': ((1,), 'send one request per answer, each with a seed of its own.'),
+    'logprobs': ((False,), 'the sampler does not return log-probabilities.'),
+    'top_logprobs': ((0,), 'the sampler does not return log-probabilities.'),
+    'logit_bias': (({},), 'only whole sets of tokens can be banned, in the library.'),
+    'presence_penalty': ((0, 0.0), 'there is no penalty on repetition.'),
+    'frequency_penalty': ((0, 0.0), 'there is no penalty on repetition.'),
+    'echo': ((False,), 'put the prompt before the answer yourself.'),
+    'tools': (([],), 'the models here call no tools; use response_format.'),
+    'tool_choice': (('none', 'auto'), 'the models here call no tools; use response_format.'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a server lets a request ask for.
+
+    Attributes:
+      max_new_tokens: most tokens of an answer.
+      canvas_length: of the model, 0 without a canvas.
+      modes: why a decode mode cannot be had, by its name; None where it can.
+      default_mode: the mode of requests that name none.
+      temperature: of requests that name none.
+    """
+
+    max_new_tokens: int
+    canvas_length: int
+    modes: dict[str, str | None]
+    default_mode: str
+    temperature: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What a body asks for.
+
+    Attributes:
+      prompt: token ids.
+      chat: whether the answer is a message of a conversation.
+      mode, temperature, top_p, max_new_tokens, stop, seed: as of `Engine.submit`.
+      stream: whether parts of the answer are wanted as they come.
+      stream_usage: whether the stream ends with the costs.
+      suffix: tokens that follow the answer in the same canvas, None without.
+      schema: of JSON that the answer must be, None without.
+    """
+
+    prompt: list[int]
+    chat: bool
+    mode: str
+    temperature: float
+    top_p: float | None
+    max_new_tokens: int | None
+    stop: tuple[str, ...]
+    seed: int
+    stream: bool
+    stream_usage: bool
+    suffix: list[int] | None = None
+    schema: Any = None
+
+
+def read_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> Ask:
+    """A body of /v1/completions; raises RequestError."""
+    fields = Fields(body)
+    prompt = _prompt(fields, tokenizer)
+    suffix = fields.text('suffix')
+    ask = _ask(fields, prompt, False, limits)
+    fields.end()
+    return ask if not suffix else _with_suffix(ask, tokenizer.encode(suffix), limits)
+
+
+def read_chat(body: dict, tokenizer: Tokenizer, limits: Limits) -> Ask:
+    """A body of /v1/chat/completions; raises RequestError."""
+    fields = Fields(body)
+    prompt = _conversation(fields, tokenizer)
+    ask = _ask(fields, prompt, True, limits)
+    fields.end()
+    return ask
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What a body of /v1/decisions asks for; see `sampling.decide.decide`."""
+
+    prompt: list[int]
+    texts: list[str]
+    answers: list[list[int]]
+    before: list[int]
+    after: list[int]
+    draws: int
+    seed: int
+
+
+def read_decision(body: dict, tokenizer: Tokenizer, limits: Limits) -> Decision:
+    """A body of /v1/decisions; raises RequestError."""
+    del limits
+    fields = Fields(body)
+    fields.any('model')
+    chat = fields.has('messages')
+    prompt = _conversation(fields, tokenizer) if chat else _prompt(fields, tokenizer)
+    texts = fields.array('answers') or []
+    if not 1 <= len(texts) <= 64 or not all(isinstance(t, str) and t for t in texts):
+        raise fields.error('answers', 'answers must be 1 to 64 texts, none of them empty.')
+    after = fields.text('after')
+    decision = Decision(
+        prompt=prompt,
+        texts=texts,
+        answers=[_encode(fields, 'answers', text, tokenizer) for text in texts],
+        before=_encode(fields, 'before', fields.text('before') or '', tokenizer),
+        after=[tokenizer.stop_ids[-1]] if after is None
+        else _encode(fields, 'after', after, tokenizer),
+        draws=fields.integer('draws', 1, 64) or 1,
+        seed=_seed(fields),
+    )  # fmt: skip
+    fields.end()
+    return decision
+
+
+def read_frames(body: dict, tokenizer: Tokenizer, limits: Limits) -> Ask:
+    """A body of /v1/frames: a prompt or messages, and how to decode; raises RequestError."""
+    fields = Fields(body)
+    chat = fields.has('messages')
+    prompt = _conversation(fields, tokenizer) if chat else _prompt(fields, tokenizer)
+    ask = Ask(
+        prompt=prompt, chat=chat, mode=_mode(fields, limits),
+        temperature=_temperature(fields, limits), top_p=None,
+        max_new_tokens=fields.integer('max_tokens', 1, limits.max_new_tokens), stop=(),
+        seed=_seed(fields), stream=True, stream_usage=False,
+    )  # fmt: skip
+    fields.any('model')
+    fields.end()
+    return ask
+
+
+def _ask(fields: Fields, prompt: list[int], chat: bool, limits: Limits) -> Ask:
+    for name, (allowed, reason) in _NEUTRAL.items():
+        fields.only(name, allowed, reason)
+    for name in ('user', 'model'):
+        fields.text(name)
+    longest = fields.integer('max_tokens', 1, limits.max_new_tokens)
+    if chat:  # the newer name of it
+        newer = fields.integer('max_completion_tokens', 1, limits.max_new_tokens)
+        longest = longest if newer is None else newer
+    stream = fields.flag('stream')
+    options = fields.object('stream_options')
+    stream_usage = False
+    if options is not None:
+        if not stream:
+            raise fields.error('stream_options', 'stream_options needs stream=true.')
+        stream_usage = options.flag('include_usage')
+        options.end()
+    return Ask(
+        prompt=prompt,
+        chat=chat,
+        mode=_mode(fields, limits),
+        temperature=_temperature(fields, limits),
+        top_p=fields.number('top_p', 0, 1, above=True),
+        max_new_tokens=longest,
+        stop=_stops(fields),
+        seed=_seed(fields),
+        stream=stream,
+        stream_usage=stream_usage,
+        schema=_schema(fields),
+    )
+
+
+def _temperature(fields: Fields, limits: Limits) -> float:
+    temperature = fields.number('temperature', 0, 100)
+    return limits.temperature if temperature is None else temperature
+
+
+def _seed(fields: Fields) -> int:
+    seed = fields.integer('seed', 0, MAX_SEED)
+    return secrets.randbits(31) if seed is None else seed
+
+
+def _mode(fields: Fields, limits: Limits) -> str:
+    mode = fields.text('mode')
+    if mode is None:
+        return limits.default_mode
+    if mode not in MODES:
+        raise fields.error('mode', f'mode must be one of {sorted(MODES)}, got {mode[:40]!r}.')
+    reason = limits.modes[mode]
+    if reason is not None:
+        raise fields.error('mode', f'mode {mode!r} cannot be had: {reason}')
+    return mode
+
+
+def _stops(fields: Fields) -> tuple[str, ...]:
+    stops = fields.any('stop')
+    stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
+    fits = isinstance(stops, list) and len(stops) <= _MAX_STOPS
+    if not fits or not all(isinstance(s, str) and 0 < len(s) <= _MAX_STOP_LENGTH for s in stops):
+        raise fields.error(
+            'stop',
+            f'stop must be a text or at most {_MAX_STOPS} texts, each of 1 to {_MAX_STOP_LENGTH} '
+            'characters.',
+        )
+    return tuple(stops)
+
+
+def _schema(fields: Fields) -> Any:
+    wanted = fields.object('response_format')
+    if wanted is None:
+        return None
+    kind = wanted.text('type')
+    if kind == 'json_schema':
+        inner = wanted.object('json_schema')
+        if inner is None or not inner.has('schema'):
+            raise wanted.error('json_schema', 'response_format.json_schema.schema is missing.')
+        schema = inner.any('schema')
+        if not isinstance(schema, (dict, bool)):
+            raise inner.error(
+                'schema',
+                f'response_format.json_schema.schema must be an object, got {name_of(schema)}.',
+            )
+        for name in ('name', 'description', 'strict'):
+            inner.any(name)
+        inner.end()
+    elif kind == 'json_object':
+        schema = {'type': 'object'}
+    elif kind == 'text':
+        schema = None
+    else:
+        raise wanted.error(
+            'type',
+            "response_format.type must be 'text', 'json_object' or 'json_schema', got "
+            f'{json.dumps(kind)[:40]}.',
+        )
+    wanted.end()
+    return schema
+
+
+def _prompt(fields: Fields, tokenizer: Tokenizer) -> list[int]:
+    prompt = fields.any('prompt')
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+        prompt = prompt[0]  # a batch of one
+    if isinstance(prompt, str):
+        return [tokenizer.bos_id, *_encode(fields, 'prompt', prompt, tokenizer)]
+    if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
+        wrong = [i for i in prompt if not 0 <= i < tokenizer.vocab_size]
+        if wrong:
+            raise fields.error(
+                'prompt',
+                f'prompt holds the token id {shown(wrong[0])}, outside of the vocabulary of '
+                f'{tokenizer.vocab_size}.',
+            )
+        return prompt
+    raise fields.error(
+        'prompt', 'prompt must be one text or one array of token ids; send one request per prompt.'
+    )
+
+
+def _encode(fields: Fields, name: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    try:
+        return tokenizer.encode(text)
+    except ValueError as error:
+        raise fields.error(name, f'{name}: {error}') from None
+
+
+def _conversation(fields: Fields, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of `messages`, up to where the answer starts."""
+    messages = fields.array('messages')
+    if not messages:
+        raise fields.error('messages', 'messages must hold one message at least.')
+    turns = [_message(fields, n, message) for n, message in enumerate(messages)]
+    system = turns.pop(0)[1] if turns[0][0] in ('system', 'developer') else None
+    roles = [role for role, _ in turns]
+    if roles != ['user', 'assistant'] * (len(turns) // 2) + ['user']:
+        raise fields.error(
+            'messages',
+            'messages must be a system text or none, then user and assistant in turns, the user '
+            f'first and last; got {", ".join(role for role, _ in turns) or "no user"}.'[:300],
+        )
+    texts = [text for _, text in turns]
+    try:
+        return conversation_tokens(tokenizer, texts, system)
+    except ValueError as error:
+        raise fields.error('messages', f'messages: {error}') from None
+
+
+def _message(fields: Fields, number: int, message: Any) -> tuple[str, str]:
+    """Role and text of a message."""
+    where = f'messages[{number}]'
+    if not isinstance(message, dict):
+        raise fields.error(where, f'{where} must be an object, got {name_of(message)}.')
+    parts = Fields(message, f'{where}.')
+    role, content = parts.text('role'), parts.any('content')
+    parts.text('name')
+    parts.end()
+    if role not in ('system', 'developer', 'user', 'assistant'):
+        raise parts.error(
+            'role', f"{where}.role must be 'system', 'user' or 'assistant', got "
+            f'{json.dumps(role)[:40]}.'
+        )  # fmt: skip
+    if isinstance(content, list):
+        texts = [
+            part.get('text') if isinstance(part, dict) and part.get('type') == 'text' else None
+            for part in content
+        ]
+        content = None if None in texts or not all(isinstance(t, str) for t in texts) else (
+            ''.join(texts)
+        )  # fmt: skip
+    if not isinstance(content, str):
+        raise parts.error('content', f'{where}.content must be text.')
+    return role, content
+
+
+def conversation_tokens(tokenizer: Tokenizer, texts: list[str], system: str | None) -> list[int]:
+    """Token ids of user and assistant texts in turns, up to where the next answer starts.
+
+    As `ChatSampler` has them when the assistant's texts are its answers.
+    """
+    question, *others = texts
+    tokens = tokenizer.format_prompt(question, system)
+    unseen = len(tokenizer.response_prefix()) if others else 0
+    for answer, question in zip(others[::2], others[1::2], strict=True):
+        tokens = tokens[: len(tokens) - unseen] + tokenizer.end_turn(tokenizer.encode(answer))
+        tokens += tokenizer.format_turn(question)
+    return tokens
+
+
+def _with_suffix(ask: Ask, suffix: list[int], limits: Limits) -> Ask:
+    """Fill-in-the-middle: the answer and its suffix lie in one canvas."""
+    if ask.mode != 'diffusion':
+        raise RequestError(
+            400,
+            f"suffix needs mode='diffusion', where a canvas sees what follows; got {ask.mode!r}.",
+            'suffix',
+        )
+    for name, value in (('stop', ask.stop), ('response_format', ask.schema)):
+        if value:
+            raise RequestError(400, f'suffix does not go with {name}; leave one out.', 'suffix')
+    room = min(limits.canvas_length, limits.max_new_tokens) - len(suffix)
+    gap = room if ask.max_new_tokens is None else ask.max_new_tokens
+    if not 1 <= gap <= room:
+        raise RequestError(
+            400,
+            f'suffix has {len(suffix)} tokens, and the canvas {limits.canvas_length} for the '
+            f'answer and the suffix: max_tokens must lie in [1, {room}].'
+            if room >= 1
+            else f'suffix has {len(suffix)} tokens; it must have less than the canvas, '
+            f'{min(limits.canvas_length, limits.max_new_tokens)}.',
+            'suffix',
+        )
+    return dataclasses.replace(ask, suffix=suffix, max_new_tokens=gap)

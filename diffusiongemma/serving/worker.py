@@ -1,0 +1,192 @@
+"""The thread that owns an engine; other threads send it work and hear of events."""
+
+import concurrent.futures
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import logging
+
+from diffusiongemma.sampling.engine import Delta, Engine, Event, Failed
+
+
+class Refused:
+    """The only event of a request that the engine refused; `error` says why."""
+
+    def __init__(self, error: ValueError):
+        self.error = error
+
+
+class Shown:
+    """One item of what `Worker.watch` shows."""
+
+    def __init__(self, item: Any):
+        self.item = item
+
+
+class Over:
+    """The last event of what `Worker.watch` shows."""
+
+
+News = Event | Refused | Shown | Over
+
+
+class Ticket:
+    """A request in the hands of a worker."""
+
+    def __init__(self, tell: Callable[[News], None]):
+        self._tell = tell
+        self.id: int | None = None  # the engine's number
+        self.over = False
+
+    def tell(self, news: News) -> None:
+        """Passes news on, unless the last were told before."""
+        if not self.over:
+            self.over = not isinstance(news, (Delta, Shown))
+            self._tell(news)
+
+
+class Worker:
+    """Steps an engine while there is work, and does one piece of other work between steps.
+
+    All methods but `run` may be called from any thread; `tell` functions are called in its own.
+
+    Attributes:
+      load: requests without a slot, and requests in slots, after the latest step.
+    """
+
+    def __init__(self, engine: Engine):
+        """Starts no thread before `start`."""
+        self.engine, self.load = engine, (0, 0)
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tickets: dict[int, Ticket] = {}  # by the engine's number
+        self._shows: dict[Ticket, Iterator[Any]] = {}
+        self._thread = threading.Thread(target=self.run, name='engine', daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop_soon(self) -> None:
+        """Ends the thread after its step; requests that are not answered hear of a failure."""
+        self._inbox.put(None)
+
+    def stop(self) -> None:
+        """Ends the thread and waits for its end."""
+        self.stop_soon()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, tell: Callable[[News], None], **request: Any) -> Ticket:
+        """Submits a request with the arguments of `Engine.submit`."""
+        ticket = Ticket(tell)
+        self._inbox.put(lambda: self._submit(ticket, request))
+        return ticket
+
+    def watch(self, tell: Callable[[News], None], make: Callable[[], Iterator[Any]]) -> Ticket:
+        """Shows the items of an iterator one by one, the work of each between two steps."""
+        ticket = Ticket(tell)
+        self._inbox.put(lambda: self._watch(ticket, make))
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Drops what a ticket is for; without effect where that is over."""
+        self._inbox.put(lambda: self._cancel(ticket))
+
+    def call(self, function: Callable[[], Any]) -> concurrent.futures.Future:
+        """Runs a function between two steps."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+
+        def work() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except Exception as error:  # whatever it may raise is for whoever waits
+                    future.set_exception(error)
+
+        self._inbox.put(work)
+        return future
+
+    def run(self) -> None:
+        """The thread's loop."""
+        while self._do_what_came():
+            self._measure()
+            try:
+                self._step()
+            except Exception as error:  # a defect must not leave clients without an answer
+                logging.exception('a step of the engine failed')
+                self._fail_all(error)
+        while not self._inbox.empty():  # what came too late is told so too
+            if (work := self._inbox.get()) is not None:
+                work()
+        self._fail_all(RuntimeError('The server stopped before the request was answered.'))
+
+    def _do_what_came(self) -> bool:
+        """Does what is in the inbox, and waits for something where there is nothing else to do."""
+        while True:
+            idle = not (self.engine.waiting or self.engine.running or self._shows)
+            try:
+                work = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            if work is None:
+                return False
+            work()
+
+    def _step(self) -> None:
+        events = self.engine.step() if self.engine.waiting or self.engine.running else ()
+        self._measure()  # before anyone hears of the end of a request
+        for event in events:
+            ticket = self._tickets.get(event.id)
+            if not isinstance(event, Delta):
+                self._tickets.pop(event.id, None)
+            if ticket is not None:
+                ticket.tell(event)
+        for ticket, items in list(self._shows.items()):
+            try:
+                ticket.tell(Shown(next(items)))
+            except StopIteration:
+                self._end(ticket, Over())
+            except ValueError as error:
+                self._end(ticket, Refused(error))
+            except Exception as error:
+                logging.exception('a live view failed')
+                self._end(ticket, Failed(-1, error))
+
+    def _measure(self) -> None:
+        self.load = (self.engine.waiting, self.engine.running)
+
+    def _end(self, ticket: Ticket, news: News) -> None:
+        del self._shows[ticket]
+        ticket.tell(news)
+
+    def _submit(self, ticket: Ticket, request: dict[str, Any]) -> None:
+        try:
+            ticket.id = self.engine.submit(**request)
+        except ValueError as error:
+            ticket.tell(Refused(error))
+        except Exception as error:
+            logging.exception('a request could not be submitted')
+            ticket.tell(Failed(-1, error))
+        else:
+            self._tickets[ticket.id] = ticket
+
+    def _watch(self, ticket: Ticket, make: Callable[[], Iterator[Any]]) -> None:
+        try:
+            self._shows[ticket] = make()
+        except ValueError as error:
+            ticket.tell(Refused(error))
+
+    def _cancel(self, ticket: Ticket) -> None:
+        ticket.over = True
+        self._shows.pop(ticket, None)
+        if ticket.id is not None and self._tickets.pop(ticket.id, None) is not None:
+            self.engine.cancel(ticket.id)
+
+    def _fail_all(self, error: Exception) -> None:
+        for id, ticket in list(self._tickets.items()):
+            self.engine.cancel(id)
+            ticket.tell(Failed(id, error))
+        for ticket in list(self._shows):
+            ticket.tell(Failed(-1, error))
+        self._tickets, self._shows = {}, {}

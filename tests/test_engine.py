@@ -1,0 +1,233 @@
+"""Requests side by side: each is answered as if it were alone, and its text comes in parts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_model import toy
+
+from diffusiongemma.constraints.automaton import TokenAutomaton
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, ban, pad_prompts, pin
+from diffusiongemma.sampling.engine import Delta, Engine, Failed, Finished
+from diffusiongemma.sampling.text import TextStream
+
+C, PAD, V = 4, 22, 23
+MODES = ('diffusion', 'autoregressive', 'lossless')
+CONFIG = SamplingConfig(
+    max_new_tokens=10, max_denoising_steps=3, stop_ids=(3, 11), pad_id=PAD, vocab_size=PAD
+)
+RNG = np.random.default_rng(0)
+NO_STOPS = ban(CONFIG.stop_ids, V)[None]
+REQUESTS = [
+    {
+        'prompt': RNG.integers(0, 22, length).tolist(),
+        'rng': n,
+        'mode': MODES[n % 3],
+        'temperature': (0.0, 0.7)[n // 3 % 2],
+        'max_new_tokens': int(RNG.integers(1, 11)),
+    }
+    for n, length in enumerate(RNG.integers(1, 9, 12))
+]
+REQUESTS[0] |= {'controls': Controls(pinned=pin([[None, 2]]), allowed_sets=NO_STOPS)}
+TOKENIZER = Tokenizer.load()
+
+
+@functools.cache
+def sampler():
+    return Sampler(toy(C)[0], CONFIG)
+
+
+def engine(**changes):
+    return Engine(sampler(), toy(C)[1], **({'slots': 2, 'capacity': 24, 'multiple': 8} | changes))
+
+
+def results(made, submitted):
+    """What came of the submitted requests, by what they were submitted as."""
+    found = {event.id: event.result for event in made.run() if isinstance(event, Finished)}
+    return {n: found[id] for id, n in submitted.items() if id in found}
+
+
+@functools.cache
+def alone(n):
+    made = engine()
+    return results(made, {made.submit(**REQUESTS[n]): n})[n]
+
+
+def assert_as_alone(answers):
+    for n, result in answers.items():
+        expected = alone(n)
+        assert result.tokens == expected.tokens
+        assert result.passes == expected.passes and result.reason == expected.reason
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_a_request_has_the_response_of_a_call_of_the_sampler(mode):
+    model, params = toy(C)
+    for n, request in enumerate(REQUESTS):
+        if request['mode'] == mode and request['temperature'] and n:
+            config = dataclasses.replace(CONFIG, temperature=0.7)
+            tokens, lengths = pad_prompts([request['prompt']], PAD, width=8)
+            limit = jnp.array([request['max_new_tokens']])
+            output = Sampler(model, config, mode)(
+                params, tokens, lengths, rng=jax.random.key(n)[None],
+                controls=Controls(max_new_tokens=limit),
+            )  # fmt: skip
+            length = int(output.lengths[0])
+            assert alone(n).tokens == output.tokens[0, :length].tolist()
+            assert alone(n).denoising_steps == int(output.denoising_steps[0])
+
+
+@settings(max_examples=8)
+@given(order=st.permutations(range(len(REQUESTS))), slots=st.sampled_from([2, 3]))
+def test_neither_order_nor_neighbors_change_a_response(order, slots):
+    made = engine(slots=slots)
+    answers = results(made, {made.submit(**REQUESTS[n]): n for n in order})
+    assert sorted(answers) == list(range(len(REQUESTS)))
+    assert_as_alone(answers)
+
+
+@settings(max_examples=8)
+@given(
+    arrivals=st.lists(st.integers(0, len(REQUESTS) - 1), min_size=4, max_size=10),
+    dropped=st.sets(st.integers(0, 9), min_size=1, max_size=5),
+)
+def test_cancelled_requests_leave_no_trace_in_those_that_come_between_steps(arrivals, dropped):
+    made, submitted, events = engine(), {}, []
+    for place, n in enumerate(arrivals):
+        submitted[made.submit(**REQUESTS[n])] = place
+        events += made.step()
+    over = {event.id for event in events if isinstance(event, Finished)}
+    gone = set()
+    for id, place in submitted.items():
+        if place in dropped:
+            assert made.cancel(id) == (id not in over)
+            gone |= {id} - over
+    later = list(made.run())
+    assert not {event.id for event in later} & gone
+    found = {e.id: e.result for e in events + later if isinstance(e, Finished)}
+    assert sorted(found) == sorted(set(submitted) - gone)
+    for id, result in found.items():
+        assert_as_alone({arrivals[submitted[id]]: result})
+
+
+def test_a_request_beside_many_groups_waits_for_its_turn_and_not_for_ever():
+    made = engine(max_groups=1, slots=1)
+    submitted = {made.submit(**request): n for n, request in enumerate(REQUESTS)}
+    answers = results(made, submitted)
+    assert sorted(answers) == list(range(len(REQUESTS)))
+    assert_as_alone(answers)
+
+
+def test_deltas_join_to_the_response_and_its_text():
+    model, params = toy(C)
+    config = dataclasses.replace(CONFIG, stop_ids=())
+    made = Engine(Sampler(model, config), params, slots=2, capacity=24, multiple=8)
+    ids = [made.submit([n, 5], rng=n) for n in range(3)]
+    events = list(made.run())
+    for id in ids:
+        deltas = [event.tokens for event in events if isinstance(event, Delta) and event.id == id]
+        (result,) = (e.result for e in events if isinstance(e, Finished) and e.id == id)
+        assert sum(deltas, []) == result.tokens and len(deltas) == 3  # canvases of 4, 4, 2
+        assert result.reason == 'length' and len(result.tokens) == 10
+
+
+def test_a_program_that_fails_fails_its_requests_and_no_others(monkeypatch):
+    made = engine()
+    broken = made.submit(**REQUESTS[1])
+    (group,) = made._groups.values()
+    fine = made.submit(**REQUESTS[2])
+
+    def fail():
+        raise RuntimeError('out of memory')
+
+    monkeypatch.setattr(group.slots, 'advance', fail)
+    events = {e.id: e for e in made.run() if not isinstance(e, Delta)}
+    assert isinstance(events[broken], Failed) and 'out of memory' in str(events[broken].error)
+    assert_as_alone({2: events[fine].result})
+
+
+def test_an_automaton_of_the_caller_survives_its_requests():
+    """The engine's states are donated from program to program."""
+    table = np.tile(np.arange(5)[:, None], (1, 2))
+    table[3], table[4] = [4, 0], [0, 2]  # one token of class 0, then a stop token
+    classes = np.where(np.isin(np.arange(V), CONFIG.stop_ids), 1, 0)
+    automaton = TokenAutomaton.create(classes, table, multiple=8)
+    made = engine(slots=1)
+    ids = [made.submit([4], rng=n, controls=Controls(automaton=automaton)) for n in range(2)]
+    found = results(made, {id: id for id in ids})
+    assert all(len(found[id].tokens) == 2 for id in ids)
+    assert int(automaton.distances[3]) == 2
+
+
+@pytest.mark.parametrize(
+    'request_, message',
+    [
+        ({'prompt': []}, 'The prompt is empty'),
+        ({'prompt': [99]}, "outside the model's vocabulary of 23"),
+        ({'prompt': [1] * 24}, 'capacity of 24'),
+        ({'prompt': [1] * 20, 'max_new_tokens': 5}, 'has 20 tokens; with 5 new ones'),
+        ({'prompt': [1], 'max_new_tokens': 11}, r'max_new_tokens must lie in \[0, 10\], got 11'),
+        ({'prompt': [1], 'mode': 'fast'}, "mode must be one of .*got 'fast'"),
+        ({'prompt': [1], 'temperature': -1.0}, 'temperature'),
+        ({'prompt': [1], 'temperature': 1.0, 'top_p': 0.0}, 'top_p'),
+        ({'prompt': [1], 'stop': ['.']}, 'need an engine with a tokenizer'),
+        (
+            {'prompt': [1], 'temperature': 1.0, 'controls': Controls(temperature=jnp.ones(1))},
+            'is given beside controls.temperature',
+        ),
+    ],
+)
+def test_an_unfit_request_is_one_clear_error_and_leaves_nothing_behind(request_, message):
+    made = engine()
+    with pytest.raises(ValueError, match=message):
+        made.submit(**request_)
+    assert made.waiting == 0
+
+
+@pytest.mark.parametrize('field', ['slots', 'multiple', 'max_groups', 'prefill_together'])
+def test_an_engine_of_no_slots_is_one_clear_error(field):
+    with pytest.raises(ValueError, match=f'{field} must be >= 1, got 0'):
+        engine(**{field: 0})
+
+
+TEXT = st.text(st.characters(codec='utf-8'), max_size=12) | st.sampled_from(['a😀b', 'né', '日本'])
+
+
+@given(text=TEXT, cuts=st.lists(st.integers(0, 40)), junk=st.lists(st.binary(max_size=3)))
+def test_parts_of_a_text_join_to_what_the_tokenizer_decodes(text, cuts, junk):
+    ids = TOKENIZER.encode(text)
+    byte_ids = {TOKENIZER.token_bytes(i): i for i in range(TOKENIZER.vocab_size)}
+    for place, broken in enumerate(junk):  # bytes that are no UTF-8, and special tokens between
+        ids[place:place] = [byte_ids.get(bytes([b]), TOKENIZER.eos_id) for b in broken]
+    stream, parts, before = TextStream(TOKENIZER), [], 0
+    for cut in sorted({min(cut, len(ids)) for cut in cuts} | {len(ids)}):
+        parts.append(stream.push(ids[before:cut]))
+        before = cut
+    assert ''.join([*parts, stream.finish()]) == TOKENIZER.decode(ids)
+    if not junk:
+        assert all('\ufffd' not in part for part in parts) or '\ufffd' in text
+
+
+@given(
+    text=st.text('ab. ', max_size=14),
+    stop=st.lists(st.text('ab. ', min_size=1, max_size=3), max_size=2),
+)
+def test_a_text_ends_where_a_stop_text_begins_however_it_comes(text, stop):
+    whole = TextStream(TOKENIZER, stop)
+    ids = TOKENIZER.encode(text)
+    expected = min([text.find(s) for s in stop if s in text], default=len(text))
+    assert whole.push(ids) + whole.finish() == text[:expected]
+    by_token = TextStream(TOKENIZER, stop[:1])
+    shown = ''
+    for token in ids:
+        shown += by_token.push([token])
+        assert not any(s in shown for s in stop[:1])
+    shown += by_token.finish()
+    assert shown == text.partition(stop[0])[0] if stop else shown == text
+    assert by_token.stopped == any(s in text for s in stop[:1])
