@@ -50,7 +50,6 @@ def get_config() -> ConfigDict:
             'sampling': {
                 'max_new_tokens': 96,
                 'max_denoising_steps': 16,
-                'entropy_bound': 0.1,
                 'temperature': 0.0,
             },
             'eval': {

@@ -100,8 +100,27 @@ def write_resolved(config: ConfigDict, workdir: Path) -> None:
     """
     processes.check_shared(workdir)
     if processes.is_writer():
-        text = json.dumps(config.to_dict(), indent=2)
+        text = json.dumps(json_values(config), indent=2)
         (workdir / 'config.json').write_text(text + '\n')
+
+
+def json_values(config: ConfigDict) -> dict[str, Any]:
+    """Returns a config as JSON values, rules as their text.
+
+    Raises:
+      ValueError: it holds a value that is neither.
+    """
+    return json.loads(json.dumps(config.to_dict(), default=_as_text))
+
+
+def _as_text(value: Any) -> str:
+    """Returns what JSON holds of a rule: its text, which `SamplingConfig` reads."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return repr(value)
+    raise ValueError(
+        f'the config holds {value!r}, which config.json cannot: use numbers, texts, tuples, dicts '
+        "and rules such as 'TopK(k=4)'."
+    )
 
 
 def keep_compiled_programs() -> None:
@@ -195,6 +214,8 @@ class _WithOptionalKeys(flags.ArgumentParser):
 
 def _add_optional(config: ConfigDict, section: str, key: str) -> None:
     """Adds a key with its default, where it is a field of what reads the section."""
+    from diffusiongemma.sampling.rules import RULES
+
     cls = _sections().get(section)
     fields = {field.name: field for field in dataclasses.fields(cls)} if cls else {}
     if key not in fields or (section == 'data' and 'sources' in config.data):
@@ -212,6 +233,8 @@ def _add_optional(config: ConfigDict, section: str, key: str) -> None:
         hint = get_type_hints(cls)[key]
         kind = next(t for t in (*get_args(hint), hint) if t is not type(None))
         kind = get_origin(hint) if get_origin(hint) is tuple else kind
+        if section == 'sampling' and key in RULES:
+            kind = str
         default = fields[key].default
         if kind in (bool, int, float, str, tuple):
             config[key] = (
