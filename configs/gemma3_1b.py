@@ -78,7 +78,6 @@ def get_config() -> ConfigDict:
             'sampling': {
                 'max_new_tokens': 768,
                 'max_denoising_steps': 32,
-                'entropy_bound': 0.1,
                 'temperature': 0.0,
             },
             'eval': {

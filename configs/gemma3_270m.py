@@ -79,7 +79,6 @@ def get_config() -> ConfigDict:
             'sampling': {
                 'max_new_tokens': 384,
                 'max_denoising_steps': 16,
-                'entropy_bound': 0.1,
                 'temperature': 0.0,
             },
             'eval': {

@@ -92,7 +92,6 @@ def get_config() -> ConfigDict:
             'sampling': {
                 'max_new_tokens': 768,
                 'max_denoising_steps': 48,
-                'entropy_bound': 0.1,
                 'temperature': 1.0,
             },
             'eval': {

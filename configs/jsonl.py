@@ -1,8 +1,11 @@
 r"""Distils the built-in teacher on prompts of your own, from a JSONL file.
 
 Meant for 2 CPU cores. Each line of TRAIN and TEST is {"prompt": "...", "response": "..."}; the
-student learns the teacher's answers to the prompts, or with --config.targets.sequence_level=False
-the responses. Prompt and response have at most 256 tokens together, as the teacher.
+student learns the responses of TRAIN, or with --config.targets.sequence_level=True the teacher's
+own answers to its prompts. Prompt and response have at most 256 tokens together, as the teacher.
+An answer counts as right where it is TEST's to the letter. The built-in teacher knows word problems
+alone: on other prompts its answers, and with them the lossless mode, are wrong. For other data take
+a Gemma (--config.teacher=DIRECTORY) and more steps than these 200.
 
   python -m diffusiongemma.distill --config=configs/jsonl.py --workdir=/tmp/jsonl \
     --config.targets.source.path=TRAIN --config.eval.source.path=TEST
@@ -31,7 +34,7 @@ def get_config() -> ConfigDict:
                 'source': {'kind': 'jsonl', 'path': 'train.jsonl'},
                 'batch_size': 32,
                 'max_new_tokens': 96,
-                'sequence_level': True,
+                'sequence_level': False,  # the file's responses; True: the teacher's answers
                 'top_k_logits': 0,  # or k: no teacher in memory while training
             },
             'data': {
@@ -50,7 +53,6 @@ def get_config() -> ConfigDict:
             'sampling': {
                 'max_new_tokens': 96,
                 'max_denoising_steps': 16,
-                'entropy_bound': 0.1,
                 'temperature': 0.0,
             },
             'eval': {

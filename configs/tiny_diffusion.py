@@ -56,9 +56,7 @@ def get_config() -> ConfigDict:
                 'max_new_tokens': 96,
                 'max_denoising_steps': 4,
                 'max_draft_steps': 1,
-                'entropy_bound': 0.1,
                 'stability_threshold': 0,  # confidence alone ends a canvas: a pass less for most
-                'confidence_threshold': 0.005,
                 'temperature': 0.0,
             },
             'eval': {

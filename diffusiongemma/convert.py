@@ -42,14 +42,17 @@ def main(argv: list[str]) -> None:
     del argv
     convert(
         _INPUT.value,
-        Path(_OUTPUT.value),
+        run_config.output_directory('output', _OUTPUT.value),
         _FORMAT.value,
         dtype=jnp.dtype(_DTYPE.value) if _DTYPE.value not in (None, INT8) else _DTYPE.value,
         max_shard_bytes=int(_MAX_SHARD_GB.value * 1e9),
         base=Path(_BASE.value) if _BASE.value else None,
         generation=lambda config: generation_config(SamplingConfig(), config.is_diffusion),
     )
-    print(f'{_FORMAT.value}: {_OUTPUT.value}')
+    print(
+        f'{_FORMAT.value}: {_OUTPUT.value}  next: python -m diffusiongemma.sample '
+        f'--checkpoint={_OUTPUT.value} --prompt=...'
+    )
 
 
 if __name__ == '__main__':

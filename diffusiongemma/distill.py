@@ -3,8 +3,6 @@
 python -m diffusiongemma.distill --config=configs/tiny.py --workdir=/tmp/diffusiongemma
 """
 
-from pathlib import Path
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -19,8 +17,9 @@ _PROFILE = flags.DEFINE_bool('profile', False, 'Traces a few steps for xprof, to
 def main(argv: list[str]) -> None:
     del argv
     process_flags.join()
+    run_config.say_devices()
     config = run_config.profiled(_CONFIG.value, _PROFILE.value)
-    distill(config, Path(_WORKDIR.value))
+    distill(config, run_config.output_directory('workdir', _WORKDIR.value))
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ python -m diffusiongemma.evaluate --config=configs/tiny.py --sweep --output=/tmp
 
 import dataclasses
 import json
-from pathlib import Path
+import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -28,17 +28,31 @@ _SWEEP = flags.DEFINE_bool('sweep', False, 'Evaluate all settings of config.eval
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory that a sweep writes to.')
 
 
+def say_next(checkpoint: str) -> None:
+    """Says on stderr what to do next: the last line of stdout is JSON."""
+    print(
+        f'{checkpoint} is evaluated; next: python -m diffusiongemma.sample '
+        f'--checkpoint={checkpoint} shows it at work, this command with --sweep '
+        '--output=DIRECTORY its quality against its speed.',
+        file=sys.stderr,
+    )
+
+
 def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
+    run_config.say_devices()
     if _SWEEP.value != (_OUTPUT.value is not None):
         raise ValueError('a sweep needs both --sweep and --output=DIRECTORY.')
     if _SWEEP.value:
-        print(json.dumps(sweep_student(config, _CHECKPOINT.value, Path(_OUTPUT.value))))
+        output = run_config.output_directory('output', _OUTPUT.value)
+        print(json.dumps(sweep_student(config, _CHECKPOINT.value, output)))
+        say_next(_CHECKPOINT.value)
         return
     comparison, *_ = compare_with_teacher(config, load_teacher(config), _CHECKPOINT.value)
     Console().print(comparison_table(comparison))
     print(json.dumps(dataclasses.asdict(comparison)))
+    say_next(_CHECKPOINT.value)
 
 
 if __name__ == '__main__':

@@ -5,8 +5,6 @@ python -m diffusiongemma.generate_targets --config=configs/tiny.py --output=/tmp
 An interrupted run is finished by starting it again. `distill` does this step by itself.
 """
 
-from pathlib import Path
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -22,19 +20,24 @@ _OUTPUT = flags.DEFINE_string('output', None, 'Directory for the targets.')
 def main(argv: list[str]) -> None:
     del argv
     process_flags.join()
-    config = _CONFIG.value
+    run_config.say_devices()
+    config, output = _CONFIG.value, run_config.output_directory('output', _OUTPUT.value)
     teacher = load_teacher(config)
     spec = write_targets(
         teacher.model,
         teacher.params,
         teacher.tokenizer,
         run_config.build(TargetsConfig, config.targets, 'targets'),
-        Path(_OUTPUT.value),
+        output,
         make_mesh(config.mesh),
         seed=config.seed,
     )
     if processes.is_writer():
-        print(f'targets: {spec.describe()}')
+        named = '' if output.name == 'targets' else f', where {output} is called targets'
+        print(
+            f'targets: {spec.describe()}  next: python -m diffusiongemma.distill with this config '
+            f'and --workdir={output.parent}{named}'
+        )
 
 
 if __name__ == '__main__':

@@ -2,11 +2,14 @@
 
 import dataclasses
 import difflib
+import glob
+import importlib.metadata
 import json
 import logging as py_logging
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -23,11 +26,16 @@ from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.distillation import guard
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.parallel import processes
+from diffusiongemma.view.interrupt import is_busy
 
 T = TypeVar('T')
 
 # Of every program that trains; without them nothing changes.
 OPTIONAL_KEYS = ('compute', 'light', 'drafting')
+
+# What the chips of a TPU are on the machine that they belong to.
+_TPU_FILES = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
+_INSTALL = " (for a GPU pip install -e '.[cuda]', for a TPU '.[tpu]')"
 
 
 def build(cls: type[T], values: Any, where: str) -> T:
@@ -100,8 +108,41 @@ def write_resolved(config: ConfigDict, workdir: Path) -> None:
     """
     processes.check_shared(workdir)
     if processes.is_writer():
-        text = json.dumps(config.to_dict(), indent=2)
+        text = json.dumps(json_values(config), indent=2)
         (workdir / 'config.json').write_text(text + '\n')
+
+
+def json_values(config: ConfigDict) -> dict[str, Any]:
+    """Returns a config as JSON values, rules as their text.
+
+    Raises:
+      ValueError: it holds a value that is neither.
+    """
+    return json.loads(json.dumps(config.to_dict(), default=_as_text))
+
+
+def _as_text(value: Any) -> str:
+    """Returns what JSON holds of a rule: its text, which `SamplingConfig` reads."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return repr(value)
+    raise ValueError(
+        f'the config holds {value!r}, which config.json cannot: use numbers, texts, tuples, dicts '
+        "and rules such as 'TopK(k=4)'."
+    )
+
+
+def output_directory(flag: str, value: str) -> Path:
+    """Returns the directory that a flag names.
+
+    Raises:
+      ValueError: it is a URL, which as a path would be a directory of this machine.
+    """
+    if '://' in value:
+        raise ValueError(
+            f'--{flag}={value} is a URL, and files are written to directories: mount the bucket '
+            '(gcsfuse, Filestore, NFS) and give the directory where it is mounted.'
+        )
+    return Path(value)
 
 
 def keep_compiled_programs() -> None:
@@ -113,6 +154,27 @@ def keep_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
         jax.config.update('jax_compilation_cache_dir', str(Path(home) / 'diffusiongemma'))
+
+
+def without_missing_tpu() -> None:
+    """Keeps jax from looking for a TPU that this machine does not have.
+
+    An installed libtpu writes a dozen lines of errors otherwise. JAX_PLATFORMS and plugins of other
+    accelerators are left alone.
+    """
+    if jax.config.jax_platforms or any(map(glob.glob, _TPU_FILES)):
+        return
+    if not importlib.metadata.entry_points(group='jax_plugins'):
+        jax.config.update('jax_platforms', 'cpu')
+
+
+def say_devices() -> None:
+    """Prints to stderr what the program computes on; call it after `process_flags.join`."""
+    if processes.is_writer():
+        kinds = Counter(device.device_kind for device in jax.devices())
+        text = ', '.join(f'{count} x {kind}' for kind, count in sorted(kinds.items()))
+        hint = '' if jax.default_backend() != 'cpu' else _INSTALL
+        print(f'computing on {text}{hint}', file=sys.stderr, flush=True)
 
 
 class _OwnMessages(py_logging.Filter):
@@ -134,12 +196,20 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f'unexpected arguments {argv[1:]}')
         keep_compiled_programs()
+        without_missing_tpu()
         if flags.FLAGS.verbosity <= 0:
             logging.get_absl_handler().addFilter(_OwnMessages())
         try:
             main(argv)
         except guard.Preempted as stopped:
             logging.info('%s', stopped)
+        except KeyboardInterrupt:
+            print('stopped by Ctrl-C.', file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            if is_busy():  # a thread that compiles cannot be stopped, nor outlive the interpreter
+                os._exit(130)
+            processes.abandon(130)
+            sys.exit(130)
         except (ValueError, FileNotFoundError, FloatingPointError, CheckpointError) as error:
             logging.debug('where it happened:', exc_info=True)
             _fail(str(error))
@@ -195,6 +265,8 @@ class _WithOptionalKeys(flags.ArgumentParser):
 
 def _add_optional(config: ConfigDict, section: str, key: str) -> None:
     """Adds a key with its default, where it is a field of what reads the section."""
+    from diffusiongemma.sampling.rules import RULES
+
     cls = _sections().get(section)
     fields = {field.name: field for field in dataclasses.fields(cls)} if cls else {}
     if key not in fields or (section == 'data' and 'sources' in config.data):
@@ -212,6 +284,8 @@ def _add_optional(config: ConfigDict, section: str, key: str) -> None:
         hint = get_type_hints(cls)[key]
         kind = next(t for t in (*get_args(hint), hint) if t is not type(None))
         kind = get_origin(hint) if get_origin(hint) is tuple else kind
+        if section == 'sampling' and key in RULES:
+            kind = str
         default = fields[key].default
         if kind in (bool, int, float, str, tuple):
             config[key] = (

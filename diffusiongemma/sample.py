@@ -1,8 +1,22 @@
 """Answers a prompt, or talks.
 
-python -m diffusiongemma.sample --prompt="Mia has 12 apples. She buys 3 more. How many now?"
+python -m diffusiongemma.sample \\
+  --prompt="Paul is 17 years old. Omar is 4 years older than Paul. How old is Omar?"
 python -m diffusiongemma.sample --prompt="..." --watch --gif=canvas.gif
 python -m diffusiongemma.sample
+python -m diffusiongemma.sample --checkpoint=builtin-sudoku --watch --prompt="Solve this sudoku:
+43__2__9_
+259___7_1
+8___1925_
+_4596___8
+___8_4_79
+9861_74__
+1_4__8963
+6__241_8_
+57_6____2"
+
+The shipped student answers word problems as above. 'builtin-sudoku' takes the line "Solve this
+sudoku:" and nine lines of nine cells, _ where a cell is empty.
 """
 
 import dataclasses
@@ -18,7 +32,7 @@ from etils import epath
 from rich.console import Console
 
 from diffusiongemma import run_config
-from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.checkpoints.load import BUILTIN, about_model, load_model
 from diffusiongemma.constraints.grammar import from_json_schema, from_regex
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models import for_inference, quantize_weights
@@ -30,6 +44,7 @@ from diffusiongemma.sampling.watch import watch
 from diffusiongemma.view.animation import write_gif, write_html
 from diffusiongemma.view.conversation import Conversation
 from diffusiongemma.view.frames import frames
+from diffusiongemma.view.interrupt import call_interruptibly
 from diffusiongemma.view.terminal import show
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -47,15 +62,22 @@ _MODE = flags.DEFINE_enum(
 )
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy.', lower_bound=0.0)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    'max_new_tokens', 128, 'Longest answer in tokens.', lower_bound=1
+    'max_new_tokens',
+    None,
+    'Longest answer in tokens; by default as the student was evaluated, else 128.',
+    lower_bound=1,
 )
 _MAX_STEPS = flags.DEFINE_integer(
-    'max_denoising_steps', 48, 'Most denoise steps per canvas.', lower_bound=1
+    'max_denoising_steps',
+    None,
+    'Most denoise steps per canvas; by default as the student was evaluated, else 48.',
+    lower_bound=1,
 )
 _ENTROPY_BOUND = flags.DEFINE_float(
     'entropy_bound',
-    0.1,
-    'Nats; a higher one accepts more tokens per denoise step.',
+    None,
+    'Nats; a higher one accepts more tokens per denoise step; by default as the student was '
+    'evaluated, else 0.1.',
     lower_bound=0.0,
 )
 _TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k likeliest tokens.', lower_bound=1)
@@ -68,6 +90,13 @@ _WEIGHTS = flags.DEFINE_enum(
 _REGEX = flags.DEFINE_string('regex', None, 'The answer matches this regular expression.')
 _JSON_SCHEMA = flags.DEFINE_string(
     'json_schema', None, 'A file; the answer is JSON of this schema.'
+)
+_TURNS = flags.DEFINE_integer(
+    'turns',
+    None,
+    'Turns of a chat that the model sees, the new one included; by default 1 for models that were '
+    'trained on single questions, the shipped ones and their students, else all that fit.',
+    lower_bound=1,
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the noise and the draws.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON line instead of text.')
@@ -117,15 +146,18 @@ class Loaded:
         model, params = for_inference(model, params)
         if _WEIGHTS.value is not None:
             params = quantize_weights(model, params, _WEIGHTS.value)
-        config = SamplingConfig.for_tokenizer(
-            tokenizer,
-            temperature=_TEMPERATURE.value,
-            max_new_tokens=_MAX_NEW_TOKENS.value,
-            max_denoising_steps=_MAX_STEPS.value,
-            entropy_bound=_ENTROPY_BOUND.value,
-            top_k=_TOP_K.value,
-            top_p=_TOP_P.value,
-        )
+        given = {
+            'temperature': _TEMPERATURE.value,
+            'max_new_tokens': _MAX_NEW_TOKENS.value,
+            'max_denoising_steps': _MAX_STEPS.value,
+            'entropy_bound': _ENTROPY_BOUND.value,
+            'top_k': _TOP_K.value,
+            'top_p': _TOP_P.value,
+        }
+        fields = SamplingConfig.tokenizer_fields(tokenizer) | {'max_new_tokens': 128}
+        fields |= about_model(_CHECKPOINT.value).get('sampling', {})
+        fields |= {name: value for name, value in given.items() if value is not None}
+        config = run_config.build(SamplingConfig, fields, 'sampling')
         return cls(Sampler(model, config, _MODE.value or main_mode(model)), params, tokenizer)
 
 
@@ -181,15 +213,30 @@ def show_steps(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls |
             write(Path(path), shown, prompt, _FRAME_SECONDS.value)
 
 
+def answers_single_questions(checkpoint: str) -> bool:
+    """Whether a model was trained on single questions: the shipped ones and their students."""
+    return checkpoint in BUILTIN or about_model(checkpoint).get('teacher') in BUILTIN
+
+
 def chat(loaded: Loaded, rng: jax.Array) -> None:
     """A conversation on standard input and output."""
     capacity = min(loaded.sampler.model.config.max_positions or _CHAT_TOKENS, _CHAT_TOKENS)
-    chat = ChatSampler(loaded.sampler, loaded.params, loaded.tokenizer, rng=rng, capacity=capacity)
+    turns = _TURNS.value or (1 if answers_single_questions(_CHECKPOINT.value) else None)
+    chat = ChatSampler(
+        loaded.sampler,
+        loaded.params,
+        loaded.tokenizer,
+        rng=rng,
+        capacity=capacity,
+        max_turns=turns,
+    )
     talks_to_person = sys.stdin.isatty()
     if talks_to_person:
         import readline  # noqa: F401  input() then edits lines and remembers them
 
         print(f'{_CHECKPOINT.value}, mode {loaded.sampler.mode}; /help names the commands.')
+        if turns == 1:
+            print('The model sees one question at a time: each starts a new conversation.')
         print('The first answers take longer: they compile.')
 
     def write(text: str) -> None:
@@ -208,13 +255,16 @@ def main(argv: list[str]) -> None:
             '--watch, --gif, --html, --json, --regex and --json_schema need a --prompt; '
             'without one this is a chat.'
         )
+    if _PROMPT.value is not None and not _PROMPT.value.strip():
+        raise ValueError('--prompt is empty: give a text to answer, or leave it out for a chat.')
+    run_config.say_devices()
     loaded, rng = Loaded.from_flags(), jax.random.key(_SEED.value)
     if _PROMPT.value is None:
         return chat(loaded, rng)
     controls = constraint(loaded.tokenizer, loaded.sampler.model.config.vocab_size)
     if watched:
-        show_steps(loaded, _PROMPT.value, rng, controls)
-    result = answer(loaded, _PROMPT.value, rng, controls)
+        call_interruptibly(lambda: show_steps(loaded, _PROMPT.value, rng, controls))
+    result = call_interruptibly(lambda: answer(loaded, _PROMPT.value, rng, controls))
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(result)))
         return

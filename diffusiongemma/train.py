@@ -114,8 +114,14 @@ def _initial_params(config: ConfigDict, model: Gemma) -> dict:
 def main(argv: list[str]) -> None:
     del argv
     process_flags.join()
+    run_config.say_devices()
     config = run_config.profiled(_CONFIG.value, _PROFILE.value)
-    train(config, Path(_WORKDIR.value))
+    train(config, run_config.output_directory('workdir', _WORKDIR.value))
+    if processes.is_writer():
+        print(
+            f'teacher: {_WORKDIR.value}/{EXPORT_DIR}  next: python -m diffusiongemma.distill '
+            f'--config=configs/tiny.py --config.teacher={_WORKDIR.value} --workdir=DIRECTORY'
+        )
 
 
 if __name__ == '__main__':

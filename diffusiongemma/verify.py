@@ -3,9 +3,9 @@
 python -m diffusiongemma.verify --checkpoint=DIR --golden=DIR/golden.npz
 
 The golden file holds a prompt, a noisy canvas, a clean canvas that is committed, and what the
-passes over them give. The last line printed is a JSON object from array name to the largest
-absolute difference (for `accepted`: positions that differ). Exits with 1 when a float array
-differs by more than 1e-4 (or is not a number) or an accepted position differs.
+passes over them give. The last line of stdout is a JSON object from array name to the largest
+absolute difference (for `accepted`: positions that differ), that of stderr a verdict. Exits with 1
+when a float array differs by more than 1e-4 (or is not a number) or an accepted position differs.
 
 `logits_step1` is conditioned on the file's `logits_step0`, so that each pass is compared on the
 reference's own inputs. Two float32 implementations that each chain their own two passes differ by
@@ -178,10 +178,31 @@ def holds(found: Mapping[str, float]) -> bool:
     )
 
 
+def verdict(checkpoint: str, found: Mapping[str, float]) -> str:
+    """Returns what `differences` mean, and what to do next, in one line."""
+    failing = [name for name in ARRAYS if name in found and not holds({name: found[name]})]
+    if not failing:
+        largest = max((name for name in found if name != 'accepted'), key=found.__getitem__)
+        return (
+            f'{checkpoint} holds: it differs from the golden outputs by at most '
+            f'{found[largest]:.1e} (in {largest}; {TOLERANCE:g} is allowed). Next: python -m '
+            f'diffusiongemma.sample --checkpoint={checkpoint}'
+        )
+    first = failing[0]
+    by = f'at {found[first]:g} positions' if first == 'accepted' else f'by {found[first]:.1e}'
+    return (
+        f'{checkpoint} does not hold: {first} differs {by} ({TOLERANCE:g} is allowed, and no '
+        f'position of accepted), with {len(failing)} of {len(ARRAYS)} arrays that differ. Next: '
+        f'see that the golden file is of this checkpoint, then look at the weights and settings '
+        f'that go into {first}, the first array in the order of the passes.'
+    )
+
+
 def main(argv: list[str]) -> None:
     del argv
     if not Path(_GOLDEN.value).is_file():
         raise FileNotFoundError(f'no golden file at {_GOLDEN.value}.')
+    run_config.say_devices()
     model, params, _ = load_model(_CHECKPOINT.value)
     if not isinstance(model, DiffusionGemma):
         raise ValueError(f'{_CHECKPOINT.value} is no diffusion model (canvas_length is 0).')
@@ -190,7 +211,8 @@ def main(argv: list[str]) -> None:
     found = differences(outputs, golden)
     chained = np.max(np.abs(outputs['chained_step1'] - golden['logits_step1']))
     logging.info('logits_step1 after our own first step: largest difference %.2e', chained)
-    print(json.dumps(found))
+    print(json.dumps(found), flush=True)
+    print(verdict(_CHECKPOINT.value, found), file=sys.stderr)
     sys.exit(0 if holds(found) else 1)
 
 

@@ -7,6 +7,8 @@ dry_run=''
 config=''
 workdir=''
 flags=()
+# shellcheck disable=SC2034
+staged=''
 
 # Reads [--dry_run] CONFIG WORKDIR [flags].
 parse_arguments() {
@@ -27,6 +29,29 @@ parse_arguments() {
   if [[ ! -f "$config" ]]; then
     echo "error: no config file $config" >&2
     exit 1
+  fi
+}
+
+# Copies the files of the project, without .git, what git ignores and virtual environments, to a new
+# directory, and sets `staged` to its name. A dry run only makes up the name.
+stage() {
+  staged=$(mktemp -u -d)/diffusiongemma
+  if [[ -n "$dry_run" ]]; then
+    return
+  fi
+  mkdir -p "$staged"
+  local excluded=(--exclude=.git) environment
+  while IFS= read -r environment; do
+    excluded+=("--exclude=$environment")
+  done < <(cd "$root" && find . -name pyvenv.cfg -printf '%h\n')
+  if git -C "$root" rev-parse --is-inside-work-tree >/dev/null 2>&1; then
+    git -C "$root" ls-files -z --cached --others --exclude-standard |
+      sed -z 's|^|./|' >"$staged.files"
+    tar -c -C "$root" --null --ignore-failed-read "${excluded[@]}" -T "$staged.files" 2>/dev/null |
+      tar -x -C "$staged"
+    rm "$staged.files"
+  else
+    tar -c -C "$root" "${excluded[@]}" . | tar -x -C "$staged"
   fi
 }
 

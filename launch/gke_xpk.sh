@@ -8,7 +8,7 @@
 #   TPU_TYPE=v5p-128 (64 chips, topology 4x4x4)  IMAGE=python:3.12  base of the container
 #   CREATE=yes  creates the cluster first
 #
-# XPK puts this checkout into the image. WORKDIR has to be one directory that all pods see (a bucket
+# XPK puts the project's files into the image. WORKDIR has to be one directory that all pods see (a bucket
 # or Filestore that the cluster mounts). Started again with the same arguments, which XPK does where
 # pods fail, the run goes on from the last checkpoint. Whether a config fits a slice:
 # docs/scaling_plan.md; the default is the slice of configs/gemma4_26b_a4b.py.
@@ -27,8 +27,9 @@ fi
 if [[ "${CREATE:-}" == yes ]]; then
   run xpk cluster create "${where[@]}" "--tpu-type=$type" --num-slices=1
 fi
+stage
 command=$(quoted python -m diffusiongemma.distill "--config=$config" "--workdir=$workdir" \
   --distributed "${flags[@]}")
 run xpk workload create "${where[@]}" "--workload=${WORKLOAD:-distill}" "--tpu-type=$type" \
-  --num-slices=1 "--base-docker-image=${IMAGE:-python:3.12}" "--script-dir=$root" \
+  --num-slices=1 "--base-docker-image=${IMAGE:-python:3.12}" "--script-dir=$staged" \
   --max-restarts=100 "--command=pip install -q -e '.[tpu]' && $command"

@@ -6,7 +6,8 @@
 # Environment, with defaults:
 #   TPU_NAME=diffusiongemma  ZONE=us-east5-a  PROJECT=(that of gcloud)
 #   ACCELERATOR_TYPE=v5p-128 (64 chips, topology 4x4x4)  RUNTIME=v2-alpha-tpuv5
-#   REPOSITORY=~/diffusiongemma  where this checkout is copied to on each worker
+#   REPOSITORY=~/diffusiongemma  where the project's files are copied to on each worker
+#   PYTHON=python3  of the workers, 3.11 or newer; a runtime's own may be older
 #   CREATE=yes  creates the slice first; otherwise it has to be there
 #
 # WORKDIR has to be one directory that all workers see (Filestore, a mounted bucket). Started again
@@ -30,9 +31,13 @@ if [[ "${CREATE:-}" == yes ]]; then
   run "${tpu[@]}" create "$name" "${where[@]}" \
     "--accelerator-type=${ACCELERATOR_TYPE:-v5p-128}" "--version=${RUNTIME:-v2-alpha-tpuv5}"
 fi
-run "${tpu[@]}" scp --recurse "$root" "$name:$repository" "${where[@]}" --worker=all
-command=$(quoted python3 -m diffusiongemma.distill "--config=$config" "--workdir=$workdir" \
+stage
+run "${tpu[@]}" scp --recurse "$staged" "$name:$repository" "${where[@]}" --worker=all
+python=${PYTHON:-python3}
+command=$(quoted "$python" -m diffusiongemma.distill "--config=$config" "--workdir=$workdir" \
   --distributed "${flags[@]}")
-install="python3 -m pip install -q -e '.[tpu]'"
+old='error: the workers need Python 3.11 or newer: name one with PYTHON=python3.12, or take another RUNTIME'
+check="{ $python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo '$old' >&2; exit 1; }; }"
+install="$python -m pip install -q -e '.[tpu]'"
 run "${tpu[@]}" ssh "$name" "${where[@]}" --worker=all \
-  "--command=cd $(quoted "$repository") && $install && $command"
+  "--command=$check && cd $(quoted "$repository") && $install && $command"

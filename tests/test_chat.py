@@ -27,12 +27,11 @@ def model(tiny_config, tokenizer):
 
 
 def make_chat(model, tokenizer, mode='diffusion', chat=None, **fields):
+    chat = {'capacity': 400} | (chat or {})
     fields = {'max_new_tokens': 10, 'max_denoising_steps': 2, 'temperature': 0} | fields
     config = SamplingConfig.for_tokenizer(tokenizer, **fields)
     sampler = Sampler(model, config, mode)
-    return ChatSampler(
-        sampler, random_params(model), tokenizer, rng=KEY, capacity=400, **(chat or {})
-    )
+    return ChatSampler(sampler, random_params(model), tokenizer, rng=KEY, **chat)
 
 
 @pytest.mark.slow
@@ -137,9 +136,51 @@ class ThinkingOutLoud:
 
 def test_what_cannot_be_is_one_clear_error(model, tokenizer):
     chat = make_chat(model, tokenizer)
-    with pytest.raises(ValueError, match='more than its capacity of 400'):
+    with pytest.raises(ValueError, match='more than the capacity of 400'):
         chat.send('apples ' * 400)
     with pytest.raises(ValueError, match='lack .* with which this tokenizer ends a turn'):
         make_chat(model, tokenizer, stop_ids=())
     with pytest.raises(ValueError, match='its model does not think'):
         Tokenizer.load().format_prompt('Why?', thinking=True)
+
+
+@pytest.mark.parametrize('limit', ['max_turns', 'capacity', 'max_positions'])
+def test_a_full_conversation_forgets_its_oldest_turns_as_a_whole(model, tokenizer, limit):
+    """The third turn is answered as the second of a conversation that began with the second."""
+    long = make_chat(model, tokenizer)
+    for text in TURNS[:2]:
+        long.send(text)
+    three = len(long.tokens) + len(tokenizer.format_turn(TURNS[2])) + 10
+    if limit == 'max_positions':
+        model = model.clone(config=model.config.replace(max_positions=three - 1))
+    chat = make_chat(
+        model,
+        tokenizer,
+        chat={'max_turns': {'max_turns': 2}, 'capacity': {'capacity': three - 1}}.get(limit),
+    )
+    assert chat.send(TURNS[0]).forgotten == chat.send(TURNS[1]).forgotten == 0
+    (_, _), (_, second) = chat._history
+    unseen = len(tokenizer.response_prefix())
+    prompt = tokenizer.format_prompt(TURNS[1])
+    prompt = prompt[: len(prompt) - unseen] + second + tokenizer.format_turn(TURNS[2])
+    rng = jax.random.fold_in(KEY, 2)[None]
+    alone = chat.sampler(random_params(model), *pad_prompts([prompt]), rng=rng)
+    abandoned = chat.stream(TURNS[2])
+    next(abandoned)
+    abandoned.close()
+    assert len(chat._history) == 2  # nothing is forgotten for an answer that is not read
+    reply = chat.send(TURNS[2])
+    assert reply.forgotten == 1
+    assert reply.tokens == alone.tokens[0, : int(alone.lengths[0])].tolist()
+    assert chat.send(TURNS[0]).forgotten >= 1
+
+
+def test_a_model_of_single_questions_starts_anew_with_each(model, tokenizer):
+    chat = make_chat(model, tokenizer, chat={'max_turns': 1})
+    chat.send(TURNS[0])
+    reply = chat.send(TURNS[1])
+    prompt = pad_prompts([tokenizer.format_prompt(TURNS[1])])
+    alone = chat.sampler(random_params(model), *prompt, rng=jax.random.fold_in(KEY, 1)[None])
+    assert reply.tokens == alone.tokens[0, : int(alone.lengths[0])].tolist()
+    with pytest.raises(ValueError, match='max_turns must be >= 1 turn, got 0'):
+        make_chat(model, tokenizer, chat={'max_turns': 0})

@@ -1,13 +1,18 @@
 """The commands of the README, each in a process of its own, as a user runs them."""
 
+import glob
 import json
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from diffusiongemma import run_config
+from diffusiongemma.checkpoints.load import about_model
 
 ROOT = Path(__file__).parents[1]
 TINY_MOE = 'tests/data/tiny_moe'
@@ -67,6 +72,7 @@ def test_the_main_job_shows_a_table_samples_and_leaves_a_plot_and_a_checkpoint(w
     assert json.loads((workdir / 'evaluation.json').read_text())['teacher_accuracy'] > 0
     assert list((workdir / 'tensorboard').iterdir())
     assert json.loads((workdir / 'config.json').read_text())['train']['num_steps'] == 2
+    assert about_model(workdir)['sampling']['stability_threshold'] == 0
 
 
 def test_evaluate_ends_with_one_json_line(workdir):
@@ -172,6 +178,17 @@ def slow(*values):
         ('sample', [f'--prompt={"word " * 300}'], 'Shorten the prompt.'),
         slow('sample', ['--prompt=hi', '--regex=a(b'], 'a(b'),
         ('sample', ['--watch'], 'need a --prompt'),
+        ('sample', ['--prompt= '], 'error: --prompt is empty: give a text to answer'),
+        (
+            'sample',
+            ['--prompt=hi', '--checkpoint=gs://bucket/model'],
+            'error: gs://bucket/model is a URL, and models are read from directories: copy it',
+        ),
+        (
+            'distill',
+            ['--config=configs/tiny.py', '--workdir=gs://bucket/run'],
+            'error: --workdir=gs://bucket/run is a URL, and files are written to directories',
+        ),
         slow(
             'sample',
             ['--prompt=hi', '--watch', '--mode=autoregressive'],
@@ -206,6 +223,34 @@ def test_bad_input_ends_in_one_clear_message(program, arguments, message, tmp_pa
     _, err = run(program, *arguments, code=1)
     assert message in err
     assert 'Traceback' not in err
+
+
+@pytest.mark.skipif(
+    bool(entry_points(group='jax_plugins')) or any(map(glob.glob, run_config._TPU_FILES)),
+    reason='this machine has an accelerator',
+)
+def test_a_tpu_that_is_not_there_is_not_looked_for():
+    """An installed libtpu writes a dozen lines of errors where there is no TPU."""
+    code = 'from diffusiongemma import run_config as r; r.without_missing_tpu(); r.say_devices()'
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != 'JAX_PLATFORMS'}
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    (line,) = done.stderr.splitlines()
+    assert line.startswith('computing on 1 x cpu (for a GPU pip install')
+
+
+def test_a_student_is_sampled_as_it_was_evaluated():
+    about = about_model('builtin')
+    assert about['sampling'] == {
+        'max_new_tokens': 96,
+        'max_denoising_steps': 4,
+        'stability_threshold': 0,
+        'temperature': 0.0,
+    }
+    assert about_model('builtin-sudoku')['sampling']['entropy_bound'] == 0.01
+    assert about_model('builtin-teacher').get('sampling') is None
+    assert about_model(TINY_MOE) == {}
 
 
 def benchmark(name, *arguments):

@@ -1,6 +1,7 @@
 """Every config in configs/ is one that its program accepts, and a recipe's student fits."""
 
 import importlib.util
+import json
 import math
 import sys
 import typing
@@ -10,7 +11,7 @@ import jax
 import pytest
 from absl import flags
 from jax.sharding import AbstractMesh
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from diffusiongemma import run_config, train
 from diffusiongemma.data.packing import RowLayout
@@ -33,6 +34,7 @@ from diffusiongemma.parallel import (
     state_shardings,
 )
 from diffusiongemma.planning.programs import training_step
+from diffusiongemma.sampling import TokenStability, TopK
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'docs'))
 import config_page  # noqa: E402
@@ -197,6 +199,25 @@ def test_the_sections_that_are_completed_are_those_of_the_page():
     }
     assert listed.pop('data.sources') is DataSpec  # a tuple, which no override reaches into
     assert listed == run_config._sections()
+
+
+def test_a_rule_on_the_command_line_or_in_a_config_is_written_and_read_again(tmp_path):
+    config = parsed('jsonl', '--config.sampling.acceptance=TopK(k=4)')
+    with config.unlocked():
+        config.sampling.stopping = TokenStability(2)
+    expected = run.sampling_config(config, TOKENIZER)
+    assert (expected.acceptance, expected.stopping) == (TopK(4), TokenStability(2))
+    run_config.write_resolved(config, tmp_path)
+    written = ConfigDict(json.loads((tmp_path / 'config.json').read_text(encoding='utf-8')))
+    assert run.sampling_config(written, TOKENIZER) == expected
+
+
+def test_what_json_cannot_hold_is_named(tmp_path):
+    config = load('jsonl')
+    with config.unlocked():
+        config.sampling.acceptance = object()
+    with pytest.raises(ValueError, match='holds <object object .*, which config.json cannot'):
+        run_config.write_resolved(config, tmp_path)
 
 
 def test_a_key_that_nothing_reads_is_still_refused():

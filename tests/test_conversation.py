@@ -60,13 +60,21 @@ def test_commands_change_how_the_next_turn_is_decoded(chat):
         ('/steps 0', 'max_denoising_steps must be >= 1'),
         ('/stop', 'no command /stop; /help names them.'),
         ('/', 'no command /'),
-        ('apples ' * 400, 'more than its capacity of 400'),
+        ('apples ' * 400, 'more than the capacity of 400'),
     ],
 )
 def test_an_error_is_told_and_the_conversation_goes_on(chat, line, message):
     out = talk(chat, line, '/mode')
     assert f'error: {message}' in out or message in out
     assert out.endswith('[mode diffusion]\n') and not chat.tokens
+
+
+def test_turns_that_the_model_no_longer_sees_are_told_once(model, tokenizer):  # noqa: F811
+    chat = make_chat(model, tokenizer, chat={'max_turns': 2})
+    out = talk(chat, TURNS[0], TURNS[1], '/mode', TURNS[0], '/reset', TURNS[1])
+    before, after = out.split('[mode diffusion]')
+    assert 'no longer sees' not in before
+    assert after.count('[the model no longer sees the first turn of this conversation]') == 1
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(chat, monkeypatch):

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import multiprocessing
+import pickle
 from contextlib import closing
 
 import numpy as np
@@ -83,12 +84,36 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
 
 
 @pytest.mark.parametrize(
+    'convert',
+    [
+        gzip.compress,
+        lambda data: gzip.compress(data[:20]) + gzip.compress(data[20:]),  # as `cat a.gz b.gz`
+        lambda data: data.decode().encode('utf-16'),
+        lambda data: b'\xfe\xff' + data.decode().encode('utf-16-be'),
+        lambda data: gzip.compress(data.decode().encode('utf-16')),
+    ],
+)
+def test_gzip_and_utf16_are_read_as_the_same_text(tmp_path, convert):
+    first = '{"prompt": "ä 漢\\n", "response": "\U0001f34e\u2028b"}'
+    rows = f'{first}\r\n\n{{"prompt": "c", "response": "d"}}'.encode()
+    (tmp_path / 'plain.jsonl').write_bytes(rows)
+    (tmp_path / 'other').write_bytes(convert(rows))
+    plain, other = JsonlSource(tmp_path / 'plain.jsonl'), JsonlSource(tmp_path / 'other')
+    assert len(other) == 2 and plain[0]['response'] == '\U0001f34e\u2028b'
+    for source in (other, pickle.loads(pickle.dumps(other))):
+        assert [source[i] for i in range(2)] == [plain[i] for i in range(2)]
+    assert other.fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize(
     ('convert', 'message'),
     [
-        (gzip.compress, 'gunzip'),
         (bz2.compress, 'bunzip2'),
         (lzma.compress, 'unxz'),
-        (lambda data: data.decode().encode('utf-16'), 'UTF-16.*save it as UTF-8'),
+        (lambda data: gzip.compress(data)[:-9], 'is a damaged gzip file .*; copy it again'),
+        (lambda data: gzip.compress(data)[:-8] + b'12345678', 'is a damaged gzip file'),
+        (lambda data: data.decode().encode('utf-16') + b'"', 'begins as UTF-16 .*save it as UTF-8'),
+        (lambda data: gzip.compress(bz2.compress(data)), 'line 1: the text is not UTF-8'),
         (lambda data: data.decode().encode('utf-16-le'), 'may be UTF-16; save the file as UTF-8'),
         (lambda data: data.replace(b'p', b'\xe9'), 'line 1: the text is not UTF-8'),
     ],

@@ -73,6 +73,39 @@ def test_a_config_that_is_not_there_is_named(name):
     assert done.stderr == 'error: no config file configs/none.py\n'
 
 
+def test_what_is_copied_to_workers_is_the_project_alone(tmp_path):
+    root = tmp_path / 'a project'
+    shutil.copytree(ROOT / 'launch', root / 'launch')
+    for name in ('own_config.py', '.gitignore', 'env/pyvenv.cfg', 'env/lib/x.py', 'build/y.py'):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text('build/\n' if name == '.gitignore' else '')
+    script = 'source "$1/launch/common.sh"; stage; cd "$staged"; find . -type f | sort; pwd'
+    expected = sorted(f'./launch/{path.name}' for path in (ROOT / 'launch').iterdir())
+    for is_checkout in (False, True):
+        if is_checkout:
+            subprocess.run(['git', 'init', '-q', root], check=True)
+        command = ['bash', '-c', 'set -euo pipefail; ' + script, 'bash', str(root)]
+        environment = {'PATH': '/usr/bin:/bin', 'TMPDIR': str(tmp_path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        *files, staged = done.stdout.splitlines()
+        extra = [] if is_checkout else ['./build/y.py']
+        assert files == sorted(['./.gitignore', './own_config.py', *extra, *expected])
+        assert staged != str(root) and staged.endswith('/diffusiongemma')
+
+
+def test_old_python_on_the_workers_is_named_before_anything_is_installed():
+    line = run('tpu_vm', '--dry_run', PYTHON='python3.12').stdout.splitlines()[-1]
+    (command,) = [w for w in shlex.split(line) if w.startswith('--command=')]
+    check = command.removeprefix('--command=').partition(' && cd ')[0]
+    for python, code in ((sys.executable, 0), ('false', 1)):
+        done = subprocess.run(
+            ['bash', '-c', check.replace('python3.12', python, 1)], capture_output=True, text=True
+        )
+        assert done.returncode == code
+        assert ('error: the workers need Python 3.11 or newer' in done.stderr) == bool(code)
+
+
 def test_shellcheck_finds_nothing():
     shellcheck = shutil.which('shellcheck', path=f'{Path(sys.executable).parent}') or shutil.which(
         'shellcheck'

@@ -14,7 +14,7 @@ from diffusiongemma.distillation.canvases import (
 )
 from diffusiongemma.distillation.losses import cross_entropy, denoise_loss
 from diffusiongemma.distillation.stage1 import Stage1
-from diffusiongemma.distillation.stage2 import Stage2
+from diffusiongemma.distillation.stage2 import Seen, Stage2
 from diffusiongemma.distillation.step import (
     Constants,
     causal_pass,
@@ -29,7 +29,14 @@ from diffusiongemma.distillation.student import (
 from diffusiongemma.distillation.teacher import FullDistribution, TopKDistribution
 from diffusiongemma.models import DiffusionGemma, Gemma
 from diffusiongemma.models import init_params as init_params_eagerly
-from diffusiongemma.sampling import EntropyBound, TemperatureSchedule
+from diffusiongemma.sampling import (
+    Ancestral,
+    ConfidenceThreshold,
+    EntropyBound,
+    Margin,
+    TemperatureSchedule,
+    TopK,
+)
 
 init_params = jax.jit(init_params_eagerly, static_argnums=0)
 
@@ -281,7 +288,8 @@ def test_no_gradient_flows_from_one_step_to_the_next(student, batch):
     def what_is_fed_back(params, logits):
         stage2 = objective('stage2', model.config)
         seen = stage2.look(model, params, logits, jnp.ones((1, 3, 4)))
-        canvas = stage2.next_canvas(seen, batch['canvas_tokens'])
+        tokens, keys = batch['canvas_tokens'], jax.random.split(jax.random.key(0), (1, 3))
+        canvas = stage2.next_canvas(seen, tokens, tokens, keys, jnp.ones((1, 3)))
         return jnp.sum(seen.soft_embeddings) + jnp.sum(canvas)
 
     grads = jax.jit(jax.grad(what_is_fed_back, argnums=(0, 1)))(full, logits)
@@ -298,7 +306,72 @@ def test_the_next_canvas_of_stage_2_keeps_what_is_accepted_and_renoises_the_rest
     noise = jnp.array([[[20, 21, 22, 23]]])
     # Of the two that nothing is known about, the bound lets the first one pass: its argmax.
     best = jnp.argmax(logits[1])
-    np.testing.assert_array_equal(stage2.next_canvas(seen, noise)[0, 0], [3, best, 9, 23])
+    keys = jax.random.split(jax.random.key(0), (1, 1))
+    canvas = stage2.next_canvas(seen, noise + 5, noise, keys, jnp.ones((1, 1)))
+    np.testing.assert_array_equal(canvas[0, 0], [3, best, 9, 23])
+
+
+def said_of(entropies, confidences, margins):
+    """What a step says of one canvas whose candidates are 0, 1, 2, 3."""
+    numbers = (jnp.asarray(values)[None, None] for values in (entropies, confidences, margins))
+    entropies, confidences, margins = numbers
+    candidates = jnp.arange(4)[None, None]
+    return Seen(entropies, candidates, confidences, margins, jnp.zeros((1, 1, 4, 2)))
+
+
+@pytest.mark.parametrize(
+    'rule, uniform, masked',
+    [
+        (EntropyBound(0.22), [0, 21, 22, 3], [0, 7, 30, 3]),
+        (TopK(2), [20, 1, 2, 23], [0, 7, 2, 30]),
+        (ConfidenceThreshold(0.6), [20, 1, 2, 23], [30, 7, 2, 30]),
+        (Margin(0.5), [20, 21, 2, 3], [30, 7, 2, 3]),
+    ],
+)
+def test_stage_2_takes_its_steps_by_every_rule(rule, uniform, masked):
+    """Of a masked canvas positions that hold a token keep it, and count as certain."""
+    said = said_of([0.1, 0.2, 0.9, 0.15], [0.5, 0.8, 0.9, 0.3], [0.1, 0.2, 0.6, 0.7])
+    keys, ones = jax.random.split(jax.random.key(0), (1, 1)), jnp.ones((1, 1))
+    shared = {'schedule': TemperatureSchedule(), 'acceptance': rule}
+    noise, canvas = jnp.array([[[20, 21, 22, 23]]]), jnp.array([[[30, 7, 30, 30]]])
+    stage2 = Stage2(UniformCorruption(37), **shared)
+    assert stage2.next_canvas(said, canvas, noise, keys, ones)[0, 0].tolist() == uniform
+    stage2 = Stage2(MaskedCorruption(30), **shared)
+    masks = jnp.full_like(canvas, 30)
+    assert stage2.next_canvas(said, canvas, masks, keys, ones)[0, 0].tolist() == masked
+
+
+def test_ancestral_steps_of_stage_2_unmask_as_many_positions_as_the_noise_level_falls():
+    stage2 = Stage2(MaskedCorruption(30), TemperatureSchedule(num_steps=4), Ancestral())
+    shape = (50, 2, 40)
+    zeros, masks = jnp.zeros(shape), jnp.full(shape, 30)
+    said = Seen(zeros, jnp.ones(shape, jnp.int32), zeros, zeros, zeros)
+    keys = jax.random.split(jax.random.key(0), shape[:2])
+    levels = jnp.broadcast_to(jnp.array([1.0, 0.5]), shape[:2])
+    canvas = stage2.next_canvas(said, masks, masks, keys, levels)
+    # (t - s) / t with s = t - 1/4.
+    np.testing.assert_allclose(jnp.mean(canvas == 1, axis=(0, 2)), [0.25, 0.5], atol=0.03)
+
+
+@pytest.mark.parametrize('rule', [TopK(2), ConfidenceThreshold(), Margin(), Ancestral()])
+@pytest.mark.parametrize('masked', [False, True])
+def test_the_loss_of_stage_2_is_traced_with_every_rule(rule, masked, tiny_config, batch):
+    model = DiffusionGemma(tiny_config.replace(kind='separate'))
+    corruption = MaskedCorruption(30) if masked else UniformCorruption(tiny_config.vocab_size)
+    stage2 = Stage2(corruption, TemperatureSchedule(), rule, num_steps=3)
+    teacher = Gemma(tiny_config.autoregressive)
+
+    def loss(key):
+        params = init_params(model, key)
+        frozen = frozen_params(model.config, init_params(teacher, key))
+        rows = draw_rows(stage2, key, batch)
+        trained = trained_params(model.config, params)
+        return distillation_loss(
+            model, teacher, stage2, 0.1, trained, Constants(None, frozen), rows
+        )
+
+    value, metrics = jax.eval_shape(loss, jax.random.key(0))
+    assert value.shape == () and 'loss/step_3' in metrics
 
 
 def test_what_rejected_positions_become_is_drawn_anew_for_each_step(tiny_config, batch):

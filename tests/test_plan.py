@@ -8,13 +8,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from diffusiongemma.accounting.devices import figures_of
 from diffusiongemma.accounting.hlo import Collective, Program
+from diffusiongemma.models import DiffusionGemma
+from diffusiongemma.models.cache import KVCache
+from diffusiongemma.parallel import MESH_AXES, on_mesh, rules_with
 from diffusiongemma.planning.compiler import _needed, advice, topology_devices
-from diffusiongemma.planning.programs import teacher_config
+from diffusiongemma.planning.programs import cache_shardings, teacher_config
 
 ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(
@@ -88,6 +94,27 @@ def test_memory_traffic_leaves_out_what_is_on_the_chip():
 )
 def test_what_a_program_needs_is_read_from_the_compilers_complaint(message, needed):
     assert _needed(message, arguments=10.0) == needed
+
+
+@pytest.mark.parametrize(
+    'rules, rows, sliding, full',
+    [
+        # [G, B, K, R, H]: a ring of 7 slots of 2 heads, and 12 slots of 1 head.
+        ({}, ('data', 'fsdp'), (None, None), (None, 'sequence')),
+        ({'kv_heads': ('sequence',)}, ('data', 'fsdp'), ('sequence', None), (None, 'sequence')),
+        ({'batch': ('data',), 'slots': ()}, 'data', (None, None), (None, None)),
+    ],
+)
+def test_a_planned_cache_lies_as_the_axis_table_says(rules, rows, sliding, full, tiny_config):
+    devices = np.array(jax.devices()).reshape(2, 2, 1, 2, 1)
+    mesh = Mesh(devices, ('data', 'fsdp', 'expert', 'sequence', 'tensor'))
+    assert set(mesh.axis_names) == set(MESH_AXES)
+    model = on_mesh(DiffusionGemma(tiny_config), mesh, rules_with(rules))
+    cache = jax.eval_shape(lambda: KVCache.create(tiny_config, 4, 12))
+    found = cache_shardings(model, cache, mesh)
+    assert found.lengths.spec == PartitionSpec(rows)
+    for (keys, values), spec in zip(found.kv[0], (sliding, full), strict=True):
+        assert keys.spec == values.spec == PartitionSpec(None, rows, *spec, None)
 
 
 def plan(*flags, code=0):

@@ -13,13 +13,19 @@ from hypothesis import strategies as st
 from toy_model import ToyConfig
 
 from diffusiongemma.sampling import (
+    AllOf,
     Ancestral,
     ConfidenceThreshold,
     EntropyBound,
     Margin,
+    MeanEntropy,
+    Never,
+    PromptLookup,
     Proposal,
     Sampler,
     SamplingConfig,
+    StableAndConfident,
+    TokenStability,
     TopK,
 )
 from diffusiongemma.sampling.epilogue import keep_top
@@ -263,3 +269,62 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens(logits, k, p):
     distinct = len(set(logits.tolist())) == len(logits)
     if distinct and not np.isclose(np.cumsum(probs), p, atol=1e-5).any():
         assert kept.sum() == wanted
+
+
+@pytest.mark.parametrize(
+    'field, rule',
+    [
+        ('acceptance', EntropyBound(float('inf'))),
+        ('acceptance', TopK(4)),
+        ('acceptance', ConfidenceThreshold(0.5)),
+        ('acceptance', Margin(0.25)),
+        ('acceptance', Ancestral()),
+        ('stopping', StableAndConfident(2, 0.01)),
+        ('stopping', AllOf((TokenStability(3), MeanEntropy(0.5), Never()))),
+        ('drafts', PromptLookup(length=4, max_ngram=2)),
+    ],
+)
+def test_a_rule_is_read_from_what_python_prints_of_it(field, rule):
+    assert getattr(SamplingConfig(**{field: repr(rule)}), field) == rule
+
+
+def test_a_rule_is_read_from_its_name_and_from_numbers_without_names():
+    assert SamplingConfig(acceptance=' TopK ').acceptance == TopK()
+    assert SamplingConfig(acceptance='TopK(3)').acceptance == TopK(3)
+    assert SamplingConfig(stopping='AllOf([MeanEntropy(1), Never()])').stopping == AllOf(
+        (MeanEntropy(1), Never())
+    )
+
+
+@pytest.mark.parametrize(
+    'values, message',
+    [
+        ({'acceptance': 'TopP(4)'}, r"acceptance='TopP\(4\)' names no rule; write one of Entropy"),
+        ({'acceptance': 'Never()'}, 'names no rule'),
+        ({'acceptance': 'TopK(k='}, 'names no rule'),
+        ({'acceptance': 'TopK(n=4)'}, 'names no rule'),
+        ({'acceptance': "TopK(__import__('os'))"}, 'names no rule'),
+        ({'acceptance': 'TopK(0)'}, 'k must be >= 1'),
+        ({'acceptance': '4'}, 'has no method next_canvas'),
+        ({'acceptance': Never()}, 'has no method next_canvas'),
+        ({'stopping': 3}, 'has no method should_stop'),
+        (
+            {'acceptance': TopK(2), 'entropy_bound': 0.1},
+            r'entropy_bound=0.1 has no effect beside acceptance=TopK\(k=2\)',
+        ),
+        ({'acceptance': EntropyBound(0.2), 'entropy_bound': 0.1}, 'has no effect beside'),
+        ({'stopping': Never(), 'stability_threshold': 0}, 'has no effect beside stopping=Never'),
+        ({'stopping': MeanEntropy(0.1), 'confidence_threshold': 0.1}, 'has no effect beside'),
+    ],
+)
+def test_what_names_no_rule_or_two_is_refused_in_one_line(values, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        SamplingConfig(**values)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_number_and_the_rule_of_the_same_number_agree():
+    config = SamplingConfig(acceptance=EntropyBound(0.2), entropy_bound=0.2)
+    assert config.acceptance_rule == EntropyBound(0.2)
+    assert SamplingConfig().acceptance_rule == EntropyBound(0.1)
+    assert SamplingConfig(stability_threshold=0).stopping_rule == StableAndConfident(0, 0.005)

@@ -13,7 +13,7 @@ import pytest
 from diffusiongemma.distillation.run import sweep_student
 from diffusiongemma.evaluation.sweep import Grid, Point, summary
 from diffusiongemma.models import DiffusionGemma
-from diffusiongemma.sampling import Sampler, SamplingConfig
+from diffusiongemma.sampling import EntropyBound, Sampler, SamplingConfig, TopK
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'configs'))
@@ -47,6 +47,19 @@ def test_a_grid_is_every_combination_and_what_it_leaves_out_stays_as_it_is(tiny_
     found = [(s.model.config.canvas_length, s.config.entropy_bound) for s, _ in students]
     assert found == [(4, 0.1), (4, 0.5), (8, 0.1), (8, 0.5)]
     assert {s.config.max_denoising_steps for s, _ in students} == {7}
+
+
+def test_a_grid_of_entropy_bounds_replaces_the_samplers_bound_and_refuses_another_rule(tiny_config):
+    grid, model = Grid(entropy_bound=(0.1, 0.5)), DiffusionGemma(tiny_config)
+    bound = Sampler(model, SamplingConfig(acceptance=EntropyBound(0.3)))
+    rules = [s.config.acceptance_rule for s, _ in grid.over((bound, None))]
+    assert rules == [EntropyBound(0.1), EntropyBound(0.5)]
+    top_k = Sampler(model, SamplingConfig(acceptance=TopK(2)))
+    with pytest.raises(ValueError, match=r'entropy_bound=0.1 has no effect beside .*TopK\(k=2\)'):
+        grid.over((top_k, None))
+    steps = Grid(max_denoising_steps=(2, 3)).over((top_k, None))
+    assert [s.config.max_denoising_steps for s, _ in steps] == [2, 3]
+    assert {s.config.acceptance_rule for s, _ in steps} == {TopK(2)}
 
 
 @pytest.mark.parametrize(

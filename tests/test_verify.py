@@ -135,3 +135,17 @@ def test_a_golden_file_without_an_input_is_named(heldout):
     short = {name: value for name, value in golden.items() if name != 'commit'}
     with pytest.raises(ValueError, match=r"lacks \['commit'\]"):
         verify.golden_passes(model, params, short)
+
+
+def test_the_verdict_says_what_differs_first_and_what_to_look_at():
+    same = dict.fromkeys(verify.ARRAYS, 0.0) | {'logits_step1': 3e-6}
+    text = verify.verdict('DIR', same)
+    assert text.startswith(
+        'DIR holds: it differs from the golden outputs by at most 3.0e-06 (in log'
+    )
+    assert text.endswith('Next: python -m diffusiongemma.sample --checkpoint=DIR')
+    broken = same | {'logits_step1': float('nan'), 'logits_canvas2': 0.5}
+    text = verify.verdict('DIR', broken)
+    assert text.startswith('DIR does not hold: logits_step1 differs by nan (0.0001 is allowed')
+    assert '2 of 9 arrays that differ' in text and len(text.splitlines()) == 1
+    assert 'accepted differs at 3 positions' in verify.verdict('DIR', same | {'accepted': 3})

@@ -118,8 +118,13 @@ def model_directory(path: str | Path) -> Path:
 
     Raises:
       FileNotFoundError: there is no such directory or file, or a packaged model is not installed.
-      ValueError: the file of a packaged model is not the expected one.
+      ValueError: the file of a packaged model is not the expected one, or `path` is a URL.
     """
+    if '://' in str(path):
+        raise ValueError(
+            f'{path} is a URL, and models are read from directories: copy it first (gcloud storage '
+            'cp --recursive, hf download) or mount the bucket, and give that directory.'
+        )
     if str(path) in PACKAGED and not Path(path).exists():
         return packaged_file(str(path))
     directory = BUILTIN.get(str(path), Path(path))
@@ -138,6 +143,19 @@ def model_directory(path: str | Path) -> Path:
         )
     exported = directory / EXPORT_DIR
     return exported if bundle.is_bundle(exported) else directory
+
+
+def about_model(path: str | Path) -> dict[str, Any]:
+    """Returns what a bundle, or the model that a run exported, says of how it was made; else {}.
+
+    Raises:
+      FileNotFoundError, ValueError: as `model_directory`, or the bundle is of another format.
+    """
+    directory = model_directory(path)
+    if not bundle.is_bundle(directory):
+        return {}
+    about = bundle.read_content(directory).get('about')
+    return about if isinstance(about, dict) else {}
 
 
 def _load_bundle(

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import json
 import operator
-from typing import Any
+import zlib
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
 
 # What Excel and PowerShell put at the start of UTF-8 text; it is skipped.
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
+_GZIP, _UTF16 = b'\x1f\x8b', (b'\xff\xfe', b'\xfe\xff')  # first bytes of such files
 # First bytes of what is often taken for JSONL, and what to do about it.
 _FOREIGN = (
-    (b'\x1f\x8b', 'is compressed (gzip); unpack it with gunzip'),
     (b'BZh', 'is compressed (bzip2); unpack it with bunzip2'),
     (b'\xfd7zXZ', 'is compressed (xz); unpack it with unxz'),
     (b'\x28\xb5\x2f\xfd', 'is compressed (zstd); unpack it with unzstd'),
     (b'PK\x03\x04', 'is a ZIP archive; unpack it'),
     (b'PAR1', 'is a Parquet file; write its rows as JSON lines'),
-    (b'\xff\xfe', 'is UTF-16 text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)'),
-    (b'\xfe\xff', 'is UTF-16 text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)'),
 )
 
 
@@ -69,8 +70,9 @@ def parse_row(line: bytes, where: str, prompt_feature: str, response_feature: st
 class JsonlSource:
     """Random access to the rows of a JSONL file.
 
-    Every row is checked once, at construction. Only the place of each row is held in memory;
-    blank lines and byte order marks are skipped. The text is UTF-8 and not compressed.
+    Every row is checked once, at construction. Only the place of each row is held in memory, and
+    the whole text where the file is compressed (gzip) or UTF-16 with a byte order mark; other text
+    is UTF-8. Blank lines and byte order marks are skipped.
 
     Attributes:
       fingerprint: hash of the content; a file that was only moved keeps it.
@@ -87,7 +89,7 @@ class JsonlSource:
         Raises:
           FileNotFoundError: when there is no such file.
           ValueError: on the first bad row, with its line number, when there is no row, or when
-            the file is compressed or in another encoding.
+            the file is damaged, compressed by another program or in another encoding.
         """
         self._file = epath.Path(path)
         self._features = prompt_feature, response_feature
@@ -96,10 +98,10 @@ class JsonlSource:
                 f'No file at {self._file}. Give the path of a JSONL file with one '
                 f'{{"{prompt_feature}": ..., "{response_feature}": ...}} a line.'
             )
-        self._check_is_text()
+        self._text = self._unpacked()
         digest = hashlib.sha256()
         spans, numbers, offset = [], [], 0  # (start, length) and line number of each row
-        with self._file.open('rb') as lines:
+        with self._open() as lines:
             for number, line in enumerate(lines, start=1):
                 content = line.removeprefix(_BYTE_ORDER_MARK).strip()
                 if content:
@@ -114,13 +116,40 @@ class JsonlSource:
         self._numbers = np.array(numbers, np.int64)
         self.fingerprint = f'jsonl {digest.hexdigest()[:16]}'
 
-    def _check_is_text(self) -> None:
-        """Raises ValueError on a compressed file or another encoding, with what to do."""
+    def _unpacked(self) -> bytes | None:
+        """Returns the text in UTF-8 where the file holds it in another form, else None.
+
+        Raises:
+          ValueError: the file is damaged, or in a form that is not read; with what to do.
+        """
         with self._file.open('rb') as file:
             start = file.read(8)
         for first, remedy in _FOREIGN:
             if start.startswith(first):
                 raise ValueError(f'{self._file} {remedy}.')
+        text = None
+        if start.startswith(_GZIP):
+            try:
+                text = gzip.decompress(self._file.read_bytes())
+            except (OSError, EOFError, zlib.error) as error:
+                raise ValueError(
+                    f'{self._file} is a damaged gzip file ({error}); copy it again.'
+                ) from error
+            start = text[:8]
+        if start.startswith(_UTF16):
+            text = self._file.read_bytes() if text is None else text
+            try:
+                text = text.decode('utf-16').encode('utf-8')
+            except UnicodeError as error:
+                raise ValueError(
+                    f'{self._file} begins as UTF-16 text and is none ({error}); save it as UTF-8.'
+                ) from error
+        return text
+
+    def _open(self) -> BinaryIO:
+        if self._text is not None:
+            return io.BytesIO(self._text)
+        return self._file.open('rb')
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -130,7 +159,7 @@ class JsonlSource:
         if not -len(self) <= index < len(self):
             raise IndexError(f'index {index} is out of range for {self!r}.')
         start, length = self._spans[index].tolist()
-        with self._file.open('rb') as file:  # opened anew: safe in threads, and picklable
+        with self._open() as file:  # opened anew: safe in threads, and picklable
             file.seek(start)
             line = file.read(length)
         where = f'{self._file}, line {self._numbers[index]}'

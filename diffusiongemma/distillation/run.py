@@ -154,6 +154,7 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
         teacher = teacher.on_host()
     student_model, state = train_student(config, teacher, targets, workdir)
     about = {'teacher': str(config.teacher), 'steps': int(state.step), 'seed': config.seed}
+    about['sampling'] = run_config.json_values(config.sampling)
     lora = lora_student(config, student_model)
     if lora is None:
         frozen = frozen_params(student_model.config, teacher.params, saved_draft_ids(workdir))

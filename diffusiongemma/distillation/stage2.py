@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.diffusion.corruption import Corruption
+from diffusiongemma.diffusion.corruption import Corruption, MaskedCorruption
 from diffusiongemma.distillation import canvases
 from diffusiongemma.distillation.canvases import Batch, NoisyCanvases
 from diffusiongemma.distillation.losses import (
@@ -31,8 +31,8 @@ from diffusiongemma.distillation.losses import (
 )
 from diffusiongemma.distillation.teacher import TeacherStates
 from diffusiongemma.models.cache import Prefix
-from diffusiongemma.sampling.acceptance import AcceptanceRule
-from diffusiongemma.sampling.epilogue import entropy
+from diffusiongemma.sampling.acceptance import AcceptanceRule, Proposal
+from diffusiongemma.sampling.epilogue import entropy, read_logits
 from diffusiongemma.sampling.schedule import TemperatureSchedule
 
 
@@ -42,12 +42,14 @@ class Draw(NamedTuple):
     Attributes:
       noisy: the canvases that trajectories start from.
       renoise: for each step but the last [B, N, C] int32, what rejected positions become.
+      keys: for each step but the last [B, N] keys, for an acceptance rule that draws.
       used: [B, N, C] float32, weights of the positions in use.
       from_noise: [B, N, C] float32, weights of those of trajectories that start at t = 1.
     """
 
     noisy: NoisyCanvases
     renoise: tuple[jax.Array, ...]
+    keys: tuple[jax.Array, ...]
     used: jax.Array
     from_noise: jax.Array
 
@@ -58,11 +60,15 @@ class Seen(NamedTuple):
     Attributes:
       entropies: [..] float32, nats, of the shaped distribution.
       candidates: [..] int32, its most likely tokens.
+      confidences: [..] float32, their probabilities.
+      margins: [..] float32, by how much these exceed those of the second tokens.
       soft_embeddings: [.., D], what is fed back.
     """
 
     entropies: jax.Array
     candidates: jax.Array
+    confidences: jax.Array
+    margins: jax.Array
     soft_embeddings: jax.Array
 
 
@@ -118,8 +124,14 @@ class Stage2:
             self.corruption.corrupt(jax.random.fold_in(renoise_key, n), clean, jnp.ones(()))[0]
             for n in range(self.num_steps - 1)
         )
+        keys = (
+            jax.random.split(jax.random.fold_in(renoise_key, self.num_steps + n), clean.shape[:2])
+            for n in range(self.num_steps - 1)
+        )
         from_noise = used & (noisy.noise_level == 1)[..., None]
-        return Draw(noisy, tuple(renoise), mean_weights(used), mean_weights(from_noise))
+        return Draw(
+            noisy, tuple(renoise), tuple(keys), mean_weights(used), mean_weights(from_noise)
+        )
 
     def loss(
         self,
@@ -138,10 +150,10 @@ class Stage2:
         for n in range(self.num_steps):
             hidden = canvases.denoise(model, params, batch, prefix, canvas, soft)
             level = jnp.minimum(draw.noisy.noise_level, self.schedule.noise_level(n))
-            level = jnp.broadcast_to(level[..., None], clean.shape)
+            levels = jnp.broadcast_to(level[..., None], clean.shape)
             is_last = n + 1 == self.num_steps
 
-            def score(hidden, clean, level, *mix, is_last=is_last):
+            def score(hidden, clean, levels, *mix, is_last=is_last):
                 logits = model.apply({'params': params}, hidden, method='unembed')
                 hits = canvases.hits(logits, clean)
                 if mix:
@@ -151,17 +163,19 @@ class Stage2:
                     loss = cross_entropy(logits, clean)
                 if self.certainty_weight:
                     loss += self.certainty_weight * hits * entropy(logits)
-                return loss, hits, None if is_last else self.look(model, params, logits, level)
+                return loss, hits, None if is_last else self.look(model, params, logits, levels)
 
             mix = () if n else (targets, weight)
             chunk = model.execution.logits_chunk
-            loss, hits, seen = over_positions(score, chunk, clean.shape, hidden, clean, level, *mix)
+            loss, hits, seen = over_positions(
+                score, chunk, clean.shape, hidden, clean, levels, *mix
+            )
             loss = jnp.sum(loss * draw.used)
             total += loss / self.num_steps
             metrics[f'loss/step_{n + 1}'] = loss
             metrics[f'canvas_accuracy/step_{n + 1}'] = jnp.sum(hits * draw.from_noise)
             if not is_last:
-                canvas = self.next_canvas(seen, draw.renoise[n])
+                canvas = self.next_canvas(seen, canvas, draw.renoise[n], draw.keys[n], level)
                 soft = seen.soft_embeddings
         return total, metrics
 
@@ -169,12 +183,55 @@ class Stage2:
         """What the sampler's greedy step reads off logits [..., V] at noise levels [...]."""
         params, logits = jax.lax.stop_gradient((params, logits))
         shaped = logits / self.schedule.temperature(level)[..., None]
+        if isinstance(self.corruption, MaskedCorruption):
+            shaped = shaped.at[..., self.corruption.mask_id].set(-jnp.inf)
+        candidates = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
+        prediction = read_logits(shaped, candidates, candidates)
         return Seen(
-            entropy(shaped),
-            jnp.argmax(shaped, axis=-1).astype(jnp.int32),
+            prediction.entropies,
+            candidates,
+            prediction.confidences,
+            prediction.margins,
             model.apply({'params': params}, shaped, method='soft_embed'),
         )
 
-    def next_canvas(self, seen: Seen, noise: jax.Array) -> jax.Array:
-        """The canvas after a step: accepted candidates, and `noise` [B, N, C] elsewhere."""
-        return jnp.where(self.acceptance.accept(seen.entropies), seen.candidates, noise)
+    def next_canvas(
+        self,
+        seen: Seen,
+        canvas: jax.Array,
+        noise: jax.Array,
+        keys: jax.Array,
+        noise_level: jax.Array,
+    ) -> jax.Array:
+        """The canvas after a step, as the acceptance rule makes it: [B, N, C] int32.
+
+        Args:
+          seen: what the step says of each position.
+          canvas: [B, N, C] int32, what it read.
+          noise: [B, N, C] int32, what rejected positions become.
+          keys: [B, N] keys.
+          noise_level: [B, N] float32, of `canvas`.
+        """
+        is_masked = isinstance(self.corruption, MaskedCorruption)
+        is_open = canvas == self.corruption.mask_id if is_masked else jnp.ones(canvas.shape, bool)
+
+        def rows(leaf: jax.Array) -> jax.Array:
+            """[B, N, ...] -> [B * N, ...]."""
+            return leaf.reshape(-1, *leaf.shape[2:])
+
+        proposal = Proposal(
+            canvas=rows(canvas),
+            candidates=rows(seen.candidates),
+            noise=rows(noise),
+            open=rows(is_open),
+            entropies=rows(jnp.where(is_open, seen.entropies, 0.0)),
+            confidences=rows(jnp.where(is_open, seen.confidences, 1.0)),
+            margins=rows(jnp.where(is_open, seen.margins, 1.0)),
+            noise_level=rows(noise_level[..., None]),
+            next_noise_level=rows(
+                jnp.maximum(noise_level - 1 / self.schedule.num_steps, 0.0)[..., None]
+            ),
+            keys=keys.reshape(-1),
+            vocab_size=None if is_masked else self.corruption.vocab_size,
+        )
+        return self.acceptance.next_canvas(proposal).reshape(canvas.shape)

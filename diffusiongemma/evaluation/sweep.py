@@ -29,7 +29,7 @@ from diffusiongemma.evaluation.metrics import (
     negative_log_likelihood,
 )
 from diffusiongemma.evaluation.tasks import accuracy
-from diffusiongemma.sampling import Sampler
+from diffusiongemma.sampling import EntropyBound, Sampler
 
 NEAR = 0.01  # accuracy that a point may lose and still count as good as the teacher
 
@@ -59,11 +59,14 @@ class Grid:
         """The student with each combination, canvas lengths outermost, steps innermost.
 
         Raises:
-          ValueError: a value that cannot be sampled with.
+          ValueError: a value that cannot be sampled with, or entropy bounds of a sampler that
+            accepts by another rule.
         """
         sampler, params = student
         own = sampler.config
         model: Any = sampler.model  # a flax module: its protocol has no `clone`
+        if self.entropy_bound and isinstance(own.acceptance, EntropyBound):
+            own = dataclasses.replace(own, acceptance=None)  # the grid's bounds take its place
         combinations = itertools.product(
             self.canvas_length or (model.config.canvas_length,),
             self.entropy_bound or (own.entropy_bound,),
@@ -89,7 +92,7 @@ class Point:
     Attributes:
       mode: 'autoregressive' (the teacher), 'lossless' or 'diffusion' (the student).
       entropy_bound, max_denoising_steps, canvas_length: how it was sampled; None where the mode
-        doesn't know the setting.
+        or its acceptance rule doesn't know the setting.
       accuracy: share of the problems that are solved.
       exact_match: share of the responses that equal the teacher's.
       teacher_nll: nats per token, of the responses under the teacher.
@@ -184,7 +187,7 @@ def _point(
     is_swept = sampler.mode == 'diffusion'
     return Point(
         mode=sampler.mode,
-        entropy_bound=sampler.config.entropy_bound if is_swept else None,
+        entropy_bound=_entropy_bound(sampler) if is_swept else None,
         max_denoising_steps=sampler.config.max_denoising_steps if is_swept else None,
         canvas_length=sampler.model.config.canvas_length or None,  # 0: it has no canvas
         accuracy=accuracy(examples, answers.responses),
@@ -196,6 +199,11 @@ def _point(
         tokens_per_second=speed,
         speedup=speed / teacher_speed,
     )
+
+
+def _entropy_bound(sampler: Sampler) -> float | None:
+    rule = sampler.config.acceptance_rule
+    return rule.entropy_bound if isinstance(rule, EntropyBound) else None
 
 
 def summary(points: Sequence[Point]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from diffusiongemma import run_config
@@ -35,11 +35,14 @@ from diffusiongemma.distillation.state import create_state
 from diffusiongemma.distillation.step import Constants
 from diffusiongemma.distillation.student import frozen_params, trained_params
 from diffusiongemma.distillation.targets import TargetsConfig
+from diffusiongemma.models.cache import KVCache
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DRAFT_IDS, DiffusionGemma
+from diffusiongemma.models.execution import partition_spec, spread
 from diffusiongemma.models.presets import PRESETS
-from diffusiongemma.models.transformer import Gemma, init_params
-from diffusiongemma.parallel import batch_sharding, param_shardings, state_shardings
+from diffusiongemma.models.transformer import CACHE_AXES, Gemma, init_params
+from diffusiongemma.parallel import param_shardings, state_shardings
+from diffusiongemma.parallel.sharding import rules_of
 from diffusiongemma.sampling import Controls, SamplingConfig, diffusion, lossless, passes
 from diffusiongemma.sampling.sampler import MODES, prefilled
 
@@ -168,10 +171,11 @@ def sampler_programs(
     dtype = run_config.compute_dtype(config)
     teacher = Gemma(teacher_config.autoregressive, dtype)
     token_ids = _TokenIds.of(teacher.config)
-    model = ComputeConfig.of(config).place(student_model(config, teacher, token_ids), mesh)
+    compute = ComputeConfig.of(config)
+    model = compute.place(student_model(config, teacher, token_ids), mesh)
     sampling = sampling_config(config, token_ids)
     params = _params(model, mesh, dtype)
-    rows = batch_sharding(mesh, batch_size)
+    rows = compute.batch_sharding(mesh, batch_size)
     tokens = jax.ShapeDtypeStruct((batch_size, prompt_length), jnp.int32, sharding=rows)
     lengths = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
@@ -181,10 +185,10 @@ def sampler_programs(
         return prefilled(model, sampling, params, tokens, lengths, keys, Controls())[0]
 
     state = jax.eval_shape(start, params, tokens, lengths, keys)
-    cache = _placed(state.cache, _cache_shardings(state.cache, mesh, rows))
+    cache = _placed(state.cache, cache_shardings(model, state.cache, mesh))
     state = _placed(state, jax.tree.map(lambda _: rows, state)).replace(cache=cache)
     if model.light is not None:
-        return _lossless_programs(model, sampling, params, state, (tokens, lengths, keys), mesh)
+        return _lossless_programs(model, sampling, params, state, (tokens, lengths, keys))
 
     def step(params: Any, state: Any) -> Any:
         task = diffusion.canvas_task(model, state)
@@ -219,12 +223,10 @@ def _lossless_programs(
     params: Any,
     generation: Any,
     prompts: tuple[Any, Any, Any],
-    mesh: Mesh,
 ) -> list[PlannedProgram]:
     """The whole of lossless sampling with a light denoiser, and its passes: draft and verify."""
     tokens, lengths, _ = prompts
-    batch_size = tokens.shape[0]
-    rows = batch_sharding(mesh, batch_size)
+    batch_size, rows = tokens.shape[0], tokens.sharding
     hidden = jax.ShapeDtypeStruct((batch_size, model.config.width), model.dtype, sharding=rows)
 
     def first(params: Any, *arguments: Any) -> Any:
@@ -290,15 +292,12 @@ def _batch(layout: RowLayout, batch_size: int, sharding: NamedSharding) -> Any:
     }
 
 
-def _cache_shardings(cache: Any, mesh: Mesh, rows: NamedSharding) -> Any:
-    """Rows [..., B, K, R, H] over data and fsdp; heads over tensor where it divides them."""
+def cache_shardings(model: Gemma, cache: KVCache, mesh: Mesh) -> Any:
+    """The sharding of each array of a cache, as the axis table of the model says."""
 
     def of(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        if leaf.ndim == 1:
-            return rows
-        heads = 'tensor' if leaf.shape[-3] % mesh.shape['tensor'] == 0 else None
-        lead = (None,) * (leaf.ndim - 4)
-        return NamedSharding(mesh, PartitionSpec(*lead, *rows.spec, heads))
+        names = CACHE_AXES[:1] if leaf.ndim == 1 else (None,) * (leaf.ndim - 4) + CACHE_AXES
+        return NamedSharding(mesh, partition_spec(spread(leaf.shape, names, rules_of(model), mesh)))
 
     return jax.tree.map(of, cache)
 

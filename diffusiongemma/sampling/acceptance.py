@@ -26,8 +26,9 @@ class Proposal:
       confidences: [B, C] float32, probability of the candidates; 1 where not open.
       margins: [B, C] float32, probability of the likeliest token less that of the second; 1 where
         not open.
-      noise_level: [] float32, t of the canvas that the step read.
-      next_noise_level: [] float32, s < t of the canvas that the rule makes.
+      noise_level: [] float32, or [B, 1] where rows differ (in training), t of the canvas that
+        the step read.
+      next_noise_level: likewise, s < t of the canvas that the rule makes.
       keys: [B] keys for a rule that draws.
       vocab_size: uniform noise is drawn from this many tokens; None with masked diffusion.
     """

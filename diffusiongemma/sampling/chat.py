@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ class Reply:
       tokens: all token ids of the response.
       denoising_steps: denoise passes that it took.
       finished: whether it ended with a stop token.
+      forgotten: earlier turns of the conversation that the model did not see.
     """
 
     text: str
@@ -47,6 +48,7 @@ class Reply:
     tokens: list[int]
     denoising_steps: int
     finished: bool
+    forgotten: int = 0
 
 
 class ChatSampler:
@@ -72,6 +74,7 @@ class ChatSampler:
         thinking: bool = False,
         capacity: int = 4096,
         multiple: int = 64,
+        max_turns: int | None = None,
     ):
         """Starts an empty conversation.
 
@@ -83,23 +86,29 @@ class ChatSampler:
           rng: one key; every turn draws from a stream of its own.
           system: system text.
           thinking: asks for thoughts. Later turns do not see them.
-          capacity: tokens of the whole conversation; the cache is made for so many.
+          capacity: tokens of the whole conversation; the cache is made for so many. Where it is
+            full, the model no longer sees the oldest turns.
           multiple: what a turn encodes is padded to a multiple of it, so that few shapes compile.
+          max_turns: turns that the model sees, the new one included; None for all that fit. 1 is
+            for a model that was trained on single questions.
 
         Raises:
           ValueError: when the sampler would not stop at the end of a turn, or thoughts are asked
             for of a tokenizer that has no tokens for them.
         """
         check_stops(sampler, tokenizer)
+        if max_turns is not None and max_turns < 1:
+            raise ValueError(f'max_turns must be >= 1 turn, got {max_turns}; None takes all.')
         self.sampler, self._params, self._tokenizer, self._rng = sampler, params, tokenizer, rng
         self._system, self._thinking = system, thinking
-        self._capacity, self._multiple = capacity, multiple
+        self._capacity, self._multiple, self._max_turns = capacity, multiple, max_turns
         tokenizer.format_prompt('', system, thinking)  # raises if it can't
         self.reset()
 
     def reset(self) -> None:
         """Forgets the conversation."""
         self.tokens: list[int] = []
+        self._history: list[tuple[str, list[int]]] = []  # user texts and ended answers, all seen
         self._cache, self.cached, self._turns = None, 0, 0
 
     def send(self, text: str) -> Reply:
@@ -110,23 +119,45 @@ class ChatSampler:
     def stream(self, text: str) -> Iterator[Reply]:
         """Answers a user turn and yields the reply after every canvas (or token).
 
-        A turn that is not read to its end leaves the conversation as it was before it.
+        A turn that is not read to its end leaves the conversation as it was before it. Oldest
+        turns that do not fit beside this one and its longest response are forgotten as a whole.
 
         Raises:
-          ValueError: when the conversation with this turn and its longest response exceeds the
-            capacity or the model's positions.
+          ValueError: when this turn alone, with its longest response, exceeds the capacity or the
+            model's positions.
         """
-        if self._turns:
-            turn = self._tokenizer.format_turn(text, self._thinking)
-        else:
-            turn = self._tokenizer.format_prompt(text, self._system, self._thinking)
-        self._check_room(self.tokens + turn)
-        return self._respond(self.tokens + turn)
+        seen = self._history
+        if self._max_turns is not None:
+            seen = seen[len(seen) - min(len(seen), self._max_turns - 1) :]
+        tokens = self._prompt(seen, text)
+        while seen and not self._has_room(len(tokens)):
+            seen = seen[1:]
+            tokens = self._prompt(seen, text)
+        self._check_room(tokens)
+        return self._respond(seen, text, tokens)
 
-    def _respond(self, tokens: list[int]) -> Iterator[Reply]:
+    def _prompt(self, seen: Sequence[tuple[str, list[int]]], text: str) -> list[int]:
+        """Token ids of some turns and of a new one, up to where its response starts."""
+        unseen = len(self._tokenizer.response_prefix(self._thinking))
+        tokens: list[int] = []
+        for said, answer in seen:
+            tokens += self._turn(said, not tokens)
+            tokens = tokens[: len(tokens) - unseen] + answer
+        return tokens + self._turn(text, not tokens)
+
+    def _turn(self, text: str, is_first: bool) -> list[int]:
+        if is_first:
+            return self._tokenizer.format_prompt(text, self._system, self._thinking)
+        return self._tokenizer.format_turn(text, self._thinking)
+
+    def _respond(
+        self, seen: list[tuple[str, list[int]]], text: str, tokens: list[int]
+    ) -> Iterator[Reply]:
         sampler = self.sampler
         mode, model, config = MODES[sampler.mode], sampler.model, sampler.config
         cache, cached = self._cache, self.cached
+        if len(seen) < len(self._history):
+            cache, cached = None, 0
         if cache is None:
             cache = passes.empty_cache(model, self._params, 1, self._capacity)
         # Later turns do not see an empty thought channel at the end of the prompt: what is before
@@ -147,11 +178,12 @@ class ChatSampler:
             check_finite(output.failed_pass)
             response = np.asarray(output.tokens)[0, : int(output.lengths[0])].tolist()
             if response:
-                yield self._reply(response, int(output.denoising_steps[0]))
+                yield self._reply(response, int(output.denoising_steps[0]), self._turns - len(seen))
             if not state.running:
                 break
             state = mode.advance(model, config, self._params, state)
-        self.tokens = history + self._tokenizer.end_turn(response)
+        answer = self._tokenizer.end_turn(response)
+        self.tokens, self._history = history + answer, [*seen, (text, answer)]
         # Later turns go on from the longest cache that holds what they see: they see no thoughts,
         # no untrimmed text, and always the same end of a turn.
         for cache, encoded in (
@@ -167,17 +199,22 @@ class ChatSampler:
     def _padded(self, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
         return pad_prompts([tokens], self._tokenizer.pad_id, multiple=self._multiple)
 
+    def _has_room(self, length: int) -> bool:
+        """Whether a prompt and its longest response fit."""
+        limit = getattr(self.sampler.model.config, 'max_positions', None) or self._capacity
+        return length + self.sampler.config.max_new_tokens <= min(limit, self._capacity)
+
     def _check_room(self, tokens: list[int]) -> None:
         new = self.sampler.config.max_new_tokens
         check_fits(np.array([len(tokens)]), new, self.sampler.model.config)
         if len(tokens) + new > self._capacity:
             raise ValueError(
-                f'The conversation has {len(tokens)} tokens; with max_new_tokens={new} that is '
-                f'more than its capacity of {self._capacity}. reset() it, or make the ChatSampler '
-                'with a larger capacity.'
+                f'The question has {len(tokens)} tokens; with max_new_tokens={new} that is more '
+                f'than the capacity of {self._capacity} tokens of this conversation. Shorten the '
+                'question, or make the ChatSampler with a larger capacity.'
             )
 
-    def _reply(self, response: list[int], denoising_steps: int) -> Reply:
+    def _reply(self, response: list[int], denoising_steps: int, forgotten: int = 0) -> Reply:
         thoughts, answer = self._tokenizer.split_thoughts(response)
         return Reply(
             text=self._tokenizer.decode(answer),
@@ -185,4 +222,5 @@ class ChatSampler:
             tokens=response,
             denoising_steps=denoising_steps,
             finished=response[-1] in self._tokenizer.stop_ids,
+            forgotten=forgotten,
         )

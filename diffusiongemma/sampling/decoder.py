@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from diffusiongemma.sampling import diffusion, lossless
 from diffusiongemma.sampling.controls import Controls
@@ -81,24 +82,32 @@ class Decoder:
         arguments = (self.model, self.sampler.config, self.params, state, canvas)
         return diffusion.commit_canvas(*arguments)
 
-    def draft(self, state: LosslessState) -> tuple[jax.Array, jax.Array]:
-        """What may follow the pending tokens, [B, K] int32, and the passes that it took, [B]."""
+    def draft(self, state: LosslessState) -> lossless.Drafted:
+        """Returns what may follow the pending tokens."""
         config = self.sampler.config
         noise = lossless.text_noise(self.model, config, state)
         return lossless.draft(self.model, config, self.params, state, noise)
 
-    def verify(self, state: LosslessState, drafted: jax.Array, steps: jax.Array) -> LosslessState:
+    def verify(
+        self,
+        state: LosslessState,
+        tokens: jax.Array,
+        steps: jax.Array,
+        finite: jax.Array | None = None,
+    ) -> LosslessState:
         """Encodes pending tokens and drafts, appends what the model would have written itself.
 
         Args:
           state: of the lossless mode.
-          drafted: [B, K] int32, of `draft` or of any other source: the text does not depend on it.
+          tokens: [B, K] int32, of `draft` or of any other source: the text does not depend on it.
           steps: [B] int32, denoise passes that the draft took, which are counted.
+          finite: [B] bool, whether the logits of these passes were finite; None: they were.
         """
         config = self.sampler.config
         noise = lossless.text_noise(self.model, config, state)
-        arguments = (self.model, config, self.params, state, drafted, steps, noise)
-        return lossless.verify_draft(*arguments)
+        finite = jnp.ones_like(state.finished) if finite is None else finite
+        drafted = lossless.Drafted(tokens, steps, finite)
+        return lossless.verify_draft(self.model, config, self.params, state, drafted, noise)
 
     def next_token(self, state: GenerationState) -> GenerationState:
         """One more token of every unfinished row, in the autoregressive mode."""

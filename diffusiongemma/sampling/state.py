@@ -14,6 +14,7 @@ from diffusiongemma.sampling.acceptance import AcceptanceRule, Ancestral, Entrop
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafts import DraftSource
 from diffusiongemma.sampling.finite import first_failure
+from diffusiongemma.sampling.rules import RULES, read_rule
 from diffusiongemma.sampling.schedule import TemperatureSchedule
 from diffusiongemma.sampling.stopping import Never, StableAndConfident, StoppingRule
 
@@ -25,8 +26,8 @@ class SamplingConfig:
     Attributes:
       max_new_tokens: length limit of a response; need not be a multiple of the canvas length.
       max_denoising_steps: T, limit of denoise steps per canvas.
-      drafts: a source of drafts for the lossless mode, such as `PromptLookup`; None for the
-        model's own denoiser.
+      drafts: a source of drafts for the lossless mode, such as `PromptLookup`, or its text, such
+        as 'PromptLookup(length=8)'; None for the model's own denoiser.
       lookup_ngram: in the lossless mode, a draft is what followed the last so many tokens (or
         more) where they occur earlier in the text, and the model's own elsewhere; 0 for the
         model's alone. Code and other text that repeats itself gains from it.
@@ -34,12 +35,15 @@ class SamplingConfig:
         length; None for all of it. Short drafts are verified faster.
       max_draft_steps: limit of denoise steps per draft in the lossless mode. A row whose draft
         fell early takes one step more for the next, one whose draft held wholly one less.
-      entropy_bound: nats, bound of the `EntropyBound` acceptance.
+      entropy_bound: nats, bound of the `EntropyBound` acceptance; None for 0.1. Not beside
+        another `acceptance`.
       t_min: temperature towards the last denoise step.
       t_max: temperature of the first denoise step.
       temperature_exponent: how the temperature falls between them, see `TemperatureSchedule`.
-      stability_threshold: previous steps that must agree, see `StableAndConfident`.
-      confidence_threshold: mean entropy in nats, see `StableAndConfident`.
+      stability_threshold: previous steps that must agree, see `StableAndConfident`; None for 1.
+        Not beside `stopping`.
+      confidence_threshold: mean entropy in nats, see `StableAndConfident`; None for 0.005. Not
+        beside `stopping`.
       temperature: factor on the schedule's temperatures, and the softmax temperature of the
         autoregressive mode. 0 is greedy: the candidates are the most likely tokens, while the
         entropies are still those of the schedule's distribution.
@@ -54,8 +58,8 @@ class SamplingConfig:
         would not fit in memory; None for all at once.
       commits: 'argmax', the argmax canvas of the last step, or 'canvas', what the acceptance
         rule made of it.
-      acceptance: a rule that replaces the entropy bound.
-      stopping: a rule that replaces stability and confidence.
+      acceptance: a rule that replaces the entropy bound, or its text, such as 'TopK(k=4)'.
+      stopping: a rule that replaces stability and confidence, or its text, such as 'Never()'.
     """
 
     max_new_tokens: int = 256
@@ -64,12 +68,12 @@ class SamplingConfig:
     lookup_ngram: int = 0
     draft_length: int | None = None
     max_draft_steps: int = 1
-    entropy_bound: float = 0.1
+    entropy_bound: float | None = None
     t_min: float = 0.4
     t_max: float = 0.8
     temperature_exponent: float = 1.0
-    stability_threshold: int = 1
-    confidence_threshold: float = 0.005
+    stability_threshold: int | None = None
+    confidence_threshold: float | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -134,8 +138,22 @@ class SamplingConfig:
             raise ValueError(f'top_p must lie in (0, 1], got {self.top_p}; None keeps all tokens.')
         if self.commits not in ('argmax', 'canvas'):
             raise ValueError(f"commits must be 'argmax' or 'canvas', got {self.commits!r}.")
+        for name in RULES:
+            object.__setattr__(self, name, read_rule(name, getattr(self, name)))
+        self._check_one_rule('acceptance', 'entropy_bound')
+        self._check_one_rule('stopping', 'stability_threshold')
+        self._check_one_rule('stopping', 'confidence_threshold')
         # These check the numbers that they are made of.
         _ = self.schedule, self.acceptance_rule, self.stopping_rule
+
+    def _check_one_rule(self, rule: str, number: str) -> None:
+        """Raises ValueError where a number is given that a rule beside it leaves without effect."""
+        replaced, value = getattr(self, rule), getattr(self, number)
+        if value is not None and replaced is not None and value != getattr(replaced, number, None):
+            raise ValueError(
+                f'{number}={value} has no effect beside {rule}={replaced!r}, which replaces it. '
+                'Leave one of them out (None).'
+            )
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Any, **fields: Any) -> 'SamplingConfig':
@@ -170,13 +188,19 @@ class SamplingConfig:
 
     @property
     def acceptance_rule(self) -> AcceptanceRule:
-        return self.acceptance or EntropyBound(self.entropy_bound)
+        if self.acceptance is not None:
+            return self.acceptance
+        return EntropyBound() if self.entropy_bound is None else EntropyBound(self.entropy_bound)
 
     @property
     def stopping_rule(self) -> StoppingRule:
-        return self.stopping or StableAndConfident(
-            self.stability_threshold, self.confidence_threshold
-        )
+        if self.stopping is not None:
+            return self.stopping
+        numbers = {
+            'stability_threshold': self.stability_threshold,
+            'confidence_threshold': self.confidence_threshold,
+        }
+        return StableAndConfident(**{k: v for k, v in numbers.items() if v is not None})
 
 
 @flax.struct.dataclass

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.sampler import MODES
 from diffusiongemma.view.frames import printable
+from diffusiongemma.view.interrupt import interruptible
 
 HELP = """\
 /mode [diffusion|autoregressive|lossless]  how to decode; alone: says which
@@ -33,6 +34,7 @@ class Conversation:
           write: shows a part of a text at once; nothing is put behind it.
         """
         self._chat, self._read, self._write = chat, read, write
+        self._forgotten = 0
 
     def run(self) -> None:
         """Reads and answers until /quit or the end of the input."""
@@ -77,6 +79,7 @@ class Conversation:
             self._write(f'[{field} {getattr(sampler.config, field)}]\n')
         elif name == 'reset' and not arguments:
             self._chat.reset()
+            self._forgotten = 0
             self._write('[the conversation starts anew]\n')
         elif name == 'help':
             self._write(HELP + '\n')
@@ -86,7 +89,10 @@ class Conversation:
 
     def _answer(self, text: str) -> None:
         start, shown = time.perf_counter(), 0
-        for reply in self._chat.stream(text):
+        for reply in interruptible(self._chat.stream(text)):
+            if reply.forgotten > self._forgotten:
+                self._write(f'[{_sees(reply.forgotten)}]\n')
+                self._forgotten = reply.forgotten
             # A letter of several tokens may be half there: it is shown when it is whole.
             whole = reply.text if reply.finished else reply.text.rstrip('\ufffd')
             self._write(printable(whole[shown:]))
@@ -95,3 +101,8 @@ class Conversation:
         steps, seconds = reply.denoising_steps, time.perf_counter() - start
         kind = 'passes' if self._chat.sampler.mode == 'autoregressive' else 'denoise passes'
         self._write(f'\n[{len(reply.tokens)} tokens, {steps} {kind}, {seconds:.2f} s]\n')
+
+
+def _sees(forgotten: int) -> str:
+    turns = 'the first turn' if forgotten == 1 else f'the first {forgotten} turns'
+    return f'the model no longer sees {turns} of this conversation'
