@@ -1,10 +1,12 @@
-r"""Says whether a config fits a TPU slice and what a step costs there, without a TPU.
+r"""Says whether a config fits a TPU slice or some GPUs and what a step costs there, without them.
 
 The real TPU compiler (pip install -e '.[plan]') compiles the distillation step, or the sampler,
-for the devices of a topology; nothing is allocated. The last line is JSON.
+for the devices of a topology; nothing is allocated. For GPUs the CPU's compiler stands in, which
+estimates their memory. The last line is JSON.
 
   python -m diffusiongemma.plan --config=configs/gemma4_26b_a4b.py --topology=v5p:4x4x4 \
     --optimization_level=O1
+  python -m diffusiongemma.plan --config=configs/gemma3_270m.py --topology=L4:1
 """
 
 import dataclasses
@@ -21,7 +23,9 @@ from diffusiongemma.planning import compiler, programs
 from diffusiongemma.planning.report import as_json, print_plan
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
-_TOPOLOGY = flags.DEFINE_string('topology', None, 'TPU slice: v5e:4x4, v5p:2x2x2, v6e:8x8, ...')
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', None, 'v5e:4x4, v5p:2x2x2, v6e:8x8, ...; H100:8, A100:1, L4:1, ...'
+)
 _WHAT = flags.DEFINE_enum('what', 'step', ['step', 'sampler'], 'What is compiled.')
 _MODEL = flags.DEFINE_string(
     'model', None, "A preset; by default the config's teacher, or the preset of the config's name."

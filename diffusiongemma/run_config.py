@@ -201,13 +201,12 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             logging.get_absl_handler().addFilter(_OwnMessages())
         try:
             main(argv)
+            _leave_compiling_thread(0)
         except guard.Preempted as stopped:
             logging.info('%s', stopped)
         except KeyboardInterrupt:
             print('stopped by Ctrl-C.', file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            if is_busy():  # a thread that compiles cannot be stopped, nor outlive the interpreter
-                os._exit(130)
+            _leave_compiling_thread(130)
             processes.abandon(130)
             sys.exit(130)
         except (ValueError, FileNotFoundError, FloatingPointError, CheckpointError) as error:
@@ -215,6 +214,17 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             _fail(str(error))
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _leave_compiling_thread(code: int) -> None:
+    """Ends the process where a thread still compiles what Ctrl-C has stopped; else returns.
+
+    Such a thread cannot be stopped, and aborts the process when the interpreter ends before it.
+    """
+    if is_busy():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

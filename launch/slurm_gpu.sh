@@ -10,8 +10,8 @@
 # is up: the run saves and ends, and the same command goes on with it. A job that was preempted is
 # queued again by SLURM.
 #
-# The default is one node with 8 GPUs. The TPU compiler, which `plan` asks, knows no GPUs: the head of a
-# config says what its training takes on a device.
+# The default is one node with 8 GPUs. Whether a config fits: the head of a config says what its training
+# takes on a device, and `python -m diffusiongemma.plan --topology=H100:8` estimates it.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"

@@ -103,13 +103,18 @@ def test_the_kernel_for_gpus_gives_the_same(sizes, dtype):
 
 
 def test_gpus_get_the_kernel_where_it_fits():
+    # Of which kind the GPU is a kernel asks its device, which is not there.
+    device = jax.sharding.AbstractDevice('NVIDIA H100', num_cores=132, platform='gpu')
+    gpu = jax.sharding.AbstractMesh((), (), abstract_device=device)
+
     def lowered(width):
         shapes = ((2048, width), (128, width, 704))
         x, kernels = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
         sizes = jax.ShapeDtypeStruct((128,), jnp.int32)
         loss = lambda *args: jnp.sum(grouped_matmul(*args))  # noqa: E731
-        traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, kernels, sizes)
-        return traced.lower(lowering_platforms=('cuda',)).as_text()
+        with jax.sharding.use_abstract_mesh(gpu):
+            traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, kernels, sizes)
+            return traced.lower(lowering_platforms=('cuda',)).as_text()
 
     assert {'grouped_matmul', 'grouped_outer'} <= set(re.findall(r'grouped_\w+', lowered(2816)))
     assert 'triton' not in lowered(2815)

@@ -129,6 +129,31 @@ def plan(*flags, code=0):
     return json.loads(done.stdout.splitlines()[-1]) if code == 0 else done.stderr
 
 
+def test_a_step_is_planned_for_gpus_without_one():
+    found = plan(*SMALL, '--topology=H100:4', '--config.mesh.data=2', '--config.mesh.fsdp=2')
+    assert found['device']['name'] == 'H100' and found['mesh']['fsdp'] == 2
+    (step,) = found['programs']
+    assert step['fits'] and step['hbm_traffic'] is None
+    assert step['needed'] > step['arguments'] >= 0.99 * sum(step['arguments_by_kind'].values())
+    assert set(step['times']) == {'compute', 'interconnect'}
+    assert step['times']['compute'] == pytest.approx(
+        (step['model_flops'] + step['recomputed_flops']) / 4 / 989e12
+    )
+    assert any('fsdp' in collective['axes'] for collective in step['collectives'])
+    assert 'write how many GPUs' in plan(*SMALL, '--topology=H100', code=1)
+
+
+def test_a_gpu_is_told_from_another_whose_name_begins_alike():
+    names = (
+        'NVIDIA L4',
+        'NVIDIA L40S',
+        'NVIDIA L40',
+        'NVIDIA A100-SXM4-40GB',
+        'NVIDIA A100-SXM4-80GB',
+    )
+    assert [figures_of(name).name for name in names] == ['L4', 'L40S', 'L40', 'A100-40GB', 'A100']
+
+
 @needs_compiler
 def test_a_step_is_planned_for_eight_tpus():
     found = plan(*SMALL, '--topology=v5e:2x4', '--config.mesh.data=2', '--config.mesh.fsdp=4')

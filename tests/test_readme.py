@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffusiongemma.data.sources import DataSpec, load_source
+from diffusiongemma.data.tasks import sudoku
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -48,7 +49,7 @@ def run(part, cwd, environment=ENVIRONMENT):
 
 def test_no_block_is_without_a_test():
     tested = ('distill --config=configs/tiny.py', 'pytest', 'sample --watch', 'import jax')
-    tested += ('configs/jsonl.py', 'diffusiongemma.convert', 'gemma3-270m')
+    tested += ('configs/jsonl.py', 'diffusiongemma.convert', 'gemma3-270m', 'builtin-sudoku')
     assert sorted(block(part) for part in tested) == sorted(BLOCKS)
 
 
@@ -60,6 +61,13 @@ def test_the_sampler_in_five_lines(checkout):
 def test_the_picture_is_what_its_command_shows(checkout):
     out = run('sample --watch', checkout)
     assert 'The answer is 35.' in out.splitlines()[-2] and 'canvas 2: step 1, ' in out
+
+
+@pytest.mark.slow
+def test_the_sudoku_that_is_shown_is_solved(checkout):
+    *_, cost = lines = run('builtin-sudoku', checkout).splitlines()
+    prompt = block('builtin-sudoku')[1].split('--prompt="')[1].rstrip().rstrip('"')
+    assert cost.endswith('tokens/s]') and sudoku.check(prompt, '\n'.join(lines[-10:-1]))
 
 
 @pytest.mark.slow

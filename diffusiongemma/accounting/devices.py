@@ -3,7 +3,7 @@
 TPU: https://cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e (specifications of a chip: peak
 compute in bf16, HBM capacity and bandwidth, inter-chip interconnect). The interconnect is that of
 all links of a chip together in one direction, in bytes. GPU: the data sheets of NVIDIA's A100,
-H100 SXM and H200 SXM (dense bf16, no sparsity).
+H100 SXM, H200 SXM, L4, L40 and L40S (dense bf16, no sparsity; the last three have PCIe alone).
 """
 
 import dataclasses
@@ -34,9 +34,17 @@ _FIGURES = {
     'TPU v5': DeviceFigures('v5p', 459e12, 95e9, 2765e9, 600e9),
     'TPU v6 lite': DeviceFigures('v6e', 918e12, 32e9, 1640e9, 448e9),
     'NVIDIA A100': DeviceFigures('A100', 312e12, 80e9, 2039e9, 300e9),
+    'NVIDIA A100-SXM4-40GB': DeviceFigures('A100-40GB', 312e12, 40e9, 1555e9, 300e9),
+    'NVIDIA A100-PCIE-40GB': DeviceFigures('A100-40GB', 312e12, 40e9, 1555e9, 300e9),
     'NVIDIA H100': DeviceFigures('H100', 989e12, 80e9, 3350e9, 450e9),
     'NVIDIA H200': DeviceFigures('H200', 989e12, 141e9, 4800e9, 450e9),
+    'NVIDIA L4': DeviceFigures('L4', 121e12, 24e9, 300e9, 32e9),
+    'NVIDIA L40': DeviceFigures('L40', 181e12, 48e9, 864e9, 32e9),
+    'NVIDIA L40S': DeviceFigures('L40S', 362e12, 48e9, 864e9, 32e9),
 }
+GPUS = tuple(
+    sorted({figures.name for kind, figures in _FIGURES.items() if kind.startswith('NVIDIA')})
+)
 
 
 def figures_of(device_kind: str) -> DeviceFigures | None:

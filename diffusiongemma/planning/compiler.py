@@ -1,4 +1,8 @@
-"""Compiles for TPUs that are not there, with the real compiler, and reads what it says."""
+"""Compiles for devices that are not there, and reads what the compiler says.
+
+For TPUs it is the real compiler. That of GPUs needs a GPU: in its place XLA's CPU compiler lays out
+the same program over as many devices.
+"""
 
 import contextlib
 import dataclasses
@@ -13,7 +17,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from diffusiongemma.accounting.devices import DeviceFigures, figures_of
+from diffusiongemma.accounting.devices import GPUS, DeviceFigures, figures_named, figures_of
 from diffusiongemma.accounting.flops import Flops, count_flops
 from diffusiongemma.accounting.hlo import Collective, Program
 from diffusiongemma.planning.programs import PlannedProgram
@@ -40,7 +44,7 @@ class Plan:
       needed: of HBM at the peak.
       fits: whether that is there.
       flops: of the whole program over all devices.
-      hbm_traffic: read and written by one device.
+      hbm_traffic: read and written by one device; None where that is not known.
       collectives: what one device sends.
       tokens: that the program trains on or writes.
       compile_seconds: it took.
@@ -67,18 +71,24 @@ class Plan:
         """Seconds that each resource needs at its published best."""
         seconds = {'compute': sum(self.flops) / num_devices / figures.peak_flops}
         if self.hbm_traffic is not None:
-            sent = sum(collective.sent_bytes for collective in self.collectives)
             seconds['HBM'] = self.hbm_traffic / figures.hbm_bandwidth
+        if self.arguments is not None:
+            sent = sum(collective.sent_bytes for collective in self.collectives)
             seconds['interconnect'] = sent / figures.link_bandwidth
         return seconds
 
 
 def topology_devices(name: str) -> tuple[list[Any], DeviceFigures]:
-    """The devices of a TPU topology such as 'v5p:2x2x2', and what one of them can do.
+    """The devices of a topology such as 'v5p:2x2x2' or 'H100:8', and what one of them can do.
+
+    Those of GPUs are stand-ins on the CPU.
 
     Raises:
       ValueError: there is no such topology, no figures for its devices, or no libtpu.
     """
+    kind, _, count = name.partition(':')
+    if kind in GPUS:
+        return _stand_ins(name, count), figures_named(kind)
     if importlib.util.find_spec('libtpu') is None:
         raise ValueError("the TPU compiler is not installed: pip install -e '.[plan]'.")
     jax.config.update('jax_platforms', 'cpu')  # whatever this machine has
@@ -89,7 +99,8 @@ def topology_devices(name: str) -> tuple[list[Any], DeviceFigures]:
     except Exception as error:
         raise ValueError(
             f'no TPU topology {name!r} ({str(error).splitlines()[0]}); known are for example '
-            'v5e:2x4, v5e:4x4, v5p:2x2x2, v5p:4x4x4, v6e:2x2 and v6e:8x8.'
+            'v5e:2x4, v5e:4x4, v5p:2x2x2, v5p:4x4x4, v6e:2x2 and v6e:8x8, and of GPUs '
+            f'{", ".join(f"{gpu}:8" for gpu in GPUS)}.'
         ) from error
     figures = figures_of(devices[0].device_kind)
     if figures is None:
@@ -98,6 +109,14 @@ def topology_devices(name: str) -> tuple[list[Any], DeviceFigures]:
             'take a v5e, v5p or v6e.'
         )
     return devices, figures
+
+
+def _stand_ins(name: str, count: str) -> list[Any]:
+    if not count.isdecimal() or not int(count):
+        raise ValueError(f'--topology={name}: write how many GPUs, for example H100:8.')
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', int(count))
+    return jax.devices()
 
 
 def compile_program(
@@ -145,10 +164,12 @@ def compile_program(
     code = memory.generated_code_size_in_bytes
     needed = arguments + outputs - aliased + temporaries + code
     text = Program(compiled.as_text())
+    # What a GPU's fusions read and write is not what those of a CPU do.
+    traffic = None if mesh.devices.flat[0].platform == 'cpu' else text.hbm_bytes()
     return Plan(
         **known,
         arguments=arguments, outputs=outputs, aliased=aliased, temporaries=temporaries, code=code,
-        needed=needed, fits=needed <= figures.hbm_bytes, hbm_traffic=text.hbm_bytes(),
+        needed=needed, fits=needed <= figures.hbm_bytes, hbm_traffic=traffic,
         collectives=text.collectives(mesh.shape), compile_seconds=seconds,
     )  # fmt: skip
 
