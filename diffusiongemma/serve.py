@@ -33,7 +33,7 @@ _MODE = flags.DEFINE_enum(
     "student, 'autoregressive' for a model without a canvas.",
 )
 _TEMPERATURE = flags.DEFINE_float(
-    'temperature', 0.0, 'Of requests that name none; 0 is greedy.', lower_bound=0.0
+    'temperature', 0.0, 'Temperature of requests that name none; 0 is greedy.', lower_bound=0.0
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     'max_new_tokens', 128, 'Longest answer in tokens.', lower_bound=1

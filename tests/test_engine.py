@@ -43,20 +43,20 @@ def sampler():
     return Sampler(toy(C)[0], CONFIG)
 
 
-def engine(**changes):
+def new_engine(**changes):
     return Engine(sampler(), toy(C)[1], **({'slots': 2, 'capacity': 24, 'multiple': 8} | changes))
 
 
-def results(made, submitted):
+def results(engine, submitted):
     """What came of the submitted requests, by what they were submitted as."""
-    found = {event.id: event.result for event in made.run() if isinstance(event, Finished)}
-    return {n: found[id] for id, n in submitted.items() if id in found}
+    by_id = {event.id: event.result for event in engine.run() if isinstance(event, Finished)}
+    return {n: by_id[id] for id, n in submitted.items() if id in by_id}
 
 
 @functools.cache
 def alone(n):
-    made = engine()
-    return results(made, {made.submit(**REQUESTS[n]): n})[n]
+    engine = new_engine()
+    return results(engine, {engine.submit(**REQUESTS[n]): n})[n]
 
 
 def assert_as_alone(answers):
@@ -86,8 +86,8 @@ def test_a_request_has_the_response_of_a_call_of_the_sampler(mode):
 @settings(max_examples=8)
 @given(order=st.permutations(range(len(REQUESTS))), slots=st.sampled_from([2, 3]))
 def test_neither_order_nor_neighbors_change_a_response(order, slots):
-    made = engine(slots=slots)
-    answers = results(made, {made.submit(**REQUESTS[n]): n for n in order})
+    engine = new_engine(slots=slots)
+    answers = results(engine, {engine.submit(**REQUESTS[n]): n for n in order})
     assert sorted(answers) == list(range(len(REQUESTS)))
     assert_as_alone(answers)
 
@@ -98,28 +98,28 @@ def test_neither_order_nor_neighbors_change_a_response(order, slots):
     dropped=st.sets(st.integers(0, 9), min_size=1, max_size=5),
 )
 def test_cancelled_requests_leave_no_trace_in_those_that_come_between_steps(arrivals, dropped):
-    made, submitted, events = engine(), {}, []
+    engine, submitted, events = new_engine(), {}, []
     for place, n in enumerate(arrivals):
-        submitted[made.submit(**REQUESTS[n])] = place
-        events += made.step()
+        submitted[engine.submit(**REQUESTS[n])] = place
+        events += engine.step()
     over = {event.id for event in events if isinstance(event, Finished)}
     gone = set()
     for id, place in submitted.items():
         if place in dropped:
-            assert made.cancel(id) == (id not in over)
+            assert engine.cancel(id) == (id not in over)
             gone |= {id} - over
-    later = list(made.run())
+    later = list(engine.run())
     assert not {event.id for event in later} & gone
-    found = {e.id: e.result for e in events + later if isinstance(e, Finished)}
-    assert sorted(found) == sorted(set(submitted) - gone)
-    for id, result in found.items():
+    by_id = {e.id: e.result for e in events + later if isinstance(e, Finished)}
+    assert sorted(by_id) == sorted(set(submitted) - gone)
+    for id, result in by_id.items():
         assert_as_alone({arrivals[submitted[id]]: result})
 
 
 def test_a_request_beside_many_groups_waits_for_its_turn_and_not_for_ever():
-    made = engine(max_groups=1, slots=1)
-    submitted = {made.submit(**request): n for n, request in enumerate(REQUESTS)}
-    answers = results(made, submitted)
+    engine = new_engine(max_groups=1, slots=1)
+    submitted = {engine.submit(**request): n for n, request in enumerate(REQUESTS)}
+    answers = results(engine, submitted)
     assert sorted(answers) == list(range(len(REQUESTS)))
     assert_as_alone(answers)
 
@@ -127,9 +127,9 @@ def test_a_request_beside_many_groups_waits_for_its_turn_and_not_for_ever():
 def test_deltas_join_to_the_response_and_its_text():
     model, params = toy(C)
     config = dataclasses.replace(CONFIG, stop_ids=())
-    made = Engine(Sampler(model, config), params, slots=2, capacity=24, multiple=8)
-    ids = [made.submit([n, 5], rng=n) for n in range(3)]
-    events = list(made.run())
+    engine = Engine(Sampler(model, config), params, slots=2, capacity=24, multiple=8)
+    ids = [engine.submit([n, 5], rng=n) for n in range(3)]
+    events = list(engine.run())
     for id in ids:
         deltas = [event.tokens for event in events if isinstance(event, Delta) and event.id == id]
         (result,) = (e.result for e in events if isinstance(e, Finished) and e.id == id)
@@ -138,16 +138,16 @@ def test_deltas_join_to_the_response_and_its_text():
 
 
 def test_a_program_that_fails_fails_its_requests_and_no_others(monkeypatch):
-    made = engine()
-    broken = made.submit(**REQUESTS[1])
-    (group,) = made._groups.values()
-    fine = made.submit(**REQUESTS[2])
+    engine = new_engine()
+    broken = engine.submit(**REQUESTS[1])
+    (group,) = engine._groups.values()
+    fine = engine.submit(**REQUESTS[2])
 
     def fail():
         raise RuntimeError('out of memory')
 
     monkeypatch.setattr(group.slots, 'advance', fail)
-    events = {e.id: e for e in made.run() if not isinstance(e, Delta)}
+    events = {e.id: e for e in engine.run() if not isinstance(e, Delta)}
     assert isinstance(events[broken], Failed) and 'out of memory' in str(events[broken].error)
     assert_as_alone({2: events[fine].result})
 
@@ -158,10 +158,10 @@ def test_an_automaton_of_the_caller_survives_its_requests():
     table[3], table[4] = [4, 0], [0, 2]  # one token of class 0, then a stop token
     classes = np.where(np.isin(np.arange(V), CONFIG.stop_ids), 1, 0)
     automaton = TokenAutomaton.create(classes, table, multiple=8)
-    made = engine(slots=1)
-    ids = [made.submit([4], rng=n, controls=Controls(automaton=automaton)) for n in range(2)]
-    found = results(made, {id: id for id in ids})
-    assert all(len(found[id].tokens) == 2 for id in ids)
+    engine = new_engine(slots=1)
+    ids = [engine.submit([4], rng=n, controls=Controls(automaton=automaton)) for n in range(2)]
+    by_id = results(engine, {id: id for id in ids})
+    assert all(len(by_id[id].tokens) == 2 for id in ids)
     assert int(automaton.distances[3]) == 2
 
 
@@ -184,16 +184,16 @@ def test_an_automaton_of_the_caller_survives_its_requests():
     ],
 )
 def test_an_unfit_request_is_one_clear_error_and_leaves_nothing_behind(request_, message):
-    made = engine()
+    engine = new_engine()
     with pytest.raises(ValueError, match=message):
-        made.submit(**request_)
-    assert made.waiting == 0
+        engine.submit(**request_)
+    assert engine.waiting == 0
 
 
 @pytest.mark.parametrize('field', ['slots', 'multiple', 'max_groups', 'prefill_together'])
 def test_an_engine_of_no_slots_is_one_clear_error(field):
     with pytest.raises(ValueError, match=f'{field} must be >= 1, got 0'):
-        engine(**{field: 0})
+        new_engine(**{field: 0})
 
 
 TEXT = st.text(st.characters(codec='utf-8'), max_size=12) | st.sampled_from(['a😀b', 'né', '日本'])
@@ -224,10 +224,10 @@ def test_a_text_ends_where_a_stop_text_begins_however_it_comes(text, stop):
     expected = min([text.find(s) for s in stop if s in text], default=len(text))
     assert whole.push(ids) + whole.finish() == text[:expected]
     by_token = TextStream(TOKENIZER, stop[:1])
-    shown = ''
+    joined = ''
     for token in ids:
-        shown += by_token.push([token])
-        assert not any(s in shown for s in stop[:1])
-    shown += by_token.finish()
-    assert shown == text.partition(stop[0])[0] if stop else shown == text
+        joined += by_token.push([token])
+        assert not any(s in joined for s in stop[:1])
+    joined += by_token.finish()
+    assert joined == text.partition(stop[0])[0] if stop else joined == text
     assert by_token.stopped == any(s in text for s in stop[:1])

@@ -47,9 +47,9 @@ def service(builtin):
     model, params, tokenizer = builtin
     config = SamplingConfig.for_tokenizer(tokenizer, max_new_tokens=64, max_denoising_steps=4)
     engine = Engine(Sampler(model, config, 'lossless'), params, tokenizer, slots=4)
-    made = Service(engine, params, tokenizer, Settings('builtin', max_body_bytes=20_000))
-    yield made
-    made.worker.stop()
+    service = Service(engine, params, tokenizer, Settings('builtin', max_body_bytes=20_000))
+    yield service
+    service.worker.stop()
 
 
 @pytest.fixture(scope='module')
@@ -71,8 +71,8 @@ def client(url):
 
 @pytest.fixture(scope='module')
 def http(url):
-    with httpx.Client(base_url=url, timeout=600) as made:
-        yield made
+    with httpx.Client(base_url=url, timeout=600) as session:
+        yield session
 
 
 def user(text):
@@ -88,7 +88,7 @@ def asked(url, request):
 
 
 def until(condition):
-    """Waits for what must come; pytest's own time limit is that of the test run."""
+    """Waits for what must come; pytest's costs time limit is that of the test run."""
     while not condition():
         time.sleep(0.02)
 
@@ -150,7 +150,7 @@ def test_lossless_text_is_autoregressive_text_of_the_same_seed(url):
     assert texts['lossless', 1] != texts['lossless', 2]
 
 
-@pytest.mark.slow  # a program of its own
+@pytest.mark.slow  # a program of its costs
 def test_a_narrow_top_p_gives_the_greedy_text(url):
     request = {'messages': user(PAUL), 'seed': 1, 'max_tokens': 40, 'mode': 'autoregressive'}
     narrow = asked(url, request | {'temperature': 1.0, 'top_p': 1e-6})
@@ -174,7 +174,7 @@ def test_a_response_format_makes_json_of_the_schema(client):
     assert set(value) == {'age'} and 0 <= value['age'] <= 99
 
 
-@pytest.mark.slow  # a program of its own
+@pytest.mark.slow  # a program of its costs
 def test_a_suffix_is_kept_and_what_comes_before_it_is_filled_in(client, builtin):
     _, _, tokenizer = builtin
     prompt, suffix = tokenizer.format_prompt(PAUL), ' The answer is 21.'
@@ -396,13 +396,13 @@ def test_metrics_count_tokens_passes_and_accepted_lengths(url, http):
     def gained(name):
         return after[name] - before.get(name, 0)
 
-    own = answer['diffusiongemma']
+    costs = answer['diffusiongemma']
     tokens = answer['usage']['completion_tokens']
     assert gained('tokens_total{mode="lossless"}') == tokens
     assert gained('prompt_tokens_total') == answer['usage']['prompt_tokens']
-    assert gained('denoise_passes_total{mode="lossless"}') == own['denoise_passes']
+    assert gained('denoise_passes_total{mode="lossless"}') == costs['denoise_passes']
     verifications = gained('causal_passes_total{mode="lossless"}')
-    assert gained('accepted_length_count') == own['causal_passes'] == verifications
+    assert gained('accepted_length_count') == costs['causal_passes'] == verifications
     assert gained('accepted_length_sum') == tokens
     assert after['accepted_length_bucket{le="+Inf"}'] == after['accepted_length_count']
     assert gained('requests_total{endpoint="chat",status="200"}') == 1
@@ -484,11 +484,11 @@ def test_the_script_of_the_page_draws_the_frames_of_a_stream(http):
     program = BROWSER.replace('EVENTS', json.dumps(events)).replace('SCRIPT', script)
     done = subprocess.run([node, '-e', program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout)
-    assert shown['caption'] == '3, fast'
-    assert shown['cells'] == ['#79c0ff', '#d2a8ff', '#d2a8ff']  # a color for each accepted run
+    drawn = json.loads(done.stdout)
+    assert drawn['caption'] == '3, fast'
+    assert drawn['cells'] == ['#79c0ff', '#d2a8ff', '#d2a8ff']  # a color for each accepted run
     body = {'messages': user('hi'), 'mode': 'lossless', 'temperature': 0, 'seed': 1}
-    assert shown['request'] == {'url': 'v1/frames', 'key': 'Bearer k', 'body': body}
+    assert drawn['request'] == {'url': 'v1/frames', 'key': 'Bearer k', 'body': body}
 
 
 @pytest.mark.slow

@@ -268,23 +268,23 @@ class Engine:
             sampler = dataclasses.replace(sampler, config=config)
         return sampler if mode is None else dataclasses.replace(sampler, mode=mode)
 
-    def _limit(self, prompt: Sequence[int], wanted: int | None, controls: Controls) -> int:
+    def _limit(self, prompt: Sequence[int], limit: int | None, controls: Controls) -> int:
         room, most = self.capacity - len(prompt), self.sampler.config.max_new_tokens
         if not len(prompt):
             raise ValueError('The prompt is empty; a prompt holds at least the bos token.')
         if controls.max_new_tokens is not None:
-            wanted = int(np.asarray(controls.max_new_tokens).reshape(()))
-        if wanted is None and room >= 1:
+            limit = int(np.asarray(controls.max_new_tokens).reshape(()))
+        if limit is None and room >= 1:
             return min(most, room)
-        wanted = 1 if wanted is None else wanted
-        if not 0 <= wanted <= most:
-            raise ValueError(f'max_new_tokens must lie in [0, {most}], got {wanted}.')
-        if wanted > room:
+        limit = 1 if limit is None else limit
+        if not 0 <= limit <= most:
+            raise ValueError(f'max_new_tokens must lie in [0, {most}], got {limit}.')
+        if limit > room:
             raise ValueError(
-                f'The prompt has {len(prompt)} tokens; with {wanted} new ones that is more than '
+                f'The prompt has {len(prompt)} tokens; with {limit} new ones that is more than '
                 f'the capacity of {self.capacity}. Shorten the prompt, or ask for fewer tokens.'
             )
-        return wanted
+        return limit
 
     def _group(self, sampler: Sampler, controls: Controls) -> '_Group':
         shared = (controls.allowed_sets, controls.automaton)

@@ -174,10 +174,10 @@ class _Endpoints:
         return values
 
     def _check_model(self, name: str) -> None:
-        own = self._service.settings.name
-        if name != own:
+        served = self._service.settings.name
+        if name != served:
             raise RequestError(
-                404, f'There is no model {name[:80]!r} here, only {own!r}.', 'model',
+                404, f'There is no model {name[:80]!r} here, only {served!r}.', 'model',
                 'model_not_found',
             )  # fmt: skip
 
@@ -236,10 +236,10 @@ class _Form:
     def whole(self, result: Result) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         text = self._text(result)
-        said = {'message': {'role': 'assistant', 'content': text}} if self._ask.chat else {
+        content = {'message': {'role': 'assistant', 'content': text}} if self._ask.chat else {
             'text': text
         }  # fmt: skip
-        choice = {'index': 0, **said, 'finish_reason': self._reason(result), 'logprobs': None}
+        choice = {'index': 0, **content, 'finish_reason': self._reason(result), 'logprobs': None}
         return self._head | {'choices': [choice]} | self._costs(result)
 
     async def events(self, call: Call, news: News) -> AsyncIterator[str]:
@@ -261,15 +261,15 @@ class _Form:
         yield 'data: [DONE]\n\n'
 
     def _part(
-        self, said: str | dict[str, str], reason: str | None, costs: dict[str, Any] | None = None
+        self, content: str | dict[str, str], reason: str | None, costs: dict[str, Any] | None = None
     ) -> str:
         choice: dict[str, Any] = {'index': 0, 'finish_reason': reason, 'logprobs': None}
         if not self._ask.chat:
-            choice['text'] = said
-        elif isinstance(said, dict):
-            choice['delta'] = said
+            choice['text'] = content
+        elif isinstance(content, dict):
+            choice['delta'] = content
         else:
-            choice['delta'] = {'content': said} if said else {}
+            choice['delta'] = {'content': content} if content else {}
         extra = {} if costs is None else {'diffusiongemma': costs['diffusiongemma']}
         return _event(self._part_head() | {'choices': [choice]} | extra)
 
@@ -289,7 +289,7 @@ class _Form:
         if self._ask.suffix is not None:
             answer = self._ask.max_new_tokens or 0
         accepted = result.accepted_lengths
-        own: dict[str, Any] = {
+        costs: dict[str, Any] = {
             'mode': result.mode,
             'seed': self._ask.seed,
             'denoise_passes': result.denoising_steps,
@@ -298,11 +298,11 @@ class _Form:
         }
         if accepted is not None and accepted.sum():
             mean = float((accepted * range(len(accepted))).sum() / accepted.sum())
-            own['accepted_length'] = round(mean, 3)
+            costs['accepted_length'] = round(mean, 3)
         usage = {
             'prompt_tokens': prompt, 'completion_tokens': answer, 'total_tokens': prompt + answer,
         }  # fmt: skip
-        return {'usage': usage, 'diffusiongemma': own}
+        return {'usage': usage, 'diffusiongemma': costs}
 
 
 async def _frame_events(call: Call, news: News) -> AsyncIterator[str]:

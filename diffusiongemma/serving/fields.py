@@ -49,7 +49,7 @@ def name_of(value: Any) -> str:
     return names.get(type(value), 'null' if value is None else 'a number')
 
 
-def shown(number: float) -> str:
+def brief(number: float) -> str:
     """A number for a message, of which the first digits do."""
     text = str(number)
     return text if len(text) <= 40 else f'{text[:37]}...'
@@ -99,7 +99,7 @@ class Fields:
         value = self._of(name, int, 'an integer')
         if value is not None and not low <= value <= high:
             raise self.error(
-                name, f'{self._where}{name} must lie in [{low}, {high}], got {shown(value)}.'
+                name, f'{self._where}{name} must lie in [{low}, {high}], got {brief(value)}.'
             )
         return value
 
@@ -112,7 +112,7 @@ class Fields:
             bracket = '(' if above else '['
             raise self.error(
                 name,
-                f'{self._where}{name} must lie in {bracket}{low:g}, {high:g}], got {shown(value)}.',
+                f'{self._where}{name} must lie in {bracket}{low:g}, {high:g}], got {brief(value)}.',
             )
         return float(value)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.sampling.sampler import MODES
-from diffusiongemma.serving.fields import Fields, RequestError, name_of, shown
+from diffusiongemma.serving.fields import Fields, RequestError, brief, name_of
 
 MAX_SEED = 2**63 - 1
 _MAX_STOPS, _MAX_STOP_LENGTH = 4, 256
@@ -53,7 +53,7 @@ class Ask:
       prompt: token ids.
       chat: whether the answer is a message of a conversation.
       mode, temperature, top_p, max_new_tokens, stop, seed: as of `Engine.submit`.
-      stream: whether parts of the answer are wanted as they come.
+      stream: whether parts of the answer are sent as they come.
       stream_usage: whether the stream ends with the costs.
       suffix: tokens that follow the answer in the same canvas, None without.
       schema: of JSON that the answer must be, None without.
@@ -214,14 +214,14 @@ def _stops(fields: Fields) -> tuple[str, ...]:
 
 
 def _schema(fields: Fields) -> Any:
-    wanted = fields.object('response_format')
-    if wanted is None:
+    spec = fields.object('response_format')
+    if spec is None:
         return None
-    kind = wanted.text('type')
+    kind = spec.text('type')
     if kind == 'json_schema':
-        inner = wanted.object('json_schema')
+        inner = spec.object('json_schema')
         if inner is None or not inner.has('schema'):
-            raise wanted.error('json_schema', 'response_format.json_schema.schema is missing.')
+            raise spec.error('json_schema', 'response_format.json_schema.schema is missing.')
         schema = inner.any('schema')
         if not isinstance(schema, (dict, bool)):
             raise inner.error(
@@ -236,12 +236,12 @@ def _schema(fields: Fields) -> Any:
     elif kind == 'text':
         schema = None
     else:
-        raise wanted.error(
+        raise spec.error(
             'type',
             "response_format.type must be 'text', 'json_object' or 'json_schema', got "
             f'{json.dumps(kind)[:40]}.',
         )
-    wanted.end()
+    spec.end()
     return schema
 
 
@@ -256,7 +256,7 @@ def _prompt(fields: Fields, tokenizer: Tokenizer) -> list[int]:
         if wrong:
             raise fields.error(
                 'prompt',
-                f'prompt holds the token id {shown(wrong[0])}, outside of the vocabulary of '
+                f'prompt holds the token id {brief(wrong[0])}, outside of the vocabulary of '
                 f'{tokenizer.vocab_size}.',
             )
         return prompt

@@ -98,8 +98,8 @@ class Service:
 
     def admit(self, key: str | None) -> None:
         """Raises RequestError when a request with this API key may not come in now."""
-        wanted = self.settings.api_key
-        if wanted is not None and not hmac.compare_digest((key or '').encode(), wanted.encode()):
+        secret = self.settings.api_key
+        if secret is not None and not hmac.compare_digest((key or '').encode(), secret.encode()):
             raise RequestError(
                 401, "The API key is missing or wrong; send 'Authorization: Bearer KEY'.",
                 code='invalid_api_key',
