@@ -129,6 +129,7 @@ def plan(*flags, code=0):
     return json.loads(done.stdout.splitlines()[-1]) if code == 0 else done.stderr
 
 
+@pytest.mark.slow
 def test_a_step_is_planned_for_gpus_without_one():
     found = plan(*SMALL, '--topology=H100:4', '--config.mesh.data=2', '--config.mesh.fsdp=2')
     assert found['device']['name'] == 'H100' and found['mesh']['fsdp'] == 2
