@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from diffusiongemma import run_config
+from diffusiongemma import configuration, run_config
 from diffusiongemma.distillation.reporting import read_metrics
 from diffusiongemma.distillation.run import load_teacher, train_student
 from diffusiongemma.distillation.targets import TargetsConfig, write_targets
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
         teacher.model,
         teacher.params,
         teacher.tokenizer,
-        run_config.build(TargetsConfig, base.targets, 'targets'),
+        configuration.build(TargetsConfig, base.targets, 'targets'),
         output / 'targets',
         make_mesh(base.mesh),
         seed=base.seed,

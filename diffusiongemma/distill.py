@@ -6,7 +6,7 @@ python -m diffusiongemma.distill --config=configs/tiny.py --workdir=/tmp/diffusi
 from absl import flags
 from ml_collections import config_flags
 
-from diffusiongemma import process_flags, run_config
+from diffusiongemma import configuration, process_flags, run_config
 from diffusiongemma.distillation.run import distill
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     del argv
     process_flags.join()
     run_config.say_devices()
-    config = run_config.profiled(_CONFIG.value, _PROFILE.value)
+    config = configuration.profiled(_CONFIG.value, _PROFILE.value)
     distill(config, run_config.output_directory('workdir', _WORKDIR.value))
 
 

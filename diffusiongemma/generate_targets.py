@@ -8,7 +8,7 @@ An interrupted run is finished by starting it again. `distill` does this step by
 from absl import flags
 from ml_collections import config_flags
 
-from diffusiongemma import process_flags, run_config
+from diffusiongemma import configuration, process_flags, run_config
 from diffusiongemma.distillation.run import load_teacher
 from diffusiongemma.distillation.targets import TargetsConfig, write_targets
 from diffusiongemma.parallel import make_mesh, processes
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
         teacher.model,
         teacher.params,
         teacher.tokenizer,
-        run_config.build(TargetsConfig, config.targets, 'targets'),
+        configuration.build(TargetsConfig, config.targets, 'targets'),
         output,
         make_mesh(config.mesh),
         seed=config.seed,

@@ -1,134 +1,33 @@
-"""What the entry points share: from a config to the objects of a run, errors on the way."""
+"""What the entry points share: flags, config keys on the command line, errors as one line."""
 
 import dataclasses
-import difflib
 import glob
 import importlib.metadata
-import json
 import logging as py_logging
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from diffusiongemma.checkpoints.fields import read_model_config
 from diffusiongemma.checkpoints.store import CheckpointError
+from diffusiongemma.configuration import OPTIONAL_KEYS
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.distillation import guard
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.parallel import processes
 from diffusiongemma.view.interrupt import is_busy
 
-T = TypeVar('T')
-
-# Of every program that trains; without them nothing changes.
-OPTIONAL_KEYS = ('compute', 'light', 'drafting')
-
 # What the chips of a TPU are on the machine that they belong to.
 _TPU_FILES = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
 _INSTALL = " (for a GPU pip install -e '.[cuda]', for a TPU '.[tpu]')"
-
-
-def build(cls: type[T], values: Any, where: str) -> T:
-    """A config dataclass from a dict of its fields.
-
-    Raises:
-      ValueError: an unknown key (the nearest known one is named), or a missing one.
-    """
-    values = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            raise ValueError(f'config.{where} has no key {name!r}; {_hint(name, fields)}')
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f'config.{where} lacks {missing}.')
-    return cls(**values)
-
-
-def model_config(config: ConfigDict) -> ModelConfig:
-    """The model of `config.model`."""
-    return read_model_config(config.model.to_dict(), 'config.model')
-
-
-def data_specs(config: ConfigDict) -> list[DataSpec]:
-    """The sources of `config.data.sources`."""
-    return [DataSpec.from_config(source) for source in config.data.sources]
-
-
-def compute_dtype(config: ConfigDict) -> Any:
-    """The dtype of `config.dtype`: 'float32' or 'bfloat16'."""
-    if config.dtype not in ('float32', 'bfloat16'):
-        raise ValueError(f"config.dtype must be 'float32' or 'bfloat16', got {config.dtype!r}.")
-    return jnp.dtype(config.dtype)
-
-
-def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
-    """Raises ValueError when the config has a top-level key that this program does not read."""
-    for name in config:
-        if name not in (*known, *OPTIONAL_KEYS):
-            raise ValueError(f'config has no key {name!r}; {_hint(name, (*known, *OPTIONAL_KEYS))}')
-    # A denoiser that is trained to draft has no stages.
-    stages = ('stage1', 'stage2') if config.get('drafting') else ()
-    missing = [name for name in known if name not in config and name not in stages]
-    if missing:
-        raise ValueError(f'config lacks {missing}; see configs/tiny.py.')
-
-
-def profiled(config: ConfigDict, profile: bool) -> ConfigDict:
-    """The config, with `profile` such that a few steps are traced (see `LoopConfig`)."""
-    if not profile:
-        return config
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.train.profile_steps = config.train.get('profile_steps') or 3
-    return config
-
-
-def write_resolved(config: ConfigDict, workdir: Path) -> None:
-    """Writes what the run was configured with to `workdir`/config.json.
-
-    Raises:
-      ValueError: the processes of the run do not share `workdir`.
-    """
-    processes.check_shared(workdir)
-    if processes.is_writer():
-        text = json.dumps(json_values(config), indent=2)
-        (workdir / 'config.json').write_text(text + '\n')
-
-
-def json_values(config: ConfigDict) -> dict[str, Any]:
-    """Returns a config as JSON values, rules as their text.
-
-    Raises:
-      ValueError: it holds a value that is neither.
-    """
-    return json.loads(json.dumps(config.to_dict(), default=_as_text))
-
-
-def _as_text(value: Any) -> str:
-    """Returns what JSON holds of a rule: its text, which `SamplingConfig` reads."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return repr(value)
-    raise ValueError(
-        f'the config holds {value!r}, which config.json cannot: use numbers, texts, tuples, dicts '
-        "and rules such as 'TopK(k=4)'."
-    )
 
 
 def output_directory(flag: str, value: str) -> Path:
@@ -354,8 +253,3 @@ def _fail(message: str) -> NoReturn:
     print(f'error: {message}', file=sys.stderr)
     processes.abandon(1)
     sys.exit(1)
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f'did you mean {near[0]!r}?' if near else f'known keys: {sorted(known)}.'

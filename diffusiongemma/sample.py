@@ -31,7 +31,7 @@ from absl import flags
 from etils import epath
 from rich.console import Console
 
-from diffusiongemma import run_config
+from diffusiongemma import configuration, run_config
 from diffusiongemma.checkpoints.load import BUILTIN, about_model, load_model
 from diffusiongemma.constraints.grammar import from_json_schema, from_regex
 from diffusiongemma.data.tokenizer import Tokenizer
@@ -157,7 +157,7 @@ class Loaded:
         fields = SamplingConfig.tokenizer_fields(tokenizer) | {'max_new_tokens': 128}
         fields |= about_model(_CHECKPOINT.value).get('sampling', {})
         fields |= {name: value for name, value in given.items() if value is not None}
-        config = run_config.build(SamplingConfig, fields, 'sampling')
+        config = configuration.build(SamplingConfig, fields, 'sampling')
         return cls(Sampler(model, config, _MODE.value or main_mode(model)), params, tokenizer)
 
 

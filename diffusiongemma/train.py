@@ -9,7 +9,7 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffusiongemma import process_flags, run_config
+from diffusiongemma import configuration, process_flags, run_config
 from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
 from diffusiongemma.checkpoints.load import EXPORT_DIR, load_model
 from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
@@ -39,12 +39,12 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
 
     The averaged parameters are exported to `workdir`/model.
     """
-    run_config.check_keys(config, CONFIG_KEYS)
-    run_config.write_resolved(config, workdir)
+    configuration.check_keys(config, CONFIG_KEYS)
+    configuration.write_resolved(config, workdir)
     tokenizer = Tokenizer.load(config.tokenizer)
-    model = Gemma(run_config.model_config(config), run_config.compute_dtype(config))
-    loop = run_config.build(LoopConfig, config.train, 'train')
-    optimizer_config = run_config.build(OptimizerConfig, config.optimizer, 'optimizer')
+    model = Gemma(configuration.model_config(config), configuration.compute_dtype(config))
+    loop = configuration.build(LoopConfig, config.train, 'train')
+    optimizer_config = configuration.build(OptimizerConfig, config.optimizer, 'optimizer')
     optimizer = make_optimizer(optimizer_config, loop.num_steps)
 
     mesh, compute = make_mesh(config.mesh), ComputeConfig.of(config)
@@ -52,7 +52,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     rows = compute.batch_sharding(mesh, config.data.batch_size)
     part, parts = processes.data_shard(rows, config.data.batch_size)
     batches = make_train_iterator(
-        run_config.data_specs(config),
+        configuration.data_specs(config),
         tokenizer,
         batch_size=config.data.batch_size // parts,
         row_length=config.data.row_length,
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
     del argv
     process_flags.join()
     run_config.say_devices()
-    config = run_config.profiled(_CONFIG.value, _PROFILE.value)
+    config = configuration.profiled(_CONFIG.value, _PROFILE.value)
     train(config, run_config.output_directory('workdir', _WORKDIR.value))
     if processes.is_writer():
         print(

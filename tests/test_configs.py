@@ -14,7 +14,7 @@ from absl import flags
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict, config_flags
 
-from diffusiongemma import run_config, train
+from diffusiongemma import configuration, run_config, train
 from diffusiongemma.data.packing import RowLayout
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
@@ -86,27 +86,31 @@ def test_the_light_recipe_for_a_gpu_compiles_and_fits_its_card():
 @pytest.mark.parametrize('name', TEACHERS)
 def test_a_teachers_config_builds_everything_of_its_run(name):
     config = load(name)
-    run_config.check_keys(config, train.CONFIG_KEYS)
+    configuration.check_keys(config, train.CONFIG_KEYS)
     ComputeConfig.of(config)
-    loop = run_config.build(LoopConfig, config.train, 'train')
-    make_optimizer(run_config.build(OptimizerConfig, config.optimizer, 'optimizer'), loop.num_steps)
-    assert run_config.data_specs(config)
-    assert run_config.model_config(config).vocab_size == TOKENIZER.vocab_size
+    loop = configuration.build(LoopConfig, config.train, 'train')
+    make_optimizer(
+        configuration.build(OptimizerConfig, config.optimizer, 'optimizer'), loop.num_steps
+    )
+    assert configuration.data_specs(config)
+    assert configuration.model_config(config).vocab_size == TOKENIZER.vocab_size
 
 
 @pytest.mark.parametrize('name', STUDENTS)
 def test_a_students_config_builds_everything_of_its_run(name):
     config = load(name)
-    run_config.check_keys(config, run.CONFIG_KEYS)
+    configuration.check_keys(config, run.CONFIG_KEYS)
     ComputeConfig.of(config)
-    run_config.compute_dtype(config)
-    loop = run_config.build(LoopConfig, config.train, 'train')
-    make_optimizer(run_config.build(OptimizerConfig, config.optimizer, 'optimizer'), loop.num_steps)
+    configuration.compute_dtype(config)
+    loop = configuration.build(LoopConfig, config.train, 'train')
+    make_optimizer(
+        configuration.build(OptimizerConfig, config.optimizer, 'optimizer'), loop.num_steps
+    )
     stages = run.objectives(config, TOKENIZER)
     assert stages[-1][1] == loop.num_steps
-    data = run_config.build(run.BatchConfig, config.data, 'data')
+    data = configuration.build(run.BatchConfig, config.data, 'data')
     RowLayout(data.row_length, data.canvases_per_row, config.canvas_length)
-    targets = run_config.build(TargetsConfig, config.targets, 'targets')
+    targets = configuration.build(TargetsConfig, config.targets, 'targets')
     if config.get('drafting'):
         assert stages[0][0].anchors_per_row < data.row_length
     else:
@@ -118,15 +122,15 @@ def test_a_students_config_builds_everything_of_its_run(name):
     values = config.eval.to_dict()
     DataSpec.from_config(values.pop('source'))
     if 'sweep' in values:
-        run_config.build(Grid, values.pop('sweep'), 'eval.sweep')
-    run_config.build(EvalConfig, values, 'eval')
+        configuration.build(Grid, values.pop('sweep'), 'eval.sweep')
+    configuration.build(EvalConfig, values, 'eval')
 
 
 def test_the_page_of_config_keys_is_what_the_dataclasses_say():
     assert config_page.PAGE.read_text(encoding='utf-8') == config_page.page(), (
         'docs/configs.md is out of date: run python docs/config_page.py'
     )
-    optional = set(run_config.OPTIONAL_KEYS)
+    optional = set(configuration.OPTIONAL_KEYS)
     assert tuple(k for k in config_page.DISTILL if k not in optional) == run.CONFIG_KEYS
     assert tuple(k for k in config_page.TRAIN if k not in optional) == train.CONFIG_KEYS
     assert tuple(config_page.MESH) == MESH_AXES
@@ -208,7 +212,7 @@ def test_a_rule_on_the_command_line_or_in_a_config_is_written_and_read_again(tmp
         config.sampling.stopping = TokenStability(2)
     expected = run.sampling_config(config, TOKENIZER)
     assert (expected.acceptance, expected.stopping) == (TopK(4), TokenStability(2))
-    run_config.write_resolved(config, tmp_path)
+    configuration.write_resolved(config, tmp_path)
     written = ConfigDict(json.loads((tmp_path / 'config.json').read_text(encoding='utf-8')))
     assert run.sampling_config(written, TOKENIZER) == expected
 
@@ -218,7 +222,7 @@ def test_what_json_cannot_hold_is_named(tmp_path):
     with config.unlocked():
         config.sampling.acceptance = object()
     with pytest.raises(ValueError, match='holds <object object .*, which config.json cannot'):
-        run_config.write_resolved(config, tmp_path)
+        configuration.write_resolved(config, tmp_path)
 
 
 def test_a_key_that_nothing_reads_is_still_refused():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusiongemma import run_config
+from diffusiongemma import configuration
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
@@ -227,7 +227,7 @@ def test_a_run_on_stored_distributions_needs_no_teacher_and_has_its_losses(
         teacher.model,
         teacher.params,
         teacher.tokenizer,
-        run_config.build(TargetsConfig, config.targets, 'targets'),
+        configuration.build(TargetsConfig, config.targets, 'targets'),
         tmp_path / 'targets',
         make_mesh(config.mesh),
         seed=0,

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 from ml_collections import ConfigDict
 
-from diffusiongemma import run_config
+from diffusiongemma import configuration
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import batch_sharding, on_mesh, rules_with
@@ -45,7 +45,7 @@ class ComputeConfig:
     @classmethod
     def of(cls, config: ConfigDict) -> 'ComputeConfig':
         """That of `config.compute` and `config.denoise_dtype`; the defaults where there is none."""
-        compute = run_config.build(cls, config.get('compute', {}), 'compute')
+        compute = configuration.build(cls, config.get('compute', {}), 'compute')
         dtype = config.get('denoise_dtype') or compute.denoise_dtype
         return dataclasses.replace(compute, denoise_dtype=dtype)
 

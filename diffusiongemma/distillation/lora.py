@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from diffusiongemma import run_config
+from diffusiongemma import configuration
 from diffusiongemma.checkpoints.adapters import fingerprint, save_adapters
 from diffusiongemma.distillation.step import Constants
 from diffusiongemma.distillation.student import student_params_from_teacher
@@ -100,7 +100,7 @@ def lora_student(config: ConfigDict, model: DiffusionGemma) -> LoraStudent | Non
             f'config.init={config.init} and config.lora.rank={values["rank"]}: adapters start from '
             'the teacher; set one of them to nothing.'
         )
-    lora = run_config.build(LoraConfig, values, 'lora')
+    lora = configuration.build(LoraConfig, values, 'lora')
     needed = SEPARATE if lora.passes == DENOISE else SHARED
     if model.config.denoiser.kind != needed:
         raise ValueError(

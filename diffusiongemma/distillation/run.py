@@ -15,7 +15,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from diffusiongemma import run_config
+from diffusiongemma import configuration
 from diffusiongemma.checkpoints.adapters import fingerprint
 from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
 from diffusiongemma.checkpoints.load import (
@@ -134,13 +134,13 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
     `workdir` then holds config.json, targets/, checkpoints/, tensorboard/, metrics.jsonl, the
     exported student in model/, evaluation.json and distillation.png.
     """
-    run_config.check_keys(config, CONFIG_KEYS)
+    configuration.check_keys(config, CONFIG_KEYS)
     for source in (config.targets.source, config.eval.source):  # rather than after hours
         load_source(DataSpec.from_config(source))
-    run_config.write_resolved(config, workdir)
+    configuration.write_resolved(config, workdir)
     teacher = load_teacher(config)
     logging.info('teacher: %d parameters', parameter_count(teacher.params))
-    targets_config = run_config.build(TargetsConfig, config.targets, 'targets')
+    targets_config = configuration.build(TargetsConfig, config.targets, 'targets')
     targets = write_targets(
         teacher.model,
         teacher.params,
@@ -154,7 +154,7 @@ def distill(config: ConfigDict, workdir: Path) -> Comparison:
         teacher = teacher.on_host()
     student_model, state = train_student(config, teacher, targets, workdir)
     about = {'teacher': str(config.teacher), 'steps': int(state.step), 'seed': config.seed}
-    about['sampling'] = run_config.json_values(config.sampling)
+    about['sampling'] = configuration.json_values(config.sampling)
     lora = lora_student(config, student_model)
     if lora is None:
         frozen = frozen_params(student_model.config, teacher.params, saved_draft_ids(workdir))
@@ -191,7 +191,7 @@ def load_teacher(config: ConfigDict) -> Teacher:
             'config.teacher is empty: give the directory of the downloaded checkpoint with '
             '--config.teacher=DIRECTORY.'
         )
-    dtype = run_config.compute_dtype(config)
+    dtype = configuration.compute_dtype(config)
     model, params, tokenizer = load_model(config.teacher, dtype, _mesh_to_load_on(config))
     if tokenizer is None:
         raise ValueError(f'{config.teacher} has no tokenizer.model; copy it there.')
@@ -227,7 +227,7 @@ def objectives(config: ConfigDict, tokenizer: Tokenizer) -> list[tuple[Objective
     """The objectives of the run in their order, each with the step at which it ends."""
     corruption = corruption_process(config.corruption, tokenizer)
     if config.get('drafting'):
-        drafting = run_config.build(DraftingConfig, config.drafting, 'drafting')
+        drafting = configuration.build(DraftingConfig, config.drafting, 'drafting')
         return [(drafting.objective(corruption, config.canvas_length), config.train.num_steps)]
     if config.denoiser == LIGHT:
         raise ValueError(
@@ -239,9 +239,9 @@ def objectives(config: ConfigDict, tokenizer: Tokenizer) -> list[tuple[Objective
     stage2 = config.stage2.to_dict()
     first_step, last_step = stage2.pop('first_step'), config.train.num_steps
     stages = [
-        (run_config.build(Stage1, shared | config.stage1.to_dict(), 'stage1'), first_step),
+        (configuration.build(Stage1, shared | config.stage1.to_dict(), 'stage1'), first_step),
         (
-            run_config.build(
+            configuration.build(
                 Stage2, shared | {'acceptance': sampling.acceptance_rule} | stage2, 'stage2'
             ),
             last_step,
@@ -254,7 +254,7 @@ def student_model(config: ConfigDict, teacher: Gemma, tokenizer: Tokenizer) -> D
     """The student that `config` makes of an AR Gemma."""
     light = None
     if config.denoiser == LIGHT:
-        light = run_config.build(LightConfig, config.get('light') or {}, 'light')
+        light = configuration.build(LightConfig, config.get('light') or {}, 'light')
     denoiser = DenoiserConfig(
         canvas_length=config.canvas_length,
         kind=config.denoiser,
@@ -268,7 +268,7 @@ def student_model(config: ConfigDict, teacher: Gemma, tokenizer: Tokenizer) -> D
 
 def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
     """The optimizer of `config.optimizer` for as many steps as `config.train` has."""
-    settings = run_config.build(OptimizerConfig, config.optimizer, 'optimizer')
+    settings = configuration.build(OptimizerConfig, config.optimizer, 'optimizer')
     return make_optimizer(settings, config.train.num_steps)
 
 
@@ -287,7 +287,7 @@ def distillation_step(
         objective,
         optimizer,
         ar_weight=config.ar_weight,
-        ema_decay=run_config.build(OptimizerConfig, config.optimizer, 'optimizer').ema_decay,
+        ema_decay=configuration.build(OptimizerConfig, config.optimizer, 'optimizer').ema_decay,
         seed=config.seed,
         microbatches=ComputeConfig.of(config).microbatches,
         combine=join_parts if lora is None else lora.combine,
@@ -328,10 +328,10 @@ def train_student(
     config: ConfigDict, teacher: Teacher, targets: DataSpec, workdir: Path
 ) -> tuple[DiffusionGemma, TrainState]:
     """From the teacher's weights to a student: stage 1, then stage 2, or all to draft."""
-    loop = run_config.build(LoopConfig, config.train, 'train')
+    loop = configuration.build(LoopConfig, config.train, 'train')
     optimizer = optimizer_of(config)
-    shape = run_config.build(BatchConfig, config.data, 'data')
-    top_k = run_config.build(TargetsConfig, config.targets, 'targets').top_k_logits
+    shape = configuration.build(BatchConfig, config.data, 'data')
+    top_k = configuration.build(TargetsConfig, config.targets, 'targets').top_k_logits
     stages = objectives(config, teacher.tokenizer)
     model = student_model(config, teacher.model, teacher.tokenizer)
     mesh, compute = make_mesh(config.mesh), ComputeConfig.of(config)
@@ -341,7 +341,7 @@ def train_student(
     lora = lora_student(config, model)
     held_out = None
     if config.get('drafting'):
-        count = run_config.build(DraftingConfig, config.drafting, 'drafting').held_out
+        count = configuration.build(DraftingConfig, config.drafting, 'drafting').held_out
         targets, held_out = split_source(targets, count)
     started = load_student(config, model) if config.init else None
     if lora is None:
@@ -447,7 +447,7 @@ def load_student(config: ConfigDict, model: DiffusionGemma) -> dict:
 def sampling_config(config: ConfigDict, tokenizer: Tokenizer) -> SamplingConfig:
     """The `SamplingConfig` of `config.sampling` for this tokenizer."""
     fields = SamplingConfig.tokenizer_fields(tokenizer) | config.sampling.to_dict()
-    return run_config.build(SamplingConfig, fields, 'sampling')
+    return configuration.build(SamplingConfig, fields, 'sampling')
 
 
 class Evaluation(NamedTuple):
@@ -465,8 +465,8 @@ def open_evaluation(config: ConfigDict, teacher: Teacher, checkpoint: str | Path
     values = config.eval.to_dict()
     values.pop('sweep', None)
     examples = eval_examples(DataSpec.from_config(values.pop('source')))
-    eval_config = run_config.build(EvalConfig, values, 'eval')
-    dtype = run_config.compute_dtype(config)
+    eval_config = configuration.build(EvalConfig, values, 'eval')
+    dtype = configuration.compute_dtype(config)
     student, student_params, tokenizer = load_model(checkpoint, dtype, _mesh_to_load_on(config))
     if tokenizer is None or tokenizer.content_hash != teacher.tokenizer.content_hash:
         raise ValueError(
@@ -513,7 +513,7 @@ def sweep_student(config: ConfigDict, checkpoint: str | Path, output: Path) -> d
       ValueError: the grid is empty or has a bad value, or `output` can't be written.
       FileNotFoundError: there is no such checkpoint.
     """
-    grid = run_config.build(Grid, config.eval.get('sweep', {}), 'eval.sweep')
+    grid = configuration.build(Grid, config.eval.get('sweep', {}), 'eval.sweep')
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / 'sweep.csv').touch()

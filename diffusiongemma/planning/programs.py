@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from diffusiongemma import run_config
+from diffusiongemma import configuration
 from diffusiongemma.checkpoints.bundle import CONFIG_FILE, cast_to
 from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.load import BUILTIN
@@ -100,15 +100,15 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
       teacher_config: of its teacher.
       mesh: over the devices.
     """
-    run_config.check_keys(config, CONFIG_KEYS)
-    dtype = run_config.compute_dtype(config)
+    configuration.check_keys(config, CONFIG_KEYS)
+    dtype = configuration.compute_dtype(config)
     compute = ComputeConfig.of(config)
     teacher = compute.place(Gemma(teacher_config.autoregressive, dtype), mesh)
     token_ids = _TokenIds.of(teacher.config)
     model = compute.place(student_model(config, teacher, token_ids), mesh)
     optimizer = optimizer_of(config)
-    shape = run_config.build(BatchConfig, config.data, 'data')
-    top_k = run_config.build(TargetsConfig, config.targets, 'targets').top_k_logits
+    shape = configuration.build(BatchConfig, config.data, 'data')
+    top_k = configuration.build(TargetsConfig, config.targets, 'targets').top_k_logits
     teacher_params = _params(teacher, mesh, dtype)
     lora = lora_student(config, model)
     if lora is None:
@@ -168,7 +168,7 @@ def sampler_programs(
       batch_size: rows.
       prompt_length: tokens of a prompt.
     """
-    dtype = run_config.compute_dtype(config)
+    dtype = configuration.compute_dtype(config)
     teacher = Gemma(teacher_config.autoregressive, dtype)
     token_ids = _TokenIds.of(teacher.config)
     compute = ComputeConfig.of(config)

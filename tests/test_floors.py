@@ -1,0 +1,54 @@
+"""A file imports only from the floors below its own: docs/architecture.md, as a test."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / 'diffusiongemma'
+# From the top to the bottom; what shares a floor does not import each other.
+FLOORS = (
+    {'train', 'distill', 'sample', 'serve', 'evaluate', 'convert', 'generate_targets', 'verify',
+     'plan'},
+    {'run_config', 'process_flags'},
+    {'planning', 'serving'},
+    {'distillation'},
+    {'view', 'evaluation', '__init__'},
+    {'sampling'},
+    {'constraints', 'configuration'},
+    {'checkpoints'},
+    {'accounting', 'data'},
+    {'parallel'},
+    {'diffusion', 'models'},
+)  # fmt: skip
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+FILES = [path for path in sorted(PACKAGE.rglob('*.py')) if 'assets' not in path.parts]
+
+
+def part(path):
+    """The package of a file, or the module right below the root."""
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported(path):
+    """Parts of the package that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('diffusiongemma'):
+            _, *inside = node.module.split('.')
+            yield from inside[:1] or [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = (alias.name.split('.') for alias in node.names)
+            yield from (name[1] for name in names if name[0] == 'diffusiongemma' and name[1:])
+
+
+def test_every_part_has_a_floor():
+    assert {part(path) for path in FILES} <= set(FLOOR)
+
+
+@pytest.mark.parametrize('name', sorted({part(path) for path in FILES}))
+def test_a_part_imports_from_the_floors_below_alone(name):
+    found = {other for path in FILES if part(path) == name for other in imported(path)}
+    known = {other for other in found if other in FLOOR} - {name}
+    wrong = {other for other in known if FLOOR[other] <= FLOOR[name]}
+    assert not wrong, f'{name} imports {sorted(wrong)}, which are not below it'
