@@ -14,7 +14,7 @@ import pytest
 from test_tokenizer_files import TEXTS as ANY_TEXT
 from test_tokenizer_files import tokenizer_json
 
-from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.checkpoints.load import BUILTIN, about_model, load_model
 from diffusiongemma.checkpoints.packaged import PACKAGED
 from diffusiongemma.data.sources import DataSpec, load_source
 from diffusiongemma.data.tokenizer import Tokenizer
@@ -73,6 +73,27 @@ def test_greedy_continuations_are_the_golden_ones(loaded):
     _, output = generate_text(sampler, params, tokenizer, prompts, rng=jax.random.key(0))
     for row, length, golden in zip(output.tokens, output.lengths, GOLDEN, strict=True):
         assert np.asarray(row)[: int(length)].tolist() == golden['tokens'], golden['prompt']
+
+
+def test_what_the_shipped_student_drafts_is_verified_to_the_golden_text():
+    model, params, tokenizer = load_model(f'{NAME}-student')
+    model, params = for_inference(model, params)
+    settings = about_model(f'{NAME}-student')['sampling'] | {'max_new_tokens': 16}
+    config = SamplingConfig.for_tokenizer(tokenizer, temperature=0.0, **settings)
+    sampler = Sampler(model, config, 'lossless')
+    prompts = [golden['prompt'] for golden in GOLDEN]
+    _, output = generate_text(sampler, params, tokenizer, prompts, rng=jax.random.key(0))
+    for row, length, golden in zip(output.tokens, output.lengths, GOLDEN, strict=True):
+        assert np.asarray(row)[: int(length)].tolist() == golden['tokens'], golden['prompt']
+    assert output.canvases.sum() < 0.8 * output.lengths.sum()  # of verifications
+
+
+def test_the_shipped_student_is_small_and_carries_its_terms():
+    directory = BUILTIN[f'{NAME}-student']
+    assert sum(path.stat().st_size for path in directory.iterdir()) < 25e6
+    notice = (directory / 'NOTICE').read_text(encoding='utf-8')
+    assert notice.startswith('Gemma is provided under and subject to the Gemma Terms of Use')
+    assert 'Section 3: DISTRIBUTION' in (directory / 'GEMMA_TERMS.txt').read_text(encoding='utf-8')
 
 
 def test_the_prompt_of_a_pretrained_model_is_its_text(loaded):
