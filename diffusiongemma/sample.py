@@ -50,7 +50,8 @@ from diffusiongemma.view.terminal import show
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
     'builtin',
-    "A workdir, a bundle, a published checkpoint, a GGUF file, 'builtin', or 'gemma3-270m'.",
+    "A workdir, a bundle, a published checkpoint, a GGUF file, 'builtin', 'gemma3-270m' or "
+    "'gemma3-270m-student'.",
 )
 _PROMPT = flags.DEFINE_string('prompt', None, 'What to answer; without it, a chat.')
 _MODE = flags.DEFINE_enum(
