@@ -80,7 +80,8 @@ def test_what_is_copied_to_workers_is_the_project_alone(tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text('build/\n' if name == '.gitignore' else '')
     script = 'source "$1/launch/common.sh"; stage; cd "$staged"; find . -type f | sort; pwd'
-    expected = sorted(f'./launch/{path.name}' for path in (ROOT / 'launch').iterdir())
+    files_there = [path for path in (ROOT / 'launch').rglob('*') if path.is_file()]
+    expected = sorted(f'./{path.relative_to(ROOT)}' for path in files_there)
     for is_checkout in (False, True):
         if is_checkout:
             subprocess.run(['git', 'init', '-q', root], check=True)

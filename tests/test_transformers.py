@@ -148,6 +148,7 @@ def test_the_exported_tokenizer_and_chat_template_give_our_ids(dense):
 
 def test_the_exported_sampling_settings_are_those_of_the_sampler(dense):
     config = transformers.DiffusionGemmaGenerationConfig.from_pretrained(dense[1])
-    assert config.sampler_config.entropy_bound == SamplingConfig().entropy_bound
+    rule = SamplingConfig().acceptance_rule
+    assert config.sampler_config.entropy_bound == rule.entropy_bound
     assert config.max_denoising_steps == SamplingConfig().max_denoising_steps
     assert (config.t_min, config.t_max) == (0.4, 0.8)
