@@ -60,23 +60,12 @@ SOURCES = {
 
 
 def teacher_texts(model, params, tokenizer, prompts: list[list[int]], path: Path) -> np.ndarray:
-    """Greedy responses [rows, TOKENS] int32, -1 after their end; kept in a file."""
-    if path.exists():
-        return np.load(path)
-    config = SamplingConfig.for_tokenizer(tokenizer, max_new_tokens=TOKENS, temperature=0.0)
-    sampler, texts = Sampler(model, config, 'autoregressive'), []
-    for first in range(0, len(prompts), BATCH):
-        rows = prompts[first : first + BATCH]
-        rows = rows + rows[-1:] * (BATCH - len(rows))
-        tokens, lengths = pad_prompts(rows, tokenizer.pad_id, multiple=128)
-        output = sampler(params, tokens, lengths, rng=jax.random.key(0))
-        places = np.arange(TOKENS)
-        written = np.where(places < np.asarray(output.lengths)[:, None], output.tokens, -1)
-        texts.append(written)
-        print(f'{path.stem}: {first + BATCH} of {len(prompts)} rows', flush=True)
-    texts = np.concatenate(texts)[: len(prompts)].astype(np.int32)
-    np.save(path, texts)
-    return texts
+    """Greedy responses, as `written` gives them; kept in a file."""
+    if not path.exists():
+        config = SamplingConfig.for_tokenizer(tokenizer, max_new_tokens=TOKENS, temperature=0.0)
+        sampler = Sampler(model, config, 'autoregressive')
+        np.save(path, written(sampler, params, tokenizer, prompts, seed=0)[0])
+    return np.load(path)
 
 
 def student_hits(model, params, prompts, texts, length: int, pad_id: int) -> np.ndarray:
@@ -150,11 +139,13 @@ def written(sampler: Sampler, params, tokenizer, prompts, seed: int) -> tuple[np
     texts, counts = [], 0
     for first in range(0, len(prompts), BATCH):
         rows = prompts[first : first + BATCH]
+        print(f'{sampler.mode}: prompts from {first} of {len(prompts)}', flush=True)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), first), len(rows))
         tokens, lengths = pad_prompts(rows, tokenizer.pad_id, multiple=128)
         output = sampler(params, tokens, lengths, rng=keys)
         places = np.arange(TOKENS)
-        texts.append(np.where(places < np.asarray(output.lengths)[:, None], output.tokens, -1))
+        text = np.where(places < np.asarray(output.lengths)[:, None], output.tokens, -1)
+        texts.append(text.astype(np.int32))
         if output.accepted_lengths is not None:
             counts = counts + np.asarray(output.accepted_lengths).sum(axis=0)
     return np.concatenate(texts), counts
@@ -170,15 +161,14 @@ def timed(
         for name, (sampler, params) in samplers.items():
             start = time.perf_counter()
             output = jax.block_until_ready(sampler(params, tokens, lengths, rng=jax.random.key(0)))
-            spent = (time.perf_counter() - start) / int(output.lengths[0])
+            count = int(output.lengths[0])
             if number:
-                seconds[name].append(spent)
+                seconds[name].append((time.perf_counter() - start) / count)
         for name, write in others.items():
             start = time.perf_counter()
-            spent = len(write(prompt))
-            spent = (time.perf_counter() - start) / spent
+            count = len(write(prompt))
             if number:
-                seconds[name].append(spent)
+                seconds[name].append((time.perf_counter() - start) / count)
     return seconds
 
 

@@ -1,9 +1,7 @@
 """From a ConfigDict (ml_collections) to values of frozen dataclasses, and back to JSON."""
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,11 +9,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusiongemma.checkpoints.fields import read_model_config
-from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.data.sources import DataSpec, nearest
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.parallel import processes
 
 T = TypeVar('T')
+
+KNOWN = 'known keys'  # what a hint lists
 
 # Of every program that trains; without them nothing changes.
 OPTIONAL_KEYS = ('compute', 'light', 'drafting')
@@ -31,7 +31,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
-            raise ValueError(f'config.{where} has no key {name!r}; {nearest(name, fields)}')
+            raise ValueError(f'config.{where} has no key {name!r}; {nearest(name, fields, KNOWN)}')
     missing = [
         name
         for name, field in fields.items()
@@ -66,7 +66,7 @@ def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
     for name in config:
         if name not in (*known, *OPTIONAL_KEYS):
             raise ValueError(
-                f'config has no key {name!r}; {nearest(name, (*known, *OPTIONAL_KEYS))}'
+                f'config has no key {name!r}; {nearest(name, (*known, *OPTIONAL_KEYS), KNOWN)}'
             )
     # A denoiser that is trained to draft has no stages.
     stages = ('stage1', 'stage2') if config.get('drafting') else ()
@@ -114,8 +114,3 @@ def _as_text(value: Any) -> str:
         f'the config holds {value!r}, which config.json cannot: use numbers, texts, tuples, dicts '
         "and rules such as 'TopK(k=4)'."
     )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f'did you mean {near[0]!r}?' if near else f'known keys: {sorted(known)}.'

@@ -32,10 +32,9 @@ from etils import epath
 from rich.console import Console
 
 from diffusiongemma import configuration, run_config
-from diffusiongemma.checkpoints.load import BUILTIN, about_model, load_model
+from diffusiongemma.checkpoints.load import BUILTIN, about_model, load_for_sampling
 from diffusiongemma.constraints.grammar import from_json_schema, from_regex
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.models import for_inference, quantize_weights
 from diffusiongemma.models.quantization import WEIGHT_DTYPES
 from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, generate_text, pad_prompts
 from diffusiongemma.sampling.chat import ChatSampler
@@ -85,9 +84,7 @@ _TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k likeliest tokens.'
 _TOP_P = flags.DEFINE_float(
     'top_p', None, 'Draw from the likeliest tokens of this probability.', 0.0, 1.0
 )
-_WEIGHTS = flags.DEFINE_enum(
-    'weights', None, sorted(WEIGHT_DTYPES), 'Weights of eight bits, products as before.'
-)
+_WEIGHTS = flags.DEFINE_enum('weights', None, sorted(WEIGHT_DTYPES), 'Weight-only quantization.')
 _REGEX = flags.DEFINE_string('regex', None, 'The answer matches this regular expression.')
 _JSON_SCHEMA = flags.DEFINE_string(
     'json_schema', None, 'A file; the answer is JSON of this schema.'
@@ -101,7 +98,7 @@ _TURNS = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the noise and the draws.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON line instead of text.')
-_WATCH = flags.DEFINE_bool('watch', False, 'Show every denoise step, coloured by entropy.')
+_WATCH = flags.DEFINE_bool('watch', False, 'Show every denoise step, colored by entropy.')
 _GIF = flags.DEFINE_string('gif', None, 'Write the denoise steps to this file, as a GIF.')
 _HTML = flags.DEFINE_string('html', None, 'Write the denoise steps to this file, as a web page.')
 _FRAME_SECONDS = flags.DEFINE_float(
@@ -134,19 +131,12 @@ class Loaded:
     @classmethod
     def from_flags(cls) -> 'Loaded':
         """Raises ValueError or FileNotFoundError where the checkpoint is of no use."""
-        model, params, tokenizer = load_model(_CHECKPOINT.value)
-        if tokenizer is None:
-            raise ValueError(
-                f'{_CHECKPOINT.value} has no tokenizer.model or tokenizer.json; copy one there.'
-            )
+        model, params, tokenizer = load_for_sampling(_CHECKPOINT.value, _WEIGHTS.value)
         if _PROMPT.value is None and not tokenizer.chat_turns:
             raise ValueError(
                 f'{_CHECKPOINT.value} is a pretrained model, which cannot talk: give it a --prompt '
                 'to continue.'
             )
-        model, params = for_inference(model, params)
-        if _WEIGHTS.value is not None:
-            params = quantize_weights(model, params, _WEIGHTS.value)
         given = {
             'temperature': _TEMPERATURE.value,
             'max_new_tokens': _MAX_NEW_TOKENS.value,

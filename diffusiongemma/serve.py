@@ -8,8 +8,7 @@ import os
 from absl import flags
 
 from diffusiongemma import run_config
-from diffusiongemma.checkpoints.load import load_model
-from diffusiongemma.models import for_inference, quantize_weights
+from diffusiongemma.checkpoints.load import load_for_sampling
 from diffusiongemma.models.quantization import WEIGHT_DTYPES
 from diffusiongemma.sampling import Sampler, SamplingConfig
 from diffusiongemma.sampling.engine import Engine
@@ -66,9 +65,7 @@ _ENTROPY_BOUND = flags.DEFINE_float(
     'Nats; a higher one accepts more tokens per denoise step.',
     lower_bound=0.0,
 )
-_WEIGHTS = flags.DEFINE_enum(
-    'weights', None, sorted(WEIGHT_DTYPES), 'Weights of eight bits, products as before.'
-)
+_WEIGHTS = flags.DEFINE_enum('weights', None, sorted(WEIGHT_DTYPES), 'Weight-only quantization.')
 _WARM_UP = flags.DEFINE_bool('warm_up', True, 'Compile before the first request.')
 
 
@@ -82,14 +79,7 @@ def main(argv: list[str]) -> None:
             f"serving needs the package {error.name}: pip install 'diffusiongemma[serve]'."
         ) from None
     sock = listen(_HOST.value, _PORT.value)
-    model, params, tokenizer = load_model(_CHECKPOINT.value)
-    if tokenizer is None:
-        raise ValueError(
-            f'{_CHECKPOINT.value} has no tokenizer.model or tokenizer.json; copy one there.'
-        )
-    model, params = for_inference(model, params)
-    if _WEIGHTS.value is not None:
-        params = quantize_weights(model, params, _WEIGHTS.value)
+    model, params, tokenizer = load_for_sampling(_CHECKPOINT.value, _WEIGHTS.value)
     config = SamplingConfig.for_tokenizer(
         tokenizer,
         max_new_tokens=_MAX_NEW_TOKENS.value,

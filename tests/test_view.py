@@ -82,11 +82,11 @@ def test_what_the_causal_pass_refuses_is_marked_unless_the_response_is_over():
     assert [cell.state for cell in stopped.cells] == ['settled'] * 6
 
 
-def test_colours_go_from_certain_to_uncertain():
-    green, amber, red = (frames.colour_of(certainty) for certainty in (1.0, 0.5, 0.0))
+def test_colors_go_from_certain_to_uncertain():
+    green, amber, red = (frames.color_of(certainty) for certainty in (1.0, 0.5, 0.0))
     assert green[1] > green[0] and red[0] > red[1] and amber != green
     certain, uncertain = (frames.Cell('a', 'open', entropy) for entropy in (0.0, 9.0))
-    assert certain.colour == green and uncertain.colour[0] > 240
+    assert certain.color == green and uncertain.color[0] > 240
     assert frames.Cell('a', 'open', math.log(4)).certainty == pytest.approx(0.25)
 
 
@@ -99,7 +99,7 @@ def test_letters_of_several_tokens_are_whole_and_nothing_steers_the_terminal():
     assert frames.printable('a\x1b[2J\tb\nc') == 'a·[2J·b\nc'
 
 
-def test_a_terminal_gets_colours_and_anything_else_plain_lines():
+def test_a_terminal_gets_colors_and_anything_else_plain_lines():
     shown = all_frames()
     plain = io.StringIO()
     console = Console(file=plain, force_terminal=False, width=40, soft_wrap=True)
@@ -107,11 +107,11 @@ def test_a_terminal_gets_colours_and_anything_else_plain_lines():
     lines = plain.getvalue().splitlines()
     assert len(lines) == len(shown) and '\x1b' not in plain.getvalue()
     assert lines[-1] == f'{shown[-1].caption}, {shown[-1].rate} | {shown[-1].text}'
-    coloured = io.StringIO()
-    console = Console(file=coloured, force_terminal=True, color_system='truecolor', width=100)
+    colored = io.StringIO()
+    console = Console(file=colored, force_terminal=True, color_system='truecolor', width=100)
     assert terminal.show(iter(shown), console, '[How] many?', 0.0) == shown
-    assert '[How] many?' in coloured.getvalue()
-    assert '38;2;{};{};{}'.format(*frames.colour_of(1.0)) in coloured.getvalue()
+    assert '[How] many?' in colored.getvalue()
+    assert '38;2;{};{};{}'.format(*frames.color_of(1.0)) in colored.getvalue()
 
 
 def test_a_gif_has_a_picture_for_every_frame_and_the_last_one_stays(tmp_path):
@@ -124,7 +124,7 @@ def test_a_gif_has_a_picture_for_every_frame_and_the_last_one_stays(tmp_path):
             durations.append(gif.info['duration'])
             pictures.append(np.asarray(gif.convert('RGB')).astype(int))
     assert len(pictures) == len(shown) and durations[0] == 200 and durations[-1] > 1000
-    near = [(np.abs(p - frames.colour_of(1.0)).max(axis=-1) < 24).sum() for p in pictures]
+    near = [(np.abs(p - frames.color_of(1.0)).max(axis=-1) < 24).sum() for p in pictures]
     assert near[2] - near[0] > 50  # certain tokens are green, noise is not
     with pytest.raises(ValueError, match='nothing to draw'):
         animation.write_gif(tmp_path / 'b.gif', [], '', 0.2)

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from diffusiongemma.checkpoints.fields import read_model_config
-from diffusiongemma.checkpoints.int8_storage import BLOCK, SCALE, from_int8, to_int8
+from diffusiongemma.checkpoints.int8_storage import BLOCK, INT8, SCALE, from_int8, to_int8
 from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.placement import assemble, flat_shardings, param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
@@ -78,14 +78,14 @@ def save_bundle(
         processes.as_writer_says(None)  # it is written
         return
     directory.mkdir(parents=True, exist_ok=True)
+    if dtype == INT8:
+        flat = {k: v for name, value in flat.items() for k, v in to_int8(name, value).items()}
+        dtype = jnp.bfloat16
     # safetensors writes the memory as it lies: another order than C would scramble the array.
-    arrays, eight_bits = {}, dtype == 'int8'
-    for name, value in flat.items():
-        if eight_bits:
-            value = to_int8(name, np.asarray(value))
-        for part, array in (value if eight_bits else {name: value}).items():
-            cast = cast_to(jnp.bfloat16 if eight_bits else dtype, array.dtype)
-            arrays[part] = np.array(array, cast, order='C')
+    arrays = {
+        name: np.array(value, cast_to(dtype, value.dtype), order='C')
+        for name, value in flat.items()
+    }
     partial = directory / (PARAMS_FILE + '.partial')
     save_file(arrays, partial, metadata={'format': FORMAT})
     content = {'format': FORMAT, 'model': config.to_dict(), 'about': dict(about or {})}
@@ -186,12 +186,6 @@ def read_content(directory: Path) -> dict[str, Any]:
     if content.get('format') != FORMAT:
         raise ValueError(f'{config_path}: format {content.get("format")!r}, expected {FORMAT!r}.')
     return content
-
-
-def named_base(directory: Path) -> str | None:
-    """The name or path of the model that a bundle with a fingerprint is based on, or None."""
-    content = read_content(directory)
-    return content['base'] if 'base_fingerprint' in content else None
 
 
 def cast_to(dtype: Any, own: Any) -> Any:

@@ -6,12 +6,12 @@ from typing import Any
 
 from diffusiongemma.checkpoints import bundle, hf_export
 from diffusiongemma.checkpoints.hf_config import is_published
-from diffusiongemma.checkpoints.load import load_model, model_directory
+from diffusiongemma.checkpoints.int8_storage import INT8
+from diffusiongemma.checkpoints.load import BASE_PARAMS, load_model, model_directory
 from diffusiongemma.checkpoints.packaged import PACKAGED
 from diffusiongemma.models.config import ModelConfig
 
 FORMATS = ('hf', 'bundle')
-INT8 = 'int8'
 
 
 def convert(
@@ -47,19 +47,18 @@ def convert(
     hf_export.check_empty(output)
     if format != 'bundle' and dtype == INT8:
         raise ValueError("dtype='int8' is for the format 'bundle'; transformers would not read it.")
-    on_base = bundle.is_bundle(directory) and bundle.named_base(directory)
+    content = bundle.read_content(directory) if bundle.is_bundle(directory) else {}
     model, params, tokenizer = load_model(source, None if dtype == INT8 else dtype)
-    if format == 'bundle' and on_base:  # a student that holds its trained part alone stays one
-        content = bundle.read_content(directory)
-        own = bundle.load_own_params(directory, model, None)
+    if format == 'bundle' and 'base_fingerprint' in content:  # holds its trained part alone
+        base_name = content['base']
         bundle.save_bundle(
             output,
             model.config,
-            own,
-            None if on_base in PACKAGED else tokenizer,
+            {name: value for name, value in params.items() if name not in BASE_PARAMS},
+            None if base_name in PACKAGED else tokenizer,
             dtype=dtype,
             about=content['about'],
-            base=on_base,
+            base=base_name,
             base_fingerprint=content['base_fingerprint'],
         )
         return

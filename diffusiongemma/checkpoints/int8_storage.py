@@ -5,9 +5,11 @@ dtype int8 in the weight's own shape, and NAME:scale of dtype bfloat16 [ceil(siz
 weight read in row-major order: weight = value * scale.
 """
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+INT8 = 'int8'  # as the dtype of a bundle
 BLOCK = 128
 SCALE = ':scale'
 # Smaller tensors (norms, biases) keep their dtype: they are few bytes and matter much.
@@ -21,7 +23,7 @@ def to_int8(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
       name: of the weight.
       value: of any dtype; only matrices of floating-point numbers, and larger ones, are quantized.
     """
-    is_float = np.issubdtype(value.dtype, np.floating) or value.dtype == ml_dtypes.bfloat16
+    is_float = jnp.issubdtype(value.dtype, jnp.floating)
     if not is_float or value.ndim < 2 or value.size < SMALLEST:
         return {name: value}
     blocks = _blocks(value.astype(np.float32).reshape(-1))  # [blocks, BLOCK]

@@ -19,10 +19,11 @@ from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DRAFT_IDS
-from diffusiongemma.models.inference import with_execution
+from diffusiongemma.models.inference import for_inference, with_execution
 from diffusiongemma.models.lora import LoraConfig, base_params, merge_lora
 from diffusiongemma.models.precision import cpu_has_bfloat16
 from diffusiongemma.models.presets import PRESETS
+from diffusiongemma.models.quantization import quantize_weights
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel.sharding import param_shardings
 
@@ -36,6 +37,7 @@ BUILTIN = {
 }
 EXPORT_DIR = 'model'  # in a workdir: the model that the run exports
 BASE_DIR = 'base'  # in a workdir: the model whose parameters the run leaves as they are
+BASE_PARAMS = ('embedder', 'backbone', 'per_layer_embedder')  # of a light student: its base's
 DRAFT_IDS_FILE = 'draft_ids.npy'  # in a workdir: the draft vocabulary of a light student
 TOKENIZER_JSON = 'tokenizer.json'  # in a published checkpoint without tokenizer.model
 
@@ -104,6 +106,27 @@ def has_empty_thought(config: ModelConfig) -> bool:
     where there is one, says so itself.
     """
     return config.per_layer is None
+
+
+def load_for_sampling(
+    path: str | Path, weights: str | None = None
+) -> tuple[Gemma, dict, Tokenizer]:
+    """Loads a model with its tokenizer, laid out to sample on the devices at hand.
+
+    Args:
+      path: as for `load_model`.
+      weights: 'int8' or 'fp8' for weight-only quantization; None for none.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_model`, or there is no tokenizer.
+    """
+    model, params, tokenizer = load_model(path)
+    if tokenizer is None:
+        raise ValueError(f'{path} has no tokenizer.model or tokenizer.json; copy one there.')
+    model, params = for_inference(model, params)
+    if weights is not None:
+        params = quantize_weights(model, params, weights)
+    return model, params, tokenizer
 
 
 def _with_fast_denoiser(model: Gemma) -> Gemma:
@@ -180,8 +203,7 @@ def _load_bundle(
         )
     model = bundle.model_for(config, base_model.dtype)
     own = bundle.load_own_params(directory, model, dtype, mesh)
-    names = ('embedder', 'backbone', 'per_layer_embedder')
-    params = {name: params[name] for name in names if name in params} | own
+    params = {name: params[name] for name in BASE_PARAMS if name in params} | own
     bundle.check_params(model, flatten_dict(params, sep='/'), f'{directory} on {base}')
     return model, params, tokenizer
 

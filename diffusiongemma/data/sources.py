@@ -42,11 +42,11 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that follows an unknown name."""
+def nearest(name: str, known: Iterable[str], they: str = 'known') -> str:
+    """Returns the hint that follows an unknown name: the nearest known one, or all of `they`."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
-    return f'did you mean {near[0]!r}?' if near else f'known: {known}.'
+    return f'did you mean {near[0]!r}?' if near else f'{they}: {known}.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class DataSpec:
 
     def __post_init__(self):
         if self.kind not in _FIELDS_OF_KIND:
-            hint = _nearest(str(self.kind), _FIELDS_OF_KIND)
+            hint = nearest(str(self.kind), _FIELDS_OF_KIND)
             raise ValueError(f'Unknown kind of data {self.kind!r}; {hint}')
         for name in _NEEDED.get(self.kind, ()):
             if not getattr(self, name):
@@ -119,7 +119,7 @@ class DataSpec:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
-                raise ValueError(f'Unknown key {name!r} in a data spec; {_nearest(name, names)}')
+                raise ValueError(f'Unknown key {name!r} in a data spec; {nearest(name, names)}')
         if 'kind' not in values:
             raise ValueError(f"A data spec needs 'kind', one of {sorted(_FIELDS_OF_KIND)}.")
         return cls(**values)

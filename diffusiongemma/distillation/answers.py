@@ -129,14 +129,14 @@ class Answerer:
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self._key, indices)
         output = processes.on_host(self._sampler(self._params, tokens, lengths, rng=keys))
         texts = decode_responses(self._tokenizer, output)
-        last = output.tokens[np.arange(len(texts)), output.lengths - 1]
         num_tokens = int(np.sum(output.lengths[: len(rows)]))
         if self._config.keep_unfinished:
-            ids = [row[:length] for row, length in zip(output.tokens, output.lengths, strict=True)]
+            written = zip(rows, texts, output.tokens, output.lengths, strict=False)
             return [
-                row | {'response': text, RESPONSE_IDS: tokens.astype(np.int32)}
-                for row, text, tokens in zip(rows, texts, ids, strict=False)
+                row | {'response': text, RESPONSE_IDS: ids[:length].astype(np.int32)}
+                for row, text, ids, length in written
             ], num_tokens
+        last = output.tokens[np.arange(len(texts)), output.lengths - 1]
         ended = [
             row | {'response': text}
             for row, text, token, ids in zip(rows, texts, last, output.tokens, strict=False)

@@ -222,7 +222,7 @@ def sweep_table(points: Sequence[Point], batch_size: int) -> Table:
 def plot_sweep(path: Path, points: Sequence[Point], batch_size: int) -> None:
     """Writes a PNG: accuracy against tokens per pass and against the measured speed.
 
-    A line joins the points of one entropy bound (its colour) and one canvas length (its dashes);
+    A line joins the points of one entropy bound (its color) and one canvas length (its dashes);
     the marker says how many steps a canvas may take. Points are as of `sweep`.
     """
     from matplotlib.figure import Figure

@@ -24,7 +24,7 @@ class Decoder:
         state = decoder.verify(state, *decoder.draft(state))   # mode 'lossless'
 
     All methods are pure and may be traced; arguments are not checked (`Sampler.checked` does). Put
-    behind each other until `state.running` is false they do what a call of the sampler does, and
+    one after the other until `state.running` is false they do what a call of the sampler does, and
     `state.output()` is its output.
 
     Attributes:

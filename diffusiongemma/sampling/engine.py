@@ -180,7 +180,7 @@ class Engine:
         stop: Sequence[str] = (),
         controls: Controls | None = None,
     ) -> int:
-        """Puts a request behind those of its group and returns its number.
+        """Appends a request to the queue of its group and returns its number.
 
         Args:
           prompt: token ids.
@@ -302,8 +302,8 @@ class Engine:
     def _refillable(self) -> Iterator['_Group']:
         """Groups with waiting requests, the longest waiting one first.
 
-        Where there is no room for one more K/V cache, nobody behind passes, so that the groups
-        that have one run empty.
+        Where there is no room for one more K/V cache, no later request goes first, so that the
+        groups that have one run empty.
         """
         waiting = [group for group in self._groups.values() if group.waiting]
         for group in sorted(waiting, key=lambda group: group.waiting[0].id):

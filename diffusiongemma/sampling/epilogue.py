@@ -126,7 +126,7 @@ def per_row(values: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def keep_top(logits: jax.Array, top_k: int | None, top_p: float | jax.Array | None) -> jax.Array:
-    """Bans all but the likeliest tokens (-inf): [B, ..., V] -> [B, ..., V].
+    """Sets the logits of all but the most probable tokens to -inf: [B, ..., V] -> [B, ..., V].
 
     Args:
       logits: [B, ..., V] float32, already divided by the temperature.

@@ -71,7 +71,7 @@ class _Endpoints:
     def guarded(
         self, endpoint: Callable[[Request], Awaitable[Response]], needs_key: bool = True
     ) -> Callable[[Request], Awaitable[Response]]:
-        """The endpoint behind the API key; its errors are answers, and all answers are counted."""
+        """The endpoint after a check of the API key; errors become counted responses too."""
         name = endpoint.__name__
 
         async def handle(request: Request) -> Response:
@@ -309,7 +309,7 @@ async def _frame_events(call: Call, news: News) -> AsyncIterator[str]:
     """Server-sent events of frames, from the first on."""
     while isinstance(news, Shown):
         frame = news.item
-        cells = [[cell.text, cell.state, css(cell.colour)] for cell in frame.cells]
+        cells = [[cell.text, cell.state, css(cell.color)] for cell in frame.cells]
         yield _event({'cells': cells, 'caption': frame.caption, 'rate': frame.rate})
         news = await call.next()
     if getattr(news, 'error', None) is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusiongemma.view.frames import Cell, Colour, Frame, colour_of, css, legend
+from diffusiongemma.view.frames import Cell, Color, Frame, color_of, css, legend
 
 _BACKGROUND, _QUIET, _TITLE = (13, 17, 23), (139, 148, 158), (121, 192, 255)
 _COLUMNS, _FONT_SIZE, _MARGIN = 80, 15, 16
@@ -52,16 +52,16 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def _palette() -> Image.Image:
-    """Every colour of a text in seven shades towards the background, for smooth letters."""
-    texts = [_QUIET, _TITLE, *(Cell('', state).colour for state in ('settled', 'noise', 'refused'))]
-    texts += [colour_of(place / 20) for place in range(21)]
+    """Every color of a text in seven shades towards the background, for smooth letters."""
+    texts = [_QUIET, _TITLE, *(Cell('', state).color for state in ('settled', 'noise', 'refused'))]
+    texts += [color_of(place / 20) for place in range(21)]
     shades = [
         tuple(round(b + share / 7 * (t - b)) for t, b in zip(text, _BACKGROUND, strict=True))
         for text in texts
         for share in range(1, 8)
     ]
     palette = Image.new('P', (1, 1))
-    palette.putpalette([value for colour in [_BACKGROUND, *shades] for value in colour])
+    palette.putpalette([value for color in [_BACKGROUND, *shades] for value in color])
     return palette
 
 
@@ -75,23 +75,23 @@ def _picture(frame: Frame, title: str, num_lines: int, font: ImageFont.FreeTypeF
     picture = Image.new('RGB', size, _BACKGROUND)
     draw = ImageDraw.Draw(picture)
 
-    def write(row: float, column: int, text: str, colour: Colour) -> None:
-        draw.text((_MARGIN + column * char, _MARGIN + row * line), text, colour, font)
+    def write(row: float, column: int, text: str, color: Color) -> None:
+        draw.text((_MARGIN + column * char, _MARGIN + row * line), text, color, font)
 
     for row, text in enumerate(titles):
         write(row, 0, text, _TITLE)
     top = len(titles) + 0.5
     for row, runs in enumerate(_lines(frame.cells)):
         for column, text, cell in runs:
-            write(top + row, column, text, cell.colour)
+            write(top + row, column, text, cell.color)
             if cell.state == 'refused':
                 y = _MARGIN + (top + row + 0.42) * line
                 x = _MARGIN + column * char
-                draw.line((x, y, x + len(text) * char, y), cell.colour)
+                draw.line((x, y, x + len(text) * char, y), cell.color)
     write(top + num_lines + 0.5, 0, frame.caption, _QUIET)
     column = 0
-    for text, colour in legend():
-        write(top + num_lines + 1.5, column, text, colour or _QUIET)
+    for text, color in legend():
+        write(top + num_lines + 1.5, column, text, color or _QUIET)
         column += len(text)
     return picture
 
@@ -116,13 +116,13 @@ def write_html(path: Path, frames: Sequence[Frame], title: str, frame_seconds: f
     shown = [
         {
             'caption': frame.caption,
-            'cells': [[cell.text, cell.state, css(cell.colour)] for cell in frame.cells],
+            'cells': [[cell.text, cell.state, css(cell.color)] for cell in frame.cells],
         }
         for frame in frames
     ]
     words = ''.join(
-        f'<span style="color:{css(colour or _QUIET)}">{html.escape(text)}</span>'
-        for text, colour in legend()
+        f'<span style="color:{css(color or _QUIET)}">{html.escape(text)}</span>'
+        for text, color in legend()
     )
     values = {
         'TITLE': html.escape(title),
@@ -159,11 +159,11 @@ let playing = true;
 slider.max = frames.length - 1;
 function draw() {
   const frame = frames[slider.value];
-  text.replaceChildren(...frame.cells.map(([word, state, colour]) => {
+  text.replaceChildren(...frame.cells.map(([word, state, color]) => {
     const span = document.createElement('span');
     span.textContent = word;
     span.className = state;
-    span.style.color = colour;
+    span.style.color = color;
     return span;
   }));
   caption.textContent = frame.caption;

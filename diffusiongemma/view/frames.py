@@ -14,12 +14,12 @@ from diffusiongemma.sampling.state import SamplerOutput
 from diffusiongemma.sampling.watch import Draft
 
 State = Literal['settled', 'open', 'noise', 'refused']
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 SPECIAL = '·'  # stands for a token without text: padding, the end of a turn
 
 # Of an open token, from certain to not at all; red, green, blue.
-_SCALE: tuple[Colour, ...] = ((86, 211, 100), (227, 179, 65), (248, 81, 73))
-_COLOURS: dict[State, Colour] = {
+_SCALE: tuple[Color, ...] = ((86, 211, 100), (227, 179, 65), (248, 81, 73))
+_COLORS: dict[State, Color] = {
     'settled': (230, 237, 243),
     'noise': (110, 118, 129),
     'refused': (248, 81, 73),
@@ -47,11 +47,11 @@ class Cell:
         return math.exp(-self.entropy)
 
     @property
-    def colour(self) -> Colour:
-        return _COLOURS.get(self.state) or colour_of(self.certainty)
+    def color(self) -> Color:
+        return _COLORS.get(self.state) or color_of(self.certainty)
 
 
-def colour_of(certainty: float) -> Colour:
+def color_of(certainty: float) -> Color:
     """Red, green, blue in [0, 255]: green for 1, amber for 1/2, red for 0."""
     place = (1 - certainty) * (len(_SCALE) - 1)
     low = min(int(place), len(_SCALE) - 2)
@@ -63,17 +63,17 @@ def colour_of(certainty: float) -> Colour:
     return red, green, blue
 
 
-def css(colour: Colour) -> str:
-    """The colour as a web page writes it."""
-    return '#{:02x}{:02x}{:02x}'.format(*colour)
+def css(color: Color) -> str:
+    """The color as a web page writes it."""
+    return '#{:02x}{:02x}{:02x}'.format(*color)
 
 
-def legend() -> list[tuple[str, Colour | None]]:
-    """What the colours of open tokens mean; texts with their colours, None for a quiet one."""
+def legend() -> list[tuple[str, Color | None]]:
+    """What the colors of open tokens mean; texts with their colors, None for a quiet one."""
     marks = (('0', 1.0), ('ln 2', 0.5), ('large', 0.0))
     return [
         ('entropy of a token  ', None),
-        *((f'■ {entropy}  ', colour_of(certainty)) for entropy, certainty in marks),
+        *((f'■ {entropy}  ', color_of(certainty)) for entropy, certainty in marks),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Frames in a terminal, in colour and in place; elsewhere as lines of plain text."""
+"""Frames in a terminal, in color and in place; elsewhere as lines of plain text."""
 
 import time
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ def show(
 
     Args:
       frames: of one response.
-      console: where; if it is no terminal, every frame is a line without colours.
+      console: where; if it is no terminal, every frame is a line without colors.
       title: above the response.
       frame_seconds: pause behind each frame on a terminal, so that a fast model can be followed.
 
@@ -45,10 +45,10 @@ def _printed(frame: Frame, console: Console) -> Frame:
 def _panel(frame: Frame, title: str) -> Panel:
     text = Text()
     for cell in frame.cells:
-        style = 'rgb({},{},{})'.format(*cell.colour)
+        style = 'rgb({},{},{})'.format(*cell.color)
         text.append(cell.text, style + (' strike' if cell.state == 'refused' else ''))
     scale = Text()
-    for words, colour in legend():
-        scale.append(words, 'rgb({},{},{})'.format(*colour) if colour else 'dim')
+    for words, color in legend():
+        scale.append(words, 'rgb({},{},{})'.format(*color) if color else 'dim')
     caption = Text(f'{frame.caption}, {frame.rate}', 'dim')
     return Panel(Group(text, Text(), caption, scale), title=Text(title), title_align='left')
