@@ -36,14 +36,23 @@ DENOISERS: dict[str, dict[str, Any]] = {
     'light_3': {'light': {'layers': (2, 3, 4), 'serial_rank': 64}},
     'separate': {'denoiser': 'separate', 'light': None},
 }
-OBJECTIVES = ('equal', 'decay', 'accepted_length')
-MAIN = ('light_3', 'accepted_length')  # with a second seed
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    'equal': {'weights': 'equal'},
+    'decay': {'weights': 'decay'},
+    'accepted_length': {'weights': 'accepted_length'},
+}
+MAIN = ('light_3', 'accepted_length')  # with a second seed, and with these
+ADDITIONS: dict[str, dict[str, Any]] = {
+    'refused_drafts': {'weights': 'accepted_length', 'refused_rate': 0.25},
+    'total_variation': {'weights': 'accepted_length', 'total_variation': 0.25},
+}
 
 
 def runs() -> list[tuple[str, str, int]]:
     """Denoiser, objective and seed of each run, the main row first."""
     every = [(denoiser, objective, 0) for denoiser in DENOISERS for objective in OBJECTIVES]
-    return sorted([*every, (*MAIN, 1)], key=lambda run: run[:2] != MAIN)
+    additions = [(MAIN[0], objective, 0) for objective in ADDITIONS]
+    return sorted([*every, (*MAIN, 1), *additions], key=lambda run: run[:2] != MAIN)
 
 
 def config_of(denoiser: str, objective: str, seed: int) -> ConfigDict:
@@ -57,7 +66,7 @@ def config_of(denoiser: str, objective: str, seed: int) -> ConfigDict:
         config.update(DENOISERS[denoiser])
         config.seed = seed
         config.canvas_length = 16
-        config.drafting.weights = objective
+        config.drafting.update((OBJECTIVES | ADDITIONS)[objective])
         config.train = {
             'num_steps': _STEPS.value,
             'report_every': max(_STEPS.value // 20, 1),
@@ -79,16 +88,16 @@ def plot(path: Path, curves: dict[tuple[str, str, int], list[tuple[int, float]]]
 
     figure = Figure(figsize=(12, 3.4), layout='constrained')
     panels = figure.subplots(1, len(DENOISERS), sharey=True)
-    colors = dict(zip(OBJECTIVES, ('tab:gray', 'tab:orange', 'tab:blue'), strict=True))
+    colors = {name: f'C{i}' for i, name in enumerate(OBJECTIVES | ADDITIONS)}
     for axes, denoiser in zip(panels, DENOISERS, strict=True):
         for (name, objective, seed), points in curves.items():
             if name == denoiser:
                 label = objective if seed == 0 else None
                 axes.plot(*zip(*points, strict=True), color=colors[objective], label=label)
+                axes.legend(fontsize='small')
         axes.set(xscale='log', xlabel='canvas tokens trained on', title=denoiser)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel='accepted length, held-out text')
-    panels[0].legend()
     figure.savefig(path, dpi=120)
 
 

@@ -235,6 +235,47 @@ def test_total_variation_is_one_minus_the_common_mass(student, batch):
     np.testing.assert_allclose(loss, jnp.sum(by_canvas * draw.canvases), rtol=1e-5)
 
 
+def test_in_prompts_the_draft_should_say_what_the_teacher_would_while_the_text_agrees(
+    student, batch
+):
+    model, teacher, frozen, trained = student
+    params = frozen | trained
+    # A teacher of random weights likes to say the last token again: so does this text, in places.
+    tokens, is_response = np.array(batch['tokens']), np.asarray(batch['target_mask'])
+    tokens[:, 1::3] = tokens[:, 0:-1:3]
+    batch = batch | {'tokens': jnp.asarray(tokens)}
+    objective = Drafting(MaskedCorruption(MASK), C, anchors_per_row=200, prompts=True)
+    draw = objective.draw(jax.random.key(0), batch)
+    hidden, prefix = causal_pass(model, params, batch)
+    chosen = np.asarray(jnp.argmax(model.apply({'params': params}, hidden, method='unembed'), -1))
+    said = teacher_states(model, teacher, params, Constants(None, frozen), batch, hidden)
+    draft = objective.draft(model, params, draw.anchors, draw.noise, batch, prefix, said)
+    plain = dataclasses.replace(objective, prompts=False)
+    as_text = plain.draft(model, params, draw.anchors, draw.noise, batch, prefix, said)
+    segments, positions = np.asarray(batch['segment_ids']), np.asarray(batch['positions'])
+    in_prompts, agreed = 0, 0
+    for b, a in np.ndindex(*draw.anchors.shape):
+        anchor, alive = int(draw.anchors[b, a]), True
+        if not draw.canvases[b, a]:
+            continue
+        assert segments[b, anchor] > 0 and positions[b, anchor] > 0
+        for k in range(C):
+            place = anchor + 1 + k
+            alive &= place < tokens.shape[1] and segments[b, place] == segments[b, anchor]
+            assert draft.valid[b, a, k] == alive
+            if not alive:
+                break
+            if is_response[b, place]:
+                assert draft.cross_entropy[b, a, k] == as_text.cross_entropy[b, a, k]
+            else:
+                in_prompts += 1
+                agrees = chosen[b, place - 1] == tokens[b, place]
+                same = draft.cross_entropy[b, a, k] == as_text.cross_entropy[b, a, k]
+                assert bool(same) == bool(agrees)
+                agreed, alive = agreed + int(agrees), agrees
+    assert 50 < in_prompts and 10 < agreed < in_prompts - 10
+
+
 @given(st.integers(1, 3), st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
 def test_no_canvas_starts_where_a_lookup_would_find_the_last_tokens(ngram, seed):

@@ -144,6 +144,9 @@ class Drafting:
         these states, which are harder than random ones. Costs a pass without gradient.
       lookup_ngram: no canvas starts where the last so many tokens occur earlier in the document:
         there the sampler's setting of that name drafts without the model. 0: anywhere.
+      prompts: canvases start in prompts as well. There the teacher's greedy choice after the text
+        before a place, among the draft vocabulary, is what the draft should say, and a canvas ends
+        where the text departs from it.
     """
 
     corruption: Corruption
@@ -153,6 +156,7 @@ class Drafting:
     total_variation: float = 0.0
     refused_rate: float = 0.0
     lookup_ngram: int = 0
+    prompts: bool = False
 
     def __post_init__(self):
         if self.anchors_per_row < 1:
@@ -171,7 +175,7 @@ class Drafting:
     def draw(self, key: jax.Array, batch: Batch) -> Draw:
         """See `step.Objective`."""
         anchor_key, noise_key, refused_key = jax.random.split(key, 3)
-        places = anchor_places(batch, self.lookup_ngram)
+        places = anchor_places(batch, self.lookup_ngram, self.prompts)
         anchors, used = draw_anchors(anchor_key, places, self.anchors_per_row)
         shape = (*anchors.shape, self.canvas_length)
         clean = jnp.zeros(shape, jnp.int32)
@@ -221,6 +225,12 @@ class Drafting:
         same = batch['segment_ids'][rows, inside] == _at(batch['segment_ids'], anchors)[..., None]
         valid = (places < length) & same
         text, before = tokens[rows, inside], tokens[rows, inside - 1]
+        if self.prompts:
+            said = self._said(model, params, teacher.hidden[rows, inside - 1])
+            said = jnp.where(batch['target_mask'][rows, inside], text, said)
+            agrees = jnp.pad(said == text, [(0, 0), (0, 0), (1, 0)], constant_values=True)
+            valid &= jnp.cumprod(agrees[..., :-1].astype(jnp.int32), axis=-1) > 0
+            text = said
         values = ()
         if self.total_variation > 0:
             values = (jax.tree.map(lambda leaf: leaf[rows, inside - 1], teacher.values),)
@@ -247,6 +257,17 @@ class Drafting:
         cross_entropy, probabilities, hits, variation = scores
         return Draft(cross_entropy, probabilities, hits, variation, valid)
 
+    def _said(self, model: nn.Module, params: dict, hidden: jax.Array) -> jax.Array:
+        """The teacher's greedy token [B, A, K] of the draft vocabulary at [B, A, K, D]."""
+
+        def choose(hidden: jax.Array) -> jax.Array:
+            logits = model.apply({'params': params}, hidden, method='draft_logits')
+            row = jnp.argmax(logits, axis=-1)
+            return model.apply({'params': params}, row, method='draft_tokens').astype(jnp.int32)
+
+        hidden = jax.lax.stop_gradient(hidden)
+        return over_positions(choose, model.execution.logits_chunk, hidden.shape[:-1], hidden)
+
     def _refused_at(
         self,
         model: nn.Module,
@@ -266,17 +287,20 @@ class Drafting:
         refused = draw.anchors + 1 + jnp.sum(draft.accepted, axis=-1)
         refused = jnp.minimum(refused, batch['tokens'].shape[1] - 1)
         same = _at(batch['segment_ids'], refused) == _at(batch['segment_ids'], draw.anchors)
-        return jnp.where(
-            same & _at(anchor_places(batch, self.lookup_ngram), refused), refused, draw.anchors
-        )
+        places = anchor_places(batch, self.lookup_ngram, self.prompts)
+        return jnp.where(same & _at(places, refused), refused, draw.anchors)
 
 
-def anchor_places(batch: Batch, lookup_ngram: int = 0) -> jax.Array:
+def anchor_places(batch: Batch, lookup_ngram: int = 0, prompts: bool = False) -> jax.Array:
     """[B, L] bool, where a draft may start: response tokens that another one follows.
 
-    With `lookup_ngram` only those where a lookup of so many tokens finds nothing.
+    With `prompts` tokens of prompts too, and with `lookup_ngram` only those where a lookup of so
+    many tokens finds nothing.
     """
-    is_target, segment_ids = batch['target_mask'], batch['segment_ids']
+    segment_ids = batch['segment_ids']
+    is_target = batch['target_mask']
+    if prompts:  # but not at a document's first token, before which there are no states
+        is_target = (segment_ids > 0) & (batch['positions'] > 0)
     followed = jnp.roll(is_target, -1, axis=1) & (jnp.roll(segment_ids, -1, axis=1) == segment_ids)
     places = (is_target & followed).at[:, -1].set(False)
     return places & ~occurs_earlier(batch, lookup_ngram) if lookup_ngram else places
@@ -403,7 +427,7 @@ class DraftingConfig:
       weights: 'accepted_length', 'decay' or 'equal', see `PositionWeights`.
       smoothing: of the accepted-length weights.
       gamma: of the decay, in places.
-      anchors_per_row, total_variation, refused_rate, lookup_ngram: see `Drafting`.
+      anchors_per_row, total_variation, refused_rate, lookup_ngram, prompts: see `Drafting`.
       held_out: teacher-written examples, the last of the targets, that are never trained on;
         accepted lengths are reported on them. At most a tenth of the targets.
     """
@@ -415,6 +439,7 @@ class DraftingConfig:
     total_variation: float = 0.0
     refused_rate: float = 0.0
     lookup_ngram: int = 0
+    prompts: bool = False
     held_out: int = 64
 
     def __post_init__(self):
@@ -441,4 +466,5 @@ class DraftingConfig:
             self.total_variation,
             self.refused_rate,
             self.lookup_ngram,
+            self.prompts,
         )

@@ -1,5 +1,6 @@
 """Accepted lengths on examples that are never trained on."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,8 +46,9 @@ def held_out_metrics(
     `held_out/accepted_length` and `held_out/expected_accepted_length` are tokens per verification,
     the one after the draft included; `held_out/acceptance/01`, `02`, ... are the shares of draft
     tokens at each place that are accepted where all before them were. Anchors are the same at
-    every call.
+    every call, in responses alone.
     """
+    objective = dataclasses.replace(objective, prompts=False)
 
     @jax.jit
     def metrics(trained: Any, constants: Constants, batch: Batch) -> dict[str, jax.Array]:
