@@ -29,7 +29,7 @@ def test_the_examples_of_the_tokenizer_run_as_printed():
 def test_links_between_pages_lead_somewhere():
     import re
 
-    for page in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]:
+    for page in [ROOT / 'README.md', *(ROOT / 'docs').rglob('*.md')]:
         for target in re.findall(r'\]\(([^)#]+)\)', page.read_text()):
             if '://' not in target:
                 assert (page.parent / target).exists(), f'{page.name} links to {target}'
