@@ -1,4 +1,4 @@
-"""Every block of the README runs exactly as it is printed."""
+"""Every block of the README, and the sudoku of its notes, runs exactly as it is printed."""
 
 import json
 import os
@@ -14,8 +14,13 @@ from diffusiongemma.data.sources import DataSpec, load_source
 from diffusiongemma.data.tasks import sudoku
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / 'README.md').read_text(encoding='utf-8')
-BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
+PAGES = [
+    (ROOT / name).read_text(encoding='utf-8') for name in ('README.md', 'docs/notes/sudoku.md')
+]
+README, SUDOKU = (
+    re.findall(r'^```(\w+)\n(.*?)^```$', page, re.MULTILINE | re.DOTALL) for page in PAGES
+)
+BLOCKS = [block for block in README if block[0] != 'text'] + SUDOKU[:1]
 # As users run them: on one device, with all of XLA's optimisations, python that of the tests.
 ENVIRONMENT = os.environ | {
     'XLA_FLAGS': '',
