@@ -104,6 +104,7 @@ def draw_rows(objective: Objective, key: jax.Array, batch: Batch) -> Rows:
     return Rows(batch, objective.draw(key, batch), targets)
 
 
+@jax.named_scope('encode')
 def causal_pass(model: nn.Module, params: dict, batch: Batch) -> tuple[jax.Array, Prefix]:
     """Hidden states [B, L, D] of the clean rows, and the rows as a prefix for canvases."""
     positions, segment_ids = batch['positions'], batch['segment_ids']

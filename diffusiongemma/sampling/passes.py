@@ -76,6 +76,7 @@ def mask_id(model: DenoisingModel) -> int | None:
     return getattr(model.config, 'mask_id', None)
 
 
+@jax.named_scope('prefill')
 def prefill(
     model: CausalModel,
     params: Any,
@@ -175,6 +176,7 @@ def extend(
     return hidden, _append(cache, hidden, kv, jnp.where(active, tokens.shape[1], 0))
 
 
+@jax.named_scope('encode')
 def encode_block(
     model: CausalModel, params: Any, cache: KVCache, tokens: jax.Array, active: jax.Array
 ) -> tuple[jax.Array, Any]:
@@ -194,6 +196,7 @@ def encode_block(
     return _encode(model, params, tokens, counts, cache.lengths, cache.as_prefix())
 
 
+@jax.named_scope('denoise')
 def denoise(
     model: DenoisingModel,
     params: Any,
@@ -230,6 +233,7 @@ def denoise(
     return logits[:, 0]
 
 
+@jax.named_scope('denoise')
 def denoise_hidden(
     model: Any,
     params: Any,
