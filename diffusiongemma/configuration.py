@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -13,7 +13,10 @@ from diffusiongemma.data.sources import DataSpec, nearest
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.parallel import processes
 
-T = TypeVar('T')
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar('T', bound='DataclassInstance')
 
 KNOWN = 'known keys'  # what a hint lists
 

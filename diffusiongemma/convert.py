@@ -41,7 +41,7 @@ _BASE = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     del argv
     convert(
-        _INPUT.value,
+        run_config.given('input', _INPUT.value),
         run_config.output_directory('output', _OUTPUT.value),
         _FORMAT.value,
         dtype=jnp.dtype(_DTYPE.value) if _DTYPE.value not in (None, INT8) else _DTYPE.value,

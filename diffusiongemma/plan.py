@@ -45,9 +45,10 @@ _PROGRAMS = flags.DEFINE_list('programs', None, 'Of the sampler only these, by n
 def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
-    name = Path(flags.FLAGS['config'].config_filename).stem
+    config_flag: Any = flags.FLAGS['config']
+    name = Path(config_flag.config_filename).stem
     teacher = programs.teacher_config(config, name, _MODEL.value)
-    devices, figures = compiler.topology_devices(_TOPOLOGY.value)
+    devices, figures = compiler.topology_devices(run_config.given('topology', _TOPOLOGY.value))
     try:
         mesh = make_mesh(config.mesh, devices)
     except ValueError as error:

@@ -30,12 +30,25 @@ _TPU_FILES = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
 _INSTALL = " (for a GPU pip install -e '.[cuda]', for a TPU '.[tpu]')"
 
 
-def output_directory(flag: str, value: str) -> Path:
+def given(flag: str, value: str | None) -> str:
+    """The value of a flag that has to be there.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if value is None:
+        raise ValueError(f'--{flag} is needed.')
+    return value
+
+
+def output_directory(flag: str, value: str | None) -> Path:
     """Returns the directory that a flag names.
 
     Raises:
-      ValueError: it is a URL, which as a path would be a directory of this machine.
+      ValueError: it was not given, or is a URL, which as a path would be a directory of this
+        machine.
     """
+    value = given(flag, value)
     if '://' in value:
         raise ValueError(
             f'--{flag}={value} is a URL, and files are written to directories: mount the bucket '
@@ -50,7 +63,8 @@ def keep_compiled_programs() -> None:
     In $XDG_CACHE_HOME/diffusiongemma (~/.cache), or wherever JAX_COMPILATION_CACHE_DIR says;
     JAX_ENABLE_COMPILATION_CACHE=false turns it off.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is None:
         home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
         jax.config.update('jax_compilation_cache_dir', str(Path(home) / 'diffusiongemma'))
 
@@ -61,7 +75,8 @@ def without_missing_tpu() -> None:
     An installed libtpu writes a dozen lines of errors otherwise. JAX_PLATFORMS and plugins of other
     accelerators are left alone.
     """
-    if jax.config.jax_platforms or any(map(glob.glob, _TPU_FILES)):
+    config: Any = jax.config
+    if config.jax_platforms or any(map(glob.glob, _TPU_FILES)):
         return
     if not importlib.metadata.entry_points(group='jax_plugins'):
         jax.config.update('jax_platforms', 'cpu')

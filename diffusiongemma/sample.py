@@ -250,12 +250,13 @@ def main(argv: list[str]) -> None:
         raise ValueError('--prompt is empty: give a text to answer, or leave it out for a chat.')
     run_config.say_devices()
     loaded, rng = Loaded.from_flags(), jax.random.key(_SEED.value)
-    if _PROMPT.value is None:
+    prompt = _PROMPT.value
+    if prompt is None:
         return chat(loaded, rng)
     controls = constraint(loaded.tokenizer, loaded.sampler.model.config.vocab_size)
     if watched:
-        call_interruptibly(lambda: show_steps(loaded, _PROMPT.value, rng, controls))
-    result = call_interruptibly(lambda: answer(loaded, _PROMPT.value, rng, controls))
+        call_interruptibly(lambda: show_steps(loaded, prompt, rng, controls))
+    result = call_interruptibly(lambda: answer(loaded, prompt, rng, controls))
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(result)))
         return

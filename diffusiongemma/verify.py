@@ -200,19 +200,21 @@ def verdict(checkpoint: str, found: Mapping[str, float]) -> str:
 
 def main(argv: list[str]) -> None:
     del argv
-    if not Path(_GOLDEN.value).is_file():
-        raise FileNotFoundError(f'no golden file at {_GOLDEN.value}.')
+    checkpoint = run_config.given('checkpoint', _CHECKPOINT.value)
+    golden_file = Path(run_config.given('golden', _GOLDEN.value))
+    if not golden_file.is_file():
+        raise FileNotFoundError(f'no golden file at {golden_file}.')
     run_config.say_devices()
-    model, params, _ = load_model(_CHECKPOINT.value)
+    model, params, _ = load_model(checkpoint)
     if not isinstance(model, DiffusionGemma):
-        raise ValueError(f'{_CHECKPOINT.value} is no diffusion model (canvas_length is 0).')
-    golden = dict(np.load(_GOLDEN.value))
+        raise ValueError(f'{checkpoint} is no diffusion model (canvas_length is 0).')
+    golden = dict(np.load(golden_file))
     outputs = golden_passes(model, params, golden)
     found = differences(outputs, golden)
     chained = np.max(np.abs(outputs['chained_step1'] - golden['logits_step1']))
     logging.info('logits_step1 after our own first step: largest difference %.2e', chained)
     print(json.dumps(found), flush=True)
-    print(verdict(_CHECKPOINT.value, found), file=sys.stderr)
+    print(verdict(checkpoint, found), file=sys.stderr)
     sys.exit(0 if holds(found) else 1)
 
 

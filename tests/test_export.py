@@ -17,7 +17,7 @@ from diffusiongemma.checkpoints.convert import convert
 from diffusiongemma.checkpoints.hf_config import model_config_from_hf
 from diffusiongemma.checkpoints.hf_config_export import TokenIds, hf_config
 from diffusiongemma.checkpoints.hf_export import save_hf, with_null_expert
-from diffusiongemma.checkpoints.hf_import import TOWERS
+from diffusiongemma.checkpoints.hf_tensors import TOWERS
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.models import DiffusionGemma
 from diffusiongemma.models import init_params as init_params_eagerly

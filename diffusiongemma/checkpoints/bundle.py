@@ -121,7 +121,7 @@ def load_bundle(
     model = model_for(
         read_model_config(content.get('model'), f'{config_path}, "model"'), dtype or jnp.float32
     )
-    reader_of = {}
+    reader_of: dict[str, _BundleReader] = {}
     for where in filter(None, (_base(content, config_path), '.')):
         reader = _BundleReader(directory / where)
         reader.check_weights(reader.shapes)
@@ -142,7 +142,7 @@ def load_own_params(
     reader = _BundleReader(directory)
     wanted = param_shapes(model)
     others = {name: shape for name, shape in wanted.items() if name not in reader.shapes}
-    check_shapes(model, others | reader.shapes, str(directory))
+    check_shapes(model, {**others, **reader.shapes}, str(directory))
     return _read(model, dict.fromkeys(reader.shapes, reader), dtype, mesh)
 
 

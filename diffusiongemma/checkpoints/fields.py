@@ -5,12 +5,15 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusiongemma.checkpoints.hf_schema import MAX_LAYERS, MAX_SIZE
 from diffusiongemma.models.config import ModelConfig, with_nested_denoiser
 
-T = TypeVar('T')
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar('T', bound='DataclassInstance')
 
 _MAY_BE_ZERO = (
     'num_kv_shared_layers',

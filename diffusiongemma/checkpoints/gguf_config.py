@@ -5,7 +5,6 @@ config.json, and read with the checks of `hf_config`. A key that is not translat
 rather than another model.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -117,7 +116,7 @@ def _gemma3(keys: _Keys, file: GgufFile) -> dict[str, Any]:
     if not isinstance(pattern, list):
         pattern = [(i + 1) % pattern != 0 for i in range(layers)]
     width_of_head = content['hidden_size'] // content['num_attention_heads']
-    return content | {
+    return dict(content) | {
         'model_type': 'gemma3_text',
         'intermediate_size': keys.take('feed_forward_length'),
         'num_key_value_heads': keys.take('attention.head_count_kv'),
@@ -209,7 +208,7 @@ def _double_wide(file: GgufFile, widths: list[int], shared: int) -> bool:
     raise ValueError(f'{file.path}: feed_forward_length {widths} is not supported.')
 
 
-def _rope_scaling(keys: _Keys, file: GgufFile) -> Mapping[str, Any]:
+def _rope_scaling(keys: _Keys, file: GgufFile) -> dict[str, Any]:
     kind, factor = keys.get('rope.scaling.type', 'none'), keys.get('rope.scaling.factor', 1.0)
     keys.get('rope.scaling.original_context_length', None)  # of other kinds of scaling
     if kind not in ('none', 'linear'):

@@ -107,7 +107,7 @@ def load_gguf(
 
 
 class GgufTensors:
-    """The tensors of a GGUF file by their published names, see `hf_import.Reader`.
+    """The tensors of a GGUF file by their published names, see `reader.Reader`.
 
     Attributes:
       directory: path of the file, for messages.
@@ -163,7 +163,9 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
     """
     where = 'tokenizer.ggml.'
     needed = ('model', 'tokens', 'token_type')
-    values = {name: file.metadata.get(where + name) for name in (*needed, 'scores', 'merges')}
+    values: dict[str, Any] = {
+        name: file.metadata.get(where + name) for name in (*needed, 'scores', 'merges')
+    }
     missing = [where + name for name in needed if values[name] is None]
     if missing:
         raise ValueError(f'{file.path} has no vocabulary: {", ".join(missing)} is missing.')

@@ -144,7 +144,7 @@ class _Cursor:
 
     def __init__(self, data: np.ndarray, path: Path):
         self.offset = 0
-        self._data = memoryview(data)
+        self._data = data.data
         self._path = path
 
     def take(self, size: int) -> bytes:

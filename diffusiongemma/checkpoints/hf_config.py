@@ -93,7 +93,7 @@ def _model_config(content: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f'model_type {model_type!r} cannot be read; supported: {MODEL_TYPES}.')
     if model_type in DIFFUSION_TYPES:
         text = content['text_config']
-        family = {
+        family: dict[str, Any] = {
             'denoiser': DenoiserConfig(content.get('canvas_length', 256)),
             'final_logit_softcap': text.get('final_logit_softcapping', 30.0),
         }
@@ -209,7 +209,7 @@ def _per_layer(text: Mapping[str, Any], model_type: str) -> PerLayerConfig | Non
     return PerLayerConfig(width, text.get('vocab_size_per_layer_input', 262_144)) if width else None
 
 
-def _kv_sharing(text: Mapping[str, Any]) -> dict[str, int | None]:
+def _kv_sharing(text: Mapping[str, Any]) -> dict[str, Any]:
     shared = text.get('num_kv_shared_layers') or 0  # other families: checked to be unset
     wide = shared and text.get('use_double_wide_mlp', False)
     return {

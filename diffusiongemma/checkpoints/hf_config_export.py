@@ -39,7 +39,7 @@ _DIFFUSION_DEFAULTS = {
 }
 # transformers 5.17 builds the vision tower always. Without one to take over it gets one of no
 # layers, whose three tensors (all zeros) are written beside the text model's.
-PLACEHOLDER_VISION = {
+PLACEHOLDER_VISION: dict[str, Any] = {
     'model_type': 'gemma4_vision',
     'hidden_size': 8,
     'intermediate_size': 8,
@@ -194,7 +194,7 @@ def _check_faithful(config: ModelConfig, content: Mapping[str, Any], model_type:
     problems = []
     if config.has_frozen_encoder:
         problems.append(
-            f'it has one set of layers for both passes, and a {config.denoiser.kind} denoiser has '
+            f'it has one set of layers for both passes, and a {config.kind} denoiser has '
             "layers of its own; distill with denoiser='shared' for a model that it can hold"
         )
     else:

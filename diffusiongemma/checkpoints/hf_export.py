@@ -1,10 +1,11 @@
 """Parameters -> the published format (Hugging Face safetensors), for transformers and others.
 
-Writes with the table that `hf_import.py` reads with: a tensor is allocated, seen through the
+Writes with the table of `hf_tensors.py`: a tensor is allocated, seen through the
 `convert` of each parameter that it holds, and filled through these views. What a bundle does not
 hold (vision tower, token ids, tokenizer files) can come from a base checkpoint.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from diffusiongemma.checkpoints.hf_config_export import (
     hf_config,
     vision_config,
 )
-from diffusiongemma.checkpoints.hf_import import TOWERS, Source, TensorNames, sources
+from diffusiongemma.checkpoints.hf_tensors import TOWERS, Source, TensorNames, sources
 from diffusiongemma.checkpoints.placement import param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import INDEX_FILE, SINGLE_FILE, TensorReader
 from diffusiongemma.data.chat_template import TEMPLATE_FILE
@@ -166,7 +167,7 @@ def _text_tensors(config: ModelConfig, params: Mapping[str, Any], dtype: Any) ->
             tensor,
             source.shape,
             np.dtype(dtype or params[name].dtype),
-            lambda tensor=tensor: make(tensor),
+            functools.partial(make, tensor),
         )
 
 
@@ -182,10 +183,10 @@ def _vision_tensors(
     base: Path | None, base_config: Mapping[str, Any], dtype: np.dtype, width: int
 ) -> list[_Tensor]:
     """The base checkpoint's vision tower as it is stored, or the placeholder's zeros."""
-    if vision_config(base_config):
+    if base is not None and vision_config(base_config):
         reader = TensorReader(base)
         return [
-            _Tensor(name, shape, reader.dtype(name), lambda name=name: reader.read(name))
+            _Tensor(name, shape, reader.dtype(name), functools.partial(reader.read, name))
             for name, shape in reader.shapes.items()
             if TOWERS.match(name)
         ]
@@ -198,21 +199,22 @@ def _vision_tensors(
         'model.encoder.embed_vision.embedding_projection.weight': (width, hidden),
     }
     return [
-        _Tensor(name, shape, dtype, lambda shape=shape: np.zeros(shape, dtype))
+        _Tensor(name, shape, dtype, functools.partial(np.zeros, shape, dtype))
         for name, shape in shapes.items()
     ]
 
 
 def _write_tensors(directory: Path, tensors: list[_Tensor], max_shard_bytes: int) -> None:
     """One file, or numbered shards with their index; one shard at a time is in memory."""
-    shards, filled = [[]], 0
+    shards: list[list[_Tensor]] = [[]]
+    filled = 0
     for tensor in sorted(tensors):
         if shards[-1] and filled + tensor.size > max_shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(tensor)
         filled += tensor.size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f'model-{number:05d}-of-{len(shards):05d}.safetensors'
         file = SINGLE_FILE if len(shards) == 1 else file

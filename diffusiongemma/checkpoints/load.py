@@ -1,6 +1,7 @@
 """Opens whatever holds a model: a shipped or a packaged one, a workdir, a bundle, and the formats
 of others (published, GGUF, orbax)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ BASE_PARAMS = ('embedder', 'backbone', 'per_layer_embedder')  # of a light stude
 DRAFT_IDS_FILE = 'draft_ids.npy'  # in a workdir: the draft vocabulary of a light student
 TOKENIZER_JSON = 'tokenizer.json'  # in a published checkpoint without tokenizer.model
 
+Opened = tuple[Gemma, dict, Tokenizer | None]  # model, parameters and tokenizer
+
 
 def load_model(
     path: str | Path, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
@@ -71,32 +74,8 @@ def load_model(
       ValueError: the files do not fit together; the message names the tensor.
     """
     directory = model_directory(path)
-    gguf_file = gguf_import.find_gguf(directory)
-    if gguf_file is not None:
-        return gguf_import.load_gguf(gguf_file, dtype, mesh)
-    if adapters.is_adapters(directory):
-        return _load_adapted(directory, dtype, mesh)
-    base_tokenizer = None
-    if bundle.is_bundle(directory):
-        model, params, base_tokenizer = _load_bundle(directory, dtype, mesh)
-    elif (directory / CHECKPOINTS_DIR).is_dir():
-        model, params = _load_run(directory, None, dtype, mesh)
-    elif directory.parent.name == CHECKPOINTS_DIR and directory.name.isdigit():
-        step, directory = int(directory.name), directory.parents[1]
-        model, params = _load_run(directory, step, dtype, mesh)
-    elif orbax_import.is_orbax(directory):
-        model, params = orbax_import.load_orbax(directory, dtype, mesh)
-    else:
-        tokenizer = _published_tokenizer(directory)
-        model, params = hf_import.load_hf(directory, dtype, mesh)
-        return model, params, tokenizer
-    if mesh is None and model.config.has_frozen_encoder:
-        model = _with_fast_denoiser(model)
-    tokenizer_file = directory / bundle.TOKENIZER_FILE
-    tokenizer = base_tokenizer
-    if tokenizer_file.exists():
-        tokenizer = Tokenizer.load(str(tokenizer_file), has_empty_thought(model.config))
-    return model, params, tokenizer
+    open_it = next(open_it for detects, open_it in FORMATS if detects(directory))
+    return open_it(directory, dtype, mesh)
 
 
 def has_empty_thought(config: ModelConfig) -> bool:
@@ -126,6 +105,18 @@ def load_for_sampling(
     model, params = for_inference(model, params)
     if weights is not None:
         params = quantize_weights(model, params, weights)
+    return model, params, tokenizer
+
+
+def _completed(
+    model: Gemma, params: dict, directory: Path, mesh: jax.sharding.Mesh | None
+) -> Opened:
+    """With the tokenizer.model in `directory`, and a denoiser that is fast on this machine."""
+    if mesh is None and model.config.has_frozen_encoder:
+        model = _with_fast_denoiser(model)
+    file, tokenizer = directory / bundle.TOKENIZER_FILE, None
+    if file.exists():
+        tokenizer = Tokenizer.load(str(file), has_empty_thought(model.config))
     return model, params, tokenizer
 
 
@@ -181,13 +172,11 @@ def about_model(path: str | Path) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _load_bundle(
-    directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None
-) -> tuple[Gemma, dict, Tokenizer | None]:
-    """A bundle, on the base that it names if it lacks parameters, and that base's tokenizer."""
+def _load_bundle(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
+    """A bundle, on the base that it names if it lacks parameters, with that base's tokenizer."""
     content = bundle.read_content(directory)
     if 'base_fingerprint' not in content:
-        return *bundle.load_bundle(directory, dtype, mesh), None
+        return _completed(*bundle.load_bundle(directory, dtype, mesh), directory, mesh)
     base = _base_of(directory, content['base'], bundle.CONFIG_FILE)
     base_model, params, tokenizer = load_model(base, dtype, mesh)
     where = f'{directory / bundle.CONFIG_FILE}, "model"'
@@ -205,7 +194,8 @@ def _load_bundle(
     own = bundle.load_own_params(directory, model, dtype, mesh)
     params = {name: params[name] for name in BASE_PARAMS if name in params} | own
     bundle.check_params(model, flatten_dict(params, sep='/'), f'{directory} on {base}')
-    return model, params, tokenizer
+    model, params, own_tokenizer = _completed(model, params, directory, mesh)
+    return model, params, own_tokenizer or tokenizer
 
 
 def _base_of(directory: Path, base: str, file: str) -> str | Path:
@@ -252,10 +242,41 @@ def _published_tokenizer(directory: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def _load_run(
+def _load_gguf(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
+    """A GGUF file, or the one in a directory."""
+    file = gguf_import.find_gguf(directory)
+    assert file is not None
+    return gguf_import.load_gguf(file, dtype, mesh)
+
+
+def _load_orbax(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
+    """One of Google's orbax checkpoints."""
+    return _completed(*orbax_import.load_orbax(directory, dtype, mesh), directory, mesh)
+
+
+def _load_published(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
+    """config.json and safetensors; the tokenizer is checked before the weights are read."""
+    tokenizer = _published_tokenizer(directory)
+    return *hf_import.load_hf(directory, dtype, mesh), tokenizer
+
+
+def _is_step(directory: Path) -> bool:
+    """Whether this is one checkpoint of a run: WORKDIR/checkpoints/STEP."""
+    return directory.parent.name == CHECKPOINTS_DIR and directory.name.isdigit()
+
+
+def _load_run(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
+    """The averaged parameters of a run's newest checkpoint, or of the one that is named."""
+    workdir, step = directory, None
+    if not (directory / CHECKPOINTS_DIR).is_dir():
+        workdir, step = directory.parents[1], int(directory.name)
+    return _completed(*_averaged(workdir, step, dtype, mesh), workdir, mesh)
+
+
+def _averaged(
     workdir: Path, step: int | None, dtype: Any, mesh: jax.sharding.Mesh | None
 ) -> tuple[Gemma, dict]:
-    """The averaged parameters of a run's checkpoint, or its newest, and their model."""
+    """The averaged parameters of a step, or of the newest for None, and their model."""
     step, about, ema_params = read_ema(workdir, step)
     if 'model' not in about:
         raise ValueError(
@@ -297,9 +318,7 @@ def _check_chain(directory: Path) -> None:
         directory = BUILTIN.get(base, near)
 
 
-def _load_adapted(
-    directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None
-) -> tuple[Gemma, dict, Tokenizer | None]:
+def _load_adapted(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
     """The base that adapters name, with them merged in, and its tokenizer."""
     found = adapters.read_adapters(directory)
     base = _base_of(directory, found.base, adapters.CONFIG_FILE)
@@ -317,3 +336,14 @@ def _load_adapted(
     if mesh is not None:
         merged = jax.device_put(merged, param_shardings(model, mesh))
     return model, merged, tokenizer
+
+
+# What opens a directory (or file) is the first of these that says it can.
+FORMATS: tuple[tuple[Callable[[Path], bool], Callable[..., Opened]], ...] = (
+    (lambda directory: gguf_import.find_gguf(directory) is not None, _load_gguf),
+    (adapters.is_adapters, _load_adapted),
+    (bundle.is_bundle, _load_bundle),
+    (lambda directory: (directory / CHECKPOINTS_DIR).is_dir() or _is_step(directory), _load_run),
+    (orbax_import.is_orbax, _load_orbax),
+    (lambda directory: True, _load_published),
+)

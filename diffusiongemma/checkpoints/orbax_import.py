@@ -25,7 +25,8 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
 from diffusiongemma.checkpoints.hf_config import model_config_from_hf, read_hf_config
-from diffusiongemma.checkpoints.hf_import import AUTOREGRESSIVE, DECODER, ENCODER, load_tensors
+from diffusiongemma.checkpoints.hf_import import load_tensors
+from diffusiongemma.checkpoints.hf_tensors import AUTOREGRESSIVE, DECODER, ENCODER
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.transformer import Gemma
 

@@ -57,7 +57,7 @@ def assemble(
         device_bounds = {None: tuple((0, size) for size in shape)}
     else:
         device_bounds = {
-            device: tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+            device: tuple(s.indices(size)[:2] for s, size in zip(index or (), shape, strict=True))
             for device, index in sharding.addressable_devices_indices_map(shape).items()
         }
     buffers: dict[Bounds, np.ndarray] = {}

@@ -283,7 +283,7 @@ def _check_same(
     """Raises ValueError where both say something and it differs."""
     shared = set(ours) & set(saved)
     if 'model' in shared:  # checkpoints from before say the same in another form
-        saved = saved | {'model': ModelConfig.from_dict(saved['model']).to_dict()}
+        saved = {**saved, 'model': ModelConfig.from_dict(saved['model']).to_dict()}
     ours, saved = (
         flatten_dict({name: about[name] for name in shared}, sep='.') for about in (ours, saved)
     )

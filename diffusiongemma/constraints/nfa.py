@@ -144,6 +144,7 @@ class _Nfa:
                 full = self.add(part.part, start)
                 exits = [full] if copy < part.low else [*exits, full]
             if part.high is None:
+                assert full is not None  # there is a copy at least
                 self.jumps[self.add(Literal(separator), full)].append(start)
             full = self.new_state()
             for exit_state in exits:

@@ -65,9 +65,10 @@ def model_from_tokenizer_json(content: bytes, source: str) -> bytes:
     ]
     if any(len(pair) != 2 for pair in merges):
         raise ValueError(f'{source} has a merge that is not a pair of pieces.')
+    pairs = [(first, second) for first, second in merges]
     runs = _runs_merged_first(merges)
     types = [PieceType.USER_DEFINED if p in runs else t for p, t in zip(pieces, types, strict=True)]
-    scores = scores_of_merges(pieces, types, merges, source)
+    scores = scores_of_merges(pieces, types, pairs, source)
     return sentencepiece_model(pieces, scores, types, source)
 
 

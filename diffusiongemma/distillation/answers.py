@@ -5,7 +5,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,7 +177,7 @@ class Answerer:
         said = top_k_at(self._model, self._params, tokens, places, self._config.top_k_logits)
         return processes.on_host(said)
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _padded(self, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [batch_size, multiple of prompt_multiple] and lengths; the last row fills up."""
         multiple = self._config.prompt_multiple
         return pad_prompts(self._filled(rows), self._tokenizer.pad_id, multiple=multiple)
@@ -189,7 +188,7 @@ class Answerer:
 
 @functools.partial(jax.jit, static_argnames=('model', 'k'))
 def top_k_at(
-    model: nn.Module, params: Any, tokens: jax.Array, places: jax.Array, k: int
+    model: Gemma, params: Any, tokens: jax.Array, places: jax.Array, k: int
 ) -> TopKDistribution:
     """The k likeliest tokens behind some places of rows, by one causal pass.
 

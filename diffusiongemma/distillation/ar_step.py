@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,12 +14,13 @@ from diffusiongemma.distillation.losses import (
 )
 from diffusiongemma.distillation.microbatches import summed_gradients
 from diffusiongemma.distillation.state import TrainState, apply_gradients
+from diffusiongemma.models.transformer import Gemma
 
 Batch = dict[str, jax.Array]
 
 
 def make_ar_train_step(
-    model: nn.Module,
+    model: Gemma,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     microbatches: int = 1,

@@ -2,12 +2,12 @@
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffusiongemma.diffusion.corruption import Corruption, sample_noise_levels
 from diffusiongemma.models.cache import Prefix
+from diffusiongemma.models.denoiser import DiffusionGemma
 
 Batch = dict[str, jax.Array]
 
@@ -53,7 +53,7 @@ def draw_noise(
 
 
 def denoise(
-    model: nn.Module,
+    model: DiffusionGemma,
     params: dict,
     batch: Batch,
     prefix: Prefix,

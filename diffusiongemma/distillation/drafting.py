@@ -15,7 +15,6 @@ draft token is refused (`sampling.lossless`; DSpark trains with 0.1 and 0.9).
 import dataclasses
 from typing import Any, NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -24,6 +23,7 @@ from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.losses import mean_weights, over_positions
 from diffusiongemma.distillation.teacher import FullDistribution, TeacherStates
 from diffusiongemma.models.cache import Prefix
+from diffusiongemma.models.denoiser import DiffusionGemma
 
 
 class PositionWeights(Protocol):
@@ -185,7 +185,7 @@ class Drafting:
 
     def loss(
         self,
-        model: nn.Module,
+        model: DiffusionGemma,
         params: dict,
         draw: Draw,
         batch: Batch,
@@ -208,7 +208,7 @@ class Drafting:
 
     def draft(
         self,
-        model: nn.Module,
+        model: DiffusionGemma,
         params: dict,
         anchors: jax.Array,
         noise: jax.Array,
@@ -231,7 +231,7 @@ class Drafting:
             agrees = jnp.pad(said == text, [(0, 0), (0, 0), (1, 0)], constant_values=True)
             valid &= jnp.cumprod(agrees[..., :-1].astype(jnp.int32), axis=-1) > 0
             text = said
-        values = ()
+        values: tuple = ()
         if self.total_variation > 0:
             values = (jax.tree.map(lambda leaf: leaf[rows, inside - 1], teacher.values),)
 
@@ -257,7 +257,7 @@ class Drafting:
         cross_entropy, probabilities, hits, variation = scores
         return Draft(cross_entropy, probabilities, hits, variation, valid)
 
-    def _said(self, model: nn.Module, params: dict, hidden: jax.Array) -> jax.Array:
+    def _said(self, model: DiffusionGemma, params: dict, hidden: jax.Array) -> jax.Array:
         """The teacher's greedy token [B, A, K] of the draft vocabulary at [B, A, K, D]."""
 
         def choose(hidden: jax.Array) -> jax.Array:
@@ -270,7 +270,7 @@ class Drafting:
 
     def _refused_at(
         self,
-        model: nn.Module,
+        model: DiffusionGemma,
         params: dict,
         draw: Draw,
         batch: Batch,
@@ -374,7 +374,7 @@ def acceptance_by_position(draft: Draft, canvases: jax.Array) -> jax.Array:
 
 
 def _draft_hidden(
-    model: nn.Module,
+    model: DiffusionGemma,
     params: dict,
     anchors: jax.Array,
     noise: jax.Array,
@@ -404,7 +404,9 @@ def _at(rows: jax.Array, index: jax.Array) -> jax.Array:
     return rows[jnp.arange(len(rows))[:, None], index]
 
 
-def _total_variation(model: nn.Module, params: dict, log_probs: jax.Array, said: Any) -> jax.Array:
+def _total_variation(
+    model: DiffusionGemma, params: dict, log_probs: jax.Array, said: Any
+) -> jax.Array:
     """1 - sum_x min(p_T(x), q(x)) for log q [..., Vd] -> [...] float32."""
     if not isinstance(said, FullDistribution):
         raise ValueError(

@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -58,7 +59,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self._asked = False
-        self._before = None
+        self._before: Any = None  # what SIGTERM did before
 
     def __enter__(self) -> 'Preemption':
         if jax.process_count() == 1:

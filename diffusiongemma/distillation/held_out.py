@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -16,6 +15,7 @@ from diffusiongemma.distillation.drafting import (
     accepted_lengths,
 )
 from diffusiongemma.distillation.step import Constants, causal_pass, teacher_states
+from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.parallel import processes
 
 
@@ -39,7 +39,7 @@ def held_out_batch(
 
 
 def held_out_metrics(
-    model: nn.Module, objective: Drafting, constants: Constants, batch: Batch
+    model: DiffusionGemma, objective: Drafting, constants: Constants, batch: Batch
 ) -> Callable[[Any], dict[str, jax.Array]]:
     """A function from the trained parameters to metrics of the drafts on a batch.
 

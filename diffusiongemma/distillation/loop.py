@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from absl import logging
 
 from diffusiongemma.accounting.flops import count_flops
 from diffusiongemma.checkpoints.store import CheckpointStore
+from diffusiongemma.data.pipeline import TrainIterator
 from diffusiongemma.distillation.guard import LossGuard, Preempted, Preemption
 from diffusiongemma.distillation.reporting import Reporter
 from diffusiongemma.distillation.state import TrainState
@@ -57,7 +58,7 @@ class LoopConfig:
 def fit(
     train_step: StepFn,
     state: TrainState,
-    batches: Iterator[dict[str, np.ndarray]],
+    batches: TrainIterator,
     store: CheckpointStore,
     config: LoopConfig,
     *,

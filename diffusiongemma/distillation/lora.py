@@ -102,10 +102,10 @@ def lora_student(config: ConfigDict, model: DiffusionGemma) -> LoraStudent | Non
         )
     lora = configuration.build(LoraConfig, values, 'lora')
     needed = SEPARATE if lora.passes == DENOISE else SHARED
-    if model.config.denoiser.kind != needed:
+    if model.config.kind != needed:
         raise ValueError(
             f'config.lora.passes={lora.passes!r} needs config.denoiser={needed!r}, got '
-            f'{model.config.denoiser.kind!r}: adapters of the denoise pass alone are a separate '
+            f'{model.config.kind!r}: adapters of the denoise pass alone are a separate '
             'denoiser, and a light one is trained whole.'
         )
     return LoraStudent(lora, model, config.seed)

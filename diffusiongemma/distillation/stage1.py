@@ -10,7 +10,6 @@ noisy canvases side by side.
 import dataclasses
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +19,7 @@ from diffusiongemma.distillation.canvases import Batch, NoisyCanvases
 from diffusiongemma.distillation.losses import denoise_loss, mean_weights, over_positions
 from diffusiongemma.distillation.teacher import TeacherStates
 from diffusiongemma.models.cache import Prefix
+from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.sampling.schedule import TemperatureSchedule
 
 
@@ -76,7 +76,7 @@ class Stage1:
 
     def loss(
         self,
-        model: nn.Module,
+        model: DiffusionGemma,
         params: dict,
         draw: Draw,
         batch: Batch,
@@ -103,7 +103,12 @@ class Stage1:
         return jnp.sum(loss * draw.used), {'canvas_accuracy': jnp.sum(hits * draw.corrupted)}
 
     def _first_prediction(
-        self, model: nn.Module, params: dict, batch: Batch, prefix: Prefix, noisy: NoisyCanvases
+        self,
+        model: DiffusionGemma,
+        params: dict,
+        batch: Batch,
+        prefix: Prefix,
+        noisy: NoisyCanvases,
     ) -> jax.Array:
         """Soft embeddings [B, N, C, D] of a pass without gradient.
 
@@ -112,7 +117,7 @@ class Stage1:
         """
         params, prefix = jax.lax.stop_gradient((params, prefix))
         hidden = canvases.denoise(model, params, batch, prefix, noisy.tokens)
-        temperature = self.schedule.temperature(noisy.noise_level)[..., None]
+        temperature = jnp.asarray(self.schedule.temperature(noisy.noise_level))[..., None]
         temperature = jnp.broadcast_to(temperature, noisy.tokens.shape)
 
         def soft_embed(hidden, temperature):

@@ -16,11 +16,10 @@ certainty term sharpens what is right already, because the entropy bound accepts
 import dataclasses
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.diffusion.corruption import Corruption, MaskedCorruption
+from diffusiongemma.diffusion.corruption import Corruption, MaskedCorruption, UniformCorruption
 from diffusiongemma.distillation import canvases
 from diffusiongemma.distillation.canvases import Batch, NoisyCanvases
 from diffusiongemma.distillation.losses import (
@@ -31,6 +30,7 @@ from diffusiongemma.distillation.losses import (
 )
 from diffusiongemma.distillation.teacher import TeacherStates
 from diffusiongemma.models.cache import Prefix
+from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.sampling.acceptance import AcceptanceRule, Proposal
 from diffusiongemma.sampling.epilogue import entropy, read_logits
 from diffusiongemma.sampling.schedule import TemperatureSchedule
@@ -135,7 +135,7 @@ class Stage2:
 
     def loss(
         self,
-        model: nn.Module,
+        model: DiffusionGemma,
         params: dict,
         draw: Draw,
         batch: Batch,
@@ -146,7 +146,8 @@ class Stage2:
         clean = batch['canvas_tokens']
         targets, has_target = canvases.canvas_teacher(teacher.values, batch)
         weight = canvases.kl_weights(draw.noisy, has_target, self.kd_weight)
-        canvas, soft, total, metrics = draw.noisy.tokens, None, 0.0, {}
+        canvas, soft, metrics = draw.noisy.tokens, None, {}
+        total = jnp.zeros(())
         for n in range(self.num_steps):
             hidden = canvases.denoise(model, params, batch, prefix, canvas, soft)
             level = jnp.minimum(draw.noisy.noise_level, self.schedule.noise_level(n))
@@ -179,10 +180,12 @@ class Stage2:
                 soft = seen.soft_embeddings
         return total, metrics
 
-    def look(self, model: nn.Module, params: dict, logits: jax.Array, level: jax.Array) -> Seen:
+    def look(
+        self, model: DiffusionGemma, params: dict, logits: jax.Array, level: jax.Array
+    ) -> Seen:
         """What the sampler's greedy step reads off logits [..., V] at noise levels [...]."""
         params, logits = jax.lax.stop_gradient((params, logits))
-        shaped = logits / self.schedule.temperature(level)[..., None]
+        shaped = logits / jnp.asarray(self.schedule.temperature(level))[..., None]
         if isinstance(self.corruption, MaskedCorruption):
             shaped = shaped.at[..., self.corruption.mask_id].set(-jnp.inf)
         candidates = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
@@ -212,8 +215,9 @@ class Stage2:
           keys: [B, N] keys.
           noise_level: [B, N] float32, of `canvas`.
         """
-        is_masked = isinstance(self.corruption, MaskedCorruption)
-        is_open = canvas == self.corruption.mask_id if is_masked else jnp.ones(canvas.shape, bool)
+        corruption, is_open = self.corruption, jnp.ones(canvas.shape, bool)
+        if isinstance(corruption, MaskedCorruption):
+            is_open = canvas == corruption.mask_id
 
         def rows(leaf: jax.Array) -> jax.Array:
             """[B, N, ...] -> [B * N, ...]."""
@@ -232,6 +236,6 @@ class Stage2:
                 jnp.maximum(noise_level - 1 / self.schedule.num_steps, 0.0)[..., None]
             ),
             keys=keys.reshape(-1),
-            vocab_size=None if is_masked else self.corruption.vocab_size,
+            vocab_size=corruption.vocab_size if isinstance(corruption, UniformCorruption) else None,
         )
         return self.acceptance.next_canvas(proposal).reshape(canvas.shape)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,6 +17,8 @@ from diffusiongemma.distillation.teacher import (
     TopKDistribution,
 )
 from diffusiongemma.models.cache import Prefix
+from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.transformer import Gemma
 
 Metrics = dict[str, jax.Array]
 
@@ -39,7 +40,7 @@ class Objective(Protocol):
 
     def loss(
         self,
-        model: nn.Module,
+        model: DiffusionGemma,
         params: dict,
         draw: Any,
         batch: Batch,
@@ -105,7 +106,7 @@ def draw_rows(objective: Objective, key: jax.Array, batch: Batch) -> Rows:
 
 
 @jax.named_scope('encode')
-def causal_pass(model: nn.Module, params: dict, batch: Batch) -> tuple[jax.Array, Prefix]:
+def causal_pass(model: Gemma, params: dict, batch: Batch) -> tuple[jax.Array, Prefix]:
     """Hidden states [B, L, D] of the clean rows, and the rows as a prefix for canvases."""
     positions, segment_ids = batch['positions'], batch['segment_ids']
     args = (batch['tokens'], positions, segment_ids)
@@ -114,8 +115,8 @@ def causal_pass(model: nn.Module, params: dict, batch: Batch) -> tuple[jax.Array
 
 
 def teacher_states(
-    model: nn.Module,
-    teacher: nn.Module,
+    model: DiffusionGemma,
+    teacher: Gemma,
     params: dict,
     constants: Constants,
     batch: Batch,
@@ -135,9 +136,11 @@ def teacher_states(
         names = ('teacher_ids', 'teacher_log_probs', 'teacher_log_rest')
         said = TopKDistribution(*(batch[name] for name in names))
         return TeacherStates(said, lambda said: said, jax.lax.stop_gradient(hidden))
+    module: Gemma
     if model.config.has_frozen_encoder:
         module, weights, said_in = model, params, hidden
     else:
+        assert constants.teacher is not None
         module, weights = teacher, constants.teacher
         said_in, _ = causal_pass(teacher, weights, batch)
 
@@ -150,8 +153,8 @@ def teacher_states(
 
 
 def distillation_loss(
-    model: nn.Module,
-    teacher: nn.Module,
+    model: DiffusionGemma,
+    teacher: Gemma,
     objective: Objective,
     ar_weight: float,
     params: dict,
@@ -193,8 +196,8 @@ def distillation_loss(
 
 
 def make_distillation_step(
-    model: nn.Module,
-    teacher: nn.Module,
+    model: DiffusionGemma,
+    teacher: Gemma,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,

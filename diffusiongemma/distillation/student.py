@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from diffusiongemma.models.config import LIGHT, ModelConfig
+from diffusiongemma.models.config import LightConfig, ModelConfig
 from diffusiongemma.models.denoiser import DENOISER_ALONE, DRAFT_IDS
 
 _KEYS_AND_VALUES = ('key', 'value', 'key_norm')
@@ -29,8 +29,8 @@ def student_params_from_teacher(
     Raises:
       ValueError: a weight of the teacher is missing in the student or has another shape.
     """
-    light = config is not None and config.denoiser.kind == LIGHT
-    if 'denoise_backbone' in student_params and not light:
+    light = None if config is None else config.light
+    if 'denoise_backbone' in student_params and light is None:
         teacher_params = teacher_params | {'denoise_backbone': teacher_params['backbone']}
     student, teacher = flatten_dict(student_params), flatten_dict(teacher_params)
     for path, value in teacher.items():
@@ -46,21 +46,21 @@ def student_params_from_teacher(
         encode_path = (*path[:-1], 'encode_scalar')
         if path[-1] == 'denoise_scalar' and encode_path in teacher:
             merged[path] = teacher[encode_path]
-    if light:
+    if config is not None and light is not None:
         fresh = student_params['denoise_backbone']
-        started = _light_backbone(config, fresh, teacher_params['backbone'])
+        started = _light_backbone(config, light, fresh, teacher_params['backbone'])
         merged |= flatten_dict({'denoise_backbone': started})
     return unflatten_dict({path: jnp.array(value) for path, value in merged.items()})
 
 
-def _light_backbone(config: ModelConfig, fresh: dict, backbone: dict) -> dict:
+def _light_backbone(config: ModelConfig, light: LightConfig, fresh: dict, backbone: dict) -> dict:
     """The draft layers as the teacher's layers that they start from.
 
     A draft layer has no routed experts, and where its teacher layer shares keys and values with a
     layer that is none of the draft's, it starts with the projections of that layer.
     """
     started = {'final_norm': backbone['final_norm']}
-    for number, layer in enumerate(config.denoiser.light.layers):
+    for number, layer in enumerate(light.layers):
         own = flatten_dict(layer_params(config, backbone, layer))
         source = flatten_dict(layer_params(config, backbone, config.kv_source(layer)))
         name = f'layer_{number}'

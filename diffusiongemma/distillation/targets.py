@@ -102,7 +102,7 @@ def write_targets(
 
 def _distinct(source: Source) -> list[int]:
     """The index of each prompt at its first place."""
-    first = {}
+    first: dict[bytes, int] = {}
     for index in range(len(source)):
         prompt = hashlib.sha256(source[index]['prompt'].encode()).digest()
         first.setdefault(prompt, index)

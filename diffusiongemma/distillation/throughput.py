@@ -1,6 +1,7 @@
 """How fast a run is, and how much of the devices it uses."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ class Throughput:
     def __init__(self, count: Callable[..., Flops]):
         """`count` gives the FLOPs of a step from its arguments; it is asked once."""
         self._count = count
-        self._flops: float | None = None
+        self._flops = math.nan  # until the first step
         self._start = time.perf_counter()
         self._waited = 0.0
         self._tokens = self._steps = 0
@@ -44,7 +45,7 @@ class Throughput:
 
     def add(self, state: Any, batch: dict[str, jax.Array]) -> None:
         """A step on this batch begins."""
-        if self._flops is None:
+        if math.isnan(self._flops):
             self._flops = self._count(state, batch).model
         self._tokens += batch['tokens'].size
         self._steps += 1

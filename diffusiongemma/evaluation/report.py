@@ -81,11 +81,16 @@ def comparison_table(result: Comparison) -> Table:
         row(
             f'speed-up at batch {speeds.speed_batch_size}',
             '1.00x',
-            f'{speeds.speedup:.2f}x',
-            f'{speeds.lossless_speedup:.2f}x',
-            f'{speeds.lookup_speedup:.2f}x',
+            _ratio(speeds.speedup, speeds.speedup_spread),
+            _ratio(speeds.lossless_speedup, speeds.lossless_speedup_spread),
+            _ratio(speeds.lookup_speedup, speeds.lookup_speedup_spread),
         )
     return table
+
+
+def _ratio(middle: float, spread: tuple[float, float]) -> str:
+    """Such as '1.28x (1.15-1.41)': median, 10th and 90th percentile."""
+    return f'{middle:.2f}x ({spread[0]:.2f}-{spread[1]:.2f})'
 
 
 def _measures(*samples: SampleMeasures) -> Iterator[tuple[str, ...]]:
@@ -238,8 +243,9 @@ def plot_sweep(path: Path, points: Sequence[Point], batch_size: int) -> None:
     figure.savefig(path, dpi=120)
 
 
-_TEACHER = {'label': 'teacher, AR', 'color': 'black', 'marker': '*', 'markersize': 11}
-_LOSSLESS = {'label': 'student, lossless', 'color': 'tab:red', 'marker': 'D'}
+_Style = dict[str, Any]  # keyword arguments of a line in matplotlib
+_TEACHER: _Style = {'label': 'teacher, AR', 'color': 'black', 'marker': '*', 'markersize': 11}
+_LOSSLESS: _Style = {'label': 'student, lossless', 'color': 'tab:red', 'marker': 'D'}
 
 
 class _Styles(NamedTuple):

@@ -13,14 +13,13 @@ from rich.console import Console
 from rich.progress import track
 
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.evaluation.compare import (
+from diffusiongemma.evaluation.decoding import (
     Contestant,
     Decoded,
     EvalConfig,
     Examples,
     decode,
     judged,
-    tokens_per_second,
 )
 from diffusiongemma.evaluation.metrics import (
     accuracy_under_parallelism,
@@ -29,6 +28,7 @@ from diffusiongemma.evaluation.metrics import (
     negative_log_likelihood,
 )
 from diffusiongemma.evaluation.tasks import accuracy
+from diffusiongemma.evaluation.timing import Speed, timed
 from diffusiongemma.sampling import EntropyBound, Sampler
 
 NEAR = 0.01  # accuracy that a point may lose and still count as good as the teacher
@@ -100,7 +100,7 @@ class Point:
       tokens_per_pass: tokens per pass, commits and verifications counted; 1 when autoregressive.
       steps_per_canvas: denoise passes per canvas; None when autoregressive.
       tokens_per_second: at the main batch size.
-      speedup: its ratio to the teacher's.
+      speedup: its ratio to the teacher's, the median of turns.
     """
 
     mode: str
@@ -160,7 +160,7 @@ def sweep(
         decode(*contestant, tokenizer, examples, config, rng)
         for contestant in watch(contestants, 'answering')
     ]
-    speeds = tokens_per_second(
+    speeds = timed(
         contestants, tokenizer, examples, config, rng, config.speed_batch_sizes[0], watch
     )
     likelihoods = [
@@ -168,7 +168,7 @@ def sweep(
         for answers in watch(decoded, 'judging')
     ]
     return [
-        _point(sampler, examples, answers, decoded[0], likelihood, speed, speeds[0])
+        _point(sampler, examples, answers, decoded[0], likelihood, speed)
         for (sampler, _), answers, likelihood, speed in zip(
             contestants, decoded, likelihoods, speeds, strict=True
         )
@@ -181,8 +181,7 @@ def _point(
     answers: Decoded,
     by_teacher: Decoded,
     teacher_nll: float,
-    speed: float,
-    teacher_speed: float,
+    speed: Speed,
 ) -> Point:
     is_swept = sampler.mode == 'diffusion'
     return Point(
@@ -196,8 +195,8 @@ def _point(
         tokens_per_denoise_pass=answers.tokens_per_denoise_pass,
         tokens_per_pass=answers.tokens_per_pass,
         steps_per_canvas=answers.steps_per_canvas if answers.canvases else None,
-        tokens_per_second=speed,
-        speedup=speed / teacher_speed,
+        tokens_per_second=speed.tokens_per_second,
+        speedup=speed.ratio,
     )
 
 

@@ -141,6 +141,7 @@ def attend_in_blocks(
     """
     length = query.shape[2]
     if not in_parts(length, query_block):
+        assert not isinstance(mask, CausalMask)
         return attend(query, block_kv, prefix_kv, mask, keys_first)
     count = -(-length // query_block)
     size = -(-length // count)

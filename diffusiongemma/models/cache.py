@@ -115,6 +115,7 @@ class Prefix:
         """The tokens behind the keys of a leaf of that many slots."""
         if slots == self.positions.shape[1]:
             return KeyTokens(self.positions, self.segment_ids)
+        assert self.lengths is not None  # a ring is part of a cache
         return ring_tokens(self.lengths, slots)
 
     def tokens_by_kind(self, config: ModelConfig) -> dict[str, KeyTokens]:

@@ -1,211 +1,40 @@
 """The one frozen config that describes every backbone, and what follows from it."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-SLIDING = 'sliding'
-FULL = 'full'
+from diffusiongemma.models.denoiser_config import (
+    LIGHT,
+    SEPARATE,
+    SHARED,
+    DenoiserConfig,
+    LightConfig,
+    with_nested_denoiser,
+)
+from diffusiongemma.models.layer_config import (
+    FULL,
+    SLIDING,
+    AttentionConfig,
+    LayerStack,
+    MoEConfig,
+    PerLayerConfig,
+)
 
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-    """Attention of one layer type.
-
-    Attributes:
-      num_kv_heads: key/value heads K; divides the model's query heads N.
-      head_dim: H, even.
-      rope_theta: base wavelength of the rotary embedding.
-      rope_fraction: share of the H/2 frequencies that rotate ("proportional" RoPE);
-        the others are zero.
-      rope_scale: positions are divided by it ("linear" scaling; 8 in the full layers of the
-        Gemma 3 models that read more than 32K tokens).
-      window: keys that a query sees, itself included; None for the whole prefix.
-      value_is_key: no value projection; the value is the raw key projection.
-    """
-
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 10_000.0
-    rope_fraction: float = 1.0
-    rope_scale: float = 1.0
-    window: int | None = None
-    value_is_key: bool = False
-
-    def __post_init__(self):
-        if self.head_dim % 2:
-            raise ValueError(f'head_dim must be even for rotary embeddings, got {self.head_dim}.')
-        if self.window is not None and self.window < 1:
-            raise ValueError(f'window must be >= 1 or None (no window), got {self.window}.')
-        if not 0 <= self.rope_fraction <= 1:
-            raise ValueError(f'rope_fraction must lie in [0, 1], got {self.rope_fraction}.')
-        if self.rope_scale <= 0:
-            raise ValueError(f'rope_scale must be > 0, got {self.rope_scale}.')
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """Routed experts beside the dense MLP: E experts of width F_e, top-k of them per token."""
-
-    num_experts: int
-    top_k: int
-    expert_width: int
-
-    def __post_init__(self):
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(
-                f'top_k must lie in [1, num_experts={self.num_experts}], got {self.top_k}.'
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class PerLayerConfig:
-    """Per-layer embeddings: every token has a small vector for each layer (Gemma 4 E2B, E4B).
-
-    Attributes:
-      width: P of each vector.
-      vocab_size: tokens that have such vectors; at least the model's V.
-    """
-
-    width: int
-    vocab_size: int
-
-    def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f'the width of per-layer embeddings must be >= 1, got {self.width}.')
-
-
-SHARED, SEPARATE, LIGHT = 'shared', 'separate', 'light'
-
-
-@dataclasses.dataclass(frozen=True)
-class LightConfig:
-    """A few layers of their own that read the frozen teacher's keys, values and states.
-
-    Attributes:
-      layers: teacher layers that the denoiser's layers start from, in order. Each attends to the
-        keys and values that the teacher has cached in that very layer, so there is no second cache.
-      teacher_state: the final hidden state of the last encoded token, through a projection that
-        starts at zero, is added to every canvas input.
-      draft_vocab_size: tokens that the denoiser's head scores, see `draft_vocabulary` in the
-        parameters; 0 for the whole vocabulary.
-      serial_rank: rank of a bigram term on the logits that ties each draft token to the one before
-        it; 0 for none.
-    """
-
-    layers: tuple[int, ...]
-    teacher_state: bool = True
-    draft_vocab_size: int = 0
-    serial_rank: int = 0
-
-    def __post_init__(self):
-        object.__setattr__(self, 'layers', tuple(self.layers))
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(
-                f'light.layers must be increasing numbers of teacher layers, got {self.layers}.'
-            )
-        for name in ('draft_vocab_size', 'serial_rank'):
-            if getattr(self, name) < 0:
-                raise ValueError(f'light.{name} must be >= 0 (0: none), got {getattr(self, name)}.')
-
-
-@dataclasses.dataclass(frozen=True)
-class DenoiserConfig:
-    """What a DiffusionGemma has besides its backbone.
-
-    Attributes:
-      canvas_length: C, tokens denoised at once.
-      kind: 'shared', the backbone's own weights with layer scalars of their own, as released;
-        'separate', a full second set of layers, so that the encode pass stays exactly the
-        teacher; or 'light', a few layers that read the frozen teacher's states.
-      predict_next: a canvas token is predicted at the position before its own, as the
-        autoregressive pass predicts it: the denoise pass runs over the token before the canvas
-        and all of the canvas but its last token. What a teacher has learned then holds from the
-        first step on (Gong et al. 2024, arXiv:2410.17891). The released models do not.
-      self_conditioning: a denoise pass sees the soft embeddings of the step before; else it was
-        trained without, and takes none.
-      mask_id: the token that stands for noise, of a denoiser that was trained with masked
-        corruption; None for uniform noise.
-      light: of the kind 'light', and of no other.
-    """
-
-    canvas_length: int
-    kind: str = SHARED
-    predict_next: bool = False
-    self_conditioning: bool = True
-    mask_id: int | None = None
-    light: LightConfig | None = None
-
-    def __post_init__(self):
-        if self.canvas_length < 1:
-            raise ValueError(f'canvas_length must be >= 1, got {self.canvas_length}.')
-        if self.kind not in (SHARED, SEPARATE, LIGHT):
-            raise ValueError(
-                f'the kind of a denoiser must be one of {(SHARED, SEPARATE, LIGHT)}, '
-                f'got {self.kind!r}.'
-            )
-        if (self.light is not None) != (self.kind == LIGHT):
-            raise ValueError(
-                f"a denoiser of kind 'light' needs a LightConfig and no other kind has one, got "
-                f'kind={self.kind!r} and light={self.light}.'
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerStack:
-    """Consecutive layers that differ in nothing but their type.
-
-    Whole repetitions of a pattern share code; what is left over is applied one by one.
-
-    Attributes:
-      first: number of its first layer in the model.
-      types: 'sliding' or 'full' for each layer.
-      shares_kv: the layers attend to keys and values of earlier ones and have none themselves.
-      scanned: the repetitions are one loop over stacked parameters, keys and values.
-    """
-
-    first: int
-    types: tuple[str, ...]
-    shares_kv: bool = False
-    scanned: bool = True
-
-    def as_loop(self, scanned: bool) -> 'LayerStack':
-        """The same layers, their repetitions in a loop or not (`Execution.scan_layers`)."""
-        return dataclasses.replace(self, scanned=scanned)
-
-    @property
-    def pattern(self) -> tuple[str, ...]:
-        """The shortest run of layer types that, repeated, gives `types`."""
-        types = self.types
-        for period in range(1, len(types) + 1):
-            if all(types[i] == types[i % period] for i in range(len(types))):
-                return types[:period]
-        return types
-
-    @property
-    def num_groups(self) -> int:
-        """G, whole repetitions of the pattern."""
-        return len(self.types) // len(self.pattern) if self.types else 0
-
-    @property
-    def tail(self) -> tuple[str, ...]:
-        """Layer types left over after the last whole repetition; applied one by one."""
-        return self.types[self.num_groups * len(self.pattern) :]
-
-    @property
-    def tail_first(self) -> int:
-        """Number of the first tail layer in the model."""
-        return self.first + len(self.types) - len(self.tail)
-
-    @property
-    def stacked(self) -> tuple[str, ...]:
-        """Layer types whose keys and values are stacked, [G, ...] for each: those of a scan."""
-        return self.pattern if self.scanned else ()
-
-    @property
-    def single(self) -> tuple[str, ...]:
-        """Layer types whose keys and values are arrays of their own."""
-        return self.tail if self.scanned else self.types
+__all__ = [
+    'FULL',
+    'LIGHT',
+    'SEPARATE',
+    'SHARED',
+    'SLIDING',
+    'AttentionConfig',
+    'DenoiserConfig',
+    'LayerStack',
+    'LightConfig',
+    'MoEConfig',
+    'ModelConfig',
+    'PerLayerConfig',
+    'with_nested_denoiser',
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,8 +113,8 @@ class ModelConfig:
             raise ValueError(
                 f'mask_id must be one of {self.vocab_size} token ids or None, got {self.mask_id}.'
             )
-        light = self.denoiser and self.denoiser.light
-        if not light:
+        light = self.light
+        if light is None:
             return
         if not 0 <= light.layers[0] <= light.layers[-1] < self.num_layers:
             raise ValueError(
@@ -325,6 +154,16 @@ class ModelConfig:
     @property
     def is_diffusion(self) -> bool:
         return self.denoiser is not None
+
+    @property
+    def kind(self) -> str | None:
+        """That of the denoiser; None for a purely autoregressive model."""
+        return self.denoiser.kind if self.denoiser else None
+
+    @property
+    def light(self) -> LightConfig | None:
+        """What a light denoiser has; None for the other kinds."""
+        return self.denoiser.light if self.denoiser else None
 
     @property
     def canvas_length(self) -> int:
@@ -425,28 +264,6 @@ class ModelConfig:
                 values[name] = values[name] | {'light': light}
             values[name] = _build(nested_cls, values[name], f'model config, {name!r}')
         return _build(cls, values, 'model config')
-
-
-_EXECUTION_KEYS = ('scan_layers', 'output_major', 'denoise_dtype')  # once part of the config
-_FLAT_KEYS = ('canvas_length', 'separate_denoiser', 'predict_next', 'self_conditioning', 'mask_id')
-
-
-def with_nested_denoiser(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config dict of today, also from one of before.
-
-    Then the denoiser's fields stood among the others, and some were of the execution.
-
-    Raises:
-      ValueError: there are fields of a denoiser and no canvas.
-    """
-    values = {name: value for name, value in values.items() if name not in _EXECUTION_KEYS}
-    flat = {name: values.pop(name) for name in _FLAT_KEYS if name in values}
-    is_separate = flat.pop('separate_denoiser', False)
-    if flat.get('canvas_length', 0) != 0 or flat.get('canvas_length', 0) is False:
-        values['denoiser'] = flat | {'kind': SEPARATE if is_separate else SHARED}
-    elif is_separate or flat.get('predict_next'):
-        raise ValueError('separate_denoiser and predict_next need a canvas_length > 0.')
-    return values
 
 
 def _build(cls, values: dict, where: str):

@@ -9,7 +9,7 @@ from diffusiongemma.models.config import LIGHT, SEPARATE, LightConfig, ModelConf
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.layers import GatedMLP, RMSNorm, logical_param, rms_normalize
 from diffusiongemma.models.light import LightBackbone, SerialCorrection, TeacherState
-from diffusiongemma.models.masks import canvas_mask
+from diffusiongemma.models.masks import AttentionMask, CausalMask, canvas_mask
 from diffusiongemma.models.precision import native_dtype
 from diffusiongemma.models.transformer import (
     ACTIVATION_AXES,
@@ -72,9 +72,9 @@ class DiffusionGemma(Gemma):
         config, dtype, light = self.config, self.denoise_dtype, self.light
         if light is None or config.self_conditioning:
             self.self_conditioning = SelfConditioning(config, dtype, self.execution)
-        if config.denoiser.kind == SEPARATE:
+        if config.kind == SEPARATE:
             self.denoise_backbone = Backbone(config.autoregressive, dtype, self.execution)
-        elif config.denoiser.kind == LIGHT:
+        elif config.kind == LIGHT:
             self.denoise_backbone = LightBackbone(config, dtype, self.execution)
         if light is None:
             return
@@ -97,7 +97,7 @@ class DiffusionGemma(Gemma):
     @property
     def light(self) -> LightConfig | None:
         """What a light denoiser has; None for the other kinds."""
-        return self.config.denoiser.light
+        return self.config.light
 
     @property
     def denoise_dtype(self) -> jnp.dtype:
@@ -136,13 +136,15 @@ class DiffusionGemma(Gemma):
         if not self.config.self_conditioning:
             soft_embeddings = None
         if self.config.predict_next:
+            if previous is None:
+                raise ValueError('a model with predict_next needs the token before each canvas.')
             canvas = _behind(previous[..., None], canvas, axis=-1)
             starts = starts - 1
             if soft_embeddings is not None:
                 nothing = jnp.zeros_like(soft_embeddings[..., :1, :])
                 soft_embeddings = _behind(nothing, soft_embeddings, axis=-2)
         length = canvas.shape[-1]
-        masks = {
+        masks: dict[str, AttentionMask | CausalMask] = {
             kind: canvas_mask(starts, segment_ids, length, keys, self.config.attention(kind).window)
             for kind, keys in prefix.tokens_by_kind(self.config).items()
         }
@@ -159,7 +161,7 @@ class DiffusionGemma(Gemma):
             if self.light.teacher_state:
                 x = self.teacher_state(x, teacher_state)
             return self.denoise_backbone(x, prefix.kv, context, per_layer)
-        if self.config.denoiser.kind == SEPARATE:
+        if self.config.kind == SEPARATE:
             hidden, _ = self.denoise_backbone(x, prefix.kv, context, 'encode', per_layer)
         else:
             hidden, _ = self.backbone(x, prefix.kv, context, 'denoise', per_layer)

@@ -64,8 +64,10 @@ class Execution:
     def mesh_axes(self, shape: Sequence[int], names: Sequence[str | None]) -> list[tuple[str, ...]]:
         """Mesh axes of more than one device that each dimension of an array is spread over.
 
-        See `spread`, which takes the same arguments.
+        See `spread`, which takes the same arguments; none without a mesh.
         """
+        if self.mesh is None:
+            return [()] * len(shape)
         return spread(shape, names, self.rules, self.mesh)
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:

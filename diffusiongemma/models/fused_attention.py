@@ -7,6 +7,7 @@ backward pass computes the scores again from the queries, the keys and one numbe
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -108,15 +109,16 @@ def _kernel(length: int, heads: int, window: int | None, interpret: bool) -> Ker
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     if window is None or window >= length:
-        mask = splash.CausalMask((length, length))
+        mask: Any = splash.CausalMask((length, length))
     else:
         mask = splash.LocalMask((length, length), window_size=(window - 1, 0), offset=0)
     block = next(size for size in BLOCKS if length % size == 0)
     names = ('block_q', 'block_kv', 'block_q_dkv', 'block_kv_dkv', 'block_q_dq', 'block_kv_dq')
+    sizes: dict[str, Any] = dict.fromkeys(names, block)
     with jax.core.eval_context():  # arrays and not what is traced here: it is kept for later
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * heads),
-            block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+            block_sizes=splash.BlockSizes(**sizes),
             head_shards=1,
             q_seq_shards=1,
             interpret=interpret,

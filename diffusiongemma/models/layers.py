@@ -37,9 +37,9 @@ def logical_param(
     axes: Sequence[str | None],
 ) -> jax.Array:
     """Declares a float32 parameter together with its logical axes."""
-    return module.param(
-        name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32
-    )
+    partitioned = nn.with_logical_partitioning(init, tuple(axes))
+    parameter: Any = module.param(name, partitioned, tuple(shape), jnp.float32)
+    return parameter
 
 
 def kernel_param(

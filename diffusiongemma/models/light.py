@@ -6,6 +6,8 @@ the fast lossless systems (EAGLE-3, arXiv:2503.01840; DFlash, arXiv:2602.06036),
 own cache in place of one that is projected for the draft.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from diffusiongemma.models.cache import KV, layer_kv
 from diffusiongemma.models.config import LightConfig, ModelConfig
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.layers import RMSNorm, kernel_init, logical_param, project
-from diffusiongemma.models.transformer import LayerInput, PassContext, rematerialised
+from diffusiongemma.models.transformer import KVPair, LayerInput, PassContext, rematerialised
 
 
 def draft_layer_config(config: ModelConfig, layer: int) -> ModelConfig:
@@ -53,7 +55,8 @@ class LightBackbone(nn.Module):
           context: rotary tables and masks.
           per_layer: [B, M, T, teacher layers, P], where the teacher has per-layer embeddings.
         """
-        config, canvas_kv = self.config, {}
+        config = self.config
+        canvas_kv: dict[int, KVPair] = {}  # by layer of the teacher
         make_layer = rematerialised(self.execution.remat)
         for number, layer in enumerate(_light(config).layers):
             kind, shares_kv = config.layer_types[layer], shares_draft_kv(config, layer)
@@ -61,7 +64,7 @@ class LightBackbone(nn.Module):
             own_context = context
             if shares_kv:
                 source = canvas_kv[config.kv_source(layer)]
-                own_context = context.replace(shared_kv={kind: (cached, source)})
+                own_context = dataclasses.replace(context, shared_kv={kind: (cached, source)})
             draft_layer = make_layer(
                 draft_layer_config(config, layer),
                 kind,
@@ -72,7 +75,9 @@ class LightBackbone(nn.Module):
                 name=f'layer_{number}',
             )
             given = LayerInput(cached, None if per_layer is None else per_layer[..., layer, :])
-            x, canvas_kv[layer] = draft_layer(x, given, own_context)
+            x, own_kv = draft_layer(x, given, own_context)
+            if own_kv is not None:
+                canvas_kv[layer] = own_kv
         return RMSNorm(config.norm_eps, config.norm_scale_offset, name='final_norm')(x)
 
 
@@ -122,5 +127,5 @@ class SerialCorrection(nn.Module):
 
 
 def _light(config: ModelConfig) -> LightConfig:
-    assert config.denoiser is not None and config.denoiser.light is not None
-    return config.denoiser.light
+    assert config.light is not None
+    return config.light

@@ -94,10 +94,11 @@ def init_lora(config: LoraConfig, params: Mapping[str, Any], key: jax.Array) -> 
         )
     adapters = {}
     for index, (name, value) in enumerate(sorted(flatten_dict(dict(params), sep='/').items())):
+        axes = _axes(name, value.ndim)
         if _matches(config, config.whole, name):
             adapters[name] = jnp.asarray(value, jnp.float32)
-        elif _matches(config, config.targets, name) and _axes(name, value.ndim):
-            rows, columns = _factor_shapes(value.shape, _axes(name, value.ndim), config.rank)
+        elif _matches(config, config.targets, name) and axes is not None:
+            rows, columns = _factor_shapes(value.shape, axes, config.rank)
             noise = jax.random.normal(jax.random.fold_in(key, index), rows, jnp.float32)
             adapters[f'{name}/{_A}'] = noise * rows[-2] ** -0.5
             adapters[f'{name}/{_B}'] = jnp.zeros(columns, jnp.float32)
@@ -144,10 +145,10 @@ def base_params(target: ModelConfig, params: Mapping[str, Any]) -> dict:
     flat = flatten_dict(dict(params))
     found = dict(flat)
     for path, value in flat.items():
-        if path[0] != 'backbone' or not target.is_diffusion or 'denoise_backbone' in params:
+        if path[0] != 'backbone' or target.kind is None or 'denoise_backbone' in params:
             continue
         denoise_scalar = (*path[:-1], 'denoise_scalar')
-        if target.denoiser.kind == SHARED:
+        if target.kind == SHARED:
             if path[-1] == 'encode_scalar':
                 found.setdefault(denoise_scalar, value)
             continue
@@ -176,6 +177,7 @@ def adapter_shardings(adapters: Mapping[str, Any], shardings: Mapping[str, Any])
             continue
         sharding = kernels[kernel]
         axes = _axes(kernel, len(sharding.spec))
+        assert axes is not None  # only kernels have factors
         spec = tuple(sharding.spec)
         outer, inner = spec[: axes.batch], spec[axes.batch :]
         if leaf == _A:
@@ -227,10 +229,9 @@ def _with_delta(
     name: str, kernel: jax.Array | None, a: jax.Array, b: jax.Array, config: LoraConfig
 ) -> jax.Array:
     """kernel + scale * A B, computed in float32."""
-    if kernel is None or _factor_shapes(kernel.shape, _axes(name, kernel.ndim), a.shape[-1]) != (
-        tuple(a.shape),
-        tuple(b.shape),
-    ):
+    axes = None if kernel is None else _axes(name, kernel.ndim)
+    factors = tuple(a.shape), tuple(b.shape)
+    if kernel is None or axes is None or _factor_shapes(kernel.shape, axes, a.shape[-1]) != factors:
         have = 'none' if kernel is None else f'one of shape {kernel.shape}'
         raise ValueError(
             f'the adapters of {name} have shapes {a.shape} and {b.shape}, and the base has {have}: '

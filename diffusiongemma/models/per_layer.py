@@ -38,7 +38,7 @@ class PerLayerEmbedder(nn.Module):
 
     def __call__(self, tokens: jax.Array, embeddings: jax.Array) -> jax.Array:
         """Tokens [...] int32 and what enters the first layer [..., D] -> [..., layers, P]."""
-        width = self.config.per_layer.width
+        width = self.embedding.shape[-1]
         looked_up = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         looked_up *= jnp.asarray(width**0.5, self.dtype)
         projected = jnp.einsum('...d,dlp->...lp', embeddings, self.projection.astype(self.dtype))

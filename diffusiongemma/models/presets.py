@@ -45,15 +45,14 @@ def _gemma3(
     query_scale: float = 256**-0.5,
     rope_scale: float = 1.0,
 ) -> ModelConfig:
-    attention = {'num_kv_heads': num_kv_heads, 'head_dim': head_dim}
     return ModelConfig(
         vocab_size=VOCAB_SIZE,
         width=width,
         num_heads=num_heads,
         ffn_width=ffn_width,
         layer_types=_layer_types(num_layers),
-        sliding=AttentionConfig(**attention, rope_theta=1e4, window=window),
-        full=AttentionConfig(**attention, rope_theta=1e6, rope_scale=rope_scale),
+        sliding=AttentionConfig(num_kv_heads, head_dim, rope_theta=1e4, window=window),
+        full=AttentionConfig(num_kv_heads, head_dim, rope_theta=1e6, rope_scale=rope_scale),
         max_positions=max_positions,
         query_scale=query_scale,
         value_norm=False,

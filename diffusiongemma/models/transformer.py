@@ -6,7 +6,8 @@ and values are a second scan behind those that have their own. One pass runs ove
 tokens per row (see masks.py).
 """
 
-from typing import Any, Literal
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -104,6 +105,7 @@ class Layer(nn.Module):
             update = norm('post_mlp_norm', update) + norm('post_moe_norm', routed)
         x = x + norm('post_ffn_norm', update)
         if config.per_layer is not None:
+            assert given.per_layer is not None  # every layer of such a model is given some
             update = PerLayerUpdate(config, self.dtype, name='per_layer')(x, given.per_layer)
             x = x + norm('post_per_layer_norm', update)
         x = x * self._output_scalar().astype(self.dtype)
@@ -119,6 +121,7 @@ class Layer(nn.Module):
             prefix_kv, block_kv = context.shared_kv[self.kind]
             return attention(x, rope, mask, prefix_kv, block_kv), None
         own_kv = attention.keys_and_values(x, rope)
+        assert given.prefix_kv is not None  # None only where keys and values are shared
         return attention(x, rope, mask, given.prefix_kv, own_kv), own_kv
 
     def _output_scalar(self) -> jax.Array:
@@ -225,7 +228,8 @@ class Backbone(nn.Module):
                 for kind in sorted(set(shared.types))
             }
             given = layer_inputs(shared, None, per_layer)
-            x, _ = self._run(shared, which, x, given, context.replace(shared_kv=sources))
+            context = dataclasses.replace(context, shared_kv=sources)
+            x, _ = self._run(shared, which, x, given, context)
         x = RMSNorm(config.norm_eps, config.norm_scale_offset, name='final_norm')(x)
         return x, block_kv
 
@@ -242,7 +246,8 @@ class Backbone(nn.Module):
         fields |= {'execution': self.execution, 'shares_kv': stack.shares_kv}
         name = 'shared_{}' if stack.shares_kv else '{}'
         stacked, single = given
-        stacked_kv, single_kv = (), []
+        stacked_kv: tuple = ()
+        single_kv: list[KVPair] = []
         if stack.scanned:
             scanned = nn.scan(
                 LayerGroup,
@@ -294,6 +299,10 @@ class Gemma(nn.Module):
     config: ModelConfig
     dtype: Any = jnp.float32
     execution: Execution = Execution()
+
+    if TYPE_CHECKING:  # flax's own type allows for `mutable`, which nobody here passes
+
+        def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def setup(self):
         config = self.config

@@ -9,7 +9,7 @@ same; TPUs and GPUs do it as a whole.
 import functools
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -129,9 +129,7 @@ def _argmax_of_chunks(logits: jax.Array, size: int) -> jax.Array:
     return chunk * size + _argmax(chosen)
 
 
-def _by_platform(
-    by_parts: Callable, whole: Callable, logits: jax.Array, *others: jax.Array
-) -> jax.typing.ArrayLike:
+def _by_platform(by_parts: Callable, whole: Callable, logits: jax.Array, *others: jax.Array) -> Any:
     if logits.shape[-1] <= LARGE_VOCABULARY:
         return whole(logits, *others)
     return jax.lax.platform_dependent(logits, *others, cpu=by_parts, default=whole)

@@ -47,7 +47,7 @@ def join(
             f'coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: '
             'give all three, or none of them where the environment knows (SLURM, GKE, TPU VM).'
         )
-    if num_processes is not None and not 0 <= process_id < num_processes:
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f'process_id={process_id} must lie in [0, num_processes={num_processes}).')
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')  # of the CPU backend alone
     watch = threading.Timer(timeout_s, _give_up, (coordinator, num_processes, timeout_s))
@@ -184,7 +184,8 @@ def data_shard(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, i
       ValueError: the rows of two processes overlap without being the same.
     """
     rows: dict[int, set[int]] = {}
-    for device, (where, *_) in sharding.devices_indices_map((batch_size,)).items():
+    places: Mapping[Any, tuple[slice, ...]] = sharding.devices_indices_map((batch_size,))
+    for device, (where, *_) in places.items():
         rows.setdefault(device.process_index, set()).update(range(*where.indices(batch_size)))
     parts = sorted({tuple(sorted(held)) for held in rows.values()})
     if sum(map(len, parts)) != batch_size or len({len(part) for part in parts}) > 1:

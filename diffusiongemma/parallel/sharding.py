@@ -86,8 +86,8 @@ def param_shardings(model: nn.Module, mesh: Mesh) -> Any:
     rules = rules_of(model)
 
     def sharding(shape: jax.ShapeDtypeStruct, names: PartitionSpec) -> NamedSharding:
-        names = tuple(names) + (None,) * (len(shape.shape) - len(names))
-        return NamedSharding(mesh, partition_spec(spread(shape.shape, names, rules, mesh)))
+        axes = (*names, *(None,) * (len(shape.shape) - len(names)))
+        return NamedSharding(mesh, partition_spec(spread(shape.shape, axes, rules, mesh)))
 
     return jax.tree.map(sharding, nn.meta.unbox(boxed), nn.get_partition_spec(boxed))
 
@@ -121,7 +121,7 @@ def state_shardings(abstract_state: Any, params_sharding: Any, mesh: Mesh) -> An
     A subtree with the structure of the parameters (masters, EMA, Adam moments) takes their
     shardings; every other leaf (step counters) is replicated.
     """
-    structure = jax.tree.structure(params_sharding)
+    structure: Any = jax.tree.structure(params_sharding)
 
     def mirrors_params(node: Any) -> bool:
         return jax.tree.structure(node) == structure

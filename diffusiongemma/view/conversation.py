@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.sampler import MODES
@@ -74,7 +75,8 @@ class Conversation:
             if arguments:
                 if not arguments[0].isdecimal():
                     raise ValueError(f'/steps takes a number, got {arguments[0]!r}.')
-                config = dataclasses.replace(sampler.config, **{field: int(arguments[0])})
+                changed: dict[str, Any] = {field: int(arguments[0])}
+                config = dataclasses.replace(sampler.config, **changed)
                 sampler = dataclasses.replace(sampler, config=config)
             self._write(f'[{field} {getattr(sampler.config, field)}]\n')
         elif name == 'reset' and not arguments:

@@ -1,0 +1,22 @@
+"""What every reader of published tensors gives, wherever they come from."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class Reader(Protocol):
+    """Published tensors by name, wherever they come from."""
+
+    directory: Path
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray: ...
+
+    def check_weights(self, names: Collection[str]) -> None: ...
