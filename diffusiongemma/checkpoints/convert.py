@@ -49,26 +49,18 @@ def convert(
         raise ValueError("dtype='int8' is for the format 'bundle'; transformers would not read it.")
     content = bundle.read_content(directory) if bundle.is_bundle(directory) else {}
     model, params, tokenizer = load_model(source, None if dtype == INT8 else dtype)
-    if format == 'bundle' and 'base_fingerprint' in content:  # holds its trained part alone
-        base_name = content['base']
-        bundle.save_bundle(
-            output,
-            model.config,
-            {name: value for name, value in params.items() if name not in BASE_PARAMS},
-            None if base_name in PACKAGED else tokenizer,
-            dtype=dtype,
-            about=content['about'],
-            base=base_name,
-            base_fingerprint=content['base_fingerprint'],
-        )
-        return
     if format == 'bundle':
-        if tokenizer is None:
+        if 'base_fingerprint' in content:  # holds its trained part alone
+            params = {name: value for name, value in params.items() if name not in BASE_PARAMS}
+            tokenizer = None if content['base'] in PACKAGED else tokenizer
+            named = {name: content[name] for name in ('about', 'base', 'base_fingerprint')}
+        elif tokenizer is None:
             raise ValueError(
                 f'{directory} has no tokenizer.model or tokenizer.json; a bundle needs one.'
             )
-        about = {'converted_from': directory.name}
-        bundle.save_bundle(output, model.config, params, tokenizer, dtype=dtype, about=about)
+        else:
+            named = {'about': {'converted_from': directory.name}}
+        bundle.save_bundle(output, model.config, params, tokenizer, dtype=dtype, **named)
         return
     if base is None and is_published(directory):
         base = directory

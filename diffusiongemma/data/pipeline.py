@@ -220,14 +220,7 @@ def make_train_iterator(
     Raises:
       ValueError: on sizes, weights or shards that can't be.
     """
-    if batch_size < 1:
-        raise ValueError(f'batch_size must be >= 1, got {batch_size}.')
-    if not 0 <= process_index < process_count:
-        raise ValueError(f'process_index must be in [0, {process_count}), got {process_index}.')
-    if not 0 <= seed < 2**32:
-        raise ValueError(f'seed must be in [0, 2**32), got {seed}.')
-    if workers < 0:
-        raise ValueError(f'workers must be >= 0, got {workers}.')
+    _check_sizes(batch_size, process_index, process_count, seed, workers)
     layout = packing.RowLayout(
         row_length,
         canvases_per_row,
@@ -243,34 +236,16 @@ def make_train_iterator(
     for index, item in enumerate(listed):
         source = load_source(item) if isinstance(item, DataSpec) else item
         name = item.describe() if isinstance(item, DataSpec) else type(item).__name__
-        if len(source) < process_count:
-            raise ValueError(
-                f'{name} has {len(source)} examples, fewer than process_count={process_count}, '
-                'so some process would have none.'
-            )
-        part = grain.MapDataset.source(source).shuffle(seed=_source_seed(seed, index))
-        part = part[process_index::process_count]
-        tokenize = _Tokenize(name, len(part), tokenizer, layout)
-        parts.append(part.repeat().random_map(tokenize, seed=_source_seed(seed, index)))
+        shard = _shard(source, name, _source_seed(seed, index), process_index, process_count)
+        tokenize = _Tokenize(name, len(shard), tokenizer, layout)
+        parts.append(shard.repeat().random_map(tokenize, seed=_source_seed(seed, index)))
         identity = getattr(source, 'fingerprint', name)
         described.append({'name': identity, 'size': len(source), 'weight': shares[index]})
-    examples = _mixed(parts, shares, workers)
-    features = examples.to_iter_dataset(grain.ReadOptions(num_threads=0))
+    features = _mixed(parts, shares, workers).to_iter_dataset(grain.ReadOptions(num_threads=0))
     rows = packing.pack_rows(
         features, layout, bins=packing_bins, seed=_source_seed(seed, len(parts))
     )
-    batches = rows.batch(batch_size, drop_remainder=True)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # as in a notebook; grain reads flags of its own
-            flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(prefetch, 1)),
-            _start_worker,
-        ).map(_out_of_shared_memory)
-    elif prefetch:
-        batches = grain.experimental.ThreadPrefetchIterDataset(
-            batches, prefetch_buffer_size=prefetch
-        )
+    batches = _made_ahead(rows.batch(batch_size, drop_remainder=True), prefetch, workers)
     fingerprint = {
         'sources': described,
         'tokenizer': _tokenizer_hash(tokenizer),
@@ -287,6 +262,45 @@ def make_train_iterator(
     if workers:  # streams without have states that are older than this key
         fingerprint['workers'] = workers
     return TrainIterator(iter(batches), fingerprint)
+
+
+def _check_sizes(
+    batch_size: int, process_index: int, process_count: int, seed: int, workers: int
+) -> None:
+    if batch_size < 1:
+        raise ValueError(f'batch_size must be >= 1, got {batch_size}.')
+    if not 0 <= process_index < process_count:
+        raise ValueError(f'process_index must be in [0, {process_count}), got {process_index}.')
+    if not 0 <= seed < 2**32:
+        raise ValueError(f'seed must be in [0, 2**32), got {seed}.')
+    if workers < 0:
+        raise ValueError(f'workers must be >= 0, got {workers}.')
+
+
+def _shard(
+    source: Source, name: str, seed: int, process_index: int, process_count: int
+) -> grain.MapDataset:
+    """The shuffled examples of one process; those of different processes are disjoint."""
+    if len(source) < process_count:
+        raise ValueError(
+            f'{name} has {len(source)} examples, fewer than process_count={process_count}, '
+            'so some process would have none.'
+        )
+    return grain.MapDataset.source(source).shuffle(seed=seed)[process_index::process_count]
+
+
+def _made_ahead(batches: grain.IterDataset, prefetch: int, workers: int) -> grain.IterDataset:
+    """The batches, made by worker processes or a thread before they are asked for."""
+    if workers:
+        if not flags.FLAGS.is_parsed():  # as in a notebook; grain reads flags of its own
+            flags.FLAGS.mark_as_parsed()
+        return batches.mp_prefetch(
+            grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(prefetch, 1)),
+            _start_worker,
+        ).map(_out_of_shared_memory)
+    if not prefetch:
+        return batches
+    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
 
 
 def _mixed(

@@ -105,38 +105,18 @@ class Tokenizer:
             for i, piece in enumerate(pieces)
             if processor.is_control(i) or processor.is_unknown(i) or _STEERING.fullmatch(piece)
         }
-        self.special_ids: frozenset[int] = frozenset(ids.values())
-        self.pad_id: int = self._required('pad', processor.pad_id())
-        self.eos_id: int = self._required('eos', processor.eos_id())
-        self.bos_id: int = self._required('bos', processor.bos_id())
-        self.unk_id: int = processor.unk_id()
-        self.mask_id: int = self._required('<mask>', ids.get('<mask>', -1))
-        turns = [pair for pair in TURN_PIECES if pair[0] in ids and pair[1] in ids]
-        if not turns:
-            names = ' or '.join(f'{start} and {end}' for start, end in TURN_PIECES)
-            raise ValueError(
-                f'The tokenizer model {source} lacks the turn tokens {names}. Use the tokenizer '
-                'of a Gemma checkpoint, or train one with diffusiongemma.data.train_tokenizer.'
-            )
-        self.turn_start_id: int = ids[turns[0][0]]
-        self.turn_end_id: int = ids[turns[0][1]]
-        self.chat_turns: bool = not processor.is_unused(self.turn_start_id)
-        turn_ends = [self.turn_end_id]
-        if TOOL_RESPONSE_PIECE in ids:
-            turn_ends.append(ids[TOOL_RESPONSE_PIECE])
-        self.stop_ids: tuple[int, ...] = (self.eos_id, *(turn_ends if self.chat_turns else ()))
-        thinks = tuple(ids[piece] for piece in THINK_PIECES if piece in ids)
-        self.think_ids: tuple[int, ...] | None = thinks if len(thinks) == 3 else None
+        self._special = ids
+        self._name_tokens()
         self._byte_ids = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in range(256)]
         literals = sorted(ids, key=len, reverse=True)
         self._literal = re.compile('|'.join(re.escape(text) for text in (*literals, SPACE)))
         self._control = re.compile('(' + '|'.join(re.escape(text) for text in literals) + ')')
-        self._special = ids
         self._own_template, self._empty_thought = chat_template, empty_thought
         self._template_source = template_source
-        is_gemma3, has_thoughts = turns[0] == TURN_PIECES[1], self.think_ids is not None
+        turn = self.piece(self.turn_start_id), self.piece(self.turn_end_id)
+        is_gemma3, has_thoughts = turn == TURN_PIECES[1], self.think_ids is not None
         default = default_template(
-            *turns[0],
+            *turn,
             has_system_turn=not is_gemma3,  # Gemma 3's system text opens the user's turn
             thinks=has_thoughts,
             empty_thought=empty_thought,
@@ -148,6 +128,33 @@ class Tokenizer:
         self.format_hash: str | None = None
         if has_thoughts or self.chat_template != default:
             self.format_hash = hashlib.sha256(self.chat_template.encode()).hexdigest()[:16]
+
+    def _name_tokens(self) -> None:
+        """Sets the ids of the special tokens; raises ValueError where one is missing."""
+        processor, ids = self._processor, self._special
+        self.special_ids: frozenset[int] = frozenset(ids.values())
+        self.pad_id: int = self._required('pad', processor.pad_id())
+        self.eos_id: int = self._required('eos', processor.eos_id())
+        self.bos_id: int = self._required('bos', processor.bos_id())
+        self.unk_id: int = processor.unk_id()
+        self.mask_id: int = self._required('<mask>', ids.get('<mask>', -1))
+        turns = [pair for pair in TURN_PIECES if pair[0] in ids and pair[1] in ids]
+        if not turns:
+            names = ' or '.join(f'{start} and {end}' for start, end in TURN_PIECES)
+            raise ValueError(
+                f'The tokenizer model {self._source} lacks the turn tokens {names}. Use the '
+                'tokenizer of a Gemma checkpoint, or train one with '
+                'diffusiongemma.data.train_tokenizer.'
+            )
+        self.turn_start_id: int = ids[turns[0][0]]
+        self.turn_end_id: int = ids[turns[0][1]]
+        self.chat_turns: bool = not processor.is_unused(self.turn_start_id)
+        turn_ends = [self.turn_end_id]
+        if TOOL_RESPONSE_PIECE in ids:
+            turn_ends.append(ids[TOOL_RESPONSE_PIECE])
+        self.stop_ids: tuple[int, ...] = (self.eos_id, *(turn_ends if self.chat_turns else ()))
+        thinks = tuple(ids[piece] for piece in THINK_PIECES if piece in ids)
+        self.think_ids: tuple[int, ...] | None = thinks if len(thinks) == 3 else None
 
     @classmethod
     def load(cls, path: str = BUILTIN, empty_thought: bool = True) -> Tokenizer:
