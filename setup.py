@@ -25,7 +25,7 @@ setup(
         'matplotlib',
         'ml-collections>=1.0',
         'numpy',
-        'optax>=0.2.5',
+        'optax>=0.2.8',
         'orbax-checkpoint>=0.11',
         'pillow',
         'protobuf',

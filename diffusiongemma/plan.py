@@ -21,6 +21,7 @@ from diffusiongemma import run_config
 from diffusiongemma.parallel import make_mesh
 from diffusiongemma.planning import compiler, programs
 from diffusiongemma.planning.report import as_json, print_plan
+from diffusiongemma.planning.sampler_programs import sampler_programs
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _TOPOLOGY = flags.DEFINE_string(
@@ -29,6 +30,9 @@ _TOPOLOGY = flags.DEFINE_string(
 _WHAT = flags.DEFINE_enum('what', 'step', ['step', 'sampler'], 'What is compiled.')
 _MODEL = flags.DEFINE_string(
     'model', None, "A preset; by default the config's teacher, or the preset of the config's name."
+)
+_LAYERS = flags.DEFINE_integer(
+    'layers', None, 'Cuts the model to so many layers, whole patterns, so that a check is quick.'
 )
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Rows of the sampler.')
 _PROMPT_LENGTH = flags.DEFINE_integer('prompt_length', 1024, 'Tokens of its prompts.')
@@ -48,6 +52,8 @@ def main(argv: list[str]) -> None:
     config_flag: Any = flags.FLAGS['config']
     name = Path(config_flag.config_filename).stem
     teacher = programs.teacher_config(config, name, _MODEL.value)
+    if _LAYERS.value is not None:
+        teacher = programs.cut_to(teacher, _LAYERS.value)
     devices, figures = compiler.topology_devices(run_config.given('topology', _TOPOLOGY.value))
     try:
         mesh = make_mesh(config.mesh, devices)
@@ -59,7 +65,7 @@ def main(argv: list[str]) -> None:
     if _WHAT.value == 'step':
         planned = [programs.training_step(config, teacher, mesh)]
     else:
-        planned = programs.sampler_programs(
+        planned = sampler_programs(
             config,
             teacher,
             mesh,
@@ -72,12 +78,14 @@ def main(argv: list[str]) -> None:
             raise ValueError(f'--programs={wanted}: there are {names}.')
         planned = [program for program in planned if program.name in wanted]
     result: dict[str, Any] = {'config': name, 'topology': _TOPOLOGY.value}
-    result |= {'optimization_level': _LEVEL.value}
+    result |= {'optimization_level': _LEVEL.value, 'layers': teacher.num_layers}
     result |= {'device': dataclasses.asdict(figures), 'mesh': dict(mesh.shape), 'programs': []}
+    cut = '' if _LAYERS.value is None else f' cut to {_LAYERS.value} layers'
+    title = f'{name}{cut} on {_TOPOLOGY.value} at {_LEVEL.value}'
     for program in planned:
         plan = compiler.compile_program(program, mesh, figures, _LEVEL.value)
         change = '' if plan.fits else compiler.advice(plan.kinds, figures, mesh, _WHAT.value)
-        print_plan(plan, figures, mesh, f'{name} on {_TOPOLOGY.value}', change)
+        print_plan(plan, figures, mesh, title, change)
         result['programs'].append(as_json(plan, figures, mesh.size) | {'change': change})
     print(json.dumps(result))
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusiongemma.models import grouped, grouped_gpu
+from diffusiongemma.models import grouped, grouped_gpu, grouped_tpu
 from diffusiongemma.models.expert_parallel import grouped_mlps
 from diffusiongemma.models.grouped import grouped_matmul, mlps_by_blocks
 
@@ -100,6 +100,36 @@ def test_the_kernel_for_gpus_gives_the_same(sizes, dtype):
     y = jax.random.normal(keys[1], (96, 192), dtype)
     found = grouped_gpu.grouped_outer_gpu(x, y, group_sizes, interpret=True)
     np.testing.assert_allclose(found, grouped._ragged_outer(x, y, group_sizes), atol=1e-4)
+
+
+@pytest.mark.parametrize('widths', [(128, 72), (72, 128), (8, 16)])
+@pytest.mark.parametrize('sizes', [(0, 100, 0, 60), (3, 0, 150, 0), (128, 128, 16, 24)])
+def test_the_kernels_of_tpus_give_the_same_forward_and_for_both_gradients(
+    sizes, widths, monkeypatch
+):
+    keys = jax.random.split(jax.random.key(0), 3)
+    rows, group_sizes = sum((128, 128, 16, 24)), jnp.array(sizes, jnp.int32)
+    x = jax.random.normal(keys[0], (rows, widths[0]))
+    kernels = jax.random.normal(keys[1], (4, *widths))
+    inside = jnp.arange(rows) < sum(sizes)
+    weights = jnp.where(inside[:, None], jax.random.normal(keys[2], (rows, widths[1])), 0)
+    assert grouped.runs_kernel(x, kernels, 'tpu')
+
+    def masked(x, kernels, sizes):  # as rows of no group hold anything
+        return jnp.where(inside[:, None], grouped_matmul(x, kernels, sizes), 0)
+
+    _, expected = with_gradients(masked, x, kernels, group_sizes, weights)
+    on_tpu = {
+        '_multiply': grouped_tpu.grouped_matmul_tpu,
+        '_outer': grouped_tpu.grouped_outer_tpu,
+    }
+    for name, kernel in on_tpu.items():
+        monkeypatch.setattr(grouped, name, functools.partial(kernel, interpret=True))
+    out = grouped_matmul(x, kernels, group_sizes)
+    np.testing.assert_allclose(out[inside], row_by_row(x, kernels, group_sizes)[inside], atol=1e-4)
+    _, found = with_gradients(lambda *args: masked(*args), x, kernels, group_sizes, weights)
+    np.testing.assert_allclose(found[0][inside], expected[0][inside], atol=1e-4)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
 
 
 def test_gpus_get_the_kernel_where_it_fits():

@@ -14,6 +14,7 @@ from diffusiongemma.models import (
     output_major_kernels,
     unroll_layers,
 )
+from diffusiongemma.models.inference import with_execution
 from diffusiongemma.models.layers import FEW_ROWS
 from diffusiongemma.parallel import make_mesh, on_mesh, param_shardings
 from diffusiongemma.sampling import Sampler, SamplingConfig
@@ -96,3 +97,24 @@ def test_only_once(tiny_config):
 def test_a_model_on_a_mesh_keeps_its_layout(tiny_config):
     model = on_mesh(DiffusionGemma(tiny_config), make_mesh({'data': 8}))
     assert for_inference(model, random_params(model))[0] == model
+
+
+def test_on_tpus_models_with_experts_leave_the_loop_and_keep_their_shardings(
+    tiny_config, tiny_moe_config
+):
+    mesh = make_mesh({'fsdp': 2, 'tensor': 2, 'expert': 2})
+
+    def on_tpus(config):
+        return with_execution(on_mesh(DiffusionGemma(config), mesh), platform='tpu')
+
+    dense = on_tpus(tiny_config)
+    assert for_inference(dense, random_params(dense))[0].execution.scan_layers
+    model = on_tpus(tiny_moe_config)
+    params = jax.device_put(random_params(model), param_shardings(model, mesh))
+    unrolled, own = for_inference(model, params)
+    assert not unrolled.execution.scan_layers
+
+    def has_its_sharding(leaf, sharding):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+    jax.tree.map(has_its_sharding, own, param_shardings(unrolled, mesh))

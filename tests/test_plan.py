@@ -20,7 +20,8 @@ from diffusiongemma.models import DiffusionGemma
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.parallel import MESH_AXES, on_mesh, rules_with
 from diffusiongemma.planning.compiler import _needed, advice, topology_devices
-from diffusiongemma.planning.programs import cache_shardings, teacher_config
+from diffusiongemma.planning.programs import teacher_config
+from diffusiongemma.planning.sampler_programs import cache_shardings
 
 ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(

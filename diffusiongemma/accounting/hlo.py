@@ -76,14 +76,14 @@ class Program:
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
-        self._entry = ''
+        self.entry = ''
         current: list[Instruction] = []
         for line in text.splitlines():
             header = _HEADER.match(line)
             if header:
                 current = self.computations.setdefault(header[1], [])
                 if line.startswith('ENTRY'):
-                    self._entry = header[1]
+                    self.entry = header[1]
             elif match := _INSTRUCTION.match(line):
                 root, name, shape, op, rest = match.groups()
                 operands = tuple(re.findall(r'%([\w.\-]+)', _argument_list(rest)))
@@ -93,18 +93,20 @@ class Program:
     def runs(self) -> dict[str, int]:
         """How often each computation runs."""
         counts: dict[str, int] = collections.Counter()
-        pending = [(self._entry, 1)]
+        pending = [(self.entry, 1)]
         while pending:
             name, times = pending.pop()
             counts[name] += times
             for instruction in self.computations.get(name, ()):
-                inner = times * (self._trips(instruction) if instruction.op == 'while' else 1)
+                inner = times * (self.trips(instruction))
                 pending += [(called, inner) for called in instruction.called()]
         return dict(counts)
 
-    def _trips(self, loop: Instruction) -> int:
-        """Of a while whose condition is `counter < constant`; else 1."""
-        condition = re.search(r'condition=%?([\w.\-]+)', loop.rest)
+    def trips(self, instruction: Instruction) -> int:
+        """How often a loop runs that says so or whose condition is `counter < constant`; else 1."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest):
+            return int(known[1])
+        condition = re.search(r'condition=%?([\w.\-]+)', instruction.rest)
         body = self.computations.get(condition[1], []) if condition else []
         limits = [
             int(match[1])
@@ -142,7 +144,7 @@ class Program:
                 shapes = {i.name: i.shape for i in instructions}
                 operands = sum(_bytes(shapes.get(x, '')) for x in instruction.operands)
                 # The result of an asynchronous start holds the operand too.
-                largest = max(_bytes(part) for part in _parts(instruction.shape))
+                largest = max(_bytes(part) for part in arrays_of(instruction.shape))
                 sent = _sent_bytes(kind, operands or largest, largest, size)
                 total = totals[kind, axes]
                 total[0] += self.runs[name]
@@ -177,7 +179,7 @@ class Program:
         if instruction.op == 'dynamic-update-slice':
             return 2 * _bytes(shapes.get(instruction.operands[1], ''), hbm=True)
         if instruction.op == 'copy-start':  # (destination, source, context)
-            return sum(_bytes(part, hbm=True) for part in _parts(instruction.shape)[:2])
+            return sum(_bytes(part, hbm=True) for part in arrays_of(instruction.shape)[:2])
         inner = self.computations.get((instruction.called() or [''])[0], [])
         if instruction.op != 'fusion' or not inner:
             operands = sum(_bytes(shapes.get(x, ''), hbm=True) for x in instruction.operands)
@@ -224,9 +226,15 @@ def _argument_list(rest: str) -> str:
     return rest
 
 
-def _parts(shape: str) -> list[str]:
+def arrays_of(shape: str) -> list[str]:
     """The arrays of a shape, which may be a tuple."""
     return [match[0] for match in _SHAPE.finditer(shape)] or ['']
+
+
+def dimensions(shape: str) -> list[int]:
+    """Sizes of an array's dimensions; none for a scalar."""
+    match = _SHAPE.search(shape)
+    return [int(size) for size in match[2].split(',') if size] if match else []
 
 
 def _bytes(shape: str, *, hbm: bool = False) -> float:

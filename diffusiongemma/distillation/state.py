@@ -7,22 +7,35 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
+
+from diffusiongemma.models.inference import KERNELS
+
+NAMES = ('adamw', 'adafactor', 'muon')
+ROUTER = 'router'
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, cosine decay and global-norm clipping.
+    """An optimizer with linear warm-up, cosine decay and global-norm clipping.
 
     Attributes:
+      name: 'adamw', with two moments of every parameter; 'adafactor', with one number for each row
+        and each column of a matrix (`optax.scale_by_factored_rms`) and updates clipped to a root
+        mean square of 1; or 'muon' (`optax.contrib.muon`), which orthogonalizes one moment of the
+        kernels of layers and experts, with AdamW without decay for everything else. Updates of all
+        three are of about the same size, so that learning rates are comparable.
       learning_rate: peak.
       warmup_steps: steps of linear warm-up from 0.
       final_learning_rate_fraction: the cosine ends at this share of the peak.
       weight_decay: decoupled, on matrices only (not on norms, scales and scalars).
-      b1, b2: Adam moment decays.
+      b1, b2: Adam moment decays; Muon's moment decays with `b2`, Adafactor ignores both.
       clip_norm: maximum global norm of the gradient.
       ema_decay: decay of the parameter average; it is ramped up as (1 + n) / (10 + n).
+      freeze_router: routers of experts keep their weights and have no moments.
     """
 
+    name: str = 'adamw'
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     final_learning_rate_fraction: float = 0.05
@@ -31,8 +44,11 @@ class OptimizerConfig:
     b2: float = 0.95
     clip_norm: float = 1.0
     ema_decay: float = 0.999
+    freeze_router: bool = False
 
     def __post_init__(self):
+        if self.name not in NAMES:
+            raise ValueError(f'optimizer.name must be one of {NAMES}, got {self.name!r}.')
         if self.learning_rate <= 0:
             raise ValueError(f'learning_rate must be > 0, got {self.learning_rate}.')
         if not 0 <= self.ema_decay < 1:
@@ -69,21 +85,76 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """The optimizer of `config` for a run of `num_steps`."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config, num_steps),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(_is_matrix, params),
-        ),
+    update = _UPDATES[config.name](config, learning_rate_schedule(config, num_steps))
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    if not config.freeze_router:
+        return optimizer
+    return optax.partition({'trained': optimizer, 'frozen': optax.set_to_zero()}, _frozen_routers)
+
+
+def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(
+        schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_matrices
     )
 
 
-def _is_matrix(path: tuple, leaf: Any) -> bool:
+def _adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    # As `optax.adafactor`, with the weight decay of AdamW, times the learning rate, in its place.
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(config.weight_decay, _matrices),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        schedule,
+        beta=config.b2,
+        weight_decay=config.weight_decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        muon_weight_dimension_numbers=_kernel_axes,
+        consistent_rms=0.2,  # the size of AdamW's updates (arXiv:2502.16982)
+    )
+
+
+_UPDATES = {'adamw': _adamw, 'adafactor': _adafactor, 'muon': _muon}
+
+
+def _matrices(params: Any) -> Any:
     """Norm scales and layer scalars are not decayed, stacked over layers or not."""
-    return 'scale' not in path[-1].key and 'scalar' not in path[-1].key
+
+    def is_matrix(path: tuple, leaf: Any) -> bool:
+        return 'scale' not in path[-1].key and 'scalar' not in path[-1].key
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _kernel_axes(params: Any) -> Any:
+    """The input and output axes of each kernel, whatever is stacked before them; else None."""
+
+    def axes(path: tuple, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        names = ['', *(getattr(key, 'key', '') for key in path)]
+        parent, name = names[-2:]
+        inputs, outputs = KERNELS.get(parent, {}).get(name, (0, 0))
+        first = leaf.ndim - inputs - outputs
+        if not inputs:
+            return None
+        middle = first + inputs
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(first, middle)), tuple(range(middle, leaf.ndim))
+        )
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _frozen_routers(params: Any) -> Any:
+    def label(path: tuple, leaf: Any) -> str:
+        return 'frozen' if any(getattr(key, 'key', '') == ROUTER for key in path) else 'trained'
+
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def create_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -1,13 +1,14 @@
 """Grouped matrix product: rows sorted by group, each group with a kernel of its own."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.models.grouped_gpu import fits, grouped_matmul_gpu, grouped_outer_gpu
+from diffusiongemma.models import grouped_gpu, grouped_tpu
 from diffusiongemma.models.layers import is_quantized
 
 LARGEST_BLOCK = 32
@@ -27,9 +28,10 @@ def grouped_product(x: jax.Array, kernels: Any, group_sizes: jax.Array) -> jax.A
 def grouped_matmul(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """x[rows of group e] @ kernels[e] for every group, none padded and no row dropped.
 
-    TPUs run `jax.lax.ragged_dot`. Elsewhere that multiplies every row by the kernels of all
-    groups: in its place CPUs run over blocks of rows of one group, and NVIDIA's GPUs a kernel that
-    does (`grouped_gpu`).
+    Each platform has a way of its own, forward and for both gradients: CPUs run over blocks of rows
+    of one group, TPUs JAX's kernels (`grouped_tpu`) and NVIDIA's GPUs one of this project's
+    (`grouped_gpu`). Elsewhere, and for widths that a kernel does not take (`runs_kernel`),
+    `jax.lax.ragged_dot` is the fallback.
 
     Args:
       x: [N, D], rows sorted by group.
@@ -41,10 +43,45 @@ def grouped_matmul(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> 
     Returns:
       [N, F] float32, summed in float32.
     """
-    on_gpu = grouped_matmul_gpu if fits(x, kernels) else _ragged
-    return jax.lax.platform_dependent(
-        x, kernels, group_sizes, cpu=_by_blocks, cuda=on_gpu, default=_ragged
-    )
+    return _multiply(x, kernels, group_sizes, jnp.float32)
+
+
+def runs_kernel(x: jax.Array, kernels: jax.Array, platform: str | None) -> bool:
+    """Whether a platform multiplies x [N, D] and kernels [E, D, F] without the fallback.
+
+    XLA expands the fallback on GPUs to a matmul of all rows with the weights of every group, and on
+    TPUs its gradient by the weights.
+    """
+    if platform == 'tpu':
+        return grouped_tpu.fits(x, kernels)
+    return platform not in ('gpu', 'cuda') or grouped_gpu.fits(x, kernels)
+
+
+def _multiply(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: Any) -> jax.Array:
+    """`grouped_matmul` with a result in `dtype`."""
+    ways = {'cpu': _by_blocks, 'default': _ragged}
+    if grouped_gpu.fits(x, kernels):
+        ways['cuda'] = grouped_gpu.grouped_matmul_gpu
+    ways = {name: _cast(way, dtype) for name, way in ways.items()}
+    if grouped_tpu.fits(x, kernels):
+        ways['tpu'] = functools.partial(grouped_tpu.grouped_matmul_tpu, dtype=dtype)
+    return jax.lax.platform_dependent(x, kernels, group_sizes, **ways)
+
+
+def _outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array, dtype: Any) -> jax.Array:
+    """x[rows of e]^T @ y[rows of e] for every group: [N, D], [N, F] -> [E, D, F] in `dtype`."""
+    kernels = jax.ShapeDtypeStruct((group_sizes.shape[0], x.shape[1], y.shape[1]), x.dtype)
+    ways = {'cpu': _outer_by_blocks, 'default': _ragged_outer}
+    if grouped_gpu.fits(x, kernels):
+        ways['cuda'] = grouped_gpu.grouped_outer_gpu
+    ways = {name: _cast(way, dtype) for name, way in ways.items()}
+    if grouped_tpu.fits(x, kernels):
+        ways['tpu'] = functools.partial(grouped_tpu.grouped_outer_tpu, dtype=dtype)
+    return jax.lax.platform_dependent(x, y, group_sizes, **ways)
+
+
+def _cast(way: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.Array]:
+    return lambda *arguments: way(*arguments).astype(dtype)
 
 
 def _forward(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array):
@@ -54,12 +91,8 @@ def _forward(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array):
 def _backward(residuals: tuple[jax.Array, ...], gradient: jax.Array):
     x, kernels, group_sizes = residuals
     gradient = gradient.astype(x.dtype)
-    by_x = grouped_matmul(gradient, kernels.swapaxes(1, 2), group_sizes)
-    on_gpu = grouped_outer_gpu if fits(x, kernels) else _ragged_outer
-    by_kernels = jax.lax.platform_dependent(
-        x, gradient, group_sizes, cpu=_outer_by_blocks, cuda=on_gpu, default=_ragged_outer
-    )
-    return by_x.astype(x.dtype), by_kernels.astype(kernels.dtype), None
+    by_x = _multiply(gradient, kernels.swapaxes(1, 2), group_sizes, x.dtype)
+    return by_x, _outer(x, gradient, group_sizes, kernels.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)

@@ -31,8 +31,8 @@ def for_inference(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     """The model and its parameters as they compute fastest on the devices at hand.
 
     The parameters of a denoiser with layers of its own are in its compute dtype, so that no pass
-    has to convert them. On one device, a CPU or GPU, layers are unrolled and the rows of a draft
-    vocabulary's head gathered; on a CPU kernels are in the transposed layout.
+    has to convert them. Layers are unrolled where that `is_unrolled`. On one device the rows of a
+    draft vocabulary's head are gathered, and on a CPU kernels are in the transposed layout.
 
     Args:
       model: of any family, in the layout of training.
@@ -40,14 +40,26 @@ def for_inference(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     """
     platform = model.execution.platform or jax.default_backend()
     params = _in_denoise_dtype(model, params)
-    if model.execution.mesh is not None:
-        return model, params
-    model, params = gather_draft_head(model, params)
-    if platform == 'cpu':
-        model, params = output_major_kernels(model, params)
-    if platform in ('cpu', 'gpu', 'cuda'):
+    if model.execution.mesh is None:
+        model, params = gather_draft_head(model, params)
+        if platform == 'cpu':
+            model, params = output_major_kernels(model, params)
+    if is_unrolled(model):
         model, params = unroll_layers(model, params)
     return model, params
+
+
+def is_unrolled(model: Gemma) -> bool:
+    """Whether a model samples faster without a loop over its layers.
+
+    On one CPU or GPU every model does. A TPU's compiler multiplies by dense weights where they lie
+    in the stack, but a kernel takes whole arrays: in a loop each layer's experts, most of all
+    weights, would be copied for it.
+    """
+    platform = model.execution.platform or jax.default_backend()
+    if platform == 'tpu':
+        return model.config.moe is not None
+    return model.execution.mesh is None and platform in ('cpu', 'gpu', 'cuda')
 
 
 def unroll_layers(model: Gemma, params: dict) -> tuple[Gemma, dict]:

@@ -116,21 +116,22 @@ def batch_sharding(
 
 
 def state_shardings(abstract_state: Any, params_sharding: Any, mesh: Mesh) -> Any:
-    """Shardings for a training state: whatever mirrors the parameters is sharded like them.
+    """Shardings for a training state: whatever mirrors a parameter is sharded like it.
 
-    A subtree with the structure of the parameters (masters, EMA, Adam moments) takes their
-    shardings; every other leaf (step counters) is replicated.
+    A leaf whose path ends in the path of a parameter, and which has its dimensions, takes its
+    sharding (masters, EMA, moments, also where an optimizer has some for a part of the parameters);
+    every other leaf (step counters, the rows and columns of factored moments) is replicated.
     """
-    structure: Any = jax.tree.structure(params_sharding)
+    of_params = dict(jax.tree_util.tree_leaves_with_path(params_sharding))
 
-    def mirrors_params(node: Any) -> bool:
-        return jax.tree.structure(node) == structure
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        for start in range(len(path) + 1):
+            found = of_params.get(path[start:])
+            if found is not None and len(found.spec) <= len(leaf.shape):
+                return found
+        return replicated(mesh)
 
-    return jax.tree.map(
-        lambda node: params_sharding if mirrors_params(node) else replicated(mesh),
-        abstract_state,
-        is_leaf=mirrors_params,
-    )
+    return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 
 
 def init_sharded(

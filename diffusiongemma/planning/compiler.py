@@ -8,18 +8,22 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
+import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from diffusiongemma.accounting.devices import GPUS, DeviceFigures, figures_named, figures_of
+from diffusiongemma.accounting.executed import executed_flops
 from diffusiongemma.accounting.flops import Flops, count_flops
-from diffusiongemma.accounting.hlo import Collective, Program
+from diffusiongemma.accounting.hlo import Collective, Program, dimensions
+from diffusiongemma.accounting.liveness import peak_bytes
+from diffusiongemma.planning.needed import Needed
 from diffusiongemma.planning.programs import PlannedProgram
 
 # libtpu asks these who it is; without them it looks for a TPU in this machine.
@@ -43,9 +47,15 @@ class Plan:
         what outputs share with arguments. None where the program does not fit.
       needed: of HBM at the peak.
       fits: whether that is there.
-      flops: of the whole program over all devices.
+      flops: that the model asks for, of the whole program over all devices.
+      executed: FLOPs of the compiled program, one device; kernels by their own estimates, those of
+        grouped matmuls by rows. None where they are not known.
+      executed_tiles: the same with grouped matmuls by the tiles that they visit at most.
       hbm_traffic: read and written by one device; None where that is not known.
       collectives: what one device sends.
+      least: what has to be moved at least; None where that is not known.
+      copies: float32 copies of the shard of the trained layers that are held besides the state;
+        None for a program that trains nothing.
       tokens: that the program trains on or writes.
       compile_seconds: it took.
       error: what the compiler said where the program does not fit.
@@ -61,11 +71,34 @@ class Plan:
     needed: float
     fits: bool
     flops: Flops
+    executed: float | None
+    executed_tiles: float | None
     hbm_traffic: float | None
     collectives: list[Collective]
     tokens: int
     compile_seconds: float
+    least: Needed | None = None
+    copies: float | None = None
     error: str = ''
+
+    def ratios(self, num_devices: int) -> dict[str, float]:
+        """Returns what the compiled program does over what is needed, where both are known."""
+        model = self.flops.model / num_devices
+        ratios = {}
+        if self.executed is not None and model:
+            ratios['executed FLOPs'] = self.executed / model
+            ratios['executed FLOPs, whole tiles'] = self.executed_tiles / model
+            ratios['recomputed FLOPs'] = self.flops.recomputed / num_devices / model
+        if self.least is not None and self.hbm_traffic is not None:
+            ratios['HBM bytes'] = self.hbm_traffic / self.least.hbm
+        if self.least is not None and self.least.sent and self.arguments is not None:
+            ratios['bytes sent'] = self.sent / self.least.sent
+        return ratios
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one device sends."""
+        return sum(collective.sent_bytes for collective in self.collectives)
 
     def times(self, figures: DeviceFigures, num_devices: int) -> dict[str, float]:
         """Seconds that each resource needs at its published best."""
@@ -73,8 +106,7 @@ class Plan:
         if self.hbm_traffic is not None:
             seconds['HBM'] = self.hbm_traffic / figures.hbm_bandwidth
         if self.arguments is not None:
-            sent = sum(collective.sent_bytes for collective in self.collectives)
-            seconds['interconnect'] = sent / figures.link_bandwidth
+            seconds['interconnect'] = self.sent / figures.link_bandwidth
         return seconds
 
 
@@ -141,6 +173,7 @@ def compile_program(
         'kinds': dict(program.kinds),
         'flops': flops,
         'tokens': program.tokens,
+        'least': program.needed,
     }
     start = time.monotonic()
     lowered = jax.jit(program.function, donate_argnums=program.donated).lower(*program.arguments)
@@ -154,7 +187,8 @@ def compile_program(
         return Plan(
             **known,
             arguments=None, outputs=None, aliased=None, temporaries=None, code=None,
-            needed=needed, fits=False, hbm_traffic=None, collectives=[],
+            needed=needed, fits=False, executed=None, executed_tiles=None, hbm_traffic=None,
+            collectives=[],
             compile_seconds=time.monotonic() - start, error=str(error),
         )  # fmt: skip
     seconds = time.monotonic() - start
@@ -165,13 +199,37 @@ def compile_program(
     needed = arguments + outputs - aliased + temporaries + code
     text = Program(compiled.as_text())
     # What a GPU's fusions read and write is not what those of a CPU do.
-    traffic = None if mesh.devices.flat[0].platform == 'cpu' else text.hbm_bytes()
+    is_tpu = mesh.devices.flat[0].platform != 'cpu'
     return Plan(
         **known,
         arguments=arguments, outputs=outputs, aliased=aliased, temporaries=temporaries, code=code,
-        needed=needed, fits=needed <= figures.hbm_bytes, hbm_traffic=traffic,
+        needed=needed, fits=needed <= figures.hbm_bytes,
+        executed=executed_flops(text) if is_tpu else None,
+        executed_tiles=executed_flops(text, whole_tiles=True) if is_tpu else None,
+        hbm_traffic=text.hbm_bytes() if is_tpu else None,
         collectives=text.collectives(mesh.shape), compile_seconds=seconds,
+        copies=float32_copies(text, program.layers) if is_tpu and program.layers else None,
     )  # fmt: skip
+
+
+def float32_copies(text: Program, layers: Sequence[Any]) -> float:
+    """Returns how many float32 copies of the shard of some parameters are alive at once.
+
+    A buffer counts by its number of elements, if it is that of one of the parameters, so that views
+    and other layouts count and what is small does not.
+
+    Args:
+      text: the compiled program.
+      layers: the parameters, with shardings.
+    """
+    sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in layers]
+    large = {size for size in sizes if size > 1e-3 * sum(sizes)}
+
+    def counts(shape: str) -> float:
+        size = math.prod(dimensions(shape)) if shape.startswith('f32[') else 0
+        return float(size) if size in large else 0.0
+
+    return peak_bytes(text, counts) / sum(size for size in sizes if size in large)
 
 
 def advice(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
@@ -28,23 +27,18 @@ from diffusiongemma.distillation.run import (
     distillation_step,
     objectives,
     optimizer_of,
-    sampling_config,
     student_model,
 )
 from diffusiongemma.distillation.state import create_state
 from diffusiongemma.distillation.step import Constants
 from diffusiongemma.distillation.student import frozen_params, trained_params
 from diffusiongemma.distillation.targets import TargetsConfig
-from diffusiongemma.models.cache import KVCache
-from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.denoiser import DRAFT_IDS, DiffusionGemma
-from diffusiongemma.models.execution import partition_spec, spread
 from diffusiongemma.models.presets import PRESETS
-from diffusiongemma.models.transformer import CACHE_AXES, Gemma, init_params
+from diffusiongemma.models.transformer import Gemma, init_params
 from diffusiongemma.parallel import param_shardings, state_shardings
-from diffusiongemma.parallel.sharding import rules_of
-from diffusiongemma.sampling import Controls, SamplingConfig, diffusion, lossless, passes
-from diffusiongemma.sampling.sampler import MODES, prefilled
+from diffusiongemma.planning.needed import Needed, Tokens, of_pass, of_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +52,8 @@ class PlannedProgram:
       kinds: bytes of each kind of argument on one device.
       donated: positions of the arguments whose memory the results may take.
       tokens: that it trains on or writes.
+      needed: the least that it has to move; None where its loops have no known end.
+      layers: trained parameters of the layers, whose float32 copies are counted; else empty.
     """
 
     name: str
@@ -66,10 +62,12 @@ class PlannedProgram:
     kinds: Mapping[str, float]
     tokens: int
     donated: tuple[int, ...] = ()
+    needed: Needed | None = None
+    layers: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class _TokenIds:
+class TokenIds:
     """What a run takes from its tokenizer; the ids are those of Gemma's vocabularies."""
 
     vocab_size: int
@@ -78,7 +76,7 @@ class _TokenIds:
     pad_id: int = 0
 
     @classmethod
-    def of(cls, config: ModelConfig) -> '_TokenIds':
+    def of(cls, config: ModelConfig) -> 'TokenIds':
         return cls(config.vocab_size, stop_ids=tuple(i for i in (1, 106) if i < config.vocab_size))
 
 
@@ -90,6 +88,31 @@ def teacher_config(config: ConfigDict, config_name: str, preset: str | None) -> 
     if name not in PRESETS:
         raise ValueError(f'no preset {name!r}: give one of {sorted(PRESETS)} with --model.')
     return PRESETS[name]
+
+
+def cut_to(config: ModelConfig, num_layers: int) -> ModelConfig:
+    """Returns the model with its first layers alone, so that a plan compiles in a minute.
+
+    Args:
+      config: of the whole model.
+      num_layers: whole repetitions of the layer pattern, so that sliding and full layers keep
+        their proportion; layers that share keys and values remain as far as they are among them.
+
+    Raises:
+      ValueError: that is no such number of layers.
+    """
+    period = len(LayerStack(0, config.layer_types).pattern)
+    if num_layers % period or not 0 < num_layers <= config.num_layers:
+        raise ValueError(
+            f'--layers={num_layers}: the model has {config.num_layers} layers in patterns of '
+            f'{period}; give a multiple of {period} up to that.'
+        )
+    shared = max(0, config.num_kv_shared_layers - config.num_layers + num_layers)
+    return config.replace(
+        layer_types=config.layer_types[:num_layers],
+        num_kv_shared_layers=shared,
+        kv_shared_ffn_width=config.kv_shared_ffn_width if shared else None,
+    )
 
 
 def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -> PlannedProgram:
@@ -104,21 +127,21 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
     dtype = configuration.compute_dtype(config)
     compute = ComputeConfig.of(config)
     teacher = compute.place(Gemma(teacher_config.autoregressive, dtype), mesh)
-    token_ids = _TokenIds.of(teacher.config)
+    token_ids = TokenIds.of(teacher.config)
     model = compute.place(student_model(config, teacher, token_ids), mesh)
     optimizer = optimizer_of(config)
     shape = configuration.build(BatchConfig, config.data, 'data')
     top_k = configuration.build(TargetsConfig, config.targets, 'targets').top_k_logits
-    teacher_params = _params(teacher, mesh, dtype)
+    teacher_params = abstract_params(teacher, mesh, dtype)
     lora = lora_student(config, model)
     if lora is None:
-        draft_ids = _params(model, mesh, dtype).get(DRAFT_IDS)
+        draft_ids = abstract_params(model, mesh, dtype).get(DRAFT_IDS)
         frozen = frozen_params(model.config, teacher_params, draft_ids)
         constants = Constants(teacher=None if frozen else teacher_params, student=frozen)
         shardings = trained_params(model.config, param_shardings(model, mesh))
-        trained = trained_params(model.config, _params(model, mesh, dtype))
+        trained = trained_params(model.config, abstract_params(model, mesh, dtype))
     else:
-        base = _params(model, mesh, dtype)
+        base = abstract_params(model, mesh, dtype)
         encodes_alone = lora.config.passes == 'denoise'
         constants = Constants(None if encodes_alone else teacher_params, base)
         shardings = lora.shardings(teacher_params, mesh)
@@ -126,20 +149,31 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
     if top_k:
         constants = constants._replace(teacher=None)
     state = jax.eval_shape(lambda params: create_state(params, optimizer), trained)
-    state = _placed(state, state_shardings(state, shardings, mesh))
+    state = placed(state, state_shardings(state, shardings, mesh))
     stages = objectives(config, token_ids)
     objective = stages[-1][0] if stages[-1][0].num_steps > 1 else stages[0][0]
     step = distillation_step(config, model, teacher, objective, optimizer, lora)
     canvases = canvases_per_row(config, shape)
     layout = RowLayout(shape.row_length, canvases, config.canvas_length, top_k=top_k)
     batch = _batch(layout, shape.batch_size, compute.batch_sharding(mesh, shape.batch_size))
+    whole = abstract_params(model, mesh, dtype)
+    rows = batch_axes(batch['tokens'])
+    needed = of_update(trained, state, mesh, rows)
+    counts = (shape.row_length, canvases * config.canvas_length)
+    causal, denoised = (Tokens(shape.batch_size * n, shape.batch_size * n) for n in counts)
+    needed += of_pass(model, whole, mesh, rows, denoised, denoises=True)
+    if model.config.has_frozen_encoder:
+        needed += of_pass(model, whole, mesh, rows, causal, denoises=False)
+    elif constants.teacher is not None:
+        needed += of_pass(teacher, constants.teacher, mesh, rows, causal, denoises=False)
+    layers = {name: leaf for name, leaf in state.params.items() if 'backbone' in name}
     kinds = {
-        'parameters': _device_bytes(state.params),
-        'EMA': _device_bytes(state.ema_params),
-        'optimizer': _device_bytes(state.opt_state),
-        'teacher': _device_bytes(constants.teacher),
-        'frozen student': _device_bytes(constants.student),
-        'batch': _device_bytes(batch),
+        'parameters': device_bytes(state.params),
+        'EMA': device_bytes(state.ema_params),
+        'optimizer': device_bytes(state.opt_state),
+        'teacher': device_bytes(constants.teacher),
+        'frozen student': device_bytes(constants.student),
+        'batch': device_bytes(batch),
     }
     return PlannedProgram(
         name=f'{type(objective).__name__.lower()} step',
@@ -148,126 +182,22 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
         kinds={name: size for name, size in kinds.items() if size},
         tokens=shape.batch_size * shape.row_length,
         donated=(0,),
+        needed=needed,
+        layers=tuple(jax.tree.leaves(layers)),
     )
 
 
-def sampler_programs(
-    config: ConfigDict,
-    teacher_config: ModelConfig,
-    mesh: Mesh,
-    *,
-    batch_size: int,
-    prompt_length: int,
-) -> list[PlannedProgram]:
-    """The whole of diffusion sampling, and its passes: prefill, denoise step, commit.
-
-    Args:
-      config: of the run that made the student; `config.sampling` says how it is sampled.
-      teacher_config: of its teacher.
-      mesh: over the devices.
-      batch_size: rows.
-      prompt_length: tokens of a prompt.
-    """
-    dtype = configuration.compute_dtype(config)
-    teacher = Gemma(teacher_config.autoregressive, dtype)
-    token_ids = _TokenIds.of(teacher.config)
-    compute = ComputeConfig.of(config)
-    model = compute.place(student_model(config, teacher, token_ids), mesh)
-    sampling = sampling_config(config, token_ids)
-    params = _params(model, mesh, dtype)
-    rows = compute.batch_sharding(mesh, batch_size)
-    tokens = jax.ShapeDtypeStruct((batch_size, prompt_length), jnp.int32, sharding=rows)
-    lengths = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
-    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows)
-
-    def start(params: Any, tokens: Any, lengths: Any, keys: Any) -> Any:
-        return prefilled(model, sampling, params, tokens, lengths, keys, Controls())[0]
-
-    state = jax.eval_shape(start, params, tokens, lengths, keys)
-    cache = _placed(state.cache, cache_shardings(model, state.cache, mesh))
-    state = _placed(state, jax.tree.map(lambda _: rows, state)).replace(cache=cache)
-    if model.light is not None:
-        return _lossless_programs(model, sampling, params, state, (tokens, lengths, keys))
-
-    def step(params: Any, state: Any) -> Any:
-        task = diffusion.canvas_task(model, state)
-        noise = diffusion.first_noise(model, sampling, params, task)
-        return diffusion.denoise_step(model, sampling, params, state.cache, task, noise)
-
-    def commit(params: Any, cache: Any, canvas: Any) -> Any:
-        active = jnp.ones(canvas.shape[:1], bool)
-        return passes.extend(model, params, cache, canvas, active)
-
-    canvas = jax.ShapeDtypeStruct((batch_size, config.canvas_length), jnp.int32, sharding=rows)
-    weights = {'parameters': _device_bytes(params)}
-    cached = weights | {'cache': _device_bytes(cache)}
-    written = batch_size * config.canvas_length
-    whole = lambda p, *arguments: MODES['diffusion'].generate(  # noqa: E731
-        model, sampling, p, *arguments, Controls()
-    )
-    prompts = (tokens, lengths, keys)
-    return [
-        PlannedProgram(
-            'generate', whole, (params, *prompts), weights, batch_size * sampling.max_new_tokens
-        ),
-        PlannedProgram('prefill', start, (params, *prompts), weights, batch_size * prompt_length),
-        PlannedProgram('denoise step', step, (params, state), cached, written),
-        PlannedProgram('commit', commit, (params, cache, canvas), cached, written, (1,)),
-    ]
-
-
-def _lossless_programs(
-    model: DiffusionGemma,
-    sampling: SamplingConfig,
-    params: Any,
-    generation: Any,
-    prompts: tuple[Any, Any, Any],
-) -> list[PlannedProgram]:
-    """The whole of lossless sampling with a light denoiser, and its passes: draft and verify."""
-    tokens, lengths, _ = prompts
-    batch_size, rows = tokens.shape[0], tokens.sharding
-    hidden = jax.ShapeDtypeStruct((batch_size, model.config.width), model.dtype, sharding=rows)
-
-    def first(params: Any, *arguments: Any) -> Any:
-        return lossless.start(model, sampling, params, *arguments)
-
-    state = jax.eval_shape(first, params, generation, hidden, tokens, lengths)
-    state = _placed(state, jax.tree.map(lambda _: rows, state)).replace(generation=generation)
-
-    def draft(params: Any, state: Any) -> Any:
-        noise = lossless.text_noise(model, sampling, state)
-        return lossless.draft(model, sampling, params, state, noise)
-
-    def verify(params: Any, state: Any, drafted: Any) -> Any:
-        noise = lossless.text_noise(model, sampling, state)
-        return lossless.verify_draft(model, sampling, params, state, drafted, noise)
-
-    def whole(params: Any, *prompts: Any) -> Any:
-        return MODES['lossless'].generate(model, sampling, params, *prompts, Controls())
-
-    drafted = jax.eval_shape(draft, params, state)
-    drafted = _placed(drafted, jax.tree.map(lambda _: rows, drafted))
-    weights = {'parameters': _device_bytes(params)}
-    cached = weights | {'cache': _device_bytes(generation.cache)}
-    count = batch_size * lossless.draft_length(model, sampling)
-    new = batch_size * sampling.max_new_tokens
-    return [
-        PlannedProgram('generate', whole, (params, *prompts), weights, new),
-        PlannedProgram('draft', draft, (params, state), cached, count),
-        PlannedProgram('verify', verify, (params, state, drafted), cached, count + batch_size),
-    ]
-
-
-def _params(model: DiffusionGemma | Gemma, mesh: Mesh, dtype: Any) -> Any:
+def abstract_params(model: DiffusionGemma | Gemma, mesh: Mesh, dtype: Any) -> Any:
+    """Returns the parameters of a model on a mesh, floating ones in `dtype`."""
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cast_to(dtype, leaf.dtype)), shapes
     )
-    return _placed(shapes, param_shardings(model, mesh))
+    return placed(shapes, param_shardings(model, mesh))
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Returns the same arrays with shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -292,18 +222,14 @@ def _batch(layout: RowLayout, batch_size: int, sharding: NamedSharding) -> Any:
     }
 
 
-def cache_shardings(model: Gemma, cache: KVCache, mesh: Mesh) -> Any:
-    """The sharding of each array of a cache, as the axis table of the model says."""
-
-    def of(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        names = CACHE_AXES[:1] if leaf.ndim == 1 else (None,) * (leaf.ndim - 4) + CACHE_AXES
-        return NamedSharding(mesh, partition_spec(spread(leaf.shape, names, rules_of(model), mesh)))
-
-    return jax.tree.map(of, cache)
+def batch_axes(array: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that the rows of a batch are split over."""
+    axes = array.sharding.spec[0] if array.sharding.spec else None
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
-def _device_bytes(tree: Any) -> float:
-    """Bytes of one device's shards."""
+def device_bytes(tree: Any) -> float:
+    """Returns the bytes of one device's shards."""
     return float(
         sum(
             np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

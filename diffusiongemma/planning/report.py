@@ -14,7 +14,7 @@ from diffusiongemma.planning.compiler import Plan
 def print_plan(
     plan: Plan, figures: DeviceFigures, mesh: jax.sharding.Mesh, title: str, change: str
 ) -> None:
-    """Prints memory, traffic and times; `change` says what would make it fit."""
+    """Prints memory, traffic, ratios and times; `change` says what would make it fit."""
     axes = ', '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1)
     table = Table(title=f'{plan.name}: {title}, {mesh.size} x {figures.name} ({axes or "alone"})')
     table.add_column('of one device')
@@ -36,6 +36,10 @@ def print_plan(
         label = f'sent by {collective.count} {collective.kind} along {collective.axes}'
         table.add_row(label, _gigabytes(collective.sent_bytes))
     table.add_section()
+    for name, ratio in plan.ratios(mesh.size).items():
+        table.add_row(f'{name} / needed', f'{ratio:.3f}')
+    if plan.copies is not None:
+        table.add_row('float32 copies of the layers besides the state', f'{plan.copies:.2f}')
     for resource, seconds in plan.times(figures, mesh.size).items():
         table.add_row(f'time of {resource} at best', f'{1e3 * seconds:.3f} ms')
     Console(width=100).print(table)
@@ -66,7 +70,11 @@ def as_json(plan: Plan, figures: DeviceFigures, num_devices: int) -> dict[str, A
         'code': plan.code,
         'model_flops': plan.flops.model,
         'recomputed_flops': plan.flops.recomputed,
+        'executed_flops': plan.executed,
         'hbm_traffic': plan.hbm_traffic,
+        'least': None if plan.least is None else dataclasses.asdict(plan.least),
+        'ratios': plan.ratios(num_devices),
+        'float32_copies': plan.copies,
         'collectives': [dataclasses.asdict(collective) for collective in plan.collectives],
         'times': times,
         'roofline_seconds': max(times.values()),

@@ -1,0 +1,164 @@
+"""The least that one device has to read, write and send for a program, from shapes alone.
+
+What a compiled program moves is measured against it. Weights that a pass touches, the cache, the
+training state and the logits are counted once each, however often they are really used; activations
+are counted only where a mesh has to exchange them.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusiongemma.models.config import MoEConfig
+from diffusiongemma.models.denoiser import DENOISER_ALONE, DRAFT_IDS, DiffusionGemma
+from diffusiongemma.models.execution import product
+from diffusiongemma.models.transformer import Gemma
+from diffusiongemma.parallel.sharding import rules_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Needed:
+    """Bytes of one device.
+
+    Attributes:
+      hbm: read and written.
+      sent: to other devices.
+    """
+
+    hbm: float
+    sent: float
+
+    def __add__(self, other: 'Needed') -> 'Needed':
+        return Needed(self.hbm + other.hbm, self.sent + other.sent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What a pass works on, over all devices.
+
+    Attributes:
+      passed: tokens that go through the layers.
+      scored: positions that have logits.
+      cached: bytes of keys and values that one device reads or writes.
+    """
+
+    passed: int
+    scored: int
+    cached: float = 0.0
+
+
+def of_pass(
+    model: Gemma,
+    params: Mapping[str, Any],
+    mesh: jax.sharding.Mesh,
+    rows: Sequence[str],
+    tokens: Tokens,
+    *,
+    denoises: bool,
+) -> Needed:
+    """Returns what one pass over some tokens needs.
+
+    Args:
+      model: of the program.
+      params: all its parameters, ShapeDtypeStructs with shardings.
+      mesh: the devices.
+      rows: mesh axes that the batch is split over: weights split along them are gathered, but for
+        experts along their own axis, where tokens are sent.
+      tokens: of the pass.
+      denoises: whether it is a denoise pass; a denoiser with layers of its own has other weights.
+    """
+    config = model.config
+    touched = dict(params)
+    if getattr(config, 'has_frozen_encoder', False):
+        for name in ('backbone',) if denoises else (*DENOISER_ALONE, DRAFT_IDS):
+            touched.pop(name, None)
+    rows_of_pass = tokens.passed / max(1, product(_without_experts(model, rows), mesh))
+    used = 1.0
+    if config.moe is not None:
+        used = _touched_experts(config.moe, rows_of_pass)
+    hbm = sent = 0.0
+    itemsize = np.dtype(model.dtype).itemsize
+    for path, leaf in jax.tree_util.tree_leaves_with_path(touched):
+        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+            continue
+        names = [getattr(key, 'key', '') for key in path]
+        whole, shard = _gathered_and_shard(model, leaf, mesh, rows, 'experts' in names)
+        share = used if 'experts' in names else 1.0
+        hbm += share * whole * itemsize
+        sent += (whole - shard) * itemsize
+    ways = product(dict(rules_of(model))['vocab'], mesh)
+    device_rows = max(1, product(rows, mesh))
+    hbm += tokens.cached + tokens.scored / device_rows * config.vocab_size / ways * 4
+    return Needed(hbm, sent + _activations_sent(model, mesh, rows, tokens.passed / device_rows))
+
+
+def of_update(trained: Any, state: Any, mesh: jax.sharding.Mesh, rows: Sequence[str]) -> Needed:
+    """Returns what the update of a training state needs besides its passes.
+
+    The state is read and written; gradients are summed over the devices in float32, each device
+    keeping its shard.
+
+    Args:
+      trained: parameters, ShapeDtypeStructs with shardings.
+      state: parameters, EMA and moments.
+      mesh: the devices.
+      rows: mesh axes that the batch is split over.
+    """
+    hbm = 2.0 * sum(_shard_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    sent = 0.0
+    for leaf in jax.tree.leaves(trained):
+        split = [axis for axes in _axes(leaf) for axis in axes]
+        copies = product([axis for axis in rows if axis not in split], mesh)
+        along = product([axis for axis in rows if axis in split], mesh)
+        shard = 4.0 * _shard_size(leaf)
+        sent += shard * (along - 1) + 2 * shard * (copies - 1) / copies
+    return Needed(hbm, sent)
+
+
+def _touched_experts(config: MoEConfig, tokens: float) -> float:
+    """Share of the experts that some tokens reach, were they spread evenly."""
+    return 1.0 - (1.0 - config.top_k / config.num_experts) ** tokens
+
+
+def _without_experts(model: Gemma, rows: Sequence[str]) -> list[str]:
+    return [axis for axis in rows if axis not in dict(rules_of(model))['experts']]
+
+
+def _gathered_and_shard(
+    model: Gemma, leaf: Any, mesh: jax.sharding.Mesh, rows: Sequence[str], of_experts: bool
+) -> tuple[float, float]:
+    """Elements of a weight that a device computes with, and of those that it holds."""
+    gathered = _without_experts(model, rows) if of_experts else rows
+    shard = _shard_size(leaf)
+    along = [axis for axes in _axes(leaf) for axis in axes if axis in gathered]
+    return shard * product(along, mesh), shard
+
+
+def _axes(leaf: Any) -> list[tuple[str, ...]]:
+    spec = leaf.sharding.spec
+    return [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
+
+
+def _shard_size(leaf: Any) -> float:
+    return float(np.prod(leaf.sharding.shard_shape(leaf.shape)))
+
+
+def _activations_sent(
+    model: Gemma, mesh: jax.sharding.Mesh, rows: Sequence[str], tokens: float
+) -> float:
+    """Sums of partial results along `tensor`, and tokens sent to experts and back."""
+    config, rules = model.config, dict(rules_of(model))
+    itemsize = np.dtype(model.dtype).itemsize
+    is_light = isinstance(model, DiffusionGemma) and model.light is not None
+    layers = len(model.config.denoiser.light.layers) if is_light else config.num_layers
+    ways = product(rules['mlp'], mesh)
+    sums = 2 + (config.moe is not None)  # attention, MLP, experts
+    sent = sums * 2 * tokens * config.width * itemsize * (ways - 1) / ways
+    exchanging = [axis for axis in rules['experts'] if axis in rows]
+    ways = product(exchanging, mesh)
+    if config.moe is not None and ways > 1:
+        sent += 2 * tokens * config.moe.top_k * config.width * itemsize * (ways - 1) / ways
+    return layers * sent

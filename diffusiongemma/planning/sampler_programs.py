@@ -1,0 +1,176 @@
+"""The programs of a sampler, ready to be compiled for devices that are not there."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from diffusiongemma import configuration
+from diffusiongemma.distillation.compute import ComputeConfig
+from diffusiongemma.distillation.run import sampling_config, student_model
+from diffusiongemma.models.cache import KVCache
+from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.execution import partition_spec, spread
+from diffusiongemma.models.inference import is_unrolled, with_execution
+from diffusiongemma.models.transformer import CACHE_AXES, Gemma
+from diffusiongemma.parallel.sharding import rules_of
+from diffusiongemma.planning.needed import Tokens, of_pass
+from diffusiongemma.planning.programs import (
+    PlannedProgram,
+    TokenIds,
+    abstract_params,
+    batch_axes,
+    device_bytes,
+    placed,
+)
+from diffusiongemma.sampling import Controls, SamplingConfig, diffusion, lossless, passes
+from diffusiongemma.sampling.sampler import MODES, prefilled
+
+
+def sampler_programs(
+    config: ConfigDict,
+    teacher_config: ModelConfig,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    prompt_length: int,
+) -> list[PlannedProgram]:
+    """The whole of diffusion sampling, and its passes: prefill, denoise step, commit.
+
+    Args:
+      config: of the run that made the student; `config.sampling` says how it is sampled.
+      teacher_config: of its teacher.
+      mesh: over the devices.
+      batch_size: rows.
+      prompt_length: tokens of a prompt.
+    """
+    dtype = configuration.compute_dtype(config)
+    teacher = Gemma(teacher_config.autoregressive, dtype)
+    token_ids = TokenIds.of(teacher.config)
+    compute = ComputeConfig.of(config)
+    model = compute.place(student_model(config, teacher, token_ids), mesh)
+    if is_unrolled(model):  # as `for_inference` does
+        model = with_execution(model, scan_layers=False)
+    sampling = sampling_config(config, token_ids)
+    params = abstract_params(model, mesh, dtype)
+    rows = compute.batch_sharding(mesh, batch_size)
+    tokens = jax.ShapeDtypeStruct((batch_size, prompt_length), jnp.int32, sharding=rows)
+    lengths = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
+    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows)
+
+    def start(params: Any, tokens: Any, lengths: Any, keys: Any) -> Any:
+        return prefilled(model, sampling, params, tokens, lengths, keys, Controls())[0]
+
+    state = jax.eval_shape(start, params, tokens, lengths, keys)
+    cache = placed(state.cache, cache_shardings(model, state.cache, mesh))
+    state = placed(state, jax.tree.map(lambda _: rows, state)).replace(cache=cache)
+    if model.light is not None:
+        return _lossless_programs(model, sampling, params, state, (tokens, lengths, keys), mesh)
+
+    def step(params: Any, state: Any) -> Any:
+        task = diffusion.canvas_task(model, state)
+        noise = diffusion.first_noise(model, sampling, params, task)
+        return diffusion.denoise_step(model, sampling, params, state.cache, task, noise)
+
+    def commit(params: Any, cache: Any, canvas: Any) -> Any:
+        active = jnp.ones(canvas.shape[:1], bool)
+        return passes.extend(model, params, cache, canvas, active)
+
+    def whole(params: Any, *prompts: Any) -> Any:
+        return MODES['diffusion'].generate(model, sampling, params, *prompts, Controls())
+
+    canvas = jax.ShapeDtypeStruct((batch_size, config.canvas_length), jnp.int32, sharding=rows)
+    weights = {'parameters': device_bytes(params)}
+    cached = weights | {'cache': device_bytes(cache)}
+    written = batch_size * config.canvas_length
+    prompts = (tokens, lengths, keys)
+
+    def needed(passed: int, scored: int, *, denoises: bool) -> Any:
+        counts = Tokens(passed, scored, cached['cache'])
+        return of_pass(model, params, mesh, batch_axes(tokens), counts, denoises=denoises)
+
+    read = batch_size * prompt_length
+    return [
+        PlannedProgram(
+            'generate', whole, (params, *prompts), weights, batch_size * sampling.max_new_tokens
+        ),
+        PlannedProgram(
+            'prefill', start, (params, *prompts), weights, read,
+            needed=needed(read, 0, denoises=False),
+        ),
+        PlannedProgram(
+            'denoise step', step, (params, state), cached, written,
+            needed=needed(written, written, denoises=True),
+        ),
+        PlannedProgram(
+            'commit', commit, (params, cache, canvas), cached, written, (1,),
+            needed(written, 0, denoises=False),
+        ),
+    ]  # fmt: skip
+
+
+def _lossless_programs(
+    model: DiffusionGemma,
+    sampling: SamplingConfig,
+    params: Any,
+    generation: Any,
+    prompts: tuple[Any, Any, Any],
+    mesh: Mesh,
+) -> list[PlannedProgram]:
+    """The whole of lossless sampling with a light denoiser, and its passes: draft and verify."""
+    tokens, lengths, _ = prompts
+    batch_size, rows = tokens.shape[0], tokens.sharding
+    hidden = jax.ShapeDtypeStruct((batch_size, model.config.width), model.dtype, sharding=rows)
+
+    def first(params: Any, *arguments: Any) -> Any:
+        return lossless.start(model, sampling, params, *arguments)
+
+    state = jax.eval_shape(first, params, generation, hidden, tokens, lengths)
+    state = placed(state, jax.tree.map(lambda _: rows, state)).replace(generation=generation)
+
+    def draft(params: Any, state: Any) -> Any:
+        noise = lossless.text_noise(model, sampling, state)
+        return lossless.draft(model, sampling, params, state, noise)
+
+    def verify(params: Any, state: Any, drafted: Any) -> Any:
+        noise = lossless.text_noise(model, sampling, state)
+        return lossless.verify_draft(model, sampling, params, state, drafted, noise)
+
+    def whole(params: Any, *prompts: Any) -> Any:
+        return MODES['lossless'].generate(model, sampling, params, *prompts, Controls())
+
+    drafted = jax.eval_shape(draft, params, state)
+    drafted = placed(drafted, jax.tree.map(lambda _: rows, drafted))
+    weights = {'parameters': device_bytes(params)}
+    cached = weights | {'cache': device_bytes(generation.cache)}
+    count = batch_size * lossless.draft_length(model, sampling)
+    new, checked = batch_size * sampling.max_new_tokens, count + batch_size
+
+    def needed(passed: int, *, denoises: bool) -> Any:
+        counts = Tokens(passed, passed, cached['cache'])
+        return of_pass(model, params, mesh, batch_axes(tokens), counts, denoises=denoises)
+
+    return [
+        PlannedProgram('generate', whole, (params, *prompts), weights, new),
+        PlannedProgram(
+            'draft', draft, (params, state), cached, count, needed=needed(count, denoises=True)
+        ),
+        PlannedProgram(
+            'verify', verify, (params, state, drafted), cached, checked,
+            needed=needed(checked, denoises=False),
+        ),
+    ]  # fmt: skip
+
+
+def cache_shardings(model: Gemma, cache: KVCache, mesh: Mesh) -> Any:
+    """The sharding of each array of a cache, as the axis table of the model says."""
+
+    def of(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = CACHE_AXES[:1] if leaf.ndim == 1 else (None,) * (leaf.ndim - 4) + CACHE_AXES
+        return NamedSharding(mesh, partition_spec(spread(leaf.shape, names, rules_of(model), mesh)))
+
+    return jax.tree.map(of, cache)
