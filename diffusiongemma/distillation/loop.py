@@ -21,6 +21,8 @@ from diffusiongemma.parallel import init_sharded, processes, state_shardings
 
 StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
+STEPS_AHEAD = 2  # dispatched while one runs
+
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
@@ -103,6 +105,8 @@ def fit(
             with trace.step(step):
                 state, metrics = train_step(state, batch)
             steps_metrics.append(metrics)
+            # Steps are queued; more of them than keep the device busy would only delay a stop.
+            jax.block_until_ready(steps_metrics[-STEPS_AHEAD - 1 : -STEPS_AHEAD])
             stop = preemption.reached(step)
             save = stop or step == config.num_steps or step % config.checkpoint_every == 0
             if save or step % config.report_every == 0:
