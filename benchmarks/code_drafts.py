@@ -38,7 +38,7 @@ from diffusiongemma.distillation.teacher import TeacherStates
 from diffusiongemma.models import Gemma, for_inference, init_params
 from diffusiongemma.models.denoiser import DRAFT_IDS
 from diffusiongemma.sampling import PromptLookup, Sampler, SamplingConfig, pad_prompts
-from diffusiongemma.sampling.lossless import LONGEST_NGRAM
+from diffusiongemma.sampling.drafter import LONGEST_NGRAM
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'gemma3-270m-student', 'A light student.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory of the texts and the table.')

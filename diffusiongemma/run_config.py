@@ -17,12 +17,16 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from diffusiongemma import configuration
+from diffusiongemma.checkpoints.load import about_model
 from diffusiongemma.checkpoints.store import CheckpointError
 from diffusiongemma.configuration import OPTIONAL_KEYS
 from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import guard
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.parallel import processes
+from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.view.interrupt import is_busy
 
 # What the chips of a TPU are on the machine that they belong to.
@@ -55,6 +59,30 @@ def output_directory(flag: str, value: str | None) -> Path:
             '(gcsfuse, Filestore, NFS) and give the directory where it is mounted.'
         )
     return Path(value)
+
+
+def student_sampling(checkpoint: str, tokenizer: Tokenizer, **flags: Any) -> SamplingConfig:
+    """Returns how to sample a checkpoint: by flags that are not None, else as it was evaluated.
+
+    A bundle says so under `about.sampling`; what it leaves open has the defaults, and responses
+    have at most 128 tokens.
+
+    Args:
+      checkpoint: of `load_model`.
+      tokenizer: of the checkpoint.
+      **flags: fields of `SamplingConfig`.
+
+    Raises:
+      ValueError: a field is unknown or out of range.
+    """
+    fields = SamplingConfig.tokenizer_fields(tokenizer) | {'max_new_tokens': 128}
+    given = {name: value for name, value in flags.items() if value is not None}
+    own = dict(about_model(checkpoint).get('sampling', {}))
+    for name, other in (('acceptance', 'entropy_bound'), ('entropy_bound', 'acceptance')):
+        if name in given:  # takes the place of the other, which would be refused beside it
+            own.pop(other, None)
+    fields |= own | given
+    return configuration.build(SamplingConfig, fields, 'sampling')
 
 
 def keep_compiled_programs() -> None:

@@ -31,12 +31,12 @@ from absl import flags
 from etils import epath
 from rich.console import Console
 
-from diffusiongemma import configuration, run_config
+from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import BUILTIN, about_model, load_for_sampling
 from diffusiongemma.constraints.grammar import from_json_schema, from_regex
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.quantization import WEIGHT_DTYPES
-from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, generate_text, pad_prompts
+from diffusiongemma.sampling import Controls, Sampler, generate_text, pad_prompts
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.sampler import MODES, main_mode
 from diffusiongemma.sampling.watch import watch
@@ -79,6 +79,12 @@ _ENTROPY_BOUND = flags.DEFINE_float(
     'Nats; a higher one accepts more tokens per denoise step; by default as the student was '
     'evaluated, else 0.1.',
     lower_bound=0.0,
+)
+_ACCEPTANCE = flags.DEFINE_string(
+    'acceptance',
+    None,
+    "What a denoise step accepts, such as 'TopK(k=4)'; see docs/sampling.md. In place of an "
+    'entropy bound.',
 )
 _TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k likeliest tokens.', lower_bound=1)
 _TOP_P = flags.DEFINE_float(
@@ -137,18 +143,17 @@ class Loaded:
                 f'{_CHECKPOINT.value} is a pretrained model, which cannot talk: give it a --prompt '
                 'to continue.'
             )
-        given = {
-            'temperature': _TEMPERATURE.value,
-            'max_new_tokens': _MAX_NEW_TOKENS.value,
-            'max_denoising_steps': _MAX_STEPS.value,
-            'entropy_bound': _ENTROPY_BOUND.value,
-            'top_k': _TOP_K.value,
-            'top_p': _TOP_P.value,
-        }
-        fields = SamplingConfig.tokenizer_fields(tokenizer) | {'max_new_tokens': 128}
-        fields |= about_model(_CHECKPOINT.value).get('sampling', {})
-        fields |= {name: value for name, value in given.items() if value is not None}
-        config = configuration.build(SamplingConfig, fields, 'sampling')
+        config = run_config.student_sampling(
+            _CHECKPOINT.value,
+            tokenizer,
+            temperature=_TEMPERATURE.value,
+            max_new_tokens=_MAX_NEW_TOKENS.value,
+            max_denoising_steps=_MAX_STEPS.value,
+            entropy_bound=_ENTROPY_BOUND.value,
+            top_k=_TOP_K.value,
+            top_p=_TOP_P.value,
+            acceptance=_ACCEPTANCE.value,
+        )
         return cls(Sampler(model, config, _MODE.value or main_mode(model)), params, tokenizer)
 
 

@@ -10,7 +10,7 @@ from absl import flags
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_for_sampling
 from diffusiongemma.models.quantization import WEIGHT_DTYPES
-from diffusiongemma.sampling import Sampler, SamplingConfig
+from diffusiongemma.sampling import Sampler
 from diffusiongemma.sampling.engine import Engine
 from diffusiongemma.sampling.sampler import MODES, main_mode
 
@@ -35,7 +35,10 @@ _TEMPERATURE = flags.DEFINE_float(
     'temperature', 0.0, 'Temperature of requests that name none; 0 is greedy.', lower_bound=0.0
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    'max_new_tokens', 128, 'Longest answer in tokens.', lower_bound=1
+    'max_new_tokens',
+    None,
+    'Longest answer in tokens; by default as the student was evaluated, else 128.',
+    lower_bound=1,
 )
 _CAPACITY = flags.DEFINE_integer(
     'capacity',
@@ -44,6 +47,13 @@ _CAPACITY = flags.DEFINE_integer(
     lower_bound=2,
 )
 _SLOTS = flags.DEFINE_integer('slots', 8, 'Requests that are answered at once.', lower_bound=1)
+_PREFIXES = flags.DEFINE_integer(
+    'prefixes',
+    4,
+    'K/V caches, of one row each, that are kept of what prompts begin with alike, such as a system '
+    'text, in blocks of 128 tokens.',
+    lower_bound=0,
+)
 _MAX_QUEUE = flags.DEFINE_integer(
     'max_queue', 64, 'Requests that may wait for a slot; more are refused.', lower_bound=0
 )
@@ -57,13 +67,23 @@ _GRACE_SECONDS = flags.DEFINE_float(
     'grace_seconds', 60.0, 'How long open requests may take after SIGTERM.', lower_bound=0.0
 )
 _MAX_STEPS = flags.DEFINE_integer(
-    'max_denoising_steps', 48, 'Most denoise steps per canvas.', lower_bound=1
+    'max_denoising_steps',
+    None,
+    'Most denoise steps per canvas; by default as the student was evaluated, else 48.',
+    lower_bound=1,
 )
 _ENTROPY_BOUND = flags.DEFINE_float(
     'entropy_bound',
-    0.1,
-    'Nats; a higher one accepts more tokens per denoise step.',
+    None,
+    'Nats; a higher one accepts more tokens per denoise step; by default as the student was '
+    'evaluated, else 0.1.',
     lower_bound=0.0,
+)
+_ACCEPTANCE = flags.DEFINE_string(
+    'acceptance',
+    None,
+    "What a denoise step accepts, such as 'TopK(k=4)'; see docs/sampling.md. In place of an "
+    'entropy bound.',
 )
 _WEIGHTS = flags.DEFINE_enum('weights', None, sorted(WEIGHT_DTYPES), 'Weight-only quantization.')
 _WARM_UP = flags.DEFINE_bool('warm_up', True, 'Compile before the first request.')
@@ -80,15 +100,20 @@ def main(argv: list[str]) -> None:
         ) from None
     sock = listen(_HOST.value, _PORT.value)
     model, params, tokenizer = load_for_sampling(_CHECKPOINT.value, _WEIGHTS.value)
-    config = SamplingConfig.for_tokenizer(
+    config = run_config.student_sampling(
+        _CHECKPOINT.value,
         tokenizer,
+        temperature=1.0,  # of the engine's programs; requests have their own
         max_new_tokens=_MAX_NEW_TOKENS.value,
         max_denoising_steps=_MAX_STEPS.value,
         entropy_bound=_ENTROPY_BOUND.value,
+        acceptance=_ACCEPTANCE.value,
     )
     sampler = Sampler(model, config, _MODE.value or main_mode(model))
     capacity, slots = _CAPACITY.value, _SLOTS.value
-    engine = Engine(sampler, params, tokenizer, slots=slots, capacity=capacity)
+    engine = Engine(
+        sampler, params, tokenizer, slots=slots, capacity=capacity, prefixes=_PREFIXES.value
+    )
     settings = Settings(
         name=_NAME.value or _CHECKPOINT.value,
         max_queue=_MAX_QUEUE.value,

@@ -13,7 +13,15 @@ from toy_model import toy
 
 from diffusiongemma.constraints.automaton import TokenAutomaton
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, ban, pad_prompts, pin
+from diffusiongemma.sampling import (
+    Controls,
+    PromptLookup,
+    Sampler,
+    SamplingConfig,
+    ban,
+    pad_prompts,
+    pin,
+)
 from diffusiongemma.sampling.engine import Delta, Engine, Failed, Finished
 from diffusiongemma.sampling.text import TextStream
 
@@ -231,3 +239,68 @@ def test_a_text_ends_where_a_stop_text_begins_however_it_comes(text, stop):
     joined += by_token.finish()
     assert joined == text.partition(stop[0])[0] if stop else joined == text
     assert by_token.stopped == any(s in text for s in stop[:1])
+
+
+def shared_prompts():
+    """Nine prompts: some with a common beginning of 8 and of 13 tokens, a short one, one alone."""
+    tokens = np.random.default_rng(5).integers(0, 22, (6, 16)).tolist()
+    long, short = tokens[0][:13], tokens[0][:8]
+    return [
+        long + [1], long + [2, 3], short + [9], tokens[1], long + [1, 4], short + tokens[2][:5],
+        [7], short, long + [2, 3, 5],
+    ]  # fmt: skip
+
+
+def answers_to(prompts, mode, **options):
+    engine = new_engine(**options)
+    submitted = {
+        engine.submit(prompt, rng=n, mode=mode, temperature=0.7, max_new_tokens=7): n
+        for n, prompt in enumerate(prompts)
+    }
+    return engine, results(engine, submitted)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_what_prompts_begin_with_alike_is_encoded_once_and_changes_no_response(mode):
+    prompts = shared_prompts()
+    _, expected = answers_to(prompts, mode)
+    engine, answers = answers_to(prompts, mode, prefixes=2, prefix_block=4)
+    for n in range(len(prompts)):
+        assert answers[n].tokens == expected[n].tokens and answers[n].passes == expected[n].passes
+    # Blocks of 4: 12 tokens, 12 and 8 kept, 8 of them, 12 alone, 12, 8, none, 4, 12.
+    whole = sum((len(prompt) - 1) // 4 * 4 for prompt in prompts)
+    assert engine.prefixes.encoded + engine.prefixes.reused == whole
+    assert engine.prefixes.reused == 0 + 0 + 0 + 0 + 12 + 8 + 0 + 0 + 12
+
+
+def test_of_too_many_beginnings_the_one_unused_for_longest_is_encoded_again():
+    first, second = ([token] * 9 for token in (1, 2))
+    engine = new_engine(prefixes=1, prefix_block=4)
+    reused = []
+    for prompt in (first, first, first, second, second, first, second):
+        engine.submit(prompt, mode='autoregressive', max_new_tokens=1)
+        list(engine.run())
+        reused.append(engine.prefixes.reused)
+    # Kept from the second time on, until another takes its place.
+    assert np.diff([0, *reused]).tolist() == [0, 0, 8, 0, 0, 0, 0]
+    assert len(engine.prefixes._kept) == 1
+
+
+def test_a_lookup_sees_what_a_kept_beginning_holds():
+    """Drafts copy from the whole prompt: as many passes as without."""
+    model, params = toy(C)
+    config = dataclasses.replace(CONFIG, drafts=PromptLookup(length=3), stop_ids=())
+    sampler, prompt = Sampler(model, config, 'lossless'), [5, 6, 7, 8] * 3 + [5]
+    passes = []
+    for options in ({}, {'prefixes': 1, 'prefix_block': 4}):
+        engine = Engine(sampler, params, slots=1, capacity=24, multiple=8, **options)
+        for _ in range(3):
+            engine.submit(prompt)
+        found = [e.result for e in engine.run() if isinstance(e, Finished)]
+        passes.append([(result.tokens, result.passes) for result in found])
+    assert passes[0] == passes[1]
+
+
+def test_kept_beginnings_and_prompts_that_are_encoded_together_exclude_each_other():
+    with pytest.raises(ValueError, match='prefixes=1 are for prompts that are encoded one by one'):
+        new_engine(prefixes=1, prefill_together=2)

@@ -1,5 +1,7 @@
 """The distillation objectives: exact values, gradients, and the start from the teacher."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,9 @@ from diffusiongemma.sampling import (
     Ancestral,
     ConfidenceThreshold,
     EntropyBound,
+    GibbsSweep,
     Margin,
+    Remask,
     TemperatureSchedule,
     TopK,
 )
@@ -289,7 +293,7 @@ def test_no_gradient_flows_from_one_step_to_the_next(student, batch):
         stage2 = objective('stage2', model.config)
         seen = stage2.look(model, params, logits, jnp.ones((1, 3, 4)))
         tokens, keys = batch['canvas_tokens'], jax.random.split(jax.random.key(0), (1, 3))
-        canvas = stage2.next_canvas(seen, tokens, tokens, keys, jnp.ones((1, 3)))
+        canvas, _ = stage2.next_canvas(seen, tokens, tokens, keys, jnp.ones((1, 3)))
         return jnp.sum(seen.soft_embeddings) + jnp.sum(canvas)
 
     grads = jax.jit(jax.grad(what_is_fed_back, argnums=(0, 1)))(full, logits)
@@ -307,7 +311,7 @@ def test_the_next_canvas_of_stage_2_keeps_what_is_accepted_and_renoises_the_rest
     # Of the two that nothing is known about, the bound lets the first one pass: its argmax.
     best = jnp.argmax(logits[1])
     keys = jax.random.split(jax.random.key(0), (1, 1))
-    canvas = stage2.next_canvas(seen, noise + 5, noise, keys, jnp.ones((1, 1)))
+    canvas, _ = stage2.next_canvas(seen, noise + 5, noise, keys, jnp.ones((1, 1)))
     np.testing.assert_array_equal(canvas[0, 0], [3, best, 9, 23])
 
 
@@ -335,10 +339,10 @@ def test_stage_2_takes_its_steps_by_every_rule(rule, uniform, masked):
     shared = {'schedule': TemperatureSchedule(), 'acceptance': rule}
     noise, canvas = jnp.array([[[20, 21, 22, 23]]]), jnp.array([[[30, 7, 30, 30]]])
     stage2 = Stage2(UniformCorruption(37), **shared)
-    assert stage2.next_canvas(said, canvas, noise, keys, ones)[0, 0].tolist() == uniform
+    assert stage2.next_canvas(said, canvas, noise, keys, ones)[0][0, 0].tolist() == uniform
     stage2 = Stage2(MaskedCorruption(30), **shared)
     masks = jnp.full_like(canvas, 30)
-    assert stage2.next_canvas(said, canvas, masks, keys, ones)[0, 0].tolist() == masked
+    assert stage2.next_canvas(said, canvas, masks, keys, ones)[0][0, 0].tolist() == masked
 
 
 def test_ancestral_steps_of_stage_2_unmask_as_many_positions_as_the_noise_level_falls():
@@ -348,13 +352,22 @@ def test_ancestral_steps_of_stage_2_unmask_as_many_positions_as_the_noise_level_
     said = Seen(zeros, jnp.ones(shape, jnp.int32), zeros, zeros, zeros)
     keys = jax.random.split(jax.random.key(0), shape[:2])
     levels = jnp.broadcast_to(jnp.array([1.0, 0.5]), shape[:2])
-    canvas = stage2.next_canvas(said, masks, masks, keys, levels)
+    canvas, _ = stage2.next_canvas(said, masks, masks, keys, levels)
     # (t - s) / t with s = t - 1/4.
     np.testing.assert_allclose(jnp.mean(canvas == 1, axis=(0, 2)), [0.25, 0.5], atol=0.03)
 
 
-@pytest.mark.parametrize('rule', [TopK(2), ConfidenceThreshold(), Margin(), Ancestral()])
-@pytest.mark.parametrize('masked', [False, True])
+EVERY_RULE = [TopK(2), ConfidenceThreshold(), Margin(), Ancestral()]
+
+
+@pytest.mark.parametrize(
+    'rule, masked',
+    [
+        *itertools.product(EVERY_RULE, (False, True)),
+        (GibbsSweep(EntropyBound(), positions=2), False),
+        (Remask(TopK(2), count=1), True),
+    ],
+)
 def test_the_loss_of_stage_2_is_traced_with_every_rule(rule, masked, tiny_config, batch):
     model = DiffusionGemma(tiny_config.replace(kind='separate'))
     corruption = MaskedCorruption(30) if masked else UniformCorruption(tiny_config.vocab_size)
@@ -372,6 +385,30 @@ def test_the_loss_of_stage_2_is_traced_with_every_rule(rule, masked, tiny_config
 
     value, metrics = jax.eval_shape(loss, jax.random.key(0))
     assert value.shape == () and 'loss/step_3' in metrics
+
+
+def test_stage_2_hands_a_rule_its_logits_and_its_state_from_step_to_step(tiny_config):
+    """Two tokens are settled, then the less certain one is taken back."""
+    stage2 = Stage2(MaskedCorruption(30), TemperatureSchedule(), Remask(TopK(4), count=1))
+    said = said_of([0.1, 0.2, 0.9, 0.15], [0.5, 0.8, 0.9, 0.3], [0.1, 0.2, 0.6, 0.7])
+    keys, ones = jax.random.split(jax.random.key(0), (1, 1)), jnp.ones((1, 1))
+    masks = jnp.full((1, 1, 4), 30)
+    state = Remask().first_state(masks[0])
+    canvas, state = stage2.next_canvas(said, masks, masks, keys, ones, state)
+    assert canvas[0, 0].tolist() == [0, 1, 2, 30]
+    np.testing.assert_allclose(state.confidences, [[0.5, 0.8, 0.9, 0.3]], rtol=1e-6)
+    # A corrector of uniform noise reads the logits: what only stands there is drawn anew.
+    sweep = Stage2(UniformCorruption(37), TemperatureSchedule(), GibbsSweep(TopK(4), 1, 4))
+    here = jnp.array([[[5, 6, 7, 8]]])
+    logits = 3.0 * jax.nn.one_hot(here, 37) + 1.0 * jax.nn.one_hot(here + 10, 37)
+    said = said._replace(logits=logits)
+    state = (
+        GibbsSweep()
+        .first_state(here[0])
+        .replace(phase=jnp.array([1]), noise_level=jnp.full((1, 1), 0.5))
+    )
+    canvas, _ = sweep.next_canvas(said, here, here, keys, ones, state)
+    assert canvas[0, 0].tolist() == [15, 16, 17, 18]
 
 
 def test_what_rejected_positions_become_is_drawn_anew_for_each_step(tiny_config, batch):

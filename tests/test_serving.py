@@ -14,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.evaluation.scoring import response_log_probs
 from diffusiongemma.models import for_inference
 from diffusiongemma.sampling import Sampler, SamplingConfig, generate_text
 from diffusiongemma.sampling.engine import Engine
@@ -157,6 +159,44 @@ def test_a_narrow_top_p_gives_the_greedy_text(url):
     assert narrow['choices'] == asked(url, request | {'temperature': 0})['choices']
 
 
+@pytest.mark.parametrize('mode', ['lossless', 'autoregressive'])
+def test_log_probabilities_are_those_of_the_tokens_of_the_answer(client, builtin, mode):
+    model, params, tokenizer = builtin
+    request = {'model': 'builtin', 'messages': user(PAUL), 'seed': 5, 'max_tokens': 60}
+    request |= {'extra_body': {'mode': mode}, 'logprobs': True, 'top_logprobs': 2}
+    choice = client.chat.completions.create(**request).choices[0]
+    told = choice.logprobs.content
+    assert b''.join(bytes(entry.bytes) for entry in told).decode() == choice.message.content
+    assert all(entry.top_logprobs[0].token == entry.token for entry in told)  # a greedy answer
+    assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in told)
+    assert all(len(entry.top_logprobs) == 2 for entry in told)
+    prompt = tokenizer.format_prompt(PAUL)
+    answer = tokenizer.encode(choice.message.content)
+    (expected,) = response_log_probs(model, params, [prompt], [answer], batch_size=1)
+    np.testing.assert_allclose([entry.logprob for entry in told], expected, atol=2e-4)
+    streamed = client.chat.completions.create(**request, stream=True)
+    parts = [part.choices[0].logprobs for part in streamed if part.choices]
+    assert [entry for part in parts if part for entry in part.content] == told
+
+
+def test_log_probabilities_of_a_completion_end_where_a_stop_text_begins(client, builtin):
+    _, _, tokenizer = builtin
+    request = {'model': 'builtin', 'prompt': tokenizer.format_prompt(PAUL), 'seed': 0}
+    request |= {'logprobs': 3, 'stop': [' is']}
+    choice = client.completions.create(**request).choices[0]
+    told = choice.logprobs
+    assert ''.join(told.tokens) == choice.text and told.text_offset[0] == 0
+    starts = [choice.text[place:] for place in told.text_offset]
+    assert all(map(str.startswith, starts, told.tokens))
+    assert len(told.token_logprobs) == len(told.tokens) == len(told.top_logprobs)
+    assert all(len(top) == 3 and max(top.values()) <= 0 for top in told.top_logprobs)
+    parts = [p.choices[0].logprobs for p in client.completions.create(**request, stream=True)]
+    assert [token for part in parts if part for token in part.tokens] == told.tokens
+    bare = client.completions.create(**request | {'logprobs': 0}).choices[0].logprobs
+    assert bare.tokens == told.tokens and bare.top_logprobs is None
+    assert client.completions.create(**request | {'logprobs': None}).choices[0].logprobs is None
+
+
 def test_a_response_format_makes_json_of_the_schema(client):
     schema = {
         'type': 'object',
@@ -251,7 +291,10 @@ BAD_CHATS = {
     'mode': ({'mode': 'fast'}, "mode must be one of .*got 'fast'"),
     'stream': ({'stream': 'yes'}, 'stream must be true or false'),
     'stream_options': ({'stream_options': {}}, 'stream_options needs stream=true'),
-    'logprobs': ({'logprobs': True}, 'logprobs is not supported: the sampler does not return'),
+    'logprobs': ({'logprobs': True, 'mode': 'diffusion'}, 'logprobs are those of the causal pass'),
+    'logprobs type': ({'logprobs': 2}, 'logprobs must be true or false, got a number'),
+    'top_logprobs': ({'top_logprobs': 2}, 'top_logprobs needs logprobs=true'),
+    'large top_logprobs': ({'logprobs': True, 'top_logprobs': 21}, r'must lie in \[0, 20\]'),
     'n': ({'n': 2}, 'n is not supported'),
     'tools': ({'tools': [{'type': 'function'}]}, 'tools is not supported'),
     'penalty': ({'presence_penalty': 0.5}, 'presence_penalty is not supported'),
@@ -288,6 +331,7 @@ def test_a_chat_request_that_is_wrong_is_one_clear_400(http, name):
         ({'suffix': 'x' * 300, 'mode': 'diffusion'}, 'must have less than the canvas, 32'),
         ({'suffix': 'x', 'mode': 'diffusion', 'stop': 'a'}, 'suffix does not go with stop'),
         ({'echo': True}, 'echo is not supported'),
+        ({'logprobs': True}, 'logprobs must be an integer, got a boolean'),
     ],
 )
 def test_a_completion_request_that_is_wrong_is_one_clear_400(http, changes, message):
@@ -562,6 +606,16 @@ def test_sigterm_under_load_finishes_or_refuses_every_request(grace):
     assert {end for _, end in outcomes} <= {503, 'closed'}
     assert sum(answered for answered, _ in outcomes) >= 6
     assert process.wait() == 0
+
+
+@pytest.mark.slow
+def test_a_server_under_load_answers_each_request_as_if_it_were_alone():
+    """Beside malformed bodies and clients that leave, and until SIGTERM."""
+    command = [sys.executable, 'benchmarks/serving.py', '--clients=32', '--requests=20']
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_what_serve_cannot_do_is_one_line():

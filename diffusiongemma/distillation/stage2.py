@@ -14,7 +14,7 @@ certainty term sharpens what is right already, because the entropy bound accepts
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from diffusiongemma.distillation.losses import (
 from diffusiongemma.distillation.teacher import TeacherStates
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.sampling import acceptance
 from diffusiongemma.sampling.acceptance import AcceptanceRule, Proposal
 from diffusiongemma.sampling.epilogue import entropy, read_logits
 from diffusiongemma.sampling.schedule import TemperatureSchedule
@@ -63,6 +64,8 @@ class Seen(NamedTuple):
       confidences: [..] float32, their probabilities.
       margins: [..] float32, by how much these exceed those of the second tokens.
       soft_embeddings: [.., D], what is fed back.
+      logits: [.., V] float32, of the shaped distribution, for a rule that reads them. The scores
+        of a part of the positions leave them out.
     """
 
     entropies: jax.Array
@@ -70,6 +73,7 @@ class Seen(NamedTuple):
     confidences: jax.Array
     margins: jax.Array
     soft_embeddings: jax.Array
+    logits: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +152,7 @@ class Stage2:
         weight = canvases.kl_weights(draw.noisy, has_target, self.kd_weight)
         canvas, soft, metrics = draw.noisy.tokens, None, {}
         total = jnp.zeros(())
+        rule_state = acceptance.first_state(self.acceptance, _rows(canvas))
         for n in range(self.num_steps):
             hidden = canvases.denoise(model, params, batch, prefix, canvas, soft)
             level = jnp.minimum(draw.noisy.noise_level, self.schedule.noise_level(n))
@@ -176,18 +181,28 @@ class Stage2:
             metrics[f'loss/step_{n + 1}'] = loss
             metrics[f'canvas_accuracy/step_{n + 1}'] = jnp.sum(hits * draw.from_noise)
             if not is_last:
-                canvas = self.next_canvas(seen, canvas, draw.renoise[n], draw.keys[n], level)
+                # Computed once more: where no rule reads them, the compiler leaves them out.
+                logits = model.apply({'params': params}, hidden, method='unembed')
+                seen = seen._replace(logits=self.shape(logits, levels))
+                canvas, rule_state = self.next_canvas(
+                    seen, canvas, draw.renoise[n], draw.keys[n], level, rule_state
+                )
                 soft = seen.soft_embeddings
         return total, metrics
+
+    def shape(self, logits: jax.Array, level: jax.Array) -> jax.Array:
+        """Logits [..., V] of the sampler's distribution at noise levels [...], without gradient."""
+        temperature = jnp.asarray(self.schedule.temperature(level))[..., None]
+        shaped = jax.lax.stop_gradient(logits) / temperature
+        if isinstance(self.corruption, MaskedCorruption):
+            shaped = shaped.at[..., self.corruption.mask_id].set(-jnp.inf)
+        return shaped
 
     def look(
         self, model: DiffusionGemma, params: dict, logits: jax.Array, level: jax.Array
     ) -> Seen:
         """What the sampler's greedy step reads off logits [..., V] at noise levels [...]."""
-        params, logits = jax.lax.stop_gradient((params, logits))
-        shaped = logits / jnp.asarray(self.schedule.temperature(level))[..., None]
-        if isinstance(self.corruption, MaskedCorruption):
-            shaped = shaped.at[..., self.corruption.mask_id].set(-jnp.inf)
+        params, shaped = jax.lax.stop_gradient(params), self.shape(logits, level)
         candidates = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
         prediction = read_logits(shaped, candidates, candidates)
         return Seen(
@@ -205,8 +220,9 @@ class Stage2:
         noise: jax.Array,
         keys: jax.Array,
         noise_level: jax.Array,
-    ) -> jax.Array:
-        """The canvas after a step, as the acceptance rule makes it: [B, N, C] int32.
+        rule_state: Any = None,
+    ) -> tuple[jax.Array, Any]:
+        """The canvas after a step, as the acceptance rule makes it, and the rule's state.
 
         Args:
           seen: what the step says of each position.
@@ -214,28 +230,35 @@ class Stage2:
           noise: [B, N, C] int32, what rejected positions become.
           keys: [B, N] keys.
           noise_level: [B, N] float32, of `canvas`.
+          rule_state: of B * N rows, from the step before.
+
+        Returns:
+          [B, N, C] int32, and the state after it.
         """
         corruption, is_open = self.corruption, jnp.ones(canvas.shape, bool)
         if isinstance(corruption, MaskedCorruption):
             is_open = canvas == corruption.mask_id
-
-        def rows(leaf: jax.Array) -> jax.Array:
-            """[B, N, ...] -> [B * N, ...]."""
-            return leaf.reshape(-1, *leaf.shape[2:])
-
+        level = noise_level[..., None]
         proposal = Proposal(
-            canvas=rows(canvas),
-            candidates=rows(seen.candidates),
-            noise=rows(noise),
-            open=rows(is_open),
-            entropies=rows(jnp.where(is_open, seen.entropies, 0.0)),
-            confidences=rows(jnp.where(is_open, seen.confidences, 1.0)),
-            margins=rows(jnp.where(is_open, seen.margins, 1.0)),
-            noise_level=rows(noise_level[..., None]),
-            next_noise_level=rows(
-                jnp.maximum(noise_level - 1 / self.schedule.num_steps, 0.0)[..., None]
-            ),
+            canvas=_rows(canvas),
+            candidates=_rows(seen.candidates),
+            noise=_rows(noise),
+            open=_rows(is_open),
+            entropies=_rows(jnp.where(is_open, seen.entropies, 0.0)),
+            confidences=_rows(jnp.where(is_open, seen.confidences, 1.0)),
+            margins=_rows(jnp.where(is_open, seen.margins, 1.0)),
+            noise_level=_rows(level),
+            next_noise_level=_rows(jnp.maximum(level - 1 / self.schedule.num_steps, 0.0)),
             keys=keys.reshape(-1),
             vocab_size=corruption.vocab_size if isinstance(corruption, UniformCorruption) else None,
+            logits=None if seen.logits is None else _rows(seen.logits),
+            temperature=_rows(jnp.asarray(self.schedule.temperature(level))),
+            greedy=True,
         )
-        return self.acceptance.next_canvas(proposal).reshape(canvas.shape)
+        tokens, rule_state = acceptance.next_canvas(self.acceptance, proposal, rule_state)
+        return tokens.reshape(canvas.shape), rule_state
+
+
+def _rows(leaf: jax.Array) -> jax.Array:
+    """[B, N, ...] -> [B * N, ...]."""
+    return leaf.reshape(-1, *leaf.shape[2:])

@@ -9,13 +9,17 @@ from diffusiongemma.sampling.acceptance import (
     Proposal,
     TopK,
 )
+from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import Controls, allow, ban, exact_lengths, pin
 from diffusiongemma.sampling.decoder import Decoder
 from diffusiongemma.sampling.drafts import DraftSource, PromptLookup
+from diffusiongemma.sampling.gibbs import GibbsSweep
 from diffusiongemma.sampling.passes import CausalModel, DenoisingModel
-from diffusiongemma.sampling.sampler import Sampler, pad_prompts
+from diffusiongemma.sampling.prompts import pad_prompts
+from diffusiongemma.sampling.remasking import Remask
+from diffusiongemma.sampling.sampler import Sampler
 from diffusiongemma.sampling.schedule import TemperatureSchedule
-from diffusiongemma.sampling.state import SamplerOutput, SamplingConfig
+from diffusiongemma.sampling.state import SamplerOutput
 from diffusiongemma.sampling.stopping import (
     AllOf,
     MeanEntropy,
@@ -37,11 +41,13 @@ __all__ = [
     'DenoisingModel',
     'DraftSource',
     'EntropyBound',
+    'GibbsSweep',
     'Margin',
     'MeanEntropy',
     'Never',
     'PromptLookup',
     'Proposal',
+    'Remask',
     'Sampler',
     'SamplerOutput',
     'SamplingConfig',

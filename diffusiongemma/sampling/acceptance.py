@@ -1,11 +1,12 @@
 """What becomes of each position of a canvas after a denoise step.
 
 A rule is a small frozen object with one pure method, `next_canvas`. Those that only choose which
-positions take their candidate have that choice as `accept` too.
+positions take their candidate have that choice as `accept` too. A rule that carries state from
+step to step says what it starts with in a second method, `first_state`.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -31,6 +32,12 @@ class Proposal:
       next_noise_level: likewise, s < t of the canvas that the rule makes.
       keys: [B] keys for a rule that draws.
       vocab_size: uniform noise is drawn from this many tokens; None with masked diffusion.
+      pinned: [B, C] bool, positions that no rule may change; None for no such position.
+      logits: [B, C, V] float32, what the step says of each position, at its temperature; banned
+        tokens have -inf. At a position that masked diffusion has unmasked already they are those
+        of the model, as at every other. What a rule does not read costs nothing.
+      temperature: [] float32, or [B, 1], by which the model's logits were divided.
+      greedy: bool, or [B, 1] bool, whether the candidates are the argmax tokens.
     """
 
     canvas: jax.Array
@@ -44,6 +51,10 @@ class Proposal:
     next_noise_level: jax.Array
     keys: jax.Array
     vocab_size: int | None = flax.struct.field(pytree_node=False)
+    pinned: jax.Array | None = None
+    logits: jax.Array | None = None
+    temperature: jax.Array | float = 1.0
+    greedy: jax.Array | bool = False
 
     def take(self, accepted: jax.Array) -> jax.Array:
         """The next canvas if the `accepted` [B, C] positions take their candidate.
@@ -53,12 +64,43 @@ class Proposal:
         return jnp.where(self.open, jnp.where(accepted, self.candidates, self.noise), self.canvas)
 
 
-class AcceptanceRule(Protocol):
+class StatelessRule(Protocol):
     """Makes the next canvas; hashable, since the sampler compiles it in."""
 
     def next_canvas(self, proposal: Proposal) -> jax.Array:
         """Returns the canvas that the next denoise step reads, [B, C] int32."""
         ...
+
+
+@runtime_checkable
+class StatefulRule(Protocol):
+    """Makes the next canvas from what the step offers and from its own state; hashable.
+
+    The state is a pytree of arrays [B, ...]. A row that has stopped keeps its own.
+    """
+
+    def first_state(self, canvas: jax.Array) -> Any:
+        """Returns the state before the first step of canvases [B, C] int32."""
+        ...
+
+    def next_canvas(self, proposal: Proposal, state: Any) -> tuple[jax.Array, Any]:
+        """Returns the canvas that the next step reads, [B, C] int32, and the state after it."""
+        ...
+
+
+AcceptanceRule = StatelessRule | StatefulRule
+
+
+def first_state(rule: AcceptanceRule, canvas: jax.Array) -> Any:
+    """Returns a rule's state before the first step of canvases [B, C]; None of one without."""
+    return rule.first_state(canvas) if isinstance(rule, StatefulRule) else None
+
+
+def next_canvas(rule: AcceptanceRule, proposal: Proposal, state: Any) -> tuple[jax.Array, Any]:
+    """Returns the canvas [B, C] that a rule makes, and its state after that."""
+    if isinstance(rule, StatefulRule):
+        return rule.next_canvas(proposal, state)
+    return rule.next_canvas(proposal), None
 
 
 @dataclasses.dataclass(frozen=True)

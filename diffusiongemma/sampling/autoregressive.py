@@ -7,12 +7,14 @@ import jax.numpy as jnp
 
 from diffusiongemma.constraints.automaton import allowed
 from diffusiongemma.sampling import passes
+from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import restrict, without_unknown
 from diffusiongemma.sampling.epilogue import adjust, draw
 from diffusiongemma.sampling.finite import chosen_are_finite
 from diffusiongemma.sampling.passes import CausalModel
 from diffusiongemma.sampling.randomness import fold_in_rows
-from diffusiongemma.sampling.state import GenerationState, SamplingConfig
+from diffusiongemma.sampling.scores import TokenScores
+from diffusiongemma.sampling.state import GenerationState
 
 
 def start(
@@ -37,9 +39,9 @@ def start(
     """
     del prompt, prompt_lengths
     keys = fold_in_rows(state.keys, 0)
-    token, finite = first_token(model, config, params, state, hidden, keys)
+    token, finite, scores = first_token(model, config, params, state, hidden, keys)
     state = state.finish_unless(finite, 'prefill')
-    return state.emit(config, token[:, None], passes=1)
+    return state.emit(config, token[:, None], passes=1, scores=scores)
 
 
 def next_token(
@@ -50,9 +52,9 @@ def next_token(
     hidden, cache = passes.extend(model, params, state.cache, latest, ~state.finished)
     state = state.replace(cache=cache)
     keys = fold_in_rows(state.keys, state.lengths)
-    token, finite = first_token(model, config, params, state, hidden[:, 0], keys)
+    token, finite, scores = first_token(model, config, params, state, hidden[:, 0], keys)
     state = state.finish_unless(finite, 'autoregressive')
-    return state.emit(config, token[:, None], passes=1)
+    return state.emit(config, token[:, None], passes=1, scores=scores)
 
 
 def first_token(
@@ -62,7 +64,7 @@ def first_token(
     state: GenerationState,
     hidden: jax.Array,
     keys: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, TokenScores | None]:
     """Draws the first token that is not emitted yet.
 
     Args:
@@ -74,13 +76,22 @@ def first_token(
       keys: [B] keys.
 
     Returns:
-      [B] int32, and whether the logits are finite [B] bool.
+      [B] int32; whether the logits are finite [B] bool; and scores of the tokens [B, 1], where the
+      config asks for them.
     """
-    logits = model.apply({'params': params}, hidden, method='unembed')[:, None]  # [B, 1, V]
+    said = model.apply({'params': params}, hidden, method='unembed')[:, None]  # [B, 1, V]
     states = None if state.automaton_states is None else state.automaton_states[:, None]
-    logits = next_token_logits(config, state, logits, state.lengths, states)[:, 0]  # [B, V]
+    logits = next_token_logits(config, state, said, state.lengths, states)[:, 0]  # [B, V]
     token = draw(logits, state.temperature(config), keys)
-    return token, chosen_are_finite(logits, token)
+    scores = scores_of(config, said, token[:, None])
+    return token, chosen_are_finite(logits, token), scores
+
+
+def scores_of(config: SamplingConfig, logits: jax.Array, tokens: jax.Array) -> TokenScores | None:
+    """Scores of tokens [B, T] under the causal pass's logits [B, T, V], if they are asked for."""
+    if config.logprobs is None:
+        return None
+    return TokenScores.of(without_unknown(logits, config.vocab_size), tokens, config.logprobs)
 
 
 def next_token_logits(

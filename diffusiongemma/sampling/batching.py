@@ -9,8 +9,9 @@ import numpy as np
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.engine import Engine, Failed, Finished, Result
 from diffusiongemma.sampling.lossless import draft_length
+from diffusiongemma.sampling.prompts import pad_prompts
 from diffusiongemma.sampling.randomness import row_keys
-from diffusiongemma.sampling.sampler import Sampler, pad_prompts
+from diffusiongemma.sampling.sampler import Sampler
 from diffusiongemma.sampling.state import SamplerOutput
 
 

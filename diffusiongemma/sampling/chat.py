@@ -12,8 +12,8 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.controls import Controls
-from diffusiongemma.sampling.finite import check_finite
-from diffusiongemma.sampling.sampler import MODES, Sampler, check_fits, pad_prompts
+from diffusiongemma.sampling.prompts import check_fits, pad_prompts
+from diffusiongemma.sampling.sampler import Sampler
 from diffusiongemma.sampling.text import check_stops
 
 
@@ -154,7 +154,7 @@ class ChatSampler:
         self, seen: list[tuple[str, list[int]]], text: str, tokens: list[int]
     ) -> Iterator[Reply]:
         sampler = self.sampler
-        mode, model, config = MODES[sampler.mode], sampler.model, sampler.config
+        model, config = sampler.model, sampler.config
         cache, cached = self._cache, self.cached
         if len(seen) < len(self._history):
             cache, cached = None, 0
@@ -171,17 +171,13 @@ class ChatSampler:
         history_cache = cache
         new, lengths = self._padded(tokens[cached:])
         rng = jax.random.fold_in(self._rng, self._turns)
-        state = mode.start(model, config, self._params, new, lengths, rng[None], Controls(), cache)
-        prompt_cache = state.cache
-        while True:
+        prompt_cache, response = None, []
+        for state in sampler.states(self._params, new, lengths, rng[None], Controls(), cache):
+            prompt_cache = state.cache if prompt_cache is None else prompt_cache
             output = state.output()
-            check_finite(output.failed_pass)
             response = np.asarray(output.tokens)[0, : int(output.lengths[0])].tolist()
             if response:
                 yield self._reply(response, int(output.denoising_steps[0]), self._turns - len(seen))
-            if not state.running:
-                break
-            state = mode.advance(model, config, self._params, state)
         answer = self._tokenizer.end_turn(response)
         self.tokens, self._history = history + answer, [*seen, (text, answer)]
         # Later turns go on from the longest cache that holds what they see: they see no thoughts,

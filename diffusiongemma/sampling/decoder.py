@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.sampling import diffusion, lossless
 from diffusiongemma.sampling.controls import Controls
-from diffusiongemma.sampling.lossless import LosslessState
+from diffusiongemma.sampling.drafter import LosslessState
 from diffusiongemma.sampling.passes import CausalModel
 from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.sampling.state import DenoiseState, GenerationState

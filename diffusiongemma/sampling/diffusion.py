@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from diffusiongemma.constraints.posterior import condition
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.models.vocabulary import likeliest_tokens
-from diffusiongemma.sampling import passes
+from diffusiongemma.sampling import acceptance, passes
 from diffusiongemma.sampling.acceptance import Proposal
+from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import OPEN, restrict, without_unknown
 from diffusiongemma.sampling.epilogue import (
     adjust,
@@ -26,13 +27,13 @@ from diffusiongemma.sampling.epilogue import (
     read_logits,
 )
 from diffusiongemma.sampling.finite import are_finite
+from diffusiongemma.sampling.noise import first_canvas, hold, noise_vocab
 from diffusiongemma.sampling.passes import DenoisingModel
-from diffusiongemma.sampling.randomness import fold_in_rows, split_rows, uniform_tokens
+from diffusiongemma.sampling.randomness import fold_in_rows, split_rows
 from diffusiongemma.sampling.state import (
     CanvasTask,
     DenoiseState,
     GenerationState,
-    SamplingConfig,
 )
 
 
@@ -152,22 +153,19 @@ def first_noise(
     """The canvas before its first denoise step: noise but for what is seeded or pinned."""
     batch_size, length = task.keys.shape[0], task.length or model.config.canvas_length
     window = config.stopping_rule.history_length
-    canvas = first_canvas(model, config, split_rows(task.keys)[0], length)
+    noise = first_canvas(model, config, split_rows(task.keys)[0], length)
+    canvas = hold(task.pinned, hold(task.seed, noise))
     return DenoiseState(
         step=jnp.zeros((), jnp.int32),
-        canvas=hold(task.pinned, hold(task.seed, canvas)),
+        canvas=canvas,
         argmax_history=jnp.full((batch_size, window, length), -1, jnp.int32),
         entropies=jnp.full((batch_size, length), jnp.inf, jnp.float32),
         soft_embeddings=passes.no_soft_embeddings(model, params, batch_size, length),
         stopped=~task.active,
         steps=jnp.zeros((batch_size,), jnp.int32),
         finite=jnp.ones((batch_size,), bool),
+        rule_state=acceptance.first_state(config.acceptance_rule, canvas),
     )
-
-
-def hold(tokens: jax.Array | None, canvas: jax.Array) -> jax.Array:
-    """The canvas with these tokens in their places; [..., C] int32 twice, or None and one."""
-    return canvas if tokens is None else jnp.where(tokens == OPEN, canvas, tokens)
 
 
 def denoise_step(
@@ -201,7 +199,7 @@ def denoise_step(
     )  # [B, C, V]
     mask_id = passes.mask_id(model)
     settled = _settled(mask_id, task, state.canvas)
-    shaped = _shape(config, mask_id, task, state.step, logits, settled)
+    shaped = _shape(config, mask_id, task, state.step, logits)
     proposal, argmax, shaped = _propose(model, config, task, state, keys, shaped, settled)
     if task.text_noise is not None and task.automaton is None:
         # The draft is drawn as the text is, so that it is accepted more often.
@@ -209,7 +207,8 @@ def denoise_step(
         temperature = _temperature(config, task)
         own = adjust(own, temperature, config.top_k, _top_p(config, task))
         argmax = pick(own, temperature, task.text_noise)
-    canvas = config.acceptance_rule.next_canvas(proposal)
+    rule = config.acceptance_rule
+    canvas, rule_state = acceptance.next_canvas(rule, proposal, state.rule_state)
     history = jnp.concatenate([state.argmax_history[:, 1:], argmax[:, None]], axis=1)  # [B, W, C]
     stop = config.stopping_rule.should_stop(history, proposal.entropies)
     # Logits with NaN or infinity have no entropy.
@@ -240,6 +239,7 @@ def denoise_step(
         stopped=state.stopped | stop,
         steps=state.steps + ~state.stopped,
         finite=finite,
+        rule_state=jax.tree.map(unless_stopped, rule_state, state.rule_state),
     )
 
 
@@ -256,16 +256,19 @@ def _shape(
     task: CanvasTask,
     step: jax.Array,
     logits: jax.Array,
-    settled: jax.Array | None,
 ) -> jax.Array:
-    """Logits [B, C, V] of the step's distribution: at its temperature, without banned tokens."""
-    factor = jnp.asarray(_temperature(config, task), jnp.float32)
-    temperature = config.schedule.temperature(config.schedule.noise_level(step))
-    shaped = logits / per_row(temperature * jnp.where(factor == 0, 1.0, factor), logits)
+    """Logits [B, C, V] at the step's temperature, without tokens that no position may hold."""
+    shaped = logits / per_row(_divisor(config, task, step), logits)
     if mask_id is not None:
         shaped = shaped.at[..., mask_id].set(-jnp.inf)
-    shaped = without_unknown(shaped, config.vocab_size)
-    return restrict(shaped, settled, task.allowed)
+    return without_unknown(shaped, config.vocab_size)
+
+
+def _divisor(config: SamplingConfig, task: CanvasTask, step: jax.Array) -> jax.Array:
+    """[] or [B] float32, what a step divides the logits by."""
+    factor = jnp.asarray(_temperature(config, task), jnp.float32)
+    temperature = config.schedule.temperature(config.schedule.noise_level(step))
+    return temperature * jnp.where(factor == 0, 1.0, factor)
 
 
 def _propose(
@@ -274,16 +277,28 @@ def _propose(
     task: CanvasTask,
     state: DenoiseState,
     keys: jax.Array,
-    shaped: jax.Array,
+    logits: jax.Array,
     settled: jax.Array | None,
 ) -> tuple[Proposal, jax.Array, jax.Array]:
-    """What the shaped logits [B, C, V] offer, the likeliest canvas [B, C], and the logits of what
-    each position believes: with an automaton, that of all valid canvases."""
+    """What a step offers to the rule, the likeliest canvas [B, C], and the logits of what each
+    position believes, [B, C, V]: with an automaton, those of all valid canvases.
+
+    Args:
+      model: the denoiser.
+      config: how to sample.
+      task: the canvas.
+      state: before the step.
+      keys: [B] keys.
+      logits: [B, C, V] of `_shape`.
+      settled: [B, C] int32, see `_settled`.
+    """
     candidate_keys, noise_keys = split_rows(keys)
+    shaped = restrict(logits, settled, task.allowed)
     if task.automaton is None:
         argmax = likeliest_tokens(shaped)
         adjusted = keep_top(shaped, config.top_k, _top_p(config, task))
         candidates = draw(adjusted, _temperature(config, task), candidate_keys)
+        logits = restrict(logits, task.pinned, task.allowed)
     else:
         posterior = condition(task.automaton, shaped, task.automaton_states, task.remaining)
         argmax = candidates = posterior.most_likely()
@@ -291,21 +306,26 @@ def _propose(
         if not always_greedy(temperature):
             greedy = per_row(jnp.asarray(temperature) == 0, argmax)
             candidates = jnp.where(greedy, argmax, posterior.draw(candidate_keys))
-        shaped = posterior.log_marginals()
+        logits = shaped = posterior.log_marginals()
     prediction = read_logits(shaped, candidates, argmax)
     length = state.canvas.shape[-1]
+    everywhere = jnp.ones(argmax.shape, bool)
     proposal = Proposal(
         canvas=state.canvas,
         candidates=candidates,
         noise=first_canvas(model, config, noise_keys, length),
-        open=jnp.ones(argmax.shape, bool) if settled is None else settled == OPEN,
+        open=everywhere if settled is None else settled == OPEN,
         entropies=prediction.entropies,
         confidences=prediction.confidences,
         margins=prediction.margins,
         noise_level=config.schedule.noise_level(state.step),
         next_noise_level=config.schedule.noise_level(state.step + 1),
         keys=fold_in_rows(noise_keys, 1),
-        vocab_size=_noise_vocab(model, config),
+        vocab_size=noise_vocab(model, config),
+        pinned=None if task.pinned is None else task.pinned != OPEN,
+        logits=logits,
+        temperature=per_row(_divisor(config, task, state.step), argmax),
+        greedy=per_row(jnp.asarray(_temperature(config, task)) == 0, argmax),
     )
     return proposal, argmax, shaped
 
@@ -316,20 +336,3 @@ def _temperature(config: SamplingConfig, task: CanvasTask) -> float | jax.Array:
 
 def _top_p(config: SamplingConfig, task: CanvasTask) -> float | jax.Array | None:
     return config.top_p if task.top_p is None else task.top_p
-
-
-def first_canvas(
-    model: DenoisingModel, config: SamplingConfig, keys: jax.Array, length: int
-) -> jax.Array:
-    """Noise [B, length] int32: uniform tokens, or the mask token."""
-    vocab_size = _noise_vocab(model, config)
-    if vocab_size is None:
-        return jnp.full((keys.shape[0], length), passes.mask_id(model), jnp.int32)
-    return uniform_tokens(keys, length, vocab_size)
-
-
-def _noise_vocab(model: DenoisingModel, config: SamplingConfig) -> int | None:
-    """Tokens that noise is drawn from; None where it is the mask token."""
-    if passes.mask_id(model) is not None:
-        return None
-    return config.vocab_size or model.config.vocab_size

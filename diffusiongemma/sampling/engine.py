@@ -4,87 +4,28 @@ submit -> while requests are there { step: fill free slots -> one block of every
 A block is a canvas, a token or a verified draft; between blocks rows are refilled and cancelled.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.sampling.controls import OPEN, Controls
-from diffusiongemma.sampling.finite import not_finite
+from diffusiongemma.sampling.events import Delta, Event, Failed, Finished, Result
+from diffusiongemma.sampling.groups import Group, Request
+from diffusiongemma.sampling.prefixes import PrefixCache
 from diffusiongemma.sampling.randomness import typed_key
 from diffusiongemma.sampling.sampler import Sampler
 from diffusiongemma.sampling.slots import Entry, Slots
-from diffusiongemma.sampling.state import SamplerOutput
-from diffusiongemma.sampling.text import TextStream, check_stops
+from diffusiongemma.sampling.text import check_stops
+
+__all__ = ['Delta', 'Engine', 'Event', 'Failed', 'Finished', 'Result']
 
 _DEFAULT_CAPACITY = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A response and what it cost.
-
-    Attributes:
-      tokens: all token ids, the stop token included.
-      text: the answer; '' for an engine without a tokenizer.
-      reason: 'stop', a stop token or stop text came, or 'length'.
-      mode: the decode mode.
-      denoising_steps, canvases, causal_passes: as in SamplerOutput, of this row.
-      accepted_lengths: [K + 2] int32 in the lossless mode, as in SamplerOutput, else None.
-    """
-
-    tokens: list[int]
-    text: str
-    reason: str
-    mode: str
-    denoising_steps: int
-    canvases: int
-    causal_passes: int
-    accepted_lengths: np.ndarray | None
-
-    @property
-    def passes(self) -> int:
-        """Denoise passes, commits and verifications; the prefill is not counted."""
-        return self.denoising_steps + self.causal_passes
-
-    @property
-    def tokens_per_pass(self) -> float:
-        return len(self.tokens) / max(self.passes, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """What the response of request `id` gained in a step: token ids, and text that is certain."""
-
-    id: int
-    tokens: list[int]
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """The last event of a request that was answered."""
-
-    id: int
-    result: Result
-
-
-@dataclasses.dataclass(frozen=True)
-class Failed:
-    """The last event of a request whose program failed, such as for lack of memory."""
-
-    id: int
-    error: Exception
-
-
-Event = Delta | Finished | Failed
 
 
 class Engine:
@@ -106,6 +47,7 @@ class Engine:
       sampler: what a request does not say otherwise.
       capacity: most tokens of a prompt and its response.
       slots: rows of a group.
+      prefixes: what is kept of prompts, or None.
     """
 
     def __init__(
@@ -119,6 +61,8 @@ class Engine:
         multiple: int = 64,
         max_groups: int = 4,
         prefill_together: int = 1,
+        prefixes: int = 0,
+        prefix_block: int = 128,
     ):
         """Compiles and allocates nothing before the first request.
 
@@ -134,6 +78,11 @@ class Engine:
           prefill_together: how many prompts of a group one pass may encode. With 1 a response is
             computed by the same programs whatever else is asked; with more it is the same up to
             the order of float sums.
+          prefixes: K/V caches, of one row each, that are kept of what prompts begin with alike, so
+            that it is encoded once. Prompts longer than `prefix_block` are then encoded block by
+            block, whether anything is kept or not, and responses are the same in both cases. Not
+            with `prefill_together`.
+          prefix_block: tokens of a block.
 
         Raises:
           ValueError: a number is out of range, or the sampler would not stop at the tokenizer's
@@ -144,10 +93,16 @@ class Engine:
         numbers = {
             'slots': slots, 'capacity': self.capacity, 'multiple': multiple,
             'max_groups': max_groups, 'prefill_together': prefill_together,
+            'prefix_block': prefix_block,
         }  # fmt: skip
         for name, number in numbers.items():
             if number < 1:
                 raise ValueError(f'{name} must be >= 1, got {number}.')
+        if prefixes and prefill_together > 1:
+            raise ValueError(
+                f'prefixes={prefixes} are for prompts that are encoded one by one; leave '
+                f'prefill_together={prefill_together} out.'
+            )
         if positions is not None and self.capacity > positions:
             raise ValueError(
                 f'capacity={self.capacity} is more than the {positions} positions of the model. '
@@ -160,12 +115,16 @@ class Engine:
         config = dataclasses.replace(sampler.config, max_new_tokens=limit)
         self.sampler = dataclasses.replace(sampler, config=config)
         self._params, self._tokenizer = params, tokenizer
+        self.prefixes: PrefixCache | None = None
+        if prefixes:
+            shape = {'block': prefix_block, 'entries': prefixes, 'capacity': self.capacity}
+            self.prefixes = PrefixCache(sampler.model, params, **shape)
         self._shape = {
             'slots': slots, 'capacity': self.capacity, 'multiple': multiple,
-            'together': prefill_together,
+            'together': prefill_together, 'prefixes': self.prefixes,
         }  # fmt: skip
         self.slots, self._max_groups = slots, max_groups
-        self._groups: dict[Any, _Group] = {}
+        self._groups: dict[Any, Group] = {}
         self._ids = itertools.count()
 
     def submit(
@@ -178,6 +137,7 @@ class Engine:
         top_p: float | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
+        logprobs: int | None = None,
         controls: Controls | None = None,
     ) -> int:
         """Appends a request to the queue of its group and returns its number.
@@ -190,6 +150,7 @@ class Engine:
           max_new_tokens: longest response; None for the config's, or less where the slot has no
             room for so many.
           stop: texts of which the first to come ends the response.
+          logprobs: in place of the config's.
           controls: the other settings and constraints, of one row [1, ...]; it may hold the three
             numbers too, where they are not given above.
 
@@ -206,7 +167,7 @@ class Engine:
         for name, number in numbers.items():
             if number is not None and getattr(controls, name) is not None:
                 raise ValueError(f'{name}={number} is given beside controls.{name}; give one.')
-        sampler = self._sampler(mode, temperature)
+        sampler = self._sampler(mode, temperature, logprobs)
         if temperature:
             controls = controls.replace(temperature=np.full(1, temperature, np.float32))
         if top_p is not None and sampler.config.temperature > 0:
@@ -220,7 +181,7 @@ class Engine:
         narrow = dataclasses.replace(sampler, config=config)
         narrow.checked(tokens, np.array([len(prompt)]), key, controls)
         controls = _widened(controls, self.sampler.config.max_new_tokens)
-        request = _Request(next(self._ids), Entry(list(prompt), key, controls), tuple(stop), limit)
+        request = Request(next(self._ids), Entry(list(prompt), key, controls), tuple(stop), limit)
         self._group(sampler, controls).waiting.append(request)
         return request.id
 
@@ -258,15 +219,22 @@ class Engine:
         """Requests in slots."""
         return sum(len(group.running) for group in self._groups.values())
 
-    def _sampler(self, mode: str | None, temperature: float | None) -> Sampler:
+    def _sampler(
+        self, mode: str | None, temperature: float | None, logprobs: int | None
+    ) -> Sampler:
         """The sampler of a request; a greedy one is known to be so when it is compiled."""
         sampler = self.sampler
+        if mode is not None:
+            sampler = dataclasses.replace(sampler, mode=mode)
+        if logprobs is not None:
+            config = dataclasses.replace(sampler.config, logprobs=logprobs)
+            sampler = dataclasses.replace(sampler, config=config)
         if temperature is not None:
             # Of another temperature than 0 the row's number counts, and one program serves all.
             known = 0.0 if temperature == 0 else 1.0
             config = dataclasses.replace(sampler.config, temperature=known)
             sampler = dataclasses.replace(sampler, config=config)
-        return sampler if mode is None else dataclasses.replace(sampler, mode=mode)
+        return sampler
 
     def _limit(self, prompt: Sequence[int], limit: int | None, controls: Controls) -> int:
         room, most = self.capacity - len(prompt), self.sampler.config.max_new_tokens
@@ -286,7 +254,7 @@ class Engine:
             )
         return limit
 
-    def _group(self, sampler: Sampler, controls: Controls) -> '_Group':
+    def _group(self, sampler: Sampler, controls: Controls) -> Group:
         shared = (controls.allowed_sets, controls.automaton)
         rows = controls.replace(allowed_sets=None, automaton=None)
         leaves, structure = jax.tree.flatten(rows)
@@ -296,10 +264,10 @@ class Engine:
             used = {n: g for n, g in self._groups.items() if g.waiting or g.slots.allocated}
             self._groups = used
             slots = Slots(sampler, self._params, **self._shape)
-            self._groups[name] = _Group(slots, self._tokenizer, shared)
+            self._groups[name] = Group(slots, self._tokenizer, shared)
         return self._groups[name]
 
-    def _refillable(self) -> Iterator['_Group']:
+    def _refillable(self) -> Iterator[Group]:
         """Groups with waiting requests, the longest waiting one first.
 
         Where there is no room for one more K/V cache, no later request goes first, so that the
@@ -321,122 +289,6 @@ class Engine:
             return False
         idle[0].slots.release()
         return True
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    id: int
-    entry: Entry
-    stop: tuple[str, ...]
-    limit: int
-
-
-@dataclasses.dataclass
-class _Row:
-    """A request in a slot: what its events have told."""
-
-    request: _Request
-    stream: TextStream | None
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    texts: list[str] = dataclasses.field(default_factory=list)
-
-
-class _Group:
-    """Requests that one program serves: those in slots, and those that wait."""
-
-    def __init__(self, slots: Slots, tokenizer: Tokenizer | None, shared: tuple):
-        self.slots = slots
-        self.waiting: collections.deque[_Request] = collections.deque()
-        self.running: dict[int, _Row] = {}  # by slot
-        self._tokenizer = tokenizer
-        self._shared = shared  # kept, since the group is found by their ids
-
-    def fill(self) -> list[Event]:
-        """Puts waiting requests into free slots."""
-        free = [slot for slot in range(self.slots.size) if slot not in self.running]
-        free = free[: len(self.waiting)]
-        requests = [self.waiting.popleft() for _ in free]
-        for slot, request in zip(free, requests, strict=True):
-            stream = None if self._tokenizer is None else TextStream(self._tokenizer, request.stop)
-            self.running[slot] = _Row(request, stream)
-        self.slots.insert([request.entry for request in requests], free)
-        return []
-
-    def advance(self, until_one_finishes: bool) -> list[Event]:
-        """What is new after one more block, or after the blocks until a row is finished."""
-        if until_one_finishes:
-            self.slots.until_one_finishes()
-        else:
-            self.slots.advance()
-        output, finished = self.slots.read()
-        events: list[Event] = []
-        stopped = []
-        for slot, row in list(self.running.items()):
-            news = self._news(row, slot, output, bool(finished[slot]))
-            events += news
-            if news and isinstance(news[-1], Finished | Failed):
-                del self.running[slot]
-                if not finished[slot]:
-                    stopped.append(slot)
-        if stopped:
-            self.slots.stop(stopped)
-        return events
-
-    def _news(self, row: _Row, slot: int, output: SamplerOutput, finished: bool) -> list[Event]:
-        id, before = row.request.id, len(row.tokens)
-        if output.failed_pass[slot]:
-            return [Failed(id, not_finite(output.failed_pass[slot], f'row {id}'))]
-        new = output.tokens[slot, before : int(output.lengths[slot])].tolist()
-        row.tokens += new
-        text = ''
-        if row.stream is not None:
-            text = row.stream.push(new)
-            if finished and not row.stream.stopped:
-                text += row.stream.finish()
-        row.texts.append(text)
-        events: list[Event] = [Delta(id, new, text)] if new else []
-        stopped = row.stream is not None and row.stream.stopped
-        if finished or stopped:
-            events.append(Finished(id, self._result(row, slot, output, stopped)))
-        return events
-
-    def _result(self, row: _Row, slot: int, output: SamplerOutput, stopped: bool) -> Result:
-        sampler, lengths = self.slots.sampler, output.accepted_lengths
-        by_token = bool(row.tokens) and row.tokens[-1] in sampler.config.stop_ids
-        return Result(
-            tokens=row.tokens,
-            text=''.join(row.texts),
-            reason='stop' if stopped or by_token else 'length',
-            mode=sampler.mode,
-            denoising_steps=int(output.denoising_steps[slot]),
-            canvases=int(output.canvases[slot]),
-            causal_passes=int(output.causal_passes[slot]),
-            accepted_lengths=None if lengths is None else lengths[slot],
-        )
-
-    def guarded(self, work: Callable[[], list[Event]]) -> list[Event]:
-        """The events of `work`; where it fails, the failures of all requests in slots."""
-        try:
-            return work()
-        except Exception as error:  # whatever a program may raise: other groups go on
-            logging.debug('a group of the engine failed', exc_info=True)
-            failed: list[Event] = [Failed(row.request.id, error) for row in self.running.values()]
-            self.running = {}
-            self.slots.release()
-            return failed
-
-    def cancel(self, id: int) -> bool:
-        """Whether there was a request of this number."""
-        for request in self.waiting:
-            if request.id == id:
-                self.waiting.remove(request)
-                return True
-        for slot, row in list(self.running.items()):
-            if row.request.id == id:
-                del self.running[slot]
-                self.slots.stop([slot])
-                return True
-        return False
 
 
 def _widened(controls: Controls, width: int) -> Controls:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from diffusiongemma.sampling.acceptance import EntropyBound
-from diffusiongemma.sampling.state import SamplingConfig
+from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.stopping import StableAndConfident
 
 

@@ -12,6 +12,8 @@ from diffusiongemma.sampling.acceptance import (
     TopK,
 )
 from diffusiongemma.sampling.drafts import PromptLookup
+from diffusiongemma.sampling.gibbs import GibbsSweep
+from diffusiongemma.sampling.remasking import Remask
 from diffusiongemma.sampling.stopping import (
     AllOf,
     MeanEntropy,
@@ -22,7 +24,10 @@ from diffusiongemma.sampling.stopping import (
 
 # What a field of `SamplingConfig` may hold, the method that makes a rule one of its kind first.
 RULES: dict[str, tuple[str, tuple[type, ...]]] = {
-    'acceptance': ('next_canvas', (EntropyBound, ConfidenceThreshold, TopK, Margin, Ancestral)),
+    'acceptance': (
+        'next_canvas',
+        (EntropyBound, ConfidenceThreshold, TopK, Margin, Ancestral, GibbsSweep, Remask),
+    ),
     'stopping': (
         'should_stop',
         (StableAndConfident, TokenStability, MeanEntropy, Never, AllOf),

@@ -1,7 +1,7 @@
 """The sampler that other code imports: checks its input, then runs one compiled program."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +10,13 @@ import numpy as np
 
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import autoregressive, diffusion, lossless, passes
+from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import Controls, is_known
 from diffusiongemma.sampling.finite import are_finite, check_finite
 from diffusiongemma.sampling.passes import CausalModel
+from diffusiongemma.sampling.prompts import check_fits, check_prompts
 from diffusiongemma.sampling.randomness import row_keys, typed_key
-from diffusiongemma.sampling.state import GenerationState, SamplerOutput, SamplingConfig
+from diffusiongemma.sampling.state import GenerationState, SamplerOutput
 
 _STATIC = ('model', 'config')
 
@@ -26,7 +28,8 @@ class Mode(NamedTuple):
       generate: the whole of it, from prompts to the output.
       start: from prompts to the state before the first block; arguments as of `prefilled`. With
         a `capacity` states of prompts of any width are of equal shapes, so that rows of one can
-        take the place of rows of another.
+        take the place of rows of another. `whole` are the prompts and their lengths together with
+        what a given cache holds of them, for drafts that look something up.
       advance: one more block of every unfinished row.
       until_one_finishes: blocks until another row is finished.
     """
@@ -43,10 +46,11 @@ def _compiled(first: Callable, advance: Callable) -> Mode:
         config: SamplingConfig,
         params: Any,
         *prompts: Any,
+        whole: tuple[jax.Array, jax.Array] | None = None,
         capacity: int | None = None,
     ) -> GenerationState:
         prepared = prefilled(model, config, params, *prompts, capacity=capacity)
-        tokens, lengths = prompts[:2]
+        tokens, lengths = prompts[:2] if whole is None else whole
         if capacity is not None:
             wider = ((0, 0), (0, capacity - tokens.shape[1]))
             tokens = jnp.pad(tokens, wider, constant_values=config.pad_id)
@@ -169,6 +173,12 @@ class Sampler:
                 'a light denoiser drafts for the teacher, which has to verify it: use '
                 "mode='lossless', or a student with a 'shared' or 'separate' denoiser."
             )
+        if self.mode == 'diffusion' and self.config.logprobs is not None:
+            raise ValueError(
+                "logprobs need a causal pass over the tokens, which mode='diffusion' does not "
+                "take: its tokens come from many denoise steps. Use mode='lossless' or "
+                "'autoregressive'."
+            )
         longest = getattr(self.model.config, 'canvas_length', 0)
         if (self.config.draft_length or 0) > longest > 0:
             raise ValueError(
@@ -234,34 +244,55 @@ class Sampler:
         """
         return self._stream(params, self.checked(tokens, lengths, rng, controls))
 
-    def _stream(self, params: Any, arguments: tuple) -> Iterator[SamplerOutput]:
+    def states(self, params: Any, *prompts: Any) -> Iterator[GenerationState]:
+        """Yields the state before the first block and after every one; the last is finished.
+
+        Each block is a program of its own; arguments, which are not checked, as of `prefilled`.
+
+        Raises:
+          FloatingPointError: as a call.
+        """
         mode = MODES[self.mode]
+        state = mode.start(self.model, self.config, params, *prompts)
+        while True:
+            check_finite(state.output().failed_pass)
+            yield state
+            if not state.running:
+                return
+            state = mode.advance(self.model, self.config, params, state)
+
+    def _stream(self, params: Any, arguments: tuple) -> Iterator[SamplerOutput]:
         block = 1
         if self.mode == 'lossless':
             block = lossless.draft_length(self.model, self.config) + 1
         elif self.mode == 'diffusion':
             block = self.model.config.canvas_length
-        state = mode.start(self.model, self.config, params, *arguments)
-        before = jax.tree.map(jnp.zeros_like, state.output())
-        while True:
+        before = None
+        for state in self.states(params, *arguments):
             after = state.output()
-            check_finite(after.failed_pass)
+            if before is None:
+                before = jax.tree.map(jnp.zeros_like, after)
             if jnp.any(after.lengths > before.lengths):
-                new = jax.tree.map(jnp.subtract, after, before)
-                yield new.replace(tokens=self._latest(before, after, block))
+                yield self._news(before, after, block)
                 before = after
-            if not state.running:
-                return
-            state = mode.advance(self.model, self.config, params, state)
 
-    def _latest(self, before: SamplerOutput, after: SamplerOutput, block: int) -> jax.Array:
-        """What each row gained between two outputs, [B, at most block], pad id behind it."""
+    def _news(self, before: SamplerOutput, after: SamplerOutput, block: int) -> SamplerOutput:
+        """What each row gained between two outputs: [B, at most block] tokens, then the pad id."""
         limit = after.tokens.shape[1]
         gained = after.lengths > before.lengths
         width = min(block, limit - int(jnp.min(jnp.where(gained, before.lengths, limit - 1))))
         slots = before.lengths[:, None] + jnp.arange(width)  # [B, width]
-        latest = jnp.take_along_axis(after.tokens, jnp.minimum(slots, limit - 1), axis=1)
-        return jnp.where(slots < after.lengths[:, None], latest, self.config.pad_id)
+        rows = jnp.arange(len(slots))[:, None]
+
+        def latest(leaf: jax.Array) -> jax.Array:
+            return leaf[rows, jnp.minimum(slots, limit - 1)]
+
+        tokens = latest(after.tokens)
+        numbers = (output.replace(tokens=None, scores=None) for output in (after, before))
+        return jax.tree.map(jnp.subtract, *numbers).replace(
+            tokens=jnp.where(slots < after.lengths[:, None], tokens, self.config.pad_id),
+            scores=jax.tree.map(latest, after.scores),
+        )
 
     def checked(
         self, tokens: jax.Array, lengths: jax.Array, rng: jax.Array, controls: Controls | None
@@ -300,82 +331,3 @@ class Sampler:
                 'rule out every valid canvas. Leave them out, or use another mode.'
             )
         return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), rng, controls
-
-
-def check_prompts(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:
-    """Raises ValueError on a length or a token id that is out of range."""
-    width = tokens.shape[1]
-    bad = np.flatnonzero((lengths < 1) | (lengths > width))
-    if bad.size:
-        raise ValueError(
-            f'Prompt lengths must lie in [1, {width}], the width of tokens; row {bad[0]} has '
-            f'{lengths[bad[0]]}. An empty prompt needs at least the bos token.'
-        )
-    inside = np.arange(width) < lengths[:, None]
-    wrong = np.argwhere(inside & ((tokens < 0) | (tokens >= vocab_size)))
-    if wrong.size:
-        row, column = wrong[0]
-        raise ValueError(
-            f'Token {tokens[row, column]} in row {row}, column {column} is outside the '
-            f"model's vocabulary of {vocab_size}. Was the prompt made with another tokenizer?"
-        )
-
-
-def check_fits(lengths: np.ndarray, max_new_tokens: int, config: Any) -> None:
-    """Raises ValueError when a prompt and its response may exceed the model's max_positions."""
-    limit = getattr(config, 'max_positions', None)
-    longest = int(lengths.max())
-    if limit is not None and longest + max_new_tokens > limit:
-        raise ValueError(
-            f'The prompt in row {int(lengths.argmax())} has {longest} tokens; with '
-            f'max_new_tokens={max_new_tokens} that is more than the {limit} positions of the '
-            f'model. Shorten the prompt, or lower max_new_tokens to at most {limit - longest}.'
-            if longest < limit
-            else f'The prompt in row {int(lengths.argmax())} has {longest} tokens, but the model '
-            f'has {limit} positions for prompt and response. Shorten the prompt.'
-        )
-
-
-def pad_prompts(
-    prompts: Sequence[Sequence[int]],
-    pad_id: int = 0,
-    *,
-    multiple: int = 64,
-    width: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads prompts to a common width that few batches differ in.
-
-    A sampler compiles once for each width, hence the rounding.
-
-    Args:
-      prompts: token ids of each prompt.
-      pad_id: fills the rest.
-      multiple: the longest prompt is rounded up to a multiple of it.
-      width: exact width P instead of the rounded one.
-
-    Returns:
-      tokens [B, P] int32 and lengths [B] int32.
-
-    Raises:
-      ValueError: when there is no prompt, an empty one, or one longer than `width`.
-    """
-    if not prompts:
-        raise ValueError('No prompts to pad: pass at least one list of token ids.')
-    if multiple < 1:
-        raise ValueError(f'multiple must be >= 1, got {multiple}.')
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if not lengths.all():
-        raise ValueError(
-            f'Prompt {int(lengths.argmin())} is empty; a prompt holds at least the bos token.'
-        )
-    if width is None:
-        width = -(-int(lengths.max()) // multiple) * multiple
-    if lengths.max() > width:
-        raise ValueError(
-            f'Prompt {int(lengths.argmax())} has {lengths.max()} tokens and does not fit in '
-            f'width={width}. Shorten it or raise the width.'
-        )
-    tokens = np.full((len(prompts), width), pad_id, np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, lengths

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.prefixes import PrefixCache
 from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.sampling.state import SamplerOutput
 
@@ -47,6 +48,7 @@ class Slots:
         capacity: int,
         multiple: int,
         together: int,
+        prefixes: PrefixCache | None = None,
     ):
         """Allocates nothing before the first entry.
 
@@ -57,11 +59,12 @@ class Slots:
           capacity: tokens of a prompt and its response.
           multiple: a prompt is padded to this number times a power of two, at most the capacity,
             so that few shapes compile.
-          together: how many prompts one prefill pass may take.
+          together: how many prompts one prefill pass may take; 1 with prefixes.
+          prefixes: encodes the beginnings of prompts, and keeps some; None for neither.
         """
         self.sampler, self._params = sampler, params
         self.size, self._capacity = slots, capacity
-        self._multiple, self._together = multiple, together
+        self._multiple, self._together, self._prefixes = multiple, together, prefixes
         self._state: State | None = None
 
     @property
@@ -83,19 +86,31 @@ class Slots:
         extra = 2 ** int(np.ceil(np.log2(len(entries)))) - len(entries)
         entries = entries + entries[:1] * extra  # as many as a power of two: few shapes compile
         slots = slots + [self.size] * extra  # which is no slot
-        lengths = np.array([len(entry.prompt) for entry in entries], np.int32)
-        tokens = np.full(
-            (len(entries), self._width(int(lengths.max()))), self.sampler.config.pad_id, np.int32
-        )
-        for row, entry in zip(tokens, entries, strict=True):
-            row[: len(entry.prompt)] = entry.prompt
         keys = jnp.concatenate([entry.key for entry in entries])
         controls = _stacked([entry.controls for entry in entries])
-        arguments = (tokens, lengths, keys, controls)
-        new = _start(self.sampler, self._params, *arguments, capacity=self._capacity)
+        prompts = [entry.prompt for entry in entries]
+        cache, done = None, 0
+        if self._prefixes is not None:
+            cache, done = self._prefixes.before(prompts[0])
+        arguments: tuple = (*self._padded([prompt[done:] for prompt in prompts]), keys, controls)
+        whole = None
+        if cache is not None:
+            arguments, whole = (*arguments, cache), self._padded(prompts, self._capacity)
+        new = _start(self.sampler, self._params, *arguments, whole=whole, capacity=self._capacity)
         if self._state is None:
             self._state = _blank(new, self.size)
         self._state = _put(self._state, new, jnp.asarray(slots))
+
+    def _padded(
+        self, prompts: Sequence[Sequence[int]], width: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [rows, width] and lengths [rows]; a width that few prompts differ in, or this."""
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        width = width or self._width(int(lengths.max()))
+        tokens = np.full((len(prompts), width), self.sampler.config.pad_id, np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        return tokens, lengths
 
     def _width(self, length: int) -> int:
         blocks = -(-length // self._multiple)
@@ -126,9 +141,16 @@ def _stacked(controls: Sequence[Controls]) -> Controls:
 
 
 @functools.partial(jax.jit, static_argnames=('sampler', 'capacity'))
-def _start(sampler: Sampler, params: Any, *prompts: Any, capacity: int) -> State:
+def _start(
+    sampler: Sampler,
+    params: Any,
+    *prompts: Any,
+    whole: tuple[jax.Array, jax.Array] | None,
+    capacity: int,
+) -> State:
     start = MODES[sampler.mode].start
-    return start(sampler.model, sampler.config, params, *prompts, capacity=capacity)
+    arguments = (sampler.model, sampler.config, params, *prompts)
+    return start(*arguments, whole=whole, capacity=capacity)
 
 
 @functools.partial(jax.jit, static_argnames='slots')

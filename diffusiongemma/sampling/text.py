@@ -9,7 +9,8 @@ import numpy as np
 
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.sampling.controls import Controls
-from diffusiongemma.sampling.sampler import Sampler, pad_prompts
+from diffusiongemma.sampling.prompts import pad_prompts
+from diffusiongemma.sampling.sampler import Sampler
 from diffusiongemma.sampling.state import SamplerOutput
 
 
@@ -76,6 +77,22 @@ def decode_responses(tokenizer: Tokenizer, output: SamplerOutput) -> list[str]:
     ]
 
 
+class AnswerTokens:
+    """Says of the tokens of a response, one after the other, whether they are text of the answer:
+    neither special tokens nor thoughts."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._special = tokenizer.special_ids
+        _, self._opens, self._closes = tokenizer.think_ids or (None, None, None)
+        self._thinking = False
+
+    def __call__(self, token: int) -> bool:
+        if token in (self._opens, self._closes):
+            self._thinking = token == self._opens
+            return False
+        return not self._thinking and token not in self._special
+
+
 class TextStream:
     """The text of a response whose tokens come bit by bit.
 
@@ -96,7 +113,7 @@ class TextStream:
         """
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids: list[int] = []  # of the answer, without thoughts
-        self._thinking = False
+        self._in_answer = AnswerTokens(tokenizer)
         # The text of ids[:_read] is out of the decoder. Two reads back it starts anew, since what a
         # token adds may depend on the one before it.
         self._context, self._read = 0, 0
@@ -105,7 +122,7 @@ class TextStream:
 
     def push(self, tokens: Iterable[int]) -> str:
         """Returns the text that is certain now and was not before."""
-        self._ids += self._without_thoughts(tokens)
+        self._ids += filter(self._in_answer, tokens)
         return self._until_stop(self._decoded(len(self._ids) - self._open_bytes()))
 
     def finish(self) -> str:
@@ -113,16 +130,6 @@ class TextStream:
         text = self._until_stop(self._decoded(len(self._ids))) + self._held
         self._held = ''
         return text
-
-    def _without_thoughts(self, tokens: Iterable[int]) -> list[int]:
-        _, opens, closes = self._tokenizer.think_ids or (None, None, None)
-        answer = []
-        for token in tokens:
-            if token in (opens, closes):
-                self._thinking = token == opens
-            elif not self._thinking and token not in self._tokenizer.special_ids:
-                answer.append(token)
-        return answer
 
     def _open_bytes(self) -> int:
         """How many of the last tokens are bytes of a character that is not complete."""

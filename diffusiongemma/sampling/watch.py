@@ -7,9 +7,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.sampling import diffusion, lossless, passes
+from diffusiongemma.sampling import diffusion, drafter, lossless, passes
 from diffusiongemma.sampling.controls import Controls
-from diffusiongemma.sampling.drafts import LightDraft
 from diffusiongemma.sampling.finite import check_finite
 from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.sampling.state import CanvasTask, DenoiseState, SamplerOutput
@@ -41,9 +40,9 @@ _first_noise = jax.jit(diffusion.first_noise, static_argnames=_STATIC)
 _denoise_step = jax.jit(diffusion.denoise_step, static_argnames=_STATIC)
 _commit_canvas = jax.jit(diffusion.commit_canvas, static_argnames=_STATIC)
 _text_noise = jax.jit(lossless.text_noise, static_argnames=_STATIC)
-_one_pass_draft = jax.jit(lossless.one_pass_draft, static_argnames=_STATIC)
+_one_pass_draft = jax.jit(drafter.one_pass_draft, static_argnames=_STATIC)
 _verify_draft = jax.jit(lossless.verify_draft, static_argnames=_STATIC)
-_looked_up = jax.jit(lossless.looked_up_draft, static_argnames=_STATIC)
+_text_draft = jax.jit(drafter.text_draft, static_argnames=_STATIC)
 
 
 def watch(
@@ -87,25 +86,13 @@ def _watch(sampler: Sampler, params: Any, arguments: tuple) -> Iterator[Draft | 
             state = _commit_canvas(model, config, params, state, canvas)
             continue
         noise = _text_noise(model, config, state)
-        looked_up = found = None
-        if config.lookup_ngram:
-            looked_up, found = _looked_up(model, config, state)
-        if looked_up is not None and jnp.all(found | state.finished):
-            fine = jnp.ones_like(state.finished)
-            drafted = lossless.Drafted(looked_up, jnp.zeros_like(state.pending), fine)
-            certain = jnp.zeros(looked_up.shape)
-            yield _shown(sampler, state, LightDraft(looked_up, certain, fine), done=True)
-        elif lossless.drafts_in_one_pass(model, config, state):
-            drafted = yield from _watch_light(sampler, params, state, noise)
+        text = _text_draft(model, config, state)
+        if text is not None and text.is_enough(state.finished):
+            drafted = text.drafted()
+            yield _shown(sampler, state, drafted, jnp.zeros(drafted.tokens.shape))
         else:
-            task = lossless.draft_task(model, config, state, noise)
-            limit = min(config.max_denoising_steps, config.max_draft_steps)
-            before = state.pending if passes.predicts_next(model) else None
-            canvas = yield from _watch_canvas(sampler, params, state, task, limit, before)
-            tokens = lossless.drafted_tokens(model, canvas)
-            drafted = lossless.Drafted(tokens, canvas.steps, canvas.finite)
-        if looked_up is not None:
-            drafted = lossless.in_place_of(drafted, looked_up, found)
+            drafted = yield from _watch_model(sampler, params, state, noise)
+            drafted = drafted if text is None else text.in_place_of(drafted)
         state = _verify_draft(model, config, params, state, drafted, noise)
     output = state.output()
     check_finite(output.failed_pass)
@@ -134,34 +121,41 @@ def _watch_canvas(
     return canvas
 
 
-def _watch_light(
+def _watch_model(
     sampler: Sampler, params: Any, state: Any, noise: jax.Array | None
-) -> Generator[Draft, None, lossless.Drafted]:
-    """The pending token and the draft after it, which is returned."""
+) -> Generator[Draft, None, drafter.Drafted]:
+    """The model's draft after each of its steps; it is returned."""
     model, config = sampler.model, sampler.config
-    draft = _one_pass_draft(model, config, params, state, noise)
-    yield _shown(sampler, state, draft, done=False)
-    yield _shown(sampler, state, draft, done=True)
-    return lossless.Drafted(draft.tokens, jnp.ones_like(state.pending), draft.finite)
+    if drafter.drafts_in_one_pass(model, config, state):
+        light = _one_pass_draft(model, config, params, state, noise)
+        drafted = drafter.Drafted(light.tokens, jnp.ones_like(state.pending), light.finite)
+        yield _shown(sampler, state, drafted, None)
+        yield _shown(sampler, state, drafted, light.entropies)
+        return drafted
+    task = drafter.draft_task(model, config, state, noise)
+    limit = min(config.max_denoising_steps, config.max_draft_steps)
+    before = state.pending if passes.predicts_next(model) else None
+    canvas = yield from _watch_canvas(sampler, params, state, task, limit, before)
+    return drafter.Drafted(drafter.drafted_tokens(model, canvas), canvas.steps, canvas.finite)
 
 
-def _shown(sampler: Sampler, state: Any, draft: LightDraft, *, done: bool) -> Draft:
-    """A draft after its pending token; noise in its place until it is `done`."""
-    tokens = jnp.concatenate([state.pending[:, None], draft.tokens], axis=1)
+def _shown(
+    sampler: Sampler, state: Any, drafted: drafter.Drafted, entropies: jax.Array | None
+) -> Draft:
+    """A draft after its pending token; noise in its place while there are no entropies [B, K]."""
+    tokens = jnp.concatenate([state.pending[:, None], drafted.tokens], axis=1)
     noise_id = passes.mask_id(sampler.model)
     noise = jnp.full_like(tokens, sampler.config.pad_id if noise_id is None else noise_id)
-    unknown = jnp.full(tokens.shape, jnp.inf).at[:, 0].set(0.0)
-    canvas = DenoiseState(
-        step=jnp.asarray(int(done), jnp.int32),
-        canvas=tokens if done else noise.at[:, 0].set(state.pending),
-        argmax_history=(tokens if done else jnp.full_like(tokens, -1))[:, None],
-        entropies=jnp.pad(draft.entropies, [(0, 0), (1, 0)]) if done else unknown,
-        soft_embeddings=jnp.zeros(()),
-        stopped=state.finished,
-        steps=jnp.zeros_like(state.pending),
-        finite=draft.finite,
+    is_known = entropies is not None
+    known = jnp.full(drafted.tokens.shape, jnp.inf) if entropies is None else entropies
+    return Draft(
+        output=state.output(),
+        step=jnp.asarray(int(is_known), jnp.int32),
+        argmax=tokens if is_known else jnp.full_like(tokens, -1),
+        canvas=tokens if is_known else noise.at[:, 0].set(state.pending),
+        entropies=jnp.pad(known, [(0, 0), (1, 0)]),
+        changing=is_known & ~state.finished,
     )
-    return _draft(state.output(), canvas, done & ~state.finished)
 
 
 def _draft(

@@ -1,9 +1,7 @@
 """The HTTP side: routes, bodies, server-sent events."""
 
 import asyncio
-import json
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -16,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.sampling.engine import Delta, Finished, Result
+from diffusiongemma.serving.answers import Form, event
 from diffusiongemma.serving.fields import RequestError, parse_object
 from diffusiongemma.serving.page import page
 from diffusiongemma.serving.protocol import (
@@ -199,7 +197,7 @@ class _Endpoints:
         automaton = None
         if ask.schema is not None:
             automaton = await anyio.to_thread.run_sync(service.automaton, ask.schema)
-        form = _Form(service, ask)
+        form = Form(service, ask)
         call = service.open(ask, automaton)
         if ask.stream:
             return await self._stream(call, form.events)
@@ -221,104 +219,16 @@ class _Endpoints:
         return _EventStream(call, events(call, first))
 
 
-class _Form:
-    """The answer to a request as OpenAI's clients read it."""
-
-    def __init__(self, service: Service, ask: Ask):
-        self._ask, self._tokenizer = ask, service.tokenizer
-        self._head = {
-            'id': f'{"chatcmpl" if ask.chat else "cmpl"}-{uuid.uuid4().hex}',
-            'object': 'chat.completion' if ask.chat else 'text_completion',
-            'created': int(time.time()),
-            'model': service.settings.name,
-        }
-
-    def whole(self, result: Result) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        text = self._text(result)
-        content = {'message': {'role': 'assistant', 'content': text}} if self._ask.chat else {
-            'text': text
-        }  # fmt: skip
-        choice = {'index': 0, **content, 'finish_reason': self._reason(result), 'logprobs': None}
-        return self._head | {'choices': [choice]} | self._costs(result)
-
-    async def events(self, call: Call, news: News) -> AsyncIterator[str]:
-        """Server-sent events of an answer, from its first news on."""
-        if self._ask.chat:
-            yield self._part({'role': 'assistant', 'content': ''}, None)
-        while isinstance(news, Delta):
-            if news.text and self._ask.suffix is None:
-                yield self._part(news.text, None)
-            news = await call.next()
-        if not isinstance(news, Finished):
-            yield _event(failure(news).body())
-            return
-        if self._ask.suffix is not None:
-            yield self._part(self._text(news.result), None)
-        yield self._part('', self._reason(news.result), self._costs(news.result))
-        if self._ask.stream_usage:
-            yield _event(self._part_head() | {'choices': []} | self._costs(news.result))
-        yield 'data: [DONE]\n\n'
-
-    def _part(
-        self, content: str | dict[str, str], reason: str | None, costs: dict[str, Any] | None = None
-    ) -> str:
-        choice: dict[str, Any] = {'index': 0, 'finish_reason': reason, 'logprobs': None}
-        if not self._ask.chat:
-            choice['text'] = content
-        elif isinstance(content, dict):
-            choice['delta'] = content
-        else:
-            choice['delta'] = {'content': content} if content else {}
-        extra = {} if costs is None else {'diffusiongemma': costs['diffusiongemma']}
-        return _event(self._part_head() | {'choices': [choice]} | extra)
-
-    def _part_head(self) -> dict[str, Any]:
-        return self._head | ({'object': 'chat.completion.chunk'} if self._ask.chat else {})
-
-    def _text(self, result: Result) -> str:
-        if self._ask.suffix is None:
-            return result.text
-        return self._tokenizer.decode(result.tokens[: self._ask.max_new_tokens])
-
-    def _reason(self, result: Result) -> str:
-        return result.reason if self._ask.suffix is None else 'stop'
-
-    def _costs(self, result: Result) -> dict[str, Any]:
-        prompt, answer = len(self._ask.prompt), len(result.tokens)
-        if self._ask.suffix is not None:
-            answer = self._ask.max_new_tokens or 0
-        accepted = result.accepted_lengths
-        costs: dict[str, Any] = {
-            'mode': result.mode,
-            'seed': self._ask.seed,
-            'denoise_passes': result.denoising_steps,
-            'causal_passes': result.causal_passes,
-            'tokens_per_pass': round(result.tokens_per_pass, 3),
-        }
-        if accepted is not None and accepted.sum():
-            mean = float((accepted * range(len(accepted))).sum() / accepted.sum())
-            costs['accepted_length'] = round(mean, 3)
-        usage = {
-            'prompt_tokens': prompt, 'completion_tokens': answer, 'total_tokens': prompt + answer,
-        }  # fmt: skip
-        return {'usage': usage, 'diffusiongemma': costs}
-
-
 async def _frame_events(call: Call, news: News) -> AsyncIterator[str]:
     """Server-sent events of frames, from the first on."""
     while isinstance(news, Shown):
         frame = news.item
         cells = [[cell.text, cell.state, css(cell.color)] for cell in frame.cells]
-        yield _event({'cells': cells, 'caption': frame.caption, 'rate': frame.rate})
+        yield event({'cells': cells, 'caption': frame.caption, 'rate': frame.rate})
         news = await call.next()
     if getattr(news, 'error', None) is not None:
-        yield _event(failure(news).body())
+        yield event(failure(news).body())
     yield 'data: [DONE]\n\n'
-
-
-def _event(value: dict[str, Any]) -> str:
-    return f'data: {json.dumps(value)}\n\n'
 
 
 def _too_long(limit: int) -> RequestError:
@@ -384,7 +294,7 @@ class _EventStream(Response):
     async def _send(self, send: Send) -> None:
         start = {'type': 'http.response.start', 'status': 200, 'headers': self.raw_headers}
         await send(start)
-        async for event in self._events:
-            body = {'type': 'http.response.body', 'body': event.encode(), 'more_body': True}
+        async for text in self._events:
+            body = {'type': 'http.response.body', 'body': text.encode(), 'more_body': True}
             await send(body)
         await send({'type': 'http.response.body', 'body': b'', 'more_body': False})

@@ -10,13 +10,12 @@ from diffusiongemma.sampling.sampler import MODES
 from diffusiongemma.serving.fields import Fields, RequestError, brief, name_of
 
 MAX_SEED = 2**63 - 1
+MAX_TOP_LOGPROBS = 20
 _MAX_STOPS, _MAX_STOP_LENGTH = 4, 256
 # Fields of OpenAI's that are taken where they ask for nothing, and why they are refused elsewhere.
 _NEUTRAL: dict[str, tuple[tuple, str]] = {
     'n': ((1,), 'send one request per answer, each with a seed of its own.'),
     'best_of': ((1,), 'send one request per answer, each with a seed of its own.'),
-    'logprobs': ((False,), 'the sampler does not return log-probabilities.'),
-    'top_logprobs': ((0,), 'the sampler does not return log-probabilities.'),
     'logit_bias': (({},), 'only whole sets of tokens can be banned, in the library.'),
     'presence_penalty': ((0, 0.0), 'there is no penalty on repetition.'),
     'frequency_penalty': ((0, 0.0), 'there is no penalty on repetition.'),
@@ -57,6 +56,8 @@ class Ask:
       stream_usage: whether the stream ends with the costs.
       suffix: tokens that follow the answer in the same canvas, None without.
       schema: of JSON that the answer must be, None without.
+      logprobs: how many likeliest tokens are told at each place, beside the log-probability of the
+        answer's own; None for neither.
     """
 
     prompt: list[int]
@@ -71,6 +72,7 @@ class Ask:
     stream_usage: bool
     suffix: list[int] | None = None
     schema: Any = None
+    logprobs: int | None = None
 
 
 def read_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> Ask:
@@ -163,10 +165,11 @@ def _ask(fields: Fields, prompt: list[int], chat: bool, limits: Limits) -> Ask:
             raise fields.error('stream_options', 'stream_options needs stream=true.')
         stream_usage = options.flag('include_usage')
         options.end()
+    mode = _mode(fields, limits)
     return Ask(
         prompt=prompt,
         chat=chat,
-        mode=_mode(fields, limits),
+        mode=mode,
         temperature=_temperature(fields, limits),
         top_p=fields.number('top_p', 0, 1, above=True),
         max_new_tokens=longest,
@@ -175,7 +178,27 @@ def _ask(fields: Fields, prompt: list[int], chat: bool, limits: Limits) -> Ask:
         stream=stream,
         stream_usage=stream_usage,
         schema=_schema(fields),
+        logprobs=_logprobs(fields, chat, mode),
     )
+
+
+def _logprobs(fields: Fields, chat: bool, mode: str) -> int | None:
+    """How many likeliest tokens are asked for, or None where no log-probabilities are."""
+    if chat:
+        asked = fields.flag('logprobs')
+        count = fields.integer('top_logprobs', 0, MAX_TOP_LOGPROBS)
+        if count and not asked:
+            raise fields.error('top_logprobs', 'top_logprobs needs logprobs=true.')
+        count = (count or 0) if asked else None
+    else:
+        count = fields.integer('logprobs', 0, MAX_TOP_LOGPROBS)
+    if count is not None and mode == 'diffusion':
+        raise fields.error(
+            'logprobs',
+            "logprobs are those of the causal pass, which mode 'diffusion' does not take over the "
+            "answer: ask with mode 'lossless' or 'autoregressive'.",
+        )
+    return count
 
 
 def _temperature(fields: Fields, limits: Limits) -> float:

@@ -19,11 +19,12 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.sampling.controls import OPEN, Controls, ban, pin
 from diffusiongemma.sampling.decide import decide
 from diffusiongemma.sampling.engine import Delta, Engine, Finished, Result
-from diffusiongemma.sampling.sampler import MODES, Sampler, pad_prompts
+from diffusiongemma.sampling.prompts import pad_prompts
+from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.sampling.watch import watch
 from diffusiongemma.serving.fields import RequestError
 from diffusiongemma.serving.metrics import Metrics
-from diffusiongemma.serving.protocol import Ask, Decision, Limits
+from diffusiongemma.serving.protocol import MAX_TOP_LOGPROBS, Ask, Decision, Limits
 from diffusiongemma.serving.worker import News, Refused, Ticket, Worker
 from diffusiongemma.view.frames import Frame, frames, token_frames
 
@@ -134,6 +135,8 @@ class Service:
                 top_p=ask.top_p,
                 max_new_tokens=longest,
                 stop=ask.stop,
+                # One program for every number of them.
+                logprobs=MAX_TOP_LOGPROBS if ask.logprobs else ask.logprobs,
                 controls=controls,
             ),
             len(ask.prompt),
@@ -218,12 +221,15 @@ class Service:
     def gauges(self) -> dict[str, tuple[str, float]]:
         """Numbers of this moment, each with its help."""
         waiting, running = self.worker.load
+        prefixes = self.worker.engine.prefixes
+        reused = 0 if prefixes is None else prefixes.reused
         return {
             'requests_open': ('Requests that are not answered yet.', self.open_calls),
             'requests_waiting': ('Requests without a slot.', waiting),
             'requests_running': ('Requests in slots.', running),
             'slots': ('Slots of each group of requests.', self.worker.engine.slots),
             'queue_limit': ('Requests that may wait.', self.settings.max_queue),
+            'prompt_tokens_reused': ('Prompt tokens that were encoded before.', reused),
         }
 
     def warm_up(self) -> Result:

@@ -1,0 +1,201 @@
+"""How to sample: `SamplingConfig`."""
+
+import dataclasses
+from typing import Any
+
+from diffusiongemma.sampling.acceptance import AcceptanceRule, Ancestral, EntropyBound
+from diffusiongemma.sampling.drafts import DraftSource
+from diffusiongemma.sampling.rules import RULES, read_rule
+from diffusiongemma.sampling.schedule import TemperatureSchedule
+from diffusiongemma.sampling.stopping import Never, StableAndConfident, StoppingRule
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How to sample. Frozen and hashable; the defaults are those of the released models.
+
+    Attributes:
+      max_new_tokens: length limit of a response; need not be a multiple of the canvas length.
+      max_denoising_steps: T, limit of denoise steps per canvas.
+      drafts: a source of drafts for the lossless mode, such as `PromptLookup`, or its text, such
+        as 'PromptLookup(length=8)'; None for the model's own denoiser.
+      lookup_ngram: in the lossless mode, a draft is what followed the last so many tokens (or
+        more) where they occur earlier in the text, and the model's own elsewhere; 0 for the
+        model's alone. Code and other text that repeats itself gains from it.
+      draft_length: canvas tokens of a draft in the lossless mode, at most the model's canvas
+        length; None for all of it. Short drafts are verified faster.
+      max_draft_steps: limit of denoise steps per draft in the lossless mode. A row whose draft
+        fell early takes one step more for the next, one whose draft held wholly one less.
+      entropy_bound: nats, bound of the `EntropyBound` acceptance; None for 0.1. Not beside
+        another `acceptance`.
+      t_min: temperature towards the last denoise step.
+      t_max: temperature of the first denoise step.
+      temperature_exponent: how the temperature falls between them, see `TemperatureSchedule`.
+      stability_threshold: previous steps that must agree, see `StableAndConfident`; None for 1.
+        Not beside `stopping`.
+      confidence_threshold: mean entropy in nats, see `StableAndConfident`; None for 0.005. Not
+        beside `stopping`.
+      temperature: factor on the schedule's temperatures, and the softmax temperature of the
+        autoregressive mode. 0 is greedy: the candidates are the most likely tokens, while the
+        entropies are still those of the schedule's distribution.
+      top_k: candidates, and tokens of the autoregressive mode, are drawn from the k likeliest
+        tokens; None from all. Entropies and confidences are those of the whole distribution.
+      top_p: likewise, from the fewest likeliest tokens whose probability reaches p.
+      stop_ids: tokens that end a response. The default is the <eos> of Gemma's vocabularies;
+        a chat model ends its turn with another one, see `for_tokenizer`. () never stops.
+      pad_id: fills the output behind a response's end.
+      vocab_size: noise is uniform over token ids below it; None for the model's vocabulary.
+      prefill_chunk: prompts are encoded so many tokens at a time, for long ones whose attention
+        would not fit in memory; None for all at once.
+      commits: 'argmax', the argmax canvas of the last step, or 'canvas', what the acceptance
+        rule made of it.
+      acceptance: a rule that replaces the entropy bound, or its text, such as 'TopK(k=4)'.
+      stopping: a rule that replaces stability and confidence, or its text, such as 'Never()'.
+      logprobs: in the autoregressive and lossless modes the output also holds log-probabilities:
+        of its tokens and of so many likeliest ones at their places (`TokenScores`); None for none.
+    """
+
+    max_new_tokens: int = 256
+    max_denoising_steps: int = 48
+    drafts: DraftSource | None = None
+    lookup_ngram: int = 0
+    draft_length: int | None = None
+    max_draft_steps: int = 1
+    entropy_bound: float | None = None
+    t_min: float = 0.4
+    t_max: float = 0.8
+    temperature_exponent: float = 1.0
+    stability_threshold: int | None = None
+    confidence_threshold: float | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop_ids: tuple[int, ...] = (1,)
+    pad_id: int = 0
+    vocab_size: int | None = None
+    prefill_chunk: int | None = None
+    commits: str = 'argmax'
+    acceptance: AcceptanceRule | None = None
+    stopping: StoppingRule | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, 'stop_ids', tuple(int(i) for i in self.stop_ids))
+        if self.max_new_tokens < 1:
+            raise ValueError(
+                f'max_new_tokens must be >= 1, got {self.max_new_tokens}; '
+                'it is the longest response that you want.'
+            )
+        if self.max_denoising_steps < 1:
+            raise ValueError(
+                f'max_denoising_steps must be >= 1, got {self.max_denoising_steps}; '
+                'the released models use 48.'
+            )
+        if self.max_draft_steps < 1:
+            raise ValueError(f'max_draft_steps must be >= 1, got {self.max_draft_steps}.')
+        if self.lookup_ngram < 0:
+            raise ValueError(
+                f'lookup_ngram must be >= 0 tokens, got {self.lookup_ngram}; 0 looks nothing up.'
+            )
+        if self.lookup_ngram and self.drafts is not None:
+            raise ValueError(
+                'drafts and lookup_ngram are both given: use one of them; lookup_ngram drafts with '
+                'the model where nothing is found.'
+            )
+        if self.draft_length is not None and self.draft_length < 2:
+            raise ValueError(
+                f'draft_length must be >= 2 canvas tokens, got {self.draft_length}; None takes the '
+                "model's canvas length."
+            )
+        if not 0 <= self.temperature < float('inf'):
+            raise ValueError(
+                f'temperature must be finite and >= 0, got {self.temperature}; '
+                'use 0 for greedy decoding, 1 for the schedule as it is.'
+            )
+        if self.pad_id < 0 or min(self.stop_ids, default=0) < 0:
+            raise ValueError(
+                f'pad_id and stop_ids are token ids >= 0, got {self.pad_id} and {self.stop_ids}; '
+                'SamplingConfig.for_tokenizer fills them in.'
+            )
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(
+                f"vocab_size must be >= 1, got {self.vocab_size}; use None for the model's own."
+            )
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise ValueError(
+                f'prefill_chunk must be >= 1, got {self.prefill_chunk}; '
+                'use None to encode prompts in one pass.'
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f'top_k must be >= 1 token, got {self.top_k}; None keeps all.')
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f'top_p must lie in (0, 1], got {self.top_p}; None keeps all tokens.')
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(
+                f'logprobs must be >= 0 likeliest tokens, got {self.logprobs}; None gives none.'
+            )
+        if self.commits not in ('argmax', 'canvas'):
+            raise ValueError(f"commits must be 'argmax' or 'canvas', got {self.commits!r}.")
+        for name in RULES:
+            object.__setattr__(self, name, read_rule(name, getattr(self, name)))
+        self._check_one_rule('acceptance', 'entropy_bound')
+        self._check_one_rule('stopping', 'stability_threshold')
+        self._check_one_rule('stopping', 'confidence_threshold')
+        # These check the numbers that they are made of.
+        _ = self.schedule, self.acceptance_rule, self.stopping_rule
+
+    def _check_one_rule(self, rule: str, number: str) -> None:
+        """Raises ValueError where a number is given that a rule beside it leaves without effect."""
+        replaced, value = getattr(self, rule), getattr(self, number)
+        if value is not None and replaced is not None and value != getattr(replaced, number, None):
+            raise ValueError(
+                f'{number}={value} has no effect beside {rule}={replaced!r}, which replaces it. '
+                'Leave one of them out (None).'
+            )
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Any, **fields: Any) -> 'SamplingConfig':
+        """A config with the tokenizer's `stop_ids`, `pad_id` and `vocab_size`.
+
+        Args:
+          tokenizer: a `diffusiongemma.data.tokenizer.Tokenizer`.
+          **fields: any other field, or another value for one of these three.
+        """
+        return cls(**(cls.tokenizer_fields(tokenizer) | fields))
+
+    @staticmethod
+    def tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
+        """The fields that a tokenizer decides."""
+        return {
+            'stop_ids': tokenizer.stop_ids,
+            'pad_id': tokenizer.pad_id,
+            'vocab_size': tokenizer.vocab_size,
+        }
+
+    @classmethod
+    def ancestral(cls, **fields: Any) -> 'SamplingConfig':
+        """Ancestral sampling of the diffusion process: all steps, at temperature 1, as drawn."""
+        exact = {'acceptance': Ancestral(), 'stopping': Never(), 'commits': 'canvas'}
+        return cls(**(exact | {'t_min': 1.0, 't_max': 1.0} | fields))
+
+    @property
+    def schedule(self) -> TemperatureSchedule:
+        return TemperatureSchedule(
+            self.t_min, self.t_max, self.max_denoising_steps, self.temperature_exponent
+        )
+
+    @property
+    def acceptance_rule(self) -> AcceptanceRule:
+        if self.acceptance is not None:
+            return self.acceptance
+        return EntropyBound() if self.entropy_bound is None else EntropyBound(self.entropy_bound)
+
+    @property
+    def stopping_rule(self) -> StoppingRule:
+        if self.stopping is not None:
+            return self.stopping
+        numbers = {
+            'stability_threshold': self.stability_threshold,
+            'confidence_threshold': self.confidence_threshold,
+        }
+        return StableAndConfident(**{k: v for k, v in numbers.items() if v is not None})

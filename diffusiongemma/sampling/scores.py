@@ -1,0 +1,37 @@
+"""Log-probabilities of the tokens of a response, by the causal pass that drew or verified them."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class TokenScores:
+    """What the causal pass gave to each token, in nats: at temperature 1, with nothing banned.
+
+    Attributes:
+      chosen: [..., T] float32, log-probabilities of the tokens.
+      top_tokens: [..., T, k] int32, the likeliest tokens in falling order.
+      top: [..., T, k] float32, their log-probabilities.
+    """
+
+    chosen: jax.Array
+    top_tokens: jax.Array
+    top: jax.Array
+
+    @classmethod
+    def empty(cls, batch_size: int, length: int, k: int) -> 'TokenScores':
+        """Zeros of [batch_size, length] tokens with k alternatives each."""
+        return cls(
+            chosen=jnp.zeros((batch_size, length), jnp.float32),
+            top_tokens=jnp.zeros((batch_size, length, k), jnp.int32),
+            top=jnp.zeros((batch_size, length, k), jnp.float32),
+        )
+
+    @classmethod
+    def of(cls, logits: jax.Array, tokens: jax.Array, k: int) -> 'TokenScores':
+        """Scores of tokens [B, T] under the logits [B, T, V] that predict them."""
+        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        top, top_tokens = jax.lax.top_k(log_probs, k)
+        chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+        return cls(chosen=chosen, top_tokens=top_tokens.astype(jnp.int32), top=top)
