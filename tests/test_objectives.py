@@ -334,15 +334,19 @@ def test_stage_2_takes_its_steps_by_every_rule(rule, uniform, masked):
     keys, ones = jax.random.split(jax.random.key(0), (1, 1)), jnp.ones((1, 1))
     shared = {'schedule': TemperatureSchedule(), 'acceptance': rule}
     noise, canvas = jnp.array([[[20, 21, 22, 23]]]), jnp.array([[[30, 7, 30, 30]]])
-    stage2 = Stage2(UniformCorruption(37), **shared)
+    stage2 = Stage2(corruption=UniformCorruption(37), **shared)
     assert stage2.next_canvas(said, canvas, noise, keys, ones)[0, 0].tolist() == uniform
-    stage2 = Stage2(MaskedCorruption(30), **shared)
+    stage2 = Stage2(corruption=MaskedCorruption(30), **shared)
     masks = jnp.full_like(canvas, 30)
     assert stage2.next_canvas(said, canvas, masks, keys, ones)[0, 0].tolist() == masked
 
 
 def test_ancestral_steps_of_stage_2_unmask_as_many_positions_as_the_noise_level_falls():
-    stage2 = Stage2(MaskedCorruption(30), TemperatureSchedule(num_steps=4), Ancestral())
+    stage2 = Stage2(
+        corruption=MaskedCorruption(30),
+        schedule=TemperatureSchedule(num_steps=4),
+        acceptance=Ancestral(),
+    )
     shape = (50, 2, 40)
     zeros, masks = jnp.zeros(shape), jnp.full(shape, 30)
     said = Seen(zeros, jnp.ones(shape, jnp.int32), zeros, zeros, zeros)
@@ -358,7 +362,9 @@ def test_ancestral_steps_of_stage_2_unmask_as_many_positions_as_the_noise_level_
 def test_the_loss_of_stage_2_is_traced_with_every_rule(rule, masked, tiny_config, batch):
     model = DiffusionGemma(tiny_config.replace(kind='separate'))
     corruption = MaskedCorruption(30) if masked else UniformCorruption(tiny_config.vocab_size)
-    stage2 = Stage2(corruption, TemperatureSchedule(), rule, num_steps=3)
+    stage2 = Stage2(
+        corruption=corruption, schedule=TemperatureSchedule(), acceptance=rule, num_steps=3
+    )
     teacher = Gemma(tiny_config.autoregressive)
 
     def loss(key):

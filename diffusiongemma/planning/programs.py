@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from diffusiongemma import configuration
 from diffusiongemma.checkpoints.bundle import CONFIG_FILE, cast_to
@@ -19,22 +18,9 @@ from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.load import BUILTIN
 from diffusiongemma.data.packing import RowLayout, pack_examples
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.distillation.compute import ComputeConfig
-from diffusiongemma.distillation.lora import lora_student
-from diffusiongemma.distillation.run import (
-    CONFIG_KEYS,
-    BatchConfig,
-    canvases_per_row,
-    distillation_step,
-    objectives,
-    optimizer_of,
-    sampling_config,
-    student_model,
-)
-from diffusiongemma.distillation.state import create_state
-from diffusiongemma.distillation.step import Constants
-from diffusiongemma.distillation.student import frozen_params, trained_params
-from diffusiongemma.distillation.targets import TargetsConfig
+from diffusiongemma.distillation.experiment import Experiment
+from diffusiongemma.distillation.setup import Setup, sampling_config, student_model
+from diffusiongemma.distillation.student import frozen_params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DRAFT_IDS, DiffusionGemma
@@ -82,57 +68,57 @@ class _TokenIds:
         return cls(config.vocab_size, stop_ids=tuple(i for i in (1, 106) if i < config.vocab_size))
 
 
-def teacher_config(config: ConfigDict, config_name: str, preset: str | None) -> ModelConfig:
-    """The architecture that is planned for; raises ValueError where nothing names it."""
-    if preset is None and config.teacher in BUILTIN:
-        return ModelConfig.from_dict(read_json(BUILTIN[config.teacher] / CONFIG_FILE)['model'])
+def teacher_config(teacher: str, config_name: str, preset: str | None) -> ModelConfig:
+    """The architecture that is planned for; raises ValueError where nothing names it.
+
+    Args:
+      teacher: of the experiment.
+      config_name: of its file; tried as a preset's.
+      preset: what is planned for whatever these say.
+    """
+    if preset is None and teacher in BUILTIN:
+        return ModelConfig.from_dict(read_json(BUILTIN[teacher] / CONFIG_FILE)['model'])
     name = preset or config_name
     if name not in PRESETS:
         raise ValueError(f'no preset {name!r}: give one of {sorted(PRESETS)} with --model.')
     return PRESETS[name]
 
 
-def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -> PlannedProgram:
-    """The distillation step of `config`, of the stage that takes more: 1, or 2 with several steps.
+def training_step(
+    experiment: Experiment, teacher_config: ModelConfig, mesh: Mesh
+) -> PlannedProgram:
+    """The distillation step of the stage that takes more: 1, or 2 with several steps.
 
     Args:
-      config: of the run.
+      experiment: what is trained.
       teacher_config: of its teacher.
       mesh: over the devices.
     """
-    configuration.check_keys(config, CONFIG_KEYS)
-    dtype = configuration.compute_dtype(config)
-    compute = ComputeConfig.of(config)
-    teacher = compute.place(Gemma(teacher_config.autoregressive, dtype), mesh)
-    token_ids = _TokenIds.of(teacher.config)
-    model = compute.place(student_model(config, teacher, token_ids), mesh)
-    optimizer = optimizer_of(config)
-    shape = configuration.build(BatchConfig, config.data, 'data')
-    top_k = configuration.build(TargetsConfig, config.targets, 'targets').top_k_logits
-    teacher_params = _params(teacher, mesh, dtype)
-    lora = lora_student(config, model)
-    if lora is None:
-        draft_ids = _params(model, mesh, dtype).get(DRAFT_IDS)
-        frozen = frozen_params(model.config, teacher_params, draft_ids)
-        constants = Constants(teacher=None if frozen else teacher_params, student=frozen)
-        shardings = trained_params(model.config, param_shardings(model, mesh))
-        trained = trained_params(model.config, _params(model, mesh, dtype))
+    dtype = configuration.compute_dtype(experiment.dtype)
+    gemma = Gemma(teacher_config.autoregressive, dtype)
+    setup = Setup.of(experiment, gemma, _TokenIds.of(gemma.config), mesh)
+    teacher_params = _params(setup.teacher, mesh, dtype)
+    student_params = _params(setup.student, mesh, dtype)
+    if setup.lora is None:
+        draft_ids = student_params.get(DRAFT_IDS)
+        frozen = frozen_params(setup.student.config, teacher_params, draft_ids)
     else:
-        base = _params(model, mesh, dtype)
-        encodes_alone = lora.config.passes == 'denoise'
-        constants = Constants(None if encodes_alone else teacher_params, base)
-        shardings = lora.shardings(teacher_params, mesh)
-        trained = jax.eval_shape(lora.init, teacher_params)
-    if top_k:
-        constants = constants._replace(teacher=None)
-    state = jax.eval_shape(lambda params: create_state(params, optimizer), trained)
-    state = _placed(state, state_shardings(state, shardings, mesh))
-    stages = objectives(config, token_ids)
-    objective = stages[-1][0] if stages[-1][0].num_steps > 1 else stages[0][0]
-    step = distillation_step(config, model, teacher, objective, optimizer, lora)
-    canvases = canvases_per_row(config, shape)
-    layout = RowLayout(shape.row_length, canvases, config.canvas_length, top_k=top_k)
-    batch = _batch(layout, shape.batch_size, compute.batch_sharding(mesh, shape.batch_size))
+        frozen = student_params
+    constants = setup.constants(teacher_params, frozen)
+    state = jax.eval_shape(
+        setup.initial_state, student_params if experiment.init else teacher_params
+    )
+    state = _placed(state, state_shardings(state, setup.trained_shardings(teacher_params), mesh))
+    objectives = [objective for objective, _ in setup.objectives]
+    objective = objectives[-1] if objectives[-1].num_steps > 1 else objectives[0]
+    shape = experiment.data
+    layout = RowLayout(
+        shape.row_length,
+        setup.canvases_per_row,
+        experiment.canvas_length,
+        top_k=experiment.targets.top_k_logits,
+    )
+    batch = _batch(layout, shape.batch_size, setup.rows)
     kinds = {
         'parameters': _device_bytes(state.params),
         'EMA': _device_bytes(state.ema_params),
@@ -143,7 +129,7 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
     }
     return PlannedProgram(
         name=f'{type(objective).__name__.lower()} step',
-        function=step,
+        function=setup.step(objective),
         arguments=(state, constants, batch),
         kinds={name: size for name, size in kinds.items() if size},
         tokens=shape.batch_size * shape.row_length,
@@ -152,7 +138,7 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
 
 
 def sampler_programs(
-    config: ConfigDict,
+    experiment: Experiment,
     teacher_config: ModelConfig,
     mesh: Mesh,
     *,
@@ -162,18 +148,18 @@ def sampler_programs(
     """The whole of diffusion sampling, and its passes: prefill, denoise step, commit.
 
     Args:
-      config: of the run that made the student; `config.sampling` says how it is sampled.
+      experiment: the run that made the student; `sampling` says how it is sampled.
       teacher_config: of its teacher.
       mesh: over the devices.
       batch_size: rows.
       prompt_length: tokens of a prompt.
     """
-    dtype = configuration.compute_dtype(config)
+    dtype = configuration.compute_dtype(experiment.dtype)
     teacher = Gemma(teacher_config.autoregressive, dtype)
     token_ids = _TokenIds.of(teacher.config)
-    compute = ComputeConfig.of(config)
-    model = compute.place(student_model(config, teacher, token_ids), mesh)
-    sampling = sampling_config(config, token_ids)
+    compute = experiment.execution
+    model = compute.place(student_model(experiment, teacher, token_ids), mesh)
+    sampling = sampling_config(experiment, token_ids)
     params = _params(model, mesh, dtype)
     rows = compute.batch_sharding(mesh, batch_size)
     tokens = jax.ShapeDtypeStruct((batch_size, prompt_length), jnp.int32, sharding=rows)
@@ -199,10 +185,10 @@ def sampler_programs(
         active = jnp.ones(canvas.shape[:1], bool)
         return passes.extend(model, params, cache, canvas, active)
 
-    canvas = jax.ShapeDtypeStruct((batch_size, config.canvas_length), jnp.int32, sharding=rows)
+    canvas = jax.ShapeDtypeStruct((batch_size, experiment.canvas_length), jnp.int32, sharding=rows)
     weights = {'parameters': _device_bytes(params)}
     cached = weights | {'cache': _device_bytes(cache)}
-    written = batch_size * config.canvas_length
+    written = batch_size * experiment.canvas_length
     whole = lambda p, *arguments: MODES['diffusion'].generate(  # noqa: E731
         model, sampling, p, *arguments, Controls()
     )
