@@ -74,7 +74,7 @@ def student_hits(model, params, prompts, texts, length: int, pad_id: int) -> np.
     At [r, i, k]: with token i of the text pending, draft token k is the text's, given that the
     draft tokens before it are.
     """
-    objective = Drafting(MaskedCorruption(model.config.mask_id), length)
+    objective = Drafting(corruption=MaskedCorruption(model.config.mask_id), canvas_length=length)
 
     @jax.jit
     def hits(params: Any, batch: dict, anchors: jax.Array) -> jax.Array:

@@ -79,7 +79,7 @@ def measure(base: ModelConfig, tokenizer: Any, setting: Setting) -> dict[str, An
     step = make_distillation_step(
         model,
         teacher,
-        Stage1(UniformCorruption(config.vocab_size), TemperatureSchedule()),
+        Stage1(corruption=UniformCorruption(config.vocab_size), schedule=TemperatureSchedule()),
         optimizer,
         ar_weight=0.1,
         ema_decay=0.99,

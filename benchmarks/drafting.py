@@ -18,12 +18,13 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from diffusiongemma import configuration, run_config
+from diffusiongemma import run_config
+from diffusiongemma.distillation.experiment import Experiment
+from diffusiongemma.distillation.loading import load_teacher
 from diffusiongemma.distillation.reporting import read_metrics
-from diffusiongemma.distillation.run import load_teacher, train_student
-from diffusiongemma.distillation.targets import TargetsConfig, write_targets
+from diffusiongemma.distillation.run import train_student
+from diffusiongemma.distillation.targets import write_targets
 from diffusiongemma.evaluation.report import ACCEPTED_LENGTH
-from diffusiongemma.parallel import make_mesh
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory of the runs, the table and the plot.')
 _STEPS = flags.DEFINE_integer('steps', 200, 'Steps of each run.', lower_bound=10)
@@ -104,15 +105,15 @@ def plot(path: Path, curves: dict[tuple[str, str, int], list[tuple[int, float]]]
 def main(argv: list[str]) -> None:
     del argv
     output = Path(_OUTPUT.value)
-    base = config_of(*MAIN, 0)
+    base = Experiment.of(config_of(*MAIN, 0))
     teacher = load_teacher(base)
     targets = write_targets(
         teacher.model,
         teacher.params,
         teacher.tokenizer,
-        configuration.build(TargetsConfig, base.targets, 'targets'),
+        base.targets,
         output / 'targets',
-        make_mesh(base.mesh),
+        base.mesh.make(),
         seed=base.seed,
     )
     curves = {}
@@ -121,7 +122,7 @@ def main(argv: list[str]) -> None:
         if _ONLY.value and name not in _ONLY.value:
             continue
         config, workdir = config_of(*run), output / name
-        train_student(config, teacher, targets, workdir)
+        train_student(Experiment.of(config), teacher, targets, workdir)
         curves[run] = curve(config, workdir)
         plot(output / 'drafting.png', curves)
     names = ('denoiser', 'objective', 'seed', 'canvas_tokens', 'accepted_length')

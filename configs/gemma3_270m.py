@@ -26,32 +26,21 @@ points: nobody has tuned them.
 
 from ml_collections import ConfigDict
 
+from diffusiongemma.distillation.experiment import experiment_config
+
 
 def get_config() -> ConfigDict:
-    return ConfigDict(
+    return experiment_config(
         {
-            'seed': 0,
             'dtype': 'bfloat16',  # of the computation; the state of training is float32
-            # The state fits one device; more devices take more rows.
-            'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
-            # Memory against time, see docs/scaling.md.
-            'compute': {'remat': 'none', 'logits_chunk': 64, 'query_block': 0, 'microbatches': 1},
-            'teacher': '',  # given on the command line
-            'init': '',  # a student to go on from; empty: starts from the teacher's weights
-            'denoise_dtype': 'bfloat16',
+            'compute': {'logits_chunk': 64},  # see above
             'canvas_length': 32,  # a small model is sure of few tokens at once
-            'predict_next': True,  # what the teacher has learnt holds from the first step on
-            'denoiser': 'shared',  # one set of layers for both passes, as the released model
-            'self_conditioning': True,  # a step sees what the step before believed
-            'lora': {'rank': 0, 'alpha': 16.0, 'passes': 'both'},  # rank 0: train all layers
             # Stage 0: the teacher answers these prompts; the student learns its answers. A TFDS
             # dataset is {'kind': 'tfds', 'name': ..., 'split': 'train', 'prompt_feature': ...}.
             'targets': {
                 'source': {'kind': 'jsonl', 'path': 'train.jsonl'},
                 'batch_size': 256,
                 'max_new_tokens': 384,  # the canvases of a row
-                'sequence_level': True,
-                'top_k_logits': 0,  # or k: no teacher in memory while training
             },
             'data': {
                 'batch_size': 8,  # rows; see above
@@ -59,40 +48,25 @@ def get_config() -> ConfigDict:
                 'canvases_per_row': 12,  # 384 tokens: three quarters of a row are responses
                 # Some canvases start inside a response, as where a decoder was cut short.
                 'random_offset_rate': 0.1,
-                'workers': 0,  # processes that make batches; 0: a thread
             },
-            'corruption': 'uniform',
-            'ar_weight': 0.1,  # keeps the encode pass at the teacher: its weights are trained too
-            'stage1': {'kd_weight': 1.0, 'self_conditioning_rate': 0.5},
             # The sampler's own trajectories once single steps are learnt.
-            'stage2': {'first_step': 3_000, 'num_steps': 2, 'all_noise_rate': 0.5},
+            'stage2': {'first_step': 3_000},
             'optimizer': {
                 # Below what such a model was trained with, since its weights are to be kept.
                 'learning_rate': 1e-4,
                 'warmup_steps': 200,  # Adam's second moments need them
-                'ema_decay': 0.999,
             },
             'train': {
                 'num_steps': 5_000,
-                'report_every': 20,
                 'checkpoint_every': 500,  # 4 GB each: parameters, EMA, moments
-                'max_to_keep': 2,
             },
-            'sampling': {
-                'max_new_tokens': 384,
-                'max_denoising_steps': 16,
-                'temperature': 0.0,
-            },
+            'sampling': {'max_new_tokens': 384, 'max_denoising_steps': 16, 'temperature': 0.0},
             'eval': {
                 # Responses count as right where they are TEST's to the letter: short answers.
                 'source': {'kind': 'jsonl', 'path': 'test.jsonl', 'size': 256},
-                'batch_size': 32,
-                'speed_batch_sizes': (1, 8),
-                'speed_batches': 24,
                 'sweep': {
                     'entropy_bound': (0.02, 0.1, 0.5),
                     'max_denoising_steps': (2, 4, 16),
-                    'canvas_length': (),
                 },
             },
         }

@@ -12,55 +12,35 @@ An interrupted run goes on where it stopped when it is started again.
 
 from ml_collections import ConfigDict
 
+from diffusiongemma.distillation.experiment import experiment_config
+
 
 def get_config() -> ConfigDict:
-    return ConfigDict(
+    return experiment_config(
         {
-            'seed': 0,
-            'dtype': 'float32',
-            'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
-            # Memory against time, see docs/scaling.md; these defaults keep all.
-            'compute': {'remat': 'none', 'logits_chunk': 0, 'query_block': 0, 'microbatches': 1},
             'teacher': 'gemma3-270m',
-            'init': '',  # a student to go on from; empty: starts from the teacher's weights
             'denoise_dtype': 'bfloat16',  # faster where the CPU has AVX512-BF16
             'denoiser': 'light',  # a few layers on the frozen teacher's states
             'light': {
                 'layers': (0, 5, 11, 17),  # of the teacher's 18
-                'teacher_state': True,
                 'draft_vocab_size': 8_192,  # of 262,144; the verifier scores all
                 'serial_rank': 64,
             },
             'canvas_length': 8,
-            'predict_next': True,  # what the teacher knows is of use from the first step on
             'self_conditioning': False,  # drafts take one step, which has none before it
-            'lora': {'rank': 0, 'alpha': 16.0, 'passes': 'denoise'},  # rank 0: train all layers
             # Stage 0: the teacher goes on with these texts; the student learns what it writes.
             'targets': {
-                'source': {'kind': 'python_source', 'split': 'train', 'size': 2_090},
-                'batch_size': 128,
+                'source': {'kind': 'python_source', 'size': 2_090},
                 'max_new_tokens': 96,
                 'keep_unfinished': True,  # a pretrained model seldom ends a text
-                'prompt_multiple': 64,
-                'sequence_level': True,
-                'top_k_logits': 0,  # or k: no teacher in memory while training
             },
-            'data': {
-                'batch_size': 2,
-                'row_length': 512,
-                'workers': 0,  # processes that make batches; 0: a thread
-            },
+            'data': {'batch_size': 2, 'row_length': 512},
             'drafting': {
-                'weights': 'accepted_length',
-                'smoothing': 0.5,
                 'anchors_per_row': 64,
-                'refused_rate': 0.0,
-                'total_variation': 0.0,
                 'lookup_ngram': 2,  # where a lookup drafts no canvas is trained
                 'held_out': 16,
             },
             'corruption': 'masked',
-            'ar_weight': 0.0,  # the encode pass is frozen
             'optimizer': {
                 'learning_rate': 2e-3,
                 'warmup_steps': 40,
@@ -77,9 +57,7 @@ def get_config() -> ConfigDict:
             'eval': {
                 'source': {'kind': 'human_eval'},
                 'batch_size': 41,
-                'speed_batch_sizes': (1, 8),
                 'speed_batches': 8,
-                'prompt_multiple': 64,
             },
         }
     )

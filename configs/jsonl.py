@@ -13,58 +13,37 @@ a Gemma (--config.teacher=DIRECTORY) and more steps than these 200.
 
 from ml_collections import ConfigDict
 
+from diffusiongemma.distillation.experiment import experiment_config
+
 
 def get_config() -> ConfigDict:
-    return ConfigDict(
+    return experiment_config(
         {
-            'seed': 0,
-            'dtype': 'float32',
-            'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
-            # Memory against time, see docs/scaling.md; these defaults keep all.
-            'compute': {'remat': 'none', 'logits_chunk': 0, 'query_block': 0, 'microbatches': 1},
             'teacher': 'builtin-teacher',
-            'init': '',  # a student to go on from; empty: starts from the teacher's weights
             'denoise_dtype': 'bfloat16',  # faster where the CPU has AVX512-BF16
             'canvas_length': 16,
-            'predict_next': True,  # what the teacher has learnt holds from the first step on
             'denoiser': 'separate',  # the encode pass stays exactly the teacher
-            'self_conditioning': True,  # a step sees what the step before believed
-            'lora': {'rank': 0, 'alpha': 16.0, 'passes': 'denoise'},  # rank 0: train all layers
             'targets': {
                 'source': {'kind': 'jsonl', 'path': 'train.jsonl'},
                 'batch_size': 32,
                 'max_new_tokens': 96,
                 'sequence_level': False,  # the file's responses; True: the teacher's answers
-                'top_k_logits': 0,  # or k: no teacher in memory while training
             },
             'data': {
                 'batch_size': 16,
                 'row_length': 256,  # the teacher's longest sequence
                 'canvases_per_row': 10,
-                'random_offset_rate': 0.0,
-                'workers': 0,  # processes that make batches; 0: a thread
             },
-            'corruption': 'uniform',
-            'ar_weight': 0.1,  # of no effect on a separate denoiser, whose encode pass is frozen
-            'stage1': {'kd_weight': 1.0, 'self_conditioning_rate': 0.5},
-            'stage2': {'first_step': 100, 'num_steps': 2, 'all_noise_rate': 0.5},
+            'stage2': {'first_step': 100},
             'optimizer': {'learning_rate': 1e-3, 'warmup_steps': 50, 'ema_decay': 0.99},
             'train': {'num_steps': 200, 'report_every': 10, 'checkpoint_every': 60},
-            'sampling': {
-                'max_new_tokens': 96,
-                'max_denoising_steps': 16,
-                'temperature': 0.0,
-            },
+            'sampling': {'max_new_tokens': 96, 'max_denoising_steps': 16, 'temperature': 0.0},
             'eval': {
                 # Responses count as right where they are TEST's to the letter.
                 'source': {'kind': 'jsonl', 'path': 'test.jsonl', 'size': 256},
-                'batch_size': 32,
-                'speed_batch_sizes': (1, 8),
-                'speed_batches': 24,
                 'sweep': {
                     'entropy_bound': (0.02, 0.1, 0.5),
                     'max_denoising_steps': (1, 4, 16),
-                    'canvas_length': (),
                 },
             },
         }

@@ -7,17 +7,12 @@ Meant for 2 CPU cores.
 
 from ml_collections import ConfigDict
 
+from diffusiongemma.distillation.experiment import teacher_config
+
 
 def get_config() -> ConfigDict:
-    return ConfigDict(
+    return teacher_config(
         {
-            'seed': 0,
-            'init': '',  # a model to go on from; empty: random parameters
-            'tokenizer': 'builtin',
-            'dtype': 'float32',
-            'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'sequence': 1},
-            # Memory against time, see docs/scaling.md; these defaults keep all.
-            'compute': {'remat': 'none', 'logits_chunk': 0, 'query_block': 0, 'microbatches': 1},
             'model': {
                 'vocab_size': 1024,
                 'width': 256,
@@ -36,13 +31,15 @@ def get_config() -> ConfigDict:
             },
             'data': {
                 'sources': (
-                    {'kind': 'wordmath', 'split': 'train', 'size': 1_000_000, 'weight': 0.97},
-                    {'kind': 'sudoku', 'split': 'train', 'size': 1_000_000, 'weight': 0.03},
+                    {'kind': 'wordmath', 'size': 1_000_000, 'weight': 0.97},
+                    {'kind': 'sudoku', 'size': 1_000_000, 'weight': 0.03},
                 ),
                 'batch_size': 8,
                 'row_length': 256,
             },
             'optimizer': {'learning_rate': 3e-3, 'warmup_steps': 150, 'ema_decay': 0.995},
-            'train': {'num_steps': 2200, 'report_every': 20, 'checkpoint_every': 200},
+            'train': {
+                'num_steps': 2200,
+            },
         }
     )

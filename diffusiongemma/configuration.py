@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from diffusiongemma.checkpoints.fields import read_model_config
 from diffusiongemma.data.sources import DataSpec, nearest
@@ -19,67 +23,144 @@ if TYPE_CHECKING:
 T = TypeVar('T', bound='DataclassInstance')
 
 KNOWN = 'known keys'  # what a hint lists
-
-# Of every program that trains; without them nothing changes.
-OPTIONAL_KEYS = ('compute', 'light', 'drafting')
+SECTION = 'section'  # in a field's metadata: the dataclass of a section that is kept as a mapping
 
 
-def build(cls: type[T], values: Any, where: str) -> T:
-    """A config dataclass from a dict of its fields.
+def build(cls: type[T], values: Any, where: str = '') -> T:
+    """Returns a config dataclass from a dict of its fields; sections inside are built likewise.
+
+    None stands for a field that is left out, unless the field may be None. An empty section that
+    may be None is None.
+
+    Args:
+      cls: the dataclass.
+      values: a ConfigDict or a mapping.
+      where: path of the section, such as 'eval.sweep'; '' for the whole config.
 
     Raises:
-      ValueError: an unknown key (the nearest known one is named), or a missing one.
+      ValueError: an unknown key (the nearest known one is named), a missing one, or a bad value.
     """
     values = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
+    path = f'config.{where}' if where else 'config'
+    if cls is ModelConfig:
+        return typing.cast(T, read_model_config(values, path))
+    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, _hints(cls)
+    read = {}
+    for name, value in values.items():
         if name not in fields:
-            raise ValueError(f'config.{where} has no key {name!r}; {nearest(name, fields, KNOWN)}')
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
+            raise ValueError(f'{path} has no key {name!r}; {nearest(name, fields, KNOWN)}')
+        optional = type(None) in typing.get_args(hints[name])
+        section = section_of(cls, name)
+        if section is not None and isinstance(value, Mapping):
+            inside = f'{where}.{name}' if where else name
+            if SECTION in fields[name].metadata:
+                build(section, value, inside)  # checks it
+            else:
+                value = build(section, value, inside) if value or not optional else None
+        if isinstance(value, list) and _kind(hints[name]) is tuple:
+            value = tuple(value)  # as JSON holds it
+        if value is not None or optional:
+            read[name] = value
+    missing = [name for name, field in fields.items() if name not in read and _is_needed(field)]
     if missing:
-        raise ValueError(f'config.{where} lacks {missing}.')
-    return cls(**values)
+        raise ValueError(f'{path} lacks {missing}{"" if where else "; see configs/tiny.py"}.')
+    return cls(**read)
 
 
-def model_config(config: ConfigDict) -> ModelConfig:
-    """The model of `config.model`."""
-    return read_model_config(config.model.to_dict(), 'config.model')
+def complete(config: ConfigDict, cls: type, asked: Iterable[str] = ()) -> ConfigDict:
+    """Adds the keys of the dataclass `cls` that a config leaves out, with their defaults.
+
+    A key without a default is added as a placeholder. Sections that may be None, and the keys of
+    sections that are kept as mappings, are added only where a path in `asked` names them.
+
+    Args:
+      config: changed in place, unless it is locked against another type of a key.
+      cls: what reads the config, or a section of it.
+      asked: paths below the config, such as 'light.serial_rank'.
+
+    Returns:
+      The config.
+    """
+    inside: dict[str, list[str]] = {}
+    for path in asked:
+        name, _, rest = path.partition('.')
+        inside.setdefault(name, []).extend([rest] if rest else [])
+    with config.unlocked():
+        for field in dataclasses.fields(cls):
+            name, section = field.name, section_of(cls, field.name)
+            if section is None:
+                if name not in config:
+                    _add_value(config, cls, field)
+                continue
+            default, is_asked = _default(field), name in inside
+            if not config.get(name):
+                if default is None and not is_asked and not _is_needed(field):
+                    continue
+                given = vars(default) if dataclasses.is_dataclass(default) else {}
+                config[name] = ConfigDict({k: v for k, v in given.items() if v is not None})
+            if SECTION in field.metadata:
+                _add_asked(config[name], section, inside.get(name, ()))
+            else:
+                complete(config[name], section, inside.get(name, ()))
+    return config
 
 
-def data_specs(config: ConfigDict) -> list[DataSpec]:
-    """The sources of `config.data.sources`."""
-    return [DataSpec.from_config(source) for source in config.data.sources]
+def section_of(cls: type, name: str) -> Any:
+    """Returns the dataclass of a section, by the name of the field; None for any other field."""
+    (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
+    kind = field.metadata.get(SECTION) or _kind(_hints(cls)[name])
+    return kind if dataclasses.is_dataclass(kind) else None
 
 
-def compute_dtype(config: ConfigDict) -> Any:
-    """The dtype of `config.dtype`: 'float32' or 'bfloat16'."""
-    if config.dtype not in ('float32', 'bfloat16'):
-        raise ValueError(f"config.dtype must be 'float32' or 'bfloat16', got {config.dtype!r}.")
-    return jnp.dtype(config.dtype)
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
-def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
-    """Raises ValueError when the config has a top-level key that this program does not read."""
-    for name in config:
-        if name not in (*known, *OPTIONAL_KEYS):
-            raise ValueError(
-                f'config has no key {name!r}; {nearest(name, (*known, *OPTIONAL_KEYS), KNOWN)}'
-            )
-    # A denoiser that is trained to draft has no stages.
-    stages = ('stage1', 'stage2') if config.get('drafting') else ()
-    missing = [name for name in known if name not in config and name not in stages]
-    if missing:
-        raise ValueError(f'config lacks {missing}; see configs/tiny.py.')
+def _kind(hint: Any) -> Any:
+    """Returns the type of a hint, of `int | None` and the like the first one: int."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kind = next(option for option in options if option is not type(None))
+    return typing.get_origin(kind) or kind
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """Returns the default of a field, None where it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _is_needed(field: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _add_value(config: ConfigDict, cls: type, field: dataclasses.Field) -> None:
+    """Adds a key of a plain type, as a placeholder where its default is None."""
+    kind, default = _kind(_hints(cls)[field.name]), _default(field)
+    if kind in (bool, int, float, str, tuple):
+        config[field.name] = placeholder(kind) if default is None else kind(default)
+
+
+def _add_asked(config: ConfigDict, cls: type, names: Iterable[str]) -> None:
+    """Adds the named keys; a rule is given as its text."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in names:
+        if name in fields and name not in config:
+            _add_value(config, cls, fields[name])
+            if name not in config:
+                config[name] = placeholder(str)
+
+
+def compute_dtype(name: str) -> Any:
+    """Returns the dtype of `config.dtype`: 'float32' or 'bfloat16'."""
+    if name not in ('float32', 'bfloat16'):
+        raise ValueError(f"config.dtype must be 'float32' or 'bfloat16', got {name!r}.")
+    return jnp.dtype(name)
 
 
 def profiled(config: ConfigDict, profile: bool) -> ConfigDict:
-    """The config, with `profile` such that a few steps are traced (see `LoopConfig`)."""
+    """Returns the config, with `profile` such that a few steps are traced (see `LoopConfig`)."""
     if not profile:
         return config
     config = config.copy_and_resolve_references()
@@ -88,8 +169,12 @@ def profiled(config: ConfigDict, profile: bool) -> ConfigDict:
     return config
 
 
-def write_resolved(config: ConfigDict, workdir: Path) -> None:
-    """Writes what the run was configured with to `workdir`/config.json.
+def write_resolved(config: Any, workdir: Path) -> None:
+    """Writes what the run is configured with, defaults included, to `workdir`/config.json.
+
+    Args:
+      config: the dataclass that the run was started with.
+      workdir: of the run; made if it does not exist.
 
     Raises:
       ValueError: the processes of the run do not share `workdir`.
@@ -100,13 +185,25 @@ def write_resolved(config: ConfigDict, workdir: Path) -> None:
         (workdir / 'config.json').write_text(text + '\n')
 
 
-def json_values(config: ConfigDict) -> dict[str, Any]:
-    """Returns a config as JSON values, rules as their text.
+def json_values(config: Any) -> dict[str, Any]:
+    """Returns a config dataclass, or a mapping of its values, as JSON values, rules as their text.
 
     Raises:
       ValueError: it holds a value that is neither.
     """
-    return json.loads(json.dumps(config.to_dict(), default=_as_text))
+    return json.loads(json.dumps(_plain(config), default=_as_text))
+
+
+def _plain(config: Any) -> Any:
+    """Returns a config dataclass as a dict, its sections and sources of data likewise."""
+    if isinstance(config, tuple):
+        return [_plain(value) if isinstance(value, DataSpec) else value for value in config]
+    if not dataclasses.is_dataclass(config):
+        return config
+    return {
+        name: _plain(value) if section_of(type(config), name) or type(value) is tuple else value
+        for name, value in vars(config).items()
+    }
 
 
 def _as_text(value: Any) -> str:

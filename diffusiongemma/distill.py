@@ -7,6 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from diffusiongemma import configuration, process_flags, run_config
+from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.distillation.run import distill
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
@@ -19,9 +20,10 @@ def main(argv: list[str]) -> None:
     process_flags.join()
     run_config.say_devices()
     config = configuration.profiled(_CONFIG.value, _PROFILE.value)
-    distill(config, run_config.output_directory('workdir', _WORKDIR.value))
+    workdir = run_config.output_directory('workdir', _WORKDIR.value)
+    distill(Experiment.of(config), workdir)
 
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'workdir'])
-    run_config.run_main(main)
+    run_config.run_main(main, Experiment)

@@ -17,7 +17,9 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from diffusiongemma import run_config
-from diffusiongemma.distillation.run import compare_with_teacher, load_teacher, sweep_student
+from diffusiongemma.distillation.comparison import compare_with_teacher, sweep_student
+from diffusiongemma.distillation.experiment import Experiment
+from diffusiongemma.distillation.loading import load_teacher
 from diffusiongemma.evaluation.report import comparison_table
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
@@ -40,16 +42,16 @@ def say_next(checkpoint: str) -> None:
 
 def main(argv: list[str]) -> None:
     del argv
-    config = _CONFIG.value
     run_config.say_devices()
+    experiment = Experiment.of(_CONFIG.value)
     if _SWEEP.value != (_OUTPUT.value is not None):
         raise ValueError('a sweep needs both --sweep and --output=DIRECTORY.')
     if _SWEEP.value:
         output = run_config.output_directory('output', _OUTPUT.value)
-        print(json.dumps(sweep_student(config, _CHECKPOINT.value, output)))
+        print(json.dumps(sweep_student(experiment, _CHECKPOINT.value, output)))
         say_next(_CHECKPOINT.value)
         return
-    comparison, *_ = compare_with_teacher(config, load_teacher(config), _CHECKPOINT.value)
+    comparison, *_ = compare_with_teacher(experiment, load_teacher(experiment), _CHECKPOINT.value)
     Console().print(comparison_table(comparison))
     print(json.dumps(dataclasses.asdict(comparison)))
     say_next(_CHECKPOINT.value)
@@ -57,4 +59,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config'])
-    run_config.run_main(main)
+    run_config.run_main(main, Experiment)

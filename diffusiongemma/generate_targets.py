@@ -8,10 +8,11 @@ An interrupted run is finished by starting it again. `distill` does this step by
 from absl import flags
 from ml_collections import config_flags
 
-from diffusiongemma import configuration, process_flags, run_config
-from diffusiongemma.distillation.run import load_teacher
-from diffusiongemma.distillation.targets import TargetsConfig, write_targets
-from diffusiongemma.parallel import make_mesh, processes
+from diffusiongemma import process_flags, run_config
+from diffusiongemma.distillation.experiment import Experiment
+from diffusiongemma.distillation.loading import load_teacher
+from diffusiongemma.distillation.targets import write_targets
+from diffusiongemma.parallel import processes
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory for the targets.')
@@ -21,16 +22,17 @@ def main(argv: list[str]) -> None:
     del argv
     process_flags.join()
     run_config.say_devices()
-    config, output = _CONFIG.value, run_config.output_directory('output', _OUTPUT.value)
-    teacher = load_teacher(config)
+    output = run_config.output_directory('output', _OUTPUT.value)
+    experiment = Experiment.of(_CONFIG.value)
+    teacher = load_teacher(experiment)
     spec = write_targets(
         teacher.model,
         teacher.params,
         teacher.tokenizer,
-        configuration.build(TargetsConfig, config.targets, 'targets'),
+        experiment.targets,
         output,
-        make_mesh(config.mesh),
-        seed=config.seed,
+        experiment.mesh.make(),
+        seed=experiment.seed,
     )
     if processes.is_writer():
         named = '' if output.name == 'targets' else f', where {output} is called targets'
@@ -42,4 +44,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'output'])
-    run_config.run_main(main)
+    run_config.run_main(main, Experiment)

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from diffusiongemma import run_config
-from diffusiongemma.parallel import make_mesh
+from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.planning import compiler, programs
 from diffusiongemma.planning.report import as_json, print_plan
 from diffusiongemma.planning.sampler_programs import sampler_programs
@@ -48,25 +48,25 @@ _PROGRAMS = flags.DEFINE_list('programs', None, 'Of the sampler only these, by n
 
 def main(argv: list[str]) -> None:
     del argv
-    config = _CONFIG.value
+    experiment = Experiment.of(_CONFIG.value)
     config_flag: Any = flags.FLAGS['config']
     name = Path(config_flag.config_filename).stem
-    teacher = programs.teacher_config(config, name, _MODEL.value)
+    teacher = programs.teacher_config(experiment.teacher, name, _MODEL.value)
     if _LAYERS.value is not None:
         teacher = programs.cut_to(teacher, _LAYERS.value)
     devices, figures = compiler.topology_devices(run_config.given('topology', _TOPOLOGY.value))
     try:
-        mesh = make_mesh(config.mesh, devices)
+        mesh = experiment.mesh.make(devices)
     except ValueError as error:
         raise ValueError(
             f'{_TOPOLOGY.value} has {len(devices)} devices: {error} For example '
             f'--config.mesh.fsdp=-1.'
         ) from error
     if _WHAT.value == 'step':
-        planned = [programs.training_step(config, teacher, mesh)]
+        planned = [programs.training_step(experiment, teacher, mesh)]
     else:
         planned = sampler_programs(
-            config,
+            experiment,
             teacher,
             mesh,
             batch_size=_BATCH_SIZE.value,
@@ -92,4 +92,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'topology'])
-    run_config.run_main(main)
+    run_config.run_main(main, Experiment)

@@ -1,6 +1,6 @@
 """What the entry points share: flags, config keys on the command line, errors as one line."""
 
-import dataclasses
+import functools
 import glob
 import importlib.metadata
 import logging as py_logging
@@ -10,21 +10,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from diffusiongemma import configuration
 from diffusiongemma.checkpoints.load import about_model
 from diffusiongemma.checkpoints.store import CheckpointError
-from diffusiongemma.configuration import OPTIONAL_KEYS
-from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.configuration import complete
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import guard
-from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.parallel import processes
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.view.interrupt import is_busy
@@ -128,10 +125,14 @@ class _OwnMessages(py_logging.Filter):
         return record.levelno >= py_logging.WARNING or record.pathname.startswith(self.PACKAGE)
 
 
-def run_main(main: Callable[[list[str]], None]) -> None:
+def run_main(main: Callable[[list[str]], None], config: type | None = None) -> None:
     """Runs an absl program; what the user can mend ends in one line on stderr and exit code 1.
 
     The traceback is logged with --verbosity=1.
+
+    Args:
+      main: takes the arguments that are no flags.
+      config: the dataclass that reads --config; all its keys can be set on the command line.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -155,7 +156,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             logging.debug('where it happened:', exc_info=True)
             _fail(str(error))
 
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=functools.partial(_parse_flags, config=config))
 
 
 def _leave_compiling_thread(code: int) -> None:
@@ -169,15 +170,15 @@ def _leave_compiling_thread(code: int) -> None:
         os._exit(code)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], config: type | None = None) -> list[str]:
     """Parses the flags; an override of a config key that does not exist is named."""
     for argument in argv[1:]:
         name, _, path = argument.lstrip('-').partition('=')
         if name == 'config' and not Path(path.partition(':')[0]).is_file():
             _fail(f'no config file {path}; the ones of this project are in configs/.')
-    if 'config' in flags.FLAGS:
+    if config is not None:
         flag = flags.FLAGS['config']
-        flag.parser = _WithOptionalKeys(flag.parser, argv)
+        flag.parser = _WithDefaults(flag.parser, config, argv)
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -194,102 +195,25 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _fail(f'{error}; check the overrides of --config.')
 
 
-class _WithOptionalKeys(flags.ArgumentParser):
-    """Loads a config and gives it the documented keys that it leaves out and `argv` overrides.
+class _WithDefaults(flags.ArgumentParser):
+    """Loads a config and adds the keys of a dataclass that it leaves out.
 
-    ml_collections overrides only what a config file has; docs/configs.md names what it may have.
+    ml_collections overrides only keys that a config has.
     """
 
-    def __init__(self, parser: flags.ArgumentParser, argv: list[str]):
-        self._parser, self._argv = parser, argv
+    def __init__(self, parser: flags.ArgumentParser, cls: type, argv: list[str]):
+        self._parser, self._cls = parser, cls
+        matches = (re.match(r'--?(?:no)?config\.([\w.]+)', argument) for argument in argv)
+        self._overridden = [match[1] for match in matches if match]
 
     def parse(self, argument: Any) -> Any:
         config = self._parser.parse(argument)
         if isinstance(config, ConfigDict):
-            for name in self._argv:
-                if path := re.match(r'--?(?:no)?config\.([\w.]+)', name):
-                    _add_optional(config, *path[1].rpartition('.')[::2])
+            complete(config, self._cls, self._overridden)
         return config
 
     def flag_type(self) -> str:
         return self._parser.flag_type()
-
-
-def _add_optional(config: ConfigDict, section: str, key: str) -> None:
-    """Adds a key with its default, where it is a field of what reads the section."""
-    from diffusiongemma.sampling.rules import RULES
-
-    cls = _sections().get(section)
-    fields = {field.name: field for field in dataclasses.fields(cls)} if cls else {}
-    if key not in fields or (section == 'data' and 'sources' in config.data):
-        return  # the data of `train` have other keys
-    with config.unlocked():
-        if section in OPTIONAL_KEYS and section not in config:
-            config[section] = ConfigDict()
-        for name in section.split('.'):
-            config = config.get(name)
-            if not isinstance(config, ConfigDict):
-                return
-        if key in config:
-            return
-        # Of a type in the form `int | None` the first is that of a value on the command line.
-        hint = get_type_hints(cls)[key]
-        kind = next(t for t in (*get_args(hint), hint) if t is not type(None))
-        kind = get_origin(hint) if get_origin(hint) is tuple else kind
-        if section == 'sampling' and key in RULES:
-            kind = str
-        default = fields[key].default
-        if kind in (bool, int, float, str, tuple):
-            config[key] = (
-                placeholder(kind) if default in (None, dataclasses.MISSING) else kind(default)
-            )
-
-
-def _sections() -> dict[str, type]:
-    """Returns what reads each section of a config; docs/configs.md lists the fields."""
-    from diffusiongemma.distillation.compute import ComputeConfig
-    from diffusiongemma.distillation.drafting import DraftingConfig
-    from diffusiongemma.distillation.loop import LoopConfig
-    from diffusiongemma.distillation.run import BatchConfig
-    from diffusiongemma.distillation.stage1 import Stage1
-    from diffusiongemma.distillation.stage2 import Stage2
-    from diffusiongemma.distillation.state import OptimizerConfig
-    from diffusiongemma.distillation.targets import TargetsConfig
-    from diffusiongemma.evaluation.compare import EvalConfig
-    from diffusiongemma.evaluation.sweep import Grid
-    from diffusiongemma.models.config import (
-        AttentionConfig,
-        DenoiserConfig,
-        LightConfig,
-        MoEConfig,
-        PerLayerConfig,
-    )
-    from diffusiongemma.models.lora import LoraConfig
-    from diffusiongemma.sampling import SamplingConfig
-
-    return {
-        'compute': ComputeConfig,
-        'targets': TargetsConfig,
-        'targets.source': DataSpec,
-        'data': BatchConfig,
-        'lora': LoraConfig,
-        'light': LightConfig,
-        'drafting': DraftingConfig,
-        'stage1': Stage1,
-        'stage2': Stage2,
-        'optimizer': OptimizerConfig,
-        'train': LoopConfig,
-        'sampling': SamplingConfig,
-        'eval': EvalConfig,
-        'eval.source': DataSpec,
-        'eval.sweep': Grid,
-        'model': ModelConfig,
-        'model.denoiser': DenoiserConfig,
-        'model.sliding': AttentionConfig,
-        'model.full': AttentionConfig,
-        'model.moe': MoEConfig,
-        'model.per_layer': PerLayerConfig,
-    }
 
 
 def _fail(message: str) -> NoReturn:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from diffusiongemma import configuration, process_flags, run_config
 from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
@@ -16,56 +16,47 @@ from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
 from diffusiongemma.data.pipeline import make_train_iterator
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.ar_step import make_ar_train_step
-from diffusiongemma.distillation.compute import ComputeConfig
-from diffusiongemma.distillation.loop import LoopConfig, fit, start_or_resume
-from diffusiongemma.distillation.state import (
-    OptimizerConfig,
-    TrainState,
-    create_state,
-    make_optimizer,
-)
+from diffusiongemma.distillation.experiment import TeacherTraining
+from diffusiongemma.distillation.loop import fit, start_or_resume
+from diffusiongemma.distillation.state import TrainState, create_state, make_optimizer
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
-from diffusiongemma.parallel import make_mesh, param_shardings, processes
+from diffusiongemma.parallel import param_shardings, processes
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and metrics go.')
 _PROFILE = flags.DEFINE_bool('profile', False, 'Traces a few steps for xprof, to workdir/profile.')
 
-CONFIG_KEYS = ('seed', 'init', 'tokenizer', 'dtype', 'mesh', 'model', 'data', 'optimizer', 'train')
 
-
-def train(config: ConfigDict, workdir: Path) -> TrainState:
-    """Trains the Gemma of `config`, going on from the newest checkpoint in `workdir`.
+def train(training: TeacherTraining, workdir: Path) -> TrainState:
+    """Trains the Gemma of `training`, going on from the newest checkpoint in `workdir`.
 
     The averaged parameters are exported to `workdir`/model.
     """
-    configuration.check_keys(config, CONFIG_KEYS)
-    configuration.write_resolved(config, workdir)
-    tokenizer = Tokenizer.load(config.tokenizer)
-    model = Gemma(configuration.model_config(config), configuration.compute_dtype(config))
-    loop = configuration.build(LoopConfig, config.train, 'train')
-    optimizer_config = configuration.build(OptimizerConfig, config.optimizer, 'optimizer')
-    optimizer = make_optimizer(optimizer_config, loop.num_steps)
+    configuration.write_resolved(training, workdir)
+    tokenizer = Tokenizer.load(training.tokenizer)
+    model = Gemma(training.model, configuration.compute_dtype(training.dtype))
+    loop, data, compute = training.train, training.data, training.compute
+    optimizer = make_optimizer(training.optimizer, loop.num_steps)
 
-    mesh, compute = make_mesh(config.mesh), ComputeConfig.of(config)
+    mesh = training.mesh.make()
     model = compute.place(model, mesh)
-    rows = compute.batch_sharding(mesh, config.data.batch_size)
-    part, parts = processes.data_shard(rows, config.data.batch_size)
+    rows = compute.batch_sharding(mesh, data.batch_size)
+    part, parts = processes.data_shard(rows, data.batch_size)
     batches = make_train_iterator(
-        configuration.data_specs(config),
+        data.sources,
         tokenizer,
-        batch_size=config.data.batch_size // parts,
-        row_length=config.data.row_length,
+        batch_size=data.batch_size // parts,
+        row_length=data.row_length,
         canvases_per_row=0,
         canvas_length=0,
-        seed=config.seed,
+        seed=training.seed,
         process_index=part,
         process_count=parts,
     )
     about = describe_model(model.config, tokenizer.content_hash)
     store = CheckpointStore(workdir, loop.max_to_keep, about, loop.best_metric)
     state = start_or_resume(
-        lambda: create_state(_initial_params(config, model), optimizer),
+        lambda: create_state(_initial_params(training, model), optimizer),
         param_shardings(model, mesh),
         mesh,
         store,
@@ -75,7 +66,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         tokenizer.save(workdir / TOKENIZER_FILE)
     logging.info('%d parameters', parameter_count(state.params))
     train_step = make_ar_train_step(
-        model, optimizer, optimizer_config.ema_decay, compute.microbatches
+        model, optimizer, training.optimizer.ema_decay, compute.microbatches
     )
     state = fit(
         jax.jit(train_step, donate_argnums=0),
@@ -86,10 +77,10 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         workdir=workdir,
         description='teacher',
         batch_sharding=rows,
-        batch_size=config.data.batch_size,
+        batch_size=data.batch_size,
     )
     store.close()
-    about = {'init': config.init, 'seed': config.seed, 'steps': int(state.step)}
+    about = {'init': training.init, 'seed': training.seed, 'steps': int(state.step)}
     save_bundle(
         workdir / EXPORT_DIR,
         model.config,
@@ -101,13 +92,13 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     return state
 
 
-def _initial_params(config: ConfigDict, model: Gemma) -> dict:
-    """Random parameters, or those of the model `config.init`."""
-    if not config.init:
-        return init_params(model, jax.random.key(config.seed))
-    source, params, _ = load_model(config.init)
+def _initial_params(training: TeacherTraining, model: Gemma) -> dict:
+    """Returns random parameters, or those of the model `config.init`."""
+    if not training.init:
+        return init_params(model, jax.random.key(training.seed))
+    source, params, _ = load_model(training.init)
     if source.config != model.config:
-        raise ValueError(f'config.init: {config.init} is not a model of config.model.')
+        raise ValueError(f'config.init: {training.init} is not a model of config.model.')
     return params
 
 
@@ -116,7 +107,8 @@ def main(argv: list[str]) -> None:
     process_flags.join()
     run_config.say_devices()
     config = configuration.profiled(_CONFIG.value, _PROFILE.value)
-    train(config, run_config.output_directory('workdir', _WORKDIR.value))
+    workdir = run_config.output_directory('workdir', _WORKDIR.value)
+    train(TeacherTraining.of(config), workdir)
     if processes.is_writer():
         print(
             f'teacher: {_WORKDIR.value}/{EXPORT_DIR}  next: python -m diffusiongemma.distill '
@@ -126,4 +118,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'workdir'])
-    run_config.run_main(main)
+    run_config.run_main(main, TeacherTraining)

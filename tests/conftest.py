@@ -42,7 +42,7 @@ def _free_compiled_programs():
     jax.clear_caches()
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def tiny_config() -> ModelConfig:
     """A dense 3-layer denoiser: one scanned pattern and a tail, windows shorter than rows."""
     return ModelConfig(
@@ -59,13 +59,13 @@ def tiny_config() -> ModelConfig:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def tiny_moe_config(tiny_config) -> ModelConfig:
     """The same with routed experts."""
     return tiny_config.replace(moe=MoEConfig(num_experts=4, top_k=2, expert_width=16))
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def tiny_gemma3_config(tiny_config) -> ModelConfig:
     """The differences of Gemma 3: (1 + w) norms, scaled queries and positions, no value norm."""
     attention = {'num_kv_heads': 1, 'head_dim': 8}
@@ -80,7 +80,7 @@ def tiny_gemma3_config(tiny_config) -> ModelConfig:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def tiny_e2b_config(tiny_config) -> ModelConfig:
     """The differences of E2B: per-layer embeddings, and shared keys and values with a wide MLP.
 

@@ -1,10 +1,12 @@
 """Every config in configs/ is one that its program accepts, and a recipe's student fits."""
 
+import dataclasses
 import importlib.util
 import json
 import math
 import re
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -14,23 +16,17 @@ from absl import flags
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict, config_flags
 
-from diffusiongemma import configuration, run_config, train
+from diffusiongemma import configuration, run_config
 from diffusiongemma.data.packing import RowLayout
-from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.distillation import run
-from diffusiongemma.distillation.compute import ComputeConfig
-from diffusiongemma.distillation.loop import LoopConfig
+from diffusiongemma.distillation.experiment import Experiment, TeacherTraining
 from diffusiongemma.distillation.lora import lora_student
+from diffusiongemma.distillation.setup import objectives, sampling_config
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
-from diffusiongemma.distillation.targets import TargetsConfig
-from diffusiongemma.evaluation.compare import EvalConfig
-from diffusiongemma.evaluation.sweep import Grid
 from diffusiongemma.models import PRESETS, DiffusionGemma, Gemma, init_params
 from diffusiongemma.parallel import (
     MESH_AXES,
     batch_sharding,
-    make_mesh,
     param_shardings,
     state_shardings,
 )
@@ -59,6 +55,10 @@ def load(name):
     return module.get_config()
 
 
+def experiment(name):
+    return Experiment.of(load(name))
+
+
 def student_of(config, preset):
     names = ('canvas_length', 'predict_next')
     return preset.replace(kind=config.denoiser, **{name: config[name] for name in names})
@@ -74,10 +74,9 @@ def test_a_config_says_what_it_is_for_its_hardware_and_the_command_that_runs_it(
 
 @pytest.mark.slow
 def test_the_light_recipe_for_a_gpu_compiles_and_fits_its_card():
-    config = load('gemma3_270m_light_gpu')
-    planned = training_step(
-        config, PRESETS['gemma3_270m'], make_mesh(config.mesh, jax.devices()[:1])
-    )
+    light = experiment('gemma3_270m_light_gpu')
+    mesh = light.mesh.make(jax.devices()[:1])
+    planned = training_step(light, PRESETS['gemma3_270m'], mesh)
     step = jax.jit(planned.function, donate_argnums=planned.donated)
     memory = step.lower(*planned.arguments).compile().memory_analysis()
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 0.9 * 80e9
@@ -85,83 +84,97 @@ def test_the_light_recipe_for_a_gpu_compiles_and_fits_its_card():
 
 @pytest.mark.parametrize('name', TEACHERS)
 def test_a_teachers_config_builds_everything_of_its_run(name):
-    config = load(name)
-    configuration.check_keys(config, train.CONFIG_KEYS)
-    ComputeConfig.of(config)
-    loop = configuration.build(LoopConfig, config.train, 'train')
-    make_optimizer(
-        configuration.build(OptimizerConfig, config.optimizer, 'optimizer'), loop.num_steps
-    )
-    assert configuration.data_specs(config)
-    assert configuration.model_config(config).vocab_size == TOKENIZER.vocab_size
+    training = TeacherTraining.of(load(name))
+    make_optimizer(training.optimizer, training.train.num_steps)
+    assert training.data.sources
+    assert training.model.vocab_size == TOKENIZER.vocab_size
 
 
 @pytest.mark.parametrize('name', STUDENTS)
 def test_a_students_config_builds_everything_of_its_run(name):
-    config = load(name)
-    configuration.check_keys(config, run.CONFIG_KEYS)
-    ComputeConfig.of(config)
-    configuration.compute_dtype(config)
-    loop = configuration.build(LoopConfig, config.train, 'train')
-    make_optimizer(
-        configuration.build(OptimizerConfig, config.optimizer, 'optimizer'), loop.num_steps
-    )
-    stages = run.objectives(config, TOKENIZER)
-    assert stages[-1][1] == loop.num_steps
-    data = configuration.build(run.BatchConfig, config.data, 'data')
-    RowLayout(data.row_length, data.canvases_per_row, config.canvas_length)
-    targets = configuration.build(TargetsConfig, config.targets, 'targets')
-    if config.get('drafting'):
+    student = experiment(name)
+    make_optimizer(student.optimizer, student.train.num_steps)
+    stages = objectives(student, TOKENIZER)
+    assert stages[-1][1] == student.train.num_steps
+    data = student.data
+    RowLayout(data.row_length, data.canvases_per_row, student.canvas_length)
+    if student.drafting is not None:
         assert stages[0][0].anchors_per_row < data.row_length
     else:
         assert 0 < stages[0][1]
         # Sudoku has the first stage alone.
         assert (stages[0][1] < stages[1][1]) == (name != 'sudoku')
-        response = data.canvases_per_row * config.canvas_length
-        assert targets.max_new_tokens <= response <= data.row_length
-    values = config.eval.to_dict()
-    DataSpec.from_config(values.pop('source'))
-    if 'sweep' in values:
-        configuration.build(Grid, values.pop('sweep'), 'eval.sweep')
-    configuration.build(EvalConfig, values, 'eval')
+        response = data.canvases_per_row * student.canvas_length
+        assert student.targets.max_new_tokens <= response <= data.row_length
+    assert student.eval.source is not None
+    sampling_config(student, TOKENIZER)
+
+
+@pytest.mark.parametrize('name', STUDENTS + TEACHERS)
+def test_what_a_run_writes_of_its_config_is_read_as_the_same(name, tmp_path):
+    cls = TeacherTraining if name in TEACHERS else Experiment
+    config = cls.of(load(name))
+    configuration.write_resolved(config, tmp_path)
+    written = json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))
+    assert cls.of(ConfigDict(written)) == config
+
+
+def test_a_config_that_says_little_has_defaults_for_the_rest():
+    config = ConfigDict(
+        {
+            'canvas_length': 8,
+            'targets': {'source': {'kind': 'wordmath'}},
+            'data': {'batch_size': 2, 'row_length': 64},
+            'train': {'num_steps': 1},
+            'mesh': {'fsdp': 4},
+        }
+    )
+    little = Experiment.of(config)
+    assert (little.seed, little.denoiser, little.light) == (0, 'shared', None)
+    assert (little.mesh.data, little.mesh.fsdp, little.stage2.num_steps) == (1, 4, 2)
+    assert Experiment.of(configuration.complete(config, Experiment)) == little
+    del config.train
+    with pytest.raises(ValueError, match=r"config lacks \['train'\]; see configs/tiny.py"):
+        Experiment.of(config)
+
+
+def test_a_config_with_all_keys_of_an_older_version_is_read():
+    """Every section and value of configs/tiny_diffusion.py as version 0.1 wrote it."""
+    path = Path(__file__).parent / 'data' / 'config_of_0_1.json'
+    old = Experiment.of(ConfigDict(json.loads(path.read_text(encoding='utf-8'))))
+    new = experiment('tiny_diffusion')
+    same = ('targets', 'data', 'train', 'compute', 'stage1', 'stage2', 'optimizer', 'eval', 'mesh')
+    assert all(getattr(old, name) == getattr(new, name) for name in same)
+    assert sampling_config(old, TOKENIZER) == sampling_config(new, TOKENIZER)
+    assert old.lora.of_denoiser('separate') is None
 
 
 def test_the_page_of_config_keys_is_what_the_dataclasses_say():
     assert config_page.PAGE.read_text(encoding='utf-8') == config_page.page(), (
         'docs/configs.md is out of date: run python docs/config_page.py'
     )
-    optional = set(configuration.OPTIONAL_KEYS)
-    assert tuple(k for k in config_page.DISTILL if k not in optional) == run.CONFIG_KEYS
-    assert tuple(k for k in config_page.TRAIN if k not in optional) == train.CONFIG_KEYS
-    assert tuple(config_page.MESH) == MESH_AXES
+    mesh = next(cls for title, cls, _ in config_page.SECTIONS if title == 'mesh')
+    assert tuple(field.name for field in dataclasses.fields(mesh)) == MESH_AXES
 
 
-@pytest.mark.parametrize('name', STUDENTS + TEACHERS)
-def test_every_key_of_a_config_is_on_the_page(name):
-    sections = {
-        title: {key for key, _, _ in config_page.rows(keys, *rest)}
-        for title, keys, *rest in config_page.SECTIONS
+def sections_of(cls, path=''):
+    """Path and dataclass of each section below a dataclass."""
+    for field in dataclasses.fields(cls):
+        section = configuration.section_of(cls, field.name)
+        if section is not None:
+            yield f'{path}{field.name}', section
+            yield from sections_of(section, f'{path}{field.name}.')
+
+
+@pytest.mark.parametrize('cls', [Experiment, TeacherTraining])
+def test_every_section_of_a_config_is_on_the_page(cls):
+    listed = {
+        (part, section)
+        for title, section, _ in config_page.SECTIONS
+        for part in title.removesuffix(' of train').split(', ')
     }
-
-    def check(values, section):
-        unknown = set(values) - sections[section]
-        assert not unknown, f'{name}: {section} has {sorted(unknown)}'
-
-    config = load(name).to_dict()
-    data = config['data'] if name in TEACHERS else {}
-    top = 'train' if name in TEACHERS else 'distill, generate_targets, evaluate'
-    check(config, f'{top}: top level')
-    sources = [config[part]['source'] for part in ('targets', 'eval') if part in config]
-    for source in (*sources, *data.get('sources', ())):
-        check(source, 'targets.source, eval.source, data.sources')
-    for section, values in config.items():
-        if section in sections and not data.get('sources') or section in ('optimizer', 'train'):
-            check(values, section)
-    check(config.get('eval', {}).get('sweep', {}), 'eval.sweep')
-    model = config.get('model', {})
-    check(model, 'model')
-    for kind in ('sliding', 'full'):
-        check(model.get(kind, {}), 'model.sliding, model.full')
+    found = set(sections_of(cls))
+    assert ('optimizer', OptimizerConfig) in found and found <= listed
 
 
 def parsed(name, *overrides):
@@ -169,60 +182,50 @@ def parsed(name, *overrides):
     argv = ['program', f'--config={CONFIGS / name}.py', *overrides]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
-    values['config'].parser = run_config._WithOptionalKeys(values['config'].parser, argv)
+    cls = TeacherTraining if name in TEACHERS else Experiment
+    values['config'].parser = run_config._WithDefaults(values['config'].parser, cls, argv)
     values(argv)
     return values.config
 
 
-@pytest.mark.parametrize('name', STUDENTS + TEACHERS)
+@pytest.mark.parametrize('name', ['tiny', 'tiny_diffusion', *TEACHERS])
 def test_every_key_of_the_page_is_set_on_the_command_line(name):
-    config = load(name)
     texts = {bool: 'true', int: '3', float: '0.5', str: 'text', tuple: '(1, 2)'}
-    expected = {bool: True, int: 3, float: 0.5, str: 'text'}
-    for section, cls in run_config._sections().items():
-        inside = config
-        for part in section.split('.'):
-            inside = inside.get(part) if inside is not None else None
-        if inside is None or (name in TEACHERS and section == 'data'):
-            continue
-        for field, hint in typing.get_type_hints(cls).items():
-            kinds = [t for t in (*typing.get_args(hint), hint) if t in expected]
-            if kinds and typing.get_origin(hint) is not tuple:
-                path = f'{section}.{field}'
-                value = parsed(name, f'--config.{path}={texts[kinds[0]]}')
-                for part in path.split('.'):
-                    value = value[part]
-                assert value == expected[kinds[0]], path
-
-
-def test_the_sections_that_are_completed_are_those_of_the_page():
-    listed = {
-        part: keys
-        for title, keys, *_ in config_page.SECTIONS
-        for part in title.split(', ')
-        if isinstance(keys, type)
-    }
-    assert listed.pop('data.sources') is DataSpec  # a tuple, which no override reaches into
-    assert listed == run_config._sections()
+    expected = {bool: True, int: 3, float: 0.5, str: 'text', tuple: (1, 2)}
+    cls = TeacherTraining if name in TEACHERS else Experiment
+    overrides = {}
+    for section, inside in [('', cls), *sections_of(cls)]:
+        for field, hint in typing.get_type_hints(inside).items():
+            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            kind = typing.get_origin(kinds[0]) or kinds[0]
+            if kind in texts and configuration.section_of(inside, field) is None:
+                overrides[f'{section}.{field}'.lstrip('.')] = kind
+    assert len(overrides) > (30 if name in TEACHERS else 100)
+    config = parsed(name, *(f'--config.{path}={texts[k]}' for path, k in overrides.items()))
+    for path, kind in overrides.items():
+        value = config
+        for part in path.split('.'):
+            value = value[part]
+        assert value == expected[kind], path
 
 
 def test_a_rule_on_the_command_line_or_in_a_config_is_written_and_read_again(tmp_path):
     config = parsed('jsonl', '--config.sampling.acceptance=TopK(k=4)')
     with config.unlocked():
         config.sampling.stopping = TokenStability(2)
-    expected = run.sampling_config(config, TOKENIZER)
+    expected = sampling_config(Experiment.of(config), TOKENIZER)
     assert (expected.acceptance, expected.stopping) == (TopK(4), TokenStability(2))
-    configuration.write_resolved(config, tmp_path)
+    configuration.write_resolved(Experiment.of(config), tmp_path)
     written = ConfigDict(json.loads((tmp_path / 'config.json').read_text(encoding='utf-8')))
-    assert run.sampling_config(written, TOKENIZER) == expected
+    assert sampling_config(Experiment.of(written), TOKENIZER) == expected
 
 
 def test_what_json_cannot_hold_is_named(tmp_path):
     config = load('jsonl')
     with config.unlocked():
-        config.sampling.acceptance = object()
-    with pytest.raises(ValueError, match='holds <object object .*, which config.json cannot'):
-        configuration.write_resolved(config, tmp_path)
+        config.sampling.acceptance = types.SimpleNamespace(next_canvas=None)
+    with pytest.raises(ValueError, match='holds namespace.*, which config.json cannot'):
+        configuration.write_resolved(Experiment.of(config), tmp_path)
 
 
 def test_a_key_that_nothing_reads_is_still_refused():
@@ -235,8 +238,10 @@ def test_a_key_that_nothing_reads_is_still_refused():
 def test_adapters_need_no_more_than_a_rank(name):
     config = load(name)
     config.lora.rank = 8
+    student = Experiment.of(config)
     preset = PRESETS.get(name, PRESETS['gemma3_270m'])
-    assert lora_student(config, DiffusionGemma(student_of(config, preset))) is not None
+    model = DiffusionGemma(student_of(config, preset))
+    assert lora_student(student.lora, model, student.seed) is not None
 
 
 @pytest.mark.slow

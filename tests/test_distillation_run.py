@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusiongemma import configuration
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.distillation import reporting, run
-from diffusiongemma.distillation.run import Teacher, distill, load_teacher, train_student
+from diffusiongemma.distillation import reporting, setup
+from diffusiongemma.distillation.experiment import Experiment, TeacherTraining
+from diffusiongemma.distillation.loading import Teacher, load_teacher
+from diffusiongemma.distillation.run import distill
+from diffusiongemma.distillation.run import train_student as train_experiment
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
-from diffusiongemma.distillation.targets import TargetsConfig, write_targets
+from diffusiongemma.distillation.targets import write_targets
 from diffusiongemma.models import Gemma, init_params
-from diffusiongemma.parallel import make_mesh
-from diffusiongemma.train import train
+from diffusiongemma.train import train as train_teacher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
 import jsonl  # noqa: E402
@@ -49,6 +50,14 @@ def student_config(**changes) -> ConfigDict:
     config.stage2.first_step = 1
     config.update(changes)
     return config
+
+
+def train_student(config, teacher, targets, workdir):
+    return train_experiment(Experiment.of(config), teacher, targets, workdir)
+
+
+def train(config, workdir):
+    return train_teacher(TeacherTraining.of(config), workdir)
 
 
 def assert_equal(a, b):
@@ -84,13 +93,13 @@ def test_a_file_that_is_not_there_is_named_before_the_run_starts(tmp_path, lacki
     config.targets.source.path = str(tmp_path / 'train.jsonl')
     config.eval.source.path = str(tmp_path / 'test.jsonl')
     with pytest.raises(FileNotFoundError, match=f'No file at .*{lacking}.jsonl'):
-        distill(config, tmp_path / 'run')
+        distill(Experiment.of(config), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
 
 
 def test_a_recipe_without_its_teacher_says_how_to_give_it():
     with pytest.raises(ValueError, match='config.teacher is empty: give the directory'):
-        load_teacher(student_config(teacher=''))
+        load_teacher(Experiment.of(student_config(teacher='')))
 
 
 @pytest.mark.slow
@@ -223,16 +232,17 @@ def test_a_run_on_stored_distributions_needs_no_teacher_and_has_its_losses(
             'top_k_logits': teacher.tokenizer.vocab_size,
         }
     )
+    experiment = Experiment.of(config)
     targets = write_targets(
         teacher.model,
         teacher.params,
         teacher.tokenizer,
-        configuration.build(TargetsConfig, config.targets, 'targets'),
+        experiment.targets,
         tmp_path / 'targets',
-        make_mesh(config.mesh),
+        experiment.mesh.make(),
         seed=0,
     )
-    made = run.make_distillation_step
+    made = setup.make_distillation_step
 
     def step_without_teacher(*args, **kwargs):
         step = made(*args, **kwargs)
@@ -244,7 +254,7 @@ def test_a_run_on_stored_distributions_needs_no_teacher_and_has_its_losses(
         return checked
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, 'make_distillation_step', step_without_teacher)
+        patch.setattr(setup, 'make_distillation_step', step_without_teacher)
         train_student(config, teacher.on_host(), targets, tmp_path / 'stored')
     config.targets.top_k_logits = 0
     train_student(config, teacher, targets, tmp_path / 'on_the_fly')

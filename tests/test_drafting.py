@@ -1,6 +1,7 @@
 """The objective that trains a denoiser for what the teacher accepts of its drafts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ from diffusiongemma.parallel import batch_sharding, make_mesh, on_mesh, param_sh
 TOKENIZER = Tokenizer.load('builtin')
 MASK = TOKENIZER.mask_id
 C = 4
+PROCESS = {'corruption': MaskedCorruption(MASK), 'canvas_length': C}
 
 
 @pytest.fixture(scope='module')
@@ -55,15 +57,15 @@ def batch():
     return {name: jnp.asarray(value) for name, value in packed.items()}
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def student(tiny_config):
     config = tiny_config.replace(
         vocab_size=TOKENIZER.vocab_size, canvas_length=C, predict_next=True, mask_id=MASK,
         kind='light', light=LightConfig(layers=(0, 2), serial_rank=2), self_conditioning=False,
     )  # fmt: skip
     model, teacher = DiffusionGemma(config), Gemma(config.autoregressive)
-    teacher_params = init_params(teacher, jax.random.key(0))
-    fresh = init_params(model, jax.random.key(1))
+    init = jax.jit(init_params, static_argnums=0)
+    teacher_params, fresh = init(teacher, jax.random.key(0)), init(model, jax.random.key(1))
     params = student_params_from_teacher(fresh, teacher_params, config)
     return model, teacher, frozen_params(config, teacher_params), trained_params(config, params)
 
@@ -130,23 +132,28 @@ def test_accepted_lengths_by_hand():
 
 def loss_of(student, batch, objective, params=None):
     model, teacher, frozen, trained = student
-    constants = Constants(None, frozen)
-    rows = draw_rows(objective, jax.random.key(3), batch)
+    return value_and_grad(model, teacher, objective)(params or trained, frozen, batch)
 
-    def loss(trained):
+
+@functools.cache
+def value_and_grad(model, teacher, objective):
+    def loss(trained, frozen, batch):
+        rows = draw_rows(objective, jax.random.key(3), batch)
+        constants = Constants(None, frozen)
         return distillation_loss(model, teacher, objective, 0.0, trained, constants, rows)
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params or trained)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def test_the_loss_is_that_of_the_formula_over_the_drafts_of_the_sampler(student, batch):
     """A draft sees the pending token, noise, and the state of the token before it."""
     model, teacher, frozen, trained = student
-    objective = Drafting(MaskedCorruption(MASK), C, AcceptedLengthWeights(), anchors_per_row=8)
+    objective = Drafting(**PROCESS, weights=AcceptedLengthWeights(), anchors_per_row=8)
     (loss, metrics), _ = loss_of(student, batch, objective)
     params = frozen | jax.tree.map(lambda leaf: leaf, trained)
     draw = objective.draw(jax.random.key(3), batch)
-    hidden, prefix = causal_pass(model, params, batch)
+    hidden, prefix = jax.jit(causal_pass, static_argnums=0)(model, params, batch)
+    apply = jax.jit(model.apply, static_argnames='method')
     canvases = []
     tokens, positions = np.asarray(batch['tokens']), np.asarray(batch['positions'])
     segments = np.asarray(batch['segment_ids'])
@@ -157,15 +164,15 @@ def test_the_loss_is_that_of_the_formula_over_the_drafts_of_the_sampler(student,
                 prefix, kv=one, positions=prefix.positions[row : row + 1],
                 segment_ids=prefix.segment_ids[row : row + 1],
             )  # fmt: skip
-            output = model.apply(
+            output = apply(
                 {'params': params}, jnp.full((1, 1, C), MASK),
                 jnp.asarray([[positions[row, anchor] + 1]]), jnp.asarray([[segments[row, anchor]]]),
                 alone, None, jnp.asarray([[tokens[row, anchor]]]),
                 hidden[row, anchor - 1][None, None], method='denoise_hidden',
             )[0, 0]  # fmt: skip
-            logits = model.apply({'params': params}, output, method='draft_logits')
+            logits = apply({'params': params}, output, method='draft_logits')
             before = jnp.asarray(tokens[row, anchor : anchor + C])
-            logits += model.apply({'params': params}, before, method='serial_logits')
+            logits += apply({'params': params}, before, method='serial_logits')
             inside = np.arange(anchor + 1, anchor + 1 + C)
             valid = (inside < 256) & (
                 segments[row, np.minimum(inside, 255)] == segments[row, anchor]
@@ -181,7 +188,7 @@ def test_the_loss_is_that_of_the_formula_over_the_drafts_of_the_sampler(student,
 @pytest.mark.parametrize('axes', [{'data': 2, 'fsdp': 2, 'tensor': 2}, {'fsdp': 8}])
 def test_sharded_it_is_the_same(student, batch, axes):
     model, teacher, frozen, trained = student
-    objective = Drafting(MaskedCorruption(MASK), C, anchors_per_row=8, refused_rate=0.5)
+    objective = Drafting(**PROCESS, anchors_per_row=8, refused_rate=0.5)
     repeated = {name: jnp.concatenate([value] * 8)[:8] for name, value in batch.items()}
     (loss, metrics), gradients = loss_of(student, repeated, objective)
     mesh = make_mesh(axes)
@@ -204,9 +211,7 @@ def test_sharded_it_is_the_same(student, batch, axes):
 
 @pytest.mark.parametrize('refused_rate', [0.0, 1.0])
 def test_a_few_steps_lengthen_what_is_accepted(student, batch, refused_rate):
-    objective = Drafting(
-        MaskedCorruption(MASK), C, EqualWeights(), anchors_per_row=16, refused_rate=refused_rate
-    )
+    objective = Drafting(**PROCESS, weights='equal', anchors_per_row=16, refused_rate=refused_rate)
     trained = student[3]
     (first, _), gradients = loss_of(student, batch, objective)
     names = {name for name, value in gradients.items() if jax.tree.leaves(value)}
@@ -221,16 +226,19 @@ def test_a_few_steps_lengthen_what_is_accepted(student, batch, refused_rate):
 
 def test_total_variation_is_one_minus_the_common_mass(student, batch):
     model, teacher, frozen, trained = student
-    objective = Drafting(
-        MaskedCorruption(MASK), C, EqualWeights(), anchors_per_row=4, total_variation=1.0
-    )
+    objective = Drafting(**PROCESS, weights=EqualWeights(), anchors_per_row=4, total_variation=1.0)
     params = frozen | trained
-    draw = objective.draw(jax.random.key(0), batch)
-    hidden, prefix = causal_pass(model, params, batch)
-    said = teacher_states(model, teacher, params, Constants(None, frozen), batch, hidden)
-    draft = objective.draft(model, params, draw.anchors, draw.noise, batch, prefix, said)
+
+    @jax.jit
+    def drafted(params, batch):
+        draw = objective.draw(jax.random.key(0), batch)
+        hidden, prefix = causal_pass(model, params, batch)
+        said = teacher_states(model, teacher, params, Constants(None, frozen), batch, hidden)
+        draft = objective.draft(model, params, draw.anchors, draw.noise, batch, prefix, said)
+        return draw, draft, objective.loss(model, params, draw, batch, prefix, said)[0]
+
+    draw, draft, loss = drafted(params, batch)
     assert ((draft.variation >= 0) & (draft.variation <= 1)).all()
-    loss, _ = objective.loss(model, params, draw, batch, prefix, said)
     by_canvas = jnp.sum(draft.variation * draft.valid, -1) / jnp.sum(draft.valid, -1)
     np.testing.assert_allclose(loss, jnp.sum(by_canvas * draw.canvases), rtol=1e-5)
 
@@ -306,7 +314,7 @@ def test_no_canvas_starts_where_a_lookup_would_find_the_last_tokens(ngram, seed)
 )
 def test_settings_that_cannot_be_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        DraftingConfig(**fields).objective(MaskedCorruption(MASK), C)
+        DraftingConfig(**fields)
 
 
 def test_the_draft_vocabulary_has_frequent_tokens_and_what_any_text_may_need():

@@ -7,15 +7,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_distillation_run import DATA, assert_equal, crash_at
+from test_distillation_run import DATA, assert_equal, crash_at, train_student
 
 from diffusiongemma.checkpoints.bundle import save_bundle
 from diffusiongemma.checkpoints.convert import convert
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.distillation import reporting
-from diffusiongemma.distillation.run import Teacher, distill, load_teacher, train_student
+from diffusiongemma.distillation import reporting, run
+from diffusiongemma.distillation.experiment import Experiment
+from diffusiongemma.distillation.loading import Teacher, load_teacher
+from diffusiongemma.distillation.run import distill
 from diffusiongemma.models import Gemma, init_params
 from diffusiongemma.parallel import make_mesh
 from diffusiongemma.planning import programs
@@ -62,10 +64,10 @@ def light_config(teacher_directory, **changes):
 
 
 def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
-    teacher_directory, tmp_path, capsys
+    teacher_directory, tmp_path, capsys, monkeypatch
 ):
     workdir = tmp_path / 'run'
-    result = distill(light_config(teacher_directory), workdir)
+    result = distill(Experiment.of(light_config(teacher_directory)), workdir)
     assert (result.mode, result.lossless_exact_match) == ('lossless', 1.0)
     out = capsys.readouterr().out.splitlines()
     assert json.loads(out[-2])['lossless_exact_match'] == 1.0  # the last JSON line
@@ -78,11 +80,19 @@ def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
     assert model.light.draft_vocab_size == 700 and params['draft_ids'].shape == (700,)
     rows = reporting.read_metrics(workdir)
     assert {'held_out/accepted_length', 'held_out/acceptance/04'} <= set(rows[-1])
+    # A resumed run reads its draft vocabulary, and has no step left.
+    (name,) = (path.name for path in (workdir / 'targets').glob('targets_*'))
+    targets = DataSpec(kind='tfds', name=name, path=str(workdir / 'targets'))
+    teacher = load_teacher(Experiment.of(light_config(teacher_directory)))
+    with monkeypatch.context() as patch:
+        patch.delattr(run, 'draft_vocabulary')
+        train_student(light_config(teacher_directory), teacher, targets, workdir)
+    np.testing.assert_array_equal(np.load(workdir / 'draft_ids.npy'), params['draft_ids'])
     # A student that goes on from it, on other data, has its draft vocabulary.
     more = light_config(teacher_directory, init=str(workdir))
     more.train = {'num_steps': 1, 'report_every': 1, 'checkpoint_every': 1}
     other_data = DataSpec(kind='wordmath', size=100, seed=5)
-    train_student(more, load_teacher(more), other_data, tmp_path / 'more')
+    train_student(more, teacher, other_data, tmp_path / 'more')
     continued = np.load(tmp_path / 'more' / 'draft_ids.npy')
     np.testing.assert_array_equal(continued, params['draft_ids'])
     # Stored in eight bits it opens on the same teacher, close to what it was.
@@ -103,7 +113,7 @@ def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
 @pytest.mark.slow
 def test_an_interrupted_run_ends_as_one_that_was_not(teacher_directory, tmp_path, monkeypatch):
     config = light_config(teacher_directory)
-    teacher: Teacher = load_teacher(config)
+    teacher: Teacher = load_teacher(Experiment.of(config))
     _, whole = train_student(config, teacher, DATA, tmp_path / 'whole')
     with monkeypatch.context() as patch:
         crash_at(patch, 3)
@@ -121,9 +131,10 @@ def test_a_light_run_and_its_sampling_are_planned():
     config, mesh = tiny.get_config(), make_mesh({'data': 8})
     config.data.batch_size = 8
     config.light.draft_vocab_size = 600
-    teacher = programs.teacher_config(config, 'tiny', None)
-    step = programs.training_step(config, teacher, mesh)
-    sampling = programs.sampler_programs(config, teacher, mesh, batch_size=8, prompt_length=16)
+    experiment = Experiment.of(config)
+    teacher = programs.teacher_config(experiment.teacher, 'tiny', None)
+    step = programs.training_step(experiment, teacher, mesh)
+    sampling = programs.sampler_programs(experiment, teacher, mesh, batch_size=8, prompt_length=16)
     assert [program.name for program in sampling] == ['generate', 'draft', 'verify']
     for program in (step, *sampling):
         jax.eval_shape(program.function, *program.arguments)
@@ -146,9 +157,9 @@ def test_a_light_run_and_its_sampling_are_planned():
 )
 def test_what_cannot_be_trained_is_said_in_one_line(teacher_directory, tmp_path, changes, message):
     config = light_config(teacher_directory)
+    teacher = load_teacher(Experiment.of(config))
     with config.unlocked():
         for name, value in changes.items():
             config[name] = value
-    teacher = load_teacher(config)
     with pytest.raises(ValueError, match=message):
         train_student(config, teacher, DATA, tmp_path / 'run')

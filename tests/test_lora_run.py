@@ -11,10 +11,11 @@ from flax.traverse_util import flatten_dict
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.distillation.lora import ADAPTERS_DIR, lora_student
-from diffusiongemma.distillation.run import Teacher, train_student
+from diffusiongemma.distillation.experiment import Experiment
+from diffusiongemma.distillation.loading import Teacher
+from diffusiongemma.distillation.lora import ADAPTERS_DIR, LoraSettings, lora_student
+from diffusiongemma.distillation.run import train_student
 from diffusiongemma.models import DiffusionGemma, Gemma, init_params
-from diffusiongemma.parallel import make_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
 import tiny_diffusion  # noqa: E402
@@ -48,8 +49,7 @@ def lora_config(**changes):
 
 @pytest.mark.slow
 def test_only_adapters_are_trained_and_the_encode_pass_stays_the_teachers(teacher, tmp_path):
-    config = lora_config()
-    model, state = train_student(config, teacher, DATA, tmp_path)
+    setup, state = train_student(Experiment.of(lora_config()), teacher, DATA, tmp_path)
     names = flatten_dict(state.params, sep='/')
     assert all(
         name.startswith('self_conditioning/') or name.endswith(('/lora_a', '/lora_b'))
@@ -69,24 +69,24 @@ def test_only_adapters_are_trained_and_the_encode_pass_stays_the_teachers(teache
             np.testing.assert_array_equal(ours, theirs)
 
     # The adapters alone, on the same teacher, are the same model.
-    student = lora_student(config, model)
+    student = setup.lora
     base = tmp_path / 'base'  # the run's copy of the teacher
     student.save(tmp_path, state.ema_params, teacher.params, str(base), {})
     found, adapted, _ = load_model(tmp_path / ADAPTERS_DIR)
-    assert found.config == model.config
-    merged = student.combine(student.base(teacher.params, make_mesh(config.mesh)), state.ema_params)
+    assert found.config == setup.student.config
+    merged = student.combine(student.base(teacher.params, setup.mesh), state.ema_params)
     assert jax.tree.structure(adapted) == jax.tree.structure(merged)
     for ours, theirs in zip(jax.tree.leaves(adapted), jax.tree.leaves(merged), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_adapters_of_one_pass_need_a_denoiser_of_its_own(teacher):
-    config = lora_config(denoiser='shared')
+    settings = LoraSettings(rank=2, passes='denoise')
     model = DiffusionGemma(teacher.model.config.replace(canvas_length=8))
     with pytest.raises(ValueError, match="lora.passes='denoise' needs .*denoiser='separate'"):
-        lora_student(config, model)
+        lora_student(settings, model, seed=0)
 
 
 def test_rank_0_trains_everything(teacher):
     model = DiffusionGemma(teacher.model.config.replace(canvas_length=8))
-    assert lora_student(lora_config(lora={'rank': 0}), model) is None
+    assert lora_student(LoraSettings(), model, seed=0) is None

@@ -338,15 +338,19 @@ def test_stage_2_takes_its_steps_by_every_rule(rule, uniform, masked):
     keys, ones = jax.random.split(jax.random.key(0), (1, 1)), jnp.ones((1, 1))
     shared = {'schedule': TemperatureSchedule(), 'acceptance': rule}
     noise, canvas = jnp.array([[[20, 21, 22, 23]]]), jnp.array([[[30, 7, 30, 30]]])
-    stage2 = Stage2(UniformCorruption(37), **shared)
+    stage2 = Stage2(corruption=UniformCorruption(37), **shared)
     assert stage2.next_canvas(said, canvas, noise, keys, ones)[0][0, 0].tolist() == uniform
-    stage2 = Stage2(MaskedCorruption(30), **shared)
+    stage2 = Stage2(corruption=MaskedCorruption(30), **shared)
     masks = jnp.full_like(canvas, 30)
     assert stage2.next_canvas(said, canvas, masks, keys, ones)[0][0, 0].tolist() == masked
 
 
 def test_ancestral_steps_of_stage_2_unmask_as_many_positions_as_the_noise_level_falls():
-    stage2 = Stage2(MaskedCorruption(30), TemperatureSchedule(num_steps=4), Ancestral())
+    stage2 = Stage2(
+        corruption=MaskedCorruption(30),
+        schedule=TemperatureSchedule(num_steps=4),
+        acceptance=Ancestral(),
+    )
     shape = (50, 2, 40)
     zeros, masks = jnp.zeros(shape), jnp.full(shape, 30)
     said = Seen(zeros, jnp.ones(shape, jnp.int32), zeros, zeros, zeros)
@@ -371,7 +375,9 @@ EVERY_RULE = [TopK(2), ConfidenceThreshold(), Margin(), Ancestral()]
 def test_the_loss_of_stage_2_is_traced_with_every_rule(rule, masked, tiny_config, batch):
     model = DiffusionGemma(tiny_config.replace(kind='separate'))
     corruption = MaskedCorruption(30) if masked else UniformCorruption(tiny_config.vocab_size)
-    stage2 = Stage2(corruption, TemperatureSchedule(), rule, num_steps=3)
+    stage2 = Stage2(
+        corruption=corruption, schedule=TemperatureSchedule(), acceptance=rule, num_steps=3
+    )
     teacher = Gemma(tiny_config.autoregressive)
 
     def loss(key):
@@ -389,7 +395,11 @@ def test_the_loss_of_stage_2_is_traced_with_every_rule(rule, masked, tiny_config
 
 def test_stage_2_hands_a_rule_its_logits_and_its_state_from_step_to_step(tiny_config):
     """Two tokens are settled, then the less certain one is taken back."""
-    stage2 = Stage2(MaskedCorruption(30), TemperatureSchedule(), Remask(TopK(4), count=1))
+    stage2 = Stage2(
+        corruption=MaskedCorruption(30),
+        schedule=TemperatureSchedule(),
+        acceptance=Remask(TopK(4), count=1),
+    )
     said = said_of([0.1, 0.2, 0.9, 0.15], [0.5, 0.8, 0.9, 0.3], [0.1, 0.2, 0.6, 0.7])
     keys, ones = jax.random.split(jax.random.key(0), (1, 1)), jnp.ones((1, 1))
     masks = jnp.full((1, 1, 4), 30)
@@ -398,7 +408,11 @@ def test_stage_2_hands_a_rule_its_logits_and_its_state_from_step_to_step(tiny_co
     assert canvas[0, 0].tolist() == [0, 1, 2, 30]
     np.testing.assert_allclose(state.confidences, [[0.5, 0.8, 0.9, 0.3]], rtol=1e-6)
     # A corrector of uniform noise reads the logits: what only stands there is drawn anew.
-    sweep = Stage2(UniformCorruption(37), TemperatureSchedule(), GibbsSweep(TopK(4), 1, 4))
+    sweep = Stage2(
+        corruption=UniformCorruption(37),
+        schedule=TemperatureSchedule(),
+        acceptance=GibbsSweep(TopK(4), 1, 4),
+    )
     here = jnp.array([[[5, 6, 7, 8]]])
     logits = 3.0 * jax.nn.one_hot(here, 37) + 1.0 * jax.nn.one_hot(here + 10, 37)
     said = said._replace(logits=logits)

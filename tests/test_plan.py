@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from ml_collections import ConfigDict
 
 from diffusiongemma.accounting.devices import figures_of
 from diffusiongemma.accounting.hlo import Collective, Program
@@ -187,7 +186,7 @@ def test_a_slice_that_does_not_exist_is_named():
 
 def test_a_config_without_a_known_model_asks_for_a_preset():
     with pytest.raises(ValueError, match="no preset 'mine'.*--model"):
-        teacher_config(ConfigDict({'teacher': ''}), 'mine', None)
+        teacher_config('', 'mine', None)
 
 
 def mesh(size):

@@ -72,7 +72,7 @@ def step_on(config, axes, batch, compute=None):
     step = make_distillation_step(
         model,
         teacher,
-        Stage1(UniformCorruption(config.vocab_size), TemperatureSchedule()),
+        Stage1(corruption=UniformCorruption(config.vocab_size), schedule=TemperatureSchedule()),
         optimizer(),
         ar_weight=0.1,
         ema_decay=0.9,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusiongemma.distillation.run import sweep_student
+from diffusiongemma.distillation.comparison import sweep_student
+from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.evaluation.sweep import Grid, Point, summary
 from diffusiongemma.models import DiffusionGemma
 from diffusiongemma.sampling import EntropyBound, Sampler, SamplingConfig, TopK
@@ -133,18 +134,18 @@ def test_a_sweep_over_nothing_is_refused(tmp_path):
     for name in config.eval.sweep:
         config.eval.sweep[name] = ()
     with pytest.raises(ValueError, match='config.eval.sweep is empty; list values'):
-        sweep_student(config, 'builtin', tmp_path)
+        sweep_student(Experiment.of(config), 'builtin', tmp_path)
     config.eval.sweep = {'entropy_bounds': (0.1,)}
     with pytest.raises(ValueError, match="did you mean 'entropy_bound'"):
-        sweep_student(config, 'builtin', tmp_path)
+        sweep_student(Experiment.of(config), 'builtin', tmp_path)
 
 
 def test_an_output_that_cannot_be_written_is_named_before_the_sweep(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(ValueError, match='cannot write to .*file/out: Not a directory'):
-        sweep_student(tiny.get_config(), 'builtin', tmp_path / 'file' / 'out')
+        sweep_student(Experiment.of(tiny.get_config()), 'builtin', tmp_path / 'file' / 'out')
 
 
 def test_a_student_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='no model at /nowhere'):
-        sweep_student(tiny.get_config(), '/nowhere', tmp_path)
+        sweep_student(Experiment.of(tiny.get_config()), '/nowhere', tmp_path)

@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-from ml_collections import ConfigDict
 
-from diffusiongemma import configuration
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import batch_sharding, on_mesh, rules_with
@@ -41,13 +39,6 @@ class ComputeConfig:
             raise ValueError(f'compute.microbatches must be >= 1, got {self.microbatches}.')
         self.execution()
         rules_with(self.rules)
-
-    @classmethod
-    def of(cls, config: ConfigDict) -> 'ComputeConfig':
-        """That of `config.compute` and `config.denoise_dtype`; the defaults where there is none."""
-        compute = configuration.build(cls, config.get('compute', {}), 'compute')
-        dtype = config.get('denoise_dtype') or compute.denoise_dtype
-        return dataclasses.replace(compute, denoise_dtype=dtype)
 
     def execution(self) -> Execution:
         """What a model is told of it, but for the mesh."""

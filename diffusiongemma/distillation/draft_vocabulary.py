@@ -1,11 +1,23 @@
 """The draft vocabulary: the tokens that a light denoiser's head scores."""
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
+
+from diffusiongemma.data.packing import tokenize
+from diffusiongemma.data.sources import Source
+
+MAX_COUNTED = 20_000  # of each source, examples whose tokens are counted
+
+
+def tokenized(sources: Iterable[Source], tokenizer: Any) -> Iterator[np.ndarray]:
+    """Yields the tokens of up to `MAX_COUNTED` examples of each source."""
+    for source in sources:
+        for index in range(min(len(source), MAX_COUNTED)):
+            yield tokenize(source[index], tokenizer).tokens
 
 
 def draft_vocabulary(

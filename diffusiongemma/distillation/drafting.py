@@ -25,6 +25,8 @@ from diffusiongemma.distillation.teacher import FullDistribution, TeacherStates
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
 
+ACCEPTED_LENGTH, DECAY, EQUAL = 'accepted_length', 'decay', 'equal'
+
 
 class PositionWeights(Protocol):
     """What the places of a draft are worth; hashable."""
@@ -129,13 +131,14 @@ class Draft(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Drafting:
-    """The objective of the module's docstring.
+class DraftingConfig:
+    """What `config.drafting` may say.
 
     Attributes:
-      corruption: what stands in a canvas after its pending token.
-      canvas_length: C, tokens of a canvas.
-      weights: what each place is worth.
+      weights: what each place is worth: 'accepted_length', 'decay', 'equal', or in code any
+        `PositionWeights`.
+      smoothing: of the accepted-length weights.
+      gamma: of the decay, in places.
       anchors_per_row: A, canvases of a row; where a row has fewer places to start, so many.
       total_variation: share of the total variation distance in the loss, the rest is the
         cross-entropy; 0 for greedy text.
@@ -147,18 +150,28 @@ class Drafting:
       prompts: canvases start in prompts as well. There the teacher's greedy choice after the text
         before a place, among the draft vocabulary, is what the draft should say, and a canvas ends
         where the text departs from it.
+      held_out: teacher-written examples, the last of the targets, that are never trained on;
+        accepted lengths are reported on them. At most a tenth of the targets.
     """
 
-    corruption: Corruption
-    canvas_length: int
-    weights: PositionWeights = AcceptedLengthWeights()
+    weights: str | PositionWeights = 'accepted_length'
+    smoothing: float = 0.5
+    gamma: float = 4.0
     anchors_per_row: int = 32
     total_variation: float = 0.0
     refused_rate: float = 0.0
     lookup_ngram: int = 0
     prompts: bool = False
+    held_out: int = 64
 
     def __post_init__(self):
+        if isinstance(self.weights, str) and self.weights not in (ACCEPTED_LENGTH, DECAY, EQUAL):
+            raise ValueError(
+                f'drafting.weights must be {ACCEPTED_LENGTH!r}, {DECAY!r} or {EQUAL!r}, '
+                f'got {self.weights!r}.'
+            )
+        if self.held_out < 1:
+            raise ValueError(f'drafting.held_out must be >= 1 example, got {self.held_out}.')
         if self.anchors_per_row < 1:
             raise ValueError(f'anchors_per_row must be >= 1, got {self.anchors_per_row}.')
         if self.lookup_ngram < 0:
@@ -166,6 +179,28 @@ class Drafting:
         for name in ('total_variation', 'refused_rate'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'{name} must lie in [0, 1], got {getattr(self, name)}.')
+        self.position_weights()
+
+    def position_weights(self) -> PositionWeights:
+        """Returns what each place is worth."""
+        if not isinstance(self.weights, str):
+            return self.weights
+        if self.weights == ACCEPTED_LENGTH:
+            return AcceptedLengthWeights(self.smoothing)
+        return DecayWeights(self.gamma) if self.weights == DECAY else EqualWeights()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drafting(DraftingConfig):
+    """The objective of the module's docstring.
+
+    Attributes:
+      corruption: what stands in a canvas after its pending token.
+      canvas_length: C, tokens of a canvas.
+    """
+
+    corruption: Corruption
+    canvas_length: int
 
     @property
     def num_steps(self) -> int:
@@ -201,7 +236,7 @@ class Drafting:
         losses = draft.cross_entropy
         if draft.variation is not None:
             losses = (1 - self.total_variation) * losses + self.total_variation * draft.variation
-        weights = self.weights.weights(draft.probabilities, draft.valid)
+        weights = self.position_weights().weights(draft.probabilities, draft.valid)
         total = jnp.maximum(jnp.sum(weights, axis=-1), 1e-6)
         per_canvas = jnp.sum(weights * losses, axis=-1) / total  # [B, A]
         return jnp.sum(per_canvas * draw.canvases), accepted_lengths(draft, draw.canvases)
@@ -419,54 +454,3 @@ def _total_variation(
         tokens = model.apply({'params': params}, jnp.arange(size), method='draft_tokens')
         probs = jnp.take(probs, tokens, axis=-1)
     return 1 - jnp.sum(jnp.minimum(probs, jnp.exp(log_probs)), axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class DraftingConfig:
-    """What `config.drafting` may say.
-
-    Attributes:
-      weights: 'accepted_length', 'decay' or 'equal', see `PositionWeights`.
-      smoothing: of the accepted-length weights.
-      gamma: of the decay, in places.
-      anchors_per_row, total_variation, refused_rate, lookup_ngram, prompts: see `Drafting`.
-      held_out: teacher-written examples, the last of the targets, that are never trained on;
-        accepted lengths are reported on them. At most a tenth of the targets.
-    """
-
-    weights: str = 'accepted_length'
-    smoothing: float = 0.5
-    gamma: float = 4.0
-    anchors_per_row: int = 32
-    total_variation: float = 0.0
-    refused_rate: float = 0.0
-    lookup_ngram: int = 0
-    prompts: bool = False
-    held_out: int = 64
-
-    def __post_init__(self):
-        if self.weights not in ('accepted_length', 'decay', 'equal'):
-            raise ValueError(
-                "drafting.weights must be 'accepted_length', 'decay' or 'equal', "
-                f'got {self.weights!r}.'
-            )
-        if self.held_out < 1:
-            raise ValueError(f'drafting.held_out must be >= 1 example, got {self.held_out}.')
-
-    def objective(self, corruption: Corruption, canvas_length: int) -> Drafting:
-        """The objective that it describes."""
-        weights: PositionWeights = EqualWeights()
-        if self.weights == 'accepted_length':
-            weights = AcceptedLengthWeights(self.smoothing)
-        elif self.weights == 'decay':
-            weights = DecayWeights(self.gamma)
-        return Drafting(
-            corruption,
-            canvas_length,
-            weights,
-            self.anchors_per_row,
-            self.total_variation,
-            self.refused_rate,
-            self.lookup_ngram,
-            self.prompts,
-        )

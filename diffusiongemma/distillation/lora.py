@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from diffusiongemma import configuration
 from diffusiongemma.checkpoints.adapters import fingerprint, save_adapters
 from diffusiongemma.distillation.step import Constants
 from diffusiongemma.distillation.student import student_params_from_teacher
 from diffusiongemma.models.config import SEPARATE, SHARED
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.lora import (
+    BOTH,
     DENOISE,
     LoraConfig,
     adapter_shardings,
@@ -24,6 +23,33 @@ from diffusiongemma.models.transformer import init_params
 from diffusiongemma.parallel import param_shardings
 
 ADAPTERS_DIR = 'adapters'  # in a workdir: the adapters that the run exports
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings(LoraConfig):
+    """What `config.lora` may say: a `LoraConfig` with two values that mean a choice of the run.
+
+    Attributes:
+      rank: r, columns of A and rows of B; 0 trains all layers.
+      passes: 'both', or 'denoise' for the denoise pass alone; '' for what the denoiser allows.
+    """
+
+    rank: int = 0
+    passes: str = ''
+
+    def __post_init__(self):
+        self.of_denoiser(SHARED)
+
+    def of_denoiser(self, kind: str) -> LoraConfig | None:
+        """Returns the adapters of a student with this kind of denoiser; None where there are none.
+
+        Raises:
+          ValueError: a value is out of range.
+        """
+        if not self.rank:
+            return None
+        passes = self.passes or (BOTH if kind == SHARED else DENOISE)
+        return LoraConfig(**{**vars(self), 'passes': passes})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,26 +112,27 @@ class LoraStudent:
         return student_params_from_teacher(fresh, teacher_params)
 
 
-def lora_student(config: ConfigDict, model: DiffusionGemma) -> LoraStudent | None:
-    """The student of `config.lora`, or None where its rank is 0: all is trained.
+def lora_student(settings: LoraSettings, model: DiffusionGemma, seed: int) -> LoraStudent | None:
+    """Returns the student of which adapters are trained; None where all layers are.
+
+    Args:
+      settings: `config.lora`.
+      model: the student.
+      seed: of the run.
 
     Raises:
-      ValueError: a key is unknown, or the pass cannot be adapted alone.
+      ValueError: the pass cannot be adapted alone.
     """
-    values = config.lora.to_dict()
-    if not values.get('rank'):
+    kind = model.config.kind
+    assert kind is not None  # a DiffusionGemma has a denoiser
+    lora = settings.of_denoiser(kind)
+    if lora is None:
         return None
-    if config.init:
-        raise ValueError(
-            f'config.init={config.init} and config.lora.rank={values["rank"]}: adapters start from '
-            'the teacher; set one of them to nothing.'
-        )
-    lora = configuration.build(LoraConfig, values, 'lora')
     needed = SEPARATE if lora.passes == DENOISE else SHARED
-    if model.config.kind != needed:
+    if kind != needed:
         raise ValueError(
             f'config.lora.passes={lora.passes!r} needs config.denoiser={needed!r}, got '
-            f'{model.config.kind!r}: adapters of the denoise pass alone are a separate '
-            'denoiser, and a light one is trained whole.'
+            f'{kind!r}: adapters of the denoise pass alone are a separate denoiser, and a light '
+            'one is trained whole.'
         )
-    return LoraStudent(lora, model, config.seed)
+    return LoraStudent(lora, model, seed)

@@ -40,19 +40,15 @@ class Draw(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage1:
-    """The objective of the module's docstring.
+class Stage1Config:
+    """What `config.stage1` may say.
 
     Attributes:
-      corruption: the forward process.
-      schedule: the sampler's temperatures, which shape what is fed back.
       kd_weight: share of the teacher's KL at t = 1 (0 trains on hard labels alone).
       self_conditioning_rate: probability that a row sees its own first prediction.
       min_noise_level: t is drawn from (min_noise_level, 1).
     """
 
-    corruption: Corruption
-    schedule: TemperatureSchedule
     kd_weight: float = 1.0
     self_conditioning_rate: float = 0.5
     min_noise_level: float = 1e-3
@@ -62,6 +58,19 @@ class Stage1:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f'{name} must lie in [0, 1], got {value}.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage1(Stage1Config):
+    """The objective of the module's docstring.
+
+    Attributes:
+      corruption: the forward process.
+      schedule: the sampler's temperatures, which shape what is fed back.
+    """
+
+    corruption: Corruption
+    schedule: TemperatureSchedule
 
     def draw(self, key: jax.Array, batch: Batch) -> Draw:
         """See `step.Objective`."""

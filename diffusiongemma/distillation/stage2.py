@@ -77,13 +77,11 @@ class Seen(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage2:
-    """The objective of the module's docstring.
+class Stage2Config:
+    """What `config.stage2` may say.
 
     Attributes:
-      corruption: the forward process; also what rejected positions become.
-      schedule: the sampler's temperatures.
-      acceptance: the sampler's rule.
+      first_step: step at which stage 1 ends and stage 2 begins; None for stage 1 alone.
       num_steps: m, denoise steps of a trajectory.
       kd_weight: share of the teacher's KL at t = 1 in the first step.
       certainty_weight: weight of the entropy where the argmax is right. The mean is over all
@@ -94,9 +92,7 @@ class Stage2:
       min_noise_level: lowest t.
     """
 
-    corruption: Corruption
-    schedule: TemperatureSchedule
-    acceptance: AcceptanceRule
+    first_step: int | None = None
     num_steps: int = 2
     kd_weight: float = 1.0
     certainty_weight: float = 0.0
@@ -112,6 +108,21 @@ class Stage2:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f'{name} must lie in [0, 1], got {value}.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage2(Stage2Config):
+    """The objective of the module's docstring.
+
+    Attributes:
+      corruption: the forward process; also what rejected positions become.
+      schedule: the sampler's temperatures.
+      acceptance: the sampler's rule.
+    """
+
+    corruption: Corruption
+    schedule: TemperatureSchedule
+    acceptance: AcceptanceRule
 
     def draw(self, key: jax.Array, batch: Batch) -> Draw:
         """See `step.Objective`."""

@@ -48,7 +48,7 @@ class EvalConfig:
         object.__setattr__(self, 'speed_batch_sizes', tuple(self.speed_batch_sizes))
         if not self.speed_batch_sizes:
             raise ValueError('speed_batch_sizes is empty; (1,) measures one row at a time.')
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(EvalConfig):
             value = getattr(self, field.name)
             if min(np.atleast_1d(value)) < 1:
                 raise ValueError(f'{field.name} must be >= 1, got {value}.')

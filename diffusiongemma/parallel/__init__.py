@@ -1,6 +1,6 @@
 """Device mesh and the one table from logical axes to mesh axes."""
 
-from diffusiongemma.parallel.mesh import MESH_AXES, make_mesh
+from diffusiongemma.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
 from diffusiongemma.parallel.sharding import (
     LOGICAL_AXIS_RULES,
     batch_sharding,
@@ -15,6 +15,7 @@ from diffusiongemma.parallel.sharding import (
 __all__ = [
     'LOGICAL_AXIS_RULES',
     'MESH_AXES',
+    'MeshConfig',
     'batch_sharding',
     'init_sharded',
     'make_mesh',

@@ -1,5 +1,6 @@
 """The device mesh: five named axes, any of which may have size one."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -7,6 +8,29 @@ import jax
 import numpy as np
 
 MESH_AXES = ('data', 'fsdp', 'tensor', 'expert', 'sequence')
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be -1, which takes what the others leave.
+
+    Attributes:
+      data: copies of the parameters, each with its part of the batch.
+      fsdp: parameters and batch are split.
+      tensor: heads and FFN widths are split.
+      expert: experts are split.
+      sequence: tokens of a row are split.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+    sequence: int = 1
+
+    def make(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+        """Returns the mesh over `devices`, see `make_mesh`."""
+        return make_mesh(dataclasses.asdict(self), devices)
 
 
 def make_mesh(

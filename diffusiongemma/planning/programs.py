@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from diffusiongemma import configuration
 from diffusiongemma.checkpoints.bundle import CONFIG_FILE, cast_to
@@ -18,21 +17,9 @@ from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.load import BUILTIN
 from diffusiongemma.data.packing import RowLayout, pack_examples
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.distillation.compute import ComputeConfig
-from diffusiongemma.distillation.lora import lora_student
-from diffusiongemma.distillation.run import (
-    CONFIG_KEYS,
-    BatchConfig,
-    canvases_per_row,
-    distillation_step,
-    objectives,
-    optimizer_of,
-    student_model,
-)
-from diffusiongemma.distillation.state import create_state
-from diffusiongemma.distillation.step import Constants
-from diffusiongemma.distillation.student import frozen_params, trained_params
-from diffusiongemma.distillation.targets import TargetsConfig
+from diffusiongemma.distillation.experiment import Experiment
+from diffusiongemma.distillation.setup import Setup
+from diffusiongemma.distillation.student import frozen_params
 from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.denoiser import DRAFT_IDS, DiffusionGemma
 from diffusiongemma.models.presets import PRESETS
@@ -80,10 +67,16 @@ class TokenIds:
         return cls(config.vocab_size, stop_ids=tuple(i for i in (1, 106) if i < config.vocab_size))
 
 
-def teacher_config(config: ConfigDict, config_name: str, preset: str | None) -> ModelConfig:
-    """The architecture that is planned for; raises ValueError where nothing names it."""
-    if preset is None and config.teacher in BUILTIN:
-        return ModelConfig.from_dict(read_json(BUILTIN[config.teacher] / CONFIG_FILE)['model'])
+def teacher_config(teacher: str, config_name: str, preset: str | None) -> ModelConfig:
+    """The architecture that is planned for; raises ValueError where nothing names it.
+
+    Args:
+      teacher: of the experiment.
+      config_name: of its file; tried as a preset's.
+      preset: what is planned for whatever these say.
+    """
+    if preset is None and teacher in BUILTIN:
+        return ModelConfig.from_dict(read_json(BUILTIN[teacher] / CONFIG_FILE)['model'])
     name = preset or config_name
     if name not in PRESETS:
         raise ValueError(f'no preset {name!r}: give one of {sorted(PRESETS)} with --model.')
@@ -115,57 +108,41 @@ def cut_to(config: ModelConfig, num_layers: int) -> ModelConfig:
     )
 
 
-def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -> PlannedProgram:
-    """The distillation step of `config`, of the stage that takes more: 1, or 2 with several steps.
+def training_step(
+    experiment: Experiment, teacher_config: ModelConfig, mesh: Mesh
+) -> PlannedProgram:
+    """The distillation step of the stage that takes more: 1, or 2 with several steps.
 
     Args:
-      config: of the run.
+      experiment: what is trained.
       teacher_config: of its teacher.
       mesh: over the devices.
     """
-    configuration.check_keys(config, CONFIG_KEYS)
-    dtype = configuration.compute_dtype(config)
-    compute = ComputeConfig.of(config)
-    teacher = compute.place(Gemma(teacher_config.autoregressive, dtype), mesh)
-    token_ids = TokenIds.of(teacher.config)
-    model = compute.place(student_model(config, teacher, token_ids), mesh)
-    optimizer = optimizer_of(config)
-    shape = configuration.build(BatchConfig, config.data, 'data')
-    top_k = configuration.build(TargetsConfig, config.targets, 'targets').top_k_logits
-    teacher_params = abstract_params(teacher, mesh, dtype)
-    lora = lora_student(config, model)
-    if lora is None:
-        draft_ids = abstract_params(model, mesh, dtype).get(DRAFT_IDS)
-        frozen = frozen_params(model.config, teacher_params, draft_ids)
-        constants = Constants(teacher=None if frozen else teacher_params, student=frozen)
-        shardings = trained_params(model.config, param_shardings(model, mesh))
-        trained = trained_params(model.config, abstract_params(model, mesh, dtype))
+    dtype = configuration.compute_dtype(experiment.dtype)
+    gemma = Gemma(teacher_config.autoregressive, dtype)
+    setup = Setup.of(experiment, gemma, TokenIds.of(gemma.config), mesh)
+    teacher_params = abstract_params(setup.teacher, mesh, dtype)
+    student_params = abstract_params(setup.student, mesh, dtype)
+    if setup.lora is None:
+        draft_ids = student_params.get(DRAFT_IDS)
+        frozen = frozen_params(setup.student.config, teacher_params, draft_ids)
     else:
-        base = abstract_params(model, mesh, dtype)
-        encodes_alone = lora.config.passes == 'denoise'
-        constants = Constants(None if encodes_alone else teacher_params, base)
-        shardings = lora.shardings(teacher_params, mesh)
-        trained = jax.eval_shape(lora.init, teacher_params)
-    if top_k:
-        constants = constants._replace(teacher=None)
-    state = jax.eval_shape(lambda params: create_state(params, optimizer), trained)
-    state = placed(state, state_shardings(state, shardings, mesh))
-    stages = objectives(config, token_ids)
-    objective = stages[-1][0] if stages[-1][0].num_steps > 1 else stages[0][0]
-    step = distillation_step(config, model, teacher, objective, optimizer, lora)
-    canvases = canvases_per_row(config, shape)
-    layout = RowLayout(shape.row_length, canvases, config.canvas_length, top_k=top_k)
-    batch = _batch(layout, shape.batch_size, compute.batch_sharding(mesh, shape.batch_size))
-    whole = abstract_params(model, mesh, dtype)
-    rows = batch_axes(batch['tokens'])
-    needed = of_update(trained, state, mesh, rows)
-    counts = (shape.row_length, canvases * config.canvas_length)
-    causal, denoised = (Tokens(shape.batch_size * n, shape.batch_size * n) for n in counts)
-    needed += of_pass(model, whole, mesh, rows, denoised, denoises=True)
-    if model.config.has_frozen_encoder:
-        needed += of_pass(model, whole, mesh, rows, causal, denoises=False)
-    elif constants.teacher is not None:
-        needed += of_pass(teacher, constants.teacher, mesh, rows, causal, denoises=False)
+        frozen = student_params
+    constants = setup.constants(teacher_params, frozen)
+    state = jax.eval_shape(
+        setup.initial_state, student_params if experiment.init else teacher_params
+    )
+    state = placed(state, state_shardings(state, setup.trained_shardings(teacher_params), mesh))
+    objectives = [objective for objective, _ in setup.objectives]
+    objective = objectives[-1] if objectives[-1].num_steps > 1 else objectives[0]
+    shape = experiment.data
+    layout = RowLayout(
+        shape.row_length,
+        setup.canvases_per_row,
+        experiment.canvas_length,
+        top_k=experiment.targets.top_k_logits,
+    )
+    batch = _batch(layout, shape.batch_size, setup.rows)
     layers = {name: leaf for name, leaf in state.params.items() if 'backbone' in name}
     kinds = {
         'parameters': device_bytes(state.params),
@@ -177,14 +154,30 @@ def training_step(config: ConfigDict, teacher_config: ModelConfig, mesh: Mesh) -
     }
     return PlannedProgram(
         name=f'{type(objective).__name__.lower()} step',
-        function=step,
+        function=setup.step(objective),
         arguments=(state, constants, batch),
         kinds={name: size for name, size in kinds.items() if size},
         tokens=shape.batch_size * shape.row_length,
         donated=(0,),
-        needed=needed,
+        needed=_of_step(setup, constants.teacher, state, batch),
         layers=tuple(jax.tree.leaves(layers)),
     )
+
+
+def _of_step(setup: Setup, teacher_params: Any, state: Any, batch: Any) -> Needed:
+    """What a distillation step has to move at the least."""
+    mesh, rows, experiment = setup.mesh, batch_axes(batch['tokens']), setup.experiment
+    student = abstract_params(setup.student, mesh, configuration.compute_dtype(experiment.dtype))
+    shape = experiment.data
+    counts = (shape.row_length, setup.canvases_per_row * experiment.canvas_length)
+    causal, denoised = (Tokens(shape.batch_size * n, shape.batch_size * n) for n in counts)
+    needed = of_update(state.params, state, mesh, rows)
+    needed += of_pass(setup.student, student, mesh, rows, denoised, denoises=True)
+    if setup.student.config.has_frozen_encoder:
+        needed += of_pass(setup.student, student, mesh, rows, causal, denoises=False)
+    elif teacher_params is not None:
+        needed += of_pass(setup.teacher, teacher_params, mesh, rows, causal, denoises=False)
+    return needed
 
 
 def abstract_params(model: DiffusionGemma | Gemma, mesh: Mesh, dtype: Any) -> Any:

@@ -5,11 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from diffusiongemma import configuration
-from diffusiongemma.distillation.compute import ComputeConfig
-from diffusiongemma.distillation.run import sampling_config, student_model
+from diffusiongemma.distillation.experiment import Experiment
+from diffusiongemma.distillation.setup import sampling_config, student_model
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
@@ -31,7 +30,7 @@ from diffusiongemma.sampling.sampler import MODES, prefilled
 
 
 def sampler_programs(
-    config: ConfigDict,
+    experiment: Experiment,
     teacher_config: ModelConfig,
     mesh: Mesh,
     *,
@@ -41,20 +40,20 @@ def sampler_programs(
     """The whole of diffusion sampling, and its passes: prefill, denoise step, commit.
 
     Args:
-      config: of the run that made the student; `config.sampling` says how it is sampled.
+      experiment: the run that made the student; `sampling` says how it is sampled.
       teacher_config: of its teacher.
       mesh: over the devices.
       batch_size: rows.
       prompt_length: tokens of a prompt.
     """
-    dtype = configuration.compute_dtype(config)
+    dtype = configuration.compute_dtype(experiment.dtype)
     teacher = Gemma(teacher_config.autoregressive, dtype)
     token_ids = TokenIds.of(teacher.config)
-    compute = ComputeConfig.of(config)
-    model = compute.place(student_model(config, teacher, token_ids), mesh)
+    compute = experiment.execution
+    model = compute.place(student_model(experiment, teacher, token_ids), mesh)
     if is_unrolled(model):  # as `for_inference` does
         model = with_execution(model, scan_layers=False)
-    sampling = sampling_config(config, token_ids)
+    sampling = sampling_config(experiment, token_ids)
     params = abstract_params(model, mesh, dtype)
     rows = compute.batch_sharding(mesh, batch_size)
     tokens = jax.ShapeDtypeStruct((batch_size, prompt_length), jnp.int32, sharding=rows)
@@ -83,10 +82,10 @@ def sampler_programs(
     def whole(params: Any, *prompts: Any) -> Any:
         return MODES['diffusion'].generate(model, sampling, params, *prompts, Controls())
 
-    canvas = jax.ShapeDtypeStruct((batch_size, config.canvas_length), jnp.int32, sharding=rows)
+    canvas = jax.ShapeDtypeStruct((batch_size, experiment.canvas_length), jnp.int32, sharding=rows)
     weights = {'parameters': device_bytes(params)}
     cached = weights | {'cache': device_bytes(cache)}
-    written = batch_size * config.canvas_length
+    written = batch_size * experiment.canvas_length
     prompts = (tokens, lengths, keys)
 
     def needed(passed: int, scored: int, *, denoises: bool) -> Any:

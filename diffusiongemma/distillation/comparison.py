@@ -1,0 +1,140 @@
+"""The student of an experiment against its teacher: numbers, samples, plots, and a sweep."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from diffusiongemma.checkpoints.load import EXPORT_DIR
+from diffusiongemma.data.pipeline import eval_examples
+from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.distillation.experiment import Experiment
+from diffusiongemma.distillation.loading import Teacher, load_student, load_teacher
+from diffusiongemma.distillation.reporting import progress, read_metrics
+from diffusiongemma.distillation.setup import sampling_config
+from diffusiongemma.evaluation.compare import Comparison, Contestant, EvalConfig, compare
+from diffusiongemma.evaluation.report import (
+    comparison_table,
+    plot_run,
+    plot_sweep,
+    print_samples,
+    sweep_table,
+)
+from diffusiongemma.evaluation.sweep import Grid, summary, sweep, write_csv
+from diffusiongemma.models.inference import for_inference
+from diffusiongemma.parallel import processes
+from diffusiongemma.sampling import Sampler
+from diffusiongemma.sampling.sampler import main_mode
+
+
+class Evaluation(NamedTuple):
+    """What `compare` and `sweep` take, in their order."""
+
+    teacher: Contestant
+    student: Contestant
+    tokenizer: Tokenizer
+    examples: list[dict[str, Any]]
+    config: EvalConfig
+
+
+def eval_source(experiment: Experiment) -> DataSpec:
+    """Returns `config.eval.source`; raises ValueError where there is none."""
+    if experiment.eval.source is None:
+        raise ValueError('config.eval.source is missing: the examples that are evaluated.')
+    return experiment.eval.source
+
+
+def open_evaluation(experiment: Experiment, teacher: Teacher, checkpoint: str | Path) -> Evaluation:
+    """Opens the student in `checkpoint` and the examples of `config.eval.source`."""
+    examples = eval_examples(eval_source(experiment))
+    student, student_params, tokenizer = load_student(experiment, checkpoint)
+    if tokenizer is None or tokenizer.content_hash != teacher.tokenizer.content_hash:
+        raise ValueError(
+            f'{checkpoint} and the teacher {experiment.teacher} have different tokenizers; '
+            'a student is compared with the teacher that it was distilled from.'
+        )
+    student, student_params = for_inference(student, student_params)
+    teacher_model, teacher_params = for_inference(teacher.model, teacher.params)
+    sampling = sampling_config(experiment, tokenizer)
+    greedy = dataclasses.replace(sampling, temperature=0.0)
+    return Evaluation(
+        (Sampler(teacher_model, greedy, mode='autoregressive'), teacher_params),
+        (Sampler(student, sampling, main_mode(student)), student_params),
+        tokenizer,
+        examples,
+        experiment.eval,
+    )
+
+
+def compare_with_teacher(
+    experiment: Experiment, teacher: Teacher, checkpoint: str | Path
+) -> tuple[Comparison, list[dict[str, Any]], list[str], list[str]]:
+    """Evaluates the student in `checkpoint` against the teacher on `config.eval.source`.
+
+    Returns:
+      The numbers, the examples, the teacher's responses and the student's.
+    """
+    evaluation = open_evaluation(experiment, teacher, checkpoint)
+    comparison, by_teacher, by_student = compare(
+        *evaluation, jax.random.key(experiment.seed), watch=progress
+    )
+    return comparison, evaluation.examples, by_teacher, by_student
+
+
+def sweep_student(experiment: Experiment, checkpoint: str | Path, output: Path) -> dict[str, Any]:
+    """Evaluates the student at every point of `config.eval.sweep`.
+
+    Prints the table, writes sweep.csv and sweep.png to the directory `output`.
+
+    Returns:
+      The sweep in a few numbers, see `summary`.
+
+    Raises:
+      ValueError: the grid is empty or has a bad value, or `output` can't be written.
+      FileNotFoundError: there is no such checkpoint.
+    """
+    grid = Grid() if experiment.eval.sweep is None else experiment.eval.sweep
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / 'sweep.csv').touch()
+    except OSError as error:  # rather than after the sweep
+        raise ValueError(f'cannot write to {output}: {error.strerror}.') from error
+    evaluation = open_evaluation(experiment, load_teacher(experiment), checkpoint)
+    console = Console()
+    points = sweep(*evaluation, grid, jax.random.key(experiment.seed), console)
+    write_csv(output / 'sweep.csv', points)
+    batch_size = evaluation.config.speed_batch_sizes[0]
+    plot_sweep(output / 'sweep.png', points, batch_size)
+    console.print(sweep_table(points, batch_size))
+    console.print(f'table: {output / "sweep.csv"}  plot: {output / "sweep.png"}')
+    return summary(points)
+
+
+def evaluate_run(experiment: Experiment, teacher: Teacher, workdir: Path) -> Comparison:
+    """Evaluates the exported student; prints the table and samples, writes plot and numbers."""
+    comparison, examples, by_teacher, by_student = compare_with_teacher(
+        experiment, teacher, workdir
+    )
+    if not processes.is_writer():
+        return comparison
+    console = Console()
+    print_samples(console, examples[:3], by_teacher[:3], by_student[:3])
+    console.print(comparison_table(comparison))
+    (workdir / 'evaluation.json').write_text(
+        json.dumps(dataclasses.asdict(comparison), indent=2) + '\n', encoding='utf-8'
+    )
+    plot_run(workdir / 'distillation.png', read_metrics(workdir), comparison)
+    console.print(f'plot: {workdir / "distillation.png"}  student: {workdir / EXPORT_DIR}')
+    print(json.dumps(dataclasses.asdict(comparison)))
+    console.print(
+        f'next: python -m diffusiongemma.sample --checkpoint={workdir} --mode=lossless --watch '
+        f'--prompt={json.dumps(examples[0]["prompt"])}',
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    return comparison

@@ -1,0 +1,100 @@
+"""Opens the models of an experiment: the teacher, and a student that it goes on from."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from diffusiongemma import configuration
+from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.distillation.experiment import Experiment
+from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.transformer import Gemma
+from diffusiongemma.parallel import param_shardings, processes
+
+# Of a model's config, from one run to the next.
+MAY_CHANGE = {'canvas_length', 'self_conditioning', 'mask_id'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The frozen AR model that is distilled."""
+
+    model: Gemma
+    params: dict
+    tokenizer: Tokenizer
+
+    def on_host(self) -> 'Teacher':
+        """Returns the same with its parameters in host memory."""
+        return dataclasses.replace(self, params=processes.on_host(self.params))
+
+    def on_devices(self, mesh: jax.sharding.Mesh | None) -> 'Teacher':
+        """Returns the same with its parameters in their shards; on one device without a mesh."""
+        shardings = None if mesh is None else param_shardings(self.model, mesh)
+        if shardings is None:
+            return dataclasses.replace(self, params=jax.device_put(self.params))
+        return dataclasses.replace(self, params=processes.in_shards(self.params, shardings))
+
+
+def load_teacher(experiment: Experiment) -> Teacher:
+    """Opens `config.teacher`; raises ValueError without one, or without its tokenizer."""
+    if not experiment.teacher:
+        raise ValueError(
+            'config.teacher is empty: give the directory of the downloaded checkpoint with '
+            '--config.teacher=DIRECTORY.'
+        )
+    model, params, tokenizer = _load(experiment, experiment.teacher)
+    if tokenizer is None:
+        raise ValueError(f'{experiment.teacher} has no tokenizer.model; copy it there.')
+    gemma = placed(experiment, Gemma(model.config.autoregressive, model.dtype))
+    return Teacher(gemma, params, tokenizer)
+
+
+def load_student(
+    experiment: Experiment, checkpoint: str | Path
+) -> tuple[Gemma, dict, Tokenizer | None]:
+    """Opens a student to evaluate it."""
+    model, params, tokenizer = _load(experiment, checkpoint)
+    return placed(experiment, model), params, tokenizer
+
+
+def load_init(experiment: Experiment, model: DiffusionGemma) -> dict:
+    """Returns the parameters of `config.init`: a student like `model`.
+
+    Raises:
+      ValueError: it differs in more than training may change.
+    """
+    source, params, _ = load_model(experiment.init, mesh=mesh_to_load_on(experiment))
+    has, asked = source.config.to_dict(), model.config.to_dict()
+    differing = [
+        f'{name}={has[name]!r}, not {asked[name]!r}'
+        for name in sorted(set(asked) - MAY_CHANGE)
+        if has[name] != asked[name]
+    ]
+    if differing:
+        raise ValueError(
+            f'config.init: {experiment.init} is not the student that this config describes: it has '
+            f'{"; ".join(differing)}.'
+        )
+    return params
+
+
+def mesh_to_load_on(experiment: Experiment) -> jax.sharding.Mesh | None:
+    """Returns the run's mesh where it splits parameters or has devices of several processes.
+
+    Elsewhere a copy on one device serves.
+    """
+    mesh = experiment.mesh.make()
+    return mesh if mesh.size > mesh.shape['data'] or jax.process_count() > 1 else None
+
+
+def placed(experiment: Experiment, model: Gemma) -> Gemma:
+    """Returns the model, computed where its parameters were loaded to."""
+    mesh = mesh_to_load_on(experiment)
+    return model if mesh is None else experiment.execution.place(model, mesh)
+
+
+def _load(experiment: Experiment, name: str | Path) -> tuple:
+    dtype = configuration.compute_dtype(experiment.dtype)
+    return load_model(name, dtype, mesh_to_load_on(experiment))
