@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from toy_model import ToyConfig, ToyModel, toy
 
-from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, allow, pad_prompts, pin
+from diffusiongemma.sampling import (
+    Controls,
+    PromptLookup,
+    Sampler,
+    SamplingConfig,
+    allow,
+    pad_prompts,
+    pin,
+)
 from diffusiongemma.sampling.batching import generate_many
 from diffusiongemma.sampling.decide import decide
 from diffusiongemma.sampling.watch import watch
@@ -86,6 +94,21 @@ def test_watching_shows_every_step_and_changes_nothing(mode):
     noise, first = drafts[:2]
     assert noise.step == 0 and first.step == 1 and not first.output.lengths.any()
     assert np.isinf(noise.entropies).all() and np.isfinite(first.entropies).all()
+
+
+@pytest.mark.parametrize(
+    'changes', [{'drafts': PromptLookup(length=3)}, {'lookup_ngram': 1}], ids=['source', 'lookup']
+)
+def test_watching_shows_the_drafts_that_are_verified_wherever_they_come_from(changes):
+    model, params = toy(C)
+    tokens, lengths = pad_prompts(PROMPTS[:2], PAD, width=8)
+    sampler = Sampler(model, dataclasses.replace(CONFIG, **changes), 'lossless')
+    *drafts, output = watch(sampler, params, tokens, lengths, rng=KEY)
+    expected = sampler(params, tokens, lengths, rng=KEY)
+    jax.tree.map(np.testing.assert_array_equal, output, expected)
+    if 'drafts' in changes:
+        assert not output.denoising_steps.any()
+        assert {draft.argmax.shape[1] for draft in drafts} == {4}  # the pending token and 3 more
 
 
 def test_a_mode_without_a_canvas_cannot_be_watched():

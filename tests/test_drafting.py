@@ -252,7 +252,7 @@ def test_in_prompts_the_draft_should_say_what_the_teacher_would_while_the_text_a
     tokens, is_response = np.array(batch['tokens']), np.asarray(batch['target_mask'])
     tokens[:, 1::3] = tokens[:, 0:-1:3]
     batch = batch | {'tokens': jnp.asarray(tokens)}
-    objective = Drafting(MaskedCorruption(MASK), C, anchors_per_row=200, prompts=True)
+    objective = Drafting(**PROCESS, anchors_per_row=200, prompts=True)
     draw = objective.draw(jax.random.key(0), batch)
     hidden, prefix = causal_pass(model, params, batch)
     chosen = np.asarray(jnp.argmax(model.apply({'params': params}, hidden, method='unembed'), -1))

@@ -41,6 +41,7 @@ from diffusiongemma.sampling import (
     TemperatureSchedule,
     TopK,
 )
+from diffusiongemma.sampling.acceptance import reads_logits
 
 init_params = jax.jit(init_params_eagerly, static_argnums=0)
 
@@ -391,6 +392,7 @@ def test_the_loss_of_stage_2_is_traced_with_every_rule(rule, masked, tiny_config
 
     value, metrics = jax.eval_shape(loss, jax.random.key(0))
     assert value.shape == () and 'loss/step_3' in metrics
+    assert reads_logits(rule) == isinstance(rule, GibbsSweep)
 
 
 def test_stage_2_hands_a_rule_its_logits_and_its_state_from_step_to_step(tiny_config):

@@ -64,8 +64,7 @@ class Seen(NamedTuple):
       confidences: [..] float32, their probabilities.
       margins: [..] float32, by how much these exceed those of the second tokens.
       soft_embeddings: [.., D], what is fed back.
-      logits: [.., V] float32, of the shaped distribution, for a rule that reads them. The scores
-        of a part of the positions leave them out.
+      logits: [.., V] float32, of the shaped distribution, for a rule that may read them.
     """
 
     entropies: jax.Array
@@ -192,9 +191,9 @@ class Stage2(Stage2Config):
             metrics[f'loss/step_{n + 1}'] = loss
             metrics[f'canvas_accuracy/step_{n + 1}'] = jnp.sum(hits * draw.from_noise)
             if not is_last:
-                # Computed once more: where no rule reads them, the compiler leaves them out.
-                logits = model.apply({'params': params}, hidden, method='unembed')
-                seen = seen._replace(logits=self.shape(logits, levels))
+                if acceptance.reads_logits(self.acceptance):
+                    logits = model.apply({'params': params}, hidden, method='unembed')
+                    seen = seen._replace(logits=self.shape(logits, levels))
                 canvas, rule_state = self.next_canvas(
                     seen, canvas, draw.renoise[n], draw.keys[n], level, rule_state
                 )

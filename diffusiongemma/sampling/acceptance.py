@@ -6,7 +6,7 @@ step to step says what it starts with in a second method, `first_state`.
 """
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -91,6 +91,14 @@ class StatefulRule(Protocol):
 AcceptanceRule = StatelessRule | StatefulRule
 
 
+def reads_logits(rule: AcceptanceRule) -> bool:
+    """Whether a rule may read the logits; it says that it does not by a false `reads_logits`.
+
+    The sampler offers them in any case; stage 2 would compute them for the rule alone.
+    """
+    return getattr(rule, 'reads_logits', True)
+
+
 def first_state(rule: AcceptanceRule, canvas: jax.Array) -> Any:
     """Returns a rule's state before the first step of canvases [B, C]; None of one without."""
     return rule.first_state(canvas) if isinstance(rule, StatefulRule) else None
@@ -118,6 +126,7 @@ class EntropyBound:
     """
 
     entropy_bound: float = 0.1
+    reads_logits: ClassVar[bool] = False
 
     def __post_init__(self):
         if not self.entropy_bound >= 0:
@@ -151,6 +160,7 @@ class TopK:
     """
 
     k: int = 1
+    reads_logits: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.k < 1:
@@ -176,6 +186,7 @@ class ConfidenceThreshold:
     """
 
     threshold: float = 0.9
+    reads_logits: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_probability('threshold', self.threshold)
@@ -200,6 +211,7 @@ class Margin:
     """
 
     threshold: float = 0.8
+    reads_logits: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_probability('threshold', self.threshold)
@@ -229,6 +241,8 @@ class Ancestral:
     a mixture of x_t, x_0 and a uniform token. A masked token is unmasked with probability
     (t - s) / t.
     """
+
+    reads_logits: ClassVar[bool] = False
 
     def next_canvas(self, proposal: Proposal) -> jax.Array:
         """[B, C] int32."""

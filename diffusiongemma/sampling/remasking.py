@@ -49,6 +49,11 @@ class Remask:
         if self.count < 1:
             raise ValueError(f'count must be >= 1 token to take back, got {self.count}.')
 
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the rule inside does."""
+        return acceptance.reads_logits(self.rule)
+
     def first_state(self, canvas: jax.Array) -> RemaskState:
         """See `StatefulRule`."""
         nothing = jnp.zeros(canvas.shape, jnp.float32)
