@@ -35,10 +35,7 @@ _TEMPERATURE = flags.DEFINE_float(
     'temperature', 0.0, 'Temperature of requests that name none; 0 is greedy.', lower_bound=0.0
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    'max_new_tokens',
-    None,
-    'Longest answer in tokens; by default as the student was evaluated, else 128.',
-    lower_bound=1,
+    'max_new_tokens', 128, 'Longest answer in tokens.', lower_bound=1
 )
 _CAPACITY = flags.DEFINE_integer(
     'capacity',

@@ -23,7 +23,7 @@ from diffusiongemma.evaluation.scoring import response_log_probs
 from diffusiongemma.models import for_inference
 from diffusiongemma.sampling import Sampler, SamplingConfig, generate_text
 from diffusiongemma.sampling.engine import Engine
-from diffusiongemma.serving.protocol import conversation_tokens
+from diffusiongemma.serving.prompts import conversation_tokens
 from diffusiongemma.serving.service import Service, Settings
 
 _NEEDS = {'reason': "needs pip install -e '.[test]'"}
@@ -338,6 +338,13 @@ def test_a_completion_request_that_is_wrong_is_one_clear_400(http, changes, mess
     response = http.post(COMPLETIONS, json={'model': 'builtin', 'prompt': 'x'} | changes)
     assert response.status_code == 400
     assert message in response.json()['error']['message']
+
+
+def test_half_a_surrogate_in_a_suffix_is_one_clear_400(http):
+    body = json.dumps({'prompt': 'x', 'suffix': '\ud800', 'mode': 'diffusion'})
+    response = http.post(COMPLETIONS, content=body, headers={'content-type': 'application/json'})
+    message = response.json()['error']['message']
+    assert response.status_code == 400 and message.startswith('suffix: ')
 
 
 @pytest.mark.parametrize(

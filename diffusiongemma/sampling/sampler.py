@@ -186,6 +186,11 @@ class Sampler:
                 'tokens that the model was trained with.'
             )
         vocab_size = self.model.config.vocab_size
+        if (self.config.logprobs or 0) > vocab_size:
+            raise ValueError(
+                f'logprobs={self.config.logprobs} asks for more tokens at a place than the '
+                f'{vocab_size} of the model; lower it.'
+            )
         ids = (self.config.pad_id, *self.config.stop_ids)
         if max(ids) >= vocab_size or (self.config.vocab_size or 0) > vocab_size:
             raise ValueError(

@@ -1,0 +1,96 @@
+"""From `prompt` or `messages` of a body to token ids."""
+
+import json
+from typing import Any
+
+from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.serving.fields import Fields, brief, name_of
+
+
+def read_prompt(fields: Fields, tokenizer: Tokenizer) -> list[int]:
+    prompt = fields.any('prompt')
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+        prompt = prompt[0]  # a batch of one
+    if isinstance(prompt, str):
+        return [tokenizer.bos_id, *encode(fields, 'prompt', prompt, tokenizer)]
+    if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
+        wrong = [i for i in prompt if not 0 <= i < tokenizer.vocab_size]
+        if wrong:
+            raise fields.error(
+                'prompt',
+                f'prompt holds the token id {brief(wrong[0])}, outside of the vocabulary of '
+                f'{tokenizer.vocab_size}.',
+            )
+        return prompt
+    raise fields.error(
+        'prompt', 'prompt must be one text or one array of token ids; send one request per prompt.'
+    )
+
+
+def encode(fields: Fields, name: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    try:
+        return tokenizer.encode(text)
+    except ValueError as error:
+        raise fields.error(name, f'{name}: {error}') from None
+
+
+def read_conversation(fields: Fields, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of `messages`, up to where the answer starts."""
+    messages = fields.array('messages')
+    if not messages:
+        raise fields.error('messages', 'messages must hold one message at least.')
+    turns = [_message(fields, n, message) for n, message in enumerate(messages)]
+    system = turns.pop(0)[1] if turns[0][0] in ('system', 'developer') else None
+    roles = [role for role, _ in turns]
+    if roles != ['user', 'assistant'] * (len(turns) // 2) + ['user']:
+        raise fields.error(
+            'messages',
+            'messages must be a system text or none, then user and assistant in turns, the user '
+            f'first and last; got {", ".join(role for role, _ in turns) or "no user"}.'[:300],
+        )
+    texts = [text for _, text in turns]
+    try:
+        return conversation_tokens(tokenizer, texts, system)
+    except ValueError as error:
+        raise fields.error('messages', f'messages: {error}') from None
+
+
+def _message(fields: Fields, number: int, message: Any) -> tuple[str, str]:
+    """Role and text of a message."""
+    where = f'messages[{number}]'
+    if not isinstance(message, dict):
+        raise fields.error(where, f'{where} must be an object, got {name_of(message)}.')
+    parts = Fields(message, f'{where}.')
+    role, content = parts.text('role'), parts.any('content')
+    parts.text('name')
+    parts.end()
+    if role not in ('system', 'developer', 'user', 'assistant'):
+        raise parts.error(
+            'role', f"{where}.role must be 'system', 'user' or 'assistant', got "
+            f'{json.dumps(role)[:40]}.'
+        )  # fmt: skip
+    if isinstance(content, list):
+        texts = [
+            part.get('text') if isinstance(part, dict) and part.get('type') == 'text' else None
+            for part in content
+        ]
+        content = None if None in texts or not all(isinstance(t, str) for t in texts) else (
+            ''.join(texts)
+        )  # fmt: skip
+    if not isinstance(content, str):
+        raise parts.error('content', f'{where}.content must be text.')
+    return role, content
+
+
+def conversation_tokens(tokenizer: Tokenizer, texts: list[str], system: str | None) -> list[int]:
+    """Token ids of user and assistant texts in turns, up to where the next answer starts.
+
+    As `ChatSampler` has them when the assistant's texts are its answers.
+    """
+    question, *others = texts
+    tokens = tokenizer.format_prompt(question, system)
+    unseen = len(tokenizer.response_prefix()) if others else 0
+    for answer, question in zip(others[::2], others[1::2], strict=True):
+        tokens = tokens[: len(tokens) - unseen] + tokenizer.end_turn(tokenizer.encode(answer))
+        tokens += tokenizer.format_turn(question)
+    return tokens
