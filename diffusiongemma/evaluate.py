@@ -17,10 +17,12 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from diffusiongemma import run_config
-from diffusiongemma.distillation.comparison import compare_with_teacher, sweep_student
-from diffusiongemma.distillation.experiment import Experiment
-from diffusiongemma.distillation.loading import load_teacher
-from diffusiongemma.evaluation.report import comparison_table
+
+with run_config.extra_named(__name__):
+    from diffusiongemma.distillation.comparison import compare_with_teacher, sweep_student
+    from diffusiongemma.distillation.experiment import Experiment
+    from diffusiongemma.distillation.loading import load_teacher
+    from diffusiongemma.evaluation.report import comparison_table
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _CHECKPOINT = flags.DEFINE_string(

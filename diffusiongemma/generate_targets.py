@@ -9,10 +9,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from diffusiongemma import process_flags, run_config
-from diffusiongemma.distillation.experiment import Experiment
-from diffusiongemma.distillation.loading import load_teacher
-from diffusiongemma.distillation.targets import write_targets
-from diffusiongemma.parallel import processes
+
+with run_config.extra_named(__name__):
+    from diffusiongemma.distillation.experiment import Experiment
+    from diffusiongemma.distillation.loading import load_teacher
+    from diffusiongemma.distillation.targets import write_targets
+    from diffusiongemma.parallel import processes
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory for the targets.')

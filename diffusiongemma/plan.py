@@ -18,10 +18,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from diffusiongemma import run_config
-from diffusiongemma.distillation.experiment import Experiment
-from diffusiongemma.planning import compiler, programs
-from diffusiongemma.planning.report import as_json, print_plan
-from diffusiongemma.planning.sampler_programs import sampler_programs
+
+with run_config.extra_named(__name__):
+    from diffusiongemma.distillation.experiment import Experiment
+    from diffusiongemma.planning import compiler, programs
+    from diffusiongemma.planning.report import as_json, print_plan
+    from diffusiongemma.planning.sampler_programs import sampler_programs
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _TOPOLOGY = flags.DEFINE_string(

@@ -1,5 +1,6 @@
 """What the entry points share: flags, config keys on the command line, errors as one line."""
 
+import contextlib
 import functools
 import glob
 import importlib.metadata
@@ -8,7 +9,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,12 @@ from diffusiongemma.view.interrupt import is_busy
 
 # What the chips of a TPU are on the machine that they belong to.
 _TPU_FILES = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
+# Which extra of this package brings a module that the core install leaves out.
+EXTRAS = {
+    'PIL': 'view', 'array_record': 'train', 'grain': 'train', 'matplotlib': 'train',
+    'optax': 'train', 'qwix': 'quant', 'starlette': 'serve', 'tensorboardX': 'train',
+    'tensorflow_datasets': 'train', 'uvicorn': 'serve',
+}  # fmt: skip
 _INSTALL = " (for a GPU pip install -e '.[cuda]', for a TPU '.[tpu]')"
 
 
@@ -80,6 +87,28 @@ def student_sampling(checkpoint: str, tokenizer: Tokenizer, **flags: Any) -> Sam
             own.pop(other, None)
     fields |= own | given
     return configuration.build(SamplingConfig, fields, 'sampling')
+
+
+@contextlib.contextmanager
+def extra_named(program: str) -> Iterator[None]:
+    """Ends a program whose imports lack an extra of this package in one line that names it.
+
+    Args:
+      program: `__name__` of the module that imports; of one that is not run, errors are left alone.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = _missing_extra(error)
+        if program != '__main__' or missing is None:
+            raise
+        _fail(missing)
+
+
+def _missing_extra(error: ModuleNotFoundError) -> str | None:
+    """Returns what to install; None where no extra of this package has the module."""
+    extra = EXTRAS.get((error.name or '').partition('.')[0])
+    return f"{error.name} is not installed: pip install -e '.[{extra}]'." if extra else None
 
 
 def keep_compiled_programs() -> None:
@@ -155,6 +184,11 @@ def run_main(main: Callable[[list[str]], None], config: type | None = None) -> N
         except (ValueError, FileNotFoundError, FloatingPointError, CheckpointError) as error:
             logging.debug('where it happened:', exc_info=True)
             _fail(str(error))
+        except ModuleNotFoundError as error:
+            missing = _missing_extra(error)
+            if missing is None:
+                raise
+            _fail(missing)
 
     app.run(guarded, flags_parser=functools.partial(_parse_flags, config=config))
 

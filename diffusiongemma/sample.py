@@ -40,10 +40,10 @@ from diffusiongemma.sampling import Controls, Sampler, generate_text, pad_prompt
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.sampler import MODES, main_mode
 from diffusiongemma.sampling.watch import watch
-from diffusiongemma.view.animation import write_gif, write_html
 from diffusiongemma.view.conversation import Conversation
 from diffusiongemma.view.frames import frames
 from diffusiongemma.view.interrupt import call_interruptibly
+from diffusiongemma.view.page import write_html
 from diffusiongemma.view.terminal import show
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -193,6 +193,8 @@ def answer(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls | Non
 
 def show_steps(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls | None) -> None:
     """What --watch, --gif and --html ask for; the tokens/s are those of single steps."""
+    if _GIF.value is not None:
+        from diffusiongemma.view import animation  # the extra `view`: rather than after the text
     sampler, params, tokenizer = loaded.sampler, loaded.params, loaded.tokenizer
     tokens, lengths = pad_prompts([tokenizer.format_prompt(prompt)], tokenizer.pad_id)
 
@@ -204,9 +206,10 @@ def show_steps(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls |
         pass
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     shown = show(steps(), console, prompt, _FRAME_SECONDS.value) if _WATCH.value else list(steps())
-    for path, write in ((_GIF.value, write_gif), (_HTML.value, write_html)):
-        if path is not None:
-            write(Path(path), shown, prompt, _FRAME_SECONDS.value)
+    if _GIF.value is not None:
+        animation.write_gif(Path(_GIF.value), shown, prompt, _FRAME_SECONDS.value)
+    if _HTML.value is not None:
+        write_html(Path(_HTML.value), shown, prompt, _FRAME_SECONDS.value)
 
 
 def answers_single_questions(checkpoint: str) -> bool:

@@ -10,17 +10,19 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from diffusiongemma import configuration, process_flags, run_config
-from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
-from diffusiongemma.checkpoints.load import EXPORT_DIR, load_model
-from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
-from diffusiongemma.data.pipeline import make_train_iterator
-from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.distillation.ar_step import make_ar_train_step
-from diffusiongemma.distillation.experiment import TeacherTraining
-from diffusiongemma.distillation.loop import fit, start_or_resume
-from diffusiongemma.distillation.state import TrainState, create_state, make_optimizer
-from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
-from diffusiongemma.parallel import param_shardings, processes
+
+with run_config.extra_named(__name__):
+    from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
+    from diffusiongemma.checkpoints.load import EXPORT_DIR, load_model
+    from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
+    from diffusiongemma.data.pipeline import make_train_iterator
+    from diffusiongemma.data.tokenizer import Tokenizer
+    from diffusiongemma.distillation.ar_step import make_ar_train_step
+    from diffusiongemma.distillation.experiment import TeacherTraining
+    from diffusiongemma.distillation.loop import fit, start_or_resume
+    from diffusiongemma.distillation.state import TrainState, create_state, make_optimizer
+    from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
+    from diffusiongemma.parallel import param_shardings, processes
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and metrics go.')

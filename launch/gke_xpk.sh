@@ -32,4 +32,4 @@ command=$(quoted python -m diffusiongemma.distill "--config=$config" "--workdir=
   --distributed "${flags[@]}")
 run xpk workload create "${where[@]}" "--workload=${WORKLOAD:-distill}" "--tpu-type=$type" \
   --num-slices=1 "--base-docker-image=${IMAGE:-python:3.12}" "--script-dir=$staged" \
-  --max-restarts=100 "--command=pip install -q -e '.[tpu]' && $command"
+  --max-restarts=100 "--command=pip install -q -e '.[train,tpu]' && $command"

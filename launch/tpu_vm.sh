@@ -38,6 +38,6 @@ command=$(quoted "$python" -m diffusiongemma.distill "--config=$config" "--workd
   --distributed "${flags[@]}")
 old='error: the workers need Python 3.11 or newer: name one with PYTHON=python3.12, or take another RUNTIME'
 check="{ $python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo '$old' >&2; exit 1; }; }"
-install="$python -m pip install -q -e '.[tpu]'"
+install="$python -m pip install -q -e '.[train,tpu]'"
 run "${tpu[@]}" ssh "$name" "${where[@]}" --worker=all \
   "--command=$check && cd $(quoted "$repository") && $install && $command"

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from conftest import COMPILE_FAST
 from PIL import Image
 
 from diffusiongemma import run_config
@@ -18,15 +19,16 @@ ROOT = Path(__file__).parents[1]
 TINY_MOE = 'tests/data/tiny_moe'
 # As users run them: on one device, with all of XLA's optimisations.
 ENVIRONMENT = os.environ | {'XLA_FLAGS': ''}
+QUICK = os.environ | {'XLA_FLAGS': COMPILE_FAST}  # where much is compiled and little computed
 PROMPT = 'Paul is 17 years old. Omar is 4 years older than Paul. How old is Omar?'
 
 
-def run(program, *arguments, code=0, stdin=''):
+def run(program, *arguments, code=0, stdin='', environment=ENVIRONMENT):
     """Standard output and error of `python -m diffusiongemma.<program>`."""
     done = subprocess.run(
         [sys.executable, '-m', f'diffusiongemma.{program}', *arguments],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment,
         capture_output=True,
         text=True,
         input=stdin,
@@ -50,6 +52,7 @@ def workdir(tmp_path_factory):
         '--config.eval.batch_size=4',
         '--config.eval.speed_batches=1',
         '--config.eval.speed_batch_sizes=(4,)',  # the programs of the evaluation
+        environment=QUICK,
     )
     (directory / 'stdout').write_text(out)
     return directory
@@ -84,6 +87,7 @@ def test_evaluate_ends_with_one_json_line(workdir):
         '--config.eval.batch_size=4',
         '--config.eval.speed_batches=1',
         '--config.eval.speed_batch_sizes=(4,)',
+        environment=QUICK,
     )
     result = json.loads(out.splitlines()[-1])
     assert result['num_examples'] == 4
@@ -167,62 +171,73 @@ def test_verify_compares_a_published_checkpoint_with_golden_outputs():
     assert max(found.values()) <= 1e-4
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+BAD_INPUT = [
+    ('sample', ['--checkpoint=/nowhere', '--prompt=hi'], 'error: no model at /nowhere'),
+    ('sample', [f'--prompt={"word " * 300}'], 'Shorten the prompt.'),
+    ('sample', ['--prompt=hi', '--regex=a(b'], 'a(b'),
+    ('sample', ['--watch'], 'need a --prompt'),
+    ('sample', ['--prompt= '], 'error: --prompt is empty: give a text to answer'),
+    (
+        'sample',
+        ['--prompt=hi', '--checkpoint=gs://bucket/model'],
+        'error: gs://bucket/model is a URL, and models are read from directories: copy it',
+    ),
+    (
+        'distill',
+        ['--config=configs/tiny.py', '--workdir=gs://bucket/run'],
+        'error: --workdir=gs://bucket/run is a URL, and files are written to directories',
+    ),
+    (
+        'sample',
+        ['--prompt=hi', '--watch', '--mode=autoregressive'],
+        'has no canvas to watch',
+    ),
+    ('sample', ['--prompt=hi', '--json_schema=/nowhere.json'], '/nowhere.json'),
+    (
+        'verify',
+        ['--checkpoint=/nowhere', f'--golden={TINY_MOE}/golden.npz'],
+        'error: no model at /nowhere',
+    ),
+    (
+        'distill',
+        ['--config=configs/tiny.py', '--workdir={tmp}', '--config.train.num_step=3'],
+        "error: config.train has no key 'num_step'; did you mean 'num_steps'?",
+    ),
+    (
+        'evaluate',
+        ['--config=configs/tiny.py', '--sweep'],
+        'error: a sweep needs both --sweep and --output=DIRECTORY.',
+    ),
+    ('distill', ['--config=configs/none.py', '--workdir={tmp}'], 'configs/none.py'),
+    (
+        'distill',
+        ['--config=configs/tiny.py', '--workdir={tmp}', '--config.teacher=/nowhere'],
+        'error: no model at /nowhere',
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ('program', 'arguments', 'message'),
-    [
-        ('sample', ['--checkpoint=/nowhere', '--prompt=hi'], 'error: no model at /nowhere'),
-        ('sample', [f'--prompt={"word " * 300}'], 'Shorten the prompt.'),
-        slow('sample', ['--prompt=hi', '--regex=a(b'], 'a(b'),
-        ('sample', ['--watch'], 'need a --prompt'),
-        ('sample', ['--prompt= '], 'error: --prompt is empty: give a text to answer'),
-        (
-            'sample',
-            ['--prompt=hi', '--checkpoint=gs://bucket/model'],
-            'error: gs://bucket/model is a URL, and models are read from directories: copy it',
-        ),
-        (
-            'distill',
-            ['--config=configs/tiny.py', '--workdir=gs://bucket/run'],
-            'error: --workdir=gs://bucket/run is a URL, and files are written to directories',
-        ),
-        slow(
-            'sample',
-            ['--prompt=hi', '--watch', '--mode=autoregressive'],
-            'has no canvas to watch',
-        ),
-        slow('sample', ['--prompt=hi', '--json_schema=/nowhere.json'], '/nowhere.json'),
-        (
-            'verify',
-            ['--checkpoint=/nowhere', f'--golden={TINY_MOE}/golden.npz'],
-            'error: no model at /nowhere',
-        ),
-        (
-            'distill',
-            ['--config=configs/tiny.py', '--workdir={tmp}', '--config.train.num_step=3'],
-            "error: config.train has no key 'num_step'; did you mean 'num_steps'?",
-        ),
-        (
-            'evaluate',
-            ['--config=configs/tiny.py', '--sweep'],
-            'error: a sweep needs both --sweep and --output=DIRECTORY.',
-        ),
-        ('distill', ['--config=configs/none.py', '--workdir={tmp}'], 'configs/none.py'),
-        (
-            'distill',
-            ['--config=configs/tiny.py', '--workdir={tmp}', '--config.teacher=/nowhere'],
-            'error: no model at /nowhere',
-        ),
-    ],
-)
-def test_bad_input_ends_in_one_clear_message(program, arguments, message, tmp_path):
-    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    _, err = run(program, *arguments, code=1)
-    assert message in err
-    assert 'Traceback' not in err
+@pytest.fixture(scope='module')
+def bad_input(tmp_path_factory):
+    """Exit code and output of each command of `BAD_INPUT`."""
+    tmp = str(tmp_path_factory.mktemp('bad'))
+    commands = [
+        [program, *(argument.format(tmp=tmp) for argument in arguments)]
+        for program, arguments, _ in BAD_INPUT
+    ]
+    done = subprocess.run(
+        [sys.executable, 'tests/forked.py'],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, input=json.dumps(commands),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize('number', range(len(BAD_INPUT)), ids=lambda n: BAD_INPUT[n][2][:40])
+def test_bad_input_ends_in_one_clear_message(number, bad_input):
+    code, output = bad_input[number]
+    assert code == 1 and BAD_INPUT[number][2] in output, output
+    assert 'Traceback' not in output
 
 
 @pytest.mark.skipif(

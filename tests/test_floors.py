@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / 'diffusiongemma'
 FLOORS = (
     {'train', 'distill', 'sample', 'serve', 'evaluate', 'convert', 'generate_targets', 'verify',
      'plan'},
-    {'run_config', 'process_flags'},
+    {'run_config', 'process_flags', '__main__'},
     {'planning', 'serving'},
     {'distillation'},
     {'view', 'evaluation', '__init__'},

@@ -16,18 +16,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.checkpoints.store import CheckpointError, CheckpointStore, read_ema
+from diffusiongemma.distillation.experiment import TeacherTraining
 from diffusiongemma.distillation.guard import LossGuard
 from diffusiongemma.distillation.reporting import read_metrics
 from diffusiongemma.parallel import make_mesh
+from diffusiongemma.train import train
 
 ROOT = Path(__file__).parents[1]
-SMALL_TEACHER = (
-    '--config.mesh.data=8', '--config.model.width=16', '--config.model.num_heads=2',
-    '--config.model.ffn_width=16', "--config.model.layer_types=('sliding','full')",
-    '--config.model.sliding.num_kv_heads=1', '--config.model.sliding.head_dim=8',
-    '--config.model.full.head_dim=8', '--config.data.batch_size=8',
-    '--config.data.row_length=128', '--config.train.report_every=1',
-)  # fmt: skip
+sys.path.insert(0, str(ROOT / 'configs'))
+import tiny_teacher  # noqa: E402
+
+SMALL_TEACHER = {
+    'mesh.data': 8, 'model.width': 16, 'model.num_heads': 2, 'model.ffn_width': 16,
+    'model.layer_types': ('sliding', 'full'), 'model.sliding.num_kv_heads': 1,
+    'model.sliding.head_dim': 8, 'model.full.head_dim': 8, 'data.batch_size': 8,
+    'data.row_length': 128, 'train.report_every': 1,
+}  # fmt: skip
 
 
 def start(workdir, num_steps, checkpoint_every, *flags, limit=None):
@@ -40,11 +44,20 @@ def start(workdir, num_steps, checkpoint_every, *flags, limit=None):
     return subprocess.Popen(
         [
             sys.executable, '-m', 'diffusiongemma.train', '--config=configs/tiny_teacher.py',
-            f'--workdir={workdir}', *SMALL_TEACHER, f'--config.train.num_steps={num_steps}',
+            f'--workdir={workdir}', *(f'--config.{k}={v}' for k, v in SMALL_TEACHER.items()),
+            f'--config.train.num_steps={num_steps}',
             f'--config.train.checkpoint_every={checkpoint_every}', *flags,
         ],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=set_limit,
     )  # fmt: skip
+
+
+def train_here(workdir, num_steps):
+    """The same training in this process, with a checkpoint at its end."""
+    config = tiny_teacher.get_config()
+    config.update_from_flattened_dict(SMALL_TEACHER)
+    config.train.update({'num_steps': num_steps, 'checkpoint_every': 1000})
+    train(TeacherTraining.of(config), workdir)
 
 
 def finish(process, code=0):
@@ -66,7 +79,7 @@ def steps(workdir):
 
 def test_a_run_survives_sigterm_and_a_kill_in_the_middle_of_a_save(tmp_path):
     whole, cut = tmp_path / 'whole', tmp_path / 'cut'
-    finish(start(whole, 30, 1000))
+    train_here(whole, 30)
 
     process = start(cut, 30, 1000)  # no checkpoint before the end, but for SIGTERM
     wait_for(process, lambda: (cut / 'metrics.jsonl').exists() and read_metrics(cut))
@@ -83,7 +96,7 @@ def test_a_run_survives_sigterm_and_a_kill_in_the_middle_of_a_save(tmp_path):
     process.communicate()
     assert steps(cut)[-1] >= complete
 
-    finish(start(cut, 30, 1000))
+    train_here(cut, 30)
     assert not list(saving.glob('*.orbax-checkpoint-tmp*'))
     jax.tree.map(np.testing.assert_array_equal, read_ema(whole)[2], read_ema(cut)[2])
     losses = [[row['loss'] for row in read_metrics(workdir)] for workdir in (whole, cut)]

@@ -55,8 +55,8 @@ def train(count, workdir, num_steps):
 
 def check_training_and_resuming(count, tmp_path):
     train(count, tmp_path / 'whole', 4)
-    train(count, tmp_path / 'cut', 4)
-    # As if the run had been cut behind its first checkpoint.
+    # As if another run had been cut after its first checkpoint.
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
     shutil.rmtree(tmp_path / 'cut' / 'checkpoints' / '4')
     lines = (tmp_path / 'cut' / 'metrics.jsonl').read_text().splitlines(keepends=True)
     (tmp_path / 'cut' / 'metrics.jsonl').write_text(''.join(lines[:2]))

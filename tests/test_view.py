@@ -13,7 +13,7 @@ from rich.console import Console
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.sampling.state import SamplerOutput
 from diffusiongemma.sampling.watch import Draft
-from diffusiongemma.view import animation, frames, terminal
+from diffusiongemma.view import animation, frames, page, terminal
 
 TOKENIZER = Tokenizer.load()
 STOPS = TOKENIZER.stop_ids
@@ -134,13 +134,13 @@ def test_a_page_holds_all_frames_and_no_text_ends_its_script(tmp_path):
     shown = all_frames()
     cells = (frames.Cell('</script>FRAMES', 'settled'),)
     shown[-1] = dataclasses.replace(shown[-1], cells=cells)
-    animation.write_html(tmp_path / 'a.html', shown, '<b>PAUSE', 0.2)
-    page = (tmp_path / 'a.html').read_text(encoding='utf-8')
-    assert page.count('</script>') == 1 and '<h1>&lt;b&gt;PAUSE</h1>' in page
-    data = json.loads(page.split('const frames = ')[1].split(';\n')[0])
+    page.write_html(tmp_path / 'a.html', shown, '<b>PAUSE', 0.2)
+    text = (tmp_path / 'a.html').read_text(encoding='utf-8')
+    assert text.count('</script>') == 1 and '<h1>&lt;b&gt;PAUSE</h1>' in text
+    data = json.loads(text.split('const frames = ')[1].split(';\n')[0])
     assert [frame['caption'] for frame in data] == [frame.caption for frame in shown]
-    assert data[-1]['cells'][0][0] == '</script>FRAMES' and '}, 200);' in page
-    assert 'http' not in page
+    assert data[-1]['cells'][0][0] == '</script>FRAMES' and '}, 200);' in text
+    assert 'http' not in text
 
 
 def test_words_that_do_not_fit_open_a_line():

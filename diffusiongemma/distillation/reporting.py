@@ -17,7 +17,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from tensorboardX import SummaryWriter
 
 from diffusiongemma.parallel import processes
 
@@ -35,6 +34,8 @@ class Reporter:
     def __init__(self, workdir: Path, description: str, first_step: int, num_steps: int):
         self._writes = processes.is_writer()
         if self._writes:
+            from tensorboardX import SummaryWriter  # imports torch where it is installed: seconds
+
             self._writer = SummaryWriter(str(workdir / 'tensorboard'))
             self._metrics_file = open(workdir / METRICS_FILE, 'a', encoding='utf-8')
         self._num_steps = num_steps

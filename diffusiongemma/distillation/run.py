@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from diffusiongemma.checkpoints.store import CheckpointStore
 from diffusiongemma.data.pipeline import TrainIterator, make_train_iterator
 from diffusiongemma.data.sources import DataSpec, Source, load_source, split_source
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.comparison import eval_source, evaluate_run
 from diffusiongemma.distillation.draft_vocabulary import draft_vocabulary, tokenized
 from diffusiongemma.distillation.drafting import Drafting
@@ -23,10 +23,10 @@ from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.distillation.export import export_student, save_frozen
 from diffusiongemma.distillation.held_out import held_out_batch, held_out_metrics
 from diffusiongemma.distillation.loading import Teacher, load_init, load_teacher, mesh_to_load_on
-from diffusiongemma.distillation.loop import StepFn, fit, start_or_resume
+from diffusiongemma.distillation.loop import fit, start_or_resume
 from diffusiongemma.distillation.setup import Setup
 from diffusiongemma.distillation.state import TrainState
-from diffusiongemma.distillation.step import Constants
+from diffusiongemma.distillation.step import Constants, Objective
 from diffusiongemma.distillation.student import frozen_params
 from diffusiongemma.distillation.targets import write_targets
 from diffusiongemma.evaluation.compare import Comparison
@@ -84,21 +84,20 @@ def train_student(
     held_out = None
     if experiment.drafting is not None:
         source, held_out = split_source(targets, experiment.drafting.held_out)
-    loop = experiment.train
     about = setup.describe(teacher.tokenizer.content_hash)
+    loop = experiment.train
     store = CheckpointStore(workdir, loop.max_to_keep, about, loop.best_metric)
     params = processes.in_shards(teacher.params, param_shardings(setup.teacher, setup.mesh))
     started = load_init(experiment, setup.student) if experiment.init else None
     if setup.lora is not None:
         frozen = setup.lora.base(params, setup.mesh)
     else:
+        saved = saved_draft_ids(workdir) if store.latest_step is not None else None
         if started is not None:  # the rows of its head and serial correction are these tokens'
-            draft_ids = started.get(DRAFT_IDS)
-        else:
-            draft_ids = saved_draft_ids(workdir) if store.latest_step is not None else None
-            if draft_ids is None:
-                draft_ids = count_draft_ids(setup, source, teacher.tokenizer)
-        frozen = frozen_params(setup.student.config, params, draft_ids)
+            saved = started.get(DRAFT_IDS)
+        elif saved is None:
+            saved = count_draft_ids(setup, source, teacher.tokenizer)
+        frozen = frozen_params(setup.student.config, params, saved)
     constants = setup.constants(params, frozen)
     shardings = setup.trained_shardings(params)
     if started is not None:
@@ -107,34 +106,61 @@ def train_student(
     state = start_or_resume(setup.initial_state, shardings, setup.mesh, store, batches, params)
     del params, started, frozen  # `constants` has what the steps read
     save_frozen(constants, teacher, workdir)
+    drafts = None
+    if held_out is not None:
+        length = experiment.data.row_length
+        drafts = held_out_batch(held_out, teacher.tokenizer, length, setup.rows)
     with contextlib.closing(batches):
         for objective, last_step in setup.objectives:
-            if int(state.step) >= last_step:
-                continue
-            step = jax.jit(setup.step(objective), donate_argnums=0)
-            evaluate = None
-            if held_out is not None and isinstance(objective, Drafting):
-                row_length = experiment.data.row_length
-                batch = held_out_batch(held_out, teacher.tokenizer, row_length, setup.rows)
-                evaluate = held_out_metrics(setup.student, objective, constants, batch)
-            state = fit(
-                _with_constants(step, constants),
-                state,
-                batches,
-                store,
-                dataclasses.replace(loop, num_steps=last_step),
-                workdir=workdir,
-                description=type(objective).__name__.lower(),
-                batch_sharding=setup.rows,
-                batch_size=experiment.data.batch_size,
-                evaluate=evaluate,
-            )
+            if int(state.step) < last_step:
+                stage = Stage(objective, last_step, constants, drafts)
+                state = run_stage(setup, stage, state, batches, store, workdir)
     store.close()
     return setup, state
 
 
-def _with_constants(step: Callable[..., Any], constants: Constants) -> StepFn:
-    return lambda state, batch: step(state, constants, batch)
+class Stage(NamedTuple):
+    """An objective and what its steps read.
+
+    Attributes:
+      objective: what is trained.
+      last_step: at which it ends.
+      constants: parameters that never change.
+      held_out: examples on which drafts are measured; None where nothing is held out.
+    """
+
+    objective: Objective
+    last_step: int
+    constants: Constants
+    held_out: Batch | None
+
+
+def run_stage(
+    setup: Setup,
+    stage: Stage,
+    state: TrainState,
+    batches: TrainIterator,
+    store: CheckpointStore,
+    workdir: Path,
+) -> TrainState:
+    """Trains one objective; returns the state after its last step."""
+    objective, _, constants, held_out = stage
+    step = jax.jit(setup.step(objective), donate_argnums=0)
+    evaluate = None
+    if held_out is not None and isinstance(objective, Drafting):
+        evaluate = held_out_metrics(setup.student, objective, constants, held_out)
+    return fit(
+        lambda state, batch: step(state, constants, batch),
+        state,
+        batches,
+        store,
+        dataclasses.replace(setup.experiment.train, num_steps=stage.last_step),
+        workdir=workdir,
+        description=type(objective).__name__.lower(),
+        batch_sharding=setup.rows,
+        batch_size=setup.experiment.data.batch_size,
+        evaluate=evaluate,
+    )
 
 
 def count_draft_ids(

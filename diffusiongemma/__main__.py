@@ -1,0 +1,29 @@
+"""One command for all: `diffusiongemma sample --watch` is `python -m diffusiongemma.sample`."""
+
+import runpy
+import sys
+
+COMMANDS = (
+    'sample',
+    'serve',
+    'distill',
+    'train',
+    'generate_targets',
+    'evaluate',
+    'convert',
+    'verify',
+    'plan',
+)
+
+
+def main() -> None:
+    """Runs the command that the first argument names, with the arguments after it."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ''
+    if command not in COMMANDS:
+        sys.exit(f'usage: diffusiongemma COMMAND --flag=value ...; commands: {", ".join(COMMANDS)}')
+    sys.argv = [f'diffusiongemma {command}', *sys.argv[2:]]
+    runpy.run_module(f'diffusiongemma.{command}', run_name='__main__', alter_sys=False)
+
+
+if __name__ == '__main__':
+    main()

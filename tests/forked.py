@@ -1,0 +1,63 @@
+"""Runs commands in forks of one process that has imported what they need.
+
+A command of this package takes seconds to import jax and the rest, which a test of a message need
+not spend again and again. Each command runs as `python -m` runs it: as `__main__`, with its own
+flags, output and exit code; it must not be one that has to find jax unused.
+
+    echo '[["sample", "--prompt= "]]' | python tests/forked.py
+
+The last line of the output is JSON: [[exit code, standard error], ...].
+"""
+
+import importlib
+import json
+import os
+import runpy
+import sys
+import tempfile
+import traceback
+
+from absl import flags
+
+
+def forget_flags(module: str) -> None:
+    """Lets another module define the flags of this one."""
+    for flag in flags.FLAGS.get_flags_for_module(module):
+        delattr(flags.FLAGS, flag.name)
+
+
+def run(program: str, *arguments: str) -> tuple[int, str]:
+    """Exit code and standard error of `python -m diffusiongemma.<program>`."""
+    sys.stdout.flush()
+    with tempfile.TemporaryFile('w+') as output:
+        child = os.fork()
+        if child == 0:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            sys.argv = [f'{program}.py', *arguments]
+            code = 0
+            try:
+                runpy.run_module(f'diffusiongemma.{program}', run_name='__main__', alter_sys=True)
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(status), output.read()
+
+
+def main() -> None:
+    commands = json.load(sys.stdin)
+    for program in {command[0] for command in commands}:
+        importlib.import_module(f'diffusiongemma.{program}')
+        forget_flags(f'diffusiongemma.{program}')
+    print(json.dumps([run(*command) for command in commands]))
+
+
+if __name__ == '__main__':
+    main()
