@@ -18,6 +18,7 @@ from diffusiongemma.distillation.teacher import (
     TopKDistribution,
 )
 from diffusiongemma.models.cache import Prefix
+from diffusiongemma.models.inference import kernels_in_compute_dtype
 
 Metrics = dict[str, jax.Array]
 
@@ -216,6 +217,8 @@ def make_distillation_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def loss_fn(params: Any, rows: Rows) -> tuple[jax.Array, Metrics]:
+            if combine is join_parts:
+                params = kernels_in_compute_dtype(model, params)
             return distillation_loss(
                 model, teacher, objective, ar_weight, params, constants, rows, combine
             )
