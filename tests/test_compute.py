@@ -17,9 +17,10 @@ from diffusiongemma.distillation.stage1 import Stage1
 from diffusiongemma.distillation.stage2 import Stage2
 from diffusiongemma.distillation.state import create_state
 from diffusiongemma.distillation.step import Constants, make_distillation_step
-from diffusiongemma.models import DiffusionGemma, Gemma
+from diffusiongemma.models import DiffusionGemma, Gemma, init_params
 from diffusiongemma.models.attention import attend_in_blocks
 from diffusiongemma.models.execution import Execution
+from diffusiongemma.models.inference import kernels_in_compute_dtype, with_execution
 from diffusiongemma.models.masks import CausalMask, KeyTokens
 from diffusiongemma.sampling import EntropyBound, TemperatureSchedule
 
@@ -253,3 +254,30 @@ def test_a_batch_that_does_not_divide_is_refused(config, batch):
     step, *arguments = step_and_state(config, 'stage1', microbatches=3)
     with pytest.raises(ValueError, match='4 rows does not divide into microbatches=3'):
         jax.eval_shape(step, *arguments, batch)
+
+
+def test_kernels_cast_before_the_passes_give_the_same_passes(tiny_moe_config):
+    model = DiffusionGemma(tiny_moe_config, jnp.bfloat16)
+    params = init_params(model, jax.random.key(0))
+    cast = kernels_in_compute_dtype(model, params)
+    layer = cast['backbone']['layers']['layer_0']
+    assert layer['moe']['experts']['gate'].dtype == layer['mlp']['up'].dtype == jnp.bfloat16
+    assert layer['attention']['query'].dtype == jnp.bfloat16
+    kept = (layer['moe']['router']['kernel'], layer['pre_ffn_norm']['scale'])
+    assert {leaf.dtype for leaf in (*kept, *cast['embedder'].values())} == {jnp.dtype('float32')}
+    tokens = jnp.arange(12)[None] % tiny_moe_config.vocab_size
+    encode = jax.jit(lambda p: model.apply({'params': p}, tokens))
+    np.testing.assert_array_equal(encode(params), encode(cast))
+
+
+def test_a_denoiser_s_own_kernels_are_cast_to_its_own_dtype(tiny_config):
+    model = DiffusionGemma(tiny_config.replace(kind='separate'))
+    model = with_execution(model, denoise_dtype='bfloat16', platform='tpu')
+    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    cast = jax.eval_shape(lambda p: kernels_in_compute_dtype(model, p), params)
+    dtypes = {
+        name: {leaf.dtype for leaf in jax.tree.leaves(cast[name])}
+        for name in ('backbone', 'denoise_backbone')
+    }
+    assert dtypes['backbone'] == {jnp.dtype('float32')}
+    assert jnp.dtype('bfloat16') in dtypes['denoise_backbone']

@@ -1,11 +1,13 @@
 """Experts spread over devices: outputs and gradients are those of one device, no token dropped."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusiongemma.models import DiffusionGemma, MoEConfig
+from diffusiongemma.models import DiffusionGemma, MoEConfig, grouped, grouped_tpu
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.moe import Experts
 from diffusiongemma.parallel import make_mesh, on_mesh
@@ -54,6 +56,20 @@ def test_outputs_and_gradients_are_those_of_one_device(axes, routing):
     arguments = problem(routing)
     mesh = make_mesh(axes)
     expected = value_and_gradients(Execution(), *arguments)
+    found = value_and_gradients(Execution(mesh, LOGICAL_AXIS_RULES), *arguments)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_the_kernels_of_tpus_give_the_same_on_every_axis(monkeypatch):
+    arguments = problem('random')
+    expected = value_and_gradients(Execution(), *arguments)
+    for name, kernel in (
+        ('_multiply', grouped_tpu.grouped_matmul_tpu),
+        ('_outer', grouped_tpu.grouped_outer_tpu),
+    ):
+        monkeypatch.setattr(grouped, name, functools.partial(kernel, interpret=True))
+    mesh = make_mesh({'fsdp': 2, 'expert': 2, 'tensor': 2})
     found = value_and_gradients(Execution(mesh, LOGICAL_AXIS_RULES), *arguments)
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)

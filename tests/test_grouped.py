@@ -1,6 +1,7 @@
 """The grouped product of routed experts, on the CPU path and the accelerators'."""
 
 import functools
+import logging
 import re
 
 import jax
@@ -102,17 +103,17 @@ def test_the_kernel_for_gpus_gives_the_same(sizes, dtype):
     np.testing.assert_allclose(found, grouped._ragged_outer(x, y, group_sizes), atol=1e-4)
 
 
-@pytest.mark.parametrize('widths', [(128, 72), (72, 128), (8, 16)])
-@pytest.mark.parametrize('sizes', [(0, 100, 0, 60), (3, 0, 150, 0), (128, 128, 16, 24)])
+@pytest.mark.parametrize('widths', [(128, 72), (72, 128)])
+@pytest.mark.parametrize('sizes', [(0, 100, 0, 60), (128, 128, 16, 24)])
 def test_the_kernels_of_tpus_give_the_same_forward_and_for_both_gradients(
     sizes, widths, monkeypatch
 ):
     keys = jax.random.split(jax.random.key(0), 3)
     rows, group_sizes = sum((128, 128, 16, 24)), jnp.array(sizes, jnp.int32)
     x = jax.random.normal(keys[0], (rows, widths[0]))
-    kernels = jax.random.normal(keys[1], (4, *widths))
+    kernels = jax.random.normal(keys[1], (4, *widths)) / widths[0] ** 0.5
     inside = jnp.arange(rows) < sum(sizes)
-    weights = jnp.where(inside[:, None], jax.random.normal(keys[2], (rows, widths[1])), 0)
+    weights = jax.random.normal(keys[2], (rows, widths[1])) / rows**0.5
     assert grouped.runs_kernel(x, kernels, 'tpu')
 
     def masked(x, kernels, sizes):  # as rows of no group hold anything
@@ -126,10 +127,26 @@ def test_the_kernels_of_tpus_give_the_same_forward_and_for_both_gradients(
     for name, kernel in on_tpu.items():
         monkeypatch.setattr(grouped, name, functools.partial(kernel, interpret=True))
     out = grouped_matmul(x, kernels, group_sizes)
-    np.testing.assert_allclose(out[inside], row_by_row(x, kernels, group_sizes)[inside], atol=1e-4)
+    np.testing.assert_allclose(out[inside], row_by_row(x, kernels, group_sizes)[inside], atol=1e-5)
     _, found = with_gradients(lambda *args: masked(*args), x, kernels, group_sizes, weights)
-    np.testing.assert_allclose(found[0][inside], expected[0][inside], atol=1e-4)
-    np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
+    np.testing.assert_allclose(found[0][inside], expected[0][inside], atol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('platform', 'width', 'multiple'),
+    [('tpu', 12, 8), ('cuda', 96, 64), ('tpu', 16, 0), ('cuda', 128, 0), ('cpu', 7, 0)],
+)
+def test_a_fallback_says_that_it_is_one(platform, width, multiple, caplog):
+    rows = jax.ShapeDtypeStruct((32, 128), jnp.float32)
+    kernels = jax.ShapeDtypeStruct((4, 128, width), jnp.float32)
+    grouped.warn_of_fallback.cache_clear()
+    with caplog.at_level(logging.WARNING, logger='absl'):
+        for _ in range(2):
+            grouped.warn_of_fallback(rows, kernels, platform)
+    assert len(caplog.messages) == bool(multiple)
+    if multiple:
+        assert 'ragged_dot is the fallback' in caplog.text and f'of {multiple}.' in caplog.text
 
 
 def test_gpus_get_the_kernel_where_it_fits():

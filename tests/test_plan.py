@@ -9,15 +9,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusiongemma.accounting.devices import figures_of
+from diffusiongemma.accounting.executed import executed_flops
+from diffusiongemma.accounting.flops import count_flops
 from diffusiongemma.accounting.hlo import Collective, Program
-from diffusiongemma.models import DiffusionGemma
+from diffusiongemma.models import DiffusionGemma, MoEConfig
 from diffusiongemma.models.cache import KVCache
-from diffusiongemma.parallel import MESH_AXES, on_mesh, rules_with
+from diffusiongemma.models.execution import Execution, partition_spec
+from diffusiongemma.models.expert_parallel import KERNEL_AXES, TOKEN_AXES
+from diffusiongemma.models.moe import Experts
+from diffusiongemma.parallel import MESH_AXES, make_mesh, on_mesh, rules_with
+from diffusiongemma.parallel.sharding import LOGICAL_AXIS_RULES
 from diffusiongemma.planning.compiler import _needed, advice, topology_devices
 from diffusiongemma.planning.programs import teacher_config
 from diffusiongemma.planning.sampler_programs import cache_shardings
@@ -169,6 +176,60 @@ def test_a_step_is_planned_for_eight_tpus():
     assert step['model_flops'] > 0 and step['hbm_traffic'] > 0
     assert any('fsdp' in collective['axes'] for collective in step['collectives'])
     assert step['roofline_seconds'] == max(step['times'].values())
+    assert 0.9 < step['ratios']['executed FLOPs'] < 1.25
+    assert 0 < step['float32_copies'] <= 4
+    assert {'HBM bytes', 'bytes sent'} <= set(step['ratios'])
+
+
+@needs_compiler
+def test_experts_on_tpus_multiply_each_row_once_and_read_each_weight_once():
+    devices, _ = topology_devices('v5e:2x2')
+    mesh = make_mesh({'tensor': 4}, devices)
+    execution = Execution(mesh, LOGICAL_AXIS_RULES, platform='tpu')
+    config, width = MoEConfig(num_experts=32, top_k=2, expert_width=96 * 4), 128
+    experts = Experts(width, config, jnp.bfloat16, execution=execution)
+
+    def placed(shape, dtype, names):
+        sharding = NamedSharding(mesh, partition_spec(execution.mesh_axes(shape, names)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    shapes = ((32, width, 384), (32, width, 384), (32, 384, width))
+    kernels = {
+        name: placed(shape, jnp.bfloat16, axes)
+        for name, shape, axes in zip(('gate', 'up', 'down'), shapes, KERNEL_AXES, strict=True)
+    }
+    x = placed((4, 1, 64, width), jnp.bfloat16, TOKEN_AXES)
+    routing = [placed((4, 1, 64, 2), dtype, TOKEN_AXES) for dtype in ('float32', 'int32')]
+
+    def outputs(kernels, *given):
+        return experts.apply({'params': kernels}, *given)
+
+    def loss(*given):
+        return jnp.sum(jnp.square(outputs(*given).astype(jnp.float32)))
+
+    gradients = jax.grad(loss, (0, 1))
+    model = count_flops(gradients, kernels, x, *routing).model / mesh.size
+    text = jax.jit(gradients).lower(kernels, x, *routing).compile().as_text()
+    assert 0.9 * model < executed_flops(Program(text)) < 1.25 * model
+    program = Program(jax.jit(outputs).lower(kernels, x, *routing).compile().as_text())
+    kernel = 'bf16[32,96,128]'  # of a device; as [32, 128, 96] its lanes would be padded
+    assert sum(shape.startswith(kernel) for shape in kernels_of(program, 'custom-call')) == 3
+    assert kernel not in ''.join(results_of(program, ('copy', 'fusion', 'transpose')))
+
+
+def kernels_of(program, op):
+    """Shapes of the operands of every instruction of a kind."""
+    for instructions in program.computations.values():
+        shapes = {instruction.name: instruction.shape for instruction in instructions}
+        for instruction in instructions:
+            if instruction.op == op:
+                yield from (shapes.get(name, '') for name in instruction.operands)
+
+
+def results_of(program, ops):
+    """Shapes of the results of every instruction of some kinds."""
+    for instructions in program.computations.values():
+        yield from (i.shape for i in instructions if i.op in ops)
 
 
 @needs_compiler

@@ -32,8 +32,13 @@ _COLLECTIVES = (
 # Ops that move nothing themselves.
 _FREE = {
     'parameter', 'tuple', 'get-tuple-element', 'bitcast', 'constant', 'while', 'conditional',
-    'call', 'after-all', 'iota', 'copy-done', 'partition-id', 'replica-id', 'opt-barrier',
+    'call', 'after-all', 'iota', 'copy-done', 'slice-done', 'partition-id', 'replica-id',
+    'opt-barrier',
 }  # fmt: skip
+
+
+# Ops that read no more of their first operand than their result.
+_PICKS = ('dynamic-slice', 'slice', 'gather')
 
 
 class Instruction(NamedTuple):
@@ -174,8 +179,11 @@ class Program:
 
     def _traffic(self, instruction: Instruction, shapes: Mapping[str, str]) -> float:
         """HBM bytes of one operation, of which slices touch only what they cut out."""
-        if instruction.op == 'dynamic-slice':
-            return 2 * _bytes(instruction.shape, hbm=True)
+        if instruction.op in ('dynamic-slice', 'slice'):
+            return _bytes(instruction.shape) + _bytes(instruction.shape, hbm=True)
+        if instruction.op == 'slice-start':  # (operands, result, context)
+            result = arrays_of(instruction.shape)[len(instruction.operands)]
+            return _bytes(result) + _bytes(result, hbm=True)
         if instruction.op == 'dynamic-update-slice':
             return 2 * _bytes(shapes.get(instruction.operands[1], ''), hbm=True)
         if instruction.op == 'copy-start':  # (destination, source, context)
@@ -197,7 +205,7 @@ def _fusion_reads(
             continue
         full = _bytes(shapes.get(fusion.operands[number], ''), hbm=True)
         users = [i for i in inner if name in i.operands]
-        if full and users and all(i.op == 'dynamic-slice' for i in users):
+        if full and users and all(i.op in _PICKS and i.operands[0] == name for i in users):
             full = min(full, sum(_bytes(i.shape) for i in users))
         elif users and all(i.op == 'dynamic-update-slice' and i.operands[0] == name for i in users):
             full = 0  # written in place

@@ -18,6 +18,7 @@ from diffusiongemma.distillation.teacher import (
 )
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.inference import kernels_in_compute_dtype
 from diffusiongemma.models.transformer import Gemma
 
 Metrics = dict[str, jax.Array]
@@ -220,6 +221,8 @@ def make_distillation_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def loss_fn(params: Any, rows: Rows) -> tuple[jax.Array, Metrics]:
+            if combine is join_parts:
+                params = kernels_in_compute_dtype(model, params)
             return distillation_loss(
                 model, teacher, objective, ar_weight, params, constants, rows, combine
             )

@@ -31,10 +31,7 @@ KERNEL_AXES = (
 
 
 def grouped_mlps(
-    x: jax.Array,
-    token: jax.Array,
-    expert: jax.Array,
-    kernels: Kernels,
+    x: jax.Array, token: jax.Array, expert: jax.Array, kernels: Kernels, *, every: bool = False
 ) -> jax.Array:
     """Gated MLPs of n (token, expert) pairs as three grouped matmuls over pairs sorted by expert.
 
@@ -43,21 +40,82 @@ def grouped_mlps(
       token: [n] int32, row of x of each pair.
       expert: [n] int32 in [0, E); E stands for no expert at all, whose output is zero.
       kernels: gate and up [E, D, F], down [E, F, D], in the dtype of x.
+      every: every pair has an expert.
 
     Returns:
       [n, D] in the dtype of x, in the order of the pairs.
     """
+    outputs, place = _sorted_mlps(x, token, expert, kernels, every)
+    return outputs.at[place].get(unique_indices=True)
+
+
+def routed_mlps(
+    x: jax.Array, weights: jax.Array, experts: jax.Array, kernels: Kernels, *, every: bool
+) -> jax.Array:
+    """The weighted sum of the outputs of each token's experts.
+
+    The outputs of all pairs are never in memory in the order of the pairs, nor in float32.
+
+    Args:
+      x: [t, D].
+      weights: [t, k].
+      experts: [t, k] int32 in [0, E]; E stands for no expert, whose output is zero.
+      kernels: as for `grouped_mlps`.
+      every: as for `grouped_mlps`.
+
+    Returns:
+      [t, D] float32.
+    """
+    token = jnp.arange(experts.size) // experts.shape[-1]  # of each pair
+    outputs, place = _sorted_mlps(x, token, experts.reshape(-1), kernels, every)
+    return _weighted_sums(outputs, weights.astype(x.dtype), place.reshape(experts.shape))
+
+
+@jax.custom_vjp
+def _weighted_sums(outputs: jax.Array, weights: jax.Array, place: jax.Array) -> jax.Array:
+    """Sums of rows [n, D] by weights [t, k], row place[t, k] for each: [t, D] float32."""
+    total = jnp.zeros((place.shape[0], outputs.shape[1]), jnp.float32)
+    for choice in range(place.shape[1]):
+        own = outputs.at[place[:, choice]].get(unique_indices=True)
+        total += own.astype(jnp.float32) * weights[:, choice, None].astype(jnp.float32)
+    return total
+
+
+def _sums_forward(outputs: jax.Array, weights: jax.Array, place: jax.Array):
+    return _weighted_sums(outputs, weights, place), (outputs, weights, place)
+
+
+def _sums_backward(residuals: tuple[jax.Array, ...], gradient: jax.Array):
+    """By gathers alone, in the order of the rows: every row belongs to one token."""
+    outputs, weights, place = residuals
+    flat = place.reshape(-1)
+    order = jnp.zeros_like(flat).at[flat].set(jnp.arange(flat.size), unique_indices=True)
+    rows = gradient.astype(outputs.dtype)[order // place.shape[1]]
+    by_outputs = rows * weights.reshape(-1)[order][:, None]
+    products = rows.astype(jnp.float32) * outputs.astype(jnp.float32)
+    by_weights = jnp.sum(products, axis=1)[flat].reshape(weights.shape)
+    return by_outputs, by_weights.astype(weights.dtype), None
+
+
+_weighted_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _sorted_mlps(
+    x: jax.Array, token: jax.Array, expert: jax.Array, kernels: Kernels, every: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Outputs [n, D] of the pairs sorted by expert, and the place [n] of each pair among them."""
     gate, up, down = kernels
     order = jnp.argsort(expert)  # stable: pairs of one expert stay in order
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
     sizes = jnp.bincount(expert, length=gate.shape[0]).astype(jnp.int32)
-    # Rows behind the last group are whatever the platform leaves there, forward and backward.
+    # Rows of no expert are last, and hold whatever the platform leaves there, forward and backward.
     inside = (jnp.arange(expert.size) < jnp.sum(sizes))[:, None]
-    rows = jnp.where(inside, x[token[order]], 0)
+    rows = x[token[order]]
+    rows = rows if every else jnp.where(inside, rows, 0)
     hidden = nn.gelu(grouped_product(rows, gate, sizes), approximate=True)
     hidden *= grouped_product(rows, up, sizes)
-    outputs = grouped_product(hidden.astype(x.dtype), down, sizes)
-    outputs = jnp.where(inside, outputs, 0).astype(x.dtype)
-    return jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
+    outputs = grouped_product(hidden.astype(x.dtype), down, sizes, x.dtype)
+    return outputs if every else jnp.where(inside, outputs, 0), place
 
 
 def check_experts(num_experts: int, execution: Execution) -> None:
@@ -128,26 +186,28 @@ def experts_on_mesh(
                 jax.lax.all_gather(kernel, gathered, axis=names.index('embed'), tiled=True)
                 for kernel, names in zip(kernels, KERNEL_AXES, strict=True)
             )
-        width, flat = x.shape[-1], experts.reshape(-1)
+        width, top_k = x.shape[-1], experts.shape[-1]
+        flat = experts.reshape(-1, top_k)
         if exchange:
-            every = tuple(axis for axis in mesh.axis_names if axis in of_tokens)
+            devices = tuple(axis for axis in mesh.axis_names if axis in of_tokens)
             pairs = exchanged_pairs(
-                x.reshape(-1, width), flat, kernels, along[0], mesh.shape[along[0]], every
+                x.reshape(-1, width), flat.reshape(-1), kernels, along[0], mesh.shape[along[0]],
+                devices,
+            )  # fmt: skip
+            outputs = jnp.einsum(
+                'tkd,tk->td',
+                pairs.reshape(-1, top_k, width),
+                weights.reshape(-1, top_k).astype(x.dtype),
+                preferred_element_type=jnp.float32,
             )
         else:
             own = kernels[0].shape[0]
             if along:
                 flat = flat - own * jax.lax.axis_index(along[0])
             flat = jnp.where((flat >= 0) & (flat < own), flat, own)
-            token = jnp.arange(flat.size) // experts.shape[-1]
-            pairs = grouped_mlps(x.reshape(-1, width), token, flat, kernels)
-        pairs = pairs.reshape(*experts.shape, width)
-        outputs = jnp.einsum(
-            'bmtkd,bmtk->bmtd',
-            pairs,
-            weights.astype(x.dtype),
-            preferred_element_type=jnp.float32 if summed else x.dtype,
-        )
+            given = (x.reshape(-1, width), weights.reshape(-1, top_k), flat, kernels)
+            outputs = routed_mlps(*given, every=not along)
+        outputs = outputs.reshape(x.shape)
         return (jax.lax.psum(outputs, summed) if summed else outputs).astype(x.dtype)
 
     of_kernels = [partition_spec(axes) for axes in kernel_axes]

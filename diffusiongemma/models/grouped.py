@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from diffusiongemma.models import grouped_gpu, grouped_tpu
 from diffusiongemma.models.layers import is_quantized
@@ -15,17 +16,21 @@ LARGEST_BLOCK = 32
 LARGEST_BLOCK_OF_MLPS = 16  # as many float32 as a register of AVX512 holds
 
 
-def grouped_product(x: jax.Array, kernels: Any, group_sizes: jax.Array) -> jax.Array:
+def grouped_product(
+    x: jax.Array, kernels: Any, group_sizes: jax.Array, dtype: Any = jnp.float32
+) -> jax.Array:
     """`grouped_matmul` with kernels that may be quantized, with a scale for each output."""
     if not is_quantized(kernels):
-        return grouped_matmul(x, kernels, group_sizes)
+        return grouped_matmul(x, kernels, group_sizes, dtype)
     sums = grouped_matmul(x, kernels.qvalue, group_sizes)
     group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0]), side='right')
-    return sums * kernels.scale[:, 0].at[group].get(mode='clip')  # [N, F]
+    return (sums * kernels.scale[:, 0].at[group].get(mode='clip')).astype(dtype)  # [N, F]
 
 
-@jax.custom_vjp
-def grouped_matmul(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(
+    x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: Any = jnp.float32
+) -> jax.Array:
     """x[rows of group e] @ kernels[e] for every group, none padded and no row dropped.
 
     Each platform has a way of its own, forward and for both gradients: CPUs run over blocks of rows
@@ -39,11 +44,12 @@ def grouped_matmul(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> 
         taken in the dtype of x.
       group_sizes: [E] int32, rows of each group; rows behind their sum give whatever the
         platform leaves there.
+      dtype: of the result.
 
     Returns:
-      [N, F] float32, summed in float32.
+      [N, F] in `dtype`, summed in float32.
     """
-    return _multiply(x, kernels, group_sizes, jnp.float32)
+    return _multiply(x, kernels, group_sizes, dtype)
 
 
 def runs_kernel(x: jax.Array, kernels: jax.Array, platform: str | None) -> bool:
@@ -55,6 +61,21 @@ def runs_kernel(x: jax.Array, kernels: jax.Array, platform: str | None) -> bool:
     if platform == 'tpu':
         return grouped_tpu.fits(x, kernels)
     return platform not in ('gpu', 'cuda') or grouped_gpu.fits(x, kernels)
+
+
+@functools.cache
+def warn_of_fallback(
+    rows: jax.ShapeDtypeStruct, kernels: jax.ShapeDtypeStruct, platform: str | None
+) -> None:
+    """Logs, once for the same shapes, that experts on a GPU or TPU run without a kernel."""
+    if not runs_kernel(rows, kernels, platform):
+        logging.warning(
+            'experts of %d x %d in %s have no kernel on a %s: jax.lax.ragged_dot is the fallback, '
+            'which multiplies each row by the weights of every expert (on TPUs in the backward '
+            'pass). Widths must be multiples of %d.',
+            *kernels.shape[1:], kernels.dtype, platform,
+            grouped_tpu.LEAST if platform == 'tpu' else grouped_gpu.INNER,
+        )  # fmt: skip
 
 
 def _multiply(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: Any) -> jax.Array:
@@ -84,11 +105,11 @@ def _cast(way: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.Array]
     return lambda *arguments: way(*arguments).astype(dtype)
 
 
-def _forward(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array):
-    return grouped_matmul(x, kernels, group_sizes), (x, kernels, group_sizes)
+def _forward(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: Any):
+    return _multiply(x, kernels, group_sizes, dtype), (x, kernels, group_sizes)
 
 
-def _backward(residuals: tuple[jax.Array, ...], gradient: jax.Array):
+def _backward(dtype: Any, residuals: tuple[jax.Array, ...], gradient: jax.Array):
     x, kernels, group_sizes = residuals
     gradient = gradient.astype(x.dtype)
     by_x = _multiply(gradient, kernels.swapaxes(1, 2), group_sizes, x.dtype)

@@ -155,6 +155,21 @@ def map_kernels(change: Callable[[Any, int, int], Any], params: dict) -> dict:
     return visit(params, {})
 
 
+def kernels_in_compute_dtype(model: DiffusionGemma, params: dict) -> dict:
+    """The parameters with the kernels of layers in the dtype that every pass casts them to.
+
+    Router, norms and embedding stay as they are. A step that casts once, before its passes, has one
+    copy in bfloat16 for all of them, and gradients of every pass are stacked over layers in
+    bfloat16, which is what their matmuls return, in place of float32.
+    """
+
+    def cast(name: str, part: Any) -> Any:
+        dtype = model.denoise_dtype if name in DENOISER_ALONE else model.dtype
+        return map_kernels(lambda kernel, *_: kernel.astype(dtype), {name: part})[name]
+
+    return {name: cast(name, part) for name, part in params.items()}
+
+
 def _outputs_first(kernel: Any, inputs: int, outputs: int) -> jax.Array:
     """Turns [..., *inputs, *outputs] into [..., *outputs, *inputs]."""
     return jnp.moveaxis(kernel, range(-outputs, 0), range(-inputs - outputs, -inputs))

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 
 from diffusiongemma.models.config import MoEConfig
 from diffusiongemma.models.execution import Execution
-from diffusiongemma.models.expert_parallel import experts_on_mesh, grouped_mlps
-from diffusiongemma.models.grouped import mlps_by_blocks
+from diffusiongemma.models.expert_parallel import experts_on_mesh, routed_mlps
+from diffusiongemma.models.grouped import mlps_by_blocks, warn_of_fallback
 from diffusiongemma.models.layers import (
     as_operand,
+    is_quantized,
     kernel_init,
     kernel_param,
     logical_param,
@@ -69,13 +70,20 @@ class Experts(nn.Module):
         kernels = tuple(
             as_operand(kernel, self.dtype) for kernel in (self.gate, self.up, self.down)
         )
+        if not is_quantized(kernels[0]):
+            of = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype)  # noqa: E731
+            warn_of_fallback(of(x.reshape(-1, self.width)), of(kernels[0]), self.execution.platform)
         if self.execution.mesh is not None:
             if self.output_major:
                 kernels = tuple(kernel.swapaxes(1, 2) for kernel in kernels)
             return experts_on_mesh(x, weights, experts, kernels, self.execution)
+        flat = x.reshape(-1, self.width)
+        if not self.output_major:
+            top_k = experts.shape[-1]
+            given = (flat, weights.reshape(-1, top_k), experts.reshape(-1, top_k), kernels)
+            return routed_mlps(*given, every=True).astype(self.dtype).reshape(x.shape)
         token = jnp.arange(experts.size) // experts.shape[-1]  # of each pair with an expert
-        mlps = mlps_by_blocks if self.output_major else grouped_mlps
-        outputs = mlps(x.reshape(-1, self.width), token, experts.reshape(-1), kernels)
+        outputs = mlps_by_blocks(flat, token, experts.reshape(-1), kernels)
         outputs = outputs.reshape(*experts.shape, self.width)
         return jnp.einsum('bmtkd,bmtk->bmtd', outputs, weights.astype(self.dtype))
 
