@@ -255,6 +255,10 @@ def test_a_full_canvas_loses_the_tokens_that_were_settled_with_the_least_confide
     canvas, state = rule.next_canvas(second, state)
     assert canvas.tolist() == [[2, 2, 9, 9]]
     np.testing.assert_allclose(state.confidences, [[0.95, 0.9, 0.4, 0.8]], rtol=1e-6)
+    # The last step takes nothing back.
+    last = second.replace(next_noise_level=jnp.float32(0.0))
+    canvas, _ = rule.next_canvas(last, state)
+    assert canvas.tolist() == [[2, 2, 2, 1]]
     # While a position is open nothing is taken back.
     waits = Remask(TopK(1), count=4)
     canvas, _ = waits.next_canvas(first, waits.first_state(mask))

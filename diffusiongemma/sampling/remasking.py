@@ -34,8 +34,9 @@ class Remask:
     the lowest probability, as the denoiser saw it *then* (it has learnt to repeat what stands in
     the canvas, so what it says of a settled token now tells little). They are predicted once more,
     with all others in sight, until the stopping rule or the limit of steps ends it (remasking by
-    remembered confidence: Wang et al. 2025, arXiv:2503.00307). Pinned tokens stay. With uniform
-    noise nothing is settled in the first place, and the rule says so.
+    remembered confidence: Wang et al. 2025, arXiv:2503.00307). Pinned tokens stay, and the last
+    step takes nothing back. With uniform noise nothing is settled in the first place, and the rule
+    says so.
 
     Attributes:
       rule: any rule; it settles the open positions.
@@ -74,5 +75,6 @@ class Remask:
         if proposal.pinned is not None:
             ranked = jnp.where(proposal.pinned, jnp.inf, ranked)
         rank = jnp.argsort(jnp.argsort(ranked, axis=-1, stable=True), axis=-1)
-        back = is_full & (rank < self.count) & jnp.isfinite(ranked)
+        goes_on = proposal.next_noise_level > 0  # else the canvas is what remains
+        back = is_full & goes_on & (rank < self.count) & jnp.isfinite(ranked)
         return jnp.where(back, proposal.noise, canvas), RemaskState(confidences, rule)
