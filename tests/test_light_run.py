@@ -81,9 +81,8 @@ def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
     rows = reporting.read_metrics(workdir)
     assert {'held_out/accepted_length', 'held_out/acceptance/04'} <= set(rows[-1])
     # A resumed run reads its draft vocabulary, and has no step left.
-    (name,) = (path.name for path in (workdir / 'targets').glob('targets_*'))
-    targets = DataSpec(kind='tfds', name=name, path=str(workdir / 'targets'))
-    teacher = load_teacher(Experiment.of(light_config(teacher_directory)))
+    experiment = Experiment.of(light_config(teacher_directory))
+    targets, teacher = experiment.targets.source, load_teacher(experiment)
     with monkeypatch.context() as patch:
         patch.delattr(run, 'draft_vocabulary')
         train_student(light_config(teacher_directory), teacher, targets, workdir)
