@@ -39,6 +39,7 @@ _BASE = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
+    """Converts a model."""
     del argv
     convert(
         run_config.given('input', _INPUT.value),

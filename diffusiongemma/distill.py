@@ -18,6 +18,7 @@ _PROFILE = flags.DEFINE_bool('profile', False, 'Traces a few steps for xprof, to
 
 
 def main(argv: list[str]) -> None:
+    """Runs a distillation, or goes on with it."""
     del argv
     process_flags.join()
     run_config.say_devices()

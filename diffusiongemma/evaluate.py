@@ -43,6 +43,7 @@ def say_next(checkpoint: str) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Evaluates a student."""
     del argv
     run_config.say_devices()
     experiment = Experiment.of(_CONFIG.value)

@@ -21,6 +21,7 @@ _OUTPUT = flags.DEFINE_string('output', None, 'Directory for the targets.')
 
 
 def main(argv: list[str]) -> None:
+    """Writes the targets of a config."""
     del argv
     process_flags.join()
     run_config.say_devices()

@@ -49,6 +49,7 @@ _PROGRAMS = flags.DEFINE_list('programs', None, 'Of the sampler only these, by n
 
 
 def main(argv: list[str]) -> None:
+    """Prints the plans of a config."""
     del argv
     experiment = Experiment.of(_CONFIG.value)
     config_flag: Any = flags.FLAGS['config']

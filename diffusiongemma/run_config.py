@@ -235,7 +235,7 @@ class _WithDefaults(flags.ArgumentParser):
     ml_collections overrides only keys that a config has.
     """
 
-    def __init__(self, parser: flags.ArgumentParser, cls: type, argv: list[str]):
+    def __init__(self, parser: flags.ArgumentParser, cls: type, argv: list[str]) -> None:
         self._parser, self._cls = parser, cls
         matches = (re.match(r'--?(?:no)?config\.([\w.]+)', argument) for argument in argv)
         self._overridden = [match[1] for match in matches if match]

@@ -245,6 +245,7 @@ def chat(loaded: Loaded, rng: jax.Array) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Answers, shows or talks."""
     del argv
     watched = _WATCH.value or _GIF.value is not None or _HTML.value is not None
     if _JSON.value and _WATCH.value:
@@ -260,7 +261,8 @@ def main(argv: list[str]) -> None:
     loaded, rng = Loaded.from_flags(), jax.random.key(_SEED.value)
     prompt = _PROMPT.value
     if prompt is None:
-        return chat(loaded, rng)
+        chat(loaded, rng)
+        return
     controls = constraint(loaded.tokenizer, loaded.sampler.model.config.vocab_size)
     if watched:
         call_interruptibly(lambda: show_steps(loaded, prompt, rng, controls))

@@ -87,6 +87,7 @@ _WARM_UP = flags.DEFINE_bool('warm_up', True, 'Compile before the first request.
 
 
 def main(argv: list[str]) -> None:
+    """Serves until SIGTERM."""
     del argv
     try:
         from diffusiongemma.serving.server import listen, serve

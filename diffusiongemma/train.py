@@ -105,6 +105,7 @@ def _initial_params(training: TeacherTraining, model: Gemma) -> dict:
 
 
 def main(argv: list[str]) -> None:
+    """Trains a teacher, or goes on with it."""
     del argv
     process_flags.join()
     run_config.say_devices()

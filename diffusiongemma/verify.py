@@ -199,6 +199,7 @@ def verdict(checkpoint: str, found: Mapping[str, float]) -> str:
 
 
 def main(argv: list[str]) -> None:
+    """Compares a checkpoint with golden outputs."""
     del argv
     checkpoint = run_config.given('checkpoint', _CHECKPOINT.value)
     golden_file = Path(run_config.given('golden', _GOLDEN.value))

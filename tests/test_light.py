@@ -174,7 +174,7 @@ def test_lossless_text_is_that_of_autoregression(tiny_config, fields, settings, 
     config = tiny_config.replace(predict_next='draft_length' not in settings)
     model, params = light_student(config, layers=(0, 2), **fields)
     if 'draft_vocab_size' in fields:
-        _, params = draft_vocabulary_student(config, **{'serial_rank': 3})
+        _, params = draft_vocabulary_student(config, serial_rank=3)
     sampling = SamplingConfig(max_new_tokens=15, stop_ids=(3,), temperature=temperature, **settings)
     expected, found = (
         Sampler(model, sampling, mode)(params, PROMPTS, LENGTHS, rng=jax.random.key(4))

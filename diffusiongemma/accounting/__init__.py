@@ -1,0 +1,1 @@
+"""What programs and devices cost: products, traffic, published figures."""

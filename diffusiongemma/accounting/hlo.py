@@ -79,7 +79,7 @@ class Collective:
 class Program:
     """The text of a compiled module."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str) -> None:
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ''
         current: list[Instruction] = []

@@ -51,7 +51,7 @@ class _Schedule:
         instructions: list[Instruction],
         counts: Callable[[str], float],
         inner: Callable[[Instruction], float],
-    ):
+    ) -> None:
         self._instructions = instructions
         self._inner = inner
         self._buffers: dict[str, list[int]] = {}

@@ -1,0 +1,1 @@
+"""Models in files: formats that are read and written, and one function that opens any."""

@@ -149,7 +149,7 @@ def load_own_params(
 class _BundleReader(TensorReader):
     """The parameters of a bundle; those that are stored in eight bits are read as float32."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path) -> None:
         super().__init__(directory, PARAMS_FILE)
         stored = self.shapes
         self._scaled = {name for name in stored if name + SCALE in stored}

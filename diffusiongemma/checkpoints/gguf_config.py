@@ -26,7 +26,7 @@ _UNROTATED = 1e29  # llama.cpp divides by 1e30 what proportional rotary embeddin
 class _Keys:
     """The keys of one architecture, each read once."""
 
-    def __init__(self, file: GgufFile, architecture: str):
+    def __init__(self, file: GgufFile, architecture: str) -> None:
         prefix = f'{architecture}.'
         self._path = file.path
         self._prefix = prefix

@@ -114,7 +114,7 @@ class GgufTensors:
       shapes: shape of every tensor that a text model may have.
     """
 
-    def __init__(self, file: GgufFile, norm_offset: float = 0.0):
+    def __init__(self, file: GgufFile, norm_offset: float = 0.0) -> None:
         """Wraps a file; `norm_offset` is what its norm weights hold beside the published ones.
 
         llama.cpp multiplies by the stored weight w', where Gemma 3 multiplies by 1 + w.

@@ -45,7 +45,7 @@ class GgufFile:
       tensors: place and type of every tensor by name.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         """Reads and checks the header.
 
         Raises:
@@ -142,7 +142,7 @@ class GgufFile:
 class _Cursor:
     """A position in the header that moves on with everything that is read."""
 
-    def __init__(self, data: np.ndarray, path: Path):
+    def __init__(self, data: np.ndarray, path: Path) -> None:
         self.offset = 0
         self._data = data.data
         self._path = path

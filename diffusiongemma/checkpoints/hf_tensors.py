@@ -47,7 +47,7 @@ class TensorNames:
     `present` are the names that the checkpoint has, if it exists yet.
     """
 
-    def __init__(self, config: ModelConfig, present: Collection[str] = ()):
+    def __init__(self, config: ModelConfig, present: Collection[str] = ()) -> None:
         self._kv_shared = range(config.kv_shared_layers.first, config.num_layers)
         if config.is_diffusion:
             self.backbone, self._encoder = DECODER, ENCODER

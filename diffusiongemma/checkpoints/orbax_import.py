@@ -136,7 +136,7 @@ class OrbaxReader:
       shapes: shape of every tensor. A leaf without a published name keeps its own.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._checkpointer = ocp.PyTreeCheckpointer()
         self._leaves = self._read_leaves()

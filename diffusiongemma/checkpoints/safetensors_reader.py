@@ -33,7 +33,7 @@ class TensorReader:
       ValueError: a file is damaged, or the index does not fit the shards.
     """
 
-    def __init__(self, directory: Path, single: str = SINGLE_FILE):
+    def __init__(self, directory: Path, single: str = SINGLE_FILE) -> None:
         self.directory = directory
         if (directory / single).exists():
             with self._open(single) as file:

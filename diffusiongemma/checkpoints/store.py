@@ -39,7 +39,7 @@ class CheckpointStore:
         max_to_keep: int = 2,
         about: Mapping[str, Any] | None = None,
         best_metric: str = '',
-    ):
+    ) -> None:
         """Opens the checkpoints of `workdir`, which need not exist yet.
 
         Args:

@@ -55,12 +55,12 @@ class TokenAutomaton:
         """
         token_classes, next_states = np.asarray(token_classes), np.asarray(next_states)
         num_states, num_classes = next_states.shape
-        if not (0 <= token_classes.min() and token_classes.max() < num_classes):
+        if not (token_classes.min() >= 0 and token_classes.max() < num_classes):
             raise ValueError(
                 f'token_classes must lie in [0, {num_classes}), the columns of next_states; got '
                 f'{token_classes.min()} to {token_classes.max()}.'
             )
-        if not (0 <= next_states.min() and next_states.max() < num_states):
+        if not (next_states.min() >= 0 and next_states.max() < num_states):
             raise ValueError(
                 f'next_states must lie in [0, {num_states}), its rows; got '
                 f'{next_states.min()} to {next_states.max()}.'

@@ -25,7 +25,7 @@ _MAX_BRANCHES = 1000
 class Branches:
     """Finds the branches of the parts of one schema."""
 
-    def __init__(self, root: Any, validator: Validator):
+    def __init__(self, root: Any, validator: Validator) -> None:
         self._root = root
         self._validator = validator
         self._known: dict[tuple, list[Branch]] = {}

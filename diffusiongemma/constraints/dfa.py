@@ -191,7 +191,7 @@ def _shortest(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
 class _Partition:
     """A partition of 0 .. size - 1 whose sets can be split by marking elements."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         self.elements = list(range(size))
         self.places = list(range(size))
         self.sets = [0] * size

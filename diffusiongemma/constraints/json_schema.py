@@ -99,7 +99,9 @@ class _Compiler:
       validator: says which values are valid.
     """
 
-    def __init__(self, schema: Any, separators: tuple[str, str], max_states: int, any_depth: int):
+    def __init__(
+        self, schema: Any, separators: tuple[str, str], max_states: int, any_depth: int
+    ) -> None:
         self.comma, self.colon = separators
         if (self.comma.strip(' \t\n\r'), self.colon.strip(' \t\n\r')) != (',', ':'):
             raise ValueError(

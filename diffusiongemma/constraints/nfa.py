@@ -55,7 +55,7 @@ class _Nfa:
       end_jumps: those that it may turn into where the text ends.
     """
 
-    def __init__(self, max_states: int):
+    def __init__(self, max_states: int) -> None:
         self.arrows: list[list[tuple[int, int, int]]] = []
         self.jumps: list[list[int]] = []
         self.start_jumps: dict[int, list[int]] = {}

@@ -137,7 +137,7 @@ def shown(pattern: str) -> str:
 class _Reader:
     """Turns the parser's items into expressions."""
 
-    def __init__(self, anchors: bool):
+    def __init__(self, anchors: bool) -> None:
         self._anchors = anchors
 
     def sequence(self, items: Any, flags: int) -> Expression:

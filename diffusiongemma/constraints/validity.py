@@ -56,7 +56,7 @@ class Validator:
     `format` describes and does not constrain, as in JSON Schema.
     """
 
-    def __init__(self, root: Any, max_states: int):
+    def __init__(self, root: Any, max_states: int) -> None:
         self._root = root
         self._max_states = max_states
         self._checked: set[str] = set()

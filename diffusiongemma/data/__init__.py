@@ -1,0 +1,1 @@
+"""Examples, tokens and training batches."""

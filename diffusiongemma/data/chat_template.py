@@ -103,7 +103,9 @@ class ChatTemplate:
       source: the template.
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, str], where: str = 'the chat template'):
+    def __init__(
+        self, source: str, tokens: Mapping[str, str], where: str = 'the chat template'
+    ) -> None:
         """Renders nothing yet; a template that cannot be used is an error of the first method.
 
         Args:

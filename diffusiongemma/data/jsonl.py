@@ -83,7 +83,7 @@ class JsonlSource:
         path: epath.PathLike,
         prompt_feature: str = 'prompt',
         response_feature: str = 'response',
-    ):
+    ) -> None:
         """Reads the file once.
 
         Raises:

@@ -79,7 +79,7 @@ class RowLayout:
     top_k: int = 0
     one_canvas: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.random_offset_rate <= 1:
             raise ValueError(
                 f'random_offset_rate must lie in [0, 1], got {self.random_offset_rate}.'
@@ -273,7 +273,7 @@ def pack_rows(
 class DropCounter:
     """Counts dropped documents by reason and says so in the log at 1, 10, 100, ... of them."""
 
-    def __init__(self, source: str):
+    def __init__(self, source: str) -> None:
         self._source = source
         self.counts: collections.Counter[str] = collections.Counter()
 

@@ -40,7 +40,7 @@ class _Tokenize:
 
     def __init__(
         self, name: str, size: int, tokenizer: packing.PromptTokenizer, layout: packing.RowLayout
-    ):
+    ) -> None:
         self._name = name
         self._tokenizer = tokenizer
         self._layout = layout
@@ -77,7 +77,7 @@ class TrainIterator(grain.DatasetIterator):
     `grain.checkpoint.CheckpointSave(it)` / `CheckpointRestore(it)` work with orbax.
     """
 
-    def __init__(self, batches: grain.DatasetIterator, fingerprint: dict[str, Any]):
+    def __init__(self, batches: grain.DatasetIterator, fingerprint: dict[str, Any]) -> None:
         """Wraps grain's iterator; `fingerprint` is what a state depends on."""
         super().__init__(batches)
         self._batches = batches

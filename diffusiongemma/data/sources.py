@@ -81,7 +81,7 @@ class DataSpec:
     max_clues: int | None = None
     weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in _FIELDS_OF_KIND:
             hint = nearest(str(self.kind), _FIELDS_OF_KIND)
             raise ValueError(f'Unknown kind of data {self.kind!r}; {hint}')
@@ -137,7 +137,7 @@ class DataSpec:
 class _First:
     """The first `size` examples of a source."""
 
-    def __init__(self, source: Any, size: int):
+    def __init__(self, source: Any, size: int) -> None:
         self._source = source
         self._size = size
         self.fingerprint = getattr(source, 'fingerprint', type(source).__name__)

@@ -30,7 +30,7 @@ class TargetFiles:
 
     def __init__(
         self, directory: Path, name: str, num_shards: int, top_k: int, *, response_ids: bool = False
-    ):
+    ) -> None:
         """Writes nothing.
 
         Args:

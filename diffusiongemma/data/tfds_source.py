@@ -22,7 +22,7 @@ class TfdsSource:
 
     def __init__(
         self, name: str, split: str, data_dir: str, prompt_feature: str, response_feature: str
-    ):
+    ) -> None:
         """Opens the dataset.
 
         Args:

@@ -72,7 +72,7 @@ class Tokenizer:
         chat_template: str | None = None,
         empty_thought: bool = True,
         template_source: str = 'the chat template',
-    ):
+    ) -> None:
         """Reads a serialized sentencepiece model.
 
         Args:
@@ -204,7 +204,7 @@ class Tokenizer:
         elif template.exists():
             template.unlink()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         own = self._own_template, self._empty_thought, self._template_source
         return Tokenizer, (self._model, self._source, *own)
 

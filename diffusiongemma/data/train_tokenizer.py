@@ -76,6 +76,7 @@ def train(num_examples: int, vocab_size: int = 1024) -> bytes:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Trains a tokenizer and writes it."""
     del argv
     model = train(_NUM_EXAMPLES.value, _VOCAB_SIZE.value)
     output = epath.Path(_OUTPUT.value)

@@ -49,7 +49,7 @@ class TargetsConfig:
     sequence_level: bool = True
     keep_unfinished: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.source, DataSpec):
             object.__setattr__(self, 'source', DataSpec.from_config(self.source))
         for name, least in (('batch_size', 1), ('prompt_multiple', 1), ('top_k_logits', 0)):
@@ -68,7 +68,7 @@ class Answerer:
         config: TargetsConfig,
         mesh: jax.sharding.Mesh,
         seed: int,
-    ):
+    ) -> None:
         """Puts the parameters in their shards.
 
         Raises:

@@ -34,7 +34,7 @@ class ComputeConfig:
     microbatches: int = 1
     rules: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.microbatches < 1:
             raise ValueError(f'compute.microbatches must be >= 1, got {self.microbatches}.')
         self.execution()

@@ -57,7 +57,7 @@ class DecayWeights:
 
     gamma: float = 4.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.gamma <= 0:
             raise ValueError(f'gamma must be > 0 places, got {self.gamma}.')
 
@@ -79,7 +79,7 @@ class AcceptedLengthWeights:
 
     smoothing: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.smoothing <= 1:
             raise ValueError(f'smoothing must lie in [0, 1], got {self.smoothing}.')
 
@@ -164,7 +164,7 @@ class DraftingConfig:
     prompts: bool = False
     held_out: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.weights, str) and self.weights not in (ACCEPTED_LENGTH, DECAY, EQUAL):
             raise ValueError(
                 f'drafting.weights must be {ACCEPTED_LENGTH!r}, {DECAY!r} or {EQUAL!r}, '

@@ -119,7 +119,7 @@ class Experiment:
     )
     eval: EvaluationConfig = EvaluationConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         configuration.compute_dtype(self.dtype)
 
     @classmethod
@@ -153,7 +153,7 @@ class MixtureConfig:
     batch_size: int
     row_length: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         specs = (s if isinstance(s, DataSpec) else DataSpec.from_config(s) for s in self.sources)
         object.__setattr__(self, 'sources', tuple(specs))
 
@@ -186,7 +186,7 @@ class TeacherTraining:
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     optimizer: OptimizerConfig = OptimizerConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         configuration.compute_dtype(self.dtype)
 
     @classmethod

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 class LossGuard:
     """Stops a run whose loss is not finite or explodes, and says at which batch."""
 
-    def __init__(self, max_increase: float):
+    def __init__(self, max_increase: float) -> None:
         """A loss may lie `max_increase` nats per token above the lowest one that was seen."""
         self._max_increase = max_increase
         self._lowest = math.inf

@@ -46,7 +46,7 @@ class LoopConfig:
     max_loss_increase: float = 10.0
     profile_steps: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ('num_steps', 'report_every', 'checkpoint_every', 'max_to_keep'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be >= 1, got {getattr(self, name)}.')

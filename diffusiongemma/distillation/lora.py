@@ -37,7 +37,7 @@ class LoraSettings(LoraConfig):
     rank: int = 0
     passes: str = ''
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.of_denoiser(SHARED)
 
     def of_denoiser(self, kind: str) -> LoraConfig | None:

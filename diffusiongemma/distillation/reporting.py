@@ -31,7 +31,7 @@ class Reporter:
     row per report to `workdir`/metrics.jsonl. Of several processes the writer alone does so.
     """
 
-    def __init__(self, workdir: Path, description: str, first_step: int, num_steps: int):
+    def __init__(self, workdir: Path, description: str, first_step: int, num_steps: int) -> None:
         self._writes = processes.is_writer()
         if self._writes:
             from tensorboardX import SummaryWriter  # imports torch where it is installed: seconds
@@ -86,7 +86,7 @@ class AnswerProgress:
 
     LOG_SECONDS = 30.0
 
-    def __init__(self, answered: int, total: int):
+    def __init__(self, answered: int, total: int) -> None:
         """`answered` of `total` prompts were so before."""
         self._answered, self._total = answered, total
         self._prompts = self._tokens = 0  # of this call

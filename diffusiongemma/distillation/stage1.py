@@ -8,7 +8,7 @@ noisy canvases side by side.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class Stage1Config:
     self_conditioning_rate: float = 0.5
     min_noise_level: float = 1e-3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ('kd_weight', 'self_conditioning_rate', 'min_noise_level'):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -102,7 +102,7 @@ class Stage1(Stage1Config):
         targets, has_target = canvases.canvas_teacher(teacher.values, batch)
         weight = canvases.kl_weights(noisy, has_target, self.kd_weight)
 
-        def score(hidden, clean, targets, weight):
+        def score(hidden: jax.Array, clean: jax.Array, targets: Any, weight: jax.Array) -> tuple:
             logits = model.apply({'params': params}, hidden, method='unembed')
             loss = denoise_loss(logits, clean, teacher.read(targets), weight)
             return loss, canvases.hits(logits, clean)
@@ -129,7 +129,7 @@ class Stage1(Stage1Config):
         temperature = jnp.asarray(self.schedule.temperature(noisy.noise_level))[..., None]
         temperature = jnp.broadcast_to(temperature, noisy.tokens.shape)
 
-        def soft_embed(hidden, temperature):
+        def soft_embed(hidden: jax.Array, temperature: jax.Array) -> jax.Array:
             logits = model.apply({'params': params}, hidden, method='unembed')
             shaped = logits / temperature[..., None]
             return model.apply({'params': params}, shaped, method='soft_embed')

@@ -98,7 +98,7 @@ class Stage2Config:
     all_noise_rate: float = 0.5
     min_noise_level: float = 1e-3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise ValueError(f'stage2.num_steps must be >= 1, got {self.num_steps}.')
         if self.certainty_weight < 0:
@@ -169,7 +169,13 @@ class Stage2(Stage2Config):
             levels = jnp.broadcast_to(level[..., None], clean.shape)
             is_last = n + 1 == self.num_steps
 
-            def score(hidden, clean, levels, *mix, is_last=is_last):
+            def score(
+                hidden: jax.Array,
+                clean: jax.Array,
+                levels: jax.Array,
+                *mix: Any,
+                is_last: bool = is_last,
+            ) -> tuple:
                 logits = model.apply({'params': params}, hidden, method='unembed')
                 hits = canvases.hits(logits, clean)
                 if mix:

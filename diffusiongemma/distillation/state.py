@@ -46,7 +46,7 @@ class OptimizerConfig:
     ema_decay: float = 0.999
     freeze_router: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f'optimizer.name must be one of {NAMES}, got {self.name!r}.')
         if self.learning_rate <= 0:

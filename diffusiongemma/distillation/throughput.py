@@ -26,7 +26,7 @@ class Throughput:
     not known, as on a CPU.
     """
 
-    def __init__(self, count: Callable[..., Flops]):
+    def __init__(self, count: Callable[..., Flops]) -> None:
         """`count` gives the FLOPs of a step from its arguments; it is asked once."""
         self._count = count
         self._flops = math.nan  # until the first step
@@ -73,7 +73,7 @@ class Throughput:
 class Trace:
     """An xprof trace of a few steps, written by process 0; open it with TensorBoard or xprof."""
 
-    def __init__(self, directory: Path, first_step: int, num_steps: int):
+    def __init__(self, directory: Path, first_step: int, num_steps: int) -> None:
         """Traces `num_steps` (0 for none) of a run that begins behind `first_step`."""
         self._directory = directory
         self._first = first_step + 1 + _STEPS_BEFORE_TRACE

@@ -44,7 +44,7 @@ class EvalConfig:
     speed_batches: int = 24
     prompt_multiple: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, 'speed_batch_sizes', tuple(self.speed_batch_sizes))
         if not self.speed_batch_sizes:
             raise ValueError('speed_batch_sizes is empty; (1,) measures one row at a time.')

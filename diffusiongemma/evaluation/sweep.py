@@ -48,7 +48,7 @@ class Grid:
     max_denoising_steps: tuple[int, ...] = ()
     canvas_length: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not any(dataclasses.astuple(self)):
             raise ValueError(
                 'config.eval.sweep is empty; list values of at least one of '

@@ -1,6 +1,7 @@
 """Grouped-query attention over a shared prefix and the block of tokens itself."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -40,7 +41,7 @@ class Attention(nn.Module):
     shares_kv: bool = False
     execution: Execution = Execution()
 
-    def setup(self):
+    def setup(self) -> None:
         config, attention = self.config, self.config.attention(self.kind)
         d, n, k, h = config.width, config.num_heads, attention.num_kv_heads, attention.head_dim
         embed, heads, kv_heads = {'embed': d}, {'heads': n}, {'kv_heads': k}
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         self.output = kernel_param(self, 'output', init, heads | size, embed, output_major)
         # Scores of freshly initialised queries and keys have unit variance.
         init_value = (h * config.query_scale**2) ** -0.25
-        norm = {'eps': config.norm_eps, 'scale_offset': config.norm_scale_offset}
+        norm: dict[str, Any] = {'eps': config.norm_eps, 'scale_offset': config.norm_scale_offset}
         self.query_norm = RMSNorm(**norm, init_value=init_value)
         if not self.shares_kv:
             self.key_norm = RMSNorm(**norm, init_value=init_value)

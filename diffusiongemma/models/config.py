@@ -87,7 +87,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     final_logit_softcap: float | None = 30.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, 'layer_types', tuple(self.layer_types))
         if not self.layer_types:
             raise ValueError('layer_types is empty: a model needs at least one layer.')
@@ -108,7 +108,7 @@ class ModelConfig:
                 f'final_logit_softcap must be > 0 or None, got {self.final_logit_softcap}.'
             )
 
-    def _check_denoiser(self):
+    def _check_denoiser(self) -> None:
         if self.mask_id is not None and not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(
                 f'mask_id must be one of {self.vocab_size} token ids or None, got {self.mask_id}.'
@@ -127,7 +127,7 @@ class ModelConfig:
                 f'of {self.vocab_size} tokens; use 0 for all of them.'
             )
 
-    def _check_per_layer_and_sharing(self):
+    def _check_per_layer_and_sharing(self) -> None:
         if self.per_layer is not None and self.per_layer.vocab_size < self.vocab_size:
             raise ValueError(
                 f'per-layer embeddings of {self.per_layer.vocab_size} tokens are too few for a '
@@ -266,7 +266,7 @@ class ModelConfig:
         return _build(cls, values, 'model config')
 
 
-def _build(cls, values: dict, where: str):
+def _build(cls: type, values: dict, where: str) -> Any:
     names = {field.name for field in dataclasses.fields(cls)}
     required = {
         field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING

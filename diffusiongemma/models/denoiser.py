@@ -1,5 +1,7 @@
 """DiffusionGemma: the denoiser, one backbone with an encode and a denoise pass."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,7 @@ class DiffusionGemma(Gemma):
     pass has layers of its own: see `DenoiserConfig.kind`.
     """
 
-    def setup(self):
+    def setup(self) -> None:
         if not self.config.is_diffusion:
             raise ValueError(
                 'DiffusionGemma needs a config with a denoiser (canvas_length > 0); '
@@ -72,8 +74,10 @@ class DiffusionGemma(Gemma):
         config, dtype, light = self.config, self.denoise_dtype, self.light
         if light is None or config.self_conditioning:
             self.self_conditioning = SelfConditioning(config, dtype, self.execution)
+        own: Any  # its inputs and outputs depend on the kind
         if config.kind == SEPARATE:
-            self.denoise_backbone = Backbone(config.autoregressive, dtype, self.execution)
+            own = Backbone(config.autoregressive, dtype, self.execution)
+            self.denoise_backbone = own
         elif config.kind == LIGHT:
             self.denoise_backbone = LightBackbone(config, dtype, self.execution)
         if light is None:
@@ -159,6 +163,8 @@ class DiffusionGemma(Gemma):
         per_layer = self.per_layer_inputs(canvas, x)
         if self.light is not None:
             if self.light.teacher_state:
+                if teacher_state is None:
+                    raise ValueError("a light denoiser needs the teacher's state of each canvas.")
                 x = self.teacher_state(x, teacher_state)
             return self.denoise_backbone(x, prefix.kv, context, per_layer)
         if self.config.kind == SEPARATE:

@@ -29,7 +29,7 @@ class LightConfig:
     draft_vocab_size: int = 0
     serial_rank: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, 'layers', tuple(self.layers))
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(
@@ -67,7 +67,7 @@ class DenoiserConfig:
     mask_id: int | None = None
     light: LightConfig | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.canvas_length < 1:
             raise ValueError(f'canvas_length must be >= 1, got {self.canvas_length}.')
         if self.kind not in (SHARED, SEPARATE, LIGHT):

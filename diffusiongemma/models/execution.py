@@ -50,7 +50,7 @@ class Execution:
     denoise_dtype: str | None = None
     gather_draft_head: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.remat not in REMAT:
             raise ValueError(f'remat must be one of {REMAT}, got {self.remat!r}.')
         if self.denoise_dtype not in (None, 'float32', 'bfloat16'):

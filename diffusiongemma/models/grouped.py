@@ -143,7 +143,7 @@ class _Blocks:
     one batched product. With fewer most groups have no rows, and no block.
     """
 
-    def __init__(self, num_rows: int, group_sizes: jax.Array, largest: int = LARGEST_BLOCK):
+    def __init__(self, num_rows: int, group_sizes: jax.Array, largest: int = LARGEST_BLOCK) -> None:
         num_groups = group_sizes.shape[0]
         rows_per_group = max(1, 2 * num_rows // num_groups)
         self.size = min(1 << (rows_per_group - 1).bit_length(), largest)

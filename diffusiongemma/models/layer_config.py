@@ -30,7 +30,7 @@ class AttentionConfig:
     window: int | None = None
     value_is_key: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.head_dim % 2:
             raise ValueError(f'head_dim must be even for rotary embeddings, got {self.head_dim}.')
         if self.window is not None and self.window < 1:
@@ -49,7 +49,7 @@ class MoEConfig:
     top_k: int
     expert_width: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f'top_k must lie in [1, num_experts={self.num_experts}], got {self.top_k}.'
@@ -68,7 +68,7 @@ class PerLayerConfig:
     width: int
     vocab_size: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.width < 1:
             raise ValueError(f'the width of per-layer embeddings must be >= 1, got {self.width}.')
 

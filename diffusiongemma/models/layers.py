@@ -194,7 +194,7 @@ class GatedMLP(nn.Module):
     output_major: bool = False
     zero_init_output: bool = False
 
-    def setup(self):
+    def setup(self) -> None:
         d, f = {'embed': self.width}, {'mlp': self.ffn_width}
         init = kernel_init(self.width)
         self.gate = kernel_param(self, 'gate', init, d, f, self.output_major)
@@ -222,7 +222,7 @@ class Embedder(nn.Module):
     dtype: jnp.dtype
     output_major: bool = False
 
-    def setup(self):
+    def setup(self) -> None:
         self.embedding = logical_param(
             self,
             'embedding',

@@ -107,7 +107,7 @@ class SerialCorrection(nn.Module):
 
     config: ModelConfig
 
-    def setup(self):
+    def setup(self) -> None:
         light = _light(self.config)
         rank, size = light.serial_rank, light.draft_vocab_size or self.config.vocab_size
         # One more row than the draft vocabulary has tokens: for every token outside of it.

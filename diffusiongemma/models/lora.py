@@ -53,7 +53,7 @@ class LoraConfig:
     whole: tuple[str, ...] = ('self_conditioning/*', '*/denoise_scalar')
     passes: str = DENOISE
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, 'targets', tuple(self.targets))
         object.__setattr__(self, 'whole', tuple(self.whole))
         if self.rank < 1:

@@ -56,7 +56,7 @@ class Experts(nn.Module):
     output_major: bool = False
     execution: Execution = Execution()
 
-    def setup(self):
+    def setup(self) -> None:
         d, f = {'embed': self.width}, {'expert_mlp': self.config.expert_width}
         layout = (self.output_major, {'experts': self.config.num_experts})
         init = kernel_init(self.width)
@@ -98,7 +98,7 @@ class MoE(nn.Module):
     output_major: bool = False
     execution: Execution = Execution()
 
-    def setup(self):
+    def setup(self) -> None:
         self.router = Router(self.width, self.config, self.norm_eps)
         self.experts = Experts(
             self.width, self.config, self.dtype, self.output_major, self.execution

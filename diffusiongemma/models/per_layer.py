@@ -21,8 +21,9 @@ class PerLayerEmbedder(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
 
-    def setup(self):
+    def setup(self) -> None:
         config, per_layer = self.config, self.config.per_layer
+        assert per_layer is not None
         d, num_layers, p = config.width, config.num_layers, per_layer.width
         self.embedding = logical_param(
             self,
@@ -52,7 +53,8 @@ class PerLayerUpdate(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
 
-    def setup(self):
+    def setup(self) -> None:
+        assert self.config.per_layer is not None
         d, p = self.config.width, self.config.per_layer.width
         self.gate = logical_param(self, 'gate', kernel_init(d), (d, p), ('embed', 'mlp'))
         self.projection = logical_param(

@@ -304,7 +304,7 @@ class Gemma(nn.Module):
 
         def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         self.embedder = Embedder(
             config.vocab_size,

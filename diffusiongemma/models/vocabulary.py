@@ -40,7 +40,9 @@ def fold_parts(
     )
 
 
-def logits_by_parts(hidden: jax.Array, product: Callable[..., jax.Array], table: jax.Array):
+def logits_by_parts(
+    hidden: jax.Array, product: Callable[..., jax.Array], table: jax.Array
+) -> jax.Array:
     """Logits [t, V] float32 of hidden states [t, D], see `Embedder.decode`.
 
     Args:

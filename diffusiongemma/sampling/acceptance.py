@@ -128,7 +128,7 @@ class EntropyBound:
     entropy_bound: float = 0.1
     reads_logits: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.entropy_bound >= 0:
             raise ValueError(
                 f'entropy_bound must be >= 0 nats, got {self.entropy_bound}; the released models '
@@ -162,7 +162,7 @@ class TopK:
     k: int = 1
     reads_logits: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f'k must be >= 1 position per denoise step, got {self.k}.')
 
@@ -188,7 +188,7 @@ class ConfidenceThreshold:
     threshold: float = 0.9
     reads_logits: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_probability('threshold', self.threshold)
 
     def accept(self, confidences: jax.Array, open_positions: jax.Array) -> jax.Array:
@@ -213,7 +213,7 @@ class Margin:
     threshold: float = 0.8
     reads_logits: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_probability('threshold', self.threshold)
 
     def accept(self, margins: jax.Array, open_positions: jax.Array) -> jax.Array:

@@ -75,7 +75,7 @@ class ChatSampler:
         capacity: int = 4096,
         multiple: int = 64,
         max_turns: int | None = None,
-    ):
+    ) -> None:
         """Starts an empty conversation.
 
         Args:

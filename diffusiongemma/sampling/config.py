@@ -79,7 +79,7 @@ class SamplingConfig:
     stopping: StoppingRule | None = None
     logprobs: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, 'stop_ids', tuple(int(i) for i in self.stop_ids))
         if self.max_new_tokens < 1:
             raise ValueError(

@@ -38,7 +38,7 @@ class PromptLookup:
     length: int = 8
     max_ngram: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.length < 1 or self.max_ngram < 1:
             raise ValueError(
                 f'length and max_ngram must be >= 1, got {self.length} and {self.max_ngram}.'

@@ -63,7 +63,7 @@ class Engine:
         prefill_together: int = 1,
         prefixes: int = 0,
         prefix_block: int = 128,
-    ):
+    ) -> None:
         """Compiles and allocates nothing before the first request.
 
         Args:

@@ -68,7 +68,7 @@ class GibbsSweep:
     correctors: int = 1
     positions: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.correctors < 1 or self.positions < 1:
             raise ValueError(
                 f'correctors and positions must be >= 1, got {self.correctors} and '

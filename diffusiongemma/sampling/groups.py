@@ -17,6 +17,8 @@ from diffusiongemma.sampling.text import TextStream
 
 @dataclasses.dataclass(frozen=True)
 class Request:
+    """A request on its way: what it asks, and where its text ends."""
+
     id: int
     entry: Entry
     stop: tuple[str, ...]
@@ -36,7 +38,7 @@ class Row:
 class Group:
     """Requests that one program serves: those in slots, and those that wait."""
 
-    def __init__(self, slots: Slots, tokenizer: Tokenizer | None, shared: tuple):
+    def __init__(self, slots: Slots, tokenizer: Tokenizer | None, shared: tuple) -> None:
         self.slots = slots
         self.waiting: collections.deque[Request] = collections.deque()
         self.running: dict[int, Row] = {}  # by slot

@@ -30,7 +30,9 @@ class PrefixCache:
       reused: tokens of blocks that were not, since they were kept.
     """
 
-    def __init__(self, model: CausalModel, params: Any, *, block: int, entries: int, capacity: int):
+    def __init__(
+        self, model: CausalModel, params: Any, *, block: int, entries: int, capacity: int
+    ) -> None:
         """Allocates nothing before the first prompt.
 
         Args:

@@ -46,7 +46,7 @@ class Remask:
     rule: AcceptanceRule = EntropyBound()
     count: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f'count must be >= 1 token to take back, got {self.count}.')
 

@@ -156,7 +156,7 @@ class Sampler:
     config: SamplingConfig = SamplingConfig()
     mode: str = 'diffusion'
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f'mode must be one of {sorted(MODES)}, got {self.mode!r}.')
         drafts = self.mode == 'lossless' and self.config.drafts is not None

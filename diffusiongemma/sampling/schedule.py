@@ -23,7 +23,7 @@ class TemperatureSchedule:
     num_steps: int = 48
     exponent: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.t_min <= self.t_max:
             raise ValueError(
                 f'temperatures need 0 < t_min <= t_max, got t_min={self.t_min} and '

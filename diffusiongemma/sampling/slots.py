@@ -49,7 +49,7 @@ class Slots:
         multiple: int,
         together: int,
         prefixes: PrefixCache | None = None,
-    ):
+    ) -> None:
         """Allocates nothing before the first entry.
 
         Args:

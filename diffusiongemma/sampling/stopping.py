@@ -43,7 +43,7 @@ class StableAndConfident:
     stability_threshold: int = 1
     confidence_threshold: float = 0.005
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.stability_threshold < 0:
             raise ValueError(
                 f'stability_threshold must be >= 0 steps, got {self.stability_threshold}; '
@@ -77,7 +77,7 @@ class TokenStability:
 
     num_steps: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise ValueError(f'num_steps must be >= 1 previous step, got {self.num_steps}.')
 
@@ -103,7 +103,7 @@ class MeanEntropy:
     threshold: float = 0.005
     history_length = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.threshold >= 0:
             raise ValueError(f'threshold must be >= 0 nats, got {self.threshold}.')
 
@@ -135,7 +135,7 @@ class AllOf:
 
     rules: tuple[StoppingRule, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, 'rules', tuple(self.rules))
         if not self.rules:
             raise ValueError('AllOf needs at least one rule; Never() is the rule that never stops.')

@@ -81,7 +81,7 @@ class AnswerTokens:
     """Says of the tokens of a response, one after the other, whether they are text of the answer:
     neither special tokens nor thoughts."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._special = tokenizer.special_ids
         _, self._opens, self._closes = tokenizer.think_ids or (None, None, None)
         self._thinking = False
@@ -104,7 +104,7 @@ class TextStream:
       stopped: whether a stop text has come; nothing follows it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         """Starts before the first token.
 
         Args:

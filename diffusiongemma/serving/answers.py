@@ -19,7 +19,7 @@ from diffusiongemma.serving.worker import News
 class Form:
     """The answer to a request as OpenAI's clients read it."""
 
-    def __init__(self, service: Service, ask: Ask):
+    def __init__(self, service: Service, ask: Ask) -> None:
         self._ask, self._tokenizer = ask, service.tokenizer
         self._head = {
             'id': f'{"chatcmpl" if ask.chat else "cmpl"}-{uuid.uuid4().hex}',
@@ -131,7 +131,7 @@ class _Scored(NamedTuple):
 class _Scores:
     """The log-probabilities of an answer's tokens, which come bit by bit."""
 
-    def __init__(self, tokenizer: Tokenizer, ask: Ask):
+    def __init__(self, tokenizer: Tokenizer, ask: Ask) -> None:
         self._tokenizer, self._ask = tokenizer, ask
         self._in_answer = AnswerTokens(tokenizer)
         self._decoder = codecs.getincrementaldecoder('utf-8')('replace')

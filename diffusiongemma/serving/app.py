@@ -62,7 +62,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 class _Endpoints:
     """One method for each route."""
 
-    def __init__(self, service: Service):
+    def __init__(self, service: Service) -> None:
         self._service = service
         self._created = int(time.time())
 
@@ -272,7 +272,7 @@ class _EventStream(Response):
 
     media_type = 'text/event-stream'
 
-    def __init__(self, call: Call, events: AsyncIterator[str]):
+    def __init__(self, call: Call, events: AsyncIterator[str]) -> None:
         super().__init__(headers={'cache-control': 'no-store', 'x-accel-buffering': 'no'})
         del self.headers['content-length']
         self._call, self._events = call, events

@@ -15,7 +15,7 @@ class RequestError(Exception):
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None
-    ):
+    ) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
@@ -61,7 +61,7 @@ class Fields:
     Every field is taken once, and `end` refuses those that nobody took.
     """
 
-    def __init__(self, values: dict[str, Any], where: str = ''):
+    def __init__(self, values: dict[str, Any], where: str = '') -> None:
         """Holds the values of an object that is at `where` in the body, '' for the body itself."""
         self._values = {name: value for name, value in values.items() if value is not None}
         self._where = where

@@ -8,6 +8,7 @@ from diffusiongemma.serving.fields import Fields, brief, name_of
 
 
 def read_prompt(fields: Fields, tokenizer: Tokenizer) -> list[int]:
+    """Returns the token ids of the field `prompt`, a text or ids."""
     prompt = fields.any('prompt')
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]  # a batch of one
@@ -28,6 +29,7 @@ def read_prompt(fields: Fields, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode(fields: Fields, name: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Returns the token ids of the text in the field `name`."""
     try:
         return tokenizer.encode(text)
     except ValueError as error:

@@ -21,7 +21,7 @@ class Server(uvicorn.Server):
     A second signal ends it at once: what is open then hears that the server stopped.
     """
 
-    def __init__(self, service: Service, grace_seconds: float = 60.0):
+    def __init__(self, service: Service, grace_seconds: float = 60.0) -> None:
         """Opens no socket.
 
         Args:

@@ -66,7 +66,7 @@ class Service:
         tokenizer: Tokenizer,
         settings: Settings,
         temperature: float = 0.0,
-    ):
+    ) -> None:
         """Starts the thread of the engine.
 
         Args:
@@ -256,7 +256,7 @@ class Call:
         service: Service,
         start: Callable[[Callable[[News], None]], Ticket],
         prompt_tokens: int,
-    ):
+    ) -> None:
         """Starts the work; raises RequestError when too many requests wait."""
         service.check_room()
         self._service, self._prompt_tokens = service, prompt_tokens

@@ -14,14 +14,14 @@ from diffusiongemma.sampling.engine import Delta, Engine, Event, Failed
 class Refused:
     """The only event of a request that the engine refused; `error` says why."""
 
-    def __init__(self, error: ValueError):
+    def __init__(self, error: ValueError) -> None:
         self.error = error
 
 
 class Shown:
     """One item of what `Worker.watch` shows."""
 
-    def __init__(self, item: Any):
+    def __init__(self, item: Any) -> None:
         self.item = item
 
 
@@ -35,7 +35,7 @@ News = Event | Refused | Shown | Over
 class Ticket:
     """A request in the hands of a worker."""
 
-    def __init__(self, tell: Callable[[News], None]):
+    def __init__(self, tell: Callable[[News], None]) -> None:
         self._tell = tell
         self.id: int | None = None  # the engine's number
         self.over = False
@@ -56,7 +56,7 @@ class Worker:
       load: requests without a slot, and requests in slots, after the latest step.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine) -> None:
         """Starts no thread before `start`."""
         self.engine, self.load = engine, (0, 0)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()

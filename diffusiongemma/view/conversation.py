@@ -26,7 +26,9 @@ class Conversation:
     Conversation(chat, read=lambda: input('> '), write=print_part).run()
     """
 
-    def __init__(self, chat: ChatSampler, read: Callable[[], str], write: Callable[[str], None]):
+    def __init__(
+        self, chat: ChatSampler, read: Callable[[], str], write: Callable[[str], None]
+    ) -> None:
         """Starts with what the chat has heard so far.
 
         Args:

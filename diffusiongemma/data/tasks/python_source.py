@@ -56,7 +56,7 @@ class PythonSource:
       fingerprint: hash of the split's paths and texts, and of the lengths of windows.
     """
 
-    def __init__(self, split: str, directory: Path | None = None):
+    def __init__(self, split: str, directory: Path | None = None) -> None:
         """Reads the files once; the whole library is about 15 MB.
 
         Args:

@@ -266,7 +266,7 @@ class Sudoku:
         box: int = 3,
         min_clues: int | None = None,
         max_clues: int | None = None,
-    ):
+    ) -> None:
         """Raises ValueError on an unknown split, a size below 1, or bad box or clue bounds."""
         if split not in SPLITS:
             raise ValueError(f'split must be one of {SPLITS}, got {split!r}.')

@@ -72,7 +72,7 @@ def generate(index: int, split: str, seed: int = 0) -> dict[str, str]:
 class Wordmath:
     """Random-access source of `size` examples of one split, for grain and for evaluation."""
 
-    def __init__(self, split: str, size: int, seed: int = 0):
+    def __init__(self, split: str, size: int, seed: int = 0) -> None:
         """Raises ValueError on an unknown split or a size below 1."""
         if split not in SPLITS:
             raise ValueError(f'split must be one of {SPLITS}, got {split!r}.')

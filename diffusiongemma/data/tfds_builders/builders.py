@@ -43,7 +43,7 @@ class _TaskBuilder(  # type: ignore[call-arg]
     VERSION = tfds.core.Version('1.0.0')
     RELEASE_NOTES = {'1.0.0': 'First release.'}
 
-    def __init__(self, *, file_format: Any = 'array_record', **kwargs: Any):
+    def __init__(self, *, file_format: Any = 'array_record', **kwargs: Any) -> None:
         """As any builder, but the format has random access and needs no TensorFlow."""
         super().__init__(file_format=file_format, **kwargs)
 
