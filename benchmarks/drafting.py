@@ -35,7 +35,7 @@ DENOISERS: dict[str, dict[str, Any]] = {
     'light_1': {'light': {'layers': (4,), 'serial_rank': 64}},
     'light_2': {'light': {'layers': (3, 4), 'serial_rank': 64}},
     'light_3': {'light': {'layers': (2, 3, 4), 'serial_rank': 64}},
-    'separate': {'denoiser': 'separate', 'light': None},
+    'separate': {'denoiser': 'separate'},
 }
 OBJECTIVES: dict[str, dict[str, Any]] = {
     'equal': {'weights': 'equal'},
