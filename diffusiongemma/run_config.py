@@ -146,12 +146,16 @@ def say_devices() -> None:
 
 
 class _OwnMessages(py_logging.Filter):
-    """Lets through what this package says, and of others warnings and errors."""
+    """Lets through what this package says, and of others warnings and errors that mean something."""
 
     PACKAGE = str(Path(__file__).parent)
+    # Of orbax, which looks for such a file in each part of a checkpoint and needs none.
+    EXPECTED = 'Metadata file does not exist'
 
     def filter(self, record: py_logging.LogRecord) -> bool:
-        return record.levelno >= py_logging.WARNING or record.pathname.startswith(self.PACKAGE)
+        if record.pathname.startswith(self.PACKAGE):
+            return True
+        return record.levelno >= py_logging.WARNING and self.EXPECTED not in record.getMessage()
 
 
 def run_main(main: Callable[[list[str]], None], config: type | None = None) -> None:
