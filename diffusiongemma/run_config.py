@@ -146,7 +146,7 @@ def say_devices() -> None:
 
 
 class _OwnMessages(py_logging.Filter):
-    """Lets through what this package says, and of others warnings and errors that mean something."""
+    """Lets through what this package says, and warnings and errors of others."""
 
     PACKAGE = str(Path(__file__).parent)
     # Of orbax, which looks for such a file in each part of a checkpoint and needs none.
