@@ -21,6 +21,7 @@ from diffusiongemma.distillation.run import distill
 from diffusiongemma.models import Gemma, init_params
 from diffusiongemma.parallel import make_mesh
 from diffusiongemma.planning import programs
+from diffusiongemma.planning.sampler_programs import sampler_programs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
 import tiny  # noqa: E402
@@ -133,7 +134,7 @@ def test_a_light_run_and_its_sampling_are_planned():
     experiment = Experiment.of(config)
     teacher = programs.teacher_config(experiment.teacher, 'tiny', None)
     step = programs.training_step(experiment, teacher, mesh)
-    sampling = programs.sampler_programs(experiment, teacher, mesh, batch_size=8, prompt_length=16)
+    sampling = sampler_programs(experiment, teacher, mesh, batch_size=8, prompt_length=16)
     assert [program.name for program in sampling] == ['generate', 'draft', 'verify']
     for program in (step, *sampling):
         jax.eval_shape(program.function, *program.arguments)

