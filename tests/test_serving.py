@@ -556,7 +556,8 @@ def test_the_examples_of_the_page_on_serving_run(url, builtin):
     blocks = re.findall(
         r'```(\w+)\n(.*?)```', (ROOT / 'docs' / 'serving.md').read_text(), re.DOTALL
     )
-    (_, start), (python, client), (bash, curl) = blocks
+    (_, start), (python, client), (bash, curl), (_, measures) = blocks
+    assert 'benchmarks/serving.py' in measures  # slow, and has a test of its own
     assert (python, bash) == ('python', 'bash') and start.count('\n') == 2
     for command, block in (([sys.executable, '-c'], client), (['bash', '-c'], curl)):
         text = block.replace('http://127.0.0.1:8000', url)
