@@ -38,9 +38,7 @@ DENOISERS: dict[str, dict[str, Any]] = {
     'separate': {'denoiser': 'separate'},
 }
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    'equal': {'weights': 'equal'},
-    'decay': {'weights': 'decay'},
-    'accepted_length': {'weights': 'accepted_length'},
+    name: {'weights': name} for name in ('equal', 'decay', 'accepted_length')
 }
 MAIN = ('light_3', 'accepted_length')  # with a second seed, and with these
 ADDITIONS: dict[str, dict[str, Any]] = {

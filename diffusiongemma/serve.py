@@ -89,13 +89,9 @@ _WARM_UP = flags.DEFINE_bool('warm_up', True, 'Compile before the first request.
 def main(argv: list[str]) -> None:
     """Serves until SIGTERM."""
     del argv
-    try:
+    with run_config.extra_named(__name__):
         from diffusiongemma.serving.server import listen, serve
         from diffusiongemma.serving.service import Service, Settings
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"serving needs the package {error.name}: pip install 'diffusiongemma[serve]'."
-        ) from None
     sock = listen(_HOST.value, _PORT.value)
     model, params, tokenizer = load_for_sampling(_CHECKPOINT.value, _WEIGHTS.value)
     config = run_config.student_sampling(

@@ -149,13 +149,10 @@ def compare(
         )
         for decoded in watch((by_teacher, by_student), 'judging')
     )
-    names = list(contestants)
+    names, samplers = list(contestants), list(contestants.values())
     speeds, *larger_batches = (
-        speeds_of(size, dict(zip(names, found, strict=True)))
-        for size, found in (
-            (size, timed(list(contestants.values()), tokenizer, examples, config, rng, size, watch))
-            for size in config.speed_batch_sizes
-        )
+        speeds_of(size, names, timed(samplers, tokenizer, examples, config, rng, size, watch))
+        for size in config.speed_batch_sizes
     )
     comparison = Comparison(
         **dataclasses.asdict(speeds),

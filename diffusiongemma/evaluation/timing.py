@@ -114,8 +114,9 @@ def timed(
     ]
 
 
-def speeds_of(size: int, by_name: dict[str, Speed]) -> Speeds:
+def speeds_of(size: int, names: Sequence[str], speeds: Sequence[Speed]) -> Speeds:
     """Of the contestants 'teacher', 'lossless', 'lookup' and, with a mode of its own, 'student'."""
+    by_name = dict(zip(names, speeds, strict=True))
     teacher, lossless, lookup = (by_name[name] for name in ('teacher', 'lossless', 'lookup'))
     student = by_name.get('student', lossless)
     return Speeds(

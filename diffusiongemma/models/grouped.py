@@ -80,25 +80,35 @@ def warn_of_fallback(
 
 def _multiply(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: Any) -> jax.Array:
     """`grouped_matmul` with a result in `dtype`."""
-    ways = {'cpu': _by_blocks, 'default': _ragged}
-    if grouped_gpu.fits(x, kernels):
-        ways['cuda'] = grouped_gpu.grouped_matmul_gpu
-    ways = {name: _cast(way, dtype) for name, way in ways.items()}
-    if grouped_tpu.fits(x, kernels):
-        ways['tpu'] = functools.partial(grouped_tpu.grouped_matmul_tpu, dtype=dtype)
+    ways = {'cpu': _by_blocks, 'cuda': grouped_gpu.grouped_matmul_gpu, 'default': _ragged}
+    ways = _that_fit(x, kernels, dtype, ways, grouped_tpu.grouped_matmul_tpu)
     return jax.lax.platform_dependent(x, kernels, group_sizes, **ways)
 
 
 def _outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array, dtype: Any) -> jax.Array:
     """x[rows of e]^T @ y[rows of e] for every group: [N, D], [N, F] -> [E, D, F] in `dtype`."""
     kernels = jax.ShapeDtypeStruct((group_sizes.shape[0], x.shape[1], y.shape[1]), x.dtype)
-    ways = {'cpu': _outer_by_blocks, 'default': _ragged_outer}
-    if grouped_gpu.fits(x, kernels):
-        ways['cuda'] = grouped_gpu.grouped_outer_gpu
-    ways = {name: _cast(way, dtype) for name, way in ways.items()}
-    if grouped_tpu.fits(x, kernels):
-        ways['tpu'] = functools.partial(grouped_tpu.grouped_outer_tpu, dtype=dtype)
+    ways = {
+        'cpu': _outer_by_blocks,
+        'cuda': grouped_gpu.grouped_outer_gpu,
+        'default': _ragged_outer,
+    }
+    ways = _that_fit(x, kernels, dtype, ways, grouped_tpu.grouped_outer_tpu)
     return jax.lax.platform_dependent(x, y, group_sizes, **ways)
+
+
+def _that_fit(
+    x: Any, kernels: Any, dtype: Any, ways: dict[str, Callable[..., Any]], on_tpus: Callable
+) -> dict[str, Callable[..., Any]]:
+    """The ways of those platforms whose kernels take x [N, D] and kernels [E, D, F], in `dtype`."""
+    casting = {
+        name: _cast(way, dtype)
+        for name, way in ways.items()
+        if name != 'cuda' or grouped_gpu.fits(x, kernels)
+    }
+    if grouped_tpu.fits(x, kernels):  # which give their results in any dtype themselves
+        casting['tpu'] = functools.partial(on_tpus, dtype=dtype)
+    return casting
 
 
 def _cast(way: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.Array]:
