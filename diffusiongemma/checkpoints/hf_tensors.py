@@ -1,12 +1,14 @@
 """Which tensor of the published format each parameter comes from, and how its axes change.
 
-Layers are stacked over repetitions of the layer pattern, as the scan wants them. `hf_import.py`
-reads with this table and `hf_export.py` writes with it.
+The names are declared in `models/weights.py`; here they become those of every layer. Layers are
+stacked over repetitions of the layer pattern, as the scan wants them. `hf_import.py` reads with
+this table and `hf_export.py` writes with it.
 
 DiffusionGemma stores its backbone once, under `model.decoder.`; the encoder adds one scalar per
 layer. An autoregressive Gemma has the same names under another prefix.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusiongemma.models.config import LayerStack, ModelConfig
+from diffusiongemma.models.weights import weight_at
 
 DECODER = 'model.decoder.'
 ENCODER = 'model.encoder.language_model.'
@@ -90,27 +93,15 @@ def sources(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[tupl
         stack: LayerStack = getattr(config, STACKS[parts[1]])
         slot, path = int(parts[2].removeprefix('layer_')), parts[3:]
         if parts[1].endswith('tail'):
-            return [(..., _layer_source(path, stack.tail_first + slot, shape))]
+            return [(..., _source(path, f'layers.{stack.tail_first + slot}.', shape))]
         period = len(stack.pattern)
         return [
-            (group, _layer_source(path, stack.first + group * period + slot, shape[1:]))
+            (group, _source(path, f'layers.{stack.first + group * period + slot}.', shape[1:]))
             for group in range(stack.num_groups)
         ]
-    kernels = {'gate': 'gate_proj', 'up': 'up_proj', 'down': 'down_proj'}
-    table = {
-        'embedder/embedding': _plain('embed_tokens.weight', shape),
-        'backbone/final_norm/scale': _plain('norm.weight', shape),
-        'self_conditioning/pre_norm/scale': _plain('self_conditioning.pre_norm.weight', shape),
-        'per_layer_embedder/embedding': _packed('embed_tokens_per_layer.weight', shape),
-        'per_layer_embedder/projection': _linear('per_layer_model_projection.weight', shape, 1),
-        'per_layer_embedder/projection_norm/scale': _plain(
-            'per_layer_projection_norm.weight', shape
-        ),
-    } | {
-        f'self_conditioning/mlp/{ours}': _linear(f'self_conditioning.{theirs}.weight', shape, 1)
-        for ours, theirs in kernels.items()
-    }
-    return [(..., table[name])]
+    if parts[0] not in _OUTSIDE_LAYERS:
+        raise ValueError(f'no published tensor is known for the parameter {name}.')
+    return [(..., _source(parts, '', shape))]
 
 
 # Where the backbone has its layers, and the config's word for them.
@@ -120,65 +111,25 @@ STACKS = {
     'shared_layers': 'kv_shared_layers',
     'shared_tail': 'kv_shared_layers',
 }
-NORMS = {
-    'pre_attention_norm': 'input_layernorm',
-    'post_attention_norm': 'post_attention_layernorm',
-    'pre_ffn_norm': 'pre_feedforward_layernorm',
-    'post_ffn_norm': 'post_feedforward_layernorm',
-    'post_mlp_norm': 'post_feedforward_layernorm_1',
-    'post_moe_norm': 'post_feedforward_layernorm_2',
-    'pre_moe_norm': 'pre_feedforward_layernorm_2',
-    'post_per_layer_norm': 'post_per_layer_input_norm',
-}
+_OUTSIDE_LAYERS = ('embedder', 'backbone', 'self_conditioning', 'per_layer_embedder')
 
 
-def _layer_source(path: list[str], layer: int, shape: tuple[int, ...]) -> Source:
-    """Source of one layer's parameter; `path` starts below the layer, `shape` is unstacked."""
-    prefix = f'layers.{layer}.'
-    match path:
-        case [('encode_scalar' | 'denoise_scalar') as which]:
-            of_encoder = which == 'encode_scalar'
-            return Source(f'{prefix}layer_scalar', (1,), lambda x: x.reshape(()), of_encoder)
-        case [norm, 'scale'] if norm in NORMS:
-            return _plain(f'{prefix}{NORMS[norm]}.weight', shape)
-        case ['attention', ('query_norm' | 'key_norm') as norm, 'scale']:
-            return _plain(f'{prefix}self_attn.{norm[0]}_norm.weight', shape)
-        case ['attention', ('query' | 'key' | 'value') as kernel]:  # [D, heads, H]
-            return _linear(f'{prefix}self_attn.{kernel[0]}_proj.weight', shape, 1)
-        case ['attention', 'output']:  # [N, H, D]
-            return _linear(f'{prefix}self_attn.o_proj.weight', shape, 2)
-        case ['mlp', kernel]:
-            return _linear(f'{prefix}mlp.{kernel}_proj.weight', shape, 1)
-        case ['per_layer', ('gate' | 'projection') as kernel]:
-            theirs = {'gate': 'per_layer_input_gate', 'projection': 'per_layer_projection'}
-            return _linear(f'{prefix}{theirs[kernel]}.weight', shape, 1)
-        case ['moe', 'router', 'kernel']:
-            return _linear(f'{prefix}router.proj.weight', shape, 1)
-        case ['moe', 'router', name]:
-            return _plain(f'{prefix}router.{name}', shape)
-        case ['moe', 'experts', 'down']:  # [E, F, D] from [E, D, F]
-            e, f, d = shape
-            tensor = f'{prefix}experts.down_proj'
-            return Source(tensor, (e, d, f), lambda x: x.swapaxes(1, 2))
-        case ['moe', 'experts', ('gate' | 'up') as half]:  # [E, D, F] from half of [E, 2F, D]
-            e, d, f = shape
-            start = 0 if half == 'gate' else f
-            tensor = f'{prefix}experts.gate_up_proj'
-            return Source(tensor, (e, 2 * f, d), lambda x: x[:, start : start + f].swapaxes(1, 2))
-    raise ValueError(f'no published tensor is known for the parameter {"/".join(path)}.')
+def _source(path: list[str], prefix: str, shape: tuple[int, ...]) -> Source:
+    """Source of the parameter at a path; `shape` is that of one layer's."""
+    weight = weight_at(path)
+    if weight is None or weight.published is None:
+        raise ValueError(f'no published tensor is known for the parameter {"/".join(path)}.')
+    tensor = prefix + weight.published
+    if not weight.inputs:
+        stored = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape or (1,)
+        return Source(tensor, stored, lambda x: x.reshape(shape), weight.of_encoder)
+    first, last = len(weight.maps), len(weight.maps) + len(weight.inputs)
+    maps, inputs, outputs = shape[:first], math.prod(shape[first:last]), math.prod(shape[last:])
+    index, parts = weight.part
 
+    def convert(x: np.ndarray) -> np.ndarray:
+        """[*maps, parts * prod(outputs), prod(inputs)] -> [*maps, *inputs, *outputs]."""
+        part = x[..., index * outputs : (index + 1) * outputs, :]
+        return part.swapaxes(-1, -2).reshape(shape)
 
-def _plain(tensor: str, shape: tuple[int, ...]) -> Source:
-    return Source(tensor, shape, lambda x: x)
-
-
-def _packed(tensor: str, shape: tuple[int, ...]) -> Source:
-    """A table [V, layers, P] from a matrix [V, layers * P]."""
-    return Source(tensor, (shape[0], int(np.prod(shape[1:]))), lambda x: x.reshape(shape))
-
-
-def _linear(tensor: str, shape: tuple[int, ...], num_inputs: int) -> Source:
-    """A kernel [*inputs, *outputs] from a matrix [prod(outputs), prod(inputs)]."""
-    inputs = int(np.prod(shape[:num_inputs]))
-    outputs = int(np.prod(shape[num_inputs:]))
-    return Source(tensor, (outputs, inputs), lambda x: x.T.reshape(shape))
+    return Source(tensor, (*maps, parts * outputs, inputs), convert, weight.of_encoder)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from diffusiongemma.models.inference import KERNELS
+from diffusiongemma.models.weights import weight_at
 
 NAMES = ('adamw', 'adafactor', 'muon')
 ROUTER = 'router'
@@ -136,15 +136,12 @@ def _kernel_axes(params: Any) -> Any:
     """The input and output axes of each kernel, whatever is stacked before them; else None."""
 
     def axes(path: tuple, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        names = ['', *(getattr(key, 'key', '') for key in path)]
-        parent, name = names[-2:]
-        inputs, outputs = KERNELS.get(parent, {}).get(name, (0, 0))
-        first = leaf.ndim - inputs - outputs
-        if not inputs:
+        weight = weight_at([getattr(key, 'key', '') for key in path])
+        if weight is None or not weight.large:
             return None
-        middle = first + inputs
+        middle = leaf.ndim - len(weight.outputs)
         return optax.contrib.MuonDimensionNumbers(
-            tuple(range(first, middle)), tuple(range(middle, leaf.ndim))
+            tuple(range(middle - len(weight.inputs), middle)), tuple(range(middle, leaf.ndim))
         )
 
     return jax.tree_util.tree_map_with_path(axes, params)

@@ -15,9 +15,9 @@ from diffusiongemma.models.layers import (
     apply_rope,
     contract,
     kernel_init,
-    kernel_param,
     project,
     rms_normalize,
+    weight,
 )
 from diffusiongemma.models.masks import AttentionMask, CausalMask
 
@@ -44,17 +44,14 @@ class Attention(nn.Module):
     def setup(self) -> None:
         config, attention = self.config, self.config.attention(self.kind)
         d, n, k, h = config.width, config.num_heads, attention.num_kv_heads, attention.head_dim
-        embed, heads, kv_heads = {'embed': d}, {'heads': n}, {'kv_heads': k}
-        size, output_major = {'head_dim': h}, self.execution.output_major
-        init = kernel_init(d)
-        self.query = kernel_param(self, 'query', init, embed, heads | size, output_major)
+        layout = self.execution.output_major
+        self.query = weight(self, 'attention/query', kernel_init(d), (d, n, h), layout)
         if not self.shares_kv:
-            self.key = kernel_param(self, 'key', init, embed, kv_heads | size, output_major)
+            self.key = weight(self, 'attention/key', kernel_init(d), (d, k, h), layout)
         if not (self.shares_kv or attention.value_is_key):
-            self.value = kernel_param(self, 'value', init, embed, kv_heads | size, output_major)
-        init = kernel_init(n * h)
-        self.output = kernel_param(self, 'output', init, heads | size, embed, output_major)
-        # Scores of freshly initialised queries and keys have unit variance.
+            self.value = weight(self, 'attention/value', kernel_init(d), (d, k, h), layout)
+        self.output = weight(self, 'attention/output', kernel_init(n * h), (n, h, d), layout)
+        # Scores of freshly initialized queries and keys have unit variance.
         init_value = (h * config.query_scale**2) ** -0.25
         norm: dict[str, Any] = {'eps': config.norm_eps, 'scale_offset': config.norm_scale_offset}
         self.query_norm = RMSNorm(**norm, init_value=init_value)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.config import LIGHT, SEPARATE, LightConfig, ModelConfig
 from diffusiongemma.models.execution import Execution
-from diffusiongemma.models.layers import GatedMLP, RMSNorm, logical_param, rms_normalize
+from diffusiongemma.models.layers import GatedMLP, RMSNorm, rms_normalize, weight
 from diffusiongemma.models.light import LightBackbone, SerialCorrection, TeacherState
 from diffusiongemma.models.masks import AttentionMask, CausalMask, canvas_mask
 from diffusiongemma.models.precision import native_dtype
@@ -90,13 +90,8 @@ class DiffusionGemma(Gemma):
             size = light.draft_vocab_size
             self.draft_ids = self.param(DRAFT_IDS, lambda _: jnp.arange(size, dtype=jnp.int32))
             if self.execution.gather_draft_head:
-                self.draft_head = logical_param(
-                    self,
-                    DRAFT_HEAD,
-                    nn.initializers.zeros,
-                    (size, config.width),
-                    ('vocab', 'embed'),
-                )
+                shape = (size, config.width)
+                self.draft_head = weight(self, DRAFT_HEAD, nn.initializers.zeros, shape)
 
     @property
     def light(self) -> LightConfig | None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from diffusiongemma.models.execution import Execution, partition_spec
 from diffusiongemma.models.execution import product as product_of
 from diffusiongemma.models.grouped import grouped_product
+from diffusiongemma.models.weights import WEIGHTS
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -23,11 +24,8 @@ Kernels = tuple[jax.Array, jax.Array, jax.Array]
 ROUND_SLACK = 2.0
 
 TOKEN_AXES = ('batch', None, 'length', None)
-KERNEL_AXES = (
-    ('experts', 'embed', 'expert_mlp'),
-    ('experts', 'embed', 'expert_mlp'),
-    ('experts', 'expert_mlp', 'embed'),
-)
+KERNEL_AXES = tuple(WEIGHTS[f'experts/{name}'].axes for name in ('gate', 'up', 'down'))
+_EMBED = WEIGHTS['experts/down'].outputs[0]  # the width D
 
 
 def grouped_mlps(
@@ -172,7 +170,7 @@ def experts_on_mesh(
     gathered = tuple(axis for axis in laid[0][1] if axis in of_tokens)
     kernel_axes = [
         [
-            tuple(a for a in axes if a in gathered) if name == 'embed' else axes
+            tuple(a for a in axes if a in gathered) if name == _EMBED else axes
             for axes, name in zip(laid[i], names, strict=True)
         ]
         for i, names in enumerate(KERNEL_AXES)
@@ -183,7 +181,7 @@ def experts_on_mesh(
     def local(x: jax.Array, weights: jax.Array, experts: jax.Array, *kernels: jax.Array):
         if gathered:
             kernels = tuple(
-                jax.lax.all_gather(kernel, gathered, axis=names.index('embed'), tiled=True)
+                jax.lax.all_gather(kernel, gathered, axis=names.index(_EMBED), tiled=True)
                 for kernel, names in zip(kernels, KERNEL_AXES, strict=True)
             )
         width, top_k = x.shape[-1], experts.shape[-1]

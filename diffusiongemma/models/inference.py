@@ -1,10 +1,9 @@
-"""Parameters laid out for speed when sampling; the function that they parametrise stays the same.
+"""Parameters laid out for speed when sampling; the function that they parametrize stays the same.
 
 Checkpoints and training are of stacked layers with the inputs of each kernel in front.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,14 +16,9 @@ from diffusiongemma.models.denoiser import (
     DiffusionGemma,
 )
 from diffusiongemma.models.transformer import Gemma
+from diffusiongemma.models.weights import Weight, map_kernels
 
 STACKED = ('layers', 'shared_layers')
-# Kernels of layers, and how many axes of inputs they have in front, of outputs behind.
-KERNELS = {
-    'mlp': {'gate': (1, 1), 'up': (1, 1), 'down': (1, 1)},
-    'experts': {'gate': (1, 1), 'up': (1, 1), 'down': (1, 1)},
-    'attention': {'query': (1, 2), 'key': (1, 2), 'value': (1, 2), 'output': (2, 1)},
-}
 
 
 def for_inference(model: Gemma, params: dict) -> tuple[Gemma, dict]:
@@ -134,27 +128,6 @@ def output_major_kernels(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     return with_execution(model, output_major=True), turned
 
 
-def map_kernels(change: Callable[[Any, int, int], Any], params: dict) -> dict:
-    """The parameters with `change(kernel, inputs, outputs)` in place of each of the `KERNELS`.
-
-    Args:
-      change: of a kernel and how many axes of inputs and of outputs it has.
-      params: nested dict of arrays.
-    """
-
-    def visit(node: dict, kernels: dict[str, tuple[int, int]]) -> dict:
-        made = {}
-        for name, child in node.items():
-            if name in kernels:
-                made[name] = change(child, *kernels[name])
-            else:
-                inside = KERNELS.get(name, {})
-                made[name] = visit(child, inside) if isinstance(child, dict) else child
-        return made
-
-    return visit(params, {})
-
-
 def kernels_in_compute_dtype(model: DiffusionGemma, params: dict) -> dict:
     """The parameters with the kernels of layers in the dtype that every pass casts them to.
 
@@ -165,13 +138,14 @@ def kernels_in_compute_dtype(model: DiffusionGemma, params: dict) -> dict:
 
     def cast(name: str, part: Any) -> Any:
         dtype = model.denoise_dtype if name in DENOISER_ALONE else model.dtype
-        return map_kernels(lambda kernel, *_: kernel.astype(dtype), {name: part})[name]
+        return map_kernels(lambda kernel, _: kernel.astype(dtype), {name: part})[name]
 
     return {name: cast(name, part) for name, part in params.items()}
 
 
-def _outputs_first(kernel: Any, inputs: int, outputs: int) -> jax.Array:
+def _outputs_first(kernel: Any, weight: Weight) -> jax.Array:
     """Turns [..., *inputs, *outputs] into [..., *outputs, *inputs]."""
+    inputs, outputs = len(weight.inputs), len(weight.outputs)
     return jnp.moveaxis(kernel, range(-outputs, 0), range(-inputs - outputs, -inputs))
 
 

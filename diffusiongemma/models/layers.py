@@ -1,8 +1,7 @@
 """Layers with no attention in them: norms, embedding, gated MLP, rotary embedding.
 
-Every kernel names its logical axes where it is created; `parallel/sharding.py` maps
-these names to mesh axes. Parameters are cast to the compute dtype at their use, norms
-and logits are computed in float32.
+Their weights are declared in `weights.py`. Parameters are cast to the compute dtype at their use;
+norms and logits are computed in float32.
 """
 
 import functools
@@ -22,6 +21,7 @@ from diffusiongemma.models.vocabulary import (
     expected_rows_by_parts,
     logits_by_parts,
 )
+from diffusiongemma.models.weights import WEIGHTS
 
 
 def kernel_init(fan_in: int) -> nn.initializers.Initializer:
@@ -29,44 +29,32 @@ def kernel_init(fan_in: int) -> nn.initializers.Initializer:
     return nn.initializers.normal(stddev=fan_in**-0.5)
 
 
-def logical_param(
+def weight(
     module: nn.Module,
-    name: str,
+    declared: str,
     init: nn.initializers.Initializer,
     shape: Sequence[int],
-    axes: Sequence[str | None],
+    output_major: bool = False,
 ) -> jax.Array:
-    """Declares a float32 parameter together with its logical axes."""
-    partitioned = nn.with_logical_partitioning(init, tuple(axes))
-    parameter: Any = module.param(name, partitioned, tuple(shape), jnp.float32)
-    return parameter
-
-
-def kernel_param(
-    module: nn.Module,
-    name: str,
-    init: nn.initializers.Initializer,
-    inputs: dict[str, int],
-    outputs: dict[str, int],
-    output_major: bool,
-    maps: dict[str, int] | None = None,
-) -> jax.Array:
-    """Declares the float32 weights of a linear map, or of several.
+    """Creates a float32 parameter as it is declared in `models/weights.py`.
 
     Args:
       module: whose parameter it is.
-      name: of the parameter.
+      declared: its key there, of which the last part is its name in the module.
       init: its initializer.
-      inputs: size of each input axis by its logical name.
-      outputs: the same of the outputs.
+      shape: the size of each of its axes, in the order of the declaration.
       output_major: whether the output axes are in front (`Execution.output_major`).
-      maps: logical name and number of the maps, where there are several.
 
     Returns:
       [*maps, *inputs, *outputs], or [*maps, *outputs, *inputs].
     """
-    sizes = (maps or {}) | (outputs | inputs if output_major else inputs | outputs)
-    return logical_param(module, name, init, tuple(sizes.values()), tuple(sizes))
+    declaration = WEIGHTS[declared]
+    axes, sizes = declaration.axes, tuple(shape)
+    if output_major:
+        axes, sizes = declaration.outputs_first(axes), declaration.outputs_first(sizes)
+    partitioned = nn.with_logical_partitioning(init, axes)
+    parameter: Any = module.param(declared.split('/')[-1], partitioned, sizes, jnp.float32)
+    return parameter
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -118,12 +106,12 @@ def as_operand(kernel: Any, dtype: jnp.dtype) -> Any:
 def project(
     equation: str, x: jax.Array, kernel: jax.Array, output_major: bool = False
 ) -> jax.Array:
-    """`contract` with a weight; what rematerialisation may keep (`Execution.remat` 'dots').
+    """`contract` with a weight; what rematerialization may keep (`Execution.remat` 'dots').
 
     Args:
       equation: as for `contract`, its kernel with the inputs in front.
       x: of any float dtype; the product is taken in it.
-      kernel: laid out as `kernel_param` returns it; of any float dtype, or quantized.
+      kernel: laid out as `weight` returns it; of any float dtype, or quantized.
       output_major: as given there.
     """
     kernel = as_operand(kernel, x.dtype)
@@ -181,7 +169,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.constant(self.init_value - self.scale_offset)
-        scale = logical_param(self, 'scale', init, x.shape[-1:], ('norm',))
+        scale = weight(self, 'norm/scale', init, x.shape[-1:])
         return (rms_normalize(x, self.eps) * (scale + self.scale_offset)).astype(x.dtype)
 
 
@@ -195,12 +183,11 @@ class GatedMLP(nn.Module):
     zero_init_output: bool = False
 
     def setup(self) -> None:
-        d, f = {'embed': self.width}, {'mlp': self.ffn_width}
-        init = kernel_init(self.width)
-        self.gate = kernel_param(self, 'gate', init, d, f, self.output_major)
-        self.up = kernel_param(self, 'up', init, d, f, self.output_major)
-        init = nn.initializers.zeros if self.zero_init_output else kernel_init(self.ffn_width)
-        self.down = kernel_param(self, 'down', init, f, d, self.output_major)
+        d, f = self.width, self.ffn_width
+        self.gate = weight(self, 'mlp/gate', kernel_init(d), (d, f), self.output_major)
+        self.up = weight(self, 'mlp/up', kernel_init(d), (d, f), self.output_major)
+        init = nn.initializers.zeros if self.zero_init_output else kernel_init(f)
+        self.down = weight(self, 'mlp/down', init, (f, d), self.output_major)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # As one matrix of tokens: contracting several leading axes, as the gradients of the
@@ -223,13 +210,8 @@ class Embedder(nn.Module):
     output_major: bool = False
 
     def setup(self) -> None:
-        self.embedding = logical_param(
-            self,
-            'embedding',
-            nn.initializers.normal(stddev=self.width**-0.5),
-            (self.vocab_size, self.width),
-            ('vocab', 'embed'),
-        )
+        shape = (self.vocab_size, self.width)
+        self.embedding = weight(self, 'embedder/embedding', kernel_init(self.width), shape)
 
     def encode(self, tokens: jax.Array) -> jax.Array:
         """[...] int32 -> [..., D], scaled by sqrt(D)."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from diffusiongemma.models.cache import KV, layer_kv
 from diffusiongemma.models.config import LightConfig, ModelConfig
 from diffusiongemma.models.execution import Execution
-from diffusiongemma.models.layers import RMSNorm, kernel_init, logical_param, project
+from diffusiongemma.models.layers import RMSNorm, kernel_init, project, weight
 from diffusiongemma.models.transformer import KVPair, LayerInput, PassContext, rematerialised
 
 
@@ -91,9 +91,7 @@ class TeacherState(nn.Module):
     def __call__(self, x: jax.Array, state: jax.Array) -> jax.Array:
         """x [B, M, T, D], state [B, M, D] -> [B, M, T, D]."""
         width = self.config.width
-        kernel = logical_param(
-            self, 'kernel', nn.initializers.zeros, (width, width), ('embed', 'mlp')
-        )
+        kernel = weight(self, 'teacher_state/kernel', nn.initializers.zeros, (width, width))
         added = project('bmd,de->bme', state.astype(self.dtype), kernel)
         return x + added.astype(x.dtype)[:, :, None]
 
@@ -112,12 +110,8 @@ class SerialCorrection(nn.Module):
         rank, size = light.serial_rank, light.draft_vocab_size or self.config.vocab_size
         # One more row than the draft vocabulary has tokens: for every token outside of it.
         rows = size + (1 if light.draft_vocab_size else 0)
-        self.previous = logical_param(
-            self, 'previous', kernel_init(rank), (rows, rank), ('vocab', 'norm')
-        )
-        self.following = logical_param(
-            self, 'following', nn.initializers.zeros, (rank, size), ('norm', 'vocab')
-        )
+        self.previous = weight(self, 'serial/previous', kernel_init(rank), (rows, rank))
+        self.following = weight(self, 'serial/following', nn.initializers.zeros, (rank, size))
 
     def __call__(self, previous: jax.Array) -> jax.Array:
         """Rows [...] int32 of the tokens before -> what their logits gain, float32 [..., Vd]."""

@@ -23,13 +23,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diffusiongemma.models.config import SHARED, ModelConfig
 from diffusiongemma.models.execution import product
+from diffusiongemma.models.weights import weight_at
 
 BOTH, DENOISE = 'both', 'denoise'
-# Last part of a kernel's name -> how many of its axes are inputs (contracted with the tokens).
-KERNEL_INPUTS = {
-    'query': 1, 'key': 1, 'value': 1, 'output': 2, 'gate': 1, 'up': 1, 'down': 1, 'kernel': 1,
-    'projection': 1,
-}  # fmt: skip
 _ENCODE_ALONE = ('embedder/', 'backbone/')  # in a model with a separate denoiser
 _A, _B = 'lora_a', 'lora_b'
 
@@ -207,13 +203,11 @@ def _matches(config: LoraConfig, patterns: tuple[str, ...], name: str) -> bool:
 
 def _axes(name: str, ndim: int) -> _Axes | None:
     """The axes of the kernel `name`; None where the parameter is no kernel."""
-    parts = name.split('/')
-    inputs = KERNEL_INPUTS.get(parts[-1])
-    if inputs is None:
+    weight = weight_at(name.split('/'))
+    if weight is None or not weight.inputs:
         return None
-    # Layers of the scan lie under `layers`; a tail's are single.
-    batch = int(len(parts) > 1 and parts[1].endswith('layers')) + int('experts' in parts)
-    return _Axes(batch, inputs, ndim - batch - inputs)
+    inputs, outputs = len(weight.inputs), len(weight.outputs)
+    return _Axes(ndim - inputs - outputs, inputs, outputs)
 
 
 def _factor_shapes(

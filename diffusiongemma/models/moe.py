@@ -12,16 +12,15 @@ from diffusiongemma.models.layers import (
     as_operand,
     is_quantized,
     kernel_init,
-    kernel_param,
-    logical_param,
     rms_normalize,
+    weight,
 )
 
 
 class Router(nn.Module):
     """Top-k routing weights in float32.
 
-    softmax over E of (rmsnorm(a) * scale * D^-1/2) Wr; the k largest are renormalised to
+    softmax over E of (rmsnorm(a) * scale * D^-1/2) Wr; the k largest are renormalized to
     sum to one, then multiplied by a learned scale of their expert (Gemma 4).
     """
 
@@ -33,13 +32,10 @@ class Router(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[..., D] -> (weights [..., k] float32, experts [..., k] int32)."""
         d, num_experts = self.width, self.config.num_experts
-        scale = logical_param(self, 'scale', nn.initializers.ones, (d,), ('norm',))
-        kernel = logical_param(
-            self, 'kernel', kernel_init(1), (d, num_experts), ('embed', 'router_experts')
-        )
-        expert_scale = logical_param(
-            self, 'per_expert_scale', nn.initializers.ones, (num_experts,), ('router_experts',)
-        )
+        ones = nn.initializers.ones
+        scale = weight(self, 'router/scale', ones, (d,))
+        kernel = weight(self, 'router/kernel', kernel_init(1), (d, num_experts))
+        expert_scale = weight(self, 'router/per_expert_scale', ones, (num_experts,))
         hidden = rms_normalize(x, self.norm_eps) * scale * d**-0.5
         probs = jax.nn.softmax(hidden @ kernel, axis=-1)  # [..., E]
         weights, experts = jax.lax.top_k(probs, self.config.top_k)
@@ -57,13 +53,10 @@ class Experts(nn.Module):
     execution: Execution = Execution()
 
     def setup(self) -> None:
-        d, f = {'embed': self.width}, {'expert_mlp': self.config.expert_width}
-        layout = (self.output_major, {'experts': self.config.num_experts})
-        init = kernel_init(self.width)
-        self.gate = kernel_param(self, 'gate', init, d, f, *layout)
-        self.up = kernel_param(self, 'up', init, d, f, *layout)
-        init = kernel_init(self.config.expert_width)
-        self.down = kernel_param(self, 'down', init, f, d, *layout)
+        e, d, f = self.config.num_experts, self.width, self.config.expert_width
+        self.gate = weight(self, 'experts/gate', kernel_init(d), (e, d, f), self.output_major)
+        self.up = weight(self, 'experts/up', kernel_init(d), (e, d, f), self.output_major)
+        self.down = weight(self, 'experts/down', kernel_init(f), (e, f, d), self.output_major)
 
     def __call__(self, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
         """x [B, M, T, D], routing weights and expert ids [B, M, T, k] -> [B, M, T, D]."""

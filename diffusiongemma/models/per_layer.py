@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.config import ModelConfig
-from diffusiongemma.models.layers import RMSNorm, kernel_init, logical_param
+from diffusiongemma.models.layers import RMSNorm, kernel_init, weight
 
 
 class PerLayerEmbedder(nn.Module):
@@ -25,16 +25,10 @@ class PerLayerEmbedder(nn.Module):
         config, per_layer = self.config, self.config.per_layer
         assert per_layer is not None
         d, num_layers, p = config.width, config.num_layers, per_layer.width
-        self.embedding = logical_param(
-            self,
-            'embedding',
-            nn.initializers.normal(stddev=p**-0.5),
-            (per_layer.vocab_size, num_layers, p),
-            ('vocab', 'layers', 'embed'),
-        )
-        self.projection = logical_param(
-            self, 'projection', kernel_init(1), (d, num_layers, p), ('embed', 'layers', 'mlp')
-        )
+        shape = (per_layer.vocab_size, num_layers, p)
+        self.embedding = weight(self, 'per_layer_embedder/embedding', kernel_init(p), shape)
+        shape = (d, num_layers, p)
+        self.projection = weight(self, 'per_layer_embedder/projection', kernel_init(1), shape)
         self.projection_norm = RMSNorm(config.norm_eps, config.norm_scale_offset)
 
     def __call__(self, tokens: jax.Array, embeddings: jax.Array) -> jax.Array:
@@ -56,10 +50,8 @@ class PerLayerUpdate(nn.Module):
     def setup(self) -> None:
         assert self.config.per_layer is not None
         d, p = self.config.width, self.config.per_layer.width
-        self.gate = logical_param(self, 'gate', kernel_init(d), (d, p), ('embed', 'mlp'))
-        self.projection = logical_param(
-            self, 'projection', kernel_init(p), (p, d), ('mlp', 'embed')
-        )
+        self.gate = weight(self, 'per_layer/gate', kernel_init(d), (d, p))
+        self.projection = weight(self, 'per_layer/projection', kernel_init(p), (p, d))
 
     def __call__(self, x: jax.Array, per_layer: jax.Array) -> jax.Array:
         """x [..., D], per-layer input [..., P] -> [..., D]."""

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.models.inference import map_kernels
 from diffusiongemma.models.layers import is_quantized
 from diffusiongemma.models.transformer import Gemma
+from diffusiongemma.models.weights import Weight, map_kernels
 
 WEIGHT_DTYPES = {'int8': jnp.int8, 'fp8': jnp.float8_e4m3fn}
 
@@ -39,11 +39,11 @@ def quantize_weights(model: Gemma, params: dict, weights: str) -> dict:
         raise ValueError('quantized weights are for one device, but this model is on a mesh.')
     quantize = jax.jit(qwix.quantize, static_argnames=('qtype', 'channelwise_axes'))
 
-    def quantized(kernel: Any, inputs: int, outputs: int) -> Any:
+    def quantized(kernel: Any, weight: Weight) -> Any:
         if is_quantized(kernel):
             raise ValueError('the weights are quantized already.')
-        last = kernel.ndim - (0 if model.execution.output_major else outputs)
-        summed = range(last - inputs, last)
+        last = kernel.ndim - (0 if model.execution.output_major else len(weight.outputs))
+        summed = range(last - len(weight.inputs), last)
         kept = tuple(axis for axis in range(kernel.ndim) if axis not in summed)
         return quantize(
             kernel.astype(jnp.float32), qtype=WEIGHT_DTYPES[weights], channelwise_axes=kept

@@ -24,8 +24,8 @@ from diffusiongemma.models.layers import (
     Embedder,
     GatedMLP,
     RMSNorm,
-    logical_param,
     rope_tables,
+    weight,
 )
 from diffusiongemma.models.masks import AttentionMask, CausalMask, KeyTokens
 from diffusiongemma.models.moe import MoE
@@ -127,9 +127,9 @@ class Layer(nn.Module):
     def _output_scalar(self) -> jax.Array:
         scalars = {'encode': jnp.ones(())}
         if self.config.layer_scalar:
-            scalars['encode'] = logical_param(self, 'encode_scalar', nn.initializers.ones, (), ())
+            scalars['encode'] = weight(self, 'encode_scalar', nn.initializers.ones, ())
         if self.config.is_diffusion:
-            scalars['denoise'] = logical_param(self, 'denoise_scalar', nn.initializers.ones, (), ())
+            scalars['denoise'] = weight(self, 'denoise_scalar', nn.initializers.ones, ())
         return scalars[self.which]
 
 

@@ -1,7 +1,7 @@
 """Sharding of parameters, training state and batches.
 
-Each kernel and each activation names its logical axes where it is created (`models/`); the table
-below says on which mesh axes they lie. Everything else follows from it.
+Each weight (`models/weights.py`) and each activation (where it is created) names its logical axes;
+the table below says on which mesh axes they lie. Everything else follows from it.
 """
 
 import dataclasses
@@ -23,7 +23,15 @@ M = TypeVar('M', bound=Gemma)
 LOGICAL_AXIS_RULES: AxisRules = (
     # Parameters, and with them optimizer state, EMA and teacher.
     ('vocab', ('tensor',)),
-    ('embed', ('fsdp', 'expert')),  # in kernels of experts the latter is taken already
+    ('embed', ('fsdp', 'expert')),  # the model's width: in the embedding, then in each kernel
+    ('qkv_embed', ('fsdp', 'expert')),
+    ('o_embed', ('fsdp', 'expert')),
+    ('mlp_embed', ('fsdp', 'expert')),
+    ('expert_embed', ('fsdp', 'expert')),  # the latter is taken already
+    ('router_embed', ('fsdp', 'expert')),
+    ('per_layer_embed', ('fsdp', 'expert')),
+    ('table_embed', ('fsdp', 'expert')),  # of the per-layer embedding
+    ('state_embed', ('fsdp', 'expert')),
     ('mlp', ('tensor',)),
     ('heads', ('tensor',)),
     ('kv_heads', ('tensor',)),
@@ -31,6 +39,9 @@ LOGICAL_AXIS_RULES: AxisRules = (
     ('experts', ('expert',)),
     ('expert_mlp', ('tensor',)),
     ('router_experts', ()),
+    ('per_layer', ('tensor',)),
+    ('draft_input', ('tensor',)),
+    ('serial_rank', ()),
     ('norm', ()),
     ('layers', ()),
     # Batches and activations. The axis of the experts splits rows as well: each of its devices
@@ -64,6 +75,9 @@ def on_mesh(model: M, mesh: Mesh, rules: AxisRules = LOGICAL_AXIS_RULES) -> M:
 def rules_with(overrides: Mapping[str, Sequence[str]]) -> AxisRules:
     """The table with the rows of some logical axes replaced.
 
+    A row for 'embed' stands for every axis of the model's width ('qkv_embed', 'mlp_embed'...) that
+    is not named itself.
+
     Raises:
       ValueError: the table has no such axis.
     """
@@ -71,7 +85,11 @@ def rules_with(overrides: Mapping[str, Sequence[str]]) -> AxisRules:
     unknown = sorted(set(overrides) - set(table))
     if unknown:
         raise ValueError(f'no logical axes {unknown} in the table; there are {sorted(table)}.')
-    return tuple((table | {name: tuple(axes) for name, axes in overrides.items()}).items())
+    replaced = {name: tuple(axes) for name, axes in overrides.items()}
+    if 'embed' in replaced:
+        widths = [name for name in table if name.endswith('_embed')]
+        replaced = dict.fromkeys(widths, replaced['embed']) | replaced
+    return tuple((table | replaced).items())
 
 
 def rules_of(model: nn.Module) -> AxisRules:

@@ -1,0 +1,158 @@
+"""Every weight of a model, declared once.
+
+A weight says which of its axes are inputs and which are outputs, what each axis is called (the
+names that `parallel/sharding.py` maps to mesh axes), and which published tensor holds it. What
+creates, shards, transposes, quantizes, adapts, imports and exports weights reads it here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One parameter, or that of every layer.
+
+    Its axes are those of the maps, the inputs and the outputs, in this order; layers that are
+    stacked put one more in front. Published, a kernel is a matrix [maps, outputs, inputs], and
+    anything else has its own axes, with all but the first in one where there are three.
+
+    Attributes:
+      outputs: logical names of the axes that a product with tokens returns; of all axes where the
+        weight is no kernel (a table, a scale, a scalar).
+      inputs: those that are contracted with the tokens.
+      maps: those of several kernels side by side (experts).
+      large: it is one of the large kernels of a layer, which sampling may transpose and quantize
+        and which Muon orthogonalizes.
+      published: its tensor's name below `layers.N.`, or below the backbone for one outside of the
+        layers; None where no published format has it.
+      part: (index, number) where the tensor holds several kernels of the same inputs in turn.
+      of_encoder: DiffusionGemma publishes it with the encoder.
+    """
+
+    outputs: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    maps: tuple[str, ...] = ()
+    large: bool = False
+    published: str | None = None
+    part: tuple[int, int] = (0, 1)
+    of_encoder: bool = False
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The logical names of its axes."""
+        return self.maps + self.inputs + self.outputs
+
+    def outputs_first(self, of_axes: Sequence[Any]) -> tuple[Any, ...]:
+        """What belongs to each of its axes, with those of the outputs before those of the inputs.
+
+        This is the order of `Execution.output_major`.
+        """
+        first, last = len(self.maps), len(self.maps) + len(self.inputs)
+        return (*of_axes[:first], *of_axes[last:], *of_axes[first:last])
+
+
+def _scale(published: str) -> Weight:
+    return Weight(('norm',), published=published)
+
+
+def _kernel(inputs: str, outputs: str, published: str, **fields: Any) -> Weight:
+    """A large kernel; axes are separated by spaces."""
+    return Weight(
+        tuple(outputs.split()), tuple(inputs.split()), large=True, published=published, **fields
+    )
+
+
+_EXPERTS: dict[str, Any] = {'maps': ('experts',)}
+
+# By the end of the parameter's path; the longest that fits is meant.
+WEIGHTS = {
+    'embedder/embedding': Weight(('vocab', 'embed'), published='embed_tokens.weight'),
+    'attention/query': _kernel('qkv_embed', 'heads head_dim', 'self_attn.q_proj.weight'),
+    'attention/key': _kernel('qkv_embed', 'kv_heads head_dim', 'self_attn.k_proj.weight'),
+    'attention/value': _kernel('qkv_embed', 'kv_heads head_dim', 'self_attn.v_proj.weight'),
+    'attention/output': _kernel('heads head_dim', 'o_embed', 'self_attn.o_proj.weight'),
+    'attention/query_norm/scale': _scale('self_attn.q_norm.weight'),
+    'attention/key_norm/scale': _scale('self_attn.k_norm.weight'),
+    'mlp/gate': _kernel('mlp_embed', 'mlp', 'mlp.gate_proj.weight'),
+    'mlp/up': _kernel('mlp_embed', 'mlp', 'mlp.up_proj.weight'),
+    'mlp/down': _kernel('mlp', 'mlp_embed', 'mlp.down_proj.weight'),
+    'experts/gate': _kernel(
+        'expert_embed', 'expert_mlp', 'experts.gate_up_proj', part=(0, 2), **_EXPERTS
+    ),
+    'experts/up': _kernel(
+        'expert_embed', 'expert_mlp', 'experts.gate_up_proj', part=(1, 2), **_EXPERTS
+    ),
+    'experts/down': _kernel('expert_mlp', 'expert_embed', 'experts.down_proj', **_EXPERTS),
+    'router/kernel': Weight(
+        ('router_experts',), ('router_embed',), published='router.proj.weight'
+    ),
+    'router/scale': _scale('router.scale'),
+    'router/per_expert_scale': Weight(('router_experts',), published='router.per_expert_scale'),
+    'pre_attention_norm/scale': _scale('input_layernorm.weight'),
+    'post_attention_norm/scale': _scale('post_attention_layernorm.weight'),
+    'pre_ffn_norm/scale': _scale('pre_feedforward_layernorm.weight'),
+    'post_ffn_norm/scale': _scale('post_feedforward_layernorm.weight'),
+    'post_mlp_norm/scale': _scale('post_feedforward_layernorm_1.weight'),
+    'post_moe_norm/scale': _scale('post_feedforward_layernorm_2.weight'),
+    'pre_moe_norm/scale': _scale('pre_feedforward_layernorm_2.weight'),
+    'post_per_layer_norm/scale': _scale('post_per_layer_input_norm.weight'),
+    'final_norm/scale': _scale('norm.weight'),
+    'norm/scale': Weight(('norm',)),  # of any norm
+    'encode_scalar': Weight(published='layer_scalar', of_encoder=True),
+    'denoise_scalar': Weight(published='layer_scalar'),
+    # Per-layer embeddings of E2B and E4B.
+    'per_layer/gate': Weight(
+        ('per_layer',), ('per_layer_embed',), published='per_layer_input_gate.weight'
+    ),
+    'per_layer/projection': Weight(
+        ('per_layer_embed',), ('per_layer',), published='per_layer_projection.weight'
+    ),
+    'per_layer_embedder/embedding': Weight(
+        ('vocab', 'layers', 'table_embed'), published='embed_tokens_per_layer.weight'
+    ),
+    'per_layer_embedder/projection': Weight(
+        ('layers', 'per_layer'), ('per_layer_embed',), published='per_layer_model_projection.weight'
+    ),
+    'per_layer_embedder/projection_norm/scale': _scale('per_layer_projection_norm.weight'),
+    # The denoiser's own.
+    'self_conditioning/pre_norm/scale': _scale('self_conditioning.pre_norm.weight'),
+    'self_conditioning/mlp/gate': _kernel('mlp_embed', 'mlp', 'self_conditioning.gate_proj.weight'),
+    'self_conditioning/mlp/up': _kernel('mlp_embed', 'mlp', 'self_conditioning.up_proj.weight'),
+    'self_conditioning/mlp/down': _kernel('mlp', 'mlp_embed', 'self_conditioning.down_proj.weight'),
+    'teacher_state/kernel': Weight(('draft_input',), ('state_embed',)),
+    'serial/previous': Weight(('vocab', 'serial_rank')),
+    'serial/following': Weight(('vocab',), ('serial_rank',)),
+    'draft_head': Weight(('vocab', 'embed')),
+}  # fmt: skip
+
+
+def weight_at(path: Sequence[str]) -> Weight | None:
+    """The declaration of the parameter at a path; None where there is none."""
+    for length in (3, 2, 1):
+        found = WEIGHTS.get('/'.join(path[-length:]))
+        if found is not None:
+            return found
+    return None
+
+
+def map_kernels(change: Callable[[Any, Weight], Any], params: dict) -> dict:
+    """The parameters with `change(kernel, weight)` in place of each large kernel.
+
+    Args:
+      change: of a kernel and its declaration.
+      params: nested dict of arrays, with layers stacked or not.
+    """
+
+    def visit(node: dict, path: tuple[str, ...]) -> dict:
+        made = {}
+        for name, child in node.items():
+            weight = None if isinstance(child, dict) else weight_at((*path, name))
+            if isinstance(child, dict):
+                made[name] = visit(child, (*path, name))
+            else:
+                made[name] = change(child, weight) if weight and weight.large else child
+        return made
+
+    return visit(params, ())
