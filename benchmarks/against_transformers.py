@@ -33,7 +33,7 @@ import jax.numpy as jnp  # noqa: E402
 from diffusiongemma import run_config  # noqa: E402
 from diffusiongemma.checkpoints.load import load_model  # noqa: E402
 from diffusiongemma.models import for_inference  # noqa: E402
-from diffusiongemma.models.vocabulary import likeliest_tokens  # noqa: E402
+from diffusiongemma.models.vocabulary import most_likely_tokens  # noqa: E402
 from diffusiongemma.sampling import passes  # noqa: E402
 from diffusiongemma.sampling.epilogue import entropy  # noqa: E402
 
@@ -186,7 +186,7 @@ def our_passes(model, params, prompt: np.ndarray, canvas: np.ndarray, logits: np
     active = jnp.ones((batch_size,), bool)
 
     def head(params, hidden):
-        return likeliest_tokens(model.apply({'params': params}, hidden, method='unembed'))
+        return most_likely_tokens(model.apply({'params': params}, hidden, method='unembed'))
 
     @jax.jit
     def prefill(params, prompt):
@@ -200,7 +200,7 @@ def our_passes(model, params, prompt: np.ndarray, canvas: np.ndarray, logits: np
     def denoise_step(params, cache, canvas, logits):
         soft = passes.soft_embed(model, params, logits)
         found = passes.denoise(model, params, cache, canvas, soft, prompt[:, -1])
-        return likeliest_tokens(found), entropy(found)
+        return most_likely_tokens(found), entropy(found)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def causal(params, cache, tokens):

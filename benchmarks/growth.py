@@ -29,7 +29,7 @@ from diffusiongemma.models import (
     for_inference,
     init_params,
 )
-from diffusiongemma.models.vocabulary import likeliest_tokens
+from diffusiongemma.models.vocabulary import most_likely_tokens
 from diffusiongemma.sampling import passes
 
 # Default of each size, and how often it is doubled.
@@ -78,7 +78,7 @@ def denoise_milliseconds(sizes: dict[str, int], routed: bool) -> float:
     @jax.jit
     def step(params, cache, canvas, soft):
         logits = passes.denoise(model, params, cache, canvas, soft, canvas[:, 0])
-        return likeliest_tokens(logits), passes.soft_embed(model, params, logits)
+        return most_likely_tokens(logits), passes.soft_embed(model, params, logits)
 
     times = seconds(lambda: step(params, cache, canvas, soft), _REPETITIONS.value)
     return 1e3 * float(times.min())

@@ -4,9 +4,9 @@
 
 Weight-only, `quantize_weights`: a row for the float weights, for int8 and for fp8. Bytes of all
 parameters; of the causal pass over held-out word problems with their answers the largest difference
-of a logit, the mean KL in nats from the float model's prediction and how often the likeliest token
-is the same; share of the problems that autoregressive and diffusion decoding solve; milliseconds of
-a denoise step and of an autoregressive token.
+of a logit, the mean KL in nats from the float model's prediction and how often the most likely
+token is the same; share of the problems that autoregressive and diffusion decoding solve;
+milliseconds of a denoise step and of an autoregressive token.
 """
 
 import jax

@@ -86,9 +86,9 @@ _ACCEPTANCE = flags.DEFINE_string(
     "What a denoise step accepts, such as 'TopK(k=4)'; see docs/sampling.md. In place of an "
     'entropy bound.',
 )
-_TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k likeliest tokens.', lower_bound=1)
+_TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k most likely tokens.', lower_bound=1)
 _TOP_P = flags.DEFINE_float(
-    'top_p', None, 'Draw from the likeliest tokens of this probability.', 0.0, 1.0
+    'top_p', None, 'Draw from the most likely tokens of this probability.', 0.0, 1.0
 )
 _WEIGHTS = flags.DEFINE_enum('weights', None, sorted(WEIGHT_DTYPES), 'Weight-only quantization.')
 _REGEX = flags.DEFINE_string('regex', None, 'The answer matches this regular expression.')

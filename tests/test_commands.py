@@ -17,7 +17,7 @@ from diffusiongemma.checkpoints.load import about_model
 
 ROOT = Path(__file__).parents[1]
 TINY_MOE = 'tests/data/tiny_moe'
-# As users run them: on one device, with all of XLA's optimisations.
+# As users run them: on one device, with all of XLA's optimizations.
 ENVIRONMENT = os.environ | {'XLA_FLAGS': ''}
 QUICK = os.environ | {'XLA_FLAGS': COMPILE_FAST}  # where much is compiled and little computed
 PROMPT = 'Paul is 17 years old. Omar is 4 years older than Paul. How old is Omar?'

@@ -1,4 +1,4 @@
-"""What saves memory changes nothing: chunked logits, microbatches, rematerialisation, bfloat16."""
+"""What saves memory changes nothing: chunked logits, microbatches, rematerialization, bfloat16."""
 
 import functools
 import math

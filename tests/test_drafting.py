@@ -15,19 +15,19 @@ from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec, split_source
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.diffusion.corruption import MaskedCorruption
+from diffusiongemma.distillation.anchors import anchor_places, draw_anchors, occurs_earlier
 from diffusiongemma.distillation.draft_vocabulary import draft_vocabulary
 from diffusiongemma.distillation.drafting import (
-    AcceptedLengthWeights,
-    DecayWeights,
     Draft,
     Drafting,
     DraftingConfig,
-    EqualWeights,
     acceptance_by_position,
     accepted_lengths,
-    anchor_places,
-    draw_anchors,
-    occurs_earlier,
+)
+from diffusiongemma.distillation.position_weights import (
+    AcceptedLengthWeights,
+    DecayWeights,
+    EqualWeights,
 )
 from diffusiongemma.distillation.step import (
     Constants,

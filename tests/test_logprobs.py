@@ -116,5 +116,5 @@ def test_the_diffusion_mode_refuses_them_in_one_line():
         engine.submit([1, 2], logprobs=0)
     with pytest.raises(ValueError, match='logprobs=24 asks for more tokens .* than the 23 of'):
         Sampler(MODEL, dataclasses.replace(CONFIG, logprobs=24), 'lossless')
-    with pytest.raises(ValueError, match='logprobs must be >= 0 likeliest tokens, got -1'):
+    with pytest.raises(ValueError, match='logprobs must be >= 0 most likely tokens, got -1'):
         SamplingConfig(logprobs=-1)

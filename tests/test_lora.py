@@ -37,8 +37,8 @@ def random_params(model, seed=0):
     flat = {}
     for name, shape in param_shapes(model).items():
         noise = rng.standard_normal(shape).astype(np.float32)
-        centre = 1.0 if name.endswith(('scale', 'scalar')) else 0.0
-        flat[name] = jnp.asarray(centre + 0.2 * noise)
+        center = 1.0 if name.endswith(('scale', 'scalar')) else 0.0
+        flat[name] = jnp.asarray(center + 0.2 * noise)
     return unflatten_dict(flat, sep='/')
 
 

@@ -21,7 +21,7 @@ README, SUDOKU = (
     re.findall(r'^```(\w+)\n(.*?)^```$', page, re.MULTILINE | re.DOTALL) for page in PAGES
 )
 BLOCKS = [block for block in README if block[0] != 'text'] + SUDOKU[:1]
-# As users run them: on one device, with all of XLA's optimisations, python that of the tests.
+# As users run them: on one device, with all of XLA's optimizations, python that of the tests.
 ENVIRONMENT = os.environ | {
     'XLA_FLAGS': '',
     'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',

@@ -222,7 +222,7 @@ def greedy(model, rule, steps, controls=None, seed=0):
 
 
 def test_tokens_that_are_taken_back_never_come_back_worse():
-    """Of the exact denoiser a token that is predicted anew is the likeliest given the others, so
+    """Of the exact denoiser a token that is predicted anew is the most likely given the others, so
     that the text never becomes less likely, and in some languages more."""
     gains = []
     for seed in range(12):

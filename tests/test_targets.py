@@ -88,7 +88,7 @@ def test_answers_are_the_same_on_eight_devices_and_are_written_once(
             np.exp(theirs['teacher_log_probs'].astype(np.float32)),
             atol=2e-3,
         )
-        # Greedy answers: each token is the likeliest after those before it.
+        # Greedy answers: each token is the most likely after those before it.
         document = tokenize(ours, teacher[2])
         np.testing.assert_array_equal(ours['teacher_ids'][:, 0], document.response)
 
@@ -109,11 +109,11 @@ def test_the_stored_tokens_are_the_likeliest_of_a_causal_pass(random_teacher, on
         tokens = jnp.asarray(document.tokens)[None]
         logits = model.apply({'params': params}, tokens)[0]  # [T, V]
         probs = jax.nn.softmax(logits[document.prompt_length - 1 : -1])
-        likeliest, ids = jax.lax.top_k(probs, 3)
+        most_likely, ids = jax.lax.top_k(probs, 3)
         np.testing.assert_array_equal(row['teacher_ids'], ids)
-        np.testing.assert_allclose(np.exp(row['teacher_log_probs']), likeliest, rtol=0.01)
+        np.testing.assert_allclose(np.exp(row['teacher_log_probs']), most_likely, rtol=0.01)
         np.testing.assert_allclose(
-            np.exp(row['teacher_log_rest'].astype(np.float32)), 1 - likeliest.sum(-1), rtol=1e-3
+            np.exp(row['teacher_log_rest'].astype(np.float32)), 1 - most_likely.sum(-1), rtol=1e-3
         )
 
 

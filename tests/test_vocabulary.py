@@ -14,9 +14,9 @@ from diffusiongemma.models.vocabulary import (
     LARGE_VOCABULARY,
     VOCABULARY_PART,
     expected_rows_by_parts,
-    likeliest_tokens,
     log_partition_and_entropy,
     logits_by_parts,
+    most_likely_tokens,
 )
 
 PARTLY = 3 * VOCABULARY_PART + 5
@@ -68,7 +68,7 @@ def test_the_gradient_of_the_entropy_is_the_same_by_parts():
 def test_the_likeliest_token_is_the_first_of_the_largest(vocabulary):
     rounded = jnp.round(normal(0, 4, vocabulary))  # the largest stands in many places
     rounded = rounded.at[1].set(-jnp.inf)
-    found = jax.jit(likeliest_tokens)(rounded)
+    found = jax.jit(most_likely_tokens)(rounded)
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, np.argmax(rounded, axis=-1))
 

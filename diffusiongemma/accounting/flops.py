@@ -21,7 +21,7 @@ class Flops(NamedTuple):
     """Operations of a function over all devices; a multiplication and an addition are two.
 
     Attributes:
-      model: without what rematerialisation computes a second time.
+      model: without what rematerialization computes a second time.
       recomputed: that.
     """
 

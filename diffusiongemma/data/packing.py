@@ -18,7 +18,7 @@ The keys of a batch, with B rows of length L, N canvases a row, C tokens a canva
     canvas_offsets      [B, N] int32     index in the row of the canvas's first token
 
 With no canvases in a row (N = 0, for autoregressive training) the first four keys are all. With the
-teacher's k likeliest tokens (`RowLayout.top_k`) there are three more; at i they are about token
+teacher's k most likely tokens (`RowLayout.top_k`) there are three more; at i they are about token
 i + 1, as causal logits are, and they mean something where that token is a target:
 
     teacher_ids         [B, L, k] int32    the tokens
@@ -198,7 +198,7 @@ def _teacher_features(document: Document, top_k: int) -> Features:
     said, expected = document.teacher['teacher_ids'].shape, (len(document.response), top_k)
     if said != expected:
         raise ValueError(
-            f'the data hold [tokens, k] = {said} likeliest tokens of the teacher for a response '
+            f'the data hold [tokens, k] = {said} most likely tokens of the teacher for a response '
             f'where {expected} are needed: they were written with another tokenizer or another '
             'config.targets.top_k_logits. Write the targets again.'
         )

@@ -65,7 +65,7 @@ def train(num_examples: int, vocab_size: int = 1024) -> bytes:
         split_digits=True,
         byte_fallback=True,
         character_coverage=1.0,
-        # What goes in comes out: no normalisation, no invented or dropped blanks.
+        # What goes in comes out: no normalization, no invented or dropped blanks.
         normalization_rule_name='identity',
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,

@@ -62,7 +62,7 @@ def sample_noise_levels(key: jax.Array, shape: tuple[int, ...], minimum: float) 
 
     One uniform offset shifts an even grid (low-discrepancy sampling of VDM, Kingma et al.
     2021, arXiv:2107.00630), which lowers the variance of the loss; the grid is permuted, so
-    that neighbouring canvases do not share a level.
+    that neighboring canvases do not share a level.
 
     Returns:
       float32 of the given shape.

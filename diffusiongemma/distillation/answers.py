@@ -32,7 +32,7 @@ class TargetsConfig:
         unless `keep_unfinished`.
       temperature: 0 for greedy answers.
       prompt_multiple: prompts are padded to a multiple of this.
-      top_k_logits: k, likeliest tokens of the teacher that are kept for each token of a response;
+      top_k_logits: k, most likely tokens of the teacher that are kept for each token of a response;
         0 keeps none. Training then needs no teacher in memory.
       sequence_level: the student learns the teacher's answers. Off, for an ablation or where the
         source's own responses are what the teacher would say: it learns those.
@@ -154,7 +154,7 @@ class Answerer:
         pairs = [(row, document) for row, document in pairs if len(document.tokens) <= limit]
         if not pairs:
             return []
-        said = self._likeliest([document for _, document in pairs])
+        said = self._most_likely([document for _, document in pairs])
         return [
             row
             | {
@@ -165,7 +165,7 @@ class Answerer:
             for i, (row, document) in enumerate(pairs)
         ]
 
-    def _likeliest(self, documents: list[Document]) -> TopKDistribution:
+    def _most_likely(self, documents: list[Document]) -> TopKDistribution:
         """Of each token of each response, [B, R] as numpy arrays."""
         multiple = self._config.prompt_multiple
         tokens, _ = self._padded([document.tokens for document in documents])
@@ -190,7 +190,7 @@ class Answerer:
 def top_k_at(
     model: Gemma, params: Any, tokens: jax.Array, places: jax.Array, k: int
 ) -> TopKDistribution:
-    """The k likeliest tokens behind some places of rows, by one causal pass.
+    """The k most likely tokens behind some places of rows, by one causal pass.
 
     The head runs on one place of each row at a time, since all logits at once could be many times
     what sampling takes.

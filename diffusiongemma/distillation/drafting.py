@@ -7,88 +7,33 @@ before it. With q_j the probability that the draft gives to the text's token at 
 
     L = - sum_j w_j log q_j / sum_j w_j        for each canvas, then the mean over canvases
 
-where `PositionWeights` say what a place is worth. For text that is sampled, a share of the loss is
-the total variation distance to the teacher's distribution, which is the probability that a sampled
-draft token is refused (`sampling.lossless`; DSpark trains with 0.1 and 0.9).
+where `position_weights.py` says what a place is worth. For text that is sampled, a share of the
+loss is the total variation distance to the teacher's distribution, which is the probability that a
+sampled draft token is refused (`sampling.lossless`; DSpark trains with 0.1 and 0.9).
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from diffusiongemma.diffusion.corruption import Corruption
+from diffusiongemma.distillation.anchors import anchor_places, draw_anchors
 from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.losses import mean_weights, over_positions
+from diffusiongemma.distillation.position_weights import (
+    ACCEPTED_LENGTH,
+    DECAY,
+    EQUAL,
+    AcceptedLengthWeights,
+    DecayWeights,
+    EqualWeights,
+    PositionWeights,
+)
 from diffusiongemma.distillation.teacher import FullDistribution, TeacherStates
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
-
-ACCEPTED_LENGTH, DECAY, EQUAL = 'accepted_length', 'decay', 'equal'
-
-
-class PositionWeights(Protocol):
-    """What the places of a draft are worth; hashable."""
-
-    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
-        """Weights [..., K] float32 without gradient, 0 where a place is not valid.
-
-        Args:
-          probabilities: [..., K] float32 in [0, 1], that the draft gives to the text's tokens.
-          valid: [..., K] bool, places with a token of the text; those of a draft come first.
-        """
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class EqualWeights:
-    """Plain cross-entropy: every place is worth the same."""
-
-    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
-        """See `PositionWeights`."""
-        del probabilities
-        return valid.astype(jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class DecayWeights:
-    """A fixed decay exp(-(j - 1) / gamma) over the places j = 1, 2, ... (DFlash, 2602.06036)."""
-
-    gamma: float = 4.0
-
-    def __post_init__(self) -> None:
-        if self.gamma <= 0:
-            raise ValueError(f'gamma must be > 0 places, got {self.gamma}.')
-
-    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
-        """See `PositionWeights`."""
-        decay = jnp.exp(-jnp.arange(probabilities.shape[-1]) / self.gamma)
-        return jnp.where(valid, decay, 0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class AcceptedLengthWeights:
-    """The gradient of the expected accepted length (D-PACE, arXiv:2605.18810).
-
-    A = sum_k prod_{i<=k} q_i tokens of a draft are accepted in the mean, and dA / d log q_j =
-    sum_{k>=j} prod_{i<=k} q_i. That is the weight of place j, with smoothed probabilities
-    s_i = (1 - smoothing) q_i + smoothing, so that late places are trained before early ones are
-    certain. A token outside of the draft vocabulary has q_i = s_i = 0: nothing after it counts.
-    """
-
-    smoothing: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.smoothing <= 1:
-            raise ValueError(f'smoothing must lie in [0, 1], got {self.smoothing}.')
-
-    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
-        """See `PositionWeights`."""
-        smoothed = (1 - self.smoothing) * probabilities + self.smoothing
-        smoothed = jnp.where(valid & (probabilities > 0), smoothed, 0.0)
-        accepted = jnp.cumprod(jax.lax.stop_gradient(smoothed), axis=-1)  # [..., K]
-        return jnp.flip(jnp.cumsum(jnp.flip(accepted, axis=-1), axis=-1), axis=-1)
 
 
 class Draw(NamedTuple):
@@ -324,61 +269,6 @@ class Drafting(DraftingConfig):
         same = _at(batch['segment_ids'], refused) == _at(batch['segment_ids'], draw.anchors)
         places = anchor_places(batch, self.lookup_ngram, self.prompts)
         return jnp.where(same & _at(places, refused), refused, draw.anchors)
-
-
-def anchor_places(batch: Batch, lookup_ngram: int = 0, prompts: bool = False) -> jax.Array:
-    """[B, L] bool, where a draft may start: response tokens that another one follows.
-
-    With `prompts` tokens of prompts too, and with `lookup_ngram` only those where a lookup of so
-    many tokens finds nothing.
-    """
-    segment_ids = batch['segment_ids']
-    is_target = batch['target_mask']
-    if prompts:  # but not at a document's first token, before which there are no states
-        is_target = (segment_ids > 0) & (batch['positions'] > 0)
-    followed = jnp.roll(is_target, -1, axis=1) & (jnp.roll(segment_ids, -1, axis=1) == segment_ids)
-    places = (is_target & followed).at[:, -1].set(False)
-    return places & ~occurs_earlier(batch, lookup_ngram) if lookup_ngram else places
-
-
-def occurs_earlier(batch: Batch, ngram: int) -> jax.Array:
-    """[B, L] bool, whether the `ngram` tokens up to here occur earlier in their document."""
-    tokens, segments = batch['tokens'], batch['segment_ids']
-    length = tokens.shape[1]
-    equal = tokens[:, :, None] == tokens[:, None, :]
-    equal &= segments[:, :, None] == segments[:, None, :]  # [B, L, L]
-    runs = equal
-    for k in range(1, ngram):  # the token k before is equal too
-        runs &= jnp.pad(equal, [(0, 0), (k, 0), (k, 0)])[:, :length, :length]
-    index = jnp.arange(length)
-    return jnp.any(runs & (index < index[:, None]), axis=-1)
-
-
-def draw_anchors(key: jax.Array, places: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Draws different places of each row, all with the same probability.
-
-    Args:
-      key: PRNG key.
-      places: [B, L] bool.
-      count: A.
-
-    Returns:
-      [B, A] int32 in increasing order, and [B, A] bool; false where a row has fewer places.
-
-    Raises:
-      ValueError: a row can't have so many.
-    """
-    length = places.shape[1]
-    if count >= length:
-        raise ValueError(
-            f'anchors_per_row={count} do not fit a row of {length} tokens; use at most '
-            f'{length - 1}, or longer rows.'
-        )
-    drawn = jnp.where(places, jax.random.uniform(key, places.shape), -1.0)
-    scores, anchors = jax.lax.top_k(drawn, count)
-    # No draft starts at a row's last token: what is not used stands there, after all others.
-    anchors = jnp.sort(jnp.where(scores >= 0, anchors, length - 1), axis=1)
-    return anchors.astype(jnp.int32), anchors < length - 1
 
 
 def accepted_lengths(draft: Draft, canvases: jax.Array) -> dict[str, jax.Array]:

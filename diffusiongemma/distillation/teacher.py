@@ -1,4 +1,4 @@
-"""What the teacher says about the next token: its logits, or its k likeliest tokens from a file.
+"""What the teacher says about the next token: its logits, or its k most likely tokens from a file.
 
 Both forms are pytrees whose leaves share their leading axes, and both know their KL to a student.
 """
@@ -54,10 +54,10 @@ class FullDistribution:
 
 @flax.struct.dataclass
 class TopKDistribution:
-    """p_T of the k likeliest tokens one by one, and of all others together.
+    """p_T of the k most likely tokens one by one, and of all others together.
 
     Attributes:
-      ids: [..., k] int32, the tokens, the likeliest first.
+      ids: [..., k] int32, the tokens, the most likely first.
       log_probs: [..., k] float16, their log-probabilities in nats.
       log_rest: [...] float16, log of the others' probability; -inf where k is the vocabulary.
     """

@@ -21,7 +21,7 @@ _STEPS_BEFORE_TRACE = 2
 class Throughput:
     """Measures the steps between two reports.
 
-    Model FLOPs are those of the step's matrix products, without what rematerialisation computes
+    Model FLOPs are those of the step's matrix products, without what rematerialization computes
     again. MFU is their share of the devices' published peak in bf16; it is left out where that is
     not known, as on a CPU.
     """

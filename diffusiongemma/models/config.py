@@ -60,7 +60,7 @@ class ModelConfig:
       kv_shared_ffn_width: F of these last layers; None for `ffn_width`.
       denoiser: of a DiffusionGemma; None for a purely autoregressive model.
       query_scale: factor on queries before the softmax. Gemma 4 uses 1.0.
-      value_norm: RMS-normalise values (without scale).
+      value_norm: RMS-normalize values (without scale).
       layer_scalar: the residual stream is scaled once per layer.
       norm_scale_offset: added to every norm's scale weight (1.0 in Gemma 3, 0.0 in Gemma 4).
       norm_eps: epsilon inside the RMS norms.

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.backbone import ACTIVATION_AXES, Backbone, PassContext
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.config import LIGHT, SEPARATE, LightConfig, ModelConfig
 from diffusiongemma.models.execution import Execution
@@ -13,13 +14,7 @@ from diffusiongemma.models.layers import GatedMLP, RMSNorm, rms_normalize, weigh
 from diffusiongemma.models.light import LightBackbone, SerialCorrection, TeacherState
 from diffusiongemma.models.masks import AttentionMask, CausalMask, canvas_mask
 from diffusiongemma.models.precision import native_dtype
-from diffusiongemma.models.transformer import (
-    ACTIVATION_AXES,
-    Backbone,
-    Gemma,
-    PassContext,
-    rope_by_kind,
-)
+from diffusiongemma.models.transformer import Gemma, rope_by_kind
 
 # Parameters of a denoiser with layers of its own; those of them that a model has are trained.
 DENOISER_ALONE = ('denoise_backbone', 'self_conditioning', 'teacher_state', 'serial')

@@ -20,7 +20,7 @@ class Execution:
     Attributes:
       mesh: the devices; None leaves it to the compiler, from where the inputs lie.
       rules: the table of `parallel.sharding`; empty without a mesh.
-      remat: what the backward pass keeps of each layer: 'none' rematerialises nothing
+      remat: what the backward pass keeps of each layer: 'none' rematerializes nothing
         and keeps all, 'dots' keeps products with weights and recomputes the rest (attention,
         norms, experts), 'full' keeps the layer's input alone.
       logits_chunk: positions of each row that have logits at the same time in a loss; 0 for all.

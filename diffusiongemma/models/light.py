@@ -12,11 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.backbone import KVPair, LayerInput, PassContext, rematerialized
 from diffusiongemma.models.cache import KV, layer_kv
 from diffusiongemma.models.config import LightConfig, ModelConfig
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.layers import RMSNorm, kernel_init, project, weight
-from diffusiongemma.models.transformer import KVPair, LayerInput, PassContext, rematerialised
 
 
 def draft_layer_config(config: ModelConfig, layer: int) -> ModelConfig:
@@ -57,7 +57,7 @@ class LightBackbone(nn.Module):
         """
         config = self.config
         canvas_kv: dict[int, KVPair] = {}  # by layer of the teacher
-        make_layer = rematerialised(self.execution.remat)
+        make_layer = rematerialized(self.execution.remat)
         for number, layer in enumerate(_light(config).layers):
             kind, shares_kv = config.layer_types[layer], shares_draft_kv(config, layer)
             cached = layer_kv(config, prefix_kv, layer)

@@ -109,7 +109,7 @@ def log_partition_and_entropy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return largest + jnp.log(total), jnp.log(total) - weighted / total
 
 
-def likeliest_tokens(logits: jax.Array) -> jax.Array:
+def most_likely_tokens(logits: jax.Array) -> jax.Array:
     """jnp.argmax over the last axis, the first on a tie: [..., V] -> [...] int32."""
     vocab_size = logits.shape[-1]
     size = max(n for n in range(1, math.isqrt(vocab_size) + 1) if vocab_size % n == 0)

@@ -25,7 +25,7 @@ class Proposal:
         (masked diffusion) unmasked already, keep their token.
       entropies: [B, C] float32, entropy of the predictions in nats; 0 where not open.
       confidences: [B, C] float32, probability of the candidates; 1 where not open.
-      margins: [B, C] float32, probability of the likeliest token less that of the second; 1 where
+      margins: [B, C] float32, probability of the most likely token less that of the second; 1 where
         not open.
       noise_level: [] float32, or [B, 1] where rows differ (in training), t of the canvas that
         the step read.
@@ -202,7 +202,7 @@ class ConfidenceThreshold:
 
 @dataclasses.dataclass(frozen=True)
 class Margin:
-    """Accepts positions whose likeliest token leads the second by at least a given probability,
+    """Accepts positions whose most likely token leads the second by at least a given probability,
     and the one that leads most in any case (top-k margin of Kim et al. 2025, arXiv:2502.06768,
     with a threshold in place of a number).
 

@@ -38,9 +38,9 @@ class SamplingConfig:
       temperature: factor on the schedule's temperatures, and the softmax temperature of the
         autoregressive mode. 0 is greedy: the candidates are the most likely tokens, while the
         entropies are still those of the schedule's distribution.
-      top_k: candidates, and tokens of the autoregressive mode, are drawn from the k likeliest
+      top_k: candidates, and tokens of the autoregressive mode, are drawn from the k most likely
         tokens; None from all. Entropies and confidences are those of the whole distribution.
-      top_p: likewise, from the fewest likeliest tokens whose probability reaches p.
+      top_p: likewise, from the smallest set of most likely tokens whose probability reaches p.
       stop_ids: tokens that end a response. The default is the <eos> of Gemma's vocabularies;
         a chat model ends its turn with another one, see `for_tokenizer`. () never stops.
       pad_id: fills the output behind a response's end.
@@ -52,7 +52,8 @@ class SamplingConfig:
       acceptance: a rule that replaces the entropy bound, or its text, such as 'TopK(k=4)'.
       stopping: a rule that replaces stability and confidence, or its text, such as 'Never()'.
       logprobs: in the autoregressive and lossless modes the output also holds log-probabilities:
-        of its tokens and of so many likeliest ones at their places (`TokenScores`); None for none.
+        of its tokens and of the so many most likely ones at their places (`TokenScores`); None
+        for none.
     """
 
     max_new_tokens: int = 256
@@ -132,7 +133,7 @@ class SamplingConfig:
             raise ValueError(f'top_p must lie in (0, 1], got {self.top_p}; None keeps all tokens.')
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(
-                f'logprobs must be >= 0 likeliest tokens, got {self.logprobs}; None gives none.'
+                f'logprobs must be >= 0 most likely tokens, got {self.logprobs}; None gives none.'
             )
         if self.commits not in ('argmax', 'canvas'):
             raise ValueError(f"commits must be 'argmax' or 'canvas', got {self.commits!r}.")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.constraints.posterior import condition
 from diffusiongemma.models.cache import KVCache
-from diffusiongemma.models.vocabulary import likeliest_tokens
+from diffusiongemma.models.vocabulary import most_likely_tokens
 from diffusiongemma.sampling import acceptance, passes
 from diffusiongemma.sampling.acceptance import Proposal
 from diffusiongemma.sampling.config import SamplingConfig
@@ -280,7 +280,7 @@ def _propose(
     logits: jax.Array,
     settled: jax.Array | None,
 ) -> tuple[Proposal, jax.Array, jax.Array]:
-    """What a step offers to the rule, the likeliest canvas [B, C], and the logits of what each
+    """What a step offers to the rule, the most likely canvas [B, C], and the logits of what each
     position believes, [B, C, V]: with an automaton, those of all valid canvases.
 
     Args:
@@ -295,7 +295,7 @@ def _propose(
     candidate_keys, noise_keys = split_rows(keys)
     shaped = restrict(logits, settled, task.allowed)
     if task.automaton is None:
-        argmax = likeliest_tokens(shaped)
+        argmax = most_likely_tokens(shaped)
         adjusted = keep_top(shaped, config.top_k, _top_p(config, task))
         candidates = draw(adjusted, _temperature(config, task), candidate_keys)
         logits = restrict(logits, task.pinned, task.allowed)

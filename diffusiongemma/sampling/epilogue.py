@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.models.vocabulary import likeliest_tokens, log_partition_and_entropy
+from diffusiongemma.models.vocabulary import log_partition_and_entropy, most_likely_tokens
 
 
 @flax.struct.dataclass
@@ -16,7 +16,7 @@ class Prediction:
       argmax: [B, C] int32, the most likely token.
       entropies: [B, C] float32, entropy of the shaped distribution in nats.
       confidences: [B, C] float32, probability of the candidate.
-      margins: [B, C] float32, probability of the likeliest token less that of the second.
+      margins: [B, C] float32, probability of the most likely token less that of the second.
     """
 
     candidates: jax.Array
@@ -35,7 +35,7 @@ def read_logits(shaped: jax.Array, candidates: jax.Array, argmax: jax.Array) -> 
       argmax: [B, C] int32.
     """
     log_z, entropies = log_partition_and_entropy(shaped)
-    likeliest = jnp.exp(_pick(shaped, argmax) - log_z)
+    most_likely = jnp.exp(_pick(shaped, argmax) - log_z)
     is_best = jnp.arange(shaped.shape[-1]) == argmax[..., None]
     second = jnp.exp(jnp.max(jnp.where(is_best, -jnp.inf, shaped), axis=-1) - log_z)
     return Prediction(
@@ -43,7 +43,7 @@ def read_logits(shaped: jax.Array, candidates: jax.Array, argmax: jax.Array) -> 
         argmax=argmax,
         entropies=entropies,
         confidences=jnp.exp(_pick(shaped, candidates) - log_z),
-        margins=likeliest - second,
+        margins=most_likely - second,
     )
 
 
@@ -79,9 +79,9 @@ def draw(adjusted: jax.Array, temperature: float | jax.Array, keys: jax.Array) -
       [B, ...] int32.
     """
     if always_greedy(temperature):
-        return likeliest_tokens(adjusted)
+        return most_likely_tokens(adjusted)
     greedy = per_row(jnp.asarray(temperature) == 0, adjusted[..., 0])
-    return jnp.where(greedy, likeliest_tokens(adjusted), draw_tokens(adjusted, keys))
+    return jnp.where(greedy, most_likely_tokens(adjusted), draw_tokens(adjusted, keys))
 
 
 def pick(adjusted: jax.Array, temperature: float | jax.Array, noise: jax.Array | None) -> jax.Array:
@@ -96,15 +96,15 @@ def pick(adjusted: jax.Array, temperature: float | jax.Array, noise: jax.Array |
       [B, ...] int32.
     """
     if noise is None or always_greedy(temperature):
-        return likeliest_tokens(adjusted)
+        return most_likely_tokens(adjusted)
     greedy = per_row(jnp.broadcast_to(jnp.asarray(temperature) == 0, adjusted.shape[:1]), adjusted)
-    return likeliest_tokens(adjusted + jnp.where(greedy, 0.0, noise))
+    return most_likely_tokens(adjusted + jnp.where(greedy, 0.0, noise))
 
 
 def draw_tokens(logits: jax.Array, keys: jax.Array) -> jax.Array:
     """Draws from softmax(logits), each row with its own key: [B, ..., V] -> [B, ...] int32."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    return likeliest_tokens(logits + noise)
+    return most_likely_tokens(logits + noise)
 
 
 def gumbel_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
@@ -130,8 +130,8 @@ def keep_top(logits: jax.Array, top_k: int | None, top_p: float | jax.Array | No
 
     Args:
       logits: [B, ..., V] float32, already divided by the temperature.
-      top_k: keeps the k likeliest tokens (more on a tie); None for all.
-      top_p: then keeps the smallest set of likeliest tokens whose probability reaches p
+      top_k: keeps the k most likely tokens (more on a tie); None for all.
+      top_p: then keeps the smallest set of most likely tokens whose probability reaches p
         (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751), one p or one per row [B];
         1 and None keep all.
     """

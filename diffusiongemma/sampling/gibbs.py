@@ -24,7 +24,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.models.vocabulary import likeliest_tokens
+from diffusiongemma.models.vocabulary import most_likely_tokens
 from diffusiongemma.sampling import acceptance
 from diffusiongemma.sampling.acceptance import AcceptanceRule, Ancestral, Proposal
 from diffusiongemma.sampling.epilogue import draw_tokens, per_row
@@ -131,7 +131,7 @@ class GibbsSweep:
         uniform_keys, token_keys = (fold_in_rows(proposal.keys, n) for n in (1, 2))
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(uniform_keys)
         drawn = jnp.where(uniform < level, proposal.noise, draw_tokens(others, token_keys))
-        drawn = jnp.where(proposal.greedy, likeliest_tokens(others), drawn)
+        drawn = jnp.where(proposal.greedy, most_likely_tokens(others), drawn)
         parts = -(-length // self.positions)
         turn = jnp.arange(length) % parts == (corrected % parts)[:, None]  # [B, C]
         return jnp.where(turn & proposal.open & (noise_level > 0), drawn, proposal.canvas)

@@ -1,4 +1,4 @@
-"""One random stream per row: a row's tokens do not depend on its neighbours."""
+"""One random stream per row: a row's tokens do not depend on its neighbors."""
 
 import jax
 import jax.numpy as jnp

@@ -11,7 +11,7 @@ class TokenScores:
 
     Attributes:
       chosen: [..., T] float32, log-probabilities of the tokens.
-      top_tokens: [..., T, k] int32, the likeliest tokens in falling order.
+      top_tokens: [..., T, k] int32, the most likely tokens in falling order.
       top: [..., T, k] float32, their log-probabilities.
     """
 

@@ -119,7 +119,7 @@ class _Scored(NamedTuple):
       offset: characters of the answer before it.
       token: its id.
       logprob: in nats.
-      top: the likeliest tokens at its place with their log-probabilities.
+      top: the most likely tokens at its place with their log-probabilities.
     """
 
     offset: int

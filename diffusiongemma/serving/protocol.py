@@ -57,8 +57,8 @@ class Ask:
       stream_usage: whether the stream ends with the costs.
       suffix: tokens that follow the answer in the same canvas, None without.
       schema: of JSON that the answer must be, None without.
-      logprobs: how many likeliest tokens are told at each place, beside the log-probability of the
-        answer's own; None for neither.
+      logprobs: how many of the most likely tokens are told at each place, beside the
+        log-probability of the answer's own; None for neither.
     """
 
     prompt: list[int]
@@ -185,7 +185,7 @@ def _ask(fields: Fields, prompt: list[int], chat: bool, limits: Limits) -> Ask:
 
 
 def _logprobs(fields: Fields, chat: bool, mode: str) -> int | None:
-    """How many likeliest tokens are asked for, or None where no log-probabilities are."""
+    """How many of the most likely tokens are asked for, or None where no log-probabilities are."""
     if chat:
         asked = fields.flag('logprobs')
         count = fields.integer('top_logprobs', 0, MAX_TOP_LOGPROBS)

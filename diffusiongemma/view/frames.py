@@ -33,8 +33,9 @@ class Cell:
 
     Attributes:
       text: what it adds to the text; only 'settled' ones hold line breaks.
-      state: 'settled', committed; 'open', the likeliest token of the latest denoise step; 'noise',
-        not denoised yet; 'refused', drafted, but not what the causal pass says (lossless mode).
+      state: 'settled', committed; 'open', the most likely token of the latest denoise step;
+        'noise', not denoised yet; 'refused', drafted, but not what the causal pass says (lossless
+        mode).
       entropy: of its prediction in nats; infinite for noise, 0 once it is settled or refused.
     """
 

@@ -114,9 +114,9 @@ def randomize(model: torch.nn.Module, rng: np.random.Generator) -> None:
             noise = torch.from_numpy(rng.standard_normal(tuple(value.shape))).to(value.dtype)
             # Gemma 4 does not scale scores down: with norms near 1, the softmax of random queries
             # and keys is so sharp that it amplifies rounding by a hundred.
-            centre = 0.0 if gemma3 else 0.6 if '_norm.' in name else 1.0
+            center = 0.0 if gemma3 else 0.6 if '_norm.' in name else 1.0
             vector = value.ndim <= 1
-            value.copy_(centre + 0.2 * noise if vector else noise / np.sqrt(value.shape[-1]))
+            value.copy_(center + 0.2 * noise if vector else noise / np.sqrt(value.shape[-1]))
     model.tie_weights()
 
 

@@ -40,7 +40,7 @@ def _units(box: int) -> tuple[tuple[int, int, int], ...]:
 
 
 @functools.cache
-def _neighbours(box: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def _neighbors(box: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """The other cells of each cell's row, column and box."""
     units = _units(box)
     return tuple(
@@ -147,15 +147,15 @@ def solution_split(solution: Sequence[int]) -> str:
 
 def _is_single(cells: list[int], cell: int, digit: int, box: int) -> bool:
     """Whether the clues alone force `digit` into a blank cell, as a naked or a hidden single."""
-    neighbours = _neighbours(box)
+    neighbors = _neighbors(box)
 
     def excluded(blank: int, value: int) -> bool:
-        return any(cells[j] == value for unit in neighbours[blank] for j in unit)
+        return any(cells[j] == value for unit in neighbors[blank] for j in unit)
 
-    seen = {cells[j] for unit in neighbours[cell] for j in unit}
+    seen = {cells[j] for unit in neighbors[cell] for j in unit}
     if all(other in seen for other in range(1, box * box + 1) if other != digit):
         return True
-    return any(all(cells[j] or excluded(j, digit) for j in unit) for unit in neighbours[cell])
+    return any(all(cells[j] or excluded(j, digit) for j in unit) for unit in neighbors[cell])
 
 
 def _dig(solution: Sequence[int], clues: int, rng: np.random.Generator, box: int) -> list[int]:

@@ -1,0 +1,72 @@
+"""What the places of a draft are worth in the loss of `drafting.py`."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+ACCEPTED_LENGTH, DECAY, EQUAL = 'accepted_length', 'decay', 'equal'
+
+
+class PositionWeights(Protocol):
+    """What the places of a draft are worth; hashable."""
+
+    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+        """Weights [..., K] float32 without gradient, 0 where a place is not valid.
+
+        Args:
+          probabilities: [..., K] float32 in [0, 1], that the draft gives to the text's tokens.
+          valid: [..., K] bool, places with a token of the text; those of a draft come first.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualWeights:
+    """Plain cross-entropy: every place is worth the same."""
+
+    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+        """See `PositionWeights`."""
+        del probabilities
+        return valid.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecayWeights:
+    """A fixed decay exp(-(j - 1) / gamma) over the places j = 1, 2, ... (DFlash, 2602.06036)."""
+
+    gamma: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.gamma <= 0:
+            raise ValueError(f'gamma must be > 0 places, got {self.gamma}.')
+
+    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+        """See `PositionWeights`."""
+        decay = jnp.exp(-jnp.arange(probabilities.shape[-1]) / self.gamma)
+        return jnp.where(valid, decay, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class AcceptedLengthWeights:
+    """The gradient of the expected accepted length (D-PACE, arXiv:2605.18810).
+
+    A = sum_k prod_{i<=k} q_i tokens of a draft are accepted in the mean, and dA / d log q_j =
+    sum_{k>=j} prod_{i<=k} q_i. That is the weight of place j, with smoothed probabilities
+    s_i = (1 - smoothing) q_i + smoothing, so that late places are trained before early ones are
+    certain. A token outside of the draft vocabulary has q_i = s_i = 0: nothing after it counts.
+    """
+
+    smoothing: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing <= 1:
+            raise ValueError(f'smoothing must lie in [0, 1], got {self.smoothing}.')
+
+    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+        """See `PositionWeights`."""
+        smoothed = (1 - self.smoothing) * probabilities + self.smoothing
+        smoothed = jnp.where(valid & (probabilities > 0), smoothed, 0.0)
+        accepted = jnp.cumprod(jax.lax.stop_gradient(smoothed), axis=-1)  # [..., K]
+        return jnp.flip(jnp.cumsum(jnp.flip(accepted, axis=-1), axis=-1), axis=-1)

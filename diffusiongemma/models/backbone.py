@@ -1,0 +1,255 @@
+"""The backbone: residual layers, looped over or unrolled, and the final norm."""
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.models.attention import Attention
+from diffusiongemma.models.cache import KV, last_kv
+from diffusiongemma.models.config import LayerStack, ModelConfig
+from diffusiongemma.models.execution import Execution
+from diffusiongemma.models.layers import WEIGHT_PRODUCT, GatedMLP, RMSNorm, weight
+from diffusiongemma.models.masks import AttentionMask, CausalMask
+from diffusiongemma.models.moe import MoE
+from diffusiongemma.models.per_layer import PerLayerUpdate
+
+Pass = Literal['encode', 'denoise']
+KVPair = tuple[jax.Array, jax.Array]
+
+ACTIVATION_AXES = ('batch', None, 'length', None)  # of the residual stream [B, M, T, D]
+
+
+@flax.struct.dataclass
+class PassContext:
+    """What all layers of one pass share, by layer type.
+
+    Attributes:
+      rope: rotary tables.
+      mask: who sees whom.
+      shared_kv: for layers without keys and values of their own: those of the prefix
+        [B, K, S, H] and of the blocks [B, K, M, T, H] that they attend to.
+    """
+
+    rope: dict[str, tuple[jax.Array, jax.Array]]
+    mask: dict[str, AttentionMask | CausalMask]
+    shared_kv: dict[str, tuple[KVPair, KVPair]] = flax.struct.field(default_factory=dict)
+
+
+@flax.struct.dataclass
+class LayerInput:
+    """What one layer gets besides the residual stream.
+
+    Attributes:
+      prefix_kv: keys and values [B, K, S, H] of the prefix, None where the layer shares some.
+      per_layer: per-layer embeddings [B, M, T, P], None in a model without them.
+    """
+
+    prefix_kv: KVPair | None
+    per_layer: jax.Array | None
+
+
+class Layer(nn.Module):
+    """One pre- and post-normed residual layer.
+
+    The encode and the denoise pass share all weights except one scalar on the output.
+    """
+
+    config: ModelConfig
+    kind: str
+    which: Pass
+    dtype: jnp.dtype
+    execution: Execution
+    shares_kv: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, given: LayerInput, context: PassContext
+    ) -> tuple[jax.Array, KVPair | None]:
+        """x [B, M, T, D] -> the same shape, and the block's own keys and values, if any."""
+        config = self.config
+
+        def norm(name: str, value: jax.Array) -> jax.Array:
+            return RMSNorm(config.norm_eps, config.norm_scale_offset, name=name)(value)
+
+        attended, own_kv = self._attend(norm('pre_attention_norm', x), given, context)
+        x = x + norm('post_attention_norm', attended)
+        ffn_width = config.ffn_width_of(self.shares_kv)
+        output_major = self.execution.output_major
+        mlp = GatedMLP(config.width, ffn_width, self.dtype, output_major, name='mlp')
+        update = mlp(norm('pre_ffn_norm', x))
+        if config.moe is not None:
+            fields = (config.width, config.moe, config.norm_eps, self.dtype)
+            moe = MoE(*fields, output_major, self.execution, name='moe')
+            routed = moe(x, norm('pre_moe_norm', x))
+            update = norm('post_mlp_norm', update) + norm('post_moe_norm', routed)
+        x = x + norm('post_ffn_norm', update)
+        if config.per_layer is not None:
+            assert given.per_layer is not None  # every layer of such a model is given some
+            update = PerLayerUpdate(config, self.dtype, name='per_layer')(x, given.per_layer)
+            x = x + norm('post_per_layer_norm', update)
+        x = x * self._output_scalar().astype(self.dtype)
+        return self.execution.constrain(x, *ACTIVATION_AXES), own_kv
+
+    def _attend(
+        self, x: jax.Array, given: LayerInput, context: PassContext
+    ) -> tuple[jax.Array, KVPair | None]:
+        fields = (self.config, self.kind, self.dtype, self.shares_kv, self.execution)
+        attention = Attention(*fields, name='attention')
+        rope, mask = context.rope[self.kind], context.mask[self.kind]
+        if self.shares_kv:
+            prefix_kv, block_kv = context.shared_kv[self.kind]
+            return attention(x, rope, mask, prefix_kv, block_kv), None
+        own_kv = attention.keys_and_values(x, rope)
+        assert given.prefix_kv is not None  # None only where keys and values are shared
+        return attention(x, rope, mask, given.prefix_kv, own_kv), own_kv
+
+    def _output_scalar(self) -> jax.Array:
+        scalars = {'encode': jnp.ones(())}
+        if self.config.layer_scalar:
+            scalars['encode'] = weight(self, 'encode_scalar', nn.initializers.ones, ())
+        if self.config.is_diffusion:
+            scalars['denoise'] = weight(self, 'denoise_scalar', nn.initializers.ones, ())
+        return scalars[self.which]
+
+
+def rematerialized(remat: str) -> type[Layer]:
+    """`Layer` with what `Execution.remat` says of its backward pass."""
+    if remat == 'none':
+        return Layer
+    policy = None
+    if remat == 'dots':
+        policy = jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT)
+    # Inside a scan the compiler can't merge the recomputation with the first one.
+    return nn.remat(Layer, policy=policy, prevent_cse=False)
+
+
+class LayerGroup(nn.Module):
+    """One repetition of the layer pattern; the body of the scan over layers."""
+
+    config: ModelConfig
+    kinds: tuple[str, ...]
+    which: Pass
+    dtype: jnp.dtype
+    execution: Execution
+    shares_kv: bool
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, given: tuple[LayerInput, ...], context: PassContext
+    ) -> tuple[jax.Array, tuple]:
+        block_kv = []
+        fields = (self.which, self.dtype, self.execution, self.shares_kv)
+        make_layer = rematerialized(self.execution.remat)
+        for i, kind in enumerate(self.kinds):
+            layer = make_layer(self.config, kind, *fields, name=f'layer_{i}')
+            x, kv = layer(x, given[i], context)
+            block_kv.append(kv)
+        return x, tuple(block_kv)
+
+
+def layer_inputs(
+    stack: LayerStack, prefix_kv: KV | None, per_layer: jax.Array | None
+) -> tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]]:
+    """Inputs of scanned layers (for each place of the pattern, G in front) and of the single ones.
+
+    Args:
+      stack: the layers.
+      prefix_kv: their keys and values of the prefix, or None where they have none.
+      per_layer: [B, M, T, all layers, P], or None.
+    """
+
+    def per_layer_of(layers: slice | int) -> jax.Array | None:
+        if per_layer is None:
+            return None
+        if isinstance(layers, int):
+            return per_layer[..., layers, :]
+        return jnp.moveaxis(per_layer[..., layers, :], -2, 0)  # [G, B, M, T, P]
+
+    period, end = len(stack.stacked), stack.first + len(stack.types)
+    stacked_kv, single_kv = prefix_kv or ((None,) * period, (None,) * len(stack.single))
+    first_single = end - len(stack.single)
+    stacked = tuple(
+        LayerInput(kv, per_layer_of(slice(stack.first + i, first_single, period)))
+        for i, kv in enumerate(stacked_kv)
+    )
+    single = tuple(LayerInput(kv, per_layer_of(first_single + i)) for i, kv in enumerate(single_kv))
+    return stacked, single
+
+
+class Backbone(nn.Module):
+    """All layers and the final norm."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        prefix_kv: KV,
+        context: PassContext,
+        which: Pass,
+        per_layer: jax.Array | None = None,
+    ) -> tuple[jax.Array, KV]:
+        """x [B, M, T, D] -> normed hidden [B, M, T, D], keys and values [.., B, K, M, T, H].
+
+        `per_layer` [B, M, T, layers, P] are the per-layer embeddings, where the model has them.
+        """
+        config = self.config
+        scanned = self.execution.scan_layers
+        stack, shared = (s.as_loop(scanned) for s in (config.kv_layers, config.kv_shared_layers))
+        given = layer_inputs(stack, prefix_kv, per_layer)
+        x, block_kv = self._run(stack, which, x, given, context)
+        if shared.types:
+            sources = {
+                kind: (last_kv(config, prefix_kv, kind), last_kv(config, block_kv, kind))
+                for kind in sorted(set(shared.types))
+            }
+            given = layer_inputs(shared, None, per_layer)
+            context = dataclasses.replace(context, shared_kv=sources)
+            x, _ = self._run(shared, which, x, given, context)
+        x = RMSNorm(config.norm_eps, config.norm_scale_offset, name='final_norm')(x)
+        return x, block_kv
+
+    def _run(
+        self,
+        stack: LayerStack,
+        which: Pass,
+        x: jax.Array,
+        given: tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]],
+        context: PassContext,
+    ) -> tuple[jax.Array, tuple]:
+        """The layers of one stack: hidden states and the keys and values that they made."""
+        fields: dict[str, Any] = {'config': self.config, 'which': which, 'dtype': self.dtype}
+        fields |= {'execution': self.execution, 'shares_kv': stack.shares_kv}
+        name = 'shared_{}' if stack.shares_kv else '{}'
+        stacked, single = given
+        stacked_kv: tuple = ()
+        single_kv: list[KVPair] = []
+        if stack.scanned:
+            scanned = nn.scan(
+                LayerGroup,
+                variable_axes={'params': 0},
+                split_rngs={'params': True},
+                in_axes=(0, nn.broadcast),
+                length=stack.num_groups,
+                metadata_params={nn.PARTITION_NAME: 'layers'},
+            )
+            groups = scanned(kinds=stack.pattern, **fields, name=name.format('layers'))
+            x, stacked_kv = groups(x, stacked, context)
+        else:
+            period = len(stack.pattern)
+            for g in range(stack.num_groups):
+                own = LayerGroup(kinds=stack.pattern, **fields, name=name.format(f'layers_{g}'))
+                x, kv = own(x, single[g * period : (g + 1) * period], context)
+                single_kv += kv
+        if stack.tail:
+            tail = LayerGroup(kinds=stack.tail, **fields, name=name.format('tail'))
+            x, kv = tail(x, single[-len(stack.tail) :], context)
+            single_kv += kv
+        return x, (stacked_kv, tuple(single_kv))
