@@ -505,6 +505,7 @@ const page = {mode: {value: 'lossless'}, temperature: {value: '0'}, seed: {value
   key: {value: 'k'}, prompt: {value: 'hi'}, colors: {value: 'runs'}};
 for (const id of ['form', 'text', 'caption', 'go']) page[id] = element();
 globalThis.document = {getElementById: (id) => page[id], createElement: element};
+globalThis.location = {search: ''};
 let request;
 globalThis.fetch = async (url, options) => {
   request = {url, key: options.headers.Authorization, body: JSON.parse(options.body)};
@@ -540,6 +541,67 @@ def test_the_script_of_the_page_draws_the_frames_of_a_stream(http):
     assert drawn['cells'] == ['#79c0ff', '#d2a8ff', '#d2a8ff']  # a color for each accepted run
     body = {'messages': user('hi'), 'mode': 'lossless', 'temperature': 0, 'seed': 1}
     assert drawn['request'] == {'url': 'v1/frames', 'key': 'Bearer k', 'body': body}
+
+
+@pytest.fixture(scope='module')
+def browser():
+    """Chromium without a window."""
+    playwright = pytest.importorskip('playwright.sync_api', reason='needs pip install playwright')
+    program = shutil.which('chromium') or shutil.which('google-chrome')
+    if program is None:
+        pytest.skip('needs Chromium, such as from apt-get install chromium')
+    with playwright.sync_playwright() as started:
+        yield started.chromium.launch(executable_path=program, args=['--no-sandbox'])
+
+
+@pytest.fixture
+def tab(browser, url):
+    """A tab with the page in it; a test in which a script fails fails."""
+    tab = browser.new_page()
+    tab.set_default_timeout(300_000)  # the first answer of a mode compiles
+    errors: list = []
+    tab.on('pageerror', lambda error: errors.append(error))
+    tab.goto(url)
+    yield tab
+    tab.close()
+    assert not errors
+
+
+def answer_in(tab):
+    tab.wait_for_selector('#text span')
+    tab.wait_for_function("document.getElementById('go').textContent === 'run'")
+    return tab.inner_text('#text')
+
+
+def colors_in(tab):
+    script = 'spans => [...new Set(spans.map((span) => span.style.color))]'
+    return tab.eval_on_selector_all('#text span.settled', script)
+
+
+def test_a_browser_shows_the_answer_of_the_api(tab, client):
+    for mode in ('lossless', 'diffusion'):
+        tab.fill('#prompt', PAUL)
+        tab.select_option('#mode', mode)
+        tab.click('#go')
+        more = {'seed': 0, 'temperature': 0, 'extra_body': {'mode': mode}}
+        said = client.chat.completions.create(model='builtin', messages=user(PAUL), **more)
+        assert answer_in(tab) == said.choices[0].message.content
+        assert tab.inner_text('#caption').startswith('canvas ')
+        by_entropy = colors_in(tab)
+        tab.select_option('#colors', 'runs')
+        assert colors_in(tab) != by_entropy
+        tab.select_option('#colors', 'entropy')
+        assert colors_in(tab) == by_entropy
+
+
+def test_a_link_asks_and_what_is_wrong_is_said_in_red(tab, url):
+    tab.goto(f'{url}/?mode=lossless&prompt={QUESTIONS[1].replace(" ", "+")}')
+    assert 'The answer is' in answer_in(tab)
+    assert tab.input_value('#prompt') == QUESTIONS[1]
+    tab.set_default_timeout(30_000)
+    tab.fill('#prompt', 'x' * 30_000)
+    tab.click('#go')
+    assert '20000 bytes' in tab.wait_for_selector('#caption.error').inner_text().replace(',', '')
 
 
 @pytest.mark.slow

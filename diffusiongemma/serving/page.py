@@ -139,6 +139,13 @@ form.onsubmit = async (event) => {
   go.textContent = 'run';
 };
 document.getElementById('colors').onchange = () => last && draw(last);
+
+// A link such as /?prompt=Hello&mode=lossless fills in the form and runs it.
+const asked = new URLSearchParams(location.search);
+for (const [id, text] of asked) {
+  if (id !== 'key' && document.getElementById(id)) document.getElementById(id).value = text;
+}
+if (asked.has('prompt')) form.requestSubmit();
 </script>
 </html>
 """
