@@ -14,14 +14,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from diffusiongemma import run_config
 
 with run_config.extra_named(__name__):
     from diffusiongemma.distillation.experiment import Experiment
+    from diffusiongemma.models.config import ModelConfig
+    from diffusiongemma.models.execution import product
+    from diffusiongemma.parallel import LOGICAL_AXIS_RULES
     from diffusiongemma.planning import compiler, programs
+    from diffusiongemma.planning.fit import largest_that_fits
     from diffusiongemma.planning.report import as_json, print_plan
     from diffusiongemma.planning.sampler_programs import sampler_programs
 
@@ -45,6 +50,9 @@ _LEVEL = flags.DEFINE_enum(
     'Of the compiler; O1 is for large programs: sooner done, with an upper bound of memory and '
     'traffic.',
 )
+_FIT = flags.DEFINE_bool(
+    'fit', False, 'Looks for the largest batch that fits, by doubling the one that is given.'
+)
 _PROGRAMS = flags.DEFINE_list('programs', None, 'Of the sampler only these, by name.')
 
 
@@ -65,32 +73,49 @@ def main(argv: list[str]) -> None:
             f'{_TOPOLOGY.value} has {len(devices)} devices: {error} For example '
             f'--config.mesh.fsdp=-1.'
         ) from error
-    if _WHAT.value == 'step':
-        planned = [programs.training_step(experiment, teacher, mesh)]
+
+    def plan(rows: int) -> list[compiler.Plan]:
+        planned = _planned(experiment, teacher, mesh, rows)
+        plans = [compiler.compile_program(p, mesh, figures, _LEVEL.value) for p in planned]
+        if _FIT.value:
+            fits = all(plan.fits for plan in plans)
+            logging.info('%d rows: %s', rows, 'they fit' if fits else 'too many')
+        return plans
+
+    rows = experiment.data.batch_size if _WHAT.value == 'step' else _BATCH_SIZE.value
+    if _FIT.value:
+        least = product(dict(LOGICAL_AXIS_RULES)['batch'], mesh)
+        rows, plans = largest_that_fits(rows, least, plan)
     else:
-        planned = sampler_programs(
-            experiment,
-            teacher,
-            mesh,
-            batch_size=_BATCH_SIZE.value,
-            prompt_length=_PROMPT_LENGTH.value,
-        )
-        names = [program.name for program in planned]
-        wanted = _PROGRAMS.value or names
-        if set(wanted) - set(names):
-            raise ValueError(f'--programs={wanted}: there are {names}.')
-        planned = [program for program in planned if program.name in wanted]
+        plans = plan(rows)
     result: dict[str, Any] = {'config': name, 'topology': _TOPOLOGY.value}
     result |= {'optimization_level': _LEVEL.value, 'layers': teacher.num_layers}
-    result |= {'device': dataclasses.asdict(figures), 'mesh': dict(mesh.shape), 'programs': []}
+    result |= {'device': dataclasses.asdict(figures), 'mesh': dict(mesh.shape)}
+    result |= {'rows': rows, 'programs': []}
     cut = '' if _LAYERS.value is None else f' cut to {_LAYERS.value} layers'
-    title = f'{name}{cut} on {_TOPOLOGY.value} at {_LEVEL.value}'
-    for program in planned:
-        plan = compiler.compile_program(program, mesh, figures, _LEVEL.value)
-        change = '' if plan.fits else compiler.advice(plan.kinds, figures, mesh, _WHAT.value)
-        print_plan(plan, figures, mesh, title, change)
-        result['programs'].append(as_json(plan, figures, mesh.size) | {'change': change})
+    title = f'{name}{cut} on {_TOPOLOGY.value}, {rows} rows, at {_LEVEL.value}'
+    for each in plans:
+        change = '' if each.fits else compiler.advice(each.kinds, figures, mesh, _WHAT.value)
+        print_plan(each, figures, mesh, title, change)
+        result['programs'].append(as_json(each, figures, mesh.size) | {'change': change})
     print(json.dumps(result))
+
+
+def _planned(
+    experiment: Experiment, teacher: ModelConfig, mesh: Mesh, rows: int
+) -> list[programs.PlannedProgram]:
+    """The step, or those programs of the sampler that are asked for, with so many rows."""
+    if _WHAT.value == 'step':
+        data = dataclasses.replace(experiment.data, batch_size=rows)
+        return [programs.training_step(dataclasses.replace(experiment, data=data), teacher, mesh)]
+    planned = sampler_programs(
+        experiment, teacher, mesh, batch_size=rows, prompt_length=_PROMPT_LENGTH.value
+    )
+    names = [program.name for program in planned]
+    wanted = _PROGRAMS.value or names
+    if set(wanted) - set(names):
+        raise ValueError(f'--programs={wanted}: there are {names}.')
+    return [program for program in planned if program.name in wanted]
 
 
 if __name__ == '__main__':

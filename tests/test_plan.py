@@ -26,6 +26,7 @@ from diffusiongemma.models.moe import Experts
 from diffusiongemma.parallel import MESH_AXES, make_mesh, on_mesh, rules_with
 from diffusiongemma.parallel.sharding import LOGICAL_AXIS_RULES
 from diffusiongemma.planning.compiler import _needed, advice, topology_devices
+from diffusiongemma.planning.fit import largest_that_fits
 from diffusiongemma.planning.programs import teacher_config
 from diffusiongemma.planning.sampler_programs import cache_shardings
 
@@ -233,6 +234,21 @@ def results_of(program, ops):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ('start', 'room', 'found', 'tried'),
+    [(8, 35, 32, [8, 16, 32, 64]), (32, 9, 8, [32, 16, 8]), (12, 1, 12, [12]), (4, 3, 4, [4])],
+)
+def test_the_largest_batch_that_fits_is_found_by_doubling(start, room, found, tried):
+    asked = []
+
+    def plan(rows):
+        asked.append(rows)
+        return [SimpleNamespace(fits=True), SimpleNamespace(fits=rows <= room, rows=rows)]
+
+    rows, plans = largest_that_fits(start, 4, plan)
+    assert (rows, asked, plans[1].rows) == (found, tried, found)
+
+
 def test_a_mesh_that_does_not_cover_the_slice_says_so_and_what_would():
     error = plan(*SMALL, '--topology=v5e:2x4', '--config.mesh.data=4', code=1)
     assert 'v5e:2x4 has 8 devices' in error and '--config.mesh.fsdp=-1' in error
