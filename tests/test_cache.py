@@ -44,7 +44,11 @@ class FullLengthCache(DiffusionGemma):
 
 
 @pytest.fixture(
-    params=[pytest.param('tiny_config', marks=pytest.mark.slow), 'tiny_e2b_config', 'predict_next']
+    params=[
+        pytest.param('tiny_config', marks=pytest.mark.slow),
+        pytest.param('tiny_e2b_config', marks=pytest.mark.slow),
+        'predict_next',
+    ]
 )
 def config(request):
     if request.param == 'predict_next':

@@ -144,7 +144,14 @@ def test_what_cannot_be_is_one_clear_error(model, tokenizer):
         Tokenizer.load().format_prompt('Why?', thinking=True)
 
 
-@pytest.mark.parametrize('limit', ['max_turns', 'capacity', 'max_positions'])
+@pytest.mark.parametrize(
+    'limit',
+    [
+        pytest.param('max_turns', marks=pytest.mark.slow),
+        'capacity',
+        pytest.param('max_positions', marks=pytest.mark.slow),
+    ],
+)
 def test_a_full_conversation_forgets_its_oldest_turns_as_a_whole(model, tokenizer, limit):
     """The third turn is answered as the second of a conversation that began with the second."""
     long = make_chat(model, tokenizer)

@@ -108,9 +108,8 @@ def test_sample_answers_with_the_student_of_a_run(workdir):
 @pytest.mark.parametrize(
     'mode',
     [
-        'diffusion',
-        pytest.param('autoregressive', marks=pytest.mark.slow),
-        pytest.param('lossless', marks=pytest.mark.slow),
+        pytest.param(mode, marks=pytest.mark.slow)
+        for mode in ('diffusion', 'autoregressive', 'lossless')
     ],
 )
 def test_sample_answers_at_once_with_the_shipped_student(mode):

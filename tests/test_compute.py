@@ -131,7 +131,7 @@ def largest_logits(config, name, batch, **settings):
     return max(math.prod(shape) for shape in shapes if VOCAB in shape)
 
 
-@pytest.mark.parametrize('name', ['stage1', 'stage2'])
+@pytest.mark.parametrize('name', ['stage1', pytest.param('stage2', marks=pytest.mark.slow)])
 def test_no_array_has_logits_of_more_than_a_chunk(name, config, batch):
     embedding = VOCAB * config.width
     assert largest_logits(config, name, batch) == 4 * 12 * VOCAB
@@ -256,6 +256,7 @@ def test_a_batch_that_does_not_divide_is_refused(config, batch):
         jax.eval_shape(step, *arguments, batch)
 
 
+@pytest.mark.slow
 def test_kernels_cast_before_the_passes_give_the_same_passes(tiny_moe_config):
     model = DiffusionGemma(tiny_moe_config, jnp.bfloat16)
     params = init_params(model, jax.random.key(0))

@@ -186,6 +186,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(teacher, tmp_path):
         train_student(config, teacher, DATA, tmp_path)
 
 
+@pytest.mark.slow
 def test_training_exports_a_model_that_a_later_run_starts_from(tmp_path):
     config = tiny_teacher.get_config()
     config.mesh = {'data': 8}

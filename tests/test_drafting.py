@@ -185,7 +185,10 @@ def test_the_loss_is_that_of_the_formula_over_the_drafts_of_the_sampler(student,
     assert 1 <= metrics['accepted_length'] <= C + 1
 
 
-@pytest.mark.parametrize('axes', [{'data': 2, 'fsdp': 2, 'tensor': 2}, {'fsdp': 8}])
+@pytest.mark.parametrize(
+    'axes',
+    [{'data': 2, 'fsdp': 2, 'tensor': 2}, pytest.param({'fsdp': 8}, marks=pytest.mark.slow)],
+)
 def test_sharded_it_is_the_same(student, batch, axes):
     model, teacher, frozen, trained = student
     objective = Drafting(**PROCESS, anchors_per_row=8, refused_rate=0.5)
@@ -209,7 +212,7 @@ def test_sharded_it_is_the_same(student, batch, axes):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize('refused_rate', [0.0, 1.0])
+@pytest.mark.parametrize('refused_rate', [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_a_few_steps_lengthen_what_is_accepted(student, batch, refused_rate):
     objective = Drafting(**PROCESS, weights='equal', anchors_per_row=16, refused_rate=refused_rate)
     trained = student[3]

@@ -123,7 +123,8 @@ def test_other_platforms_and_unknown_devices_go_on_as_before():
     assert not fits(shape, 2, 0, Execution())
 
 
-@pytest.mark.parametrize('remat', ['dots', pytest.param('full', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_a_model_with_the_kernel_is_the_model_without(remat, tiny_config, monkeypatch):
     monkeypatch.setattr(attention_module, 'attend_fused', interpreted)
     kinds = {'sliding': AttentionConfig(2, 128, window=50), 'full': AttentionConfig(1, 128)}

@@ -99,6 +99,7 @@ def test_a_model_on_a_mesh_keeps_its_layout(tiny_config):
     assert for_inference(model, random_params(model))[0] == model
 
 
+@pytest.mark.slow
 def test_on_tpus_models_with_experts_leave_the_loop_and_keep_their_shardings(
     tiny_config, tiny_moe_config
 ):

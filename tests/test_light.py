@@ -76,7 +76,14 @@ def denoise_after_encoding(model, params, tokens, canvas, starts, previous=None)
     return model.apply({'params': params}, *args, **more, method='denoise')
 
 
-@pytest.mark.parametrize('family', ['tiny_config', 'tiny_gemma3_config', 'tiny_e2b_config'])
+@pytest.mark.parametrize(
+    'family',
+    [
+        'tiny_config',
+        pytest.param('tiny_gemma3_config', marks=pytest.mark.slow),
+        pytest.param('tiny_e2b_config', marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize('shifted', [False, True])
 def test_with_all_layers_and_no_extras_it_is_the_separate_denoiser(request, family, shifted):
     config = request.getfixturevalue(family).replace(predict_next=shifted)
@@ -94,6 +101,7 @@ def test_with_all_layers_and_no_extras_it_is_the_separate_denoiser(request, fami
     np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max(), rtol=0)
 
 
+@pytest.mark.slow
 def test_its_layers_start_from_the_dense_part_of_those_of_a_mixture(tiny_moe_config):
     config = light_config(tiny_moe_config, layers=(1, 2))
     teacher = random_params(Gemma(config.autoregressive))
@@ -108,6 +116,7 @@ def test_its_layers_start_from_the_dense_part_of_those_of_a_mixture(tiny_moe_con
     assert np.isfinite(denoise_after_encoding(model, params, tokens, canvas, starts)).all()
 
 
+@pytest.mark.slow
 def test_a_layer_without_keys_of_its_own_gets_some_where_its_source_is_no_draft_layer(
     tiny_e2b_config,
 ):
@@ -163,10 +172,10 @@ LENGTHS = np.random.default_rng(1).integers(1, 10, 12)
 @pytest.mark.parametrize(
     ('fields', 'settings'),
     [
-        ({'teacher_state': True}, {}),
-        ({'serial_rank': 3}, {'draft_length': 3}),
+        pytest.param({'teacher_state': True}, {}, marks=pytest.mark.slow),
+        pytest.param({'serial_rank': 3}, {'draft_length': 3}, marks=pytest.mark.slow),
         ({'serial_rank': 3, 'draft_vocab_size': 11}, {}),
-        ({'teacher_state': True}, {'max_draft_steps': 2}),
+        pytest.param({'teacher_state': True}, {'max_draft_steps': 2}, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize('temperature', [0.0, 1.0])

@@ -65,7 +65,7 @@ def light_config(teacher_directory, **changes):
 
 
 def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
-    teacher_directory, tmp_path, capsys, monkeypatch
+    teacher_directory, tmp_path, capsys
 ):
     workdir = tmp_path / 'run'
     result = distill(Experiment.of(light_config(teacher_directory)), workdir)
@@ -81,6 +81,22 @@ def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
     assert model.light.draft_vocab_size == 700 and params['draft_ids'].shape == (700,)
     rows = reporting.read_metrics(workdir)
     assert {'held_out/accepted_length', 'held_out/acceptance/04'} <= set(rows[-1])
+    # The same architecture with other weights.
+    other, tokenizer = Gemma(model.config.autoregressive), Tokenizer.load('builtin')
+    changed = init_params(other, jax.random.key(5))
+    changed['backbone']['final_norm']['scale'] += 1.0
+    save_bundle(teacher_directory, other.config, changed, tokenizer)
+    with pytest.raises(ValueError, match='was trained on another model than'):
+        load_model(workdir)
+
+
+@pytest.mark.slow
+def test_a_light_student_goes_on_with_its_draft_vocabulary_and_can_be_small(
+    teacher_directory, tmp_path, monkeypatch
+):
+    workdir = tmp_path / 'run'
+    distill(Experiment.of(light_config(teacher_directory)), workdir)
+    model, params, _ = load_model(workdir)
     # A resumed run reads its draft vocabulary, and has no step left.
     experiment = Experiment.of(light_config(teacher_directory))
     targets, teacher = experiment.targets.source, load_teacher(experiment)
@@ -101,13 +117,6 @@ def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
     assert small == model
     assert_close(small_params, params)
     assert_equal(small_params['backbone'], params['backbone'])
-    # The same architecture with other weights.
-    other, tokenizer = Gemma(model.config.autoregressive), Tokenizer.load('builtin')
-    changed = init_params(other, jax.random.key(5))
-    changed['backbone']['final_norm']['scale'] += 1.0
-    save_bundle(teacher_directory, other.config, changed, tokenizer)
-    with pytest.raises(ValueError, match='was trained on another model than'):
-        load_model(workdir)
 
 
 @pytest.mark.slow
@@ -127,6 +136,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(teacher_directory, tmp_path
     assert np.asarray(params['draft_ids']).dtype == np.int32
 
 
+@pytest.mark.slow
 def test_a_light_run_and_its_sampling_are_planned():
     config, mesh = tiny.get_config(), make_mesh({'data': 8})
     config.data.batch_size = 8

@@ -152,6 +152,7 @@ def test_adapters_of_the_denoise_pass_leave_the_encode_pass_as_it_is_to_the_bit(
     assert float(jnp.max(jnp.abs(moved - denoised))) > 0.1
 
 
+@pytest.mark.slow
 def test_gradients_reach_adapters_of_every_kernel(config, params):
     adapters = init_lora(BOTH, params, jax.random.key(1))
 
@@ -198,7 +199,7 @@ def base(tmp_path, config, params):
     return tmp_path / 'base'
 
 
-@pytest.mark.parametrize('settings', [BOTH, DENOISE])
+@pytest.mark.parametrize('settings', [pytest.param(BOTH, marks=pytest.mark.slow), DENOISE])
 def test_adapters_come_back_from_disk_merged_into_their_base(
     tmp_path, base, config, params, settings
 ):

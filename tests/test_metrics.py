@@ -117,6 +117,7 @@ def test_aup_grows_with_speed_and_with_the_accuracy_behind_the_slowest_point(row
     assert aup(parallelism, accuracy + last) > before
 
 
+@pytest.mark.slow
 def test_the_teachers_log_probabilities_are_those_of_its_causal_pass(tiny_config):
     model = Gemma(tiny_config.autoregressive)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))

@@ -18,8 +18,8 @@ from diffusiongemma.models import (
 from diffusiongemma.models.execution import Execution
 
 FAMILIES = [
-    'tiny_moe_config',
-    pytest.param('tiny_config', marks=pytest.mark.slow),
+    'tiny_config',
+    pytest.param('tiny_moe_config', marks=pytest.mark.slow),
     pytest.param('tiny_gemma3_config', marks=pytest.mark.slow),
     pytest.param('tiny_e2b_config', marks=pytest.mark.slow),
 ]

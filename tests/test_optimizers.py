@@ -79,7 +79,9 @@ def test_a_frozen_router_keeps_its_weights_and_has_no_moments(name):
     assert not any('router' in path for path in paths)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+    'name', [n if n == 'muon' else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_moments_lie_as_their_parameters_do(name, tiny_config):
     moe = MoEConfig(num_experts=4, top_k=2, expert_width=128)
     mesh = make_mesh({'fsdp': 4, 'tensor': 2})

@@ -136,6 +136,7 @@ def test_a_diffusion_checkpoint_of_google_equals_the_published_one(moe_checkpoin
     assert_trees_equal(params, with_one_scalar(wanted))
 
 
+@pytest.mark.slow
 def test_it_goes_into_the_shards_of_a_mesh_in_another_dtype(moe_checkpoint):
     mesh = make_mesh({'fsdp': 4, 'tensor': 2})
     model, params, _ = load_model(moe_checkpoint, jnp.bfloat16, mesh)

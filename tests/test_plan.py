@@ -163,6 +163,7 @@ def test_a_gpu_is_told_from_another_whose_name_begins_alike():
     assert [figures_of(name).name for name in names] == ['L4', 'L40S', 'L40', 'A100-40GB', 'A100']
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_step_is_planned_for_eight_tpus():
     found = plan(*SMALL, '--topology=v5e:2x4', '--config.mesh.data=2', '--config.mesh.fsdp=4')

@@ -33,8 +33,10 @@ def logits(model, params):
     return model.apply({'params': params}, tokens)
 
 
-@pytest.mark.parametrize('weights', ['int8', 'fp8'])
-@pytest.mark.parametrize('layout', [lambda *given: given, for_inference])
+@pytest.mark.parametrize('weights', ['int8', pytest.param('fp8', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'layout', [pytest.param(lambda *given: given, marks=pytest.mark.slow), for_inference]
+)
 def test_products_are_those_of_the_rounded_weights(tiny_moe_config, layout, weights):
     model = DiffusionGemma(tiny_moe_config.replace(kind='separate'))
     model, params = layout(model, random_params(model))

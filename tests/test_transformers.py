@@ -81,11 +81,19 @@ def dense(tmp_path_factory):
     return student, export(student, directory / 'out')
 
 
-@pytest.mark.parametrize('source', ['tiny_moe', 'tiny_heldout', 'tiny_padded'])
+@pytest.mark.parametrize(
+    'source',
+    [
+        'tiny_moe',
+        pytest.param('tiny_heldout', marks=pytest.mark.slow),
+        pytest.param('tiny_padded', marks=pytest.mark.slow),
+    ],
+)
 def test_transformers_loads_a_denoiser_and_both_passes_agree(tmp_path, source):
     assert_passes_agree(DATA / source, export(DATA / source, tmp_path / 'out'))
 
 
+@pytest.mark.slow
 def test_a_dense_denoiser_loads_and_agrees_too(dense):
     assert_passes_agree(*dense)
 

@@ -34,7 +34,10 @@ def tokens(model, params, mode, vocab_size, **controls):
     return np.asarray(output.tokens)
 
 
-@pytest.mark.parametrize('mode', ['autoregressive', 'lossless', 'diffusion'])
+@pytest.mark.parametrize(
+    'mode',
+    [pytest.param('autoregressive', marks=pytest.mark.slow), 'lossless', 'diffusion'],
+)
 def test_an_id_beyond_the_tokenizer_is_never_drawn(drawn_to_unknown, mode):
     if mode == 'autoregressive':
         assert (tokens(*drawn_to_unknown, mode, None) >= KNOWN).mean() > 0.5

@@ -28,6 +28,7 @@ def heldout():
     return model, params, golden, verify.golden_passes(model, params, golden)
 
 
+@pytest.mark.slow
 def test_all_passes_of_a_mixture_of_experts_agree_with_the_reference():
     model, params, _ = load_model(DATA / 'tiny_moe')
     golden = load_golden('tiny_moe')
