@@ -35,6 +35,7 @@ from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import BUILTIN, about_model, load_for_sampling
 from diffusiongemma.constraints.grammar import from_json_schema, from_regex
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.quantization import WEIGHT_DTYPES
 from diffusiongemma.sampling import Controls, Sampler, generate_text, pad_prompts
 from diffusiongemma.sampling.chat import ChatSampler
@@ -131,7 +132,7 @@ class Loaded:
     """What the flags ask for: a sampler, its parameters and its tokenizer."""
 
     sampler: Sampler
-    params: dict
+    params: Params
     tokenizer: Tokenizer
 
     @classmethod

@@ -28,6 +28,7 @@ from absl import flags, logging
 from diffusiongemma import run_config
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.distillation.losses import cross_entropy
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.sampling.acceptance import EntropyBound
@@ -47,13 +48,13 @@ INPUTS = ('prompt', 'prompt_mask', 'canvas', 'commit', 'entropy_bound', 'logits_
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames='method')
-def _apply(model: DiffusionGemma, params: dict, *args: Any, method: str) -> Any:
+def _apply(model: DiffusionGemma, params: Params, *args: Any, method: str) -> Any:
     with jax.default_matmul_precision('highest'):
         return model.apply({'params': params}, *args, method=method)
 
 
 def golden_passes(
-    model: DiffusionGemma, params: dict, golden: Mapping[str, np.ndarray]
+    model: DiffusionGemma, params: Params, golden: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Runs the passes whose outputs `golden` holds, on its inputs, in float32.
 

@@ -28,7 +28,7 @@ class Flops(NamedTuple):
     model: float
     recomputed: float
 
-    def __add__(self, other: 'Flops') -> 'Flops':  # type: ignore[override]
+    def __add__(self, other: 'Flops') -> 'Flops':  # type: ignore[override]  # adds, not joins
         return Flops(self.model + other.model, self.recomputed + other.recomputed)
 
     def times(self, factor: float) -> 'Flops':

@@ -17,6 +17,7 @@ from diffusiongemma.checkpoints.fields import read_fields, read_model_config
 from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.placement import param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.lora import LoraConfig, init_lora
@@ -41,7 +42,7 @@ class Adapters:
     """
 
     lora: LoraConfig
-    params: dict
+    params: Params
     model: ModelConfig
     base: str
     base_fingerprint: str

@@ -26,6 +26,7 @@ from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.placement import assemble, flat_shardings, param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.transformer import Gemma
@@ -50,7 +51,7 @@ def is_bundle(directory: Path) -> bool:
 def save_bundle(
     directory: Path,
     config: ModelConfig,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer | None,
     *,
     dtype: Any = None,

@@ -18,6 +18,7 @@ from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.packaged import PACKAGED, packaged_file
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DRAFT_IDS
 from diffusiongemma.models.inference import for_inference, with_execution
@@ -109,7 +110,7 @@ def load_for_sampling(
 
 
 def _completed(
-    model: Gemma, params: dict, directory: Path, mesh: jax.sharding.Mesh | None
+    model: Gemma, params: Params, directory: Path, mesh: jax.sharding.Mesh | None
 ) -> Opened:
     """With the tokenizer.model in `directory`, and a denoiser that is fast on this machine."""
     if mesh is None and model.config.has_frozen_encoder:

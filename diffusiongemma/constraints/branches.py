@@ -102,8 +102,9 @@ class Branches:
 
     def _is_impossible_for(self, name: str, branch: Branch) -> bool:
         if name in ('integer', 'number'):
-            ends = [bounds_of(branch).integers()]
-            ends += [bounds_of(branch).floats()] if name == 'number' else []  # type: ignore[list-item]
+            ends: list[tuple[float | None, float | None]] = [bounds_of(branch).integers()]
+            if name == 'number':
+                ends.append(bounds_of(branch).floats())
             return all(low is not None and high is not None and low > high for low, high in ends)
         if name in ('null', 'boolean'):
             return False

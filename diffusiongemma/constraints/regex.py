@@ -8,8 +8,8 @@ import functools
 import re
 
 # The parser behind `re`; its public name, `sre_parse`, is deprecated.
-from re import _constants as sre  # type: ignore[attr-defined]
-from re import _parser as sre_parser  # type: ignore[attr-defined]
+from re import _constants as sre  # type: ignore[attr-defined]  # not in typeshed
+from re import _parser as sre_parser  # type: ignore[attr-defined]  # likewise
 from typing import Any
 
 import numpy as np

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.diffusion.corruption import Corruption, sample_noise_levels
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
 
@@ -54,7 +55,7 @@ def draw_noise(
 
 def denoise(
     model: DiffusionGemma,
-    params: dict,
+    params: Params,
     batch: Batch,
     prefix: Prefix,
     noisy: jax.Array,

@@ -32,6 +32,7 @@ from diffusiongemma.distillation.position_weights import (
     PositionWeights,
 )
 from diffusiongemma.distillation.teacher import FullDistribution, TeacherStates
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
 
@@ -166,7 +167,7 @@ class Drafting(DraftingConfig):
     def loss(
         self,
         model: DiffusionGemma,
-        params: dict,
+        params: Params,
         draw: Draw,
         batch: Batch,
         prefix: Prefix,
@@ -189,7 +190,7 @@ class Drafting(DraftingConfig):
     def draft(
         self,
         model: DiffusionGemma,
-        params: dict,
+        params: Params,
         anchors: jax.Array,
         noise: jax.Array,
         batch: Batch,
@@ -237,7 +238,7 @@ class Drafting(DraftingConfig):
         cross_entropy, probabilities, hits, variation = scores
         return Draft(cross_entropy, probabilities, hits, variation, valid)
 
-    def _said(self, model: DiffusionGemma, params: dict, hidden: jax.Array) -> jax.Array:
+    def _said(self, model: DiffusionGemma, params: Params, hidden: jax.Array) -> jax.Array:
         """The teacher's greedy token [B, A, K] of the draft vocabulary at [B, A, K, D]."""
 
         def choose(hidden: jax.Array) -> jax.Array:
@@ -251,7 +252,7 @@ class Drafting(DraftingConfig):
     def _refused_at(
         self,
         model: DiffusionGemma,
-        params: dict,
+        params: Params,
         draw: Draw,
         batch: Batch,
         prefix: Prefix,
@@ -300,7 +301,7 @@ def acceptance_by_position(draft: Draft, canvases: jax.Array) -> jax.Array:
 
 def _draft_hidden(
     model: DiffusionGemma,
-    params: dict,
+    params: Params,
     anchors: jax.Array,
     noise: jax.Array,
     batch: Batch,
@@ -330,7 +331,7 @@ def _at(rows: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _total_variation(
-    model: DiffusionGemma, params: dict, log_probs: jax.Array, said: Any
+    model: DiffusionGemma, params: Params, log_probs: jax.Array, said: Any
 ) -> jax.Array:
     """1 - sum_x min(p_T(x), q(x)) for log q [..., Vd] -> [...] float32."""
     if not isinstance(said, FullDistribution):

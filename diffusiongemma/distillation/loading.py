@@ -9,6 +9,7 @@ from diffusiongemma import configuration
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.experiment import Experiment
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import param_shardings, processes
@@ -22,7 +23,7 @@ class Teacher:
     """The frozen AR model that is distilled."""
 
     model: Gemma
-    params: dict
+    params: Params
     tokenizer: Tokenizer
 
     def on_host(self) -> 'Teacher':

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from absl import logging
 
 from diffusiongemma.accounting.flops import count_flops
 from diffusiongemma.checkpoints.store import CheckpointStore
-from diffusiongemma.data.pipeline import TrainIterator
+from diffusiongemma.data.packing import Features
 from diffusiongemma.distillation.guard import LossGuard, Preempted, Preemption
 from diffusiongemma.distillation.reporting import Reporter
 from diffusiongemma.distillation.state import TrainState
@@ -20,8 +20,23 @@ from diffusiongemma.distillation.throughput import PROFILE_DIR, Throughput, Trac
 from diffusiongemma.parallel import init_sharded, processes, state_shardings
 
 StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
-
 STEPS_AHEAD = 2  # dispatched while one runs
+
+
+class ResumableBatches(Protocol):
+    """Endless batches that go on from a place; `data.pipeline.TrainIterator` is one."""
+
+    def __next__(self) -> Features:
+        """Returns the rows of this process."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the place after the last batch, in JSON types."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from such a place; raises ValueError where it is of another stream."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +75,7 @@ class LoopConfig:
 def fit(
     train_step: StepFn,
     state: TrainState,
-    batches: TrainIterator,
+    batches: ResumableBatches,
     store: CheckpointStore,
     config: LoopConfig,
     *,
@@ -75,7 +90,7 @@ def fit(
     Args:
       train_step: (state, batch) -> (state, metrics), compiled.
       state: the state to start from; donated.
-      batches: iterator with `get_state`, saved beside the parameters.
+      batches: their place is saved beside the parameters.
       store: where checkpoints go.
       config: lengths and intervals.
       workdir: for TensorBoard files.
@@ -139,7 +154,7 @@ def start_or_resume(
     params_sharding: Any,
     mesh: jax.sharding.Mesh,
     store: CheckpointStore,
-    batches: Any,
+    batches: ResumableBatches,
     *args: Any,
 ) -> TrainState:
     """The state to train from: the newest checkpoint if there is one, else `init(*args)`.

@@ -9,6 +9,7 @@ import jax
 from diffusiongemma.checkpoints.adapters import fingerprint, save_adapters
 from diffusiongemma.distillation.step import Constants
 from diffusiongemma.distillation.student import student_params_from_teacher
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import SEPARATE, SHARED
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.lora import (
@@ -66,12 +67,12 @@ class LoraStudent:
     model: DiffusionGemma
     seed: int
 
-    def base(self, teacher_params: dict, mesh: jax.sharding.Mesh) -> dict:
+    def base(self, teacher_params: Params, mesh: jax.sharding.Mesh) -> dict:
         """The frozen parameters: the student as it starts, in its shards."""
         make = jax.jit(self._start, out_shardings=param_shardings(self.model, mesh))
         return make(teacher_params)
 
-    def constants(self, teacher_params: dict, mesh: jax.sharding.Mesh) -> Constants:
+    def constants(self, teacher_params: Params, mesh: jax.sharding.Mesh) -> Constants:
         """What the step reads and never changes."""
         frozen_encode = self.config.passes == DENOISE
         return Constants(
@@ -79,12 +80,12 @@ class LoraStudent:
             student=self.base(teacher_params, mesh),
         )
 
-    def init(self, teacher_params: dict) -> dict:
+    def init(self, teacher_params: Params) -> dict:
         """Adapters that change nothing yet."""
         key = jax.random.fold_in(jax.random.key(self.seed), 1)
         return init_lora(self.config, self._start(teacher_params), key)
 
-    def shardings(self, teacher_params: dict, mesh: jax.sharding.Mesh) -> dict:
+    def shardings(self, teacher_params: Params, mesh: jax.sharding.Mesh) -> dict:
         """Of the adapters."""
         shapes = jax.eval_shape(self.init, teacher_params)
         return adapter_shardings(shapes, param_shardings(self.model, mesh))
@@ -94,7 +95,7 @@ class LoraStudent:
         return merge_lora(base, adapters, self.config)
 
     def save(
-        self, workdir: Path, adapters: Any, teacher_params: dict, base: str, about: dict
+        self, workdir: Path, adapters: Any, teacher_params: Params, base: str, about: dict
     ) -> None:
         """Writes the adapters alone; `base` is the path or alias of the teacher."""
         save_adapters(
@@ -107,7 +108,7 @@ class LoraStudent:
             about=about,
         )
 
-    def _start(self, teacher_params: dict) -> dict:
+    def _start(self, teacher_params: Params) -> dict:
         fresh = init_params(self.model, jax.random.key(self.seed))
         return student_params_from_teacher(fresh, teacher_params)
 

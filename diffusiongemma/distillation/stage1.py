@@ -18,6 +18,7 @@ from diffusiongemma.distillation import canvases
 from diffusiongemma.distillation.canvases import Batch, NoisyCanvases
 from diffusiongemma.distillation.losses import denoise_loss, mean_weights, over_positions
 from diffusiongemma.distillation.teacher import TeacherStates
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.sampling.schedule import TemperatureSchedule
@@ -72,6 +73,11 @@ class Stage1(Stage1Config):
     corruption: Corruption
     schedule: TemperatureSchedule
 
+    @property
+    def num_steps(self) -> int:
+        """Denoise steps that are trained."""
+        return 1
+
     def draw(self, key: jax.Array, batch: Batch) -> Draw:
         """See `step.Objective`."""
         noise_key, condition_key = jax.random.split(key)
@@ -86,7 +92,7 @@ class Stage1(Stage1Config):
     def loss(
         self,
         model: DiffusionGemma,
-        params: dict,
+        params: Params,
         draw: Draw,
         batch: Batch,
         prefix: Prefix,
@@ -114,7 +120,7 @@ class Stage1(Stage1Config):
     def _first_prediction(
         self,
         model: DiffusionGemma,
-        params: dict,
+        params: Params,
         batch: Batch,
         prefix: Prefix,
         noisy: NoisyCanvases,

@@ -29,6 +29,7 @@ from diffusiongemma.distillation.losses import (
     over_positions,
 )
 from diffusiongemma.distillation.teacher import TeacherStates
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.sampling import acceptance
@@ -150,7 +151,7 @@ class Stage2(Stage2Config):
     def loss(
         self,
         model: DiffusionGemma,
-        params: dict,
+        params: Params,
         draw: Draw,
         batch: Batch,
         prefix: Prefix,
@@ -215,7 +216,7 @@ class Stage2(Stage2Config):
         return shaped
 
     def look(
-        self, model: DiffusionGemma, params: dict, logits: jax.Array, level: jax.Array
+        self, model: DiffusionGemma, params: Params, logits: jax.Array, level: jax.Array
     ) -> Seen:
         """What the sampler's greedy step reads off logits [..., V] at noise levels [...]."""
         params, shaped = jax.lax.stop_gradient(params), self.shape(logits, level)

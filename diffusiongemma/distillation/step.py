@@ -16,6 +16,7 @@ from diffusiongemma.distillation.teacher import (
     TeacherStates,
     TopKDistribution,
 )
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.inference import kernels_in_compute_dtype
@@ -26,6 +27,11 @@ Metrics = dict[str, jax.Array]
 
 class Objective(Protocol):
     """What the denoise pass is trained on."""
+
+    @property
+    def num_steps(self) -> int:
+        """Denoise steps of a canvas that are trained together."""
+        ...
 
     def draw(self, key: jax.Array, batch: Batch) -> Any:
         """All that chance decides in a step, and what is counted over its whole batch.
@@ -42,7 +48,7 @@ class Objective(Protocol):
     def loss(
         self,
         model: DiffusionGemma,
-        params: dict,
+        params: Params,
         draw: Any,
         batch: Batch,
         prefix: Prefix,
@@ -107,7 +113,7 @@ def draw_rows(objective: Objective, key: jax.Array, batch: Batch) -> Rows:
 
 
 @jax.named_scope('encode')
-def causal_pass(model: Gemma, params: dict, batch: Batch) -> tuple[jax.Array, Prefix]:
+def causal_pass(model: Gemma, params: Params, batch: Batch) -> tuple[jax.Array, Prefix]:
     """Hidden states [B, L, D] of the clean rows, and the rows as a prefix for canvases."""
     positions, segment_ids = batch['positions'], batch['segment_ids']
     args = (batch['tokens'], positions, segment_ids)
@@ -118,7 +124,7 @@ def causal_pass(model: Gemma, params: dict, batch: Batch) -> tuple[jax.Array, Pr
 def teacher_states(
     model: DiffusionGemma,
     teacher: Gemma,
-    params: dict,
+    params: Params,
     constants: Constants,
     batch: Batch,
     hidden: jax.Array,
@@ -158,7 +164,7 @@ def distillation_loss(
     teacher: Gemma,
     objective: Objective,
     ar_weight: float,
-    params: dict,
+    params: Params,
     constants: Constants,
     rows: Rows,
     combine: Combine = join_parts,
@@ -220,7 +226,7 @@ def make_distillation_step(
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def loss_fn(params: Any, rows: Rows) -> tuple[jax.Array, Metrics]:
+        def loss_fn(params: Params, rows: Rows) -> tuple[jax.Array, Metrics]:
             if combine is join_parts:
                 params = kernels_in_compute_dtype(model, params)
             return distillation_loss(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import LightConfig, ModelConfig
 from diffusiongemma.models.denoiser import DENOISER_ALONE, DRAFT_IDS
 
@@ -13,8 +14,8 @@ _KEYS_AND_VALUES = ('key', 'value', 'key_norm')
 
 
 def student_params_from_teacher(
-    student_params: dict, teacher_params: dict, config: ModelConfig | None = None
-) -> dict:
+    student_params: Params, teacher_params: Params, config: ModelConfig | None = None
+) -> Params:
     """Copies the teacher's weights into a freshly initialized student.
 
     The student's additions keep their initial values, except that each layer's denoise scalar
@@ -53,7 +54,7 @@ def student_params_from_teacher(
     return unflatten_dict({path: jnp.array(value) for path, value in merged.items()})
 
 
-def _light_backbone(config: ModelConfig, light: LightConfig, fresh: dict, backbone: dict) -> dict:
+def _light_backbone(config: ModelConfig, light: LightConfig, fresh: dict, backbone: dict) -> Params:
     """The draft layers as the teacher's layers that they start from.
 
     A draft layer has no routed experts, and where its teacher layer shares keys and values with a
@@ -78,7 +79,7 @@ def _light_backbone(config: ModelConfig, light: LightConfig, fresh: dict, backbo
     return started
 
 
-def layer_params(config: ModelConfig, backbone: dict, layer: int) -> dict:
+def layer_params(config: ModelConfig, backbone: dict, layer: int) -> Params:
     """Parameters of one layer out of a backbone's, whose layers are stacked as in training."""
     stacks = (config.kv_layers, config.kv_shared_layers)
     stack = stacks[layer >= stacks[1].first] if stacks[1].types else stacks[0]
@@ -89,7 +90,7 @@ def layer_params(config: ModelConfig, backbone: dict, layer: int) -> dict:
     return jax.tree.map(lambda leaf: leaf[group], backbone[f'{prefix}layers'][f'layer_{place}'])
 
 
-def trained_params(config: ModelConfig, params: dict) -> dict:
+def trained_params(config: ModelConfig, params: Params) -> Params:
     """The part of a student's parameters (or of a tree like them) that distillation trains.
 
     A denoiser with layers of its own is trained alone: the encode pass and the embedding stay the
@@ -100,7 +101,7 @@ def trained_params(config: ModelConfig, params: dict) -> dict:
     return {name: params[name] for name in DENOISER_ALONE if name in params}
 
 
-def frozen_params(config: ModelConfig, teacher_params: dict, draft_ids: Any = None) -> dict:
+def frozen_params(config: ModelConfig, teacher_params: Params, draft_ids: Any = None) -> Params:
     """The rest of a student's parameters: the teacher's, or none where all are trained.
 
     `draft_ids` are the tokens [Vd] int32 of a light denoiser's draft vocabulary, if it has one.

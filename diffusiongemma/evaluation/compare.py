@@ -8,6 +8,7 @@ import numpy as np
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.evaluation.decoding import (
     Contestant,
+    Decoded,
     EvalConfig,
     Examples,
     Watch,
@@ -168,14 +169,20 @@ def compare(
         lossless_tokens_per_denoise_pass=by_lossless.tokens_per_denoise_pass,
         lossless_tokens_per_pass=by_lossless.tokens_per_pass,
         lossless_draft_share=draft_share(lossless, tokenizer, examples, config, rng),
-        acceptance=Acceptance.of(by_lossless.accepted_lengths),
+        acceptance=_acceptance(by_lossless),
         lookup_tokens_per_pass=answers['lookup'].tokens_per_pass,
-        lookup_acceptance=Acceptance.of(answers['lookup'].accepted_lengths),
+        lookup_acceptance=_acceptance(answers['lookup']),
         teacher_samples=teacher_samples,
         larger_batches=tuple(larger_batches),
         num_examples=len(examples),
     )
     return comparison, by_teacher.responses, by_student.responses
+
+
+def _acceptance(decoded: Decoded) -> Acceptance:
+    """Of answers in the lossless mode."""
+    assert decoded.accepted_lengths is not None  # this mode counts them
+    return Acceptance.of(decoded.accepted_lengths)
 
 
 def looking_up(lossless: Sampler) -> Sampler:

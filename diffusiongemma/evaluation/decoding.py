@@ -9,6 +9,7 @@ import numpy as np
 
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.evaluation.scoring import response_log_probs
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.parallel import processes
 from diffusiongemma.sampling import Sampler, decode_responses, pad_prompts
 from diffusiongemma.sampling.state import SamplerOutput
@@ -96,7 +97,7 @@ class Decoded:
 
 def decode(
     sampler: Sampler,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     examples: Examples,
     config: EvalConfig,
@@ -149,7 +150,7 @@ def judged(
 
 def run_batch(
     sampler: Sampler,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     examples: Examples,
     config: EvalConfig,

@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.parallel import processes
 from diffusiongemma.sampling import pad_prompts
 from diffusiongemma.sampling.passes import CausalModel
@@ -15,7 +15,7 @@ from diffusiongemma.sampling.passes import CausalModel
 
 def response_log_probs(
     model: CausalModel,
-    params: Any,
+    params: Params,
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     *,
@@ -48,7 +48,7 @@ def response_log_probs(
 
 @functools.partial(jax.jit, static_argnames='model')
 def _next_token_log_probs(
-    model: CausalModel, params: Any, tokens: jax.Array, lengths: jax.Array
+    model: CausalModel, params: Params, tokens: jax.Array, lengths: jax.Array
 ) -> jax.Array:
     """Log-probabilities [B, L - 1] float32 of tokens [B, L] but the first, given those before."""
     variables = {'params': params}

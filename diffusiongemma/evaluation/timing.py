@@ -18,7 +18,7 @@ from diffusiongemma.evaluation.decoding import (
     unwatched,
 )
 from diffusiongemma.sampling.lossless import draft, text_noise, verify_draft
-from diffusiongemma.sampling.sampler import MODES
+from diffusiongemma.sampling.sampler import LOSSLESS
 
 FEWEST_TURNS = 5  # of a batch size, unless the config asks for fewer of the main one
 
@@ -153,7 +153,7 @@ def draft_share(
     drafts = jax.jit(draft, static_argnums=(0, 1))
     verifies = jax.jit(verify_draft, static_argnums=(0, 1))
     model, settings = sampler.model, sampler.config
-    state = MODES['lossless'].start(model, settings, params, *arguments)
+    state = LOSSLESS.start(model, settings, params, *arguments)
     noise = text_noise(model, settings, state)
     seconds: list[tuple[float, float]] = []
     for _ in range(repetitions + 1):  # the first one compiles

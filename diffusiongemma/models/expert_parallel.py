@@ -118,14 +118,15 @@ def _sorted_mlps(
 
 def check_experts(num_experts: int, execution: Execution) -> None:
     """Raises ValueError when the experts can't be dealt out evenly over their mesh axes."""
-    axes = dict(execution.rules)['experts']
-    ways = product_of(axes, execution.mesh)
+    axes, mesh = dict(execution.rules)['experts'], execution.mesh
+    assert mesh is not None  # nothing is dealt out without one
+    ways = product_of(axes, mesh)
     if num_experts % ways:
         raise ValueError(
             f'num_experts={num_experts} is not divisible by {" x ".join(axes)} = {ways} of the '
             f'mesh; give that axis a size that divides {num_experts}.'
         )
-    if sum(execution.mesh.shape[axis] > 1 for axis in axes) > 1:
+    if sum(mesh.shape[axis] > 1 for axis in axes) > 1:
         raise ValueError(
             f'experts lie on the mesh axes {axes}, but tokens are exchanged along one: give the '
             'rule of experts one axis.'
@@ -157,6 +158,7 @@ def experts_on_mesh(
     """
     check_experts(kernels[0].shape[0], execution)
     mesh = execution.mesh
+    assert mesh is not None  # see `check_experts`
     tokens = execution.mesh_axes(x.shape, TOKEN_AXES)
     of_tokens = {axis for axes in tokens for axis in axes}
     laid = [
@@ -178,12 +180,9 @@ def experts_on_mesh(
     exchange = bool(along) and along[0] in of_tokens
     summed = split + (() if exchange else along)
 
-    def local(x: jax.Array, weights: jax.Array, experts: jax.Array, *kernels: jax.Array):
+    def local(x: jax.Array, weights: jax.Array, experts: jax.Array, *kernels: *Kernels):
         if gathered:
-            kernels = tuple(
-                jax.lax.all_gather(kernel, gathered, axis=names.index(_EMBED), tiled=True)
-                for kernel, names in zip(kernels, KERNEL_AXES, strict=True)
-            )
+            kernels = _gathered_kernels(kernels, gathered)
         width, top_k = x.shape[-1], experts.shape[-1]
         flat = experts.reshape(-1, top_k)
         if exchange:
@@ -218,6 +217,15 @@ def experts_on_mesh(
         check_vma=False,  # grouped kernels do not say over which axes their results differ
     )
     return on_mesh(x, weights, experts, *kernels)
+
+
+def _gathered_kernels(kernels: Kernels, axes: tuple[str, ...]) -> Kernels:
+    """The kernels of a device with all of D, which is split over some mesh axes."""
+    gate, up, down = (
+        jax.lax.all_gather(kernel, axes, axis=names.index(_EMBED), tiled=True)
+        for kernel, names in zip(kernels, KERNEL_AXES, strict=True)
+    )
+    return gate, up, down
 
 
 def exchanged_pairs(

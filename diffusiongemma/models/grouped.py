@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from diffusiongemma.models import grouped_gpu, grouped_tpu
+from diffusiongemma.models.arrays import ArrayOrShape
 from diffusiongemma.models.layers import is_quantized
 
 LARGEST_BLOCK = 32
@@ -52,7 +53,7 @@ def grouped_matmul(
     return _multiply(x, kernels, group_sizes, dtype)
 
 
-def runs_kernel(x: jax.Array, kernels: jax.Array, platform: str | None) -> bool:
+def runs_kernel(x: ArrayOrShape, kernels: ArrayOrShape, platform: str | None) -> bool:
     """Whether a platform multiplies x [N, D] and kernels [E, D, F] without the fallback.
 
     XLA expands the fallback on GPUs to a matmul of all rows with the weights of every group, and on
@@ -98,7 +99,11 @@ def _outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array, dtype: Any) -> ja
 
 
 def _that_fit(
-    x: Any, kernels: Any, dtype: Any, ways: dict[str, Callable[..., Any]], on_tpus: Callable
+    x: ArrayOrShape,
+    kernels: ArrayOrShape,
+    dtype: Any,
+    ways: dict[str, Callable[..., Any]],
+    on_tpus: Callable[..., jax.Array],
 ) -> dict[str, Callable[..., Any]]:
     """The ways of those platforms whose kernels take x [N, D] and kernels [E, D, F], in `dtype`."""
     casting = {

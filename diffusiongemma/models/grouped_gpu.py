@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from diffusiongemma.models.arrays import ArrayOrShape
+
 # Sides of a tile: of what is summed over, and the least of each; Triton's products need 16.
 INNER = 64
 LEAST = 16
 
 
-def fits(x: jax.Array, kernels: jax.Array) -> bool:
+def fits(x: ArrayOrShape, kernels: ArrayOrShape) -> bool:
     """Whether x [N, D] and kernels [E, D, F] divide into tiles."""
     return x.shape[1] % INNER == 0 and kernels.shape[2] % INNER == 0
 
@@ -104,16 +106,16 @@ def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _kernel(
-    group: jax.Array,
-    first: jax.Array,
-    last: jax.Array,
-    x: jax.Array,
-    kernels: jax.Array,
-    out: jax.Array,
+    group: 'jax.Ref',
+    first: 'jax.Ref',
+    last: 'jax.Ref',
+    x: 'jax.Ref',
+    kernels: 'jax.Ref',
+    out: 'jax.Ref',
     *,
     rows: int,
     columns: int,
-):
+) -> None:
     """Rows first[b] to last[b] of the result, and as many columns as a program has."""
     block = pl.program_id(0)
     start, end, expert = first[block], last[block], group[block]
@@ -139,7 +141,9 @@ def _kernel(
         plgpu.store(out.at[pl.ds(start, rows), own], total, mask=written)
 
 
-def _outer_kernel(first: jax.Array, last: jax.Array, x: jax.Array, y: jax.Array, out: jax.Array):
+def _outer_kernel(
+    first: 'jax.Ref', last: 'jax.Ref', x: 'jax.Ref', y: 'jax.Ref', out: 'jax.Ref'
+) -> None:
     """A square of the result of one group."""
     group = pl.program_id(0)
     start, end = first[group], last[group]

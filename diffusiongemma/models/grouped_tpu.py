@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.arrays import ArrayOrShape
+
 LANES = 128
 # Rows of a tile. A systolic array of 128 x 128 takes as long to load weights as to multiply 128
 # rows, so that fewer rows save nothing, and with more the tiles in which groups meet cost more.
@@ -25,7 +27,7 @@ GRADIENT_TILE_BYTES = 2 << 20
 LEAST = 8  # of a width: a register holds 8 x 128 float32
 
 
-def fits(x: jax.Array, kernels: jax.Array) -> bool:
+def fits(x: ArrayOrShape, kernels: ArrayOrShape) -> bool:
     """Whether x [N, D] and kernels [E, D, F] are of dtypes and widths that the kernels take."""
     dtypes = (jnp.bfloat16, jnp.float32)
     widths = kernels.shape[1:]

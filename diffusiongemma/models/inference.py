@@ -4,11 +4,12 @@ Checkpoints and training are of stacked layers with the inputs of each kernel in
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.denoiser import (
     DENOISER_ALONE,
     DRAFT_HEAD,
@@ -20,8 +21,10 @@ from diffusiongemma.models.weights import Weight, map_kernels
 
 STACKED = ('layers', 'shared_layers')
 
+AnyGemma = TypeVar('AnyGemma', bound=Gemma)
 
-def for_inference(model: Gemma, params: dict) -> tuple[Gemma, dict]:
+
+def for_inference(model: Gemma, params: Params) -> tuple[Gemma, Params]:
     """The model and its parameters as they compute fastest on the devices at hand.
 
     The parameters of a denoiser with layers of its own are in its compute dtype, so that no pass
@@ -56,7 +59,7 @@ def is_unrolled(model: Gemma) -> bool:
     return model.execution.mesh is None and platform in ('cpu', 'gpu', 'cuda')
 
 
-def unroll_layers(model: Gemma, params: dict) -> tuple[Gemma, dict]:
+def unroll_layers(model: Gemma, params: Params) -> tuple[Gemma, Params]:
     """The same function with the loop over layers unrolled, and the parameters that it takes.
 
     A loop copies each layer's weights out of the stacked ones before it uses them, which
@@ -91,12 +94,12 @@ def unroll_layers(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     return with_execution(model, scan_layers=False), unrolled(params)
 
 
-def with_execution(model: Gemma, **changes: Any) -> Gemma:
+def with_execution(model: AnyGemma, **changes: Any) -> AnyGemma:
     """The model computed in another way, see `Execution`."""
     return model.clone(execution=dataclasses.replace(model.execution, **changes))
 
 
-def gather_draft_head(model: Gemma, params: dict) -> tuple[Gemma, dict]:
+def gather_draft_head(model: Gemma, params: Params) -> tuple[Gemma, Params]:
     """The same function with the rows that a draft vocabulary scores as a parameter of their own.
 
     Without a draft vocabulary model and parameters are returned as they are.
@@ -108,7 +111,7 @@ def gather_draft_head(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     return with_execution(model, gather_draft_head=True), params | {DRAFT_HEAD: head}
 
 
-def output_major_kernels(model: Gemma, params: dict) -> tuple[Gemma, dict]:
+def output_major_kernels(model: Gemma, params: Params) -> tuple[Gemma, Params]:
     """The same function with the outputs of each kernel in front of its inputs.
 
     XLA's products on a CPU are up to three times faster so, where the rows are few (`FEW_ROWS`).
@@ -128,7 +131,7 @@ def output_major_kernels(model: Gemma, params: dict) -> tuple[Gemma, dict]:
     return with_execution(model, output_major=True), turned
 
 
-def kernels_in_compute_dtype(model: DiffusionGemma, params: dict) -> dict:
+def kernels_in_compute_dtype(model: DiffusionGemma, params: Params) -> Params:
     """The parameters with the kernels of layers in the dtype that every pass casts them to.
 
     Router, norms and embedding stay as they are. A step that casts once, before its passes, has one
@@ -149,7 +152,7 @@ def _outputs_first(kernel: Any, weight: Weight) -> jax.Array:
     return jnp.moveaxis(kernel, range(-outputs, 0), range(-inputs - outputs, -inputs))
 
 
-def _in_denoise_dtype(model: Gemma, params: dict) -> dict:
+def _in_denoise_dtype(model: Gemma, params: Params) -> Params:
     if not isinstance(model, DiffusionGemma) or not model.config.has_frozen_encoder:
         return params
     if model.execution.denoise_dtype is None:

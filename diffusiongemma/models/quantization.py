@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.layers import is_quantized
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.models.weights import Weight, map_kernels
@@ -12,7 +13,7 @@ from diffusiongemma.models.weights import Weight, map_kernels
 WEIGHT_DTYPES = {'int8': jnp.int8, 'fp8': jnp.float8_e4m3fn}
 
 
-def quantize_weights(model: Gemma, params: dict, weights: str) -> dict:
+def quantize_weights(model: Gemma, params: Params, weights: str) -> Params:
     """The same parameters with the kernels of layers and experts in eight bits (weight-only).
 
     Every output of a kernel has a float32 scale of its own, the largest absolute weight that leads

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.attention import in_parts
 from diffusiongemma.models.backbone import ACTIVATION_AXES, Backbone, PassContext
 from diffusiongemma.models.cache import KV, Prefix, cache_slots, zeros_kv
@@ -144,13 +145,13 @@ class Gemma(nn.Module):
         return self.unembed(hidden)
 
 
-def init_boxed_params(model: nn.Module, rng: jax.Array) -> dict:
+def init_boxed_params(model: nn.Module, rng: jax.Array) -> Params:
     """Float32 parameters with their logical axis names (for `parallel.sharding`)."""
     tokens = jnp.zeros((1, max(model.config.canvas_length, 1)), jnp.int32)
     return model.init(rng, tokens)['params']
 
 
-def init_params(model: nn.Module, rng: jax.Array) -> dict:
+def init_params(model: nn.Module, rng: jax.Array) -> Params:
     """Freshly initialized float32 parameters as a plain nested dict."""
     return nn.meta.unbox(init_boxed_params(model, rng))
 

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from diffusiongemma.models.arrays import Params
+
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -137,7 +139,7 @@ def weight_at(path: Sequence[str]) -> Weight | None:
     return None
 
 
-def map_kernels(change: Callable[[Any, Weight], Any], params: dict) -> dict:
+def map_kernels(change: Callable[[Any, Weight], Any], params: Params) -> Params:
     """The parameters with `change(kernel, weight)` in place of each large kernel.
 
     Args:

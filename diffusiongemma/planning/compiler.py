@@ -6,6 +6,7 @@ the same program over as many devices.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import logging
 import math
@@ -37,14 +38,34 @@ _ENVIRONMENT = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Layout:
+    """Bytes of one device as the compiler lays them out.
+
+    Attributes:
+      arguments, outputs, temporaries, code: of each kind.
+      aliased: what outputs share with arguments.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+
+    @property
+    def needed(self) -> int:
+        """All of it at once."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What the compiler says of a program; sizes are bytes of one device.
 
     Attributes:
       name: of the program.
       kinds: arguments by kind, from shapes and shardings.
-      arguments, outputs, aliased, temporaries, code: as the compiler lays them out; `aliased` is
-        what outputs share with arguments. None where the program does not fit.
+      layout: of its memory; None where the program does not fit.
       needed: of HBM at the peak.
       fits: whether that is there.
       flops: that the model asks for, of the whole program over all devices.
@@ -63,11 +84,7 @@ class Plan:
 
     name: str
     kinds: dict[str, float]
-    arguments: float | None
-    outputs: float | None
-    aliased: float | None
-    temporaries: float | None
-    code: float | None
+    layout: Layout | None
     needed: float
     fits: bool
     flops: Flops
@@ -85,13 +102,13 @@ class Plan:
         """Returns what the compiled program does over what is needed, where both are known."""
         model = self.flops.model / num_devices
         ratios = {}
-        if self.executed is not None and model:
+        if self.executed is not None and self.executed_tiles is not None and model:
             ratios['executed FLOPs'] = self.executed / model
             ratios['executed FLOPs, whole tiles'] = self.executed_tiles / model
             ratios['recomputed FLOPs'] = self.flops.recomputed / num_devices / model
         if self.least is not None and self.hbm_traffic is not None:
             ratios['HBM bytes'] = self.hbm_traffic / self.least.hbm
-        if self.least is not None and self.least.sent and self.arguments is not None:
+        if self.least is not None and self.least.sent and self.layout is not None:
             ratios['bytes sent'] = self.sent / self.least.sent
         return ratios
 
@@ -105,7 +122,7 @@ class Plan:
         seconds = {'compute': sum(self.flops) / num_devices / figures.peak_flops}
         if self.hbm_traffic is not None:
             seconds['HBM'] = self.hbm_traffic / figures.hbm_bandwidth
-        if self.arguments is not None:
+        if self.layout is not None:
             seconds['interconnect'] = self.sent / figures.link_bandwidth
         return seconds
 
@@ -127,7 +144,7 @@ def topology_devices(name: str) -> tuple[list[Any], DeviceFigures]:
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        devices = topologies.get_topology_desc(name, platform='tpu').devices
+        devices: list[Any] = topologies.get_topology_desc(name, platform='tpu').devices
     except Exception as error:
         raise ValueError(
             f'no TPU topology {name!r} ({str(error).splitlines()[0]}); known are for example '
@@ -168,13 +185,14 @@ def compile_program(
         moves more bytes.
     """
     flops = count_flops(program.function, *program.arguments)
-    known = {
-        'name': program.name,
-        'kinds': dict(program.kinds),
-        'flops': flops,
-        'tokens': program.tokens,
-        'least': program.needed,
-    }
+    plan = functools.partial(
+        Plan,
+        name=program.name,
+        kinds=dict(program.kinds),
+        flops=flops,
+        tokens=program.tokens,
+        least=program.needed,
+    )
     start = time.monotonic()
     lowered = jax.jit(program.function, donate_argnums=program.donated).lower(*program.arguments)
     try:
@@ -184,32 +202,41 @@ def compile_program(
         needed = _needed(str(error), sum(program.kinds.values()))
         if needed is None:
             raise
-        return Plan(
-            **known,
-            arguments=None, outputs=None, aliased=None, temporaries=None, code=None,
-            needed=needed, fits=False, executed=None, executed_tiles=None, hbm_traffic=None,
-            collectives=[],
+        return plan(
+            layout=None, needed=needed, fits=False,
+            executed=None, executed_tiles=None, hbm_traffic=None, collectives=[],
             compile_seconds=time.monotonic() - start, error=str(error),
         )  # fmt: skip
     seconds = time.monotonic() - start
-    memory = compiled.memory_analysis()
-    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
-    aliased, temporaries = memory.alias_size_in_bytes, memory.temp_size_in_bytes
-    code = memory.generated_code_size_in_bytes
-    needed = arguments + outputs - aliased + temporaries + code
-    text = Program(compiled.as_text())
+    layout, text = _layout(compiled), Program(_text(compiled))
     # What a GPU's fusions read and write is not what those of a CPU do.
     is_tpu = mesh.devices.flat[0].platform != 'cpu'
-    return Plan(
-        **known,
-        arguments=arguments, outputs=outputs, aliased=aliased, temporaries=temporaries, code=code,
-        needed=needed, fits=needed <= figures.hbm_bytes,
+    return plan(
+        layout=layout, needed=layout.needed, fits=layout.needed <= figures.hbm_bytes,
         executed=executed_flops(text) if is_tpu else None,
         executed_tiles=executed_flops(text, whole_tiles=True) if is_tpu else None,
         hbm_traffic=text.hbm_bytes() if is_tpu else None,
         collectives=text.collectives(mesh.shape), compile_seconds=seconds,
         copies=float32_copies(text, program.layers) if is_tpu and program.layers else None,
     )  # fmt: skip
+
+
+def _layout(compiled: jax.stages.Compiled) -> Layout:
+    memory = compiled.memory_analysis()
+    assert memory is not None  # the compilers that plans are made with all say it
+    return Layout(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+    )
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    text = compiled.as_text()
+    assert text is not None  # likewise
+    return text
 
 
 def float32_copies(text: Program, layers: Sequence[Any]) -> float:
@@ -279,7 +306,7 @@ def _needed(message: str, arguments: float) -> float | None:
 
 @contextlib.contextmanager
 def _at_level(level: str) -> Iterator[None]:
-    before = jax.config.jax_optimization_level
+    before = jax.config.values['jax_optimization_level']
     jax.config.update('jax_optimization_level', level)
     try:
         yield

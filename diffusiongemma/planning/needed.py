@@ -72,7 +72,7 @@ def of_pass(
     """
     config = model.config
     touched = dict(params)
-    if getattr(config, 'has_frozen_encoder', False):
+    if config.has_frozen_encoder:
         for name in ('backbone',) if denoises else (*DENOISER_ALONE, DRAFT_IDS):
             touched.pop(name, None)
     rows_of_pass = tokens.passed / max(1, product(_without_experts(model, rows), mesh))
@@ -152,8 +152,8 @@ def _activations_sent(
     """Sums of partial results along `tensor`, and tokens sent to experts and back."""
     config, rules = model.config, dict(rules_of(model))
     itemsize = np.dtype(model.dtype).itemsize
-    is_light = isinstance(model, DiffusionGemma) and model.light is not None
-    layers = len(model.config.denoiser.light.layers) if is_light else config.num_layers
+    light = model.light if isinstance(model, DiffusionGemma) else None
+    layers = config.num_layers if light is None else len(light.layers)
     ways = product(rules['mlp'], mesh)
     sums = 2 + (config.moe is not None)  # attention, MLP, experts
     sent = sums * 2 * tokens * config.width * itemsize * (ways - 1) / ways

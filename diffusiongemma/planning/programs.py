@@ -201,7 +201,7 @@ def placed(shapes: Any, shardings: Any) -> Any:
 def _batch(layout: RowLayout, batch_size: int, sharding: NamedSharding) -> Any:
     """Of the shapes that packing makes."""
     k = layout.top_k
-    example = {'prompt': '', 'response': ''}
+    example: dict[str, Any] = {'prompt': '', 'response': ''}
     tokenizer = Tokenizer.load('builtin')
     count = len(tokenizer.format_response(''))
     if k:

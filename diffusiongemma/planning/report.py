@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusiongemma.accounting.devices import DeviceFigures
-from diffusiongemma.planning.compiler import Plan
+from diffusiongemma.planning.compiler import Layout, Plan
 
 
 def print_plan(
@@ -21,11 +21,11 @@ def print_plan(
     table.add_column('', justify='right')
     for kind, size in plan.kinds.items():
         table.add_row(f'{kind}, by shapes', _gigabytes(size))
-    if plan.arguments is not None:
-        table.add_row('arguments, laid out', _gigabytes(plan.arguments))
-        table.add_row('outputs beside them', _gigabytes(plan.outputs - plan.aliased))
-        table.add_row('temporaries', _gigabytes(plan.temporaries))
-        table.add_row('code', _gigabytes(plan.code))
+    if (layout := plan.layout) is not None:
+        table.add_row('arguments, laid out', _gigabytes(layout.arguments))
+        table.add_row('outputs beside them', _gigabytes(layout.outputs - layout.aliased))
+        table.add_row('temporaries', _gigabytes(layout.temporaries))
+        table.add_row('code', _gigabytes(layout.code))
     table.add_row('needed', _gigabytes(plan.needed))
     table.add_row('there is', _gigabytes(figures.hbm_bytes))
     table.add_section()
@@ -58,16 +58,15 @@ def print_plan(
 def as_json(plan: Plan, figures: DeviceFigures, num_devices: int) -> dict[str, Any]:
     """The same in JSON types; sizes in bytes of one device, times in seconds."""
     times = plan.times(figures, num_devices)
+    laid_out = dict.fromkeys(field.name for field in dataclasses.fields(Layout))
+    if plan.layout is not None:
+        laid_out = dataclasses.asdict(plan.layout)
     return {
         'name': plan.name,
         'fits': plan.fits,
         'needed': plan.needed,
         'arguments_by_kind': plan.kinds,
-        'arguments': plan.arguments,
-        'outputs': plan.outputs,
-        'aliased': plan.aliased,
-        'temporaries': plan.temporaries,
-        'code': plan.code,
+        **laid_out,
         'model_flops': plan.flops.model,
         'recomputed_flops': plan.flops.recomputed,
         'executed_flops': plan.executed,

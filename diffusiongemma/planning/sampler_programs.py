@@ -1,5 +1,6 @@
 """The programs of a sampler, ready to be compiled for devices that are not there."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -66,7 +67,7 @@ def sampler_programs(
 
     state = jax.eval_shape(start, params, tokens, lengths, keys)
     cache = placed(state.cache, cache_shardings(model, state.cache, mesh))
-    state = placed(state, jax.tree.map(lambda _: rows, state)).replace(cache=cache)
+    state = dataclasses.replace(placed(state, jax.tree.map(lambda _: rows, state)), cache=cache)
     if model.light is not None:
         return _lossless_programs(model, sampling, params, state, (tokens, lengths, keys), mesh)
 
@@ -129,7 +130,8 @@ def _lossless_programs(
         return lossless.start(model, sampling, params, *arguments)
 
     state = jax.eval_shape(first, params, generation, hidden, tokens, lengths)
-    state = placed(state, jax.tree.map(lambda _: rows, state)).replace(generation=generation)
+    state = placed(state, jax.tree.map(lambda _: rows, state))
+    state = dataclasses.replace(state, generation=generation)
 
     def draft(params: Any, state: Any) -> Any:
         noise = lossless.text_noise(model, sampling, state)

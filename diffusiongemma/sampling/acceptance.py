@@ -91,12 +91,20 @@ class StatefulRule(Protocol):
 AcceptanceRule = StatelessRule | StatefulRule
 
 
+@runtime_checkable
+class SaysWhatItReads(Protocol):
+    """A rule that says whether it may read the logits."""
+
+    @property
+    def reads_logits(self) -> bool: ...
+
+
 def reads_logits(rule: AcceptanceRule) -> bool:
     """Whether a rule may read the logits; it says that it does not by a false `reads_logits`.
 
     The sampler offers them in any case; stage 2 would compute them for the rule alone.
     """
-    return getattr(rule, 'reads_logits', True)
+    return rule.reads_logits if isinstance(rule, SaysWhatItReads) else True
 
 
 def first_state(rule: AcceptanceRule, canvas: jax.Array) -> Any:

@@ -1,11 +1,12 @@
 """Token by token on the encode pass: the baseline, and how the teacher is sampled."""
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from diffusiongemma.constraints.automaton import allowed
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import restrict, without_unknown
@@ -20,7 +21,7 @@ from diffusiongemma.sampling.state import GenerationState
 def start(
     model: CausalModel,
     config: SamplingConfig,
-    params: Any,
+    params: Params,
     state: GenerationState,
     hidden: jax.Array,
     prompt: jax.Array,
@@ -45,12 +46,12 @@ def start(
 
 
 def next_token(
-    model: CausalModel, config: SamplingConfig, params: Any, state: GenerationState
+    model: CausalModel, config: SamplingConfig, params: Params, state: GenerationState
 ) -> GenerationState:
     """Encodes each unfinished row's latest token and emits the next one."""
     latest = state.last_token[:, None]
     hidden, cache = passes.extend(model, params, state.cache, latest, ~state.finished)
-    state = state.replace(cache=cache)
+    state = dataclasses.replace(state, cache=cache)
     keys = fold_in_rows(state.keys, state.lengths)
     token, finite, scores = first_token(model, config, params, state, hidden[:, 0], keys)
     state = state.finish_unless(finite, 'autoregressive')
@@ -60,7 +61,7 @@ def next_token(
 def first_token(
     model: CausalModel,
     config: SamplingConfig,
-    params: Any,
+    params: Params,
     state: GenerationState,
     hidden: jax.Array,
     keys: jax.Array,
@@ -110,14 +111,14 @@ def next_token_logits(
       offsets: [B] int32, place in the response of the token that the first of them predict.
       states: [B, T] int32, the automaton's state before each of those tokens, or None.
     """
-    length, controls = logits.shape[1], state.controls
+    length, controls, automaton = logits.shape[1], state.controls, state.controls.automaton
     logits = without_unknown(logits, config.vocab_size)
     logits = restrict(
         logits, controls.pinned_at(offsets, length), controls.allowed_at(offsets, length)
     )
-    if states is not None:
+    if automaton is not None and states is not None:
         remaining = (state.limits - offsets)[:, None] - jnp.arange(length)
-        valid = allowed(controls.automaton, states.reshape(-1), remaining.reshape(-1))
+        valid = allowed(automaton, states.reshape(-1), remaining.reshape(-1))
         valid = valid.reshape(logits.shape)
         possible = jnp.any(valid & jnp.isfinite(logits), axis=-1, keepdims=True)
         logits = jnp.where(valid | ~possible, logits, -jnp.inf)

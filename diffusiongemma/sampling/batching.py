@@ -1,11 +1,12 @@
 """Many prompts through a batch of few rows that is kept full."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
+from diffusiongemma.models.arrays import Params
+from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.engine import Engine, Failed, Finished, Result
 from diffusiongemma.sampling.lossless import draft_length
@@ -17,7 +18,7 @@ from diffusiongemma.sampling.state import SamplerOutput
 
 def generate_many(
     sampler: Sampler,
-    params: Any,
+    params: Params,
     prompts: Sequence[Sequence[int]],
     *,
     rng: jax.Array,
@@ -52,7 +53,7 @@ def generate_many(
     _, _, rng, controls = sampler.checked(tokens, lengths, rng, controls)
     width, count = tokens.shape[1], len(prompts)
     capacity = width + sampler.config.max_new_tokens
-    positions = getattr(sampler.model.config, 'max_positions', None)
+    positions = passes.max_positions(sampler.model)
     engine = Engine(
         sampler,
         params,
@@ -66,39 +67,40 @@ def generate_many(
     for n, prompt in enumerate(prompts):
         row = controls.map_rows(lambda array, n=n: np.asarray(array[n : n + 1]))
         owners[engine.submit(prompt, rng=keys[n : n + 1], controls=row)] = n
-    results = _empty(sampler, count)
+    results: list[Result | None] = [None] * count
     for event in engine.run(until_one_finishes=True):
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, Finished):
-            _keep(results, owners[event.id], event.result)
-    return results
+            results[owners[event.id]] = event.result
+    return _collected(sampler, results)
 
 
-def _empty(sampler: Sampler, count: int) -> SamplerOutput:
-    """The output of `count` prompts before any is answered."""
-    zeros = np.zeros(count, np.int32)
+def _collected(sampler: Sampler, results: Sequence[Result | None]) -> SamplerOutput:
+    """The output of all prompts; a row without a result is empty."""
+    count = len(results)
+    tokens = np.full((count, sampler.config.max_new_tokens), sampler.config.pad_id, np.int32)
+    lengths, denoising_steps, canvases, causal_passes = np.zeros((4, count), np.int32)
     accepted = None
     if sampler.mode == 'lossless':
         bins = draft_length(sampler.model, sampler.config) + 2
         accepted = np.zeros((count, bins), np.int32)
+    for row, result in enumerate(results):
+        if result is None:
+            continue
+        tokens[row, : len(result.tokens)] = result.tokens
+        lengths[row] = len(result.tokens)
+        denoising_steps[row] = result.denoising_steps
+        canvases[row] = result.canvases
+        causal_passes[row] = result.causal_passes
+        if accepted is not None and result.accepted_lengths is not None:
+            accepted[row] = result.accepted_lengths
     return SamplerOutput(
-        tokens=np.full((count, sampler.config.max_new_tokens), sampler.config.pad_id, np.int32),
-        lengths=zeros,
-        denoising_steps=zeros.copy(),
-        canvases=zeros.copy(),
-        causal_passes=zeros.copy(),
-        failed_pass=zeros.copy(),
+        tokens=tokens,
+        lengths=lengths,
+        denoising_steps=denoising_steps,
+        canvases=canvases,
+        causal_passes=causal_passes,
+        failed_pass=np.zeros(count, np.int32),
         accepted_lengths=accepted,
     )
-
-
-def _keep(output: SamplerOutput, row: int, result: Result) -> None:
-    """Writes a result into a row."""
-    output.tokens[row, : len(result.tokens)] = result.tokens
-    output.lengths[row] = len(result.tokens)
-    output.denoising_steps[row] = result.denoising_steps
-    output.canvases[row] = result.canvases
-    output.causal_passes[row] = result.causal_passes
-    if result.accepted_lengths is not None:
-        output.accepted_lengths[row] = result.accepted_lengths

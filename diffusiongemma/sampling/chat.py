@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.controls import Controls
@@ -20,7 +21,7 @@ from diffusiongemma.sampling.text import check_stops
 @functools.partial(jax.jit, static_argnames=('model', 'chunk'))
 def _encode(
     model: passes.CausalModel,
-    params: Any,
+    params: Params,
     cache: KVCache,
     tokens: jax.Array,
     lengths: jax.Array,
@@ -66,7 +67,7 @@ class ChatSampler:
     def __init__(
         self,
         sampler: Sampler,
-        params: Any,
+        params: Params,
         tokenizer: Tokenizer,
         *,
         rng: jax.Array,
@@ -109,7 +110,8 @@ class ChatSampler:
         """Forgets the conversation."""
         self.tokens: list[int] = []
         self._history: list[tuple[str, list[int]]] = []  # user texts and ended answers, all seen
-        self._cache, self.cached, self._turns = None, 0, 0
+        self._cache: KVCache | None = None
+        self.cached, self._turns = 0, 0
 
     def send(self, text: str) -> Reply:
         """Answers a user turn; arguments and errors as of `stream`."""
@@ -171,9 +173,11 @@ class ChatSampler:
         history_cache = cache
         new, lengths = self._padded(tokens[cached:])
         rng = jax.random.fold_in(self._rng, self._turns)
-        prompt_cache, response = None, []
-        for state in sampler.states(self._params, new, lengths, rng[None], Controls(), cache):
-            prompt_cache = state.cache if prompt_cache is None else prompt_cache
+        states = sampler.states(self._params, new, lengths, rng[None], Controls(), cache)
+        first = next(states)
+        prompt_cache = first.cache
+        response: list[int] = []
+        for state in itertools.chain((first,), states):
             output = state.output()
             response = np.asarray(output.tokens)[0, : int(output.lengths[0])].tolist()
             if response:
@@ -182,12 +186,12 @@ class ChatSampler:
         self.tokens, self._history = history + answer, [*seen, (text, answer)]
         # Later turns go on from the longest cache that holds what they see: they see no thoughts,
         # no untrimmed text, and always the same end of a turn.
-        for cache, encoded in (
+        for longest, encoded in (
             (state.cache, tokens + response),
             (prompt_cache, tokens),
             (history_cache, history),
         ):
-            self._cache, self.cached = cache, int(cache.lengths[0])
+            self._cache, self.cached = longest, int(longest.lengths[0])
             if encoded[: self.cached] == self.tokens[: self.cached]:
                 break
         self._turns += 1
@@ -197,12 +201,12 @@ class ChatSampler:
 
     def _has_room(self, length: int) -> bool:
         """Whether a prompt and its longest response fit."""
-        limit = getattr(self.sampler.model.config, 'max_positions', None) or self._capacity
+        limit = passes.max_positions(self.sampler.model) or self._capacity
         return length + self.sampler.config.max_new_tokens <= min(limit, self._capacity)
 
     def _check_room(self, tokens: list[int]) -> None:
         new = self.sampler.config.max_new_tokens
-        check_fits(np.array([len(tokens)]), new, self.sampler.model.config)
+        check_fits(np.array([len(tokens)]), new, passes.max_positions(self.sampler.model))
         if len(tokens) + new > self._capacity:
             raise ValueError(
                 f'The question has {len(tokens)} tokens; with max_new_tokens={new} that is more '

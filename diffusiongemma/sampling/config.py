@@ -176,8 +176,11 @@ class SamplingConfig:
     @classmethod
     def ancestral(cls, **fields: Any) -> 'SamplingConfig':
         """Ancestral sampling of the diffusion process: all steps, at temperature 1, as drawn."""
-        exact = {'acceptance': Ancestral(), 'stopping': Never(), 'commits': 'canvas'}
-        return cls(**(exact | {'t_min': 1.0, 't_max': 1.0} | fields))
+        exact: dict[str, Any] = {
+            'acceptance': Ancestral(), 'stopping': Never(), 'commits': 'canvas',
+            't_min': 1.0, 't_max': 1.0,
+        }  # fmt: skip
+        return cls(**(exact | fields))
 
     @property
     def schedule(self) -> TemperatureSchedule:
@@ -195,8 +198,10 @@ class SamplingConfig:
     def stopping_rule(self) -> StoppingRule:
         if self.stopping is not None:
             return self.stopping
-        numbers = {
-            'stability_threshold': self.stability_threshold,
-            'confidence_threshold': self.confidence_threshold,
-        }
-        return StableAndConfident(**{k: v for k, v in numbers.items() if v is not None})
+        stability, confidence = self.stability_threshold, self.confidence_threshold
+        rule = StableAndConfident()
+        if stability is not None:
+            rule = dataclasses.replace(rule, stability_threshold=stability)
+        if confidence is not None:
+            rule = dataclasses.replace(rule, confidence_threshold=confidence)
+        return rule

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma.constraints.automaton import START, TokenAutomaton
+from diffusiongemma.models.arrays import AnyArray
+from diffusiongemma.sampling.rows import map_but
 
 OPEN = -1  # a position without a pinned token, a seed or a set
 
@@ -42,15 +44,15 @@ class Controls:
         row without constraint. None: START for all.
     """
 
-    temperature: jax.Array | None = None
-    top_p: jax.Array | None = None
-    max_new_tokens: jax.Array | None = None
-    pinned: jax.Array | None = None
-    seed: jax.Array | None = None
-    allowed_sets: jax.Array | None = None
-    allowed_index: jax.Array | None = None
+    temperature: AnyArray | None = None
+    top_p: AnyArray | None = None
+    max_new_tokens: AnyArray | None = None
+    pinned: AnyArray | None = None
+    seed: AnyArray | None = None
+    allowed_sets: AnyArray | None = None
+    allowed_index: AnyArray | None = None
     automaton: TokenAutomaton | None = None
-    automaton_states: jax.Array | None = None
+    automaton_states: AnyArray | None = None
 
     def pinned_at(self, offsets: jax.Array, length: int) -> jax.Array | None:
         """Pinned tokens [B, length] from position offsets [B] on, or None."""
@@ -64,23 +66,23 @@ class Controls:
         """Allowed tokens from position offsets [B] on, [B or 1, length or 1, V] bool, or None."""
         if self.allowed_sets is None:
             return None
+        sets = jnp.asarray(self.allowed_sets)
         if self.allowed_index is None:
-            return self.allowed_sets[:1, None]
+            return sets[:1, None]
         index = _slice(self.allowed_index, offsets, length)
-        sets = self.allowed_sets[jnp.maximum(index, 0)]  # [B, length, V]
+        sets = sets[jnp.maximum(index, 0)]  # [B, length, V]
         return sets | (index == OPEN)[..., None]
 
     def start_states(self, batch_size: int) -> jax.Array | None:
         """The automaton's state before each response, [B] int32, or None."""
         if self.automaton is None or self.automaton_states is not None:
-            return self.automaton_states
+            return traced(self.automaton_states)
         return jnp.full((batch_size,), START, jnp.int32)
 
-    def map_rows(self, function: Callable[..., jax.Array], *others: 'Controls') -> 'Controls':
+    def map_rows(self, function: Callable[..., AnyArray], *others: 'Controls') -> 'Controls':
         """Maps what belongs to rows; the sets and the automaton of the batch stay."""
-        nothing = {'allowed_sets': None, 'automaton': None}
-        rows = jax.tree.map(function, *(c.replace(**nothing) for c in (self, *others)))
-        return rows.replace(allowed_sets=self.allowed_sets, automaton=self.automaton)
+        shared = {'allowed_sets': self.allowed_sets, 'automaton': self.automaton}
+        return map_but(function, self, *others, **shared)
 
     def check(self, batch_size: int, vocab_size: int, max_new_tokens: int) -> None:
         """Raises ValueError on unfit shapes, and on unfit values where they are known."""
@@ -102,12 +104,12 @@ class Controls:
                     f'{np.shape(array)}.'
                 )
         for name, array in positions.items():
-            shape = np.shape(array)
+            shape = () if array is None else np.shape(array)
             if array is not None and (len(shape) != 2 or shape[0] != batch_size):
                 raise ValueError(
                     f'controls.{name} must be [{batch_size}, positions], got shape {shape}.'
                 )
-        sets = np.shape(self.allowed_sets)
+        sets = () if self.allowed_sets is None else np.shape(self.allowed_sets)
         if self.allowed_sets is not None and (len(sets) != 2 or sets[1] != vocab_size):
             raise ValueError(
                 f'controls.allowed_sets must be [sets, {vocab_size}] bool, got shape {sets}.'
@@ -131,14 +133,15 @@ class Controls:
         _check_range('pinned', self.pinned, OPEN, vocab_size - 1)
         _check_range('seed', self.seed, OPEN, vocab_size - 1)
         if self.automaton is not None:
-            self._check_automaton(max_new_tokens)
+            self._check_automaton(self.automaton, max_new_tokens)
         if self.allowed_sets is None:
             return
         sets = np.asarray(self.allowed_sets)
         _check_range('allowed_index', self.allowed_index, OPEN, len(sets) - 1)
-        used = np.zeros((1, 1), int) if self.allowed_index is None else self.allowed_index
-        used = np.asarray(used)
-        empty = np.argwhere((used >= 0) & ~sets.any(axis=-1)[used])
+        index = self.allowed_index
+        used = np.zeros((1, 1), int) if index is None else np.asarray(index)
+        is_empty = ~np.asarray(sets.any(axis=-1))  # [G]
+        empty = np.argwhere((used >= 0) & is_empty[used])
         if empty.size:
             row, position = empty[0]
             raise ValueError(
@@ -148,8 +151,8 @@ class Controls:
         if self.pinned is not None:
             self._check_pinned(np.asarray(self.pinned), used, sets)
 
-    def _check_automaton(self, max_new_tokens: int) -> None:
-        distances = np.asarray(self.automaton.distances)
+    def _check_automaton(self, automaton: TokenAutomaton, max_new_tokens: int) -> None:
+        distances = np.asarray(automaton.distances)
         _check_range('automaton_states', self.automaton_states, 0, len(distances) - 1)
         states = START if self.automaton_states is None else np.asarray(self.automaton_states)
         limits = max_new_tokens if self.max_new_tokens is None else np.asarray(self.max_new_tokens)
@@ -257,6 +260,11 @@ def exact_lengths(lengths: Sequence[int], stop_ids: Sequence[int], vocab_size: i
     )
 
 
+def traced(array: AnyArray | None) -> jax.Array | None:
+    """An array of controls as compiled programs read it, or None."""
+    return None if array is None else jnp.asarray(array)
+
+
 def is_known(array: Any) -> bool:
     """Whether the values can be read on this host."""
     if isinstance(array, jax.core.Tracer):
@@ -264,13 +272,15 @@ def is_known(array: Any) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
-def _slice(table: jax.Array, offsets: jax.Array, length: int) -> jax.Array:
+def _slice(table: AnyArray, offsets: jax.Array, length: int) -> jax.Array:
     """[B, T] -> [B, length] from offsets [B] on, OPEN behind the end."""
     columns = offsets[:, None] + jnp.arange(length)
     return jnp.take_along_axis(table, columns, axis=1, mode='fill', fill_value=OPEN)
 
 
-def _check_range(name: str, array: jax.Array | None, low: float, high: float) -> None:
+def _check_range(
+    name: str, array: AnyArray | None, low: float | np.floating, high: float | np.floating
+) -> None:
     if array is None:
         return
     values = np.asarray(array)

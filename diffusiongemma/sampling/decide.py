@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma.models.arrays import AnyArray, Params
 from diffusiongemma.sampling import diffusion, passes
 from diffusiongemma.sampling.controls import OPEN, Controls
 from diffusiongemma.sampling.sampler import Sampler, prefilled
@@ -16,9 +16,9 @@ from diffusiongemma.sampling.state import CanvasTask
 
 def decide(
     sampler: Sampler,
-    params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    params: Params,
+    tokens: AnyArray,
+    lengths: AnyArray,
     answers: Sequence[Sequence[int]],
     *,
     rng: jax.Array,
@@ -83,14 +83,14 @@ def decide(
 def _decide(
     sampler: Sampler,
     num_draws: int,
-    params: Any,
+    params: Params,
     tokens: jax.Array,
     lengths: jax.Array,
     rng: jax.Array,
     places: jax.Array,
     pinned: jax.Array,
 ) -> jax.Array:
-    model, config = sampler.model, sampler.config
+    model, config = passes.denoising(sampler.model), sampler.config
     state, _ = prefilled(model, config, params, tokens, lengths, rng, Controls())
     pinned = jnp.broadcast_to(pinned, (tokens.shape[0], pinned.size))
 

@@ -1,16 +1,15 @@
 """The steps of a decode mode one by one, for programs that call them inside a jit of their own."""
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.sampling import diffusion, lossless
+from diffusiongemma.models.arrays import Params
+from diffusiongemma.sampling import diffusion, lossless, passes
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafter import LosslessState
 from diffusiongemma.sampling.passes import CausalModel
-from diffusiongemma.sampling.sampler import MODES, Sampler
+from diffusiongemma.sampling.sampler import AUTOREGRESSIVE, MODES, Sampler
 from diffusiongemma.sampling.state import DenoiseState, GenerationState
 
 
@@ -32,11 +31,11 @@ class Decoder:
       sampler: model, config and mode; static.
     """
 
-    params: Any
+    params: Params
     sampler: Sampler = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, sampler: Sampler, params: Any) -> 'Decoder':
+    def of(cls, sampler: Sampler, params: Params) -> 'Decoder':
         """The decoder of a sampler."""
         return cls(params=params, sampler=sampler)
 
@@ -74,7 +73,8 @@ class Decoder:
           max_steps: limit of the steps beside the config's.
         """
         task = diffusion.canvas_task(self.model, state)
-        arguments = (self.model, self.sampler.config, self.params, state.cache, task)
+        model = passes.denoising(self.model)
+        arguments = (model, self.sampler.config, self.params, state.cache, task)
         return diffusion.denoise_canvas(*arguments, max_steps)
 
     def commit(self, state: GenerationState, canvas: DenoiseState) -> GenerationState:
@@ -111,5 +111,4 @@ class Decoder:
 
     def next_token(self, state: GenerationState) -> GenerationState:
         """One more token of every unfinished row, in the autoregressive mode."""
-        advance = MODES['autoregressive'].advance
-        return advance(self.model, self.sampler.config, self.params, state)
+        return AUTOREGRESSIVE.advance(self.model, self.sampler.config, self.params, state)

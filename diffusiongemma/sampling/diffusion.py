@@ -5,18 +5,19 @@ renoise -> stop? } -> emit -> commit }. Both loops are `lax.while_loop`s (the ou
 sampler's), so that the whole compiles to one program that never waits for the host.
 """
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from diffusiongemma.constraints.posterior import condition
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.models.vocabulary import most_likely_tokens
 from diffusiongemma.sampling import acceptance, passes
 from diffusiongemma.sampling.acceptance import Proposal
 from diffusiongemma.sampling.config import SamplingConfig
-from diffusiongemma.sampling.controls import OPEN, restrict, without_unknown
+from diffusiongemma.sampling.controls import OPEN, restrict, traced, without_unknown
 from diffusiongemma.sampling.epilogue import (
     adjust,
     always_greedy,
@@ -28,7 +29,7 @@ from diffusiongemma.sampling.epilogue import (
 )
 from diffusiongemma.sampling.finite import are_finite
 from diffusiongemma.sampling.noise import first_canvas, hold, noise_vocab
-from diffusiongemma.sampling.passes import DenoisingModel
+from diffusiongemma.sampling.passes import CausalModel, DenoisingModel
 from diffusiongemma.sampling.randomness import fold_in_rows, split_rows
 from diffusiongemma.sampling.state import (
     CanvasTask,
@@ -38,9 +39,9 @@ from diffusiongemma.sampling.state import (
 
 
 def start(
-    model: DenoisingModel,
+    model: CausalModel,
     config: SamplingConfig,
-    params: Any,
+    params: Params,
     state: GenerationState,
     hidden: jax.Array,
     prompt: jax.Array,
@@ -52,7 +53,7 @@ def start(
 
 
 def next_canvas(
-    model: DenoisingModel, config: SamplingConfig, params: Any, state: GenerationState
+    model: DenoisingModel, config: SamplingConfig, params: Params, state: GenerationState
 ) -> GenerationState:
     """Denoises one canvas of every unfinished row, emits it and commits it to the cache."""
     task = canvas_task(model, state)
@@ -61,7 +62,7 @@ def next_canvas(
 
 
 def canvas_task(
-    model: DenoisingModel, state: GenerationState, length: int | None = None, first: int = 0
+    model: CausalModel, state: GenerationState, length: int | None = None, first: int = 0
 ) -> CanvasTask:
     """The next canvas of every row.
 
@@ -81,8 +82,8 @@ def canvas_task(
         pinned=controls.pinned_at(state.lengths, length),
         seed=controls.seed_at(state.lengths, length),
         allowed=controls.allowed_at(state.lengths, length),
-        temperature=controls.temperature,
-        top_p=controls.top_p,
+        temperature=traced(controls.temperature),
+        top_p=traced(controls.top_p),
         automaton=controls.automaton,
         automaton_states=state.automaton_states,
         remaining=state.limits - state.lengths,
@@ -90,9 +91,9 @@ def canvas_task(
 
 
 def commit_canvas(
-    model: DenoisingModel,
+    model: CausalModel,
     config: SamplingConfig,
-    params: Any,
+    params: Params,
     state: GenerationState,
     canvas: DenoiseState,
 ) -> GenerationState:
@@ -100,8 +101,10 @@ def commit_canvas(
     active, tokens = ~state.finished, canvas.result(config)
     state = state.finish_unless(canvas.finite, 'denoise')
     state = state.emit(config, tokens, canvas.steps)
-    state = state.replace(
-        canvases=state.canvases + active, causal_passes=state.causal_passes + ~state.finished
+    state = dataclasses.replace(
+        state,
+        canvases=state.canvases + active,
+        causal_passes=state.causal_passes + ~state.finished,
     )
 
     def commit(cache: KVCache) -> tuple[KVCache, jax.Array]:
@@ -112,13 +115,13 @@ def commit_canvas(
     cache, finite = jax.lax.cond(
         state.running, commit, lambda cache: (cache, jnp.ones_like(active)), state.cache
     )
-    return state.replace(cache=cache).finish_unless(finite, 'commit')
+    return dataclasses.replace(state, cache=cache).finish_unless(finite, 'commit')
 
 
 def denoise_canvas(
     model: DenoisingModel,
     config: SamplingConfig,
-    params: Any,
+    params: Params,
     cache: KVCache,
     task: CanvasTask,
     max_steps: int | None = None,
@@ -148,7 +151,7 @@ def denoise_canvas(
 
 
 def first_noise(
-    model: DenoisingModel, config: SamplingConfig, params: Any, task: CanvasTask
+    model: DenoisingModel, config: SamplingConfig, params: Params, task: CanvasTask
 ) -> DenoiseState:
     """The canvas before its first denoise step: noise but for what is seeded or pinned."""
     batch_size, length = task.keys.shape[0], task.length or model.config.canvas_length
@@ -171,7 +174,7 @@ def first_noise(
 def denoise_step(
     model: DenoisingModel,
     config: SamplingConfig,
-    params: Any,
+    params: Params,
     cache: KVCache,
     task: CanvasTask,
     state: DenoiseState,
@@ -219,7 +222,7 @@ def denoise_step(
     if task.max_steps is not None:
         stop |= state.step + 1 >= task.max_steps
     soft_embeddings = state.soft_embeddings  # [B, C, D]
-    if getattr(model.config, 'self_conditioning', True):
+    if passes.self_conditions(model):
         last = jnp.all(state.stopped | stop) | (state.step + 1 >= config.max_denoising_steps)
         soft_embeddings = jax.lax.cond(  # for a next step alone
             last,
@@ -272,7 +275,7 @@ def _divisor(config: SamplingConfig, task: CanvasTask, step: jax.Array) -> jax.A
 
 
 def _propose(
-    model: DenoisingModel,
+    model: CausalModel,
     config: SamplingConfig,
     task: CanvasTask,
     state: DenoiseState,
@@ -300,7 +303,9 @@ def _propose(
         candidates = draw(adjusted, _temperature(config, task), candidate_keys)
         logits = restrict(logits, task.pinned, task.allowed)
     else:
-        posterior = condition(task.automaton, shaped, task.automaton_states, task.remaining)
+        states, remaining = task.automaton_states, task.remaining
+        assert states is not None and remaining is not None  # they come with the automaton
+        posterior = condition(task.automaton, shaped, states, remaining)
         argmax = candidates = posterior.most_likely()
         temperature = _temperature(config, task)
         if not always_greedy(temperature):

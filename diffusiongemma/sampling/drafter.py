@@ -1,21 +1,24 @@
 """Who drafts in the lossless mode: the text so far where it offers something, else the model."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from diffusiongemma.constraints.automaton import trace
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import OPEN
 from diffusiongemma.sampling.diffusion import canvas_task, denoise_canvas
-from diffusiongemma.sampling.drafts import PromptLookup, history_of, light_draft
+from diffusiongemma.sampling.drafts import LightDraft, PromptLookup, history_of, light_draft
 from diffusiongemma.sampling.noise import first_canvas, hold
-from diffusiongemma.sampling.passes import DenoisingModel
+from diffusiongemma.sampling.passes import CausalModel, DenoisingModel
 from diffusiongemma.sampling.randomness import fold_in_rows, split_rows
+from diffusiongemma.sampling.rows import map_but
 from diffusiongemma.sampling.scores import TokenScores
 from diffusiongemma.sampling.state import (
     CanvasTask,
@@ -70,11 +73,11 @@ class LosslessState:
             return old.at[slots].set(rows, mode='drop')
 
         generation = self.generation.insert(new.generation, slots)
-        others = jax.tree.map(put, self.replace(generation=None), new.replace(generation=None))
-        return others.replace(generation=generation)
+        return map_but(put, self, new, generation=generation)
 
     def output(self) -> SamplerOutput:
-        return self.generation.output().replace(accepted_lengths=self.accepted_lengths)
+        output = self.generation.output()
+        return dataclasses.replace(output, accepted_lengths=self.accepted_lengths)
 
 
 class Drafted(NamedTuple):
@@ -91,14 +94,14 @@ class Drafted(NamedTuple):
     finite: jax.Array
 
 
-def draft_length(model: DenoisingModel, config: SamplingConfig) -> int:
+def draft_length(model: CausalModel, config: SamplingConfig) -> int:
     """K, tokens of a draft; the pending token is not one of them."""
     if config.drafts is not None:
         return config.drafts.length
     return canvas_length(model, config) - (0 if passes.predicts_next(model) else 1)
 
 
-def canvas_length(model: DenoisingModel, config: SamplingConfig) -> int:
+def canvas_length(model: CausalModel, config: SamplingConfig) -> int:
     """Tokens of a canvas that is a draft."""
     return config.draft_length or model.config.canvas_length
 
@@ -126,6 +129,8 @@ class TextDraft(NamedTuple):
 
     def in_place_of(self, drafted: Drafted) -> Drafted:
         """The model's drafts, but for the rows in which the text's take their place."""
+        if self.found is None:
+            return self.drafted()
         return Drafted(
             tokens=jnp.where(self.found[:, None], self.tokens, drafted.tokens),
             steps=jnp.where(self.found, 0, drafted.steps),
@@ -134,9 +139,9 @@ class TextDraft(NamedTuple):
 
 
 def draft(
-    model: DenoisingModel,
+    model: CausalModel,
     config: SamplingConfig,
-    params: Any,
+    params: Params,
     state: LosslessState,
     noise: jax.Array | None,
 ) -> Drafted:
@@ -144,7 +149,7 @@ def draft(
     text = text_draft(model, config, state)
 
     def with_model() -> Drafted:
-        drafted = model_draft(model, config, params, state, noise)
+        drafted = model_draft(passes.denoising(model), config, params, state, noise)
         return drafted if text is None else text.in_place_of(drafted)
 
     if text is None:
@@ -155,7 +160,7 @@ def draft(
 
 
 def text_draft(
-    model: DenoisingModel, config: SamplingConfig, state: LosslessState
+    model: CausalModel, config: SamplingConfig, state: LosslessState
 ) -> TextDraft | None:
     """What the config's source, or a lookup, offers out of the text; None where only the model
     drafts."""
@@ -171,7 +176,7 @@ def text_draft(
 def model_draft(
     model: DenoisingModel,
     config: SamplingConfig,
-    params: Any,
+    params: Params,
     state: LosslessState,
     noise: jax.Array | None,
 ) -> Drafted:
@@ -193,21 +198,21 @@ def text_so_far(state: LosslessState) -> tuple[jax.Array, jax.Array]:
     return history_of(state.prompt, state.prompt_lengths, response, generation.lengths + 1)
 
 
-def drafts_in_one_pass(model: DenoisingModel, config: SamplingConfig, state: Any) -> bool:
+def drafts_in_one_pass(model: CausalModel, config: SamplingConfig, state: LosslessState) -> bool:
     """Whether a light denoiser drafts, and nothing is asked that takes a canvas to obey."""
     controls = state.generation.controls
     constrained = (controls.pinned, controls.seed, controls.allowed_sets, controls.automaton)
-    is_light = getattr(model, 'light', None) is not None
+    is_light = passes.light_config(model) is not None
     return is_light and config.max_draft_steps == 1 and all(c is None for c in constrained)
 
 
 def one_pass_draft(
-    model: DenoisingModel,
+    model: CausalModel,
     config: SamplingConfig,
-    params: Any,
+    params: Params,
     state: LosslessState,
     noise: jax.Array | None,
-) -> Any:
+) -> LightDraft:
     """What a light denoiser drafts after the pending tokens, see `drafts.light_draft`."""
     before = state.generation
     keys = split_rows(fold_in_rows(before.keys, before.canvases))[0]
@@ -229,7 +234,7 @@ def one_pass_draft(
 
 
 def draft_task(
-    model: DenoisingModel, config: SamplingConfig, state: LosslessState, noise: jax.Array | None
+    model: CausalModel, config: SamplingConfig, state: LosslessState, noise: jax.Array | None
 ) -> CanvasTask:
     """The next draft of every row as a canvas to denoise.
 
@@ -238,16 +243,18 @@ def draft_task(
     """
     before, length = state.generation, canvas_length(model, config)
     if passes.predicts_next(model):
-        ahead = before.replace(lengths=before.lengths + 1, last_token=state.pending)
+        ahead = dataclasses.replace(before, lengths=before.lengths + 1, last_token=state.pending)
         task = canvas_task(model, ahead, length, first=1)
-        task = task.replace(automaton_states=_after_pending(state))
+        task = dataclasses.replace(task, automaton_states=_after_pending(state))
         text_noise = None if noise is None else noise[:, :-1]
     else:
         task = canvas_task(model, before, length)
         nothing = jnp.full((before.lengths.shape[0], length), OPEN, jnp.int32)
-        task = task.replace(pinned=hold(task.pinned, nothing).at[:, 0].set(state.pending))
+        pinned = hold(task.pinned, nothing).at[:, 0].set(state.pending)
+        task = dataclasses.replace(task, pinned=pinned)
         text_noise = None if noise is None else jnp.roll(noise, 1, axis=1)[:, :length]
-    return task.replace(
+    return dataclasses.replace(
+        task,
         keys=split_rows(task.keys)[0],
         max_steps=state.draft_steps,
         text_noise=text_noise,
@@ -256,13 +263,12 @@ def draft_task(
 
 
 def _after_pending(state: LosslessState) -> jax.Array | None:
-    before = state.generation
-    if before.automaton_states is None:
+    states, automaton = state.generation.automaton_states, state.generation.controls.automaton
+    if states is None or automaton is None:
         return None
-    automaton = before.controls.automaton
-    return trace(automaton, before.automaton_states, state.pending[:, None])[:, 1]
+    return trace(automaton, states, state.pending[:, None])[:, 1]
 
 
-def drafted_tokens(model: DenoisingModel, denoised: DenoiseState) -> jax.Array:
+def drafted_tokens(model: CausalModel, denoised: DenoiseState) -> jax.Array:
     """The draft [B, K] out of a denoised canvas: what follows the pending token."""
     return denoised.argmax if passes.predicts_next(model) else denoised.argmax[:, 1:]

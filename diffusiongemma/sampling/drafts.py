@@ -1,11 +1,13 @@
 """Where the drafts of the lossless mode come from: the model's denoiser, or the text itself."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.epilogue import adjust, entropy, pick
@@ -15,7 +17,10 @@ from diffusiongemma.sampling.finite import chosen_are_finite
 class DraftSource(Protocol):
     """Drafts without a model; hashable, so that `SamplingConfig.drafts` can hold it."""
 
-    length: int
+    @property
+    def length(self) -> int:
+        """Tokens of a draft."""
+        ...
 
     def draft(self, history: jax.Array, lengths: jax.Array) -> jax.Array:
         """Tokens [B, length] int32 that may follow the first lengths [B] of history [B, S]."""
@@ -111,7 +116,7 @@ class LightDraft(NamedTuple):
 
 def light_draft(
     model: Any,
-    params: Any,
+    params: Params,
     cache: KVCache,
     canvas: jax.Array,
     pending: jax.Array,
@@ -182,7 +187,7 @@ def _resolve(
     size: int,
     pending: jax.Array,
     drafted: jax.Array,
-    choose: Any,
+    choose: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
 ) -> tuple[jax.Array, jax.Array]:
     """The draft [B, K] that each token continues: x_i = choose(logits_i + serial(x_(i-1))).
 
@@ -199,10 +204,12 @@ def _resolve(
         gain = jnp.pad(gain, [(0, 0), (0, 0), (0, logits.shape[-1] - size)])
         return choose(logits + gain)
 
-    def go_on(carry: tuple[jax.Array, ...]) -> jax.Array:
+    def go_on(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return jnp.any(carry[0] != carry[1])
 
-    def again(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def again(
+        carry: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         return carry[1], *once(carry[1])
 
     unresolved = jnp.full_like(drafted, -1), drafted, jnp.ones(drafted.shape[0], bool)

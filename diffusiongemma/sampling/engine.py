@@ -14,6 +14,8 @@ import jax
 import numpy as np
 
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.models.arrays import AnyArray, Params
+from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.controls import OPEN, Controls
 from diffusiongemma.sampling.events import Delta, Event, Failed, Finished, Result
 from diffusiongemma.sampling.groups import Group, Request
@@ -53,7 +55,7 @@ class Engine:
     def __init__(
         self,
         sampler: Sampler,
-        params: Any,
+        params: Params,
         tokenizer: Tokenizer | None = None,
         *,
         slots: int = 8,
@@ -88,7 +90,7 @@ class Engine:
           ValueError: a number is out of range, or the sampler would not stop at the tokenizer's
             end of turn.
         """
-        positions = getattr(sampler.model.config, 'max_positions', None)
+        positions = passes.max_positions(sampler.model)
         self.capacity = capacity or min(positions or _DEFAULT_CAPACITY, _DEFAULT_CAPACITY)
         numbers = {
             'slots': slots, 'capacity': self.capacity, 'multiple': multiple,
@@ -114,15 +116,15 @@ class Engine:
         limit = min(sampler.config.max_new_tokens, self.capacity)
         config = dataclasses.replace(sampler.config, max_new_tokens=limit)
         self.sampler = dataclasses.replace(sampler, config=config)
-        self._params, self._tokenizer = params, tokenizer
+        self._tokenizer = tokenizer
         self.prefixes: PrefixCache | None = None
         if prefixes:
             shape = {'block': prefix_block, 'entries': prefixes, 'capacity': self.capacity}
             self.prefixes = PrefixCache(sampler.model, params, **shape)
-        self._shape = {
-            'slots': slots, 'capacity': self.capacity, 'multiple': multiple,
-            'together': prefill_together, 'prefixes': self.prefixes,
-        }  # fmt: skip
+        self._new_slots = functools.partial(
+            Slots, params=params, slots=slots, capacity=self.capacity, multiple=multiple,
+            together=prefill_together, prefixes=self.prefixes,
+        )  # fmt: skip
         self.slots, self._max_groups = slots, max_groups
         self._groups: dict[Any, Group] = {}
         self._ids = itertools.count()
@@ -169,11 +171,12 @@ class Engine:
                 raise ValueError(f'{name}={number} is given beside controls.{name}; give one.')
         sampler = self._sampler(mode, temperature, logprobs)
         if temperature:
-            controls = controls.replace(temperature=np.full(1, temperature, np.float32))
+            drawn = np.full(1, temperature, np.float32)
+            controls = dataclasses.replace(controls, temperature=drawn)
         if top_p is not None and sampler.config.temperature > 0:
-            controls = controls.replace(top_p=np.full(1, top_p, np.float32))
+            controls = dataclasses.replace(controls, top_p=np.full(1, top_p, np.float32))
         limit = self._limit(prompt, max_new_tokens, controls)
-        controls = controls.replace(max_new_tokens=np.full(1, limit, np.int32))
+        controls = dataclasses.replace(controls, max_new_tokens=np.full(1, limit, np.int32))
         key = typed_key(jax.random.key(rng) if isinstance(rng, int) else rng).reshape(1)
         # Checked as a call that has no more room than this request takes.
         config = dataclasses.replace(sampler.config, max_new_tokens=max(limit, 1))
@@ -256,15 +259,14 @@ class Engine:
 
     def _group(self, sampler: Sampler, controls: Controls) -> Group:
         shared = (controls.allowed_sets, controls.automaton)
-        rows = controls.replace(allowed_sets=None, automaton=None)
+        rows = dataclasses.replace(controls, allowed_sets=None, automaton=None)
         leaves, structure = jax.tree.flatten(rows)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         name = (sampler, structure, shapes, *map(id, shared))
         if name not in self._groups:
             used = {n: g for n, g in self._groups.items() if g.waiting or g.slots.allocated}
             self._groups = used
-            slots = Slots(sampler, self._params, **self._shape)
-            self._groups[name] = Group(slots, self._tokenizer, shared)
+            self._groups[name] = Group(self._new_slots(sampler), self._tokenizer, shared)
         return self._groups[name]
 
     def _refillable(self) -> Iterator[Group]:
@@ -294,13 +296,14 @@ class Engine:
 def _widened(controls: Controls, width: int) -> Controls:
     """The same controls with the same number of positions in all requests."""
 
-    def widen(table: jax.Array | None) -> jax.Array | None:
+    def widen(table: AnyArray | None) -> np.ndarray | None:
         if table is None:
             return None
-        table = np.asarray(table, np.int32)[:, :width]
-        return np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=OPEN)
+        kept = np.asarray(table, np.int32)[:, :width]
+        return np.pad(kept, ((0, 0), (0, width - kept.shape[1])), constant_values=OPEN)
 
-    return controls.replace(
+    return dataclasses.replace(
+        controls,
         pinned=widen(controls.pinned),
         seed=widen(controls.seed),
         allowed_index=widen(controls.allowed_index),

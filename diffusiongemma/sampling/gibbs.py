@@ -95,7 +95,9 @@ class GibbsSweep:
         step = proposal.noise_level - proposal.next_noise_level
         reached = jnp.maximum(proposal.noise_level - (1 + self.correctors) * step, 0.0)
         predicted, predictor = acceptance.next_canvas(
-            self.predictor, proposal.replace(next_noise_level=reached), state.predictor
+            self.predictor,
+            dataclasses.replace(proposal, next_noise_level=reached),
+            state.predictor,
         )
         corrected = self.correct(proposal, state.noise_level, state.corrected)
         predicts = state.phase == 0  # [B]
@@ -124,10 +126,13 @@ class GibbsSweep:
           corrected: [B] int32, corrector steps before this one.
         """
         length, size = proposal.canvas.shape[-1], proposal.vocab_size
+        assert size is not None  # `next_canvas` refuses masks
+        logits = proposal.logits
+        assert logits is not None  # a rule that reads them is offered them
         level = jnp.maximum(noise_level, jnp.finfo(jnp.float32).tiny)
         gain = jnp.log1p(size * (1 - level) / level) / proposal.temperature  # [B, 1]
-        here = jnp.arange(proposal.logits.shape[-1]) == proposal.canvas[..., None]
-        others = proposal.logits - jnp.where(here, gain[..., None], 0.0)  # [B, C, V]
+        here = jnp.arange(logits.shape[-1]) == proposal.canvas[..., None]
+        others = logits - jnp.where(here, gain[..., None], 0.0)  # [B, C, V]
         uniform_keys, token_keys = (fold_in_rows(proposal.keys, n) for n in (1, 2))
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(uniform_keys)
         drawn = jnp.where(uniform < level, proposal.noise, draw_tokens(others, token_keys))

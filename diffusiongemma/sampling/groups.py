@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from absl import logging
 
 from diffusiongemma.data.tokenizer import Tokenizer
@@ -79,7 +80,7 @@ class Group:
     def _news(self, row: Row, slot: int, output: SamplerOutput, finished: bool) -> list[Event]:
         id, before = row.request.id, len(row.tokens)
         if output.failed_pass[slot]:
-            return [Failed(id, not_finite(output.failed_pass[slot], f'row {id}'))]
+            return [Failed(id, not_finite(int(output.failed_pass[slot]), f'row {id}'))]
         new = output.tokens[slot, before : int(output.lengths[slot])].tolist()
         row.tokens += new
         text = ''
@@ -108,7 +109,7 @@ class Group:
             denoising_steps=int(output.denoising_steps[slot]),
             canvases=int(output.canvases[slot]),
             causal_passes=int(output.causal_passes[slot]),
-            accepted_lengths=None if lengths is None else lengths[slot],
+            accepted_lengths=None if lengths is None else np.asarray(lengths[slot]),
             scores=jax.tree.map(lambda leaf: leaf[slot, : len(row.tokens)], output.scores),
         )
 

@@ -13,28 +13,29 @@ The token that is known for certain but not yet encoded, the "pending" one, is t
 block that is verified.
 """
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from diffusiongemma.constraints.automaton import trace
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.autoregressive import first_token, next_token_logits, scores_of
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.drafter import Drafted, LosslessState, draft, draft_length
 from diffusiongemma.sampling.epilogue import always_greedy, gumbel_noise, pick
 from diffusiongemma.sampling.finite import chosen_are_finite
-from diffusiongemma.sampling.passes import DenoisingModel
+from diffusiongemma.sampling.passes import CausalModel
 from diffusiongemma.sampling.randomness import fold_in_rows
 from diffusiongemma.sampling.scores import TokenScores
 from diffusiongemma.sampling.state import GenerationState
 
 
 def start(
-    model: DenoisingModel,
+    model: CausalModel,
     config: SamplingConfig,
-    params: Any,
+    params: Params,
     state: GenerationState,
     hidden: jax.Array,
     prompt: jax.Array,
@@ -43,7 +44,7 @@ def start(
     """Draws the first tokens.
 
     Args:
-      model: the denoiser.
+      model: it drafts too, unless the config has a source of drafts.
       config: how to sample.
       params: the model's parameters.
       state: the prompts, cached.
@@ -67,7 +68,7 @@ def start(
 
 
 def next_draft(
-    model: DenoisingModel, config: SamplingConfig, params: Any, state: LosslessState
+    model: CausalModel, config: SamplingConfig, params: Params, state: LosslessState
 ) -> LosslessState:
     """Drafts for every unfinished row, verifies the drafts, emits and caches what holds."""
     noise = text_noise(model, config, state)
@@ -76,7 +77,7 @@ def next_draft(
 
 
 def text_noise(
-    model: DenoisingModel, config: SamplingConfig, state: LosslessState
+    model: CausalModel, config: SamplingConfig, state: LosslessState
 ) -> jax.Array | None:
     """Gumbel noise [B, K + 1, V] of the tokens after the pending ones; None for greedy text."""
     before = state.generation
@@ -88,9 +89,9 @@ def text_noise(
 
 
 def verify_draft(
-    model: DenoisingModel,
+    model: CausalModel,
     config: SamplingConfig,
-    params: Any,
+    params: Params,
     state: LosslessState,
     drafted: Drafted,
     noise: jax.Array | None,
@@ -111,9 +112,9 @@ def verify_draft(
     length = block.shape[1]
     hidden, block_kv = passes.encode_block(model, params, before.cache, block, active)
     said = model.apply({'params': params}, hidden, method='unembed')  # [B, K + 1, V]
-    states = before.automaton_states
-    if states is not None:
-        states = trace(before.controls.automaton, states, block)[:, 1:]  # [B, K + 1]
+    states, automaton = before.automaton_states, before.controls.automaton
+    if states is not None and automaton is not None:
+        states = trace(automaton, states, block)[:, 1:]  # [B, K + 1]
     logits = next_token_logits(config, before, said, before.lengths + 1, states)
     counts, pending, finite = verify(logits, block, before.temperature(config), noise)
     before = before.finish_unless(finite, 'verify')
@@ -128,8 +129,10 @@ def verify_draft(
     rows = jnp.arange(len(counts))
     # A draft that held wholly was worth fewer steps, one that fell early is worth more.
     draft_steps = state.draft_steps - (counts == length) + (counts < length // 4)
-    return state.replace(
-        generation=after.replace(
+    return dataclasses.replace(
+        state,
+        generation=dataclasses.replace(
+            after,
             cache=cache,
             canvases=before.canvases + active,
             causal_passes=before.causal_passes + active,

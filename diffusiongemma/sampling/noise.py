@@ -6,24 +6,26 @@ import jax.numpy as jnp
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import OPEN
-from diffusiongemma.sampling.passes import DenoisingModel
+from diffusiongemma.sampling.passes import CausalModel
 from diffusiongemma.sampling.randomness import uniform_tokens
 
 
 def first_canvas(
-    model: DenoisingModel, config: SamplingConfig, keys: jax.Array, length: int
+    model: CausalModel, config: SamplingConfig, keys: jax.Array, length: int
 ) -> jax.Array:
     """Noise [B, length] int32: uniform tokens, or the mask token."""
-    vocab_size = noise_vocab(model, config)
-    if vocab_size is None:
-        return jnp.full((keys.shape[0], length), passes.mask_id(model), jnp.int32)
-    return uniform_tokens(keys, length, vocab_size)
+    mask_id = passes.mask_id(model)
+    if mask_id is not None:
+        return jnp.full((keys.shape[0], length), mask_id, jnp.int32)
+    return uniform_tokens(keys, length, _vocab(model, config))
 
 
-def noise_vocab(model: DenoisingModel, config: SamplingConfig) -> int | None:
+def noise_vocab(model: CausalModel, config: SamplingConfig) -> int | None:
     """Tokens that noise is drawn from; None where it is the mask token."""
-    if passes.mask_id(model) is not None:
-        return None
+    return _vocab(model, config) if passes.mask_id(model) is None else None
+
+
+def _vocab(model: CausalModel, config: SamplingConfig) -> int:
     return config.vocab_size or model.config.vocab_size
 
 

@@ -1,11 +1,13 @@
 """The model as sampling sees it: what it must offer, and its passes against the K/V cache."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache, Prefix
+from diffusiongemma.models.config import LightConfig
 
 
 class CausalModel(Protocol):
@@ -38,6 +40,7 @@ class CausalModel(Protocol):
         ...
 
 
+@runtime_checkable
 class DenoisingModel(CausalModel, Protocol):
     """A flax module that can also denoise; `config` holds `canvas_length` too.
 
@@ -66,12 +69,41 @@ class DenoisingModel(CausalModel, Protocol):
         ...
 
 
-def predicts_next(model: DenoisingModel) -> bool:
+def denoising(model: CausalModel) -> DenoisingModel:
+    """The same model; raises TypeError where it has no denoise pass."""
+    if not isinstance(model, DenoisingModel):
+        raise TypeError(
+            f'{type(model).__name__} has no denoise pass: it lacks the methods of DenoisingModel.'
+        )
+    return model
+
+
+def predicts_next(model: CausalModel) -> bool:
     """Whether a canvas token is predicted at the position before its own."""
     return getattr(model.config, 'predict_next', False)
 
 
-def mask_id(model: DenoisingModel) -> int | None:
+def self_conditions(model: CausalModel) -> bool:
+    """Whether a denoise pass reads what the one before it believed."""
+    return getattr(model.config, 'self_conditioning', True)
+
+
+def canvas_length(model: CausalModel) -> int:
+    """Tokens of a canvas; 0 of a model without one."""
+    return getattr(model.config, 'canvas_length', 0)
+
+
+def max_positions(model: CausalModel) -> int | None:
+    """The longest text that the model is made for; None for no limit."""
+    return getattr(model.config, 'max_positions', None)
+
+
+def light_config(model: CausalModel) -> LightConfig | None:
+    """What a light denoiser has; None for any other model."""
+    return getattr(model, 'light', None)
+
+
+def mask_id(model: CausalModel) -> int | None:
     """The token that stands for noise; None for uniform noise."""
     return getattr(model.config, 'mask_id', None)
 
@@ -79,7 +111,7 @@ def mask_id(model: DenoisingModel) -> int | None:
 @jax.named_scope('prefill')
 def prefill(
     model: CausalModel,
-    params: Any,
+    params: Params,
     cache: KVCache,
     tokens: jax.Array,
     lengths: jax.Array,
@@ -126,7 +158,7 @@ def prefill(
     return last, cache
 
 
-def empty_cache(model: CausalModel, params: Any, batch_size: int, capacity: int) -> KVCache:
+def empty_cache(model: CausalModel, params: Params, batch_size: int, capacity: int) -> KVCache:
     """A cache for `capacity` tokens a row, with rings where the model has some."""
     lengths = jnp.zeros((batch_size,), jnp.int32)
     if hasattr(model, 'empty_kv'):
@@ -138,7 +170,7 @@ def empty_cache(model: CausalModel, params: Any, batch_size: int, capacity: int)
 
 def _encode(
     model: CausalModel,
-    params: Any,
+    params: Params,
     tokens: jax.Array,
     counts: jax.Array,
     starts: jax.Array,
@@ -163,7 +195,7 @@ def _append(cache: KVCache, hidden: jax.Array, kv: Any, counts: jax.Array) -> KV
 
 
 def extend(
-    model: CausalModel, params: Any, cache: KVCache, tokens: jax.Array, active: jax.Array
+    model: CausalModel, params: Params, cache: KVCache, tokens: jax.Array, active: jax.Array
 ) -> tuple[jax.Array, KVCache]:
     """Encodes T more tokens of each active row behind its cached ones (commit, AR step).
 
@@ -178,7 +210,7 @@ def extend(
 
 @jax.named_scope('encode')
 def encode_block(
-    model: CausalModel, params: Any, cache: KVCache, tokens: jax.Array, active: jax.Array
+    model: CausalModel, params: Params, cache: KVCache, tokens: jax.Array, active: jax.Array
 ) -> tuple[jax.Array, Any]:
     """The causal pass over T tokens behind the cached ones; the cache is not written.
 
@@ -199,7 +231,7 @@ def encode_block(
 @jax.named_scope('denoise')
 def denoise(
     model: DenoisingModel,
-    params: Any,
+    params: Params,
     cache: KVCache,
     canvas: jax.Array,
     soft_embeddings: jax.Array,
@@ -236,7 +268,7 @@ def denoise(
 @jax.named_scope('denoise')
 def denoise_hidden(
     model: Any,
-    params: Any,
+    params: Params,
     cache: KVCache,
     canvas: jax.Array,
     pending: jax.Array,
@@ -271,25 +303,25 @@ def denoise_hidden(
 
 
 def _more(
-    model: DenoisingModel, last_token: jax.Array, teacher_state: jax.Array | None
+    model: CausalModel, last_token: jax.Array, teacher_state: jax.Array | None
 ) -> dict[str, jax.Array]:
     """Arguments of a denoise pass that not every model takes."""
     more = {}
     if predicts_next(model):
         more['previous'] = last_token[:, None]
-    light = getattr(model, 'light', None)
+    light = light_config(model)
     if light is not None and light.teacher_state and teacher_state is not None:
         more['teacher_state'] = teacher_state[:, None]
     return more
 
 
-def soft_embed(model: DenoisingModel, params: Any, logits: jax.Array) -> jax.Array:
+def soft_embed(model: DenoisingModel, params: Params, logits: jax.Array) -> jax.Array:
     """Self-conditioning input of the next denoise pass: [B, C, V] -> [B, C, D]."""
     return model.apply({'params': params}, logits, method='soft_embed')
 
 
 def no_soft_embeddings(
-    model: DenoisingModel, params: Any, batch_size: int, canvas_length: int
+    model: DenoisingModel, params: Params, batch_size: int, canvas_length: int
 ) -> jax.Array:
     """Zeros [B, C, D] in the model's own dtype: self-conditioning of a first step."""
     logits = jax.ShapeDtypeStruct((batch_size, canvas_length, model.config.vocab_size), jnp.float32)

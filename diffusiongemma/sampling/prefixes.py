@@ -3,12 +3,12 @@
 import collections
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.passes import CausalModel
@@ -31,7 +31,7 @@ class PrefixCache:
     """
 
     def __init__(
-        self, model: CausalModel, params: Any, *, block: int, entries: int, capacity: int
+        self, model: CausalModel, params: Params, *, block: int, entries: int, capacity: int
     ) -> None:
         """Allocates nothing before the first prompt.
 
@@ -87,12 +87,12 @@ class PrefixCache:
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'capacity'))
-def _empty(model: CausalModel, params: Any, capacity: int) -> KVCache:
+def _empty(model: CausalModel, params: Params, capacity: int) -> KVCache:
     return passes.empty_cache(model, params, 1, capacity)
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _encode(model: CausalModel, params: Any, cache: KVCache, tokens: jax.Array) -> KVCache:
+def _encode(model: CausalModel, params: Params, cache: KVCache, tokens: jax.Array) -> KVCache:
     """Appends tokens [1, T] to the cache."""
     lengths = jnp.full((1,), tokens.shape[1], jnp.int32)
     return passes.prefill(model, params, cache, tokens, lengths)[1]

@@ -1,7 +1,6 @@
 """Prompts as arrays, and what is wrong with them."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -25,9 +24,8 @@ def check_prompts(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> N
         )
 
 
-def check_fits(lengths: np.ndarray, max_new_tokens: int, config: Any) -> None:
-    """Raises ValueError when a prompt and its response may exceed the model's max_positions."""
-    limit = getattr(config, 'max_positions', None)
+def check_fits(lengths: np.ndarray, max_new_tokens: int, limit: int | None) -> None:
+    """Raises ValueError when a prompt and its response may exceed a model's positions."""
     longest = int(lengths.max())
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(

@@ -69,7 +69,7 @@ def _evaluate(node: ast.expr, known: dict[str, type]) -> Any:
     match node:
         case ast.Call(func=ast.Name(id=name)) if name in known:
             arguments = [_evaluate(argument, known) for argument in node.args]
-            by_name = {word.arg: _evaluate(word.value, known) for word in node.keywords}
+            by_name = dict(_named(word, known) for word in node.keywords)
             return known[name](*arguments, **by_name)
         case ast.Name(id=name) if name in known:
             return known[name]()
@@ -82,3 +82,11 @@ def _evaluate(node: ast.expr, known: dict[str, type]) -> Any:
         case ast.Tuple() | ast.List():
             return tuple(_evaluate(element, known) for element in node.elts)
     raise TypeError(f'{ast.unparse(node)!r} is neither a rule nor a number')
+
+
+def _named(word: ast.keyword, known: dict[str, type]) -> tuple[str, Any]:
+    """Returns name and value of an argument; raises TypeError as `_evaluate`."""
+    value = _evaluate(word.value, known)
+    if word.arg is None:  # two stars
+        raise TypeError('keywords must be strings')
+    return word.arg, value

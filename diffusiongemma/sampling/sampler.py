@@ -2,26 +2,31 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma.models.arrays import AnyArray, Params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import autoregressive, diffusion, lossless, passes
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import Controls, is_known
+from diffusiongemma.sampling.drafter import LosslessState
 from diffusiongemma.sampling.finite import are_finite, check_finite
 from diffusiongemma.sampling.passes import CausalModel
 from diffusiongemma.sampling.prompts import check_fits, check_prompts
 from diffusiongemma.sampling.randomness import row_keys, typed_key
+from diffusiongemma.sampling.rows import map_but
 from diffusiongemma.sampling.state import GenerationState, SamplerOutput
 
 _STATIC = ('model', 'config')
 
+OneState = TypeVar('OneState', GenerationState, LosslessState)
 
-class Mode(NamedTuple):
+
+class Mode(NamedTuple, Generic[OneState]):
     """The compiled pieces of a decode mode.
 
     Attributes:
@@ -35,20 +40,20 @@ class Mode(NamedTuple):
     """
 
     generate: Callable[..., SamplerOutput]
-    start: Callable[..., GenerationState]
-    advance: Callable[..., GenerationState]
-    until_one_finishes: Callable[..., GenerationState]
+    start: Callable[..., OneState]
+    advance: Callable[..., OneState]
+    until_one_finishes: Callable[..., OneState]
 
 
-def _compiled(first: Callable, advance: Callable) -> Mode:
+def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) -> Mode[OneState]:
     def start(
         model: CausalModel,
         config: SamplingConfig,
-        params: Any,
+        params: Params,
         *prompts: Any,
         whole: tuple[jax.Array, jax.Array] | None = None,
         capacity: int | None = None,
-    ) -> GenerationState:
+    ) -> OneState:
         prepared = prefilled(model, config, params, *prompts, capacity=capacity)
         tokens, lengths = prompts[:2] if whole is None else whole
         if capacity is not None:
@@ -57,7 +62,7 @@ def _compiled(first: Callable, advance: Callable) -> Mode:
         return first(model, config, params, *prepared, tokens, lengths)
 
     def generate(
-        model: CausalModel, config: SamplingConfig, params: Any, *prompts: Any
+        model: CausalModel, config: SamplingConfig, params: Params, *prompts: Any
     ) -> SamplerOutput:
         state = jax.lax.while_loop(
             lambda state: state.running,
@@ -67,8 +72,8 @@ def _compiled(first: Callable, advance: Callable) -> Mode:
         return state.output()
 
     def until_one_finishes(
-        model: CausalModel, config: SamplingConfig, params: Any, state: GenerationState
-    ) -> GenerationState:
+        model: CausalModel, config: SamplingConfig, params: Params, state: OneState
+    ) -> OneState:
         before = state.finished
         return jax.lax.while_loop(
             lambda state: state.running & jnp.all(state.finished == before),
@@ -87,7 +92,7 @@ def _compiled(first: Callable, advance: Callable) -> Mode:
 def prefilled(
     model: CausalModel,
     config: SamplingConfig,
-    params: Any,
+    params: Params,
     tokens: jax.Array,
     lengths: jax.Array,
     rng: jax.Array,
@@ -118,18 +123,21 @@ def prefilled(
     return state.finish_unless(are_finite(hidden), 'prefill'), hidden
 
 
-MODES = {
-    'diffusion': _compiled(diffusion.start, diffusion.next_canvas),
-    'autoregressive': _compiled(autoregressive.start, autoregressive.next_token),
-    'lossless': _compiled(lossless.start, lossless.next_draft),
+DIFFUSION = _compiled(diffusion.start, diffusion.next_canvas)
+AUTOREGRESSIVE = _compiled(autoregressive.start, autoregressive.next_token)
+LOSSLESS = _compiled(lossless.start, lossless.next_draft)
+MODES: dict[str, Mode[GenerationState] | Mode[LosslessState]] = {
+    'diffusion': DIFFUSION,
+    'autoregressive': AUTOREGRESSIVE,
+    'lossless': LOSSLESS,
 }
 
 
 def main_mode(model: CausalModel) -> str:
     """The mode that a model is made for."""
-    if not getattr(model.config, 'canvas_length', 0):
+    if not passes.canvas_length(model):
         return 'autoregressive'
-    return 'diffusion' if getattr(model, 'light', None) is None else 'lossless'
+    return 'diffusion' if passes.light_config(model) is None else 'lossless'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,14 +168,15 @@ class Sampler:
         if self.mode not in MODES:
             raise ValueError(f'mode must be one of {sorted(MODES)}, got {self.mode!r}.')
         drafts = self.mode == 'lossless' and self.config.drafts is not None
-        has_canvas = bool(getattr(self.model.config, 'canvas_length', 0))
+        longest = passes.canvas_length(self.model)
+        has_canvas = longest > 0
         if self.mode != 'autoregressive' and not (drafts or has_canvas):
             raise ValueError(
                 f'mode {self.mode!r} needs a model with a canvas, but canvas_length of this '
                 f'{type(self.model).__name__} is 0. Use a DiffusionGemma, or '
                 "mode='autoregressive'."
             )
-        light = getattr(self.model, 'light', None) if has_canvas else None
+        light = passes.light_config(self.model) if has_canvas else None
         if self.mode == 'diffusion' and light is not None:
             raise ValueError(
                 'a light denoiser drafts for the teacher, which has to verify it: use '
@@ -179,7 +188,6 @@ class Sampler:
                 "take: its tokens come from many denoise steps. Use mode='lossless' or "
                 "'autoregressive'."
             )
-        longest = getattr(self.model.config, 'canvas_length', 0)
         if (self.config.draft_length or 0) > longest > 0:
             raise ValueError(
                 f'draft_length={self.config.draft_length} is longer than the canvas of {longest} '
@@ -201,9 +209,9 @@ class Sampler:
 
     def __call__(
         self,
-        params: Any,
-        tokens: jax.Array,
-        lengths: jax.Array,
+        params: Params,
+        tokens: AnyArray,
+        lengths: AnyArray,
         *,
         rng: jax.Array,
         controls: Controls | None = None,
@@ -233,9 +241,9 @@ class Sampler:
 
     def stream(
         self,
-        params: Any,
-        tokens: jax.Array,
-        lengths: jax.Array,
+        params: Params,
+        tokens: AnyArray,
+        lengths: AnyArray,
         *,
         rng: jax.Array,
         controls: Controls | None = None,
@@ -249,7 +257,7 @@ class Sampler:
         """
         return self._stream(params, self.checked(tokens, lengths, rng, controls))
 
-    def states(self, params: Any, *prompts: Any) -> Iterator[GenerationState]:
+    def states(self, params: Params, *prompts: Any) -> Iterator[GenerationState | LosslessState]:
         """Yields the state before the first block and after every one; the last is finished.
 
         Each block is a program of its own; arguments, which are not checked, as of `prefilled`.
@@ -266,7 +274,7 @@ class Sampler:
                 return
             state = mode.advance(self.model, self.config, params, state)
 
-    def _stream(self, params: Any, arguments: tuple) -> Iterator[SamplerOutput]:
+    def _stream(self, params: Params, arguments: tuple) -> Iterator[SamplerOutput]:
         block = 1
         if self.mode == 'lossless':
             block = lossless.draft_length(self.model, self.config) + 1
@@ -292,15 +300,17 @@ class Sampler:
         def latest(leaf: jax.Array) -> jax.Array:
             return leaf[rows, jnp.minimum(slots, limit - 1)]
 
-        tokens = latest(after.tokens)
-        numbers = (output.replace(tokens=None, scores=None) for output in (after, before))
-        return jax.tree.map(jnp.subtract, *numbers).replace(
+        tokens = latest(jnp.asarray(after.tokens))
+        return map_but(
+            jnp.subtract,
+            after,
+            before,
             tokens=jnp.where(slots < after.lengths[:, None], tokens, self.config.pad_id),
             scores=jax.tree.map(latest, after.scores),
         )
 
     def checked(
-        self, tokens: jax.Array, lengths: jax.Array, rng: jax.Array, controls: Controls | None
+        self, tokens: AnyArray, lengths: AnyArray, rng: jax.Array, controls: Controls | None
     ) -> tuple[jax.Array, jax.Array, jax.Array, Controls]:
         """The arguments of a call, tokens and lengths as int32 arrays; raises ValueError."""
         shape = np.shape(tokens)
@@ -325,7 +335,8 @@ class Sampler:
         vocab_size, max_new_tokens = self.model.config.vocab_size, self.config.max_new_tokens
         if is_known(tokens) and is_known(lengths):
             check_prompts(np.asarray(tokens), np.asarray(lengths), vocab_size)
-            check_fits(np.asarray(lengths), max_new_tokens, self.model.config)
+            limit = passes.max_positions(self.model)
+            check_fits(np.asarray(lengths), max_new_tokens, limit)
         controls = Controls() if controls is None else controls
         controls.check(shape[0], vocab_size, max_new_tokens)
         limits = (self.config.top_k, self.config.top_p, controls.top_p)

@@ -1,8 +1,11 @@
 """Noise level and softmax temperature of each denoise step."""
 
 import dataclasses
+from typing import TypeVar
 
 import jax
+
+Number = TypeVar('Number', float, jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +37,10 @@ class TemperatureSchedule:
         if not 0 < self.exponent < float('inf'):
             raise ValueError(f'the exponent must be finite and > 0, got {self.exponent}.')
 
-    def noise_level(self, step: int | jax.Array) -> float | jax.Array:
+    def noise_level(self, step: Number) -> Number:
         """t = 1 - n/T before step n = 0 .. T-1 (and 0 behind the last one, n = T)."""
         return 1.0 - step / self.num_steps
 
-    def temperature(self, noise_level: float | jax.Array) -> float | jax.Array:
+    def temperature(self, noise_level: Number) -> Number:
         """Divisor of the logits at a noise level in [0, 1]."""
         return self.t_min + (self.t_max - self.t_min) * noise_level**self.exponent

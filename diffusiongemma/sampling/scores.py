@@ -4,6 +4,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.arrays import AnyArray
+
 
 @flax.struct.dataclass
 class TokenScores:
@@ -15,9 +17,9 @@ class TokenScores:
       top: [..., T, k] float32, their log-probabilities.
     """
 
-    chosen: jax.Array
-    top_tokens: jax.Array
-    top: jax.Array
+    chosen: AnyArray
+    top_tokens: AnyArray
+    top: AnyArray
 
     @classmethod
     def empty(cls, batch_size: int, length: int, k: int) -> 'TokenScores':

@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma.models.arrays import Params
+from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.drafter import LosslessState
 from diffusiongemma.sampling.prefixes import PrefixCache
-from diffusiongemma.sampling.sampler import MODES, Sampler
-from diffusiongemma.sampling.state import SamplerOutput
+from diffusiongemma.sampling.rows import map_but
+from diffusiongemma.sampling.sampler import MODES, OneState, Sampler
+from diffusiongemma.sampling.state import GenerationState, SamplerOutput
 
-State = Any  # the outer loop's carry of a decode mode: GenerationState, or one that holds it
+State = GenerationState | LosslessState  # the outer loop's carry of a decode mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Slots:
     def __init__(
         self,
         sampler: Sampler,
-        params: Any,
+        params: Params,
         *,
         slots: int,
         capacity: int,
@@ -131,6 +135,7 @@ class Slots:
 
     def read(self) -> tuple[SamplerOutput, np.ndarray]:
         """The responses so far as numpy arrays, and which rows are finished [slots] bool."""
+        assert self._state is not None  # rows run
         return jax.device_get((self._state.output(), self._state.finished))
 
 
@@ -143,7 +148,7 @@ def _stacked(controls: Sequence[Controls]) -> Controls:
 @functools.partial(jax.jit, static_argnames=('sampler', 'capacity'))
 def _start(
     sampler: Sampler,
-    params: Any,
+    params: Params,
     *prompts: Any,
     whole: tuple[jax.Array, jax.Array] | None,
     capacity: int,
@@ -170,45 +175,44 @@ def _blank(new: State, slots: int) -> State:
 
     generation = _generation(new)
     cache = generation.cache
-    cache = cache.replace(kv=jax.tree.map(repeat_kv, cache.kv), lengths=repeat(cache.lengths))
+    cache = KVCache(kv=jax.tree.map(repeat_kv, cache.kv), lengths=repeat(cache.lengths))
     controls = generation.controls.map_rows(repeat)
-    controls = controls.replace(
+    controls = dataclasses.replace(
+        controls,
         allowed_sets=jax.tree.map(jnp.copy, controls.allowed_sets),
         automaton=jax.tree.map(jnp.copy, controls.automaton),
     )
-    nothing = {'cache': None, 'controls': None}
-    blank = jax.tree.map(repeat, _with_generation(new, generation.replace(**nothing)))
-    generation = _generation(blank).replace(
-        cache=cache, controls=controls, finished=jnp.ones(slots, bool)
-    )
-    return _with_generation(blank, generation)
+    finished = jnp.ones(slots, bool)
+    generation = map_but(repeat, generation, cache=cache, controls=controls, finished=finished)
+    if isinstance(new, LosslessState):
+        return map_but(repeat, new, generation=generation)
+    return generation
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(state: State, new: State, slots: jax.Array) -> State:
+def _put(state: OneState, new: OneState, slots: jax.Array) -> OneState:
     return state.insert(new, slots)
 
 
 @functools.partial(jax.jit, static_argnames='sampler', donate_argnums=2)
-def _advance(sampler: Sampler, params: Any, state: State) -> State:
+def _advance(sampler: Sampler, params: Params, state: State) -> State:
     return MODES[sampler.mode].advance(sampler.model, sampler.config, params, state)
 
 
 @functools.partial(jax.jit, static_argnames='sampler', donate_argnums=2)
-def _until_one_finishes(sampler: Sampler, params: Any, state: State) -> State:
+def _until_one_finishes(sampler: Sampler, params: Params, state: State) -> State:
     return MODES[sampler.mode].until_one_finishes(sampler.model, sampler.config, params, state)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _stop(state: State, rows: jax.Array) -> State:
     generation = _generation(state)
-    return _with_generation(state, generation.replace(finished=generation.finished | rows))
+    generation = dataclasses.replace(generation, finished=generation.finished | rows)
+    if isinstance(state, LosslessState):
+        return dataclasses.replace(state, generation=generation)
+    return generation
 
 
-def _generation(state: State) -> Any:
+def _generation(state: State) -> GenerationState:
     """The `GenerationState` of a mode's state."""
-    return getattr(state, 'generation', state)
-
-
-def _with_generation(state: State, generation: Any) -> State:
-    return state.replace(generation=generation) if hasattr(state, 'generation') else generation
+    return state.generation if isinstance(state, LosslessState) else state

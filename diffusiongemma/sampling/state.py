@@ -1,6 +1,7 @@
 """What a canvas is told (CanvasTask), what sampling carries (the two states) and returns
 (SamplerOutput)."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.constraints.automaton import TokenAutomaton, advance
+from diffusiongemma.models.arrays import AnyArray
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling.config import SamplingConfig
-from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.controls import Controls, traced
 from diffusiongemma.sampling.finite import first_failure
+from diffusiongemma.sampling.rows import map_but
 from diffusiongemma.sampling.scores import TokenScores
 
 
@@ -34,22 +37,22 @@ class SamplerOutput:
       scores: of the tokens, [B, max_new_tokens], where the config asks for `logprobs`; else None.
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
-    denoising_steps: jax.Array
-    canvases: jax.Array
-    causal_passes: jax.Array
-    failed_pass: jax.Array
-    accepted_lengths: jax.Array | None = None
+    tokens: AnyArray
+    lengths: AnyArray
+    denoising_steps: AnyArray
+    canvases: AnyArray
+    causal_passes: AnyArray
+    failed_pass: AnyArray
+    accepted_lengths: AnyArray | None = None
     scores: TokenScores | None = None
 
     @property
-    def tokens_per_denoise_pass(self) -> jax.Array:
+    def tokens_per_denoise_pass(self) -> AnyArray:
         """[B] float32; 1 when autoregressive."""
         return self.lengths / jnp.maximum(self.denoising_steps, 1)
 
     @property
-    def tokens_per_pass(self) -> jax.Array:
+    def tokens_per_pass(self) -> AnyArray:
         """[B] float32, denoise passes, commits and verifications counted; the prefill is not."""
         return self.lengths / jnp.maximum(self.denoising_steps + self.causal_passes, 1)
 
@@ -182,7 +185,7 @@ class GenerationState:
     ) -> 'GenerationState':
         """Empty responses behind the cached tokens, the last of which are last_token [B]."""
         zeros, width = jnp.zeros_like(last_token), config.max_new_tokens
-        with_scores = config.logprobs is not None
+        logprobs = config.logprobs
         limits = zeros + width
         if controls.max_new_tokens is not None:
             limits = jnp.minimum(limits, controls.max_new_tokens)
@@ -200,17 +203,18 @@ class GenerationState:
             causal_passes=zeros,
             failed_pass=zeros,
             automaton_states=controls.start_states(zeros.size),
-            scores=TokenScores.empty(zeros.size, width, config.logprobs) if with_scores else None,
+            scores=None if logprobs is None else TokenScores.empty(zeros.size, width, logprobs),
         )
 
     def temperature(self, config: SamplingConfig) -> float | jax.Array:
         """The config's number, or one per row [B]."""
-        given = self.controls.temperature
+        given = traced(self.controls.temperature)
         return config.temperature if given is None else given
 
     def top_p(self, config: SamplingConfig) -> float | jax.Array | None:
         """The config's number, or one per row [B]."""
-        return config.top_p if self.controls.top_p is None else self.controls.top_p
+        given = traced(self.controls.top_p)
+        return config.top_p if given is None else given
 
     @property
     def running(self) -> jax.Array:
@@ -220,7 +224,8 @@ class GenerationState:
     def finish_unless(self, finite: jax.Array, name: str) -> 'GenerationState':
         """Ends the unfinished rows in which the logits of a pass are not `finite` [B] bool."""
         failed = first_failure(self.failed_pass, name, ~self.finished & ~finite)
-        return self.replace(failed_pass=failed, finished=self.finished | (failed > 0))
+        finished = self.finished | (failed > 0)
+        return dataclasses.replace(self, failed_pass=failed, finished=finished)
 
     def emit(
         self,
@@ -254,14 +259,15 @@ class GenerationState:
         rows = jnp.arange(block.shape[0])[:, None]
         latest = jnp.take_along_axis(block, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
         lengths = self.lengths + counts
-        states = self.automaton_states
-        if states is not None:
-            states = advance(self.controls.automaton, states, block, counts)
+        states, automaton = self.automaton_states, self.controls.automaton
+        if states is not None and automaton is not None:
+            states = advance(automaton, states, block, counts)
 
         def put(kept: jax.Array, new: jax.Array) -> jax.Array:
             return kept.at[rows, slots].set(new, mode='drop')
 
-        return self.replace(
+        return dataclasses.replace(
+            self,
             automaton_states=states,
             scores=jax.tree.map(put, self.scores, scores),
             last_token=jnp.where(counts > 0, latest, self.last_token),
@@ -290,9 +296,7 @@ class GenerationState:
             lengths=put(self.cache.lengths, new.cache.lengths),
         )
         controls = self.controls.map_rows(put, new.controls)
-        rest = {'cache': None, 'controls': None}
-        state = jax.tree.map(put, self.replace(**rest), new.replace(**rest))
-        return state.replace(cache=cache, controls=controls)
+        return map_but(put, self, new, cache=cache, controls=controls)
 
     def output(self) -> SamplerOutput:
         return SamplerOutput(

@@ -2,12 +2,12 @@
 
 import codecs
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.prompts import pad_prompts
 from diffusiongemma.sampling.sampler import Sampler
@@ -16,7 +16,7 @@ from diffusiongemma.sampling.state import SamplerOutput
 
 def generate_text(
     sampler: Sampler,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
@@ -83,7 +83,8 @@ class AnswerTokens:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._special = tokenizer.special_ids
-        _, self._opens, self._closes = tokenizer.think_ids or (None, None, None)
+        ids: tuple[int | None, ...] = tokenizer.think_ids or (None, None, None)
+        _, self._opens, self._closes = ids
         self._thinking = False
 
     def __call__(self, token: int) -> bool:

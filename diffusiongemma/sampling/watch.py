@@ -1,17 +1,17 @@
 """A canvas as it settles, for a live view: the state after every denoise step."""
 
 from collections.abc import Generator, Iterator
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.models.arrays import AnyArray, Params
 from diffusiongemma.sampling import diffusion, drafter, lossless, passes
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.finite import check_finite
-from diffusiongemma.sampling.sampler import MODES, Sampler
-from diffusiongemma.sampling.state import CanvasTask, DenoiseState, SamplerOutput
+from diffusiongemma.sampling.sampler import DIFFUSION, LOSSLESS, Sampler
+from diffusiongemma.sampling.state import CanvasTask, DenoiseState, GenerationState, SamplerOutput
 
 
 @flax.struct.dataclass
@@ -47,9 +47,9 @@ _text_draft = jax.jit(drafter.text_draft, static_argnames=_STATIC)
 
 def watch(
     sampler: Sampler,
-    params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    params: Params,
+    tokens: AnyArray,
+    lengths: AnyArray,
     *,
     rng: jax.Array,
     controls: Controls | None = None,
@@ -75,16 +75,34 @@ def watch(
     return _watch(sampler, params, sampler.checked(tokens, lengths, rng, controls))
 
 
-def _watch(sampler: Sampler, params: Any, arguments: tuple) -> Iterator[Draft | SamplerOutput]:
+def _watch(sampler: Sampler, params: Params, arguments: tuple) -> Iterator[Draft | SamplerOutput]:
+    shown = _watch_canvases if sampler.mode == 'diffusion' else _watch_drafts
+    output = yield from shown(sampler, params, arguments)
+    check_finite(output.failed_pass)
+    yield output
+
+
+def _watch_canvases(
+    sampler: Sampler, params: Params, arguments: tuple
+) -> Generator[Draft, None, SamplerOutput]:
+    """Every canvas of the diffusion mode; the output is returned."""
     model, config = sampler.model, sampler.config
-    state = MODES[sampler.mode].start(model, config, params, *arguments)
+    state = DIFFUSION.start(model, config, params, *arguments)
     while state.running:
-        if sampler.mode == 'diffusion':
-            task = diffusion.canvas_task(model, state)
-            limit = config.max_denoising_steps
-            canvas = yield from _watch_canvas(sampler, params, state, task, limit)
-            state = _commit_canvas(model, config, params, state, canvas)
-            continue
+        task = diffusion.canvas_task(model, state)
+        limit = config.max_denoising_steps
+        canvas = yield from _watch_canvas(sampler, params, state, task, limit)
+        state = _commit_canvas(model, config, params, state, canvas)
+    return state.output()
+
+
+def _watch_drafts(
+    sampler: Sampler, params: Params, arguments: tuple
+) -> Generator[Draft, None, SamplerOutput]:
+    """Every draft of the lossless mode; the output is returned."""
+    model, config = sampler.model, sampler.config
+    state = LOSSLESS.start(model, config, params, *arguments)
+    while state.running:
         noise = _text_noise(model, config, state)
         text = _text_draft(model, config, state)
         if text is not None and text.is_enough(state.finished):
@@ -94,15 +112,13 @@ def _watch(sampler: Sampler, params: Any, arguments: tuple) -> Iterator[Draft | 
             drafted = yield from _watch_model(sampler, params, state, noise)
             drafted = drafted if text is None else text.in_place_of(drafted)
         state = _verify_draft(model, config, params, state, drafted, noise)
-    output = state.output()
-    check_finite(output.failed_pass)
-    yield output
+    return state.output()
 
 
 def _watch_canvas(
     sampler: Sampler,
-    params: Any,
-    state: Any,
+    params: Params,
+    state: GenerationState | drafter.LosslessState,
     task: CanvasTask,
     limit: int,
     pending: jax.Array | None = None,
@@ -122,7 +138,7 @@ def _watch_canvas(
 
 
 def _watch_model(
-    sampler: Sampler, params: Any, state: Any, noise: jax.Array | None
+    sampler: Sampler, params: Params, state: drafter.LosslessState, noise: jax.Array | None
 ) -> Generator[Draft, None, drafter.Drafted]:
     """The model's draft after each of its steps; it is returned."""
     model, config = sampler.model, sampler.config
@@ -140,7 +156,10 @@ def _watch_model(
 
 
 def _shown(
-    sampler: Sampler, state: Any, drafted: drafter.Drafted, entropies: jax.Array | None
+    sampler: Sampler,
+    state: drafter.LosslessState,
+    drafted: drafter.Drafted,
+    entropies: jax.Array | None,
 ) -> Draft:
     """A draft after its pending token; noise in its place while there are no entropies [B, K]."""
     tokens = jnp.concatenate([state.pending[:, None], drafted.tokens], axis=1)

@@ -72,16 +72,21 @@ def _message(fields: Fields, number: int, message: Any) -> tuple[str, str]:
             f'{json.dumps(role)[:40]}.'
         )  # fmt: skip
     if isinstance(content, list):
-        texts = [
-            part.get('text') if isinstance(part, dict) and part.get('type') == 'text' else None
-            for part in content
-        ]
-        content = None if None in texts or not all(isinstance(t, str) for t in texts) else (
-            ''.join(texts)
-        )  # fmt: skip
+        content = _joined(content)
     if not isinstance(content, str):
         raise parts.error('content', f'{where}.content must be text.')
     return role, content
+
+
+def _joined(parts: list[Any]) -> str | None:
+    """The text of the parts of a message; None where one of them is no text."""
+    texts: list[str] = []
+    for part in parts:
+        text = part.get('text') if isinstance(part, dict) and part.get('type') == 'text' else None
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return ''.join(texts)
 
 
 def conversation_tokens(tokenizer: Tokenizer, texts: list[str], system: str | None) -> list[int]:

@@ -16,9 +16,11 @@ import numpy as np
 from diffusiongemma.constraints.automaton import TokenAutomaton
 from diffusiongemma.constraints.grammar import from_json_schema
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.sampling.controls import OPEN, Controls, ban, pin
 from diffusiongemma.sampling.decide import decide
 from diffusiongemma.sampling.engine import Delta, Engine, Finished, Result
+from diffusiongemma.sampling.passes import canvas_length
 from diffusiongemma.sampling.prompts import pad_prompts
 from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.sampling.watch import watch
@@ -62,7 +64,7 @@ class Service:
     def __init__(
         self,
         engine: Engine,
-        params: Any,
+        params: Params,
         tokenizer: Tokenizer,
         settings: Settings,
         temperature: float = 0.0,
@@ -80,7 +82,7 @@ class Service:
         self._params, self._sampler, self.capacity = params, engine.sampler, engine.capacity
         self.limits = Limits(
             max_new_tokens=engine.sampler.config.max_new_tokens,
-            canvas_length=getattr(engine.sampler.model.config, 'canvas_length', 0),
+            canvas_length=canvas_length(engine.sampler.model),
             modes={mode: _refusal(engine.sampler, mode) for mode in MODES},
             default_mode=engine.sampler.mode,
             temperature=temperature,
@@ -168,11 +170,12 @@ class Service:
         longest = np.array([min(ask.max_new_tokens or most, most)], np.int32)
         controls = Controls(temperature=drawn, max_new_tokens=longest)
         tokens, lengths = pad_prompts([ask.prompt], config.pad_id)
-        arguments = (self._params, tokens, lengths)
-        more = {'rng': jax.random.key(ask.seed)[None], 'controls': controls}
+        arguments, rng = (self._params, tokens, lengths), jax.random.key(ask.seed)[None]
         if ask.mode == 'autoregressive':
-            return token_frames(sampler.stream(*arguments, **more), self.tokenizer)
-        return frames(watch(sampler, *arguments, **more), self.tokenizer, config.stop_ids)
+            outputs = sampler.stream(*arguments, rng=rng, controls=controls)
+            return token_frames(outputs, self.tokenizer)
+        drafts = watch(sampler, *arguments, rng=rng, controls=controls)
+        return frames(drafts, self.tokenizer, config.stop_ids)
 
     def decide(self, decision: Decision) -> list[float]:
         """Probabilities of the answers; for the worker's thread. Raises ValueError."""

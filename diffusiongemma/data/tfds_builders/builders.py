@@ -35,7 +35,7 @@ def _configs(**sizes: tuple[int, int]) -> list[TaskConfig]:
     ]
 
 
-class _TaskBuilder(  # type: ignore[call-arg]
+class _TaskBuilder(  # type: ignore[call-arg]  # its base has no types
     tfds.core.GeneratorBasedBuilder, skip_registration=True
 ):
     """Writes the examples of a built-in task to a TFDS data directory."""
