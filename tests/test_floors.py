@@ -42,6 +42,20 @@ def imported(path):
             yield from (name[1] for name in names if name[0] == 'diffusiongemma' and name[1:])
 
 
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 350, 60
+TABLES = {'comparison_table'}  # a row of a table in a few lines each
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_can_be_read_at_once(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in TABLES:
+            documented = len((ast.get_docstring(node) or '').splitlines())
+            assert node.end_lineno - node.lineno + 1 - documented <= MOST_LINES_OF_A_FUNCTION
+
+
 def test_every_part_has_a_floor():
     assert {part(path) for path in FILES} <= set(FLOOR)
 

@@ -172,6 +172,23 @@ def _out_of_shared_memory(batch: packing.Features) -> packing.Features:
     return {name: np.array(value) for name, value in batch.items()}
 
 
+def _stream(
+    item: SourceLike,
+    tokenizer: Any,
+    layout: packing.RowLayout,
+    seed: int,
+    process_index: int,
+    process_count: int,
+) -> tuple[grain.MapDataset, dict[str, Any]]:
+    """The endless stream of one source's tokenized documents, and what identifies it."""
+    source = load_source(item) if isinstance(item, DataSpec) else item
+    name = item.describe() if isinstance(item, DataSpec) else type(item).__name__
+    shard = _shard(source, name, seed, process_index, process_count)
+    tokenize = _Tokenize(name, len(shard), tokenizer, layout)
+    about = {'name': getattr(source, 'fingerprint', name), 'size': len(source)}
+    return shard.repeat().random_map(tokenize, seed=seed), about
+
+
 def make_train_iterator(
     sources: SourceLike | Sequence[SourceLike],
     tokenizer: Any,
@@ -221,26 +238,16 @@ def make_train_iterator(
       ValueError: on sizes, weights or shards that can't be.
     """
     _check_sizes(batch_size, process_index, process_count, seed, workers)
-    layout = packing.RowLayout(
-        row_length,
-        canvases_per_row,
-        canvas_length,
-        tokenizer.pad_id,
-        random_offset_rate,
-        top_k,
-        one_canvas,
-    )
+    shape = (row_length, canvases_per_row, canvas_length, tokenizer.pad_id)
+    layout = packing.RowLayout(*shape, random_offset_rate, top_k, one_canvas)
     listed = _listed(sources)
     shares = _weights(listed, weights)
     parts, described = [], []
-    for index, item in enumerate(listed):
-        source = load_source(item) if isinstance(item, DataSpec) else item
-        name = item.describe() if isinstance(item, DataSpec) else type(item).__name__
-        shard = _shard(source, name, _source_seed(seed, index), process_index, process_count)
-        tokenize = _Tokenize(name, len(shard), tokenizer, layout)
-        parts.append(shard.repeat().random_map(tokenize, seed=_source_seed(seed, index)))
-        identity = getattr(source, 'fingerprint', name)
-        described.append({'name': identity, 'size': len(source), 'weight': shares[index]})
+    for index, (item, share) in enumerate(zip(listed, shares, strict=True)):
+        own_seed = _source_seed(seed, index)
+        part, about = _stream(item, tokenizer, layout, own_seed, process_index, process_count)
+        parts.append(part)
+        described.append(about | {'weight': share})
     features = _mixed(parts, shares, workers).to_iter_dataset(grain.ReadOptions(num_threads=0))
     rows = packing.pack_rows(
         features, layout, bins=packing_bins, seed=_source_seed(seed, len(parts))

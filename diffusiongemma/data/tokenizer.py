@@ -28,23 +28,12 @@ from diffusiongemma.data.chat_template import (
     default_template,
     find_template,
 )
+from diffusiongemma.data.special_tokens import THINK_PIECES, TURN_PIECES, special_tokens
 from diffusiongemma.data.tokenizer_json import model_from_tokenizer_json
 from diffusiongemma.data.vocabulary import SPACE, mark_unused
 
 BUILTIN = 'builtin'
 _BUILTIN_PATH = pathlib.Path(__file__).parents[1] / 'assets' / 'tokenizer.model'
-# The turn tokens of Gemma 4 and of Gemma 3, in order of preference.
-TURN_PIECES = (('<|turn>', '<turn|>'), ('<start_of_turn>', '<end_of_turn>'))
-# Gemma 4: asks for thoughts in the system turn; they stand between the other two in a response.
-THINK_PIECES = ('<|think|>', '<|channel>', '<channel|>')
-# Gemma 4 hands over to a tool here, and waits: nothing that follows is its response.
-TOOL_RESPONSE_PIECE = '<|tool_response>'
-# Pieces that steer the model rather than stand for text. Control symbols of the model file are
-# always among them; released vocabularies hold the others as user-defined symbols, which
-# sentencepiece would find in plain text.
-_STEERING = re.compile(
-    r'<\|[^|<>]+\|?>|<[^|<>]+\|>|<(?:start|end)_of_\w+>|<(?:pad|eos|bos|unk|mask)>'
-)
 
 
 class Tokenizer:
@@ -99,14 +88,14 @@ class Tokenizer:
         processor = self._processor
         self.vocab_size: int = processor.get_piece_size()
         self.content_hash: str = hashlib.sha256(model).hexdigest()
-        pieces = processor.id_to_piece(list(range(self.vocab_size)))
-        ids = {
-            piece: i
-            for i, piece in enumerate(pieces)
-            if processor.is_control(i) or processor.is_unknown(i) or _STEERING.fullmatch(piece)
-        }
-        self._special = ids
-        self._name_tokens()
+        special = special_tokens(processor, source)
+        self._special = ids = special.ids
+        self.special_ids: frozenset[int] = frozenset(ids.values())
+        self.pad_id, self.bos_id, self.eos_id = special.pad_id, special.bos_id, special.eos_id
+        self.unk_id, self.mask_id = special.unk_id, special.mask_id
+        self.turn_start_id, self.turn_end_id = special.turn_ids
+        self.chat_turns, self.stop_ids = special.chat_turns, special.stop_ids
+        self.think_ids = special.think_ids
         self._byte_ids = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in range(256)]
         literals = sorted(ids, key=len, reverse=True)
         self._literal = re.compile('|'.join(re.escape(text) for text in (*literals, SPACE)))
@@ -128,33 +117,6 @@ class Tokenizer:
         self.format_hash: str | None = None
         if has_thoughts or self.chat_template != default:
             self.format_hash = hashlib.sha256(self.chat_template.encode()).hexdigest()[:16]
-
-    def _name_tokens(self) -> None:
-        """Sets the ids of the special tokens; raises ValueError where one is missing."""
-        processor, ids = self._processor, self._special
-        self.special_ids: frozenset[int] = frozenset(ids.values())
-        self.pad_id: int = self._required('pad', processor.pad_id())
-        self.eos_id: int = self._required('eos', processor.eos_id())
-        self.bos_id: int = self._required('bos', processor.bos_id())
-        self.unk_id: int = processor.unk_id()
-        self.mask_id: int = self._required('<mask>', ids.get('<mask>', -1))
-        turns = [pair for pair in TURN_PIECES if pair[0] in ids and pair[1] in ids]
-        if not turns:
-            names = ' or '.join(f'{start} and {end}' for start, end in TURN_PIECES)
-            raise ValueError(
-                f'The tokenizer model {self._source} lacks the turn tokens {names}. Use the '
-                'tokenizer of a Gemma checkpoint, or train one with '
-                'diffusiongemma.data.train_tokenizer.'
-            )
-        self.turn_start_id: int = ids[turns[0][0]]
-        self.turn_end_id: int = ids[turns[0][1]]
-        self.chat_turns: bool = not processor.is_unused(self.turn_start_id)
-        turn_ends = [self.turn_end_id]
-        if TOOL_RESPONSE_PIECE in ids:
-            turn_ends.append(ids[TOOL_RESPONSE_PIECE])
-        self.stop_ids: tuple[int, ...] = (self.eos_id, *(turn_ends if self.chat_turns else ()))
-        thinks = tuple(ids[piece] for piece in THINK_PIECES if piece in ids)
-        self.think_ids: tuple[int, ...] | None = thinks if len(thinks) == 3 else None
 
     @classmethod
     def load(cls, path: str = BUILTIN, empty_thought: bool = True) -> Tokenizer:
@@ -210,11 +172,6 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f'Tokenizer({self._source}, sha256 {self.content_hash[:12]})'
-
-    def _required(self, name: str, token_id: int) -> int:
-        if token_id < 0:
-            raise ValueError(f'The tokenizer model {self._source} has no {name} token.')
-        return token_id
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, never one of `special_ids`.

@@ -100,6 +100,16 @@ class Comparison(SampleMeasures, Speeds):
     num_examples: int
 
 
+def _contestants(teacher: Contestant, student: Contestant) -> dict[str, Contestant]:
+    """Both, the student's lossless mode where that is another, and drafts without training."""
+    sampler, params = student
+    lossless = dataclasses.replace(sampler, mode='lossless')
+    contestants = {'teacher': teacher, 'student': student, 'lossless': (lossless, params)}
+    if sampler.mode == 'lossless':
+        del contestants['student']
+    return contestants | {'lookup': (looking_up(lossless), params)}
+
+
 def compare(
     teacher: Contestant,
     student: Contestant,
@@ -123,15 +133,8 @@ def compare(
     Returns:
       The numbers, the teacher's responses and the student's in its main mode.
     """
-    lossless = dataclasses.replace(student[0], mode='lossless'), student[1]
-    contestants = {
-        'teacher': teacher,
-        'student': student,
-        'lossless': lossless,
-        'lookup': (looking_up(lossless[0]), student[1]),
-    }
-    if student[0].mode == 'lossless':
-        del contestants['student']
+    contestants = _contestants(teacher, student)
+    lossless = contestants['lossless']
     answers = {
         name: decode(*contestant, tokenizer, examples, config, rng, watch, f'{name} answers')
         for name, contestant in contestants.items()

@@ -187,10 +187,9 @@ def experts_on_mesh(
         flat = experts.reshape(-1, top_k)
         if exchange:
             devices = tuple(axis for axis in mesh.axis_names if axis in of_tokens)
-            pairs = exchanged_pairs(
-                x.reshape(-1, width), flat.reshape(-1), kernels, along[0], mesh.shape[along[0]],
-                devices,
-            )  # fmt: skip
+            ways = mesh.shape[along[0]]
+            given = (x.reshape(-1, width), flat.reshape(-1), kernels)
+            pairs = exchanged_pairs(*given, along[0], ways, devices)
             outputs = jnp.einsum(
                 'tkd,tk->td',
                 pairs.reshape(-1, top_k, width),
@@ -198,17 +197,13 @@ def experts_on_mesh(
                 preferred_element_type=jnp.float32,
             )
         else:
-            own = kernels[0].shape[0]
-            if along:
-                flat = flat - own * jax.lax.axis_index(along[0])
-            flat = jnp.where((flat >= 0) & (flat < own), flat, own)
-            given = (x.reshape(-1, width), weights.reshape(-1, top_k), flat, kernels)
-            outputs = routed_mlps(*given, every=not along)
+            flat = _numbers_of_own(flat, kernels[0].shape[0], along)
+            routed = (x.reshape(-1, width), weights.reshape(-1, top_k), flat, kernels)
+            outputs = routed_mlps(*routed, every=not along)
         outputs = outputs.reshape(x.shape)
         return (jax.lax.psum(outputs, summed) if summed else outputs).astype(x.dtype)
 
-    of_kernels = [partition_spec(axes) for axes in kernel_axes]
-    of_x = partition_spec(tokens)
+    of_x, *of_kernels = (partition_spec(axes) for axes in (tokens, *kernel_axes))
     on_mesh = jax.shard_map(
         local,
         mesh=mesh,
@@ -217,6 +212,13 @@ def experts_on_mesh(
         check_vma=False,  # grouped kernels do not say over which axes their results differ
     )
     return on_mesh(x, weights, experts, *kernels)
+
+
+def _numbers_of_own(experts: jax.Array, own: int, along: tuple[str, ...]) -> jax.Array:
+    """The experts as numbers of a device's own in [0, own); `own` for those of other devices."""
+    if along:
+        experts = experts - own * jax.lax.axis_index(along[0])
+    return jnp.where((experts >= 0) & (experts < own), experts, own)
 
 
 def _gathered_kernels(kernels: Kernels, axes: tuple[str, ...]) -> Kernels:

@@ -1,6 +1,7 @@
 """The programs of a sampler, ready to be compiled for devices that are not there."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,6 +71,21 @@ def sampler_programs(
     state = dataclasses.replace(placed(state, jax.tree.map(lambda _: rows, state)), cache=cache)
     if model.light is not None:
         return _lossless_programs(model, sampling, params, state, (tokens, lengths, keys), mesh)
+    return _diffusion_programs(model, sampling, params, state, (tokens, lengths, keys), start, mesh)
+
+
+def _diffusion_programs(
+    model: DiffusionGemma,
+    sampling: SamplingConfig,
+    params: Any,
+    state: Any,
+    prompts: tuple[Any, Any, Any],
+    start: Callable[..., Any],
+    mesh: Mesh,
+) -> list[PlannedProgram]:
+    """Programs of the diffusion mode, from the state that `start` makes of the prompts."""
+    tokens, cache, rows = prompts[0], state.cache, prompts[0].sharding
+    (batch_size, prompt_length), canvas_length = tokens.shape, model.config.canvas_length
 
     def step(params: Any, state: Any) -> Any:
         task = diffusion.canvas_task(model, state)
@@ -83,11 +99,10 @@ def sampler_programs(
     def whole(params: Any, *prompts: Any) -> Any:
         return MODES['diffusion'].generate(model, sampling, params, *prompts, Controls())
 
-    canvas = jax.ShapeDtypeStruct((batch_size, experiment.canvas_length), jnp.int32, sharding=rows)
+    canvas = jax.ShapeDtypeStruct((batch_size, canvas_length), jnp.int32, sharding=rows)
     weights = {'parameters': device_bytes(params)}
     cached = weights | {'cache': device_bytes(cache)}
-    written = batch_size * experiment.canvas_length
-    prompts = (tokens, lengths, keys)
+    written = batch_size * canvas_length
 
     def needed(passed: int, scored: int, *, denoises: bool) -> Any:
         counts = Tokens(passed, scored, cached['cache'])

@@ -92,22 +92,6 @@ class SamplingConfig:
                 f'max_denoising_steps must be >= 1, got {self.max_denoising_steps}; '
                 'the released models use 48.'
             )
-        if self.max_draft_steps < 1:
-            raise ValueError(f'max_draft_steps must be >= 1, got {self.max_draft_steps}.')
-        if self.lookup_ngram < 0:
-            raise ValueError(
-                f'lookup_ngram must be >= 0 tokens, got {self.lookup_ngram}; 0 looks nothing up.'
-            )
-        if self.lookup_ngram and self.drafts is not None:
-            raise ValueError(
-                'drafts and lookup_ngram are both given: use one of them; lookup_ngram drafts with '
-                'the model where nothing is found.'
-            )
-        if self.draft_length is not None and self.draft_length < 2:
-            raise ValueError(
-                f'draft_length must be >= 2 canvas tokens, got {self.draft_length}; None takes the '
-                "model's canvas length."
-            )
         if not 0 <= self.temperature < float('inf'):
             raise ValueError(
                 f'temperature must be finite and >= 0, got {self.temperature}; '
@@ -137,6 +121,7 @@ class SamplingConfig:
             )
         if self.commits not in ('argmax', 'canvas'):
             raise ValueError(f"commits must be 'argmax' or 'canvas', got {self.commits!r}.")
+        self._check_drafts()
         for name in RULES:
             object.__setattr__(self, name, read_rule(name, getattr(self, name)))
         self._check_one_rule('acceptance', 'entropy_bound')
@@ -144,6 +129,24 @@ class SamplingConfig:
         self._check_one_rule('stopping', 'confidence_threshold')
         # These check the numbers that they are made of.
         _ = self.schedule, self.acceptance_rule, self.stopping_rule
+
+    def _check_drafts(self) -> None:
+        if self.max_draft_steps < 1:
+            raise ValueError(f'max_draft_steps must be >= 1, got {self.max_draft_steps}.')
+        if self.lookup_ngram < 0:
+            raise ValueError(
+                f'lookup_ngram must be >= 0 tokens, got {self.lookup_ngram}; 0 looks nothing up.'
+            )
+        if self.lookup_ngram and self.drafts is not None:
+            raise ValueError(
+                'drafts and lookup_ngram are both given: use one of them; lookup_ngram drafts with '
+                'the model where nothing is found.'
+            )
+        if self.draft_length is not None and self.draft_length < 2:
+            raise ValueError(
+                f'draft_length must be >= 2 canvas tokens, got {self.draft_length}; None takes the '
+                "model's canvas length."
+            )
 
     def _check_one_rule(self, rule: str, number: str) -> None:
         """Raises ValueError where a number is given that a rule beside it leaves without effect."""

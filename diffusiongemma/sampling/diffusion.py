@@ -171,6 +171,17 @@ def first_noise(
     )
 
 
+def _soft_embeddings(
+    model: DenoisingModel, params: Params, state: DenoiseState, logits: jax.Array, last: jax.Array
+) -> jax.Array:
+    """[B, C, D] for a next step; after the last one those of the state."""
+    if not passes.self_conditions(model):
+        return state.soft_embeddings
+    return jax.lax.cond(
+        last, lambda: state.soft_embeddings, lambda: passes.soft_embed(model, params, logits)
+    )
+
+
 def denoise_step(
     model: DenoisingModel,
     config: SamplingConfig,
@@ -221,14 +232,8 @@ def denoise_step(
         stop |= jnp.all(canvas != mask_id, axis=-1)
     if task.max_steps is not None:
         stop |= state.step + 1 >= task.max_steps
-    soft_embeddings = state.soft_embeddings  # [B, C, D]
-    if passes.self_conditions(model):
-        last = jnp.all(state.stopped | stop) | (state.step + 1 >= config.max_denoising_steps)
-        soft_embeddings = jax.lax.cond(  # for a next step alone
-            last,
-            lambda: state.soft_embeddings,
-            lambda: passes.soft_embed(model, params, shaped),
-        )
+    last = jnp.all(state.stopped | stop) | (state.step + 1 >= config.max_denoising_steps)
+    soft_embeddings = _soft_embeddings(model, params, state, shaped, last)
 
     def unless_stopped(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(per_row(state.stopped, old), old, new)
