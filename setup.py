@@ -23,7 +23,7 @@ SERVE = ['starlette>=0.40', 'uvicorn>=0.30']
 setup(
     name='diffusiongemma',
     version='0.1.0',
-    description='Distils an autoregressive Gemma into a parallel text-diffusion model, in JAX.',
+    description='Distills an autoregressive Gemma into a parallel text-diffusion model, in JAX.',
     long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',

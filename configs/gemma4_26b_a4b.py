@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
                 # Some canvases start inside a response, as where a decoder was cut short.
                 'random_offset_rate': 0.1,
             },
-            # The sampler's own trajectories once single steps are learnt.
+            # The sampler's own trajectories once single steps are learned.
             'stage2': {'first_step': 3_000},
             'optimizer': {
                 # Below what such a model was trained with, since its weights are to be kept.

@@ -1,4 +1,4 @@
-r"""Distils the built-in teacher on prompts of your own, from a JSONL file.
+r"""Distills the built-in teacher on prompts of your own, from a JSONL file.
 
 Meant for 2 CPU cores. Each line of TRAIN and TEST is {"prompt": "...", "response": "..."}; the
 student learns the responses of TRAIN, or with --config.targets.sequence_level=True the teacher's

@@ -1,4 +1,4 @@
-"""Distils the built-in teacher into a student that fills in a sudoku as one canvas.
+"""Distills the built-in teacher into a student that fills in a sudoku as one canvas.
 
 Meant for 2 CPU cores, where it takes about 50 minutes. The grid of 9 x 9 is one canvas of 96
 tokens, of which any may be settled first, where the teacher has to write row by row. Corruption is

@@ -1,4 +1,4 @@
-"""Distils an AR teacher into a diffusion student, then shows what it gained.
+"""Distills an AR teacher into a diffusion student, then shows what it gained.
 
 python -m diffusiongemma.distill --config=configs/tiny.py --workdir=/tmp/diffusiongemma
 """

@@ -1,6 +1,6 @@
 """From an example to a row of a training batch: example -> document -> packed rows.
 
-A document is one tokenised example: its prompt, its response and the turn end that stops it.
+A document is one tokenized example: its prompt, its response and the turn end that stops it.
 Several documents share a row. `segment_ids` tells them apart (1, 2, ... in order, 0 = empty),
 and each document's response is cut in canvases of its own, from its first token on or, for a share
 of the documents, from a random one. Nothing is ever cut short: a document that fits no row is
@@ -94,7 +94,7 @@ class RowLayout:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """A tokenised example.
+    """A tokenized example.
 
     Attributes:
       tokens: [T] int32, prompt and response.

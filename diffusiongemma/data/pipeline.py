@@ -1,7 +1,7 @@
-"""The stream of training batches: shuffled, mixed, tokenised, packed, and resumable.
+"""The stream of training batches: shuffled, mixed, tokenized, packed, and resumable.
 
     sources (shuffled each epoch, this process's shard, repeated forever)
-      -> mixed by weight -> tokenised -> packed -> batched
+      -> mixed by weight -> tokenized -> packed -> batched
 
 The stream is a function of its arguments alone. Its state is a small JSON-able dict; a stream
 made with the same arguments and given that state goes on with the very next batch.

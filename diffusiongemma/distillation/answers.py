@@ -98,7 +98,7 @@ class Answerer:
           examples: {'prompt', 'response', ...} of each.
 
         Returns:
-          {'index', 'prompt', 'response'} of those that can be learnt, with `TEACHER_KEYS` (see
+          {'index', 'prompt', 'response'} of those that can be learned, with `TEACHER_KEYS` (see
           `data.packing`) where top_k_logits > 0; and the tokens that were written.
         """
         rows = [

@@ -1,4 +1,4 @@
-"""Stage 2 of Diffuse-Distill: few steps, learnt on the student's own trajectory.
+"""Stage 2 of Diffuse-Distill: few steps, learned on the student's own trajectory.
 
 From a noisy canvas the student takes `num_steps` steps as the sampler takes them: denoise, accept
 the most certain positions, make noise of the others, feed the shaped prediction back. Every

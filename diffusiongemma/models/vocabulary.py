@@ -2,7 +2,7 @@
 
 XLA's programs for CPUs lose half of their speed and more on axes as long as a large vocabulary:
 sums are as long as the vocabulary, arrays go through memory between steps that a part would keep
-in cache, and some reductions are neither vectorised nor spread over cores. What is computed is the
+in cache, and some reductions are neither vectorized nor spread over cores. What is computed is the
 same; TPUs and GPUs do it as a whole.
 """
 
@@ -124,7 +124,7 @@ def _argmax(logits: jax.Array) -> jax.Array:
 
 
 def _argmax_of_chunks(logits: jax.Array, size: int) -> jax.Array:
-    """The chunk with the largest maximum, then the place in it: maxima alone are vectorised."""
+    """The chunk with the largest maximum, then the place in it: maxima alone are vectorized."""
     chunks = logits.reshape(*logits.shape[:-1], -1, size)
     chunk = _argmax(jnp.max(chunks, axis=-1))
     chosen = jnp.take_along_axis(chunks, chunk[..., None, None], axis=-2)[..., 0, :]

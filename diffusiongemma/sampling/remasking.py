@@ -31,7 +31,7 @@ class Remask:
 
     Under masked corruption a settled token stays, and one that was settled too soon spoils what
     follows from it. Here a canvas without a mask loses its `count` tokens that were settled with
-    the lowest probability, as the denoiser saw it *then* (it has learnt to repeat what stands in
+    the lowest probability, as the denoiser saw it *then* (it has learned to repeat what stands in
     the canvas, so what it says of a settled token now tells little). They are predicted once more,
     with all others in sight, until the stopping rule or the limit of steps ends it (remasking by
     remembered confidence: Wang et al. 2025, arXiv:2503.00307). Pinned tokens stay, and the last

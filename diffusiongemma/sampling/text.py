@@ -1,4 +1,4 @@
-"""From text to text: tokenise prompts, sample, decode."""
+"""From text to text: tokenize prompts, sample, decode."""
 
 import codecs
 from collections.abc import Iterable, Sequence
