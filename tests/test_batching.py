@@ -111,6 +111,16 @@ def test_watching_shows_the_drafts_that_are_verified_wherever_they_come_from(cha
         assert {draft.argmax.shape[1] for draft in drafts} == {4}  # the pending token and 3 more
 
 
+def test_watching_shows_drafts_of_both_lengths():
+    model, params = toy(C)
+    tokens, lengths = pad_prompts(PROMPTS[:1], PAD, width=8)
+    config = dataclasses.replace(CONFIG, lookup_ngram=1, model_draft_length=2)
+    sampler = Sampler(model, config, 'lossless')
+    *drafts, output = watch(sampler, params, tokens, lengths, rng=KEY)
+    jax.tree.map(np.testing.assert_array_equal, output, sampler(params, tokens, lengths, rng=KEY))
+    assert {draft.argmax.shape[1] for draft in drafts} == {2, C}
+
+
 def test_a_mode_without_a_canvas_cannot_be_watched():
     model, params = toy(C)
     tokens, lengths = pad_prompts(PROMPTS[:1], PAD)

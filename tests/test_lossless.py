@@ -30,7 +30,8 @@ DATA = pathlib.Path(__file__).parent / 'data'
 def both(model, params, config, tokens, lengths, rng):
     """Outputs of the autoregressive and of the lossless mode, as numpy arrays."""
     # What concerns drafts alone is left out, so that tests share one autoregressive program.
-    plain = dataclasses.replace(config, drafts=None, lookup_ngram=0, max_draft_steps=1)
+    nothing = {'drafts': None, 'lookup_ngram': 0, 'model_draft_length': None}
+    plain = dataclasses.replace(config, **nothing, max_draft_steps=1)
     outputs = (
         Sampler(model, settings, mode)(params, tokens, lengths, rng=rng)
         for settings, mode in ((plain, 'autoregressive'), (config, 'lossless'))
@@ -259,6 +260,36 @@ def test_a_text_that_repeats_itself_needs_fewer_passes_with_lookups():
         greedy(lookup_ngram=1, drafts=PromptLookup())
     with pytest.raises(ValueError, match='lookup_ngram must be >= 0 tokens, got -1'):
         greedy(lookup_ngram=-1)
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_the_models_drafts_may_be_shorter_than_those_of_lookups(temperature):
+    model, params = toy(6)
+    rng = np.random.default_rng(3)
+    lengths = {'draft_length': 6, 'model_draft_length': 3}
+    config = greedy(max_new_tokens=30, lookup_ngram=1, temperature=temperature, **lengths)
+    drafted_by_model, verifications = 0, 0
+    for seed in range(12):
+        tokens = np.tile(rng.integers(0, 22, (1, 5)), (1, 2))
+        arguments = (model, params, config, tokens, np.array([10]), jax.random.key(seed))
+        expected, found = both(*arguments)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        assert found.accepted_lengths.sum() == found.canvases.sum()
+        drafted_by_model += int(found.denoising_steps[0])
+        verifications += int(found.canvases[0])
+    assert 0 < drafted_by_model < verifications
+    alone = dataclasses.replace(config, lookup_ngram=5)  # five tokens seldom come again
+    _, found = both(*arguments[:2], alone, *arguments[3:])
+    assert not found.accepted_lengths[0, 4:].any()
+    for wrong, match in (
+        ({'lookup_ngram': 0}, 'model_draft_length=3 is for drafts beside lookups'),
+        ({'draft_length': 2}, 'model_draft_length=3 is more than draft_length=2'),
+        ({'model_draft_length': 1}, 'model_draft_length must be >= 2 canvas tokens'),
+    ):
+        with pytest.raises(ValueError, match=match):
+            dataclasses.replace(config, **wrong)
+    with pytest.raises(ValueError, match='model_draft_length=9 is longer than the canvas of 6'):
+        Sampler(model, greedy(lookup_ngram=2, model_draft_length=9), 'lossless')
 
 
 def test_an_autoregressive_model_can_be_drafted_for_by_looking_up():

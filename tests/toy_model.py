@@ -50,7 +50,7 @@ class ToyModel(nn.Module):
         return hidden @ self.embedding
 
     def denoise(self, canvas, starts, segment_ids, prefix, soft_embeddings=None):
-        size, length = self.config.vocab_size, self.config.canvas_length
+        size, length = self.config.vocab_size, canvas.shape[-1]
         visible = (segment_ids[..., None] == prefix.segment_ids[:, None]) & (
             prefix.positions[:, None] < starts[..., None]
         )

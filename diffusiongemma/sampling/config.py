@@ -24,6 +24,9 @@ class SamplingConfig:
         model's alone. Code and other text that repeats itself gains from it.
       draft_length: canvas tokens of a draft in the lossless mode, at most the model's canvas
         length; None for all of it. Short drafts are verified faster.
+      model_draft_length: that of the model's drafts beside a lookup's, which are longer: a lookup
+        that finds something is seldom wrong soon. Of effect with one row, whose verification is as
+        wide as its draft; None for `draft_length`.
       max_draft_steps: limit of denoise steps per draft in the lossless mode. A row whose draft
         fell early takes one step more for the next, one whose draft held wholly one less.
       entropy_bound: nats, bound of the `EntropyBound` acceptance; None for 0.1. Not beside
@@ -61,6 +64,7 @@ class SamplingConfig:
     drafts: DraftSource | None = None
     lookup_ngram: int = 0
     draft_length: int | None = None
+    model_draft_length: int | None = None
     max_draft_steps: int = 1
     entropy_bound: float | None = None
     t_min: float = 0.4
@@ -142,10 +146,21 @@ class SamplingConfig:
                 'drafts and lookup_ngram are both given: use one of them; lookup_ngram drafts with '
                 'the model where nothing is found.'
             )
-        if self.draft_length is not None and self.draft_length < 2:
+        for name in ('draft_length', 'model_draft_length'):
+            if getattr(self, name) is not None and getattr(self, name) < 2:
+                raise ValueError(
+                    f'{name} must be >= 2 canvas tokens, got {getattr(self, name)}; None takes the '
+                    "model's canvas length."
+                )
+        if self.model_draft_length is not None and not self.lookup_ngram:
             raise ValueError(
-                f'draft_length must be >= 2 canvas tokens, got {self.draft_length}; None takes the '
-                "model's canvas length."
+                f'model_draft_length={self.model_draft_length} is for drafts beside lookups, but '
+                'lookup_ngram is 0: draft_length says how long drafts are.'
+            )
+        if (self.model_draft_length or 0) > (self.draft_length or self.model_draft_length or 0):
+            raise ValueError(
+                f'model_draft_length={self.model_draft_length} is more than '
+                f'draft_length={self.draft_length}.'
             )
 
     def _check_one_rule(self, rule: str, number: str) -> None:

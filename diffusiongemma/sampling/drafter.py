@@ -106,6 +106,19 @@ def canvas_length(model: CausalModel, config: SamplingConfig) -> int:
     return config.draft_length or model.config.canvas_length
 
 
+def config_of_model_drafts(config: SamplingConfig, state: LosslessState) -> SamplingConfig | None:
+    """The config with the length of the model's drafts, where that is one of its own.
+
+    A verification is as wide as its drafts, so that this needs a single row: in a batch some rows
+    have a lookup's draft where others have the model's.
+    """
+    if config.model_draft_length is None or state.pending.shape[0] > 1:
+        return None
+    return dataclasses.replace(
+        config, draft_length=config.model_draft_length, model_draft_length=None
+    )
+
+
 class TextDraft(NamedTuple):
     """What the text so far offers.
 
@@ -229,7 +242,7 @@ def one_pass_draft(
         temperature,
         config.top_k,
         before.top_p(config),
-        None if noise is None else noise[:, :-1],
+        None if noise is None else noise[:, : draft_length(model, config)],
     )
 
 
@@ -246,7 +259,7 @@ def draft_task(
         ahead = dataclasses.replace(before, lengths=before.lengths + 1, last_token=state.pending)
         task = canvas_task(model, ahead, length, first=1)
         task = dataclasses.replace(task, automaton_states=_after_pending(state))
-        text_noise = None if noise is None else noise[:, :-1]
+        text_noise = None if noise is None else noise[:, :length]
     else:
         task = canvas_task(model, before, length)
         nothing = jnp.full((before.lengths.shape[0], length), OPEN, jnp.int32)

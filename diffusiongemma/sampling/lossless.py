@@ -23,7 +23,15 @@ from diffusiongemma.models.arrays import Params
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.autoregressive import first_token, next_token_logits, scores_of
 from diffusiongemma.sampling.config import SamplingConfig
-from diffusiongemma.sampling.drafter import Drafted, LosslessState, draft, draft_length
+from diffusiongemma.sampling.drafter import (
+    Drafted,
+    LosslessState,
+    config_of_model_drafts,
+    draft,
+    draft_length,
+    model_draft,
+    text_draft,
+)
 from diffusiongemma.sampling.epilogue import always_greedy, gumbel_noise, pick
 from diffusiongemma.sampling.finite import chosen_are_finite
 from diffusiongemma.sampling.passes import CausalModel
@@ -72,8 +80,21 @@ def next_draft(
 ) -> LosslessState:
     """Drafts for every unfinished row, verifies the drafts, emits and caches what holds."""
     noise = text_noise(model, config, state)
-    drafted = draft(model, config, params, state, noise)
-    return verify_draft(model, config, params, state, drafted, noise)
+    short = config_of_model_drafts(config, state)
+    if short is None:
+        drafted = draft(model, config, params, state, noise)
+        return verify_draft(model, config, params, state, drafted, noise)
+    text = text_draft(model, config, state)
+    assert text is not None  # a config with such drafts looks up
+
+    def of_text() -> LosslessState:
+        return verify_draft(model, config, params, state, text.drafted(), noise)
+
+    def of_model() -> LosslessState:
+        drafted = model_draft(passes.denoising(model), short, params, state, noise)
+        return verify_draft(model, config, params, state, drafted, noise)
+
+    return jax.lax.cond(text.is_enough(state.finished), of_text, of_model)
 
 
 def text_noise(
@@ -103,8 +124,8 @@ def verify_draft(
       config: how to sample.
       params: its parameters.
       state: before the draft.
-      drafted: what may follow the pending tokens.
-      noise: [B, K + 1, V] from `text_noise`.
+      drafted: what may follow the pending tokens, [B, K].
+      noise: [B, >= K + 1, V] from `text_noise`.
     """
     active = ~state.finished
     before = state.generation.finish_unless(drafted.finite, 'denoise')
@@ -116,6 +137,8 @@ def verify_draft(
     if states is not None and automaton is not None:
         states = trace(automaton, states, block)[:, 1:]  # [B, K + 1]
     logits = next_token_logits(config, before, said, before.lengths + 1, states)
+    if noise is not None:
+        noise = noise[:, :length]
     counts, pending, finite = verify(logits, block, before.temperature(config), noise)
     before = before.finish_unless(finite, 'verify')
     following = jnp.concatenate([drafted.tokens, pending[:, None]], axis=1)

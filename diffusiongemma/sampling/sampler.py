@@ -188,11 +188,12 @@ class Sampler:
                 "take: its tokens come from many denoise steps. Use mode='lossless' or "
                 "'autoregressive'."
             )
-        if (self.config.draft_length or 0) > longest > 0:
-            raise ValueError(
-                f'draft_length={self.config.draft_length} is longer than the canvas of {longest} '
-                'tokens that the model was trained with.'
-            )
+        for name in ('draft_length', 'model_draft_length'):
+            if (getattr(self.config, name) or 0) > longest > 0:
+                raise ValueError(
+                    f'{name}={getattr(self.config, name)} is longer than the canvas of {longest} '
+                    'tokens that the model was trained with.'
+                )
         vocab_size = self.model.config.vocab_size
         if (self.config.logprobs or 0) > vocab_size:
             raise ValueError(

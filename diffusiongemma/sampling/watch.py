@@ -1,5 +1,6 @@
 """A canvas as it settles, for a live view: the state after every denoise step."""
 
+import dataclasses
 from collections.abc import Generator, Iterator
 
 import flax.struct
@@ -109,8 +110,11 @@ def _watch_drafts(
             drafted = text.drafted()
             yield _shown(sampler, state, drafted, jnp.zeros(drafted.tokens.shape))
         else:
-            drafted = yield from _watch_model(sampler, params, state, noise)
-            drafted = drafted if text is None else text.in_place_of(drafted)
+            short = drafter.config_of_model_drafts(config, state)
+            drafting = sampler if short is None else dataclasses.replace(sampler, config=short)
+            drafted = yield from _watch_model(drafting, params, state, noise)
+            if text is not None and short is None:
+                drafted = text.in_place_of(drafted)
         state = _verify_draft(model, config, params, state, drafted, noise)
     return state.output()
 
