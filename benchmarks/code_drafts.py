@@ -47,6 +47,9 @@ _ROWS = flags.DEFINE_integer('rows', 164, 'Prompts of each source.', lower_bound
 _PROMPTS = flags.DEFINE_integer('prompts', 164, 'That the sampler itself writes.', lower_bound=0)
 _NGRAM = flags.DEFINE_integer('lookup_ngram', 2, 'Tokens that a lookup needs.', lower_bound=1)
 _LENGTH = flags.DEFINE_integer('draft_length', 7, 'Tokens of a draft.', lower_bound=2)
+_SHORT = flags.DEFINE_integer(
+    'model_draft_length', 4, "Of the student's drafts beside lookups, timed too; 0: without."
+)
 _TURNS = flags.DEFINE_integer('turns', 0, 'Prompts that are timed at batch 1.', lower_bound=0)
 _OTHERS = flags.DEFINE_bool('others', False, 'Time transformers and llama.cpp too.')
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Of what the sampler writes.', 0.0)
@@ -281,6 +284,10 @@ def main(argv: list[str]) -> None:
                 'student': (Sampler(fast_model, drafting, 'lossless'), fast_params),
                 'lookup, else student': (Sampler(fast_model, both, 'lossless'), fast_params),
             }
+            if _SHORT.value:
+                short = dataclasses.replace(both, model_draft_length=_SHORT.value)
+                name_of_short = f'lookup, else student by {_SHORT.value}'
+                samplers[name_of_short] = Sampler(fast_model, short, 'lossless'), fast_params
             seconds = timed(samplers, others, tokenizer, prompts[: _TURNS.value])
             base = np.asarray(seconds['autoregressive'])
             results[name]['ms_per_token'] = {

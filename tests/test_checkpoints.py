@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from diffusiongemma.checkpoints import int8_storage
 from diffusiongemma.checkpoints.bundle import load_bundle, save_bundle
 from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.checkpoints.safetensors_writer import save_tensors
 from diffusiongemma.checkpoints.store import CheckpointStore, describe_model, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
@@ -249,6 +250,14 @@ def test_eight_bits_round_a_weight_by_at_most_half_a_step_of_its_block(more, odd
     # The scale is rounded too, by at most one part in 256: the largest value may be clipped.
     assert np.all(np.abs(back - value) <= steps * (0.5 + 127 / 256))
     assert np.all(back[0, :100] == 0) and stored['w'].dtype == np.int8
+
+
+def test_tensors_may_be_read_by_whoever_may_read_files(tmp_path):
+    path, plain = tmp_path / 'x.safetensors', tmp_path / 'plain'
+    save_tensors({'x': np.ones(3, np.float32)}, path, {'format': 'pt'})
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+    np.testing.assert_array_equal(load_file(path)['x'], 1.0)
 
 
 def test_a_bundle_in_eight_bits_is_small_and_a_scale_that_is_missing_is_named(tmp_path):

@@ -11,12 +11,12 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
 from diffusiongemma.checkpoints.fields import read_fields, read_model_config
 from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.placement import param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
+from diffusiongemma.checkpoints.safetensors_writer import save_tensors
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
@@ -89,7 +89,7 @@ def save_adapters(
         return
     directory.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.array(value, np.float32, order='C') for name, value in flat.items()}
-    save_file(arrays, directory / PARAMS_FILE, metadata={'format': FORMAT})
+    save_tensors(arrays, directory / PARAMS_FILE, {'format': FORMAT})
     content = {
         'format': FORMAT,
         'base': base,

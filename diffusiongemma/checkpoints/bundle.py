@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
 from diffusiongemma.checkpoints.fields import read_model_config
 from diffusiongemma.checkpoints.int8_storage import BLOCK, INT8, SCALE, from_int8, to_int8
 from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.placement import assemble, flat_shardings, param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
+from diffusiongemma.checkpoints.safetensors_writer import save_tensors
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import ModelConfig
@@ -88,7 +88,7 @@ def save_bundle(
         for name, value in flat.items()
     }
     partial = directory / (PARAMS_FILE + '.partial')
-    save_file(arrays, partial, metadata={'format': FORMAT})
+    save_tensors(arrays, partial, {'format': FORMAT})
     content = {'format': FORMAT, 'model': config.to_dict(), 'about': dict(about or {})}
     if base is not None:
         content['base'] = base

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
 from diffusiongemma.checkpoints.hf_config_export import (
     PLACEHOLDER_VISION,
@@ -27,6 +26,7 @@ from diffusiongemma.checkpoints.hf_config_export import (
 from diffusiongemma.checkpoints.hf_tensors import TOWERS, Source, TensorNames, sources
 from diffusiongemma.checkpoints.placement import param_shapes
 from diffusiongemma.checkpoints.safetensors_reader import INDEX_FILE, SINGLE_FILE, TensorReader
+from diffusiongemma.checkpoints.safetensors_writer import save_tensors
 from diffusiongemma.data.chat_template import TEMPLATE_FILE
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.config import ModelConfig, MoEConfig
@@ -219,7 +219,7 @@ def _write_tensors(directory: Path, tensors: list[_Tensor], max_shard_bytes: int
         file = f'model-{number:05d}-of-{len(shards):05d}.safetensors'
         file = SINGLE_FILE if len(shards) == 1 else file
         arrays = {tensor.name: tensor.make() for tensor in shard}
-        save_file(arrays, directory / file, metadata={'format': 'pt'})
+        save_tensors(arrays, directory / file, {'format': 'pt'})
         weight_map |= dict.fromkeys(arrays, file)
     if len(shards) > 1:
         total = sum(tensor.size for tensor in tensors)

@@ -1,0 +1,19 @@
+"""Writes safetensors files that others may read, as files usually are."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+
+def save_tensors(arrays: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """Writes arrays by name, with the permissions that the umask leaves.
+
+    safetensors itself leaves a file that its owner alone can read.
+    """
+    save_file(dict(arrays), path, metadata=metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
