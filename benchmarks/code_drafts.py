@@ -177,7 +177,7 @@ def timed(
 
 def other_writers(directory: Path) -> dict[str, Any]:
     """Functions from a prompt's tokens to their greedy continuation, of what is installed."""
-    writers, name = {}, _TEACHER.value
+    writers, name = {}, _TEACHER.value or _TEACHER.default
     if importlib.util.find_spec('transformers') is not None:
         import torch
         from transformers import Gemma3ForCausalLM
