@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
             },
             'data': {'batch_size': 2, 'row_length': 512},
             'drafting': {
-                'anchors_per_row': 64,
+                'prompts': True,  # canvases start in the files' own text as well
+                'anchors_per_row': 192,
                 'lookup_ngram': 2,  # where a lookup drafts no canvas is trained
                 'held_out': 16,
             },
@@ -53,6 +54,7 @@ def get_config() -> ConfigDict:
                 'temperature': 0.0,
                 'lookup_ngram': 2,  # code repeats itself
                 'draft_length': 7,  # with the pending token a verification has 8
+                'model_draft_length': 3,  # the student's, which are less certain than lookups
             },
             'eval': {
                 'source': {'kind': 'human_eval'},

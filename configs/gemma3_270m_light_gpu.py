@@ -26,8 +26,9 @@ def get_config() -> ConfigDict:
     config.targets.update({'batch_size': 512, 'max_new_tokens': 192})
     del config.targets.source.size  # all windows
     config.data.update({'batch_size': 32, 'workers': 4})
-    config.drafting.held_out = 256
+    # There are texts of the teacher enough: canvases start in these alone.
+    config.drafting.update({'prompts': False, 'anchors_per_row': 64, 'held_out': 256})
     config.optimizer.update({'learning_rate': 6e-4, 'warmup_steps': 100, 'ema_decay': 0.999})
     config.train = {'num_steps': 5_000, 'report_every': 50, 'checkpoint_every': 500}
-    del config.sampling.draft_length  # the whole canvas
+    del config.sampling.draft_length, config.sampling.model_draft_length  # the whole canvas
     return config
