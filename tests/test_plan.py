@@ -234,7 +234,6 @@ def results_of(program, ops):
         yield from (i.shape for i in instructions if i.op in ops)
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ('start', 'room', 'found', 'tried'),
     [(8, 35, 32, [8, 16, 32, 64]), (32, 9, 8, [32, 16, 8]), (12, 1, 12, [12]), (4, 3, 4, [4])],
@@ -250,6 +249,7 @@ def test_the_largest_batch_that_fits_is_found_by_doubling(start, room, found, tr
     assert (rows, asked, plans[1].rows) == (found, tried, found)
 
 
+@needs_compiler
 def test_a_mesh_that_does_not_cover_the_slice_says_so_and_what_would():
     error = plan(*SMALL, '--topology=v5e:2x4', '--config.mesh.data=4', code=1)
     assert 'v5e:2x4 has 8 devices' in error and '--config.mesh.fsdp=-1' in error
