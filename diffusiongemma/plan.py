@@ -24,7 +24,7 @@ with run_config.extra_named(__name__):
     from diffusiongemma.distillation.experiment import Experiment
     from diffusiongemma.models.config import ModelConfig
     from diffusiongemma.models.execution import product
-    from diffusiongemma.parallel import LOGICAL_AXIS_RULES
+    from diffusiongemma.parallel import rules_with
     from diffusiongemma.planning import compiler, programs
     from diffusiongemma.planning.fit import largest_that_fits
     from diffusiongemma.planning.report import as_json, print_plan
@@ -39,21 +39,26 @@ _MODEL = flags.DEFINE_string(
     'model', None, "A preset; by default the config's teacher, or the preset of the config's name."
 )
 _LAYERS = flags.DEFINE_integer(
-    'layers', None, 'Cuts the model to so many layers, whole patterns, so that a check is quick.'
+    'layers',
+    None,
+    'Keeps the first N layers alone (whole patterns), so that a check is quick.',
 )
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Rows of the sampler.')
-_PROMPT_LENGTH = flags.DEFINE_integer('prompt_length', 1024, 'Tokens of its prompts.')
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Rows of the sampler.', lower_bound=1)
+_PROMPT_LENGTH = flags.DEFINE_integer(
+    'prompt_length', 1024, 'Tokens of its prompts.', lower_bound=1
+)
 _LEVEL = flags.DEFINE_enum(
     'optimization_level',
     'O2',
     ['O1', 'O2'],
-    'Of the compiler; O1 is for large programs: sooner done, with an upper bound of memory and '
-    'traffic.',
+    'Of the compiler. O1 compiles large programs faster; memory and traffic are upper bounds then.',
 )
 _FIT = flags.DEFINE_bool(
     'fit', False, 'Looks for the largest batch that fits, by doubling the one that is given.'
 )
-_PROGRAMS = flags.DEFINE_list('programs', None, 'Of the sampler only these, by name.')
+_PROGRAMS = flags.DEFINE_list(
+    'programs', None, "With --what=sampler, compile only these programs, such as 'denoise step'."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -84,7 +89,8 @@ def main(argv: list[str]) -> None:
 
     rows = experiment.data.batch_size if _WHAT.value == 'step' else _BATCH_SIZE.value
     if _FIT.value:
-        least = product(dict(LOGICAL_AXIS_RULES)['batch'], mesh)
+        rules = dict(rules_with(experiment.compute.rules))
+        least = product(rules['batch'], mesh)
         rows, plans = largest_that_fits(rows, least, plan)
     else:
         plans = plan(rows)

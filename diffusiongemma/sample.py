@@ -258,6 +258,9 @@ def main(argv: list[str]) -> None:
         )
     if _PROMPT.value is not None and not _PROMPT.value.strip():
         raise ValueError('--prompt is empty: give a text to answer, or leave it out for a chat.')
+    for name, path in (('gif', _GIF.value), ('html', _HTML.value)):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f'--{name}={path}: there is no directory {Path(path).parent}.')
     run_config.say_devices()
     loaded, rng = Loaded.from_flags(), jax.random.key(_SEED.value)
     prompt = _PROMPT.value

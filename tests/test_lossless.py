@@ -284,7 +284,7 @@ def test_the_models_drafts_may_be_shorter_than_those_of_lookups(temperature):
     for wrong, match in (
         ({'lookup_ngram': 0}, 'model_draft_length=3 is for drafts beside lookups'),
         ({'draft_length': 2}, 'model_draft_length=3 is more than draft_length=2'),
-        ({'model_draft_length': 1}, 'model_draft_length must be >= 2 canvas tokens'),
+        ({'model_draft_length': 1}, 'model_draft_length must be a whole number >= 2'),
     ):
         with pytest.raises(ValueError, match=match):
             dataclasses.replace(config, **wrong)

@@ -598,6 +598,10 @@ def test_a_link_asks_and_what_is_wrong_is_said_in_red(tab, url):
     tab.goto(f'{url}/?mode=lossless&prompt={QUESTIONS[1].replace(" ", "+")}')
     assert 'The answer is' in answer_in(tab)
     assert tab.input_value('#prompt') == QUESTIONS[1]
+    tab.goto(f'{url}/?prompt=Hi&mode=foo&temperature=9&promt=x')
+    wrong = tab.wait_for_selector('#caption.error').inner_text()
+    assert wrong.endswith('mode=foo, temperature=9, promt=x')
+    assert tab.input_value('#mode') in MODES
     tab.set_default_timeout(30_000)
     tab.fill('#prompt', 'x' * 30_000)
     tab.click('#go')

@@ -132,8 +132,11 @@ def test_a_preset_may_lay_out_an_axis_differently(config):
     model = on_mesh(DiffusionGemma(config), mesh, rules_with({'embed': ('fsdp', 'sequence')}))
     up = param_shardings(model, mesh)['backbone']['layers']['layer_0']['mlp']['up']
     assert up.spec[1] == ('fsdp', 'sequence')
-    with pytest.raises(ValueError, match="no logical axes \\['embd'\\]"):
+    with pytest.raises(ValueError, match="no logical axes \\['embd'\\] .* did you mean 'embed'"):
         rules_with({'embd': ('fsdp',)})
+    for row in (3, None, 'tensor', ('fsdp', 1), ('fsdp', 'fsdp')):
+        with pytest.raises(ValueError, match=r"compute.rules\['mlp'\] must be a tuple"):
+            rules_with({'mlp': row})
     with pytest.raises(ValueError, match='unknown|use mesh axes'):
         on_mesh(DiffusionGemma(config), mesh, rules_with({'embed': ('pipeline',)}))
 

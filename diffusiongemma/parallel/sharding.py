@@ -5,6 +5,7 @@ the table below says on which mesh axes they lie. Everything else follows from i
 """
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -63,7 +64,9 @@ def on_mesh(model: M, mesh: Mesh, rules: AxisRules = LOGICAL_AXIS_RULES) -> M:
     """
     unknown = sorted({axis for _, axes in rules for axis in axes} - set(mesh.axis_names))
     if unknown:
-        raise ValueError(f'the axis rules use mesh axes {unknown}; the mesh has {mesh.axis_names}.')
+        raise ValueError(
+            f'compute.rules use mesh axes {unknown}; the mesh has {list(mesh.axis_names)}.'
+        )
     on = mesh if mesh.size > 1 else None  # one device lays out nothing
     platform = mesh.devices.flat[0].platform
     execution = dataclasses.replace(model.execution, mesh=on, rules=tuple(rules), platform=platform)
@@ -73,23 +76,36 @@ def on_mesh(model: M, mesh: Mesh, rules: AxisRules = LOGICAL_AXIS_RULES) -> M:
 
 
 def rules_with(overrides: Mapping[str, Sequence[str]]) -> AxisRules:
-    """The table with the rows of some logical axes replaced.
+    """The table with the rows of some logical axes replaced (`config.compute.rules`).
 
     A row for 'embed' stands for every axis of the model's width ('qkv_embed', 'mlp_embed'...) that
     is not named itself.
 
     Raises:
-      ValueError: the table has no such axis.
+      ValueError: the table has no such axis, or a row is no tuple of different names.
     """
     table = dict(LOGICAL_AXIS_RULES)
-    unknown = sorted(set(overrides) - set(table))
+    unknown = sorted(map(str, set(overrides) - set(table)))
     if unknown:
-        raise ValueError(f'no logical axes {unknown} in the table; there are {sorted(table)}.')
-    replaced = {name: tuple(axes) for name, axes in overrides.items()}
+        near = difflib.get_close_matches(unknown[0], table, n=1)
+        hint = f'did you mean {near[0]!r}?' if near else f'there are {sorted(table)}.'
+        raise ValueError(f'compute.rules: no logical axes {unknown} in the table; {hint}')
+    replaced = {name: _mesh_axes(name, axes) for name, axes in overrides.items()}
     if 'embed' in replaced:
         widths = [name for name in table if name.endswith('_embed')]
         replaced = dict.fromkeys(widths, replaced['embed']) | replaced
     return tuple((table | replaced).items())
+
+
+def _mesh_axes(name: str, axes: Any) -> tuple[str, ...]:
+    """The row of one logical axis, checked."""
+    is_row = isinstance(axes, list | tuple) and all(isinstance(axis, str) for axis in axes)
+    if not is_row or len(set(axes)) < len(axes):
+        raise ValueError(
+            f'compute.rules[{name!r}] must be a tuple of different mesh axes, such as '
+            f"('tensor',) or (), got {axes!r}."
+        )
+    return tuple(axes)
 
 
 def rules_of(model: nn.Module) -> AxisRules:

@@ -24,9 +24,9 @@ class SamplingConfig:
         model's alone. Code and other text that repeats itself gains from it.
       draft_length: canvas tokens of a draft in the lossless mode, at most the model's canvas
         length; None for all of it. Short drafts are verified faster.
-      model_draft_length: that of the model's drafts beside a lookup's, which are longer: a lookup
-        that finds something is seldom wrong soon. Of effect with one row, whose verification is as
-        wide as its draft; None for `draft_length`.
+      model_draft_length: that of the model's drafts beside a lookup's, which are longer, since
+        what a lookup finds often holds for many tokens. Of effect with one row, whose verification
+        is as wide as its draft; None for `draft_length`.
       max_draft_steps: limit of denoise steps per draft in the lossless mode. A row whose draft
         fell early takes one step more for the next, one whose draft held wholly one less.
       entropy_bound: nats, bound of the `EntropyBound` acceptance; None for 0.1. Not beside
@@ -146,11 +146,15 @@ class SamplingConfig:
                 'drafts and lookup_ngram are both given: use one of them; lookup_ngram drafts with '
                 'the model where nothing is found.'
             )
-        for name in ('draft_length', 'model_draft_length'):
-            if getattr(self, name) is not None and getattr(self, name) < 2:
+        for name, other in (
+            ('draft_length', "the model's canvas length"),
+            ('model_draft_length', 'draft_length'),
+        ):
+            length = getattr(self, name)
+            if length is not None and (not isinstance(length, int) or length < 2):
                 raise ValueError(
-                    f'{name} must be >= 2 canvas tokens, got {getattr(self, name)}; None takes the '
-                    "model's canvas length."
+                    f'{name} must be a whole number >= 2 of canvas tokens, got {length!r}; None '
+                    f'takes {other}.'
                 )
         if self.model_draft_length is not None and not self.lookup_ngram:
             raise ValueError(

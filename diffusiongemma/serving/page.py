@@ -54,7 +54,7 @@ _PAGE = """<!doctype html>
 than Paul. How old is Omar?</textarea></p>
 <p><select id="mode" aria-label="mode">@MODES</select>
 <label>temperature
-<input id="temperature" type="number" min="0" max="5" step="0.1" value="0"></label>
+<input id="temperature" type="number" min="0" max="5" step="any" value="0"></label>
 <label>seed <input id="seed" type="number" min="0" value="0"></label>
 <label>key <input id="key" type="password" autocomplete="off"></label>
 <select id="colors" aria-label="colors"><option value="entropy">color: entropy</option>
@@ -101,6 +101,7 @@ async function run() {
   aborter = new AbortController();
   runs = [];
   text.replaceChildren();
+  caption.className = '';
   caption.textContent = 'waiting; the first answer of a mode compiles';
   const headers = {'Content-Type': 'application/json'};
   if (value('key')) headers.Authorization = `Bearer ${value('key')}`;
@@ -142,10 +143,19 @@ document.getElementById('colors').onchange = () => last && draw(last);
 
 // A link such as /?prompt=Hello&mode=lossless fills in the form and runs it.
 const asked = new URLSearchParams(location.search);
+const wrong = [];
 for (const [id, text] of asked) {
-  if (id !== 'key' && document.getElementById(id)) document.getElementById(id).value = text;
+  const field = ['prompt', 'mode', 'temperature', 'seed', 'colors'].includes(id)
+    ? document.getElementById(id) : null;
+  const before = field && field.value;
+  if (field) field.value = text;
+  if (!field || !field.value || !field.checkValidity()) {
+    wrong.push(`${id}=${text}`);
+    if (field) field.value = before;
+  }
 }
-if (asked.has('prompt')) form.requestSubmit();
+if (wrong.length) fail(`the link asks for what cannot be: ${wrong.join(', ')}`);
+else if (asked.has('prompt')) form.requestSubmit();
 </script>
 </html>
 """

@@ -119,6 +119,8 @@ def read_decision(body: dict, tokenizer: Tokenizer, limits: Limits) -> Decision:
     texts = fields.array('answers') or []
     if not 1 <= len(texts) <= 64 or not all(isinstance(t, str) and t for t in texts):
         raise fields.error('answers', 'answers must be 1 to 64 texts, none of them empty.')
+    if len(set(texts)) < len(texts):
+        raise fields.error('answers', 'answers must differ from each other.')
     after = fields.text('after')
     decision = Decision(
         prompt=prompt,
