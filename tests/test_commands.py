@@ -193,6 +193,20 @@ BAD_INPUT = [
     ),
     ('sample', ['--prompt=hi', '--json_schema=/nowhere.json'], '/nowhere.json'),
     (
+        'sample',
+        ['--prompt=hi', '--gif=/nowhere/x.gif'],
+        'error: --gif=/nowhere/x.gif: there is no directory /nowhere.',
+    ),
+    (
+        'distill',
+        [
+            '--config=configs/tiny.py',
+            '--workdir={tmp}',
+            "--config.compute.rules={{'mlp': 'tensor'}}",
+        ],
+        "error: compute.rules['mlp'] must be a tuple of different mesh axes",
+    ),
+    (
         'verify',
         ['--checkpoint=/nowhere', f'--golden={TINY_MOE}/golden.npz'],
         'error: no model at /nowhere',

@@ -238,6 +238,8 @@ def test_a_decision_gives_each_answer_a_probability(http):
     assert sum(answer['probability'] for answer in answers) == pytest.approx(1)
     response = http.post('/v1/decisions', json=body | {'answers': ['x' * 200]})
     assert response.status_code == 400 and 'a canvas has 32' in response.json()['error']['message']
+    response = http.post('/v1/decisions', json=body | {'answers': ['20', '20']})
+    assert response.status_code == 400 and 'must differ' in response.json()['error']['message']
 
 
 def test_the_model_says_what_it_can(client, http):
