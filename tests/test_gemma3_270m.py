@@ -78,8 +78,9 @@ def test_greedy_continuations_are_the_golden_ones(loaded):
 def test_what_the_shipped_student_drafts_is_verified_to_the_golden_text():
     model, params, tokenizer = load_model(f'{NAME}-student')
     model, params = for_inference(model, params)
-    settings = about_model(f'{NAME}-student')['sampling'] | {'max_new_tokens': 16}
-    config = SamplingConfig.for_tokenizer(tokenizer, temperature=0.0, **settings)
+    settings = about_model(f'{NAME}-student')['sampling']
+    settings |= {'max_new_tokens': 16, 'temperature': 0.0}
+    config = SamplingConfig.for_tokenizer(tokenizer, **settings)
     sampler = Sampler(model, config, 'lossless')
     prompts = [golden['prompt'] for golden in GOLDEN]
     _, output = generate_text(sampler, params, tokenizer, prompts, rng=jax.random.key(0))
