@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.evaluation.compare import EvalConfig, compare
+from diffusiongemma.evaluation.compare import EvalConfig, compare, looking_up
 from diffusiongemma.models import DiffusionGemma, Gemma, init_params
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
@@ -40,6 +40,12 @@ def test_the_comparison_measures_both_and_times_every_batch_size(tiny_config):
     assert found['teacher_samples']['teacher_nll'] < found['teacher_nll']
     assert found['implausible_within'] is not None
     assert found['implausible_across'] is not None
+
+
+def test_lookups_alone_take_the_place_of_every_draft(tiny_config):
+    config = SamplingConfig(lookup_ngram=2, draft_length=4, model_draft_length=2)
+    alone = looking_up(Sampler(DiffusionGemma(tiny_config), config, 'lossless')).config
+    assert alone.drafts.length == 3 and alone.model_draft_length is None
 
 
 @pytest.mark.parametrize('sizes', [(), (1, 0)])

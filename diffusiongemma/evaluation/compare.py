@@ -191,5 +191,7 @@ def _acceptance(decoded: Decoded) -> Acceptance:
 def looking_up(lossless: Sampler) -> Sampler:
     """The lossless mode with drafts from the text so far, as long as the student's own."""
     length = draft_length(lossless.model, lossless.config)
-    config = dataclasses.replace(lossless.config, drafts=PromptLookup(length), lookup_ngram=0)
+    config = dataclasses.replace(
+        lossless.config, drafts=PromptLookup(length), lookup_ngram=0, model_draft_length=None
+    )
     return dataclasses.replace(lossless, config=config)
