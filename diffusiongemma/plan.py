@@ -23,8 +23,6 @@ from diffusiongemma import run_config
 with run_config.extra_named(__name__):
     from diffusiongemma.distillation.experiment import Experiment
     from diffusiongemma.models.config import ModelConfig
-    from diffusiongemma.models.execution import product
-    from diffusiongemma.parallel import rules_with
     from diffusiongemma.planning import compiler, programs
     from diffusiongemma.planning.fit import largest_that_fits
     from diffusiongemma.planning.report import as_json, print_plan
@@ -89,9 +87,7 @@ def main(argv: list[str]) -> None:
 
     rows = experiment.data.batch_size if _WHAT.value == 'step' else _BATCH_SIZE.value
     if _FIT.value:
-        rules = dict(rules_with(experiment.compute.rules))
-        least = product(rules['batch'], mesh)
-        rows, plans = largest_that_fits(rows, least, plan)
+        rows, plans = largest_that_fits(rows, experiment.compute.batch_multiple(mesh), plan)
     else:
         plans = plan(rows)
     result: dict[str, Any] = {'config': name, 'topology': _TOPOLOGY.value}

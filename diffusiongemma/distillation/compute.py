@@ -8,7 +8,7 @@ import jax
 
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.transformer import Gemma
-from diffusiongemma.parallel import batch_sharding, on_mesh, rules_with
+from diffusiongemma.parallel import batch_sharding, batch_ways, on_mesh, rules_with
 
 M = TypeVar('M', bound=Gemma)
 
@@ -52,6 +52,10 @@ class ComputeConfig:
     def place(self, model: M, mesh: jax.sharding.Mesh) -> M:
         """The model, computed like this on a mesh."""
         return on_mesh(model.clone(execution=self.execution()), mesh, rules_with(self.rules))
+
+    def batch_multiple(self, mesh: jax.sharding.Mesh) -> int:
+        """What the rows of a batch have to be a multiple of."""
+        return self.microbatches * batch_ways(mesh, rules_with(self.rules))
 
     def batch_sharding(self, mesh: jax.sharding.Mesh, batch_size: int) -> Any:
         """Where batches are put; raises ValueError when a part is not divisible by the mesh."""

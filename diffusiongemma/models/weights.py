@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flax.traverse_util import flatten_dict, unflatten_dict
+
 from diffusiongemma.models.arrays import Params
 
 
@@ -66,8 +68,6 @@ def _kernel(inputs: str, outputs: str, published: str, **fields: Any) -> Weight:
     )
 
 
-_EXPERTS: dict[str, Any] = {'maps': ('experts',)}
-
 # By the end of the parameter's path; the longest that fits is meant.
 WEIGHTS = {
     'embedder/embedding': Weight(('vocab', 'embed'), published='embed_tokens.weight'),
@@ -81,12 +81,12 @@ WEIGHTS = {
     'mlp/up': _kernel('mlp_embed', 'mlp', 'mlp.up_proj.weight'),
     'mlp/down': _kernel('mlp', 'mlp_embed', 'mlp.down_proj.weight'),
     'experts/gate': _kernel(
-        'expert_embed', 'expert_mlp', 'experts.gate_up_proj', part=(0, 2), **_EXPERTS
+        'expert_embed', 'expert_mlp', 'experts.gate_up_proj', part=(0, 2), maps=('experts',)
     ),
     'experts/up': _kernel(
-        'expert_embed', 'expert_mlp', 'experts.gate_up_proj', part=(1, 2), **_EXPERTS
+        'expert_embed', 'expert_mlp', 'experts.gate_up_proj', part=(1, 2), maps=('experts',)
     ),
-    'experts/down': _kernel('expert_mlp', 'expert_embed', 'experts.down_proj', **_EXPERTS),
+    'experts/down': _kernel('expert_mlp', 'expert_embed', 'experts.down_proj', maps=('experts',)),
     'router/kernel': Weight(
         ('router_experts',), ('router_embed',), published='router.proj.weight'
     ),
@@ -147,14 +147,9 @@ def map_kernels(change: Callable[[Any, Weight], Any], params: Params) -> Params:
       params: nested dict of arrays, with layers stacked or not.
     """
 
-    def visit(node: dict, path: tuple[str, ...]) -> dict:
-        made = {}
-        for name, child in node.items():
-            weight = None if isinstance(child, dict) else weight_at((*path, name))
-            if isinstance(child, dict):
-                made[name] = visit(child, (*path, name))
-            else:
-                made[name] = change(child, weight) if weight and weight.large else child
-        return made
-
-    return visit(params, ())
+    flat = flatten_dict(params)
+    for path, leaf in flat.items():
+        weight = weight_at(path)
+        if weight is not None and weight.large:
+            flat[path] = change(leaf, weight)
+    return unflatten_dict(flat)

@@ -4,6 +4,7 @@ from diffusiongemma.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
 from diffusiongemma.parallel.sharding import (
     LOGICAL_AXIS_RULES,
     batch_sharding,
+    batch_ways,
     init_sharded,
     on_mesh,
     param_shardings,
@@ -17,6 +18,7 @@ __all__ = [
     'MESH_AXES',
     'MeshConfig',
     'batch_sharding',
+    'batch_ways',
     'init_sharded',
     'make_mesh',
     'on_mesh',

@@ -131,6 +131,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_ways(mesh: Mesh, rules: AxisRules = LOGICAL_AXIS_RULES) -> int:
+    """Parts that the rows of a batch are split into; their number is a multiple of it."""
+    return product(dict(rules)['batch'], mesh)
+
+
 def batch_sharding(
     mesh: Mesh, batch_size: int, rules: AxisRules = LOGICAL_AXIS_RULES
 ) -> NamedSharding:
@@ -139,8 +144,7 @@ def batch_sharding(
     Raises:
       ValueError: the batch is not divisible by these axes.
     """
-    axes = dict(rules)['batch']
-    ways = product(axes, mesh)
+    axes, ways = dict(rules)['batch'], batch_ways(mesh, rules)
     if batch_size % ways:
         raise ValueError(
             f'batch_size={batch_size} is not divisible by {" x ".join(axes)} = {ways} of the mesh; '

@@ -161,7 +161,7 @@ class SamplingConfig:
                 f'model_draft_length={self.model_draft_length} is for drafts beside lookups, but '
                 'lookup_ngram is 0: draft_length says how long drafts are.'
             )
-        if (self.model_draft_length or 0) > (self.draft_length or self.model_draft_length or 0):
+        if self.draft_length and (self.model_draft_length or 0) > self.draft_length:
             raise ValueError(
                 f'model_draft_length={self.model_draft_length} is more than '
                 f'draft_length={self.draft_length}.'
