@@ -117,7 +117,9 @@ def _check(
         raise ValueError(f'{directory}: {"; ".join(problems[:5])}{more}.')
     if left_out:
         counts = ', '.join(f'{part} ({count})' for part, count in sorted(left_out.items()))
-        logging.info('%s: skipped tensors that the text model does not need: %s', directory, counts)
+        logging.info(
+            '%s: left out, because the text model needs none of them: %s', directory, counts
+        )
     return copies
 
 
@@ -140,7 +142,7 @@ def _check_copies(copies: Mapping[str, str], reader: Reader) -> None:
         )
     if copies:
         logging.info(
-            '%s: skipped tied copies, whose values equal the imported tensors: %s',
+            '%s: tied copies left out, whose values equal those of their originals: %s',
             reader.directory,
             ', '.join(f'{name} ({original})' for name, original in copies.items()),
         )
