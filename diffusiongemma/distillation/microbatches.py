@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch computed in parts, one after another."""
+"""Gradient accumulation: computes a batch in parts, one after another."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,21 +15,21 @@ def summed_gradients(
     rows: Any,
     microbatches: int,
 ) -> tuple[Any, Metrics]:
-    """Gradients and metrics of a batch whose loss is the sum of those of its parts.
+    """Returns gradients and metrics of a batch whose loss is the sum of the losses of its parts.
 
-    Activations exist for one part at a time; what it costs is a second copy of the gradients.
+    Activations exist for one part at a time, at the cost of a second copy of the gradients.
 
     Args:
-      loss_fn: from parameters and some rows to what they add to loss and metrics.
-      params: a tree of arrays.
-      rows: leaves [B, ...].
-      microbatches: number of parts.
+      loss_fn: a function from parameters and some rows to their share of loss and metrics.
+      params: the parameters, a tree of arrays.
+      rows: the batch, a tree with leaves [B, ...].
+      microbatches: the number of parts.
 
     Returns:
-      Gradients like `params`, and metrics.
+      Gradients with the structure of `params`, and metrics.
 
     Raises:
-      ValueError: the rows can't be divided into that many parts.
+      ValueError: if the rows can't be divided into that many parts.
     """
     gradients = jax.grad(loss_fn, has_aux=True)
     batch_size = jax.tree.leaves(rows)[0].shape[0]
@@ -42,7 +42,7 @@ def summed_gradients(
         return gradients(params, rows)
 
     def split(leaf: jax.Array) -> jax.Array:
-        """Part i has rows i, i + parts, ...: rows of each device, which stay where they are."""
+        """Splits rows such that part i has rows i, i + parts, ..., which need not change device."""
         return jnp.moveaxis(leaf.reshape(-1, microbatches, *leaf.shape[1:]), 1, 0)
 
     parts = jax.tree.map(split, rows)
