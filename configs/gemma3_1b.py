@@ -8,7 +8,7 @@ files with {"prompt": "...", "response": "..."} in each line.
     --config=configs/gemma3_1b.py --workdir=DIR --config.teacher=TEACHER \
     --config.targets.source.path=TRAIN --config.eval.source.path=TEST
 
-Memory per device, computed from parameter counts and shapes and not measured:
+Memory per device, computed from parameter counts and shapes, not measured:
 
   1.024B trained x 16 bytes (float32 parameters, EMA, two Adam moments) / 8 2.0 GB
   gradients in float32 and the teacher in bfloat16, x 6 bytes / 8           0.8 GB
@@ -18,7 +18,7 @@ Memory per device, computed from parameter counts and shapes and not measured:
   attention weights                                                         6.3 GB
   together                                                                 40.8 GB
 
-Learning rate and number of steps are starting points: nobody has tuned them.
+The learning rate and the number of steps are untuned starting points.
 """
 
 from ml_collections import ConfigDict
@@ -29,38 +29,38 @@ from diffusiongemma.distillation.experiment import experiment_config
 def get_config() -> ConfigDict:
     return experiment_config(
         {
-            'dtype': 'bfloat16',  # of the computation; the state of training is float32
-            # The state would fit one device, not with logits beside it that are worth a batch.
+            'dtype': 'bfloat16',  # for the computation; the training state is float32
+            # The state would fit one device, but not together with the logits of a useful batch.
             'mesh': {'fsdp': 8},
             'canvas_length': 64,  # a sentence or two
-            # Stage 0: the teacher answers these prompts; the student learns its answers. A TFDS
-            # dataset is {'kind': 'tfds', 'name': ..., 'split': 'train', 'prompt_feature': ...}.
+            # Stage 0: the teacher answers these prompts, and the student learns its answers. A TFDS
+            # dataset: {'kind': 'tfds', 'name': ..., 'split': 'train', 'prompt_feature': ...}.
             'targets': {
                 'source': {'kind': 'jsonl', 'path': 'train.jsonl'},
                 'batch_size': 256,
-                'max_new_tokens': 768,  # the canvases of a row
+                'max_new_tokens': 768,  # as many as the canvases of a row hold
             },
             'data': {
-                'batch_size': 16,  # rows, two a device
+                'batch_size': 16,  # rows, two per device
                 'row_length': 1024,
-                'canvases_per_row': 12,  # 768 tokens: three quarters of a row are responses
-                # Some canvases start inside a response, as where a decoder was cut short.
+                'canvases_per_row': 12,  # 768 tokens: three quarters of a row may be responses
+                # Some canvases start inside a response, as after a canvas that was cut short.
                 'random_offset_rate': 0.1,
             },
-            # The sampler's own trajectories once single steps are learned.
+            # Training on the sampler's own trajectories starts after single steps are learned.
             'stage2': {'first_step': 6_000},
             'optimizer': {
-                # Below what such a model was trained with, since its weights are to be kept.
+                # Lower than in pretraining, so that the weights stay close to the teacher's.
                 'learning_rate': 5e-5,
-                'warmup_steps': 300,  # Adam's second moments need them
+                'warmup_steps': 300,  # Adam's second moments need these steps
             },
             'train': {
                 'num_steps': 10_000,
-                'checkpoint_every': 1_000,  # 16 GB each: parameters, EMA, moments
+                'checkpoint_every': 1_000,  # 16 GB each: parameters, EMA and moments
             },
             'sampling': {'max_new_tokens': 768, 'max_denoising_steps': 32, 'temperature': 0.0},
             'eval': {
-                # Responses count as right where they are TEST's to the letter: short answers.
+                # A response is correct if it equals TEST's exactly, so use short answers.
                 'source': {'kind': 'jsonl', 'path': 'test.jsonl', 'size': 256},
                 'sweep': {
                     'entropy_bound': (0.02, 0.1, 0.5),

@@ -1,13 +1,13 @@
 """Trains a light denoiser that drafts for the pretrained Gemma 3 270M.
 
-Meant for one GPU with 80 GB, and to end within 12 minutes there: the teacher continues all 10,000
-windows of the Python standard library's training files, then six draft layers are trained on them.
-The same on 2 CPU cores, over hours, is configs/gemma3_270m_light.py.
+Meant for one GPU with 80 GB, with a target of 12 minutes: the teacher continues all 10,000 windows
+of the Python standard library's training files, then six draft layers are trained on them.
+configs/gemma3_270m_light.py is the version for 2 CPU cores, which takes hours.
 
   XLA_PYTHON_CLIENT_MEM_FRACTION=.9 python -m diffusiongemma.distill \
     --config=configs/gemma3_270m_light_gpu.py --workdir=DIR
 
-Nobody has run it on a GPU yet. Its step, compiled for a CPU, takes 36 GB.
+It has not been run on a GPU yet. Its step, compiled for a CPU, takes 36 GB.
 """
 
 import runpy
@@ -20,15 +20,15 @@ ON_CPU = Path(__file__).with_name('gemma3_270m_light.py')
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(ON_CPU))['get_config']()
-    config.dtype = 'bfloat16'  # of the computation; the state of training is float32
+    config.dtype = 'bfloat16'  # for the computation; the training state is float32
     config.light.update({'layers': (0, 1, 5, 11, 16, 17), 'serial_rank': 256})
     config.canvas_length = 16
     config.targets.update({'batch_size': 512, 'max_new_tokens': 192})
     del config.targets.source.size  # all windows
     config.data.update({'batch_size': 32, 'workers': 4})
-    # There are texts of the teacher enough: canvases start in these alone.
+    # The teacher's texts suffice here, so canvases start in these alone.
     config.drafting.update({'prompts': False, 'anchors_per_row': 64, 'held_out': 256})
     config.optimizer.update({'learning_rate': 6e-4, 'warmup_steps': 100, 'ema_decay': 0.999})
     config.train = {'num_steps': 5_000, 'report_every': 50, 'checkpoint_every': 500}
-    del config.sampling.draft_length, config.sampling.model_draft_length  # the whole canvas
+    del config.sampling.draft_length, config.sampling.model_draft_length  # drafts fill the canvas
     return config

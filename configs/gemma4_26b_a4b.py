@@ -1,7 +1,7 @@
 r"""Turns Gemma 4 26B-A4B into a diffusion student of its own autoregressive weights.
 
 Meant for a v5p-128 slice: 64 TPU v5p with 95 GB, topology 4x4x4, the default of launch/tpu_vm.sh
-and launch/gke_xpk.sh, which run this on all of its hosts. TEACHER is the directory of the
+and launch/gke_xpk.sh, which run this command on all of its hosts. TEACHER is the directory of the
 downloaded google/gemma-4-26B-A4B-it (config.json, safetensors and tokenizer.model); TRAIN and TEST
 are JSONL files with {"prompt": "...", "response": "..."} in each line.
 
@@ -9,23 +9,23 @@ are JSONL files with {"prompt": "...", "response": "..."} in each line.
     --config=configs/gemma4_26b_a4b.py --workdir=DIR --config.teacher=TEACHER \
     --config.targets.source.path=TRAIN --config.eval.source.path=TEST
 
-Memory of a chip: state, gradients and teacher computed from shapes, all of it by the TPU compiler
-(docs/scaling_plan.md has the command; 64 chips with fsdp 64 need 36.4 GB, 32 chips 50.8 GB, and
-eight are too few at 164 GB):
+Memory per chip. State, gradients and teacher are computed from shapes; the total comes from the TPU
+compiler (docs/scaling_plan.md has the command). 64 chips with fsdp=64 need 36.4 GB each and 32
+chips 50.8 GB; eight chips are too few, because each would need 164 GB:
 
   25.25B trained x 16 bytes (float32 parameters, EMA, two Adam moments) / 64 6.3 GB
   gradients in float32 and the teacher in bfloat16, x 6 bytes / 64           2.4 GB
-  together with all else that a step takes                                29.8 GB
+  together with everything else in a step                                 29.8 GB
 
-A step takes at least 0.77 s of products and, in part beside them, 0.51 s of the interconnect, by
-the same plan at published peaks; not measured. It reads 64 rows of 1,024 tokens, of which at most
-768 are a response: 5,000 steps are 246M response tokens and 64 minutes at the least.
+By the same plan, at published peak rates and not measured, a step takes at least 0.77 s of matrix
+products and 0.51 s of communication, which partly overlap. It reads 64 rows of 1,024 tokens, of
+which at most 768 are a response: 5,000 steps are 246M response tokens and at least 64 minutes.
 
-Eight GPUs with 80 GB hold the state (57 GB each) and not the step; adapters alone are trained there
-with --config.lora.rank=16 --config.mesh.expert=1 --config.data.batch_size=8.
-Export and the teacher's fingerprint pass through the host: 256 GB of its memory.
+Eight GPUs with 80 GB hold the state (57 GB each) but not a step of full training; they can train
+adapters with --config.lora.rank=16 --config.mesh.expert=1 --config.data.batch_size=8.
+The export and the teacher's fingerprint need 256 GB of host memory.
 
-Learning rate and number of steps are starting points: nobody has tuned them.
+The learning rate and the number of steps are untuned starting points.
 """
 
 from ml_collections import ConfigDict
@@ -36,43 +36,43 @@ from diffusiongemma.distillation.experiment import experiment_config
 def get_config() -> ConfigDict:
     return experiment_config(
         {
-            'dtype': 'bfloat16',  # of the computation; the state of training is float32
-            # Tokens are exchanged along expert; fsdp alone would gather each layer's experts, which
-            # takes longer than its products.
+            'dtype': 'bfloat16',  # for the computation; the training state is float32
+            # Tokens are exchanged along `expert`; fsdp alone would gather the experts of a layer,
+            # which takes longer than the layer's matrix products.
             'mesh': {'fsdp': 8, 'expert': 8},
-            # Memory against time, see docs/scaling.md. Chunks of logits are nearly free.
+            # These save memory and cost time (docs/scaling.md); chunks of logits cost almost none.
             'compute': {'remat': 'full', 'logits_chunk': 256, 'query_block': 256},
-            # As the released denoiser, so that convert --format=hf can write the student.
+            # As in the released denoiser, so that convert --format=hf can write the student.
             'canvas_length': 256,
             'predict_next': False,
-            # Stage 0: the teacher answers these prompts; the student learns its answers. A TFDS
-            # dataset is {'kind': 'tfds', 'name': ..., 'split': 'train', 'prompt_feature': ...}.
+            # Stage 0: the teacher answers these prompts, and the student learns its answers. A TFDS
+            # dataset: {'kind': 'tfds', 'name': ..., 'split': 'train', 'prompt_feature': ...}.
             'targets': {
                 'source': {'kind': 'jsonl', 'path': 'train.jsonl'},
-                'max_new_tokens': 768,  # the canvases of a row
+                'max_new_tokens': 768,  # as many as the canvases of a row hold
             },
             'data': {
-                'batch_size': 64,  # rows, one a chip; there is room for more
+                'batch_size': 64,  # rows, one per chip; there is memory for more
                 'row_length': 1024,
-                'canvases_per_row': 3,  # 768 tokens: three quarters of a row are responses
-                # Some canvases start inside a response, as where a decoder was cut short.
+                'canvases_per_row': 3,  # 768 tokens: three quarters of a row may be responses
+                # Some canvases start inside a response, as after a canvas that was cut short.
                 'random_offset_rate': 0.1,
             },
-            # The sampler's own trajectories once single steps are learned.
+            # Training on the sampler's own trajectories starts after single steps are learned.
             'stage2': {'first_step': 3_000},
             'optimizer': {
-                # Below what such a model was trained with, since its weights are to be kept.
+                # Lower than in pretraining, so that the weights stay close to the teacher's.
                 'learning_rate': 1e-5,
-                'warmup_steps': 200,  # Adam's second moments need them
+                'warmup_steps': 200,  # Adam's second moments need these steps
             },
             'train': {
                 'num_steps': 5_000,
-                'checkpoint_every': 500,  # 404 GB each: parameters, EMA, moments
+                'checkpoint_every': 500,  # 404 GB each: parameters, EMA and moments
                 'max_to_keep': 1,
             },
             'sampling': {'max_new_tokens': 768},
             'eval': {
-                # Responses count as right where they are TEST's to the letter: short answers.
+                # A response is correct if it equals TEST's exactly, so use short answers.
                 'source': {'kind': 'jsonl', 'path': 'test.jsonl', 'size': 256},
                 'batch_size': 64,
                 'sweep': {

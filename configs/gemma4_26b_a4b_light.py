@@ -1,16 +1,16 @@
 r"""Trains a light denoiser that drafts for a frozen Gemma 4 26B-A4B.
 
-Meant for four TPU v6e with 32 GB (topology 2x2). The teacher is never trained, so that its state is
-its 51 GB of bfloat16 weights and nothing else; five dense layers of its width learn to draft what
-it will write next. TEACHER is the directory of the downloaded google/gemma-4-26B-A4B-it; TRAIN and
-TEST are JSONL files with {"prompt": "...", "response": "..."} in each line.
+Meant for four TPU v6e with 32 GB (topology 2x2). The teacher is not trained, so it takes only the
+51 GB of its bfloat16 weights. Five dense layers of its width learn to draft what it will write
+next. TEACHER is the directory of the downloaded google/gemma-4-26B-A4B-it; TRAIN and TEST are JSONL
+files with {"prompt": "...", "response": "..."} in each line.
 
   python -m diffusiongemma.distill \
     --config=configs/gemma4_26b_a4b_light.py --workdir=DIR --config.teacher=TEACHER \
     --config.targets.source.path=TRAIN --config.eval.source.path=TEST
 
-docs/scaling_plan.md says what the TPU compiler makes of it: memory, rows and hours at the least.
-Nobody has run it or tuned it: layers, vocabulary and learning rate are starting points.
+docs/scaling_plan.md has the TPU compiler's figures: memory, rows and a lower bound of the hours.
+The config has not been run or tuned: layers, vocabulary and learning rate are starting points.
 """
 
 from ml_collections import ConfigDict
@@ -21,17 +21,17 @@ from diffusiongemma.distillation.experiment import experiment_config
 def get_config() -> ConfigDict:
     return experiment_config(
         {
-            'dtype': 'bfloat16',  # of the computation; the state of training is float32
-            'mesh': {'expert': 4},  # tokens travel, experts do not
+            'dtype': 'bfloat16',  # for the computation; the training state is float32
+            'mesh': {'expert': 4},  # tokens are exchanged, experts stay on their chips
             'compute': {'logits_chunk': 512, 'query_block': 256},
             'denoiser': 'light',
             'light': {
-                'layers': (2, 9, 16, 23, 29),  # of the teacher's 30; the last one sees all tokens
-                'draft_vocab_size': 32_768,  # of 262,144; the verifier scores all
+                'layers': (2, 9, 16, 23, 29),  # of the teacher's 30; the last attends to all tokens
+                'draft_vocab_size': 32_768,  # of 262,144 tokens; the verifier scores all of them
                 'serial_rank': 256,
             },
             'canvas_length': 16,
-            'self_conditioning': False,  # drafts take one step, which has none before it
+            'self_conditioning': False,  # a draft takes one step, with no previous prediction
             'targets': {
                 'source': {'kind': 'jsonl', 'path': 'train.jsonl'},
                 'max_new_tokens': 768,

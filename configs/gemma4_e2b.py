@@ -8,7 +8,7 @@ files with {"prompt": "...", "response": "..."} in each line.
     --config=configs/gemma4_e2b.py --workdir=DIR --config.teacher=TEACHER \
     --config.targets.source.path=TRAIN --config.eval.source.path=TEST
 
-Memory per device, computed from parameter counts and shapes and not measured:
+Memory per device, computed from parameter counts and shapes, not measured:
 
   4.657B trained x 16 bytes (float32 parameters, EMA, two Adam moments) / 8 9.3 GB
   gradients in float32 and the teacher in bfloat16, x 6 bytes / 8           3.5 GB
@@ -20,7 +20,7 @@ Memory per device, computed from parameter counts and shapes and not measured:
 
 Half of the parameters (2.35B) are per-layer embeddings, which are trained and sharded too.
 
-Learning rate and number of steps are starting points: nobody has tuned them.
+The learning rate and the number of steps are untuned starting points.
 """
 
 from ml_collections import ConfigDict
@@ -31,37 +31,37 @@ from diffusiongemma.distillation.experiment import experiment_config
 def get_config() -> ConfigDict:
     return experiment_config(
         {
-            'dtype': 'bfloat16',  # of the computation; the state of training is float32
-            # All parameters lie in eighths; the state does not fit one device.
+            'dtype': 'bfloat16',  # for the computation; the training state is float32
+            # Each parameter is split into eighths, since the state does not fit one device.
             'mesh': {'fsdp': 8},
-            'canvas_length': 128,  # a paragraph; half of the released denoiser's
-            # Stage 0: the teacher answers these prompts; the student learns its answers. A TFDS
-            # dataset is {'kind': 'tfds', 'name': ..., 'split': 'train', 'prompt_feature': ...}.
+            'canvas_length': 128,  # a paragraph; half the released denoiser's length
+            # Stage 0: the teacher answers these prompts, and the student learns its answers. A TFDS
+            # dataset: {'kind': 'tfds', 'name': ..., 'split': 'train', 'prompt_feature': ...}.
             'targets': {
                 'source': {'kind': 'jsonl', 'path': 'train.jsonl'},
-                'max_new_tokens': 768,  # the canvases of a row
+                'max_new_tokens': 768,  # as many as the canvases of a row hold
             },
             'data': {
-                'batch_size': 8,  # rows, one a device; a second one would leave no room
+                'batch_size': 8,  # rows, one per device; a second one would not fit
                 'row_length': 1024,
-                'canvases_per_row': 6,  # 768 tokens: three quarters of a row are responses
-                # Some canvases start inside a response, as where a decoder was cut short.
+                'canvases_per_row': 6,  # 768 tokens: three quarters of a row may be responses
+                # Some canvases start inside a response, as after a canvas that was cut short.
                 'random_offset_rate': 0.1,
             },
-            # The sampler's own trajectories once single steps are learned.
+            # Training on the sampler's own trajectories starts after single steps are learned.
             'stage2': {'first_step': 6_000},
             'optimizer': {
-                # Below what such a model was trained with, since its weights are to be kept.
+                # Lower than in pretraining, so that the weights stay close to the teacher's.
                 'learning_rate': 3e-5,
-                'warmup_steps': 300,  # Adam's second moments need them
+                'warmup_steps': 300,  # Adam's second moments need these steps
             },
             'train': {
                 'num_steps': 10_000,
-                'checkpoint_every': 1_000,  # 75 GB each: parameters, EMA, moments
+                'checkpoint_every': 1_000,  # 75 GB each: parameters, EMA and moments
             },
             'sampling': {'max_new_tokens': 768, 'max_denoising_steps': 32, 'temperature': 0.0},
             'eval': {
-                # Responses count as right where they are TEST's to the letter: short answers.
+                # A response is correct if it equals TEST's exactly, so use short answers.
                 'source': {'kind': 'jsonl', 'path': 'test.jsonl', 'size': 256},
                 'sweep': {
                     'entropy_bound': (0.02, 0.1, 0.5),

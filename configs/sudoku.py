@@ -1,8 +1,9 @@
 """Distills the built-in teacher into a student that fills in a sudoku as one canvas.
 
 Meant for 2 CPU cores, where it takes about 50 minutes. The grid of 9 x 9 is one canvas of 96
-tokens, of which any may be settled first, where the teacher has to write row by row. Corruption is
-masked: what the clues force is settled, and stays, before what follows from it.
+tokens, which may be settled in any order, whereas the teacher has to write row by row. With masked
+corruption, a token that is settled stays, so the cells that the clues force are filled in first and
+the others follow from them.
 
   python -m diffusiongemma.distill --config=configs/sudoku.py --workdir=/tmp/sudoku
 """
@@ -16,11 +17,11 @@ def get_config() -> ConfigDict:
     return experiment_config(
         {
             'teacher': 'builtin-teacher',
-            'denoise_dtype': 'bfloat16',  # faster where the CPU has AVX512-BF16
+            'denoise_dtype': 'bfloat16',  # faster on a CPU with AVX512-BF16
             'canvas_length': 96,  # a solved grid has 90 tokens
             'predict_next': False,
-            'denoiser': 'separate',  # the encode pass stays exactly the teacher
-            'self_conditioning': False,  # settled cells say what is known
+            'denoiser': 'separate',  # the encode pass remains exactly the teacher's
+            'self_conditioning': False,  # the settled cells hold what is known
             'targets': {
                 'source': {
                     'kind': 'sudoku',
@@ -30,7 +31,7 @@ def get_config() -> ConfigDict:
                     'max_clues': 45,
                 },
                 'max_new_tokens': 96,
-                # There is one solution, which the teacher rarely finds: learn it from the data.
+                # The teacher rarely finds the only solution, so learn it from the data.
                 'sequence_level': False,
             },
             'data': {
@@ -39,7 +40,8 @@ def get_config() -> ConfigDict:
                 'canvases_per_row': 2,
             },
             'corruption': 'masked',
-            # Nor its guesses. There is no second stage: accuracy counts here, not few steps.
+            # For the same reason without the teacher's distributions; and without a second stage,
+            # since accuracy matters here, not the number of steps.
             'stage1': {'kd_weight': 0.0, 'self_conditioning_rate': 0.0},
             'optimizer': {'learning_rate': 2e-3, 'warmup_steps': 100, 'ema_decay': 0.995},
             'train': {

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launch scripts share; they source it.
+# Functions and variables of the launch scripts, which source this file.
 
 # shellcheck disable=SC2034  # read by the scripts that source this file
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -32,8 +32,8 @@ parse_arguments() {
   fi
 }
 
-# Copies the files of the project, without .git, what git ignores and virtual environments, to a new
-# directory, and sets `staged` to its name. A dry run only makes up the name.
+# Copies the project's files, except .git, ignored files and virtual environments, to a new directory
+# and sets `staged` to its name. A dry run only sets the name.
 stage() {
   staged=$(mktemp -u -d)/diffusiongemma
   if [[ -n "$dry_run" ]]; then
@@ -55,14 +55,14 @@ stage() {
   fi
 }
 
-# The arguments as one line that a shell reads as these arguments.
+# Prints the arguments as one line, quoted so that a shell reads them back as the same arguments.
 quoted() {
   local line
   line=$(printf '%q ' "$@")
   echo "${line% }"
 }
 
-# Shows a command and runs it, or only shows it.
+# Prints a command and, unless this is a dry run, runs it.
 run() {
   quoted "$@"
   if [[ -z "$dry_run" ]]; then

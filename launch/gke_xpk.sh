@@ -5,13 +5,13 @@
 #
 # Environment, with defaults:
 #   CLUSTER=diffusiongemma  WORKLOAD=distill  ZONE=us-east5-a  PROJECT=(that of gcloud)
-#   TPU_TYPE=v5p-128 (64 chips, topology 4x4x4)  IMAGE=python:3.12  base of the container
+#   TPU_TYPE=v5p-128 (64 chips, topology 4x4x4)  IMAGE=python:3.12  base image of the container
 #   CREATE=yes  creates the cluster first
 #
-# XPK puts the project's files into the image. WORKDIR has to be one directory that all pods see (a bucket
-# or Filestore that the cluster mounts). Started again with the same arguments, which XPK does where
-# pods fail, the run goes on from the last checkpoint. Whether a config fits a slice:
-# docs/scaling_plan.md; the default is the slice of configs/gemma4_26b_a4b.py.
+# XPK puts the project's files into the image. WORKDIR has to be one directory that all pods see (a
+# bucket or Filestore that the cluster mounts). When it is started again with the same arguments, as
+# XPK does after a pod fails, the run continues from the last checkpoint. docs/scaling_plan.md tells
+# whether a config fits a slice; the default is the slice of configs/gemma4_26b_a4b.py.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Distils with N real processes on the CPU of this machine, over gloo: what a pod does, in small.
+# Distils with N processes on this machine's CPU, which communicate over gloo, as a small pod.
 #
 #   launch/local_multiprocess.sh [--dry_run] N CONFIG WORKDIR [flags of diffusiongemma.distill]
 #
-# PROGRAM=train (or generate_targets, whose WORKDIR is its --output) runs another entry point.
-# Each process writes to WORKDIR/logs/process_I.log, the first one also to the terminal. The mesh of
-# the config has to cover N devices: {'data': -1} does. When one process fails the others notice
-# and fail too.
+# PROGRAM=train or PROGRAM=generate_targets runs that entry point; for generate_targets, WORKDIR is
+# its --output.
+# Each process writes to WORKDIR/logs/process_I.log, and the first one also to the terminal. The
+# config's mesh has to cover N devices, as {'data': -1} does. When one process fails, the others
+# detect it and fail too.
 set -euo pipefail
 
 dry_run=''
@@ -60,7 +61,7 @@ code=0
 for pid in "${pids[@]}"; do
   ended=0
   wait "$pid" || ended=$?
-  if [[ -n "$signalled" ]]; then # that ended `wait`, not the process, which saves and then ends
+  if [[ -n "$signalled" ]]; then # the signal ended `wait`; the process still saves its state
     signalled=''
     ended=0
     wait "$pid" || ended=$?

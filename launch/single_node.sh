@@ -3,8 +3,8 @@
 #
 #   launch/single_node.sh [--dry_run] CONFIG WORKDIR [flags of diffusiongemma.distill]
 #
-# Started again with the same arguments it goes on from the last checkpoint. A config says in its
-# docstring which machine it is meant for.
+# When it is started again with the same arguments, it continues from the last checkpoint. The
+# docstring of a config says which machine it is meant for.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
@@ -13,5 +13,5 @@ parse_arguments "$@"
 command=(python -m diffusiongemma.distill "--config=$config" "--workdir=$workdir" "${flags[@]}")
 quoted "${command[@]}"
 if [[ -z "$dry_run" ]]; then
-  exec "${command[@]}" # so that it gets the signals
+  exec "${command[@]}" # so that the process itself receives signals
 fi

@@ -7,11 +7,11 @@
 #   NODES=1  GPUS_PER_NODE=8  TIME=24:00:00  PARTITION=(the cluster's)  ACCOUNT=(yours)
 #
 # WORKDIR has to be one directory that all nodes see. SLURM sends SIGTERM two minutes before the time
-# is up: the run saves and ends, and the same command goes on with it. A job that was preempted is
-# queued again by SLURM.
+# limit: the run saves its state and ends, and the same command continues it. SLURM requeues a job
+# that was preempted.
 #
-# The default is one node with 8 GPUs. Whether a config fits: the head of a config says what its training
-# takes on a device, and `python -m diffusiongemma.plan --topology=H100:8` estimates it.
+# The default is one node with 8 GPUs. The docstring of a config says how much memory its training
+# takes per device, and `python -m diffusiongemma.plan --topology=H100:8` estimates it.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"

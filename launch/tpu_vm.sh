@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Distils on a TPU VM slice: the same command on all workers, over gcloud.
+# Distils on a TPU VM slice by running the same command on all workers over gcloud.
 #
 #   launch/tpu_vm.sh [--dry_run] CONFIG WORKDIR [flags of diffusiongemma.distill]
 #
@@ -7,12 +7,13 @@
 #   TPU_NAME=diffusiongemma  ZONE=us-east5-a  PROJECT=(that of gcloud)
 #   ACCELERATOR_TYPE=v5p-128 (64 chips, topology 4x4x4)  RUNTIME=v2-alpha-tpuv5
 #   REPOSITORY=~/diffusiongemma  where the project's files are copied to on each worker
-#   PYTHON=python3  of the workers, 3.11 or newer; a runtime's own may be older
-#   CREATE=yes  creates the slice first; otherwise it has to be there
+#   PYTHON=python3  the workers' Python, 3.11 or newer; the default of a runtime may be older
+#   CREATE=yes  creates the slice first; otherwise it has to exist
 #
-# WORKDIR has to be one directory that all workers see (Filestore, a mounted bucket). Started again
-# with the same arguments the run goes on from the last checkpoint. Whether a config fits a slice:
-# docs/scaling_plan.md; the default is the slice of configs/gemma4_26b_a4b.py.
+# WORKDIR has to be one directory that all workers see (Filestore, a mounted bucket). When it is
+# started again with the same arguments, the run continues from the last checkpoint.
+# docs/scaling_plan.md tells whether a config fits a slice; the default is the slice of
+# configs/gemma4_26b_a4b.py.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"

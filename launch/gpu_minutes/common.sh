@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# What the scripts of this folder share; they source it.
+# Functions and variables of the scripts of this folder, which source this file.
 
 # shellcheck source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-seconds=720 # of each script; what is unfinished then goes on from its checkpoint
+seconds=720 # time limit of a script; an unfinished run continues from its checkpoint later
 
 # Reads [--dry_run] OUTPUT and makes that directory.
 parse_output() {
@@ -24,12 +24,12 @@ parse_output() {
   export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.9}
 }
 
-# Seconds that this script may still use.
+# Prints the seconds that this script may still use.
 remaining() {
   echo $((seconds > SECONDS ? seconds - SECONDS : 1))
 }
 
-# Runs a command within the time that is left and keeps what it prints in OUTPUT/NAME.txt.
+# Runs a command within the remaining time and writes its output to OUTPUT/NAME.txt.
 record() {
   local name=$1
   shift

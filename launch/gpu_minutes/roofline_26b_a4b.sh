@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Within 12 minutes on one GPU with 80 GB: each pass of DiffusionGemma 26B-A4B with random weights
-# against the device's limits, with bfloat16, int8 and fp8 weights.
+# Compares each pass of DiffusionGemma 26B-A4B with the device's limits, within 12 minutes on one GPU
+# with 80 GB. The weights are random, in bfloat16, int8 and fp8.
 #
 #   launch/gpu_minutes/roofline_26b_a4b.sh [--dry_run] OUTPUT
 #
-# DEVICE=H200 names the card, H100 by default. OUTPUT gets a table for each kind of weights.
+# DEVICE=H200 names the GPU; the default is H100. A table for each kind of weights is written to
+# OUTPUT.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
