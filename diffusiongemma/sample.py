@@ -42,7 +42,7 @@ from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.sampler import MODES, main_mode
 from diffusiongemma.sampling.watch import watch
 from diffusiongemma.view.conversation import Conversation
-from diffusiongemma.view.frames import frames
+from diffusiongemma.view.frames import counted, frames
 from diffusiongemma.view.interrupt import call_interruptibly
 from diffusiongemma.view.page import write_html
 from diffusiongemma.view.terminal import show
@@ -89,7 +89,9 @@ _ACCEPTANCE = flags.DEFINE_string(
 )
 _TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k most likely tokens.', lower_bound=1)
 _TOP_P = flags.DEFINE_float(
-    'top_p', None, 'Draw from the most likely tokens of this probability.', 0.0, 1.0
+    'top_p',
+    None,
+    'Draw from the smallest set of most likely tokens whose probability reaches this, in (0, 1].',
 )
 _WEIGHTS = flags.DEFINE_enum('weights', None, sorted(WEIGHT_DTYPES), 'Weight-only quantization.')
 _REGEX = flags.DEFINE_string('regex', None, 'The answer matches this regular expression.')
@@ -276,7 +278,8 @@ def main(argv: list[str]) -> None:
         return
     print(result.text)
     print(
-        f'[{len(result.tokens)} tokens, {result.denoising_steps} denoise passes, '
+        f'[{counted(len(result.tokens), "token")}, '
+        f'{counted(result.denoising_steps, "denoise pass")}, '
         f'{result.tokens_per_pass:.2f} tokens per pass (commits and verifications counted), '
         f'{len(result.tokens) / result.seconds:,.0f} tokens/s]'
     )

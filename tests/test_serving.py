@@ -326,6 +326,8 @@ def test_a_chat_request_that_is_wrong_is_one_clear_400(http, name):
     [
         ({'prompt': None}, 'prompt must be one text or one array'),
         ({'prompt': []}, 'prompt must be one text or one array'),
+        ({'prompt': ''}, 'prompt is empty; give a text to continue, or a suffix'),
+        ({'prompt': ['']}, 'prompt is empty; give a text to continue, or a suffix'),
         ({'prompt': ['a', 'b']}, 'send one request per prompt'),
         ({'prompt': [1024]}, 'token id 1024, outside of the vocabulary of 1024'),
         ({'prompt': [True]}, 'prompt must be one text or one array'),

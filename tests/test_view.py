@@ -70,7 +70,7 @@ def test_frames_follow_the_canvas_from_noise_to_commit():
     assert first.mean_entropy == pytest.approx(7.7 / 4) and last.mean_entropy is None
     assert last.text == TOKENIZER.decode(TEXT + TEXT)
     assert all(a.seconds < b.seconds for a, b in zip(shown[:3], shown[1:4], strict=True))
-    assert 'canvas 1: step 1, 1.92 nats | 0 tokens, 1 denoise passes' in first.caption
+    assert 'canvas 1: step 1, 1.92 nats | 0 tokens, 1 denoise pass' in first.caption
     assert first.rate == '- tokens/s' and float(last.rate.split()[0].replace(',', '')) > 0
 
 

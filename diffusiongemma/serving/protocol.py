@@ -82,6 +82,8 @@ def read_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> Ask:
     prompt = read_prompt(fields, tokenizer)
     text = fields.text('suffix')
     suffix = encode(fields, 'suffix', text, tokenizer) if text else []
+    if body['prompt'] in ('', ['']) and not suffix:
+        raise fields.error('prompt', 'prompt is empty; give a text to continue, or a suffix.')
     ask = _ask(fields, prompt, False, limits)
     fields.end()
     return _with_suffix(ask, suffix, limits) if suffix else ask

@@ -27,6 +27,13 @@ _COLORS: dict[State, Color] = {
 }
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns the number with its noun, in the plural unless there is one: '3 tokens', '1 pass'."""
+    if number == 1:
+        return f'1 {noun}'
+    return f'{number:,} {noun}{"es" if noun.endswith("s") else "s"}'
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One token.
@@ -113,7 +120,7 @@ class Frame:
     def caption(self) -> str:
         """Where it is and what it took, in one line."""
         if not self.canvas:  # token by token
-            return f'{self.tokens} tokens, {self.denoising_steps} passes'
+            return f'{counted(self.tokens, "token")}, {counted(self.denoising_steps, "pass")}'
         refused = sum(cell.state == 'refused' for cell in self.cells)
         entropy = self.mean_entropy
         if self.step is None:
@@ -123,8 +130,8 @@ class Frame:
         if entropy is not None:
             moment += f', {entropy:.2f} nats'
         return (
-            f'canvas {self.canvas}: {moment} | {self.tokens} tokens, '
-            f'{self.denoising_steps} denoise passes'
+            f'canvas {self.canvas}: {moment} | {counted(self.tokens, "token")}, '
+            f'{counted(self.denoising_steps, "denoise pass")}'
         )
 
     @property
