@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from diffusiongemma.models.arrays import AnyArray, Params
 from diffusiongemma.models.cache import KVCache
@@ -26,7 +27,8 @@ _STATIC = ('model', 'config')
 OneState = TypeVar('OneState', GenerationState, LosslessState)
 
 
-class Mode(NamedTuple, Generic[OneState]):
+@dataclasses.dataclass(frozen=True)
+class Mode(Generic[OneState]):
     """The compiled pieces of a decode mode.
 
     Attributes:
@@ -51,7 +53,7 @@ def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) 
         config: SamplingConfig,
         params: Params,
         *prompts: Any,
-        whole: tuple[jax.Array, jax.Array] | None = None,
+        whole: tuple[Int[Array, 'B P'], Int[Array, ' B']] | None = None,
         capacity: int | None = None,
     ) -> OneState:
         prepared = prefilled(model, config, params, *prompts, capacity=capacity)
@@ -93,14 +95,14 @@ def prefilled(
     model: CausalModel,
     config: SamplingConfig,
     params: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    tokens: Int[Array, 'B P'],
+    lengths: Int[Array, ' B'],
     rng: jax.Array,
     controls: Controls,
     cache: KVCache | None = None,
     *,
     capacity: int | None = None,
-) -> tuple[GenerationState, jax.Array]:
+) -> tuple[GenerationState, Float[Array, 'B D']]:
     """Caches the prompts; arguments as of a call of `Sampler`.
 
     With a `cache` they stand behind what it holds, and it must have room for the responses too.
@@ -312,7 +314,7 @@ class Sampler:
 
     def checked(
         self, tokens: AnyArray, lengths: AnyArray, rng: jax.Array, controls: Controls | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array, Controls]:
+    ) -> tuple[Int[Array, 'B P'], Int[Array, ' B'], jax.Array, Controls]:
         """The arguments of a call, tokens and lengths as int32 arrays; raises ValueError."""
         shape = np.shape(tokens)
         if len(shape) != 2 or 0 in shape:
