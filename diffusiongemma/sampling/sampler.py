@@ -1,6 +1,7 @@
 """The sampler that other code imports: checks its input, then runs one compiled program."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -68,7 +69,7 @@ def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) 
     ) -> SamplerOutput:
         state = jax.lax.while_loop(
             lambda state: state.running,
-            lambda state: advance(model, config, params, state),
+            functools.partial(advance, model, config, params),
             start(model, config, params, *prompts),
         )
         return state.output()
@@ -79,7 +80,7 @@ def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) 
         before = state.finished
         return jax.lax.while_loop(
             lambda state: state.running & jnp.all(state.finished == before),
-            lambda state: advance(model, config, params, state),
+            functools.partial(advance, model, config, params),
             state,
         )
 
@@ -171,14 +172,13 @@ class Sampler:
             raise ValueError(f'mode must be one of {sorted(MODES)}, got {self.mode!r}.')
         drafts = self.mode == 'lossless' and self.config.drafts is not None
         longest = passes.canvas_length(self.model)
-        has_canvas = longest > 0
-        if self.mode != 'autoregressive' and not (drafts or has_canvas):
+        if self.mode != 'autoregressive' and not (drafts or longest):
             raise ValueError(
                 f'mode {self.mode!r} needs a model with a canvas, but canvas_length of this '
                 f'{type(self.model).__name__} is 0. Use a DiffusionGemma, or '
                 "mode='autoregressive'."
             )
-        light = passes.light_config(self.model) if has_canvas else None
+        light = passes.light_config(self.model) if longest else None
         if self.mode == 'diffusion' and light is not None:
             raise ValueError(
                 'a light denoiser drafts for the teacher, which has to verify it: use '
@@ -286,8 +286,7 @@ class Sampler:
         before = None
         for state in self.states(params, *arguments):
             after = state.output()
-            if before is None:
-                before = jax.tree.map(jnp.zeros_like, after)
+            before = before or jax.tree.map(jnp.zeros_like, after)
             if jnp.any(after.lengths > before.lengths):
                 yield self._news(before, after, block)
                 before = after
@@ -338,8 +337,7 @@ class Sampler:
         vocab_size, max_new_tokens = self.model.config.vocab_size, self.config.max_new_tokens
         if is_known(tokens) and is_known(lengths):
             check_prompts(np.asarray(tokens), np.asarray(lengths), vocab_size)
-            limit = passes.max_positions(self.model)
-            check_fits(np.asarray(lengths), max_new_tokens, limit)
+            check_fits(np.asarray(lengths), max_new_tokens, passes.max_positions(self.model))
         controls = Controls() if controls is None else controls
         controls.check(shape[0], vocab_size, max_new_tokens)
         limits = (self.config.top_k, self.config.top_p, controls.top_p)
