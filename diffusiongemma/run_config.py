@@ -25,7 +25,7 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import guard
 from diffusiongemma.parallel import processes
 from diffusiongemma.sampling.config import SamplingConfig
-from diffusiongemma.view.interrupt import is_busy
+from diffusiongemma.view.interrupt import call_interruptibly, is_busy
 
 # What the chips of a TPU are on the machine that they belong to.
 _TPU_FILES = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
@@ -158,7 +158,11 @@ class _OwnMessages(py_logging.Filter):
         return record.levelno >= py_logging.WARNING and self.EXPECTED not in record.getMessage()
 
 
-def run_main(main: Callable[[list[str]], None], config: type | None = None) -> None:
+def run_main(
+    main: Callable[[list[str]], None],
+    config: type | None = None,
+    is_interruptible: Callable[[], bool] = lambda: False,
+) -> None:
     """Runs an absl program; what the user can mend ends in one line on stderr and exit code 1.
 
     The traceback is logged with --verbosity=1.
@@ -166,6 +170,8 @@ def run_main(main: Callable[[list[str]], None], config: type | None = None) -> N
     Args:
       main: takes the arguments that are no flags.
       config: the dataclass that reads --config; all its keys can be set on the command line.
+      is_interruptible: whether Ctrl-C ends `main` at once, even while XLA compiles; it then runs in
+        another thread. Asked when flags are known.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -176,7 +182,10 @@ def run_main(main: Callable[[list[str]], None], config: type | None = None) -> N
         if flags.FLAGS.verbosity <= 0:
             logging.get_absl_handler().addFilter(_OwnMessages())
         try:
-            main(argv)
+            if is_interruptible():
+                call_interruptibly(functools.partial(main, argv))
+            else:
+                main(argv)
             _leave_compiling_thread(0)
         except guard.Preempted as stopped:
             logging.info('%s', stopped)

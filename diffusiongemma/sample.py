@@ -37,13 +37,12 @@ from diffusiongemma.constraints.grammar import from_json_schema, from_regex
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.quantization import WEIGHT_DTYPES
-from diffusiongemma.sampling import Controls, Sampler, generate_text, pad_prompts
+from diffusiongemma.sampling import Controls, Sampler, decode_responses, pad_prompts
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.sampler import MODES, main_mode
 from diffusiongemma.sampling.watch import watch
 from diffusiongemma.view.conversation import Conversation
 from diffusiongemma.view.frames import counted, frames
-from diffusiongemma.view.interrupt import call_interruptibly
 from diffusiongemma.view.page import write_html
 from diffusiongemma.view.terminal import show
 
@@ -174,16 +173,14 @@ def constraint(tokenizer: Tokenizer, vocab_size: int) -> Controls | None:
 
 def answer(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls | None) -> Answer:
     """Answers `prompt` twice, the second time to measure it."""
-    sampler, params, tokenizer = loaded.sampler, loaded.params, loaded.tokenizer
-
-    def run():
-        result = generate_text(sampler, params, tokenizer, [prompt], rng=rng, controls=controls)
-        return jax.block_until_ready(result)
-
-    run()  # compiles
-    start = time.perf_counter()
-    (text,), output = run()
-    seconds = time.perf_counter() - start
+    sampler, tokenizer = loaded.sampler, loaded.tokenizer
+    tokens, lengths = pad_prompts([tokenizer.format_prompt(prompt)], tokenizer.pad_id, multiple=64)
+    for _ in range(2):  # the first time it compiles
+        start = time.perf_counter()
+        output = sampler(loaded.params, tokens, lengths, rng=rng, controls=controls)
+        jax.block_until_ready(output)
+        seconds = time.perf_counter() - start
+    (text,) = decode_responses(tokenizer, output)
     return Answer(
         text=text,
         tokens=np.asarray(output.tokens)[0, : int(output.lengths[0])].tolist(),
@@ -271,8 +268,8 @@ def main(argv: list[str]) -> None:
         return
     controls = constraint(loaded.tokenizer, loaded.sampler.model.config.vocab_size)
     if watched:
-        call_interruptibly(lambda: show_steps(loaded, prompt, rng, controls))
-    result = call_interruptibly(lambda: answer(loaded, prompt, rng, controls))
+        show_steps(loaded, prompt, rng, controls)
+    result = answer(loaded, prompt, rng, controls)
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(result)))
         return
@@ -286,4 +283,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_config.run_main(main)
+    # A chat hears Ctrl-C itself: it stops the answer, not the program.
+    run_config.run_main(main, is_interruptible=lambda: _PROMPT.value is not None)

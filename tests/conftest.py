@@ -41,6 +41,11 @@ COMPILE_FAST = os.environ['XLA_FLAGS'].removesuffix(_DEVICES).strip()
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+import shape_checks  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Before any of them is imported. Processes that tests start have no checks, as users have none.
+install_import_hook(shape_checks.CHECKED, 'shape_checks.typechecked')
 
 from diffusiongemma.models import (  # noqa: E402
     AttentionConfig,

@@ -19,7 +19,7 @@ from diffusiongemma.distillation.state import TrainState
 from diffusiongemma.distillation.throughput import PROFILE_DIR, Throughput, Trace
 from diffusiongemma.parallel import init_sharded, processes, state_shardings
 
-StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+StepFn = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 STEPS_AHEAD = 2  # dispatched while one runs
 
 
@@ -83,12 +83,13 @@ def fit(
     description: str,
     batch_sharding: jax.sharding.Sharding,
     batch_size: int,
+    constants: tuple[Any, ...] = (),
     evaluate: Callable[[Any], dict[str, jax.Array]] | None = None,
 ) -> TrainState:
     """Trains until `config.num_steps`, from wherever `state` and `batches` stand.
 
     Args:
-      train_step: (state, batch) -> (state, metrics), compiled.
+      train_step: (state, *constants, batch) -> (state, metrics), compiled.
       state: the state to start from; donated.
       batches: their place is saved beside the parameters.
       store: where checkpoints go.
@@ -97,6 +98,7 @@ def fit(
       description: shown in front of the progress bar.
       batch_sharding: where batches are put.
       batch_size: rows of a batch, over all processes.
+      constants: what every step reads and none changes.
       evaluate: further metrics of the averaged parameters, computed at every report.
 
     Returns:
@@ -116,9 +118,9 @@ def fit(
         for step in range(first_step + 1, config.num_steps + 1):
             with throughput.waiting_for_data():
                 batch = processes.global_batch(next(batches), batch_sharding, batch_size)
-            throughput.add(state, batch)
+            throughput.add(state, *constants, batch)
             with trace.step(step):
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, *constants, batch)
             steps_metrics.append(metrics)
             # Steps are queued; more of them than keep the device busy would only delay a stop.
             jax.block_until_ready(steps_metrics[-STEPS_AHEAD - 1 : -STEPS_AHEAD])

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from diffusiongemma.distillation.teacher import TeacherDistribution
 
@@ -67,29 +68,29 @@ def over_positions(score: Callable[..., Any], chunk: int, shape: Sequence[int], 
     return jax.tree.map(lambda leaf: restore(join(leaf)), results)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(logits: Float[Array, '*B V'], labels: Int[Array, '*B']) -> Float[Array, '*B']:
     """-log softmax(logits)[labels] in nats: [..., V], [...] int32 -> [...] float32."""
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
 
 
-def mean_weights(mask: jax.Array) -> jax.Array:
+def mean_weights(mask: Shaped[Array, '*B']) -> Float[Array, '*B']:
     """float32 weights that make a sum the mean over `mask`; all 0 where nothing is masked in."""
     mask = mask.astype(jnp.float32)
     return mask / jnp.maximum(jnp.sum(mask), 1.0)
 
 
-def before(target_mask: jax.Array) -> jax.Array:
+def before(target_mask: Bool[Array, 'B L']) -> Bool[Array, 'B L']:
     """The places [B, L] whose next token is a target; a row's first token never is one."""
     return jnp.roll(target_mask, -1, axis=1)
 
 
 def denoise_loss(
-    logits: jax.Array,
-    canvas: jax.Array,
+    logits: Float[Array, '*B V'],
+    canvas: Int[Array, '*B'],
     teacher: TeacherDistribution,
-    kl_weight: jax.Array,
-) -> jax.Array:
+    kl_weight: Float[Array, '*B'],
+) -> Float[Array, '*B']:
     """(1 - w) CE(x | q_S) + w KL(p_T || q_S) for each canvas position.
 
     Args:

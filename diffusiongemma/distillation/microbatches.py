@@ -1,5 +1,6 @@
 """Gradient accumulation: a batch computed in parts, one after another."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,37 +10,34 @@ import jax.numpy as jnp
 Metrics = dict[str, jax.Array]
 
 
-def summed_gradients(
-    loss_fn: Callable[[Any, Any], tuple[jax.Array, Metrics]],
-    params: Any,
-    rows: Any,
-    microbatches: int,
-) -> tuple[Any, Metrics]:
-    """Gradients and metrics of a batch whose loss is the sum of those of its parts.
+Gradients = Callable[[Any, Any], tuple[Any, Metrics]]
+
+
+def in_microbatches(gradients: Gradients, microbatches: int) -> Gradients:
+    """Returns `gradients` of a batch whose loss is the sum of those of its parts.
 
     Activations exist for one part at a time; what it costs is a second copy of the gradients.
 
     Args:
-      loss_fn: from parameters and some rows to what they add to loss and metrics.
-      params: a tree of arrays.
-      rows: leaves [B, ...].
-      microbatches: number of parts.
-
-    Returns:
-      Gradients like `params`, and metrics.
+      gradients: from parameters and rows, leaves [B, ...], to gradients and metrics of what the
+        rows add to the loss.
+      microbatches: number of parts; with 1 `gradients` is returned as it is.
 
     Raises:
-      ValueError: the rows can't be divided into that many parts.
+      ValueError: the rows of a call can't be divided into that many parts.
     """
-    gradients = jax.grad(loss_fn, has_aux=True)
+    if microbatches == 1:
+        return gradients
+    return functools.partial(_summed, gradients, microbatches)
+
+
+def _summed(gradients: Gradients, microbatches: int, params: Any, rows: Any) -> tuple[Any, Metrics]:
     batch_size = jax.tree.leaves(rows)[0].shape[0]
     if microbatches < 1 or batch_size % microbatches:
         raise ValueError(
             f'a batch of {batch_size} rows does not divide into microbatches={microbatches}; '
             f'use a divisor of {batch_size}.'
         )
-    if microbatches == 1:
-        return gradients(params, rows)
 
     def split(leaf: jax.Array) -> jax.Array:
         """Part i has rows i, i + parts, ...: rows of each device, which stay where they are."""

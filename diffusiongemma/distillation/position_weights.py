@@ -5,6 +5,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 ACCEPTED_LENGTH, DECAY, EQUAL = 'accepted_length', 'decay', 'equal'
 
@@ -12,7 +13,9 @@ ACCEPTED_LENGTH, DECAY, EQUAL = 'accepted_length', 'decay', 'equal'
 class PositionWeights(Protocol):
     """What the places of a draft are worth; hashable."""
 
-    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+    def weights(
+        self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
+    ) -> Float[Array, '*B K']:
         """Weights [..., K] float32 without gradient, 0 where a place is not valid.
 
         Args:
@@ -26,7 +29,9 @@ class PositionWeights(Protocol):
 class EqualWeights:
     """Plain cross-entropy: every place is worth the same."""
 
-    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+    def weights(
+        self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
+    ) -> Float[Array, '*B K']:
         """See `PositionWeights`."""
         del probabilities
         return valid.astype(jnp.float32)
@@ -42,7 +47,9 @@ class DecayWeights:
         if self.gamma <= 0:
             raise ValueError(f'gamma must be > 0 places, got {self.gamma}.')
 
-    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+    def weights(
+        self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
+    ) -> Float[Array, '*B K']:
         """See `PositionWeights`."""
         decay = jnp.exp(-jnp.arange(probabilities.shape[-1]) / self.gamma)
         return jnp.where(valid, decay, 0.0)
@@ -64,7 +71,9 @@ class AcceptedLengthWeights:
         if not 0 <= self.smoothing <= 1:
             raise ValueError(f'smoothing must lie in [0, 1], got {self.smoothing}.')
 
-    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+    def weights(
+        self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
+    ) -> Float[Array, '*B K']:
         """See `PositionWeights`."""
         smoothed = (1 - self.smoothing) * probabilities + self.smoothing
         smoothed = jnp.where(valid & (probabilities > 0), smoothed, 0.0)

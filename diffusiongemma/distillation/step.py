@@ -1,5 +1,6 @@
 """The distillation step: batch -> encode -> objective -> gradients -> update."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -9,7 +10,7 @@ import optax
 
 from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.losses import before, mean_weights, over_positions
-from diffusiongemma.distillation.microbatches import summed_gradients
+from diffusiongemma.distillation.microbatches import in_microbatches
 from diffusiongemma.distillation.state import TrainState, apply_gradients
 from diffusiongemma.distillation.teacher import (
     FullDistribution,
@@ -164,8 +165,8 @@ def distillation_loss(
     teacher: Gemma,
     objective: Objective,
     ar_weight: float,
-    params: Params,
     constants: Constants,
+    params: Params,
     rows: Rows,
     combine: Combine = join_parts,
 ) -> tuple[jax.Array, Metrics]:
@@ -176,14 +177,16 @@ def distillation_loss(
       teacher: the AR Gemma.
       objective: of the denoise pass.
       ar_weight: weight of the causal KL.
-      params: the trained part of the student's parameters.
-      constants: the rest, and the teacher's.
+      constants: the frozen part of the student's parameters, and the teacher's.
+      params: the trained part.
       rows: of a batch (`draw_rows`), all or some.
       combine: how the parts make the whole.
 
     Returns:
       The loss [] and metrics; of some rows, their share in those of the batch.
     """
+    if combine is join_parts:
+        params = kernels_in_compute_dtype(model, params)
     params = combine(constants.student, params)
     hidden, prefix = causal_pass(model, params, rows.batch)
     said = teacher_states(model, teacher, params, constants, rows.batch, hidden)
@@ -225,16 +228,11 @@ def make_distillation_step(
         state: TrainState, constants: Constants, batch: Batch
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-        def loss_fn(params: Params, rows: Rows) -> tuple[jax.Array, Metrics]:
-            if combine is join_parts:
-                params = kernels_in_compute_dtype(model, params)
-            return distillation_loss(
-                model, teacher, objective, ar_weight, params, constants, rows, combine
-            )
-
-        rows = draw_rows(objective, key, batch)
-        grads, metrics = summed_gradients(loss_fn, state.params, rows, microbatches)
+        loss = functools.partial(
+            distillation_loss, model, teacher, objective, ar_weight, constants, combine=combine
+        )
+        gradients = in_microbatches(jax.grad(loss, has_aux=True), microbatches)
+        grads, metrics = gradients(state.params, draw_rows(objective, key, batch))
         metrics['gradient_norm'] = optax.global_norm(grads)
         return apply_gradients(state, grads, optimizer, ema_decay), metrics
 

@@ -5,17 +5,19 @@ Both forms are pytrees whose leaves share their leading axes, and both know thei
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
+@runtime_checkable
 class TeacherDistribution(Protocol):
     """p_T, a distribution over the next token for each place [...]."""
 
-    def kl(self, logits: jax.Array) -> jax.Array:
+    def kl(self, logits: Float[Array, '*B V']) -> Float[Array, '*B']:
         """KL(p_T || softmax(logits)) in nats: [..., V] -> [...] float32."""
         ...
 
@@ -32,7 +34,7 @@ class TeacherStates:
 
     values: Any
     read: Callable[[Any], TeacherDistribution]
-    hidden: jax.Array
+    hidden: Float[Array, 'B L D']
 
 
 @flax.struct.dataclass
@@ -43,9 +45,9 @@ class FullDistribution:
       logits: [..., V].
     """
 
-    logits: jax.Array
+    logits: Float[Array, '*B V']
 
-    def kl(self, logits: jax.Array) -> jax.Array:
+    def kl(self, logits: Float[Array, '*B V']) -> Float[Array, '*B']:
         """See `TeacherDistribution`."""
         target = jax.nn.log_softmax(self.logits.astype(jnp.float32), axis=-1)
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
@@ -62,19 +64,19 @@ class TopKDistribution:
       log_rest: [...] float16, log of the others' probability; -inf where k is the vocabulary.
     """
 
-    ids: jax.Array
-    log_probs: jax.Array
-    log_rest: jax.Array
+    ids: Int[Array, '*B k']
+    log_probs: Float[Array, '*B k']
+    log_rest: Float[Array, '*B']
 
     @classmethod
-    def of(cls, logits: jax.Array, k: int) -> 'TopKDistribution':
+    def of(cls, logits: Float[Array, '*B V'], k: int) -> 'TopKDistribution':
         """From all logits [..., V], with k <= V."""
         all_log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         log_probs, ids = jax.lax.top_k(all_log_probs, k)
         log_rest = _log_sum_of_others(all_log_probs, ids)
         return cls(ids, log_probs.astype(jnp.float16), log_rest.astype(jnp.float16))
 
-    def kl(self, logits: jax.Array) -> jax.Array:
+    def kl(self, logits: Float[Array, '*B V']) -> Float[Array, '*B']:
         """KL over k + 1 outcomes: each of the k tokens, and "any other".
 
         Lumping outcomes together never raises a KL (log-sum inequality: Cover and Thomas,
@@ -94,7 +96,9 @@ class TopKDistribution:
         return jnp.sum(jnp.where(jnp.isneginf(target), 0.0, terms), axis=-1)
 
 
-def _log_sum_of_others(log_probs: jax.Array, ids: jax.Array) -> jax.Array:
+def _log_sum_of_others(
+    log_probs: Float[Array, '*B V'], ids: Int[Array, '*B k']
+) -> Float[Array, '*B']:
     """Log of the summed probability [...] of the tokens that are not in ids [..., k].
 
     The sum runs over the others themselves: 1 - (sum of the k) would be all rounding where the k

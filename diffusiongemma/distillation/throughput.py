@@ -43,11 +43,11 @@ class Throughput:
         yield
         self._waited += time.perf_counter() - start
 
-    def add(self, state: Any, batch: dict[str, jax.Array]) -> None:
-        """A step on this batch begins."""
+    def add(self, *arguments: Any) -> None:
+        """A step begins; the last of its arguments is a batch."""
         if math.isnan(self._flops):
-            self._flops = self._count(state, batch).model
-        self._tokens += batch['tokens'].size
+            self._flops = self._count(*arguments).model
+        self._tokens += arguments[-1]['tokens'].size
         self._steps += 1
 
     def measure(self) -> dict[str, float]:

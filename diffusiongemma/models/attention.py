@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.execution import Execution
@@ -59,8 +60,10 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm(**norm, init_value=init_value)
 
     def keys_and_values(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        x: Float[Array, 'B M T D'],
+        rope: tuple[Float[Array, 'B M T h'], Float[Array, 'B M T h']],
+    ) -> tuple[Float[Array, 'B K M T H'], Float[Array, 'B K M T H']]:
         """Keys and values [B, K, M, T, H] of M blocks of T tokens x [B, M, T, D].
 
         Not for a layer that shares an earlier one's.
@@ -79,12 +82,12 @@ class Attention(nn.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        x: Float[Array, 'B M T D'],
+        rope: tuple[Float[Array, 'B M T h'], Float[Array, 'B M T h']],
         mask: AttentionMask | CausalMask,
-        prefix_kv: tuple[jax.Array, jax.Array],
-        block_kv: tuple[jax.Array, jax.Array],
-    ) -> jax.Array:
+        prefix_kv: tuple[Float[Array, 'B K S H'], Float[Array, 'B K S H']],
+        block_kv: tuple[Float[Array, 'B K M T H'], Float[Array, 'B K M T H']],
+    ) -> Float[Array, 'B M T D']:
         """Attends from M blocks of T tokens to the prefix and to their own block.
 
         Args:
@@ -109,18 +112,18 @@ class Attention(nn.Module):
         output = self._project('bmtnh,nhd->bmtd', context, self.output)
         return output.astype(self.dtype)
 
-    def _project(self, equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def _project(self, equation: str, x: Float[Array, '...'], kernel: Any) -> Float[Array, '...']:
         return project(equation, x, kernel, self.execution.output_major)
 
 
 def attend_in_blocks(
-    query: jax.Array,
-    block_kv: tuple[jax.Array, jax.Array],
-    prefix_kv: tuple[jax.Array, jax.Array],
+    query: Float[Array, 'B M T N H'],
+    block_kv: tuple[Float[Array, 'B K M L H'], Float[Array, 'B K M L H']],
+    prefix_kv: tuple[Float[Array, 'B K S H'], Float[Array, 'B K S H']],
     mask: AttentionMask | CausalMask,
     query_block: int,
     keys_first: bool = False,
-) -> jax.Array:
+) -> Float[Array, 'B M T N H']:
     """`attend` for some queries at a time, whose scores and mask alone are in memory.
 
     A part has every n-th query, so that each device of a sharded row works on each of them; in
@@ -128,7 +131,7 @@ def attend_in_blocks(
 
     Args:
       query: [B, M, T, N, H].
-      block_kv: [B, K, M, T, H] each.
+      block_kv: [B, K, M, L, H] each, of L = T tokens.
       prefix_kv: [B, K, S, H] each; S may be 0.
       mask: who sees whom; a `CausalMask` only where there is more than one part.
       query_block: most queries of a block at a time; 0 for all.
@@ -162,12 +165,12 @@ def in_parts(length: int, query_block: int) -> bool:
 
 
 def attend(
-    query: jax.Array,
-    block_kv: tuple[jax.Array, jax.Array],
-    prefix_kv: tuple[jax.Array, jax.Array],
+    query: Float[Array, 'B M T N H'],
+    block_kv: tuple[Float[Array, 'B K M L H'], Float[Array, 'B K M L H']],
+    prefix_kv: tuple[Float[Array, 'B K S H'], Float[Array, 'B K S H']],
     mask: AttentionMask,
     keys_first: bool = False,
-) -> jax.Array:
+) -> Float[Array, 'B M T N H']:
     """Softmax attention over prefix and block without joining their keys in memory.
 
     Args:
@@ -210,7 +213,9 @@ def attend(
     return context.astype(query.dtype).reshape(b, m, t, n, h)
 
 
-def _scores_keys_first(query: jax.Array, key: jax.Array) -> jax.Array:
+def _scores_keys_first(
+    query: Float[Array, 'B K M R H'], key: Float[Array, 'B K S H']
+) -> Float[Array, 'B K M R S']:
     """[B, K, M, R, H], [B, K, S, H] -> [B, K, M, R, S] float32."""
     b, k, m, r, h = query.shape
     # Without the barrier XLA turns the product round, so that it need not be transposed.

@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from diffusiongemma.models.backbone import ACTIVATION_AXES, Backbone, PassContext
 from diffusiongemma.models.cache import Prefix
@@ -34,7 +35,9 @@ class SelfConditioning(nn.Module):
     execution: Execution = Execution()
 
     @nn.compact
-    def __call__(self, embeddings: jax.Array, soft_embeddings: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, embeddings: Float[Array, '*B D'], soft_embeddings: Float[Array, '*B D'] | None
+    ) -> Float[Array, '*B D']:
         """[..., D], and [..., D] or None at the first step -> [..., D]."""
         config = self.config
         if soft_embeddings is None:
@@ -102,14 +105,14 @@ class DiffusionGemma(Gemma):
 
     def denoise_hidden(
         self,
-        canvas: jax.Array,
-        starts: jax.Array,
-        segment_ids: jax.Array,
+        canvas: Int[Array, 'B M C'],
+        starts: Int[Array, 'B M'],
+        segment_ids: Int[Array, 'B M'],
         prefix: Prefix,
-        soft_embeddings: jax.Array | None = None,
-        previous: jax.Array | None = None,
-        teacher_state: jax.Array | None = None,
-    ) -> jax.Array:
+        soft_embeddings: Float[Array, 'B M C D'] | None = None,
+        previous: Int[Array, 'B M'] | None = None,
+        teacher_state: Float[Array, 'B M D'] | None = None,
+    ) -> Float[Array, 'B M C D']:
         """The denoise pass over M canvases per row (sampling: M = 1), short of the logits.
 
         Args:
@@ -165,14 +168,14 @@ class DiffusionGemma(Gemma):
 
     def denoise(
         self,
-        canvas: jax.Array,
-        starts: jax.Array,
-        segment_ids: jax.Array,
+        canvas: Int[Array, 'B M C'],
+        starts: Int[Array, 'B M'],
+        segment_ids: Int[Array, 'B M'],
         prefix: Prefix,
-        soft_embeddings: jax.Array | None = None,
-        previous: jax.Array | None = None,
-        teacher_state: jax.Array | None = None,
-    ) -> jax.Array:
+        soft_embeddings: Float[Array, 'B M C D'] | None = None,
+        previous: Int[Array, 'B M'] | None = None,
+        teacher_state: Float[Array, 'B M D'] | None = None,
+    ) -> Float[Array, 'B M C V']:
         """`denoise_hidden` and the head: float32 logits [B, M, C, V].
 
         Tokens outside of a draft vocabulary have logits of -inf. There is no serial correction:
@@ -185,27 +188,29 @@ class DiffusionGemma(Gemma):
         whole = jnp.full((*logits.shape[:-1], self.config.vocab_size), -jnp.inf, logits.dtype)
         return whole.at[..., self.draft_ids].set(logits)
 
-    def draft_logits(self, hidden: jax.Array) -> jax.Array:
+    def draft_logits(self, hidden: Float[Array, '*B D']) -> Float[Array, '*B Vd']:
         """[..., D] -> float32 soft-capped logits [..., Vd] of the draft vocabulary, else of V."""
         if self.light is None or not self.light.draft_vocab_size:
             return self.unembed(hidden)
         return self.embedder.decode(hidden, self.draft_table())
 
-    def score_tokens(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    def score_tokens(
+        self, hidden: Float[Array, 'B K D'], tokens: Int[Array, 'B P']
+    ) -> Float[Array, 'B K P']:
         """Logits of some tokens alone: [B, K, D], [B, P] int32 -> float32 [B, K, P]."""
 
-        def of_row(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+        def of_row(hidden: Float[Array, 'K D'], tokens: Int[Array, ' P']) -> Float[Array, 'K P']:
             return self.embedder.decode(hidden, self.embedder.embedding[tokens])
 
         return jax.vmap(of_row)(hidden, tokens)
 
-    def draft_table(self) -> jax.Array:
+    def draft_table(self) -> Float[Array, 'Vd D']:
         """Rows of the embedding [Vd, D] of the draft vocabulary's tokens."""
         if self.execution.gather_draft_head:
             return self.draft_head
         return jnp.take(self.embedder.embedding, self.draft_ids, axis=0)
 
-    def draft_rows(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draft_rows(self, tokens: Int[Array, '*B']) -> tuple[Int[Array, '*B'], Bool[Array, '*B']]:
         """Places of tokens [...] in the draft vocabulary, and whether they have one, [...] bool.
 
         Outside of it the place is Vd. Without a draft vocabulary a token is its own place.
@@ -217,24 +222,24 @@ class DiffusionGemma(Gemma):
         found = jnp.take(self.draft_ids, jnp.minimum(place, size - 1)) == tokens
         return jnp.where(found, place, size), found
 
-    def draft_tokens(self, rows: jax.Array) -> jax.Array:
+    def draft_tokens(self, rows: Int[Array, '*B']) -> Int[Array, '*B']:
         """Tokens at places [...] of the draft vocabulary: what `draft_rows` reverses."""
         if self.light is None or not self.light.draft_vocab_size:
             return rows
         return jnp.take(self.draft_ids, rows)
 
-    def serial_logits(self, previous: jax.Array) -> jax.Array:
+    def serial_logits(self, previous: Int[Array, '*B']) -> Float[Array, '*B Vd']:
         """What the logits of a draft gain by the tokens before, [...] int32 -> [..., Vd] float32.
 
         Only of a light denoiser with `serial_rank` > 0.
         """
         return self.serial(self.draft_rows(previous)[0])
 
-    def soft_embed(self, logits: jax.Array) -> jax.Array:
+    def soft_embed(self, logits: Float[Array, '*B V']) -> Float[Array, '*B D']:
         """Self-conditioning input: softmax(logits) @ embedding * sqrt(D), [..., V] -> [..., D]."""
         return self.embedder.soft_encode(logits, self.denoise_dtype)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Int[Array, 'B C']) -> Float[Array, 'B C V']:
         """Denoise logits [B, C, V] of tokens [B, C] as a canvas after themselves; for `init`."""
         batch_size, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
@@ -252,7 +257,9 @@ class DiffusionGemma(Gemma):
         return logits[:, 0]
 
 
-def _behind(first: jax.Array, rest: jax.Array, axis: int) -> jax.Array:
+def _behind(
+    first: Shaped[Array, '...'], rest: Shaped[Array, '*B'], axis: int
+) -> Shaped[Array, '*B']:
     """`first` and all of `rest` but its last element along `axis`."""
     kept = jax.lax.slice_in_dim(rest, 0, rest.shape[axis] - 1, axis=axis)
     return jnp.concatenate([first, kept], axis=axis)

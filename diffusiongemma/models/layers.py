@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from diffusiongemma.models.vocabulary import (
     LARGE_VOCABULARY,
@@ -35,7 +37,7 @@ def weight(
     init: nn.initializers.Initializer,
     shape: Sequence[int],
     output_major: bool = False,
-) -> jax.Array:
+) -> Any:
     """Creates a float32 parameter as it is declared in `models/weights.py`.
 
     Args:
@@ -46,19 +48,19 @@ def weight(
       output_major: whether the output axes are in front (`Execution.output_major`).
 
     Returns:
-      [*maps, *inputs, *outputs], or [*maps, *outputs, *inputs].
+      [*maps, *inputs, *outputs], or [*maps, *outputs, *inputs]; quantized where `apply` is given
+      it so.
     """
     declaration = WEIGHTS[declared]
     axes, sizes = declaration.axes, tuple(shape)
     if output_major:
         axes, sizes = declaration.outputs_first(axes), declaration.outputs_first(sizes)
     partitioned = nn.with_logical_partitioning(init, axes)
-    parameter: Any = module.param(declared.split('/')[-1], partitioned, sizes, jnp.float32)
-    return parameter
+    return module.param(declared.split('/')[-1], partitioned, sizes, jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def contract(equation: str, x: Float[Array, '...'], y: Float[Array, '...']) -> Float[Array, '...']:
     """Product of two arrays, named as for einsum, summed in float32: returns float32.
 
     Its gradients are such products too, of operands in the dtypes of x and y: of bfloat16
@@ -74,11 +76,15 @@ def contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
-def _contract_forward(equation: str, x: jax.Array, y: jax.Array):
+def _contract_forward(equation: str, x: Float[Array, '...'], y: Float[Array, '...']):
     return contract(equation, x, y), (x, y)
 
 
-def _contract_backward(equation: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array):
+def _contract_backward(
+    equation: str,
+    operands: tuple[Float[Array, '*X'], Float[Array, '*Y']],
+    gradient: Float[Array, '...'],
+) -> tuple[Float[Array, '*X'], Float[Array, '*Y']]:
     x, y = operands
     of_x, of_y, of_result = re.split(',|->', equation)
     gradient = gradient.astype(x.dtype)
@@ -98,14 +104,14 @@ def is_quantized(kernel: Any) -> bool:
     return hasattr(kernel, 'qvalue')
 
 
-def as_operand(kernel: Any, dtype: jnp.dtype) -> Any:
+def as_operand(kernel: Any, dtype: DTypeLike) -> Any:
     """The weights as products take them: in `dtype`, or quantized as they are."""
     return kernel if is_quantized(kernel) else kernel.astype(dtype)
 
 
 def project(
-    equation: str, x: jax.Array, kernel: jax.Array, output_major: bool = False
-) -> jax.Array:
+    equation: str, x: Float[Array, '...'], kernel: Any, output_major: bool = False
+) -> Float[Array, '...']:
     """`contract` with a weight; what rematerialization may keep (`Execution.remat` 'dots').
 
     Args:
@@ -120,7 +126,7 @@ def project(
     return checkpoint_name(_multiply(equation, x, kernel), WEIGHT_PRODUCT)
 
 
-def _multiply(equation: str, x: jax.Array, kernel: Any) -> jax.Array:
+def _multiply(equation: str, x: Float[Array, '...'], kernel: Any) -> Float[Array, '...']:
     if is_quantized(kernel):
         import qwix  # a third of a second, which other models do without
 
@@ -133,7 +139,9 @@ def _multiply(equation: str, x: jax.Array, kernel: Any) -> jax.Array:
 FEW_ROWS = 64
 
 
-def _project_output_major(equation: str, x: jax.Array, kernel: Any) -> jax.Array:
+def _project_output_major(
+    equation: str, x: Float[Array, '...'], kernel: Any
+) -> Float[Array, '...']:
     of_x, of_kernel, of_result = re.split(',|->', equation)
     inputs = ''.join(index for index in of_kernel if index in of_x)
     outputs = ''.join(index for index in of_kernel if index not in of_x)
@@ -153,7 +161,7 @@ def _project_output_major(equation: str, x: jax.Array, kernel: Any) -> jax.Array
     return product.transpose([(rows + outputs).index(index) for index in of_result])
 
 
-def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
+def rms_normalize(x: Float[Array, '*B D'], eps: float) -> Float[Array, '*B D']:
     """x / rms(x) over the last axis, computed and returned in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
@@ -167,7 +175,7 @@ class RMSNorm(nn.Module):
     init_value: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
         init = nn.initializers.constant(self.init_value - self.scale_offset)
         scale = weight(self, 'norm/scale', init, x.shape[-1:])
         return (rms_normalize(x, self.eps) * (scale + self.scale_offset)).astype(x.dtype)
@@ -189,7 +197,7 @@ class GatedMLP(nn.Module):
         init = nn.initializers.zeros if self.zero_init_output else kernel_init(f)
         self.down = weight(self, 'mlp/down', init, (f, d), self.output_major)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
         # As one matrix of tokens: contracting several leading axes, as the gradients of the
         # kernels would, makes XLA transpose the hidden layer on CPUs, which doubles the time.
         tokens = x.reshape(-1, self.width)
@@ -213,12 +221,12 @@ class Embedder(nn.Module):
         shape = (self.vocab_size, self.width)
         self.embedding = weight(self, 'embedder/embedding', kernel_init(self.width), shape)
 
-    def encode(self, tokens: jax.Array) -> jax.Array:
+    def encode(self, tokens: Int[Array, '*B']) -> Float[Array, '*B D']:
         """[...] int32 -> [..., D], scaled by sqrt(D)."""
         scale = jnp.asarray(self.width**0.5, self.dtype)
         return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype) * scale
 
-    def soft_encode(self, logits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def soft_encode(self, logits: Float[Array, '*B V'], dtype: DTypeLike) -> Float[Array, '*B D']:
         """softmax(logits) @ embedding * sqrt(D): [..., V] -> [..., D].
 
         The softmax is taken in float32; its product with the table in `dtype`.
@@ -232,7 +240,9 @@ class Embedder(nn.Module):
             soft = product(jax.nn.softmax(rows, axis=-1).astype(dtype), table)
         return (soft * self.width**0.5).astype(dtype).reshape(*logits.shape[:-1], self.width)
 
-    def decode(self, hidden: jax.Array, table: jax.Array | None = None) -> jax.Array:
+    def decode(
+        self, hidden: Float[Array, '*B D'], table: Float[Array, 'V D'] | None = None
+    ) -> Float[Array, '*B V']:
         """[..., D] -> float32 logits [..., V], soft-capped by cap * tanh(logits / cap).
 
         `table` [n, D] holds the rows of some tokens alone, in place of the whole embedding.
@@ -246,7 +256,9 @@ class Embedder(nn.Module):
             logits = self._logits(tokens, embedding)
         return logits.reshape(*hidden.shape[:-1], len(embedding))
 
-    def _logits(self, tokens: jax.Array, table: jax.Array) -> jax.Array:
+    def _logits(
+        self, tokens: Float[Array, 't D'], table: Float[Array, 'n D']
+    ) -> Float[Array, 't n']:
         """[t, D] and rows [n, D] of the table -> [t, n]."""
         if self.output_major:  # as the table is
             logits = project('td,dv->tv', tokens, table, output_major=True)
@@ -258,8 +270,8 @@ class Embedder(nn.Module):
 
 
 def rope_tables(
-    positions: jax.Array, head_dim: int, theta: float, fraction: float, scale: float
-) -> tuple[jax.Array, jax.Array]:
+    positions: Int[Array, '*B'], head_dim: int, theta: float, fraction: float, scale: float
+) -> tuple[Float[Array, '*B h'], Float[Array, '*B h']]:
     """Cosine and sine of the rotary embedding, [..., H/2] float32 for positions [...].
 
     Frequency i is theta^(-2i/H) for i < fraction * H/2 and zero above ("proportional"
@@ -274,7 +286,9 @@ def rope_tables(
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def apply_rope(
+    x: Float[Array, '*B heads H'], cos: Float[Array, '*B h'], sin: Float[Array, '*B h']
+) -> Float[Array, '*B heads H']:
     """Rotates pairs (i, i + H/2) of x [..., heads, H] by tables [..., H/2], in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]  # broadcast over heads

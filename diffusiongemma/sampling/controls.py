@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from diffusiongemma.constraints.automaton import START, TokenAutomaton
 from diffusiongemma.models.arrays import AnyArray
@@ -44,25 +45,25 @@ class Controls:
         row without constraint. None: START for all.
     """
 
-    temperature: AnyArray | None = None
-    top_p: AnyArray | None = None
-    max_new_tokens: AnyArray | None = None
-    pinned: AnyArray | None = None
-    seed: AnyArray | None = None
-    allowed_sets: AnyArray | None = None
-    allowed_index: AnyArray | None = None
+    temperature: Float[AnyArray, ' B'] | None = None
+    top_p: Float[AnyArray, ' B'] | None = None
+    max_new_tokens: Int[AnyArray, ' B'] | None = None
+    pinned: Int[AnyArray, 'B T'] | None = None
+    seed: Int[AnyArray, 'B T'] | None = None
+    allowed_sets: Bool[AnyArray, 'G V'] | None = None
+    allowed_index: Int[AnyArray, 'B T'] | None = None
     automaton: TokenAutomaton | None = None
-    automaton_states: AnyArray | None = None
+    automaton_states: Int[AnyArray, ' B'] | None = None
 
-    def pinned_at(self, offsets: jax.Array, length: int) -> jax.Array | None:
+    def pinned_at(self, offsets: Int[Array, ' B'], length: int) -> Int[Array, 'B C'] | None:
         """Pinned tokens [B, length] from position offsets [B] on, or None."""
         return None if self.pinned is None else _slice(self.pinned, offsets, length)
 
-    def seed_at(self, offsets: jax.Array, length: int) -> jax.Array | None:
+    def seed_at(self, offsets: Int[Array, ' B'], length: int) -> Int[Array, 'B C'] | None:
         """Seed tokens [B, length] from position offsets [B] on, or None."""
         return None if self.seed is None else _slice(self.seed, offsets, length)
 
-    def allowed_at(self, offsets: jax.Array, length: int) -> jax.Array | None:
+    def allowed_at(self, offsets: Int[Array, ' B'], length: int) -> Bool[Array, '#B #C V'] | None:
         """Allowed tokens from position offsets [B] on, [B or 1, length or 1, V] bool, or None."""
         if self.allowed_sets is None:
             return None
@@ -73,7 +74,7 @@ class Controls:
         sets = sets[jnp.maximum(index, 0)]  # [B, length, V]
         return sets | (index == OPEN)[..., None]
 
-    def start_states(self, batch_size: int) -> jax.Array | None:
+    def start_states(self, batch_size: int) -> Int[Array, ' {batch_size}'] | None:
         """The automaton's state before each response, [B] int32, or None."""
         if self.automaton is None or self.automaton_states is not None:
             return traced(self.automaton_states)
@@ -181,7 +182,11 @@ class Controls:
             )
 
 
-def restrict(logits: jax.Array, pinned: jax.Array | None, allowed: jax.Array | None) -> jax.Array:
+def restrict(
+    logits: Float[Array, 'B T V'],
+    pinned: Int[Array, 'B T'] | None,
+    allowed: Bool[Array, '#B #T V'] | None,
+) -> Float[Array, 'B T V']:
     """Logits with every token that may not be there at -inf.
 
     Where nothing at all would be left (a set that bans everything, which `Controls.check`
@@ -202,7 +207,7 @@ def restrict(logits: jax.Array, pinned: jax.Array | None, allowed: jax.Array | N
     return logits
 
 
-def without_unknown(logits: jax.Array, vocab_size: int | None) -> jax.Array:
+def without_unknown(logits: Float[Array, '*B V'], vocab_size: int | None) -> Float[Array, '*B V']:
     """Returns the logits with every id that the tokenizer does not have at -inf.
 
     A model can have more rows than its tokenizer has tokens (Gemma 3 4B and larger: 262,208 rows
@@ -217,7 +222,7 @@ def without_unknown(logits: jax.Array, vocab_size: int | None) -> jax.Array:
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 
-def pin(responses: Sequence[Sequence[int | None]]) -> jax.Array:
+def pin(responses: Sequence[Sequence[int | None]]) -> Int[Array, 'B T']:
     """`Controls.pinned` from one list per row: token ids, None where a position is open."""
     width = max((len(row) for row in responses), default=0)
     pinned = np.full((len(responses), max(width, 1)), OPEN, np.int32)
@@ -226,12 +231,12 @@ def pin(responses: Sequence[Sequence[int | None]]) -> jax.Array:
     return jnp.asarray(pinned)
 
 
-def allow(tokens: Sequence[int], vocab_size: int) -> jax.Array:
+def allow(tokens: Sequence[int], vocab_size: int) -> Bool[Array, ' {vocab_size}']:
     """One row of `Controls.allowed_sets` [V] with these tokens alone."""
     return jnp.zeros(vocab_size, bool).at[jnp.asarray(list(tokens), jnp.int32)].set(True)
 
 
-def ban(tokens: Sequence[int], vocab_size: int) -> jax.Array:
+def ban(tokens: Sequence[int], vocab_size: int) -> Bool[Array, ' {vocab_size}']:
     """One row of `Controls.allowed_sets` [V] with all but these tokens."""
     return ~allow(tokens, vocab_size)
 
@@ -272,7 +277,9 @@ def is_known(array: Any) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
-def _slice(table: AnyArray, offsets: jax.Array, length: int) -> jax.Array:
+def _slice(
+    table: Int[AnyArray, 'B T'], offsets: Int[Array, ' B'], length: int
+) -> Int[Array, 'B {length}']:
     """[B, T] -> [B, length] from offsets [B] on, OPEN behind the end."""
     columns = offsets[:, None] + jnp.arange(length)
     return jnp.take_along_axis(table, columns, axis=1, mode='fill', fill_value=OPEN)

@@ -3,6 +3,7 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.sampling import diffusion, lossless, passes
@@ -45,8 +46,8 @@ class Decoder:
 
     def prefill(
         self,
-        tokens: jax.Array,
-        lengths: jax.Array,
+        tokens: Int[Array, 'B P'],
+        lengths: Int[Array, ' B'],
         rng: jax.Array,
         controls: Controls | None = None,
     ) -> GenerationState | LosslessState:
@@ -91,9 +92,9 @@ class Decoder:
     def verify(
         self,
         state: LosslessState,
-        tokens: jax.Array,
-        steps: jax.Array,
-        finite: jax.Array | None = None,
+        tokens: Int[Array, 'B K'],
+        steps: Int[Array, ' B'],
+        finite: Bool[Array, ' B'] | None = None,
     ) -> LosslessState:
         """Encodes pending tokens and drafts, appends what the model would have written itself.
 

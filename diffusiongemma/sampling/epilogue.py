@@ -3,8 +3,11 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from diffusiongemma.models.vocabulary import log_partition_and_entropy, most_likely_tokens
+
+NumberOrRows = float | Float[Array, ''] | Float[Array, ' B']  # one number, or one for each row
 
 
 @flax.struct.dataclass
@@ -12,27 +15,29 @@ class Prediction:
     """What one denoise pass says about each position.
 
     Attributes:
-      candidates: [B, C] int32, a token drawn from the shaped distribution.
-      argmax: [B, C] int32, the most likely token.
-      entropies: [B, C] float32, entropy of the shaped distribution in nats.
-      confidences: [B, C] float32, probability of the candidate.
-      margins: [B, C] float32, probability of the most likely token less that of the second.
+      candidates: [..., C] int32, a token drawn from the shaped distribution.
+      argmax: [..., C] int32, the most likely token.
+      entropies: [..., C] float32, entropy of the shaped distribution in nats.
+      confidences: [..., C] float32, probability of the candidate.
+      margins: [..., C] float32, probability of the most likely token less that of the second.
     """
 
-    candidates: jax.Array
-    argmax: jax.Array
-    entropies: jax.Array
-    confidences: jax.Array
-    margins: jax.Array
+    candidates: Int[Array, '*B C']
+    argmax: Int[Array, '*B C']
+    entropies: Float[Array, '*B C']
+    confidences: Float[Array, '*B C']
+    margins: Float[Array, '*B C']
 
 
-def read_logits(shaped: jax.Array, candidates: jax.Array, argmax: jax.Array) -> Prediction:
+def read_logits(
+    shaped: Float[Array, '*B C V'], candidates: Int[Array, '*B C'], argmax: Int[Array, '*B C']
+) -> Prediction:
     """Reads a step's statistics off its shaped logits; what nobody uses, XLA leaves out.
 
     Args:
-      shaped: [B, C, V] float32, logits divided by the temperature.
-      candidates: [B, C] int32.
-      argmax: [B, C] int32.
+      shaped: [..., C, V] float32, logits divided by the temperature.
+      candidates: [..., C] int32.
+      argmax: [..., C] int32.
     """
     log_z, entropies = log_partition_and_entropy(shaped)
     most_likely = jnp.exp(_pick(shaped, argmax) - log_z)
@@ -48,11 +53,11 @@ def read_logits(shaped: jax.Array, candidates: jax.Array, argmax: jax.Array) -> 
 
 
 def adjust(
-    logits: jax.Array,
-    temperature: float | jax.Array,
+    logits: Float[Array, 'B *T V'],
+    temperature: NumberOrRows,
     top_k: int | None,
-    top_p: float | jax.Array | None,
-) -> jax.Array:
+    top_p: NumberOrRows | None,
+) -> Float[Array, 'B *T V']:
     """Logits [B, ..., V] of the distribution that tokens are drawn from.
 
     Args:
@@ -67,7 +72,9 @@ def adjust(
     return keep_top(scaled, top_k, top_p)
 
 
-def draw(adjusted: jax.Array, temperature: float | jax.Array, keys: jax.Array) -> jax.Array:
+def draw(
+    adjusted: Float[Array, 'B *T V'], temperature: NumberOrRows, keys: Key[Array, ' B']
+) -> Int[Array, ' B *T']:
     """Draws from softmax(adjusted), or takes the argmax in rows at temperature 0.
 
     Args:
@@ -84,7 +91,11 @@ def draw(adjusted: jax.Array, temperature: float | jax.Array, keys: jax.Array) -
     return jnp.where(greedy, most_likely_tokens(adjusted), draw_tokens(adjusted, keys))
 
 
-def pick(adjusted: jax.Array, temperature: float | jax.Array, noise: jax.Array | None) -> jax.Array:
+def pick(
+    adjusted: Float[Array, 'B *T V'],
+    temperature: NumberOrRows,
+    noise: Float[Array, 'B *T V'] | None,
+) -> Int[Array, ' B *T']:
     """argmax(adjusted + noise), which is a draw from softmax(adjusted) for Gumbel noise.
 
     Args:
@@ -101,13 +112,13 @@ def pick(adjusted: jax.Array, temperature: float | jax.Array, noise: jax.Array |
     return most_likely_tokens(adjusted + jnp.where(greedy, 0.0, noise))
 
 
-def draw_tokens(logits: jax.Array, keys: jax.Array) -> jax.Array:
+def draw_tokens(logits: Float[Array, 'B *T V'], keys: Key[Array, ' B']) -> Int[Array, ' B *T']:
     """Draws from softmax(logits), each row with its own key: [B, ..., V] -> [B, ...] int32."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     return most_likely_tokens(logits + noise)
 
 
-def gumbel_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
+def gumbel_noise(keys: Key[Array, 'B T'], vocab_size: int) -> Float[Array, 'B T {vocab_size}']:
     """Standard Gumbel noise of each place: keys [B, T] -> [B, T, V] float32.
 
     With the same key it is what `draw` draws one row of logits [V] with.
@@ -115,7 +126,7 @@ def gumbel_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
     return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,))))(keys)
 
 
-def always_greedy(temperature: float | jax.Array) -> bool:
+def always_greedy(temperature: NumberOrRows) -> bool:
     """Whether the temperature is known to be 0 when the program is compiled."""
     return isinstance(temperature, (int, float)) and temperature == 0
 
@@ -125,7 +136,9 @@ def per_row(values: jax.Array, like: jax.Array) -> jax.Array:
     return values.reshape(-1, *[1] * (like.ndim - 1)) if values.ndim else values
 
 
-def keep_top(logits: jax.Array, top_k: int | None, top_p: float | jax.Array | None) -> jax.Array:
+def keep_top(
+    logits: Float[Array, 'B *T V'], top_k: int | None, top_p: NumberOrRows | None
+) -> Float[Array, 'B *T V']:
     """Sets the logits of all but the most probable tokens to -inf: [B, ..., V] -> [B, ..., V].
 
     Args:
@@ -150,11 +163,11 @@ def keep_top(logits: jax.Array, top_k: int | None, top_p: float | jax.Array | No
     return logits
 
 
-def entropy(logits: jax.Array) -> jax.Array:
+def entropy(logits: Float[Array, '*B V']) -> Float[Array, '*B']:
     """Entropy of softmax(logits) in nats: [..., V] float32 -> [...] float32, never negative."""
     return log_partition_and_entropy(logits)[1]
 
 
-def _pick(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+def _pick(logits: Float[Array, '*B V'], tokens: Int[Array, '*B']) -> Float[Array, '*B']:
     """Logits [..., V] of the tokens [...]."""
     return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]

@@ -1,12 +1,14 @@
 """The sampler that other code imports: checks its input, then runs one compiled program."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from diffusiongemma.models.arrays import AnyArray, Params
 from diffusiongemma.models.cache import KVCache
@@ -26,7 +28,8 @@ _STATIC = ('model', 'config')
 OneState = TypeVar('OneState', GenerationState, LosslessState)
 
 
-class Mode(NamedTuple, Generic[OneState]):
+@dataclasses.dataclass(frozen=True)
+class Mode(Generic[OneState]):
     """The compiled pieces of a decode mode.
 
     Attributes:
@@ -51,7 +54,7 @@ def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) 
         config: SamplingConfig,
         params: Params,
         *prompts: Any,
-        whole: tuple[jax.Array, jax.Array] | None = None,
+        whole: tuple[Int[Array, 'B P'], Int[Array, ' B']] | None = None,
         capacity: int | None = None,
     ) -> OneState:
         prepared = prefilled(model, config, params, *prompts, capacity=capacity)
@@ -66,7 +69,7 @@ def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) 
     ) -> SamplerOutput:
         state = jax.lax.while_loop(
             lambda state: state.running,
-            lambda state: advance(model, config, params, state),
+            functools.partial(advance, model, config, params),
             start(model, config, params, *prompts),
         )
         return state.output()
@@ -77,7 +80,7 @@ def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) 
         before = state.finished
         return jax.lax.while_loop(
             lambda state: state.running & jnp.all(state.finished == before),
-            lambda state: advance(model, config, params, state),
+            functools.partial(advance, model, config, params),
             state,
         )
 
@@ -93,14 +96,14 @@ def prefilled(
     model: CausalModel,
     config: SamplingConfig,
     params: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    tokens: Int[Array, 'B P'],
+    lengths: Int[Array, ' B'],
     rng: jax.Array,
     controls: Controls,
     cache: KVCache | None = None,
     *,
     capacity: int | None = None,
-) -> tuple[GenerationState, jax.Array]:
+) -> tuple[GenerationState, Float[Array, 'B D']]:
     """Caches the prompts; arguments as of a call of `Sampler`.
 
     With a `cache` they stand behind what it holds, and it must have room for the responses too.
@@ -169,14 +172,13 @@ class Sampler:
             raise ValueError(f'mode must be one of {sorted(MODES)}, got {self.mode!r}.')
         drafts = self.mode == 'lossless' and self.config.drafts is not None
         longest = passes.canvas_length(self.model)
-        has_canvas = longest > 0
-        if self.mode != 'autoregressive' and not (drafts or has_canvas):
+        if self.mode != 'autoregressive' and not (drafts or longest):
             raise ValueError(
                 f'mode {self.mode!r} needs a model with a canvas, but canvas_length of this '
                 f'{type(self.model).__name__} is 0. Use a DiffusionGemma, or '
                 "mode='autoregressive'."
             )
-        light = passes.light_config(self.model) if has_canvas else None
+        light = passes.light_config(self.model) if longest else None
         if self.mode == 'diffusion' and light is not None:
             raise ValueError(
                 'a light denoiser drafts for the teacher, which has to verify it: use '
@@ -284,8 +286,7 @@ class Sampler:
         before = None
         for state in self.states(params, *arguments):
             after = state.output()
-            if before is None:
-                before = jax.tree.map(jnp.zeros_like, after)
+            before = before or jax.tree.map(jnp.zeros_like, after)
             if jnp.any(after.lengths > before.lengths):
                 yield self._news(before, after, block)
                 before = after
@@ -312,7 +313,7 @@ class Sampler:
 
     def checked(
         self, tokens: AnyArray, lengths: AnyArray, rng: jax.Array, controls: Controls | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array, Controls]:
+    ) -> tuple[Int[Array, 'B P'], Int[Array, ' B'], jax.Array, Controls]:
         """The arguments of a call, tokens and lengths as int32 arrays; raises ValueError."""
         shape = np.shape(tokens)
         if len(shape) != 2 or 0 in shape:
@@ -336,8 +337,7 @@ class Sampler:
         vocab_size, max_new_tokens = self.model.config.vocab_size, self.config.max_new_tokens
         if is_known(tokens) and is_known(lengths):
             check_prompts(np.asarray(tokens), np.asarray(lengths), vocab_size)
-            limit = passes.max_positions(self.model)
-            check_fits(np.asarray(lengths), max_new_tokens, limit)
+            check_fits(np.asarray(lengths), max_new_tokens, passes.max_positions(self.model))
         controls = Controls() if controls is None else controls
         controls.check(shape[0], vocab_size, max_new_tokens)
         limits = (self.config.top_k, self.config.top_p, controls.top_p)
