@@ -1,4 +1,4 @@
-"""DiffusionGemma: an autoregressive Gemma distilled into a parallel text-diffusion model."""
+"""DiffusionGemma: text-diffusion models and block drafters that are distilled from Gemma."""
 
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.models import DiffusionGemma, Gemma, ModelConfig

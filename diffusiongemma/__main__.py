@@ -1,4 +1,4 @@
-"""One command for all: `diffusiongemma sample --watch` is `python -m diffusiongemma.sample`."""
+"""The console command: `diffusiongemma sample ...` is `python -m diffusiongemma.sample ...`."""
 
 import runpy
 import sys
@@ -17,7 +17,7 @@ COMMANDS = (
 
 
 def main() -> None:
-    """Runs the command that the first argument names, with the arguments after it."""
+    """Runs the command that the first argument names, with all further arguments."""
     command = sys.argv[1] if len(sys.argv) > 1 else ''
     if command not in COMMANDS:
         sys.exit(f'usage: diffusiongemma COMMAND --flag=value ...; commands: {", ".join(COMMANDS)}')

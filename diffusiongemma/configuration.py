@@ -1,4 +1,4 @@
-"""From a ConfigDict (ml_collections) to values of frozen dataclasses, and back to JSON."""
+"""Converts a ConfigDict (ml_collections) to frozen dataclasses, and these to JSON."""
 
 import dataclasses
 import json
@@ -22,23 +22,24 @@ if TYPE_CHECKING:
 
 T = TypeVar('T', bound='DataclassInstance')
 
-KNOWN = 'known keys'  # what a hint lists
-SECTION = 'section'  # in a field's metadata: the dataclass of a section that is kept as a mapping
+KNOWN = 'known keys'  # the words before a list of keys in an error message
+SECTION = 'section'  # metadata key of a field: the dataclass of a section that stays a mapping
 
 
 def build(cls: type[T], values: Any, where: str = '') -> T:
-    """Returns a config dataclass from a dict of its fields; sections inside are built likewise.
+    """Returns a config dataclass from a dict of its fields, including nested sections.
 
-    None stands for a field that is left out, unless the field may be None. An empty section that
-    may be None is None.
+    A value of None means that the field is not set, unless the field may be None. An empty section
+    becomes None if the field may be None.
 
     Args:
       cls: the dataclass.
-      values: a ConfigDict or a mapping.
-      where: path of the section, such as 'eval.sweep'; '' for the whole config.
+      values: a ConfigDict or another mapping of field names to values.
+      where: the path of the section, such as 'eval.sweep'; '' for the whole config.
 
     Raises:
-      ValueError: an unknown key (the nearest known one is named), a missing one, or a bad value.
+      ValueError: if a key is unknown (the message names the nearest known one) or missing, or a
+        value is invalid.
     """
     values = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
     path = f'config.{where}' if where else 'config'
@@ -54,11 +55,11 @@ def build(cls: type[T], values: Any, where: str = '') -> T:
         if section is not None and isinstance(value, Mapping):
             inside = f'{where}.{name}' if where else name
             if SECTION in fields[name].metadata:
-                build(section, value, inside)  # checks it
+                build(section, value, inside)  # only checks the values
             else:
                 value = build(section, value, inside) if value or not optional else None
         if isinstance(value, list) and _kind(hints[name]) is tuple:
-            value = tuple(value)  # as JSON holds it
+            value = tuple(value)  # JSON has lists instead of tuples
         if value is not None or optional:
             read[name] = value
     missing = [name for name, field in fields.items() if name not in read and _is_needed(field)]
@@ -68,23 +69,23 @@ def build(cls: type[T], values: Any, where: str = '') -> T:
 
 
 def complete(config: ConfigDict, cls: type, asked: Iterable[str] = ()) -> ConfigDict:
-    """Adds the keys of the dataclass `cls` that a config leaves out, with their defaults.
+    """Adds the missing keys of the dataclass `cls` to a config, with their defaults.
 
     A key without a default is added as a placeholder. Sections that may be None, and the keys of
-    sections that are kept as mappings, are added only where a path in `asked` names them.
+    sections that stay mappings, are only added if a path in `asked` names them.
 
     Args:
-      config: changed in place, unless it is locked against another type of a key.
-      cls: what reads the config, or a section of it.
-      asked: paths below the config, such as 'light.serial_rank'.
+      config: the config, which is changed in place.
+      cls: the dataclass of the config, or of a section of it.
+      asked: paths of keys in the config, such as 'light.serial_rank'.
 
     Returns:
-      The config.
+      The same config.
     """
     inside: dict[str, list[str]] = {}
     for path in asked:
-        name, _, rest = path.partition('.')
-        inside.setdefault(name, []).extend([rest] if rest else [])
+        name, _, subpath = path.partition('.')
+        inside.setdefault(name, []).extend([subpath] if subpath else [])
     with config.unlocked():
         for field in dataclasses.fields(cls):
             name, section = field.name, section_of(cls, field.name)
@@ -96,8 +97,8 @@ def complete(config: ConfigDict, cls: type, asked: Iterable[str] = ()) -> Config
             if not config.get(name):
                 if default is None and not is_asked and not _is_needed(field):
                     continue
-                given = vars(default) if dataclasses.is_dataclass(default) else {}
-                config[name] = ConfigDict({k: v for k, v in given.items() if v is not None})
+                values = vars(default) if dataclasses.is_dataclass(default) else {}
+                config[name] = ConfigDict({k: v for k, v in values.items() if v is not None})
             if SECTION in field.metadata:
                 _add_asked(config[name], section, inside.get(name, ()))
             else:
@@ -106,7 +107,7 @@ def complete(config: ConfigDict, cls: type, asked: Iterable[str] = ()) -> Config
 
 
 def section_of(cls: type, name: str) -> Any:
-    """Returns the dataclass of a section, by the name of the field; None for any other field."""
+    """Returns the dataclass of the section in a field; None if the field is not a section."""
     (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
     kind = field.metadata.get(SECTION) or _kind(_hints(cls)[name])
     return kind if dataclasses.is_dataclass(kind) else None
@@ -117,14 +118,14 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _kind(hint: Any) -> Any:
-    """Returns the type of a hint, of `int | None` and the like the first one: int."""
+    """Returns the type of a hint without None and parameters: int for `int | None`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kind = next(option for option in options if option is not type(None))
     return typing.get_origin(kind) or kind
 
 
 def _default(field: dataclasses.Field) -> Any:
-    """Returns the default of a field, None where it has none."""
+    """Returns the default of a field, or None if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None if field.default is dataclasses.MISSING else field.default
@@ -136,14 +137,14 @@ def _is_needed(field: dataclasses.Field) -> bool:
 
 
 def _add_value(config: ConfigDict, cls: type, field: dataclasses.Field) -> None:
-    """Adds a key of a plain type, as a placeholder where its default is None."""
+    """Adds a key of a plain type; if its default is None, as a placeholder."""
     kind, default = _kind(_hints(cls)[field.name]), _default(field)
     if kind in (bool, int, float, str, tuple):
         config[field.name] = placeholder(kind) if default is None else kind(default)
 
 
 def _add_asked(config: ConfigDict, cls: type, names: Iterable[str]) -> None:
-    """Adds the named keys; a rule is given as its text."""
+    """Adds the named keys; the placeholder of a rule is a string."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in names:
         if name in fields and name not in config:
@@ -153,14 +154,14 @@ def _add_asked(config: ConfigDict, cls: type, names: Iterable[str]) -> None:
 
 
 def compute_dtype(name: str) -> Any:
-    """Returns the dtype of `config.dtype`: 'float32' or 'bfloat16'."""
+    """Returns the dtype for a value of `config.dtype`: 'float32' or 'bfloat16'."""
     if name not in ('float32', 'bfloat16'):
         raise ValueError(f"config.dtype must be 'float32' or 'bfloat16', got {name!r}.")
     return jnp.dtype(name)
 
 
 def profiled(config: ConfigDict, profile: bool) -> ConfigDict:
-    """Returns the config, with `profile` such that a few steps are traced (see `LoopConfig`)."""
+    """Returns the config; with `profile`, it traces a few training steps (see `LoopConfig`)."""
     if not profile:
         return config
     config = config.copy_and_resolve_references()
@@ -170,14 +171,14 @@ def profiled(config: ConfigDict, profile: bool) -> ConfigDict:
 
 
 def write_resolved(config: Any, workdir: Path) -> None:
-    """Writes what the run is configured with, defaults included, to `workdir`/config.json.
+    """Writes the complete config of a run, including defaults, to `workdir`/config.json.
 
     Args:
-      config: the dataclass that the run was started with.
-      workdir: of the run; made if it does not exist.
+      config: the config dataclass of the run.
+      workdir: the workdir of the run; it is created if it does not exist.
 
     Raises:
-      ValueError: the processes of the run do not share `workdir`.
+      ValueError: if the processes of the run do not share `workdir`.
     """
     processes.check_shared(workdir)
     if processes.is_writer():
@@ -186,16 +187,16 @@ def write_resolved(config: Any, workdir: Path) -> None:
 
 
 def json_values(config: Any) -> dict[str, Any]:
-    """Returns a config dataclass, or a mapping of its values, as JSON values, rules as their text.
+    """Returns a config dataclass, or a mapping of its values, as JSON values; rules become text.
 
     Raises:
-      ValueError: it holds a value that is neither.
+      ValueError: if a value is neither valid in JSON nor a rule.
     """
     return json.loads(json.dumps(_plain(config), default=_as_text))
 
 
 def _plain(config: Any) -> Any:
-    """Returns a config dataclass as a dict, its sections and sources of data likewise."""
+    """Returns a config dataclass as a dict, including its sections and data sources."""
     if isinstance(config, tuple):
         return [_plain(value) if isinstance(value, DataSpec) else value for value in config]
     if not dataclasses.is_dataclass(config):
@@ -207,7 +208,7 @@ def _plain(config: Any) -> Any:
 
 
 def _as_text(value: Any) -> str:
-    """Returns what JSON holds of a rule: its text, which `SamplingConfig` reads."""
+    """Returns the text of a rule for JSON, which `SamplingConfig` can parse."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return repr(value)
     raise ValueError(

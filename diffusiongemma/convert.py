@@ -17,15 +17,15 @@ from diffusiongemma.sampling.published import generation_config
 _INPUT = flags.DEFINE_string(
     'input', None, "A workdir, a bundle, a published checkpoint, 'builtin' or 'builtin-teacher'."
 )
-_OUTPUT = flags.DEFINE_string('output', None, 'A new directory.')
+_OUTPUT = flags.DEFINE_string('output', None, 'The directory to create.')
 _FORMAT = flags.DEFINE_enum(
-    'format', 'hf', ['hf', 'bundle'], "'hf' is what transformers loads, 'bundle' is our own."
+    'format', 'hf', ['hf', 'bundle'], "'hf' for transformers, or 'bundle' for this library."
 )
 _DTYPE = flags.DEFINE_enum(
     'dtype',
     None,
     ['float32', 'bfloat16', INT8],
-    'Cast the parameters to it; int8 stores them in eight bits (bundle); default: keep theirs.',
+    'Dtype to cast the parameters to; int8 is only for bundles; by default they keep theirs.',
 )
 _MAX_SHARD_GB = flags.DEFINE_float(
     'max_shard_gb', MAX_SHARD_BYTES / 1e9, 'Largest file of the output in 10^9 bytes (hf).', 1e-6
@@ -33,8 +33,8 @@ _MAX_SHARD_GB = flags.DEFINE_float(
 _BASE = flags.DEFINE_string(
     'base',
     None,
-    'Published checkpoint to take over what a bundle does not hold: vision tower, tokenizer '
-    'files, token ids (hf). Default: the input, where it is one.',
+    'Published checkpoint that supplies what a bundle does not contain: vision tower, tokenizer '
+    'files, token ids (hf). Default: the input, if it is one.',
 )
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     """Converts a model."""
     del argv
     convert(
-        run_config.given('input', _INPUT.value),
+        run_config.required('input', _INPUT.value),
         run_config.output_directory('output', _OUTPUT.value),
         _FORMAT.value,
         dtype=jnp.dtype(_DTYPE.value) if _DTYPE.value not in (None, INT8) else _DTYPE.value,

@@ -1,4 +1,4 @@
-"""Distills an AR teacher into a diffusion student, then shows what it gained.
+"""Distills an AR teacher into a diffusion student, then compares both.
 
 python -m diffusiongemma.distill --config=configs/tiny.py --workdir=/tmp/diffusiongemma
 """
@@ -13,12 +13,12 @@ with run_config.extra_named(__name__):
     from diffusiongemma.distillation.run import distill
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything of the run goes.')
-_PROFILE = flags.DEFINE_bool('profile', False, 'Traces a few steps for xprof, to workdir/profile.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for all files of the run.')
+_PROFILE = flags.DEFINE_bool('profile', False, 'Trace a few steps for xprof, to workdir/profile.')
 
 
 def main(argv: list[str]) -> None:
-    """Runs a distillation, or goes on with it."""
+    """Starts or resumes a distillation."""
     del argv
     process_flags.join()
     run_config.say_devices()

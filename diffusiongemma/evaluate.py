@@ -2,7 +2,7 @@
 
 python -m diffusiongemma.evaluate --checkpoint=builtin --config=configs/tiny.py
 
-With --sweep it evaluates the student at every point of the config's eval.sweep, and draws the
+With --sweep it evaluates the student at every point of the config's eval.sweep, and plots the
 quality-speed curve:
 
 python -m diffusiongemma.evaluate --config=configs/tiny.py --sweep --output=/tmp/sweep
@@ -29,15 +29,15 @@ _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', 'builtin', "The student: a workdir, a bundle, or 'builtin'."
 )
 _SWEEP = flags.DEFINE_bool('sweep', False, 'Evaluate all settings of config.eval.sweep.')
-_OUTPUT = flags.DEFINE_string('output', None, 'Directory that a sweep writes to.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Directory for the files of a sweep.')
 
 
 def say_next(checkpoint: str) -> None:
-    """Says on stderr what to do next: the last line of stdout is JSON."""
+    """Prints the next commands to stderr, because the last line of stdout is JSON."""
     print(
         f'{checkpoint} is evaluated; next: python -m diffusiongemma.sample '
-        f'--checkpoint={checkpoint} shows it at work, this command with --sweep '
-        '--output=DIRECTORY its quality against its speed.',
+        f'--checkpoint={checkpoint} samples from it, this command with --sweep '
+        '--output=DIRECTORY measures its quality against its speed.',
         file=sys.stderr,
     )
 

@@ -1,8 +1,8 @@
-"""Has the teacher of a config write the responses that a student will learn.
+"""Generates the teacher's responses that a student is trained on.
 
 python -m diffusiongemma.generate_targets --config=configs/tiny.py --output=/tmp/targets
 
-An interrupted run is finished by starting it again. `distill` does this step by itself.
+Start an interrupted run again to finish it. `distill` includes this step.
 """
 
 from absl import flags
@@ -38,10 +38,10 @@ def main(argv: list[str]) -> None:
         seed=experiment.seed,
     )
     if processes.is_writer():
-        named = '' if output.name == 'targets' else f', where {output} is called targets'
+        hint = '' if output.name == 'targets' else f', where {output} is called targets'
         print(
             f'targets: {spec.describe()}  next: python -m diffusiongemma.distill with this config '
-            f'and --workdir={output.parent}{named}'
+            f'and --workdir={output.parent}{hint}'
         )
 
 

@@ -1,8 +1,8 @@
-r"""Says whether a config fits a TPU slice or some GPUs and what a step costs there, without them.
+r"""Reports whether a config fits a TPU slice or GPUs and what a step costs, without the devices.
 
 The real TPU compiler (pip install -e '.[plan]') compiles the distillation step, or the sampler,
-for the devices of a topology; nothing is allocated. For GPUs the CPU's compiler stands in, which
-estimates their memory. The last line is JSON.
+for the devices of a topology; nothing is allocated. For GPUs, the CPU compiler gives estimates of
+memory. The last line is JSON.
 
   python -m diffusiongemma.plan --config=configs/gemma4_26b_a4b.py --topology=v5p:4x4x4 \
     --optimization_level=O1
@@ -32,27 +32,28 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config fi
 _TOPOLOGY = flags.DEFINE_string(
     'topology', None, 'v5e:4x4, v5p:2x2x2, v6e:8x8, ...; H100:8, A100:1, L4:1, ...'
 )
-_WHAT = flags.DEFINE_enum('what', 'step', ['step', 'sampler'], 'What is compiled.')
+_WHAT = flags.DEFINE_enum('what', 'step', ['step', 'sampler'], 'The programs to compile.')
 _MODEL = flags.DEFINE_string(
     'model', None, "A preset; by default the config's teacher, or the preset of the config's name."
 )
 _LAYERS = flags.DEFINE_integer(
     'layers',
     None,
-    'Keeps the first N layers alone (whole patterns), so that a check is quick.',
+    'Keep only the first N layers (whole patterns), for a quick check.',
 )
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Rows of the sampler.', lower_bound=1)
 _PROMPT_LENGTH = flags.DEFINE_integer(
-    'prompt_length', 1024, 'Tokens of its prompts.', lower_bound=1
+    'prompt_length', 1024, "Tokens of the sampler's prompts.", lower_bound=1
 )
 _LEVEL = flags.DEFINE_enum(
     'optimization_level',
     'O2',
     ['O1', 'O2'],
-    'Of the compiler. O1 compiles large programs faster; memory and traffic are upper bounds then.',
+    'Optimization level of the compiler. O1 compiles large programs faster, but then memory and '
+    'traffic are upper bounds.',
 )
 _FIT = flags.DEFINE_bool(
-    'fit', False, 'Looks for the largest batch that fits, by doubling the one that is given.'
+    'fit', False, 'Search for the largest batch that fits, by doubling the one of the config.'
 )
 _PROGRAMS = flags.DEFINE_list(
     'programs', None, "With --what=sampler, compile only these programs, such as 'denoise step'."
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
     teacher = programs.teacher_config(experiment.teacher, name, _MODEL.value)
     if _LAYERS.value is not None:
         teacher = programs.cut_to(teacher, _LAYERS.value)
-    devices, figures = compiler.topology_devices(run_config.given('topology', _TOPOLOGY.value))
+    devices, figures = compiler.topology_devices(run_config.required('topology', _TOPOLOGY.value))
     try:
         mesh = experiment.mesh.make(devices)
     except ValueError as error:
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> None:
 def _planned(
     experiment: Experiment, teacher: ModelConfig, mesh: Mesh, rows: int
 ) -> list[programs.PlannedProgram]:
-    """The step, or those programs of the sampler that are asked for, with so many rows."""
+    """Returns the training step, or the selected programs of the sampler, with `rows` rows."""
     if _WHAT.value == 'step':
         data = dataclasses.replace(experiment.data, batch_size=rows)
         return [programs.training_step(dataclasses.replace(experiment, data=data), teacher, mesh)]
@@ -114,10 +115,10 @@ def _planned(
         experiment, teacher, mesh, batch_size=rows, prompt_length=_PROMPT_LENGTH.value
     )
     names = [program.name for program in planned]
-    wanted = _PROGRAMS.value or names
-    if set(wanted) - set(names):
-        raise ValueError(f'--programs={wanted}: there are {names}.')
-    return [program for program in planned if program.name in wanted]
+    selected = _PROGRAMS.value or names
+    if set(selected) - set(names):
+        raise ValueError(f'--programs={selected}: there are {names}.')
+    return [program for program in planned if program.name in selected]
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What the entry points share: flags, config keys on the command line, errors as one line."""
+"""Shared code of the entry points: flags, config keys on the command line, one-line errors."""
 
 import contextlib
 import functools
@@ -27,9 +27,9 @@ from diffusiongemma.parallel import processes
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.view.interrupt import call_interruptibly, is_busy
 
-# What the chips of a TPU are on the machine that they belong to.
+# Device files of the chips on a TPU machine.
 _TPU_FILES = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
-# Which extra of this package brings a module that the core install leaves out.
+# The extra of this package that installs a module which the core install does not include.
 EXTRAS = {
     'PIL': 'view', 'array_record': 'train', 'grain': 'train', 'matplotlib': 'train',
     'optax': 'train', 'qwix': 'quant', 'starlette': 'serve', 'tensorboardX': 'train',
@@ -38,11 +38,11 @@ EXTRAS = {
 _INSTALL = " (for a GPU pip install -e '.[cuda]', for a TPU '.[tpu]')"
 
 
-def given(flag: str, value: str | None) -> str:
-    """The value of a flag that has to be there.
+def required(flag: str, value: str | None) -> str:
+    """Returns the value of a required flag.
 
     Raises:
-      ValueError: it is not.
+      ValueError: if the flag is not set.
     """
     if value is None:
         raise ValueError(f'--{flag} is needed.')
@@ -50,13 +50,12 @@ def given(flag: str, value: str | None) -> str:
 
 
 def output_directory(flag: str, value: str | None) -> Path:
-    """Returns the directory that a flag names.
+    """Returns the path of the directory in a required flag.
 
     Raises:
-      ValueError: it was not given, or is a URL, which as a path would be a directory of this
-        machine.
+      ValueError: if the flag is not set, or is a URL, which would become a local directory name.
     """
-    value = given(flag, value)
+    value = required(flag, value)
     if '://' in value:
         raise ValueError(
             f'--{flag}={value} is a URL, and files are written to directories: mount the bucket '
@@ -66,35 +65,35 @@ def output_directory(flag: str, value: str | None) -> Path:
 
 
 def student_sampling(checkpoint: str, tokenizer: Tokenizer, **flags: Any) -> SamplingConfig:
-    """Returns how to sample a checkpoint: by flags that are not None, else as it was evaluated.
+    """Returns the sampling config of a checkpoint.
 
-    A bundle says so under `about.sampling`; what it leaves open has the defaults, and responses
-    have at most 128 tokens.
+    Flags that are not None take precedence over the settings with which the model was evaluated
+    (`about.sampling` of a bundle), and these over the defaults and a maximum of 128 tokens.
 
     Args:
-      checkpoint: of `load_model`.
-      tokenizer: of the checkpoint.
+      checkpoint: the path of the model, see `load_model`.
+      tokenizer: the tokenizer of the model.
       **flags: fields of `SamplingConfig`.
 
     Raises:
-      ValueError: a field is unknown or out of range.
+      ValueError: if a field is unknown or out of range.
     """
     fields = SamplingConfig.tokenizer_fields(tokenizer) | {'max_new_tokens': 128}
-    given = {name: value for name, value in flags.items() if value is not None}
-    own = dict(about_model(checkpoint).get('sampling', {}))
+    overrides = {name: value for name, value in flags.items() if value is not None}
+    evaluated = dict(about_model(checkpoint).get('sampling', {}))
     for name, other in (('acceptance', 'entropy_bound'), ('entropy_bound', 'acceptance')):
-        if name in given:  # takes the place of the other, which would be refused beside it
-            own.pop(other, None)
-    fields |= own | given
+        if name in overrides:  # replaces the other, because both together are an error
+            evaluated.pop(other, None)
+    fields |= evaluated | overrides
     return configuration.build(SamplingConfig, fields, 'sampling')
 
 
 @contextlib.contextmanager
 def extra_named(program: str) -> Iterator[None]:
-    """Ends a program whose imports lack an extra of this package in one line that names it.
+    """Returns a context manager that turns imports of missing extras into a one-line error.
 
     Args:
-      program: `__name__` of the module that imports; of one that is not run, errors are left alone.
+      program: the `__name__` of the importing module; errors are unchanged unless it is '__main__'.
     """
     try:
         yield
@@ -106,16 +105,16 @@ def extra_named(program: str) -> Iterator[None]:
 
 
 def _missing_extra(error: ModuleNotFoundError) -> str | None:
-    """Returns what to install; None where no extra of this package has the module."""
+    """Returns the error message with the extra to install; None if no extra has the module."""
     extra = EXTRAS.get((error.name or '').partition('.')[0])
     return f"{error.name} is not installed: pip install -e '.[{extra}]'." if extra else None
 
 
 def keep_compiled_programs() -> None:
-    """Compiled programs are kept on disk, so that a second start need not compile them again.
+    """Enables a cache of compiled programs on disk, which makes later starts faster.
 
-    In $XDG_CACHE_HOME/diffusiongemma (~/.cache), or wherever JAX_COMPILATION_CACHE_DIR says;
-    JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    The directory is $XDG_CACHE_HOME/diffusiongemma (default ~/.cache/diffusiongemma), or
+    JAX_COMPILATION_CACHE_DIR; JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
     """
     config: Any = jax.config
     if config.jax_compilation_cache_dir is None:
@@ -124,10 +123,10 @@ def keep_compiled_programs() -> None:
 
 
 def without_missing_tpu() -> None:
-    """Keeps jax from looking for a TPU that this machine does not have.
+    """Selects the CPU backend if this machine has no accelerator and JAX_PLATFORMS is not set.
 
-    An installed libtpu writes a dozen lines of errors otherwise. JAX_PLATFORMS and plugins of other
-    accelerators are left alone.
+    Otherwise an installed libtpu searches for a TPU and prints a dozen lines of errors. Plugins of
+    other accelerators are respected.
     """
     config: Any = jax.config
     if config.jax_platforms or any(map(glob.glob, _TPU_FILES)):
@@ -137,7 +136,7 @@ def without_missing_tpu() -> None:
 
 
 def say_devices() -> None:
-    """Prints to stderr what the program computes on; call it after `process_flags.join`."""
+    """Prints the devices to stderr; call it after `process_flags.join`."""
     if processes.is_writer():
         kinds = Counter(device.device_kind for device in jax.devices())
         text = ', '.join(f'{count} x {kind}' for kind, count in sorted(kinds.items()))
@@ -146,10 +145,10 @@ def say_devices() -> None:
 
 
 class _OwnMessages(py_logging.Filter):
-    """Lets through what this package says, and warnings and errors of others."""
+    """A log filter that passes all messages of this package, and warnings of other packages."""
 
     PACKAGE = str(Path(__file__).parent)
-    # Of orbax, which looks for such a file in each part of a checkpoint and needs none.
+    # orbax logs this warning for an optional file in each part of a checkpoint.
     EXPECTED = 'Metadata file does not exist'
 
     def filter(self, record: py_logging.LogRecord) -> bool:
@@ -163,15 +162,15 @@ def run_main(
     config: type | None = None,
     is_interruptible: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Runs an absl program; what the user can mend ends in one line on stderr and exit code 1.
+    """Runs an absl program; errors that the user can fix become one line on stderr and exit code 1.
 
     The traceback is logged with --verbosity=1.
 
     Args:
-      main: takes the arguments that are no flags.
-      config: the dataclass that reads --config; all its keys can be set on the command line.
-      is_interruptible: whether Ctrl-C ends `main` at once, even while XLA compiles; it then runs in
-        another thread. Asked when flags are known.
+      main: the function to run with the arguments that are not flags.
+      config: the dataclass of --config; all of its keys can be set on the command line.
+      is_interruptible: returns whether Ctrl-C ends `main` at once, even while XLA compiles, for
+        which `main` runs in another thread. It is called when the flags are known.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -207,9 +206,9 @@ def run_main(
 
 
 def _leave_compiling_thread(code: int) -> None:
-    """Ends the process where a thread still compiles what Ctrl-C has stopped; else returns.
+    """Ends the process if a thread still compiles after Ctrl-C; otherwise returns.
 
-    Such a thread cannot be stopped, and aborts the process when the interpreter ends before it.
+    Such a thread cannot be stopped, and would crash the process at a normal interpreter exit.
     """
     if is_busy():
         sys.stdout.flush()
@@ -218,7 +217,7 @@ def _leave_compiling_thread(code: int) -> None:
 
 
 def _parse_flags(argv: list[str], config: type | None = None) -> list[str]:
-    """Parses the flags; an override of a config key that does not exist is named."""
+    """Parses the flags; the error for an override of an unknown config key names the key."""
     for argument in argv[1:]:
         name, _, path = argument.lstrip('-').partition('=')
         if name == 'config' and not Path(path.partition(':')[0]).is_file():
@@ -231,7 +230,7 @@ def _parse_flags(argv: list[str], config: type | None = None) -> list[str]:
     except flags.Error as error:
         _fail(str(error))
     except (AttributeError, KeyError, TypeError) as error:
-        # ml_collections names only the last part of the key, and the nearest one if there is one.
+        # ml_collections names only the last part of the key, and the nearest key if there is one.
         missing = next(iter(re.findall(r'\w+', str(error))), '')
         nearest = re.findall(r'Did you mean "(\w+)"', str(error))
         hint = f'did you mean {nearest[0]!r}?' if nearest else 'its keys are in the config file.'
@@ -243,9 +242,9 @@ def _parse_flags(argv: list[str], config: type | None = None) -> list[str]:
 
 
 class _WithDefaults(flags.ArgumentParser):
-    """Loads a config and adds the keys of a dataclass that it leaves out.
+    """A flag parser that loads a config and adds the missing keys of its dataclass.
 
-    ml_collections overrides only keys that a config has.
+    This is needed because ml_collections can only override keys that a config has.
     """
 
     def __init__(self, parser: flags.ArgumentParser, cls: type, argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Answers a prompt, or talks.
+"""Answers a prompt, or starts a chat.
 
 python -m diffusiongemma.sample \\
   --prompt="Paul is 17 years old. Omar is 4 years older than Paul. How old is Omar?"
@@ -15,8 +15,8 @@ ___8_4_79
 6__241_8_
 57_6____2"
 
-The shipped student answers word problems as above. 'builtin-sudoku' takes the line "Solve this
-sudoku:" and nine lines of nine cells, _ where a cell is empty.
+The shipped student answers word problems as above. 'builtin-sudoku' needs the line "Solve this
+sudoku:" and nine lines of nine cells, with _ for an empty cell.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ _CHECKPOINT = flags.DEFINE_string(
     "A workdir, a bundle, a published checkpoint, a GGUF file, 'builtin', 'gemma3-270m' or "
     "'gemma3-270m-student'.",
 )
-_PROMPT = flags.DEFINE_string('prompt', None, 'What to answer; without it, a chat.')
+_PROMPT = flags.DEFINE_string('prompt', None, 'Text to answer; without it, a chat starts.')
 _MODE = flags.DEFINE_enum(
     'mode',
     None,
@@ -64,47 +64,51 @@ _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy.', lower_boun
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     'max_new_tokens',
     None,
-    'Longest answer in tokens; by default as the student was evaluated, else 128.',
+    'Maximum number of tokens of an answer; by default as in the evaluation of the student, or '
+    '128.',
     lower_bound=1,
 )
 _MAX_STEPS = flags.DEFINE_integer(
     'max_denoising_steps',
     None,
-    'Most denoise steps per canvas; by default as the student was evaluated, else 48.',
+    'Maximum number of denoise steps per canvas; by default as in the evaluation of the student, '
+    'or 48.',
     lower_bound=1,
 )
 _ENTROPY_BOUND = flags.DEFINE_float(
     'entropy_bound',
     None,
-    'Nats; a higher one accepts more tokens per denoise step; by default as the student was '
-    'evaluated, else 0.1.',
+    'Entropy bound in nats; a higher one accepts more tokens per denoise step; by default as in '
+    'the evaluation of the student, or 0.1.',
     lower_bound=0.0,
 )
 _ACCEPTANCE = flags.DEFINE_string(
     'acceptance',
     None,
-    "What a denoise step accepts, such as 'TopK(k=4)'; see docs/sampling.md. In place of an "
-    'entropy bound.',
+    "Acceptance rule of denoise steps, such as 'TopK(k=4)', instead of an entropy bound; see "
+    'docs/sampling.md.',
 )
 _TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k most likely tokens.', lower_bound=1)
 _TOP_P = flags.DEFINE_float(
     'top_p',
     None,
-    'Draw from the smallest set of most likely tokens whose probability reaches this, in (0, 1].',
+    'Draw from the smallest set of most likely tokens whose total probability reaches this, '
+    'in (0, 1].',
 )
 _WEIGHTS = flags.DEFINE_enum('weights', None, sorted(WEIGHT_DTYPES), 'Weight-only quantization.')
-_REGEX = flags.DEFINE_string('regex', None, 'The answer matches this regular expression.')
+_REGEX = flags.DEFINE_string('regex', None, 'Regular expression that the answer must match.')
 _JSON_SCHEMA = flags.DEFINE_string(
-    'json_schema', None, 'A file; the answer is JSON of this schema.'
+    'json_schema', None, 'File with a JSON schema; the answer is valid JSON under it.'
 )
 _TURNS = flags.DEFINE_integer(
     'turns',
     None,
-    'Turns of a chat that the model sees, the new one included; by default 1 for models that were '
-    'trained on single questions, the shipped ones and their students, else all that fit.',
+    'Number of turns of a chat that the model sees, including the new one; by default 1 for models '
+    'that were trained on single questions (the shipped ones and their students), else all that '
+    'fit.',
     lower_bound=1,
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the noise and the draws.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the noise and the draws.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON line instead of text.')
 _WATCH = flags.DEFINE_bool('watch', False, 'Show every denoise step, colored by entropy.')
 _GIF = flags.DEFINE_string('gif', None, 'Write the denoise steps to this file, as a GIF.')
@@ -113,12 +117,12 @@ _FRAME_SECONDS = flags.DEFINE_float(
     'frame_seconds', 0.35, 'How long --watch, --gif and --html show a step.', lower_bound=0.0
 )
 
-_CHAT_TOKENS = 8192  # the longest conversation; its cache is made for so many
+_CHAT_TOKENS = 8192  # the maximum length of a conversation, for which its cache is allocated
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One answer and its cost; `seconds` is a second run, without compilation."""
+    """An answer and its cost; `seconds` is the time of a second run, without compilation."""
 
     text: str
     tokens: list[int]
@@ -130,7 +134,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What the flags ask for: a sampler, its parameters and its tokenizer."""
+    """The sampler, parameters and tokenizer that the flags select."""
 
     sampler: Sampler
     params: Params
@@ -138,7 +142,7 @@ class Loaded:
 
     @classmethod
     def from_flags(cls) -> 'Loaded':
-        """Raises ValueError or FileNotFoundError where the checkpoint is of no use."""
+        """Loads them; raises ValueError or FileNotFoundError if the checkpoint is not usable."""
         model, params, tokenizer = load_for_sampling(_CHECKPOINT.value, _WEIGHTS.value)
         if _PROMPT.value is None and not tokenizer.chat_turns:
             raise ValueError(
@@ -160,7 +164,7 @@ class Loaded:
 
 
 def constraint(tokenizer: Tokenizer, vocab_size: int) -> Controls | None:
-    """What --regex or --json_schema ask for."""
+    """Returns the controls for --regex or --json_schema, or None."""
     if _REGEX.value is not None and _JSON_SCHEMA.value is not None:
         raise ValueError('Give --regex or --json_schema, not both.')
     if _REGEX.value is not None:
@@ -172,7 +176,7 @@ def constraint(tokenizer: Tokenizer, vocab_size: int) -> Controls | None:
 
 
 def answer(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls | None) -> Answer:
-    """Answers `prompt` twice, the second time to measure it."""
+    """Answers `prompt` twice, first to compile and then to measure the time."""
     sampler, tokenizer = loaded.sampler, loaded.tokenizer
     tokens, lengths = pad_prompts([tokenizer.format_prompt(prompt)], tokenizer.pad_id, multiple=64)
     for _ in range(2):  # the first time it compiles
@@ -192,9 +196,12 @@ def answer(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls | Non
 
 
 def show_steps(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls | None) -> None:
-    """What --watch, --gif and --html ask for; the tokens/s are those of single steps."""
+    """Shows or writes the denoise steps for --watch, --gif and --html.
+
+    The tokens/s in the frames are lower than in normal sampling, because every step is one call.
+    """
     if _GIF.value is not None:
-        from diffusiongemma.view import animation  # the extra `view`: rather than after the text
+        from diffusiongemma.view import animation  # fails early if the extra `view` is missing
     sampler, params, tokenizer = loaded.sampler, loaded.params, loaded.tokenizer
     tokens, lengths = pad_prompts([tokenizer.format_prompt(prompt)], tokenizer.pad_id)
 
@@ -213,12 +220,12 @@ def show_steps(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls |
 
 
 def answers_single_questions(checkpoint: str) -> bool:
-    """Whether a model was trained on single questions: the shipped ones and their students."""
+    """Returns whether a model was trained on single questions: shipped ones and their students."""
     return checkpoint in BUILTIN or about_model(checkpoint).get('teacher') in BUILTIN
 
 
 def chat(loaded: Loaded, rng: jax.Array) -> None:
-    """A conversation on standard input and output."""
+    """Runs a conversation on standard input and output."""
     capacity = min(loaded.sampler.model.config.max_positions or _CHAT_TOKENS, _CHAT_TOKENS)
     turns = _TURNS.value or (1 if answers_single_questions(_CHECKPOINT.value) else None)
     chat = ChatSampler(
@@ -231,7 +238,7 @@ def chat(loaded: Loaded, rng: jax.Array) -> None:
     )
     talks_to_person = sys.stdin.isatty()
     if talks_to_person:
-        import readline  # noqa: F401  input() then edits lines and remembers them
+        import readline  # noqa: F401  adds line editing and history to input()
 
         print(f'{_CHECKPOINT.value}, mode {loaded.sampler.mode}; /help names the commands.')
         if turns == 1:
@@ -245,7 +252,7 @@ def chat(loaded: Loaded, rng: jax.Array) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Answers, shows or talks."""
+    """Answers the prompt, shows its denoise steps, or runs a chat."""
     del argv
     watched = _WATCH.value or _GIF.value is not None or _HTML.value is not None
     if _JSON.value and _WATCH.value:

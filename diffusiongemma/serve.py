@@ -19,7 +19,7 @@ _CHECKPOINT = flags.DEFINE_string(
     'builtin',
     "A workdir, a bundle, a published checkpoint, a GGUF file, 'builtin', or 'gemma3-270m'.",
 )
-_NAME = flags.DEFINE_string('name', None, 'The model in requests; by default the checkpoint.')
+_NAME = flags.DEFINE_string('name', None, 'Model name in requests; by default the checkpoint.')
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on; 0.0.0.0 for all.')
 _PORT = flags.DEFINE_integer(
     'port', 8000, 'Port to listen on; 0 for any free one.', lower_bound=0, upper_bound=65535
@@ -35,30 +35,31 @@ _TEMPERATURE = flags.DEFINE_float(
     'temperature', 0.0, 'Temperature of requests that name none; 0 is greedy.', lower_bound=0.0
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    'max_new_tokens', 128, 'Longest answer in tokens.', lower_bound=1
+    'max_new_tokens', 128, 'Maximum number of tokens of an answer.', lower_bound=1
 )
 _CAPACITY = flags.DEFINE_integer(
     'capacity',
     None,
-    "Most tokens of a prompt and its answer; by default the model's positions, at most 4096.",
+    'Maximum number of tokens of a prompt and its answer together; by default the positions of '
+    'the model, at most 4096.',
     lower_bound=2,
 )
 _SLOTS = flags.DEFINE_integer('slots', 8, 'Requests that are answered at once.', lower_bound=1)
 _PREFIXES = flags.DEFINE_integer(
     'prefixes',
     4,
-    'K/V caches, of one row each, that are kept of what prompts begin with alike, such as a system '
-    'text, in blocks of 128 tokens.',
+    'Number of K/V caches, of one row each, that are kept for shared prompt prefixes such as a '
+    'system text, in blocks of 128 tokens.',
     lower_bound=0,
 )
 _MAX_QUEUE = flags.DEFINE_integer(
     'max_queue', 64, 'Requests that may wait for a slot; more are refused.', lower_bound=0
 )
 _MAX_BODY_BYTES = flags.DEFINE_integer(
-    'max_body_bytes', 2**20, 'Longest body of a request.', lower_bound=1
+    'max_body_bytes', 2**20, 'Maximum size of the body of a request.', lower_bound=1
 )
 _API_KEY = flags.DEFINE_string(
-    'api_key', None, 'What clients must send; by default the variable DIFFUSIONGEMMA_API_KEY.'
+    'api_key', None, 'Key that clients must send; by default the variable DIFFUSIONGEMMA_API_KEY.'
 )
 _GRACE_SECONDS = flags.DEFINE_float(
     'grace_seconds', 60.0, 'How long open requests may take after SIGTERM.', lower_bound=0.0
@@ -66,21 +67,22 @@ _GRACE_SECONDS = flags.DEFINE_float(
 _MAX_STEPS = flags.DEFINE_integer(
     'max_denoising_steps',
     None,
-    'Most denoise steps per canvas; by default as the student was evaluated, else 48.',
+    'Maximum number of denoise steps per canvas; by default as in the evaluation of the student, '
+    'or 48.',
     lower_bound=1,
 )
 _ENTROPY_BOUND = flags.DEFINE_float(
     'entropy_bound',
     None,
-    'Nats; a higher one accepts more tokens per denoise step; by default as the student was '
-    'evaluated, else 0.1.',
+    'Entropy bound in nats; a higher one accepts more tokens per denoise step; by default as in '
+    'the evaluation of the student, or 0.1.',
     lower_bound=0.0,
 )
 _ACCEPTANCE = flags.DEFINE_string(
     'acceptance',
     None,
-    "What a denoise step accepts, such as 'TopK(k=4)'; see docs/sampling.md. In place of an "
-    'entropy bound.',
+    "Acceptance rule of denoise steps, such as 'TopK(k=4)', instead of an entropy bound; see "
+    'docs/sampling.md.',
 )
 _WEIGHTS = flags.DEFINE_enum('weights', None, sorted(WEIGHT_DTYPES), 'Weight-only quantization.')
 _WARM_UP = flags.DEFINE_bool('warm_up', True, 'Compile before the first request.')
@@ -97,7 +99,7 @@ def main(argv: list[str]) -> None:
     config = run_config.student_sampling(
         _CHECKPOINT.value,
         tokenizer,
-        temperature=1.0,  # of the engine's programs; requests have their own
+        temperature=1.0,  # of the engine's programs; each request sets its own temperature
         max_new_tokens=_MAX_NEW_TOKENS.value,
         max_denoising_steps=_MAX_STEPS.value,
         entropy_bound=_ENTROPY_BOUND.value,

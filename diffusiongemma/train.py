@@ -25,12 +25,12 @@ with run_config.extra_named(__name__):
     from diffusiongemma.parallel import param_shardings, processes
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and metrics go.')
-_PROFILE = flags.DEFINE_bool('profile', False, 'Traces a few steps for xprof, to workdir/profile.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for checkpoints and metrics.')
+_PROFILE = flags.DEFINE_bool('profile', False, 'Trace a few steps for xprof, to workdir/profile.')
 
 
 def train(training: TeacherTraining, workdir: Path) -> TrainState:
-    """Trains the Gemma of `training`, going on from the newest checkpoint in `workdir`.
+    """Trains the Gemma of `training`, or resumes from the newest checkpoint in `workdir`.
 
     The averaged parameters are exported to `workdir`/model.
     """
@@ -105,7 +105,7 @@ def _initial_params(training: TeacherTraining, model: Gemma) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    """Trains a teacher, or goes on with it."""
+    """Starts or resumes the training of a teacher."""
     del argv
     process_flags.join()
     run_config.say_devices()

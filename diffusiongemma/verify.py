@@ -2,15 +2,16 @@
 
 python -m diffusiongemma.verify --checkpoint=DIR --golden=DIR/golden.npz
 
-The golden file holds a prompt, a noisy canvas, a clean canvas that is committed, and what the
-passes over them give. The last line of stdout is a JSON object from array name to the largest
-absolute difference (for `accepted`: positions that differ), that of stderr a verdict. Exits with 1
-when a float array differs by more than 1e-4 (or is not a number) or an accepted position differs.
+The golden file contains a prompt, a noisy canvas, a clean canvas to commit, and the outputs of the
+passes over them. The last line of stdout is a JSON object from array name to the largest absolute
+difference (for `accepted`: the number of positions that differ); the last line of stderr is a
+verdict. The exit code is 1 if a float array differs by more than 1e-4 (or is not a number) or an
+accepted position differs.
 
 `logits_step1` is conditioned on the file's `logits_step0`, so that each pass is compared on the
-reference's own inputs. Two float32 implementations that each chain their own two passes differ by
-several 1e-4 there: what the first pass rounds differently, the norm of the nearly uniform soft
-embeddings amplifies. The chained difference is logged too.
+inputs of the reference. If two float32 implementations each chain their own two passes, they
+differ by several 1e-4 there, because the norm of the nearly uniform soft embeddings amplifies
+rounding differences of the first pass. The chained difference is logged as well.
 """
 
 import functools
@@ -38,8 +39,8 @@ _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Directory of the checkpoi
 _GOLDEN = flags.DEFINE_string('golden', None, 'The golden .npz file.')
 
 TOLERANCE = 1e-4
-TEMPERATURE = 0.8  # of the shaped logits behind `accepted` and `token_entropy`
-CONDITIONING_TEMPERATURE = 0.7  # of the self-conditioning logits behind `logits_step1`
+TEMPERATURE = 0.8  # of the shaped logits for `accepted` and `token_entropy`
+CONDITIONING_TEMPERATURE = 0.7  # of the self-conditioning logits for `logits_step1`
 ARRAYS = (
     'encoder_hidden', 'encoder_logits', 'logits_step0', 'logits_step1', 'next_encoder_logits',
     'logits_canvas2', 'accepted', 'token_entropy', 'ar_ce',
@@ -56,21 +57,21 @@ def _apply(model: DiffusionGemma, params: Params, *args: Any, method: str) -> An
 def golden_passes(
     model: DiffusionGemma, params: Params, golden: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Runs the passes whose outputs `golden` holds, on its inputs, in float32.
+    """Runs the passes of a golden file on its inputs, in float32.
 
     Args:
-      model: the denoiser.
-      params: float32 parameters.
-      golden: prompt and prompt_mask [B, P], canvas and commit [B, C], entropy_bound, and
-        logits_step0 [B, C, V] as what conditions the second denoise pass.
+      model: the diffusion model.
+      params: its parameters, float32.
+      golden: the inputs: prompt and prompt_mask [B, P], canvas and commit [B, C], entropy_bound,
+        and logits_step0 [B, C, V], on which the second denoise pass is conditioned.
 
     Returns:
-      The outputs under the golden file's names, and `chained_step1`: the second denoise pass
-      conditioned on our own first one. Prompt rows stand where the golden file has them: padding
-      on the left is moved behind the row for the passes and back again.
+      The outputs under the names of the golden file, and `chained_step1`, the second denoise pass
+      conditioned on the first one of this model. Left padding of prompts is moved to the end for
+      the passes; outputs are in the order of the golden file.
 
     Raises:
-      ValueError: an input is missing in the golden file, or is not of this model.
+      ValueError: if an input is missing in the golden file, or does not fit this model.
     """
     _check_inputs(model, golden)
 
@@ -143,54 +144,54 @@ def _check_inputs(model: DiffusionGemma, golden: Mapping[str, np.ndarray]) -> No
 def differences(
     outputs: Mapping[str, np.ndarray], golden: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Largest absolute difference of each array (NaN where either has NaN).
+    """Returns the largest absolute difference of each array (NaN if either array has NaN).
 
-    For `accepted` the number of positions that differ. What stands on a padded prompt token
-    means nothing and is not compared.
+    For `accepted` it is the number of positions that differ. Outputs at padding tokens of the
+    prompt are not compared.
 
     Args:
-      outputs: what `golden_passes` returns.
-      golden: arrays of the golden file.
+      outputs: the result of `golden_passes`.
+      golden: the arrays of the golden file.
 
     Raises:
-      ValueError: an array is missing in the golden file or has another shape.
+      ValueError: if an array is missing in the golden file or has another shape.
     """
     mask = np.asarray(golden['prompt_mask'], bool)
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for name in ARRAYS:
-        ours = outputs[name]
-        if name not in golden or golden[name].shape != ours.shape:
+        output = outputs[name]
+        if name not in golden or golden[name].shape != output.shape:
             shape = golden[name].shape if name in golden else 'nothing'
-            raise ValueError(f'golden {name}: expected shape {ours.shape}, found {shape}.')
-        theirs = golden[name]
+            raise ValueError(f'golden {name}: expected shape {output.shape}, found {shape}.')
+        reference = golden[name]
         if name in ('encoder_hidden', 'encoder_logits'):
-            ours, theirs = ours[mask], theirs[mask]
+            output, reference = output[mask], reference[mask]
         if name == 'accepted':
-            found[name] = int(np.sum(ours != theirs))
+            result[name] = int(np.sum(output != reference))
         else:
-            found[name] = float(np.max(np.abs(ours - theirs)))
-    return found
+            result[name] = float(np.max(np.abs(output - reference)))
+    return result
 
 
-def holds(found: Mapping[str, float]) -> bool:
-    """Whether `differences` are within tolerance. A comparison with NaN is false: NaN fails."""
+def holds(errors: Mapping[str, float]) -> bool:
+    """Returns whether `differences` are within tolerance; NaN is not."""
     return all(
-        value == 0 if name == 'accepted' else value <= TOLERANCE for name, value in found.items()
+        value == 0 if name == 'accepted' else value <= TOLERANCE for name, value in errors.items()
     )
 
 
-def verdict(checkpoint: str, found: Mapping[str, float]) -> str:
-    """Returns what `differences` mean, and what to do next, in one line."""
-    failing = [name for name in ARRAYS if name in found and not holds({name: found[name]})]
+def verdict(checkpoint: str, errors: Mapping[str, float]) -> str:
+    """Returns one line that interprets `differences` and names the next step."""
+    failing = [name for name in ARRAYS if name in errors and not holds({name: errors[name]})]
     if not failing:
-        largest = max((name for name in found if name != 'accepted'), key=found.__getitem__)
+        largest = max((name for name in errors if name != 'accepted'), key=errors.__getitem__)
         return (
             f'{checkpoint} holds: it differs from the golden outputs by at most '
-            f'{found[largest]:.1e} (in {largest}; {TOLERANCE:g} is allowed). Next: python -m '
+            f'{errors[largest]:.1e} (in {largest}; {TOLERANCE:g} is allowed). Next: python -m '
             f'diffusiongemma.sample --checkpoint={checkpoint}'
         )
     first = failing[0]
-    by = f'at {found[first]:g} positions' if first == 'accepted' else f'by {found[first]:.1e}'
+    by = f'at {errors[first]:g} positions' if first == 'accepted' else f'by {errors[first]:.1e}'
     return (
         f'{checkpoint} does not hold: {first} differs {by} ({TOLERANCE:g} is allowed, and no '
         f'position of accepted), with {len(failing)} of {len(ARRAYS)} arrays that differ. Next: '
@@ -202,22 +203,22 @@ def verdict(checkpoint: str, found: Mapping[str, float]) -> str:
 def main(argv: list[str]) -> None:
     """Compares a checkpoint with golden outputs."""
     del argv
-    checkpoint = run_config.given('checkpoint', _CHECKPOINT.value)
-    golden_file = Path(run_config.given('golden', _GOLDEN.value))
+    checkpoint = run_config.required('checkpoint', _CHECKPOINT.value)
+    golden_file = Path(run_config.required('golden', _GOLDEN.value))
     if not golden_file.is_file():
         raise FileNotFoundError(f'no golden file at {golden_file}.')
     run_config.say_devices()
     model, params, _ = load_model(checkpoint)
     if not isinstance(model, DiffusionGemma):
-        raise ValueError(f'{checkpoint} is no diffusion model (canvas_length is 0).')
+        raise ValueError(f'{checkpoint} is not a diffusion model (canvas_length is 0).')
     golden = dict(np.load(golden_file))
     outputs = golden_passes(model, params, golden)
-    found = differences(outputs, golden)
+    errors = differences(outputs, golden)
     chained = np.max(np.abs(outputs['chained_step1'] - golden['logits_step1']))
-    logging.info('logits_step1 after our own first step: largest difference %.2e', chained)
-    print(json.dumps(found), flush=True)
-    print(verdict(checkpoint, found), file=sys.stderr)
-    sys.exit(0 if holds(found) else 1)
+    logging.info('logits_step1 with chained passes: largest difference %.2e', chained)
+    print(json.dumps(errors), flush=True)
+    print(verdict(checkpoint, errors), file=sys.stderr)
+    sys.exit(0 if holds(errors) else 1)
 
 
 if __name__ == '__main__':

@@ -329,7 +329,7 @@ def test_missing_and_unknown_tensors_are_named(gemma3, tmp_path):
         (lambda w: w.add_uint16('split.count', 2), 'is one of 2 parts; merge them'),
         (
             lambda w: w.add_tensor('output.weight', np.ones((2, 2), np.float32)),
-            'has an output head of its own',
+            'has a separate output head',
         ),
     ],
 )

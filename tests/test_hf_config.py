@@ -126,7 +126,7 @@ def test_a_value_of_another_type_is_one_line_that_names_it(tmp_path, name, value
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
-        ('[1]', 'holds no JSON object'),
+        ('[1]', 'is not a JSON object'),
         ('{"model_type":"gemma3","text_config":null}', 'text_config must be an object, got null'),
         ('{"model_type":["gemma3"]}', 'cannot be read; supported'),
         ('{"model_type":"gemma3"', 'is not valid JSON'),

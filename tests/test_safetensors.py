@@ -253,9 +253,9 @@ def test_a_tensor_that_the_index_does_not_know_is_named(tmp_path, tensors):
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        ('{"weight_map": ', 'no index with a "weight_map"'),
-        ('{"metadata": {}}', 'no index with a "weight_map"'),
-        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', 'no file beside it'),
+        ('{"weight_map": ', 'not an index with a "weight_map"'),
+        ('{"metadata": {}}', 'not an index with a "weight_map"'),
+        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', 'not a file beside it'),
     ],
 )
 def test_an_index_of_another_form_is_an_error(tmp_path, content, message):

@@ -22,9 +22,11 @@ LIGHT = LightConfig(layers=(0,), teacher_state=True, draft_vocab_size=11, serial
 @pytest.fixture(scope='module')
 def models(request):
     """A denoiser of each family, which contains its autoregressive model, and of every kind."""
-    shared, separate = (DenoiserConfig(canvas_length=4, kind=kind) for kind in ('shared', 'separate'))
+    shared, separate = (
+        DenoiserConfig(canvas_length=4, kind=kind) for kind in ('shared', 'separate')
+    )
     light = DenoiserConfig(canvas_length=4, kind='light', light=LIGHT, self_conditioning=False)
-    kinds = {name: (shared,) for name in TINY} | {'tiny_e2b_config': (shared, separate, light)}
+    kinds = dict.fromkeys(TINY, (shared,)) | {'tiny_e2b_config': (shared, separate, light)}
     return [
         DiffusionGemma(request.getfixturevalue(name).replace(denoiser=denoiser))
         for name, denoisers in kinds.items()

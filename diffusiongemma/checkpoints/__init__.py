@@ -1,1 +1,1 @@
-"""Models in files: formats that are read and written, and one function that opens any."""
+"""Reading and writing of model files; `load.load_model` opens any supported format."""

@@ -1,4 +1,4 @@
-"""Adapters alone on disk: adapter.json + adapter.safetensors in a directory that names its base."""
+"""Reads and writes LoRA adapters: adapter.json + adapter.safetensors, which name their base."""
 
 import dataclasses
 import hashlib
@@ -31,14 +31,14 @@ FORMAT = 'diffusiongemma-lora-1'
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """What an adapter directory holds.
+    """The content of an adapter directory.
 
     Attributes:
-      lora: how the adapters are merged.
-      params: the adapters, float32.
-      model: config of the adapted model.
-      base: path or alias of the base.
-      base_fingerprint: of the base's parameters.
+      lora: the LoRA settings with which the adapters are merged.
+      params: the adapter parameters, float32.
+      model: the config of the adapted model.
+      base: the path or alias of the base model.
+      base_fingerprint: the `fingerprint` of the base's parameters.
     """
 
     lora: LoraConfig
@@ -49,12 +49,12 @@ class Adapters:
 
 
 def is_adapters(directory: Path) -> bool:
-    """Whether `directory` holds adapters."""
+    """Returns whether `directory` contains adapters."""
     return (directory / CONFIG_FILE).exists()
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
-    """Tells base models apart by their norms' scales, in bfloat16 whatever they are loaded in."""
+    """Returns a hash of the norm scales, cast to bfloat16, which identifies a base model."""
     digest = hashlib.sha256()
     for name, value in sorted(flatten_dict(params['backbone'], sep='/').items()):
         if name.endswith('/scale'):
@@ -76,13 +76,13 @@ def save_adapters(
     """Writes adapters; `load_model` opens the directory as the adapted model.
 
     Args:
-      directory: is created; older adapters in it are replaced.
-      lora: how they are merged.
-      adapters: from `init_lora`, trained.
-      model: config of the adapted model.
-      base: path or alias of the base; a relative path may also start at `directory`.
-      base_fingerprint: `fingerprint` of the base's parameters.
-      about: JSON values on how the adapters were made.
+      directory: the directory to create; existing adapters in it are replaced.
+      lora: the LoRA settings with which the adapters are merged.
+      adapters: trained parameters with the structure of `init_lora`.
+      model: the config of the adapted model.
+      base: the path or alias of the base; a relative path may also start at `directory`.
+      base_fingerprint: the `fingerprint` of the base's parameters.
+      about: JSON values that describe how the adapters were trained.
     """
     flat = flatten_dict(processes.on_host(dict(adapters)), sep='/')
     if not processes.is_writer():
@@ -102,11 +102,11 @@ def save_adapters(
 
 
 def read_adapters(directory: Path) -> Adapters:
-    """Reads what `save_adapters` wrote.
+    """Returns adapters that `save_adapters` wrote.
 
     Raises:
-      FileNotFoundError: the weights are missing.
-      ValueError: a file is damaged, or of another format.
+      FileNotFoundError: if the weights are missing.
+      ValueError: if a file is damaged or has another format.
     """
     path = directory / CONFIG_FILE
     content = read_json(path)
@@ -128,7 +128,7 @@ def read_adapters(directory: Path) -> Adapters:
 
 
 def _check_shapes(reader: TensorReader, lora: LoraConfig, model: ModelConfig, path: Path) -> None:
-    """Raises ValueError unless the tensors are the adapters of the model, factor for factor."""
+    """Raises ValueError unless the tensors have the names and shapes of the model's adapters."""
     module = (DiffusionGemma if model.is_diffusion else Gemma)(model)
     params = {
         name: jax.ShapeDtypeStruct(shape, np.float32)
@@ -137,7 +137,7 @@ def _check_shapes(reader: TensorReader, lora: LoraConfig, model: ModelConfig, pa
     params = unflatten_dict(params, sep='/')
     try:
         wanted = jax.eval_shape(lambda p: init_lora(lora, p, jax.random.key(0)), params)
-    except ValueError as error:  # such as no kernel that matches
+    except ValueError as error:  # for example if no kernel matches
         raise ValueError(f'{path}: {error}') from error
     shapes = {name: value.shape for name, value in flatten_dict(wanted, sep='/').items()}
     problems = [f'{name} is missing' for name in sorted(set(shapes) - set(reader.shapes))]

@@ -1,11 +1,11 @@
 """Model bundles: config.json + params.safetensors + tokenizer.model in one directory.
 
-The format of the shipped models and of what a run exports. Parameters keep their dtype; a
-parameter's name is its path in the tree, joined by '/'. A bundle may name a `base`, another bundle
-beside it, that has the parameters which it lacks: a student with a denoiser of its own need not
-repeat its teacher. With a `base_fingerprint` the base is any model that `load_model` opens, and has
-to be the one that the student was trained on: so a light student is stored. Large weights may be
-stored in eight bits (`int8_storage`).
+This is the format of the shipped models and of exports of a run. Parameters keep their dtype; the
+name of a parameter is its path in the tree, joined by '/'. A bundle may name a `base`, another
+bundle that has the missing parameters, so a student with a separate denoiser need not repeat its
+teacher. With a `base_fingerprint`, the base is any model that `load_model` opens, and it must be
+the model that the student was trained on; light students are stored in this way. Large weights may
+be stored as int8 (`int8_storage`).
 """
 
 import json
@@ -39,12 +39,12 @@ FORMAT = 'diffusiongemma-bundle-1'
 
 
 def model_for(config: ModelConfig, dtype: Any) -> Gemma:
-    """The module of a config: a DiffusionGemma where it has a canvas, else a Gemma."""
+    """Returns the module of a config: a DiffusionGemma if it has a denoiser, else a Gemma."""
     return (DiffusionGemma if config.is_diffusion else Gemma)(config, dtype)
 
 
 def is_bundle(directory: Path) -> bool:
-    """Whether `directory` holds a bundle (and not some other config.json)."""
+    """Returns whether `directory` contains a bundle (and not some other config.json)."""
     return (directory / PARAMS_FILE).exists()
 
 
@@ -59,30 +59,30 @@ def save_bundle(
     base: str | None = None,
     base_fingerprint: str | None = None,
 ) -> None:
-    """Writes a bundle; of several processes all call it and one of them writes.
+    """Writes a bundle. All processes must call it; only process 0 writes.
 
     Args:
-      directory: is created; the files of an older bundle in it are replaced.
-      config: of the model.
-      params: nested dict of arrays.
-      tokenizer: of the model; written into the bundle. None where it is that of a base with a
+      directory: the directory to create; the files of an existing bundle in it are replaced.
+      config: the config of the model.
+      params: the parameters as a nested dict of arrays.
+      tokenizer: the tokenizer to store in the bundle; None to use that of a base with a
         fingerprint.
-      dtype: parameters are cast to it; None keeps theirs, 'int8' stores large ones in eight bits
-        and the others in bfloat16.
-      about: JSON values on how the model was made.
-      base: path, from `directory`, of a bundle with the parameters that `params` lacks; with a
-        fingerprint also the name or path of any model.
-      base_fingerprint: `fingerprint` of the base's parameters.
+      dtype: the dtype to cast parameters to; None keeps their dtypes, 'int8' stores large ones as
+        int8 and all others as bfloat16.
+      about: JSON values that describe how the model was made.
+      base: the path, relative to `directory`, of a bundle with the parameters that `params` lacks;
+        with a fingerprint, the name or path of any model.
+      base_fingerprint: the `fingerprint` of the base's parameters.
     """
     flat = flatten_dict(processes.on_host(params), sep='/')
     if not processes.is_writer():
-        processes.as_writer_says(None)  # it is written
+        processes.as_writer_says(None)  # waits until process 0 has written the files
         return
     directory.mkdir(parents=True, exist_ok=True)
     if dtype == INT8:
         flat = {k: v for name, value in flat.items() for k, v in to_int8(name, value).items()}
         dtype = jnp.bfloat16
-    # safetensors writes the memory as it lies: another order than C would scramble the array.
+    # safetensors writes raw memory, so arrays that are not in C order would be scrambled.
     arrays = {
         name: np.array(value, cast_to(dtype, value.dtype), order='C')
         for name, value in flat.items()
@@ -104,18 +104,19 @@ def save_bundle(
 def load_bundle(
     directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Gemma, dict]:
-    """Reads a bundle: (model, parameters), both in `dtype`.
+    """Returns the model and the parameters of a bundle.
 
-    Parameters are read one at a time, straight into their shards.
+    Parameters are read one at a time, directly into their shards.
 
     Args:
-      directory: of the bundle.
-      dtype: of the parameters and the computation; None keeps what is stored.
-      mesh: the parameters are created in their shards on it; None for the default device.
+      directory: the directory of the bundle.
+      dtype: the dtype of the parameters and of the computation; None keeps the stored dtypes and
+        computes in float32.
+      mesh: the mesh on which the parameters are created in shards; None for the default device.
 
     Raises:
-      FileNotFoundError: a file of the bundle is missing.
-      ValueError: a file is damaged, or a parameter is missing, unknown or of another shape.
+      FileNotFoundError: if a file of the bundle is missing.
+      ValueError: if a file is damaged, or a parameter is missing, unknown or has a wrong shape.
     """
     content = read_content(directory)
     config_path = directory / CONFIG_FILE
@@ -135,10 +136,15 @@ def load_bundle(
 def load_own_params(
     directory: Path, model: Gemma, dtype: Any, mesh: jax.sharding.Mesh | None = None
 ) -> dict:
-    """The parameters of a bundle alone, without those of its base; arguments as of `load_bundle`.
+    """Returns the parameters that a bundle stores, without those of its base.
+
+    Args:
+      directory: the directory of the bundle.
+      model: the whole model, including the parameters of the base.
+      dtype, mesh: see `load_bundle`.
 
     Raises:
-      ValueError: a file is damaged, or a parameter is unknown to `model` or of another shape.
+      ValueError: if a file is damaged, or a parameter is unknown to `model` or has a wrong shape.
     """
     reader = _BundleReader(directory)
     wanted = param_shapes(model)
@@ -148,7 +154,7 @@ def load_own_params(
 
 
 class _BundleReader(TensorReader):
-    """The parameters of a bundle; those that are stored in eight bits are read as float32."""
+    """A reader of the parameters of a bundle, which dequantizes int8 weights to float32."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, PARAMS_FILE)
@@ -166,7 +172,7 @@ class _BundleReader(TensorReader):
                     f'{directory / PARAMS_FILE}: {name} is stored as {self.dtypes[name]} with '
                     f'scales of shape {stored[name + SCALE]}; expected I8 and ({blocks},).'
                 )
-            self.dtypes[name] = 'F32'  # what it is read as
+            self.dtypes[name] = 'F32'  # the dtype after dequantization
 
     def read(self, name: str) -> np.ndarray:
         value = super().read(name)
@@ -174,11 +180,11 @@ class _BundleReader(TensorReader):
 
 
 def read_content(directory: Path) -> dict[str, Any]:
-    """What the config.json of a bundle says: `model`, `about`, and `base` if there is one.
+    """Returns the config.json of a bundle: `model`, `about`, and `base` if it has one.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is of another format.
+      FileNotFoundError: if there is no config.json.
+      ValueError: if it has another format.
     """
     config_path = directory / CONFIG_FILE
     if not config_path.exists():
@@ -190,7 +196,7 @@ def read_content(directory: Path) -> dict[str, Any]:
 
 
 def cast_to(dtype: Any, own: Any) -> Any:
-    """The dtype of a parameter where `dtype` is asked for: token ids stay integers."""
+    """Returns the dtype to cast a parameter to; `own`, its present dtype, if it is not floating."""
     return own if dtype is None or not jnp.issubdtype(own, jnp.floating) else dtype
 
 
@@ -207,7 +213,7 @@ def _read(
 
 
 def _base(content: Mapping[str, Any], path: Path) -> str | None:
-    """The bundle that has the parameters which this one lacks; raises where it is not there."""
+    """Returns the path of the base bundle, or None; raises FileNotFoundError if it is missing."""
     base = content.get('base')
     if base is None:
         return None
@@ -226,15 +232,15 @@ def check_params(model: Gemma, arrays: Mapping[str, Any], where: str) -> None:
     check_shapes(model, {name: value.shape for name, value in arrays.items()}, where)
 
 
-def check_shapes(model: Gemma, found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raises ValueError unless `found` (by '/'-joined name) are the shapes that `model` has."""
-    wanted = param_shapes(model)
-    problems = [f'{name} is missing' for name in sorted(set(wanted) - set(found))]
-    problems += [f'{name} is unknown' for name in sorted(set(found) - set(wanted))]
+def check_shapes(model: Gemma, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises ValueError unless `shapes` (by '/'-joined name) are those of the parameters."""
+    expected = param_shapes(model)
+    problems = [f'{name} is missing' for name in sorted(set(expected) - set(shapes))]
+    problems += [f'{name} is unknown' for name in sorted(set(shapes) - set(expected))]
     problems += [
-        f'{name} has shape {tuple(found[name])}, the config asks for {wanted[name]}'
-        for name in sorted(set(found) & set(wanted))
-        if tuple(found[name]) != wanted[name]
+        f'{name} has shape {tuple(shapes[name])}, the config asks for {expected[name]}'
+        for name in sorted(set(shapes) & set(expected))
+        if tuple(shapes[name]) != expected[name]
     ]
     if problems:
         more = f' (and {len(problems) - 5} more)' if len(problems) > 5 else ''

@@ -1,4 +1,4 @@
-"""From any format that `load_model` opens to the published one, or to a bundle."""
+"""Converts any format that `load_model` opens to the Hugging Face format or to a bundle."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,19 +27,20 @@ def convert(
     """Reads a model and writes it to a new directory.
 
     Args:
-      source: whatever `load_model` opens.
-      output: is created.
-      format: 'hf' (published) or 'bundle'.
-      dtype: of the parameters; None keeps theirs. 'int8' stores large ones of a bundle in eight
-        bits (`int8_storage`).
-      max_shard_bytes: largest file of the published format.
-      base: published checkpoint to take over what the model does not hold, see `save_hf`;
-        defaults to `source` where that is one.
-      generation: gives generation_config.json for a model whose base has none.
+      source: any model that `load_model` opens.
+      output: the directory to create.
+      format: 'hf' (the published format of Hugging Face) or 'bundle'.
+      dtype: the dtype of the parameters; None keeps their dtypes. 'int8' stores large parameters
+        of a bundle as int8 (`int8_storage`).
+      max_shard_bytes: the maximum size of a file in the published format.
+      base: a published checkpoint that supplies what the model does not contain, see `save_hf`;
+        by default `source` if it is one.
+      generation: returns the generation_config.json for a model whose base has none.
 
     Raises:
-      FileNotFoundError: there is no model at `source`.
-      ValueError: it cannot be read, the format cannot hold it, or `output` holds a model.
+      FileNotFoundError: if there is no model at `source`.
+      ValueError: if it cannot be read, the format cannot represent it, or `output` already
+        contains a model.
     """
     if format not in FORMATS:
         raise ValueError(f'format must be one of {FORMATS}, got {format!r}.')
@@ -50,17 +51,17 @@ def convert(
     content = bundle.read_content(directory) if bundle.is_bundle(directory) else {}
     model, params, tokenizer = load_model(source, None if dtype == INT8 else dtype)
     if format == 'bundle':
-        if 'base_fingerprint' in content:  # holds its trained part alone
+        if 'base_fingerprint' in content:  # the bundle only stores its trained part
             params = {name: value for name, value in params.items() if name not in BASE_PARAMS}
             tokenizer = None if content['base'] in PACKAGED else tokenizer
-            named = {name: content[name] for name in ('about', 'base', 'base_fingerprint')}
+            extras = {name: content[name] for name in ('about', 'base', 'base_fingerprint')}
         elif tokenizer is None:
             raise ValueError(
                 f'{directory} has no tokenizer.model or tokenizer.json; a bundle needs one.'
             )
         else:
-            named = {'about': {'converted_from': directory.name}}
-        bundle.save_bundle(output, model.config, params, tokenizer, dtype=dtype, **named)
+            extras = {'about': {'converted_from': directory.name}}
+        bundle.save_bundle(output, model.config, params, tokenizer, dtype=dtype, **extras)
         return
     if base is None and is_published(directory):
         base = directory

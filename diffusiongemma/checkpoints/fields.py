@@ -1,4 +1,4 @@
-"""Config dataclasses from the JSON files beside weights, checked field by field."""
+"""Reads config dataclasses from the JSON files beside weights and checks every field."""
 
 import dataclasses
 import math
@@ -26,11 +26,11 @@ _POSITIVE = ('rope_theta', 'rope_scale', 'norm_eps', 'final_logit_softcap', 'alp
 
 
 def read_model_config(values: Any, where: str) -> ModelConfig:
-    """Returns the `ModelConfig` that `ModelConfig.to_dict` wrote.
+    """Returns a `ModelConfig` from the result of `ModelConfig.to_dict`.
 
     Raises:
-      ValueError: a field is unknown, missing, of another type or out of range; `where` and the
-        field are named.
+      ValueError: if a field is unknown, missing, of a wrong type or out of range; the message
+        names `where` and the field.
     """
     if isinstance(values, Mapping):
         values = with_nested_denoiser(values)
@@ -38,10 +38,10 @@ def read_model_config(values: Any, where: str) -> ModelConfig:
 
 
 def read_fields(cls: type[T], values: Any, where: str) -> T:
-    """Returns a config dataclass from parsed JSON; nested dataclasses are read likewise.
+    """Returns a config dataclass from parsed JSON, including nested dataclasses.
 
     Raises:
-      ValueError: a field is unknown, missing, of another type or out of range.
+      ValueError: if a field is unknown, missing, of a wrong type or out of range.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f'{where} must be an object, got {_shown(values)}; copy the file again.')
@@ -67,24 +67,24 @@ def read_fields(cls: type[T], values: Any, where: str) -> T:
 
 
 def _read(hint: Any, value: Any, where: str, name: str) -> Any:
-    """Returns a field's value; raises ValueError where it is not of the annotated type."""
+    """Returns the value of a field; raises ValueError if it does not have the annotated type."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
     option = next(option for option in options if option is not type(None))
     if dataclasses.is_dataclass(option):
         return read_fields(typing.cast(type, option), value, f'{where}, {name!r}')
-    wanted = _fault(option, value, name)
-    if wanted:
+    expected = _fault(option, value, name)
+    if expected:
         null = ' or null' if type(None) in options else ''
-        raise ValueError(f'{where}: {name} must be {wanted}{null}, got {_shown(value)}.')
+        raise ValueError(f'{where}: {name} must be {expected}{null}, got {_shown(value)}.')
     if option is float:
-        return float(value)  # a large integer would overflow where it meets an array
+        return float(value)  # a large Python int would overflow in an array operation
     return tuple(value) if isinstance(value, list) else value
 
 
 def _fault(option: Any, value: Any, name: str) -> str | None:
-    """Returns what the value must be, or None where it is that."""
+    """Returns a description of what the value must be, or None if the value is valid."""
     if option is bool:
         return None if isinstance(value, bool) else 'true or false'
     if option is int:

@@ -1,8 +1,8 @@
-"""Metadata of a GGUF file -> `ModelConfig`, by way of the config.json that it was made of.
+"""Converts the metadata of a GGUF file to a `ModelConfig`.
 
-What llama.cpp's converter writes for Gemma 3 and Gemma 4 is translated back to the names of
-config.json, and read with the checks of `hf_config`. A key that is not translated is an error
-rather than another model.
+The keys that llama.cpp's converter writes for Gemma 3 and Gemma 4 are translated back to those of
+config.json, and then read with the checks of `hf_config`. An unknown key is an error, because
+ignoring it could silently change the model.
 """
 
 from typing import Any
@@ -15,16 +15,16 @@ from diffusiongemma.models.config import ModelConfig
 
 ARCHITECTURES = ('gemma3', 'gemma4')
 ROPE_FREQUENCIES = 'rope_freqs.weight'
-# Towers that some files hold beside the text model: their settings are not the text's.
+# Prefixes of the settings of vision and audio towers, which some files contain.
 _TOWER_KEYS = ('vision.', 'audio.', 'mm.')
 _SLIDING, _FULL = 'sliding_attention', 'full_attention'
-_PATTERN = 6  # of Gemma 3: five sliding layers to one full layer; llama.cpp has it as a constant
-_LAYERS_OF_27B = 62  # llama.cpp knows Gemma 3 27B, the one with its own query scale, by its layers
-_UNROTATED = 1e29  # llama.cpp divides by 1e30 what proportional rotary embedding leaves as it is
+_PATTERN = 6  # Gemma 3 has one full layer after five sliding ones, a constant in llama.cpp
+_LAYERS_OF_27B = 62  # only Gemma 3 27B has another query scale; llama.cpp detects it by this number
+_UNROTATED = 1e29  # llama.cpp divides frequencies that proportional RoPE does not rotate by 1e30
 
 
 class _Keys:
-    """The keys of one architecture, each read once."""
+    """The metadata keys of one architecture; each is read once, so unknown keys are left over."""
 
     def __init__(self, file: GgufFile, architecture: str) -> None:
         prefix = f'{architecture}.'
@@ -45,7 +45,7 @@ class _Keys:
         return self._left.pop(key, default)
 
     def by_layer(self, key: str, num_layers: int) -> list[Any]:
-        """The value of each layer, where files may have one value or a list."""
+        """Returns the value of each layer; a file may contain one value or a list."""
         value = self.take(key)
         values = value if isinstance(value, list) else [value] * num_layers
         if len(values) != num_layers:
@@ -62,10 +62,11 @@ class _Keys:
 
 
 def read_gguf_config(file: GgufFile) -> ModelConfig:
-    """Returns the model that a GGUF file describes.
+    """Returns the config of the model in a GGUF file.
 
     Raises:
-      ValueError: another architecture, a missing or unknown key, or a model that is not supported.
+      ValueError: if the architecture is unknown, a key is missing or unknown, or the model is not
+        supported.
     """
     architecture = file.metadata.get('general.architecture')
     if architecture not in ARCHITECTURES:
@@ -78,7 +79,7 @@ def read_gguf_config(file: GgufFile) -> ModelConfig:
             raise ValueError(f'{file.path} lacks the tensor {name}.')
     if 'output.weight' in file.tensors:
         raise ValueError(
-            f'{file.path} has an output head of its own (output.weight), which is not supported: '
+            f'{file.path} has a separate output head (output.weight), which is not supported: '
             'the head of Gemma is its embedding.'
         )
     keys = _Keys(file, architecture)
@@ -91,7 +92,7 @@ def read_gguf_config(file: GgufFile) -> ModelConfig:
 
 
 def _common(keys: _Keys, file: GgufFile) -> dict[str, Any]:
-    """What both architectures have, by the names of config.json."""
+    """Returns the settings that both architectures have, with the names of config.json."""
     vocab_size = file.tensors['token_embd.weight'].shape[0]
     if keys.get('vocab_size', vocab_size) != vocab_size:
         raise ValueError(f'{file.path}: the vocabulary and token_embd.weight differ in size.')
@@ -154,7 +155,7 @@ def _gemma4(keys: _Keys, file: GgufFile) -> dict[str, Any]:
         'num_key_value_heads': _one(file, 'head_count_kv of sliding layers', heads, sliding, True),
         'num_kv_shared_layers': shared,
         'use_double_wide_mlp': _double_wide(file, widths, shared),
-        # llama.cpp takes keys for values where a layer has no value weights.
+        # llama.cpp uses the keys as values if a layer has no value weights.
         'attention_k_eq_v': any(f'blk.{i}.attn_v.weight' not in file.tensors for i in owning),
         'hidden_size_per_layer_input': per_layer,
         'enable_moe_block': bool(experts),
@@ -190,34 +191,36 @@ def _same(keys: _Keys, file: GgufFile, first: str, second: str) -> int:
     return value
 
 
-def _one(file: GgufFile, name: str, values: list, sliding: list, wanted: bool) -> int:
-    """The one value that the layers of a type have."""
-    found = sorted({v for v, local in zip(values, sliding, strict=True) if bool(local) == wanted})
-    if len(found) > 1:
-        raise ValueError(f'{file.path}: {name} is {found}; layers of one type must be alike.')
-    return found[0] if found else values[0]
+def _one(file: GgufFile, name: str, values: list, sliding: list, is_sliding: bool) -> int:
+    """Returns the value that all layers of one type share."""
+    distinct = {v for v, local in zip(values, sliding, strict=True) if bool(local) == is_sliding}
+    if len(distinct) > 1:
+        raise ValueError(
+            f'{file.path}: {name} is {sorted(distinct)}; layers of one type must be alike.'
+        )
+    return distinct.pop() if distinct else values[0]
 
 
 def _double_wide(file: GgufFile, widths: list[int], shared: int) -> bool:
-    """Whether the MLPs of layers that share keys and values are twice as wide."""
-    own, sharing = set(widths[: len(widths) - shared]), set(widths[len(widths) - shared :])
-    if len(own) == 1 and sharing in (set(), own):
+    """Returns whether the MLPs of layers that share keys and values are twice as wide."""
+    first, sharing = set(widths[: len(widths) - shared]), set(widths[len(widths) - shared :])
+    if len(first) == 1 and sharing in (set(), first):
         return False
-    if len(own) == 1 and sharing == {2 * min(own)}:
+    if len(first) == 1 and sharing == {2 * min(first)}:
         return True
     raise ValueError(f'{file.path}: feed_forward_length {widths} is not supported.')
 
 
 def _rope_scaling(keys: _Keys, file: GgufFile) -> dict[str, Any]:
     kind, factor = keys.get('rope.scaling.type', 'none'), keys.get('rope.scaling.factor', 1.0)
-    keys.get('rope.scaling.original_context_length', None)  # of other kinds of scaling
+    keys.get('rope.scaling.original_context_length', None)  # only used by other kinds of scaling
     if kind not in ('none', 'linear'):
         raise ValueError(f'{file.path}: rotary scaling of the type {kind!r} is not supported.')
     return {'rope_type': 'linear', 'factor': factor} if kind == 'linear' else {}
 
 
 def _rotated(file: GgufFile) -> float:
-    """The share of a full layer's head that is rotated."""
+    """Returns the fraction of a full layer's head that is rotated."""
     if ROPE_FREQUENCIES not in file.tensors:
         raise ValueError(f'{file.path} lacks the tensor {ROPE_FREQUENCIES}.')
     factors = file.read(ROPE_FREQUENCIES)

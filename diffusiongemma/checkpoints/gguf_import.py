@@ -1,7 +1,7 @@
-"""GGUF files of llama.cpp -> a model, its parameters and its tokenizer.
+"""Reads GGUF files of llama.cpp: a model, its parameters and its tokenizer.
 
-The tensors get the names of the published format, so that they are checked and placed by the table
-of `hf_import`. Each is dequantized to float32 when its parameter is assembled.
+Tensors are renamed to those of the published format, so `hf_import` checks and places them. Each
+is dequantized to float32 when its parameter is assembled.
 """
 
 import re
@@ -55,43 +55,47 @@ _BLOCK = {
     'post_ffw_norm_1.weight': 'post_feedforward_layernorm_1.weight',
     'post_ffw_norm_2.weight': 'post_feedforward_layernorm_2.weight',
 }
-# Towers that some files hold beside the text model, and what the published format calls them.
+# Prefixes of vision and audio towers in some files, and their names in the published format.
 _TOWERS = {'v.': 'vision_tower.', 'mm.': 'multi_modal_projector.', 'a.': 'audio_tower.'}
 _MODELS = ('llama', 'gemma4')  # vocabularies with scores, and with a list of merges
 
 
 def find_gguf(path: Path) -> Path | None:
-    """Returns the GGUF file at `path`: itself, or the one in a directory without config.json.
+    """Returns the GGUF file at `path`: the file itself, or the one in a directory, or None.
+
+    A directory is only searched if it has no config.json.
 
     Raises:
-      ValueError: a directory without config.json holds several.
+      ValueError: if a directory without config.json contains several GGUF files.
     """
     if path.suffix == SUFFIX and not path.is_dir():
         return path
     if not path.is_dir() or (path / 'config.json').exists():
         return None
-    found = sorted(path.glob(f'*{SUFFIX}'))
-    if len(found) > 1:
-        names = ', '.join(file.name for file in found[:5])
+    files = sorted(path.glob(f'*{SUFFIX}'))
+    if len(files) > 1:
+        names = ', '.join(file.name for file in files[:5])
         raise ValueError(f'{path} holds several GGUF files ({names}); pass the path of one.')
-    return found[0] if found else None
+    return files[0] if files else None
 
 
 def load_gguf(
     path: Path, dtype: Any, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Gemma, dict, Tokenizer]:
-    """Reads a GGUF file: (model, parameters, tokenizer).
+    """Returns the model, the parameters and the tokenizer of a GGUF file.
 
     Header, config, vocabulary and shapes are checked before any tensor is read.
 
     Args:
-      path: of the file.
-      dtype: of the parameters and the computation; None for float32, to which all is dequantized.
-      mesh: the parameters are created in their shards on it; None for the default device.
+      path: the path of the file.
+      dtype: the dtype of the parameters and of the computation; None for float32, to which all
+        tensors are dequantized.
+      mesh: the mesh on which the parameters are created in shards; None for the default device.
 
     Raises:
-      FileNotFoundError: there is no such file, or the package `gguf` is missing.
-      ValueError: the file is damaged, of another model, or lacks a tensor or its vocabulary.
+      FileNotFoundError: if the file or the package `gguf` is missing.
+      ValueError: if the file is damaged, contains another model, or lacks a tensor or its
+        vocabulary.
     """
     file = GgufFile(path)
     config = read_gguf_config(file)
@@ -107,40 +111,43 @@ def load_gguf(
 
 
 class GgufTensors:
-    """The tensors of a GGUF file by their published names, see `reader.Reader`.
+    """A `reader.Reader` of the tensors of a GGUF file by their published names.
 
     Attributes:
-      directory: path of the file, for messages.
-      shapes: shape of every tensor that a text model may have.
+      directory: the path of the file, for error messages.
+      shapes: the shape of every tensor by its published name.
     """
 
     def __init__(self, file: GgufFile, norm_offset: float = 0.0) -> None:
-        """Wraps a file; `norm_offset` is what its norm weights hold beside the published ones.
+        """Wraps a file.
 
-        llama.cpp multiplies by the stored weight w', where Gemma 3 multiplies by 1 + w.
+        Args:
+          file: the opened GGUF file.
+          norm_offset: the difference between stored and published norm weights. It is 1 for
+            Gemma 3, which multiplies by 1 + w, while llama.cpp multiplies by the stored weight.
         """
         self._file = file
         self._norm_offset = norm_offset
         self._stored = {published_name(name): name for name in file.tensors}
-        self._stored.pop(ROPE_FREQUENCIES, None)  # read_gguf_config has read and checked it
+        self._stored.pop(ROPE_FREQUENCIES, None)  # already read by read_gguf_config
         self.directory = file.path
         self.shapes = {name: file.tensors[stored].shape for name, stored in self._stored.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in float32."""
+        """Returns one tensor in float32."""
         values = self._file.read(self._stored[name])
         return values - self._norm_offset if name.endswith('norm.weight') else values
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Some rows of a tensor in float32."""
+        """Returns rows [start, stop) of a tensor in float32."""
         return self.read(name)[start:stop]
 
     def check_weights(self, names: Iterable[str]) -> None:
-        """Accepts every tensor: types that cannot be dequantized are refused on opening."""
+        """Accepts all tensors: the constructor of `GgufFile` has already checked their types."""
 
 
 def published_name(name: str) -> str:
-    """Returns the published name of a tensor; its own where there is none."""
+    """Returns the published name of a tensor, or the name itself if there is none."""
     if name in _TOP:
         return _PREFIX + _TOP[name]
     block = re.fullmatch(r'blk\.(\d+)\.(.+)', name)
@@ -155,11 +162,11 @@ def published_name(name: str) -> str:
 def gguf_tokenizer(file: GgufFile) -> Tokenizer:
     """Returns the tokenizer of the vocabulary in a GGUF file.
 
-    A file with a chat template is of a model that was tuned for conversations; without one its
-    prompts are plain text (`Tokenizer.chat_turns`).
+    A file with a chat template contains an instruction-tuned model. Without a template, prompts
+    are plain text (`Tokenizer.chat_turns`).
 
     Raises:
-      ValueError: the file has no vocabulary, or one of another kind than Gemma's.
+      ValueError: if the file has no vocabulary, or one that is not of Gemma's kind.
     """
     where = 'tokenizer.ggml.'
     needed = ('model', 'tokens', 'token_type')

@@ -1,8 +1,8 @@
-"""config.json of the published format -> ModelConfig.
+"""Converts a config.json of the published format to a ModelConfig.
 
-Read are DiffusionGemma, and the text backbones of the autoregressive Gemma 3 and Gemma 4 that can
-be its teacher. What a config.json leaves out takes the default of the public transformers code;
-what the backbone cannot do is an error rather than another model.
+Supported are DiffusionGemma and the text backbones of autoregressive Gemma 3 and Gemma 4 models,
+which can be its teacher. Missing keys take the defaults of the public transformers code. Features
+that the backbone does not implement are errors, because ignoring them would change the model.
 """
 
 import json
@@ -24,14 +24,14 @@ from diffusiongemma.models.config import (
 )
 
 DIFFUSION_TYPES = ('diffusion_gemma',)
-GEMMA4_E_TYPES = ('gemma4', 'gemma4_text')  # those that may have per-layer embeddings
+GEMMA4_E_TYPES = ('gemma4', 'gemma4_text')  # types that may have per-layer embeddings
 UNIFIED_TYPES = ('gemma4_unified', 'gemma4_unified_text')
 GEMMA4_TYPES = GEMMA4_E_TYPES + UNIFIED_TYPES
 GEMMA3_TYPES = ('gemma3', 'gemma3_text')
 MODEL_TYPES = DIFFUSION_TYPES + GEMMA4_TYPES + GEMMA3_TYPES
 
 _LAYER_TYPES = {'sliding_attention': SLIDING, 'full_attention': FULL}
-# Gemma3TextConfig of transformers 5.17.0: multimodal files may say only what differs from it.
+# Defaults of Gemma3TextConfig in transformers 5.17.0; multimodal files may omit equal values.
 _GEMMA3_DEFAULTS = {
     'vocab_size': 262_208,
     'num_attention_heads': 8,
@@ -39,12 +39,12 @@ _GEMMA3_DEFAULTS = {
     'head_dim': 256,
     'sliding_window': 4096,
 }
-_EVERY = 6  # every sixth layer is a full one, where a file does not say which are
-_GLOBAL_HEAD_DIM = 512  # where a config has neither per_layer_config nor global_head_dim
+_EVERY = 6  # by default every sixth layer is a full one
+_GLOBAL_HEAD_DIM = 512  # the default without per_layer_config and global_head_dim
 
 
 def is_published(directory: Path) -> bool:
-    """Whether `directory` is a checkpoint in the published format that can be read."""
+    """Returns whether `directory` is a readable checkpoint in the published format."""
     if not any(directory.glob('*.safetensors')):
         return False
     try:
@@ -55,12 +55,12 @@ def is_published(directory: Path) -> bool:
 
 
 def read_hf_config(directory: Path) -> ModelConfig:
-    """The model described by `directory`/config.json.
+    """Returns the config of the model in `directory`/config.json.
 
     Raises:
-      FileNotFoundError: there is no config.json.
-      ValueError: it is not valid JSON, of another model, lacks a key, has a value of another type
-        or asks for what is not supported.
+      FileNotFoundError: if there is no config.json.
+      ValueError: if it is not valid JSON, describes another model, lacks a key, has a value of a
+        wrong type or requests an unsupported feature.
     """
     path = directory / 'config.json'
     if not path.is_file():
@@ -73,11 +73,11 @@ def read_hf_config(directory: Path) -> ModelConfig:
 
 
 def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
-    """The `ModelConfig` of a parsed config.json.
+    """Returns the `ModelConfig` of a parsed config.json.
 
     Raises:
-      ValueError: another model, a missing key, a value of another type, or a feature that is not
-        supported.
+      ValueError: if it describes another model, lacks a key, has a value of a wrong type or
+        requests an unsupported feature.
     """
     check_types(content)
     try:
@@ -87,7 +87,7 @@ def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
 
 
 def _model_config(content: Mapping[str, Any]) -> ModelConfig:
-    """The `ModelConfig` of a config.json whose types are checked; KeyError: a key is missing."""
+    """Returns the `ModelConfig` of a type-checked config.json; KeyError if a key is missing."""
     model_type = content.get('model_type')
     if model_type not in MODEL_TYPES:
         raise ValueError(f'model_type {model_type!r} cannot be read; supported: {MODEL_TYPES}.')
@@ -130,11 +130,11 @@ def _model_config(content: Mapping[str, Any]) -> ModelConfig:
 
 
 def _check_supported(content: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -> None:
-    """Raises ValueError for what would make another model of the same weights."""
+    """Raises ValueError for settings that are not implemented and would change the model."""
     used = {
         'attention_bias': text.get('attention_bias'),
         'attn_logit_softcapping': text.get('attn_logit_softcapping'),
-        # Vision tokens of Gemma 4 may see each other; text stays causal ("vision").
+        # With "vision" only the vision tokens of Gemma 4 are bidirectional; text stays causal.
         'use_bidirectional_attention': text.get('use_bidirectional_attention')
         not in (None, False, *(['vision'] if model_type not in GEMMA3_TYPES else [])),
         'tie_word_embeddings=false': not (
@@ -169,7 +169,7 @@ def _layer_kinds(text: Mapping[str, Any], model_type: str) -> tuple[str, ...]:
         count = text['num_hidden_layers']
         kinds = [SLIDING if (i + 1) % every else FULL for i in range(count)]
         if not gemma3:
-            kinds[-1] = FULL  # as transformers has it, whatever the number of layers
+            kinds[-1] = FULL  # as in transformers, for any number of layers
         return tuple(kinds)
     unknown = sorted(set(names) - set(_LAYER_TYPES))
     if unknown:
@@ -187,7 +187,7 @@ def _layer_kinds(text: Mapping[str, Any], model_type: str) -> tuple[str, ...]:
 
 
 def _moe(text: Mapping[str, Any], model_type: str) -> MoEConfig | None:
-    # Only Gemma 4 asks for it by a flag of its own; DiffusionGemma by a number of experts.
+    # Gemma 4 enables experts by a flag, DiffusionGemma by the number of experts.
     enabled = text.get('enable_moe_block', model_type not in GEMMA4_TYPES)
     if not enabled or (model_type not in GEMMA4_TYPES and not text.get('num_experts')):
         return None
@@ -204,13 +204,13 @@ def _moe(text: Mapping[str, Any], model_type: str) -> MoEConfig | None:
 def _per_layer(text: Mapping[str, Any], model_type: str) -> PerLayerConfig | None:
     if model_type not in GEMMA4_E_TYPES:
         return None
-    # transformers assumes per-layer embeddings where a file says nothing about them.
+    # transformers assumes per-layer embeddings if the key is missing.
     width = text.get('hidden_size_per_layer_input', 256)
     return PerLayerConfig(width, text.get('vocab_size_per_layer_input', 262_144)) if width else None
 
 
 def _kv_sharing(text: Mapping[str, Any]) -> dict[str, Any]:
-    shared = text.get('num_kv_shared_layers') or 0  # other families: checked to be unset
+    shared = text.get('num_kv_shared_layers') or 0  # _check_supported refuses it in other families
     wide = shared and text.get('use_double_wide_mlp', False)
     return {
         'num_kv_shared_layers': shared,
@@ -246,20 +246,20 @@ def _attention(
 def _overrides(
     text: Mapping[str, Any], kinds: tuple[str, ...], kind: str, separate_kv_heads: bool
 ) -> dict[str, int]:
-    """Head sizes in which the layers of one type differ from the general ones.
+    """Returns the head sizes of one layer type that differ from the general ones.
 
-    `per_layer_config` (by layer number) says it all where it is present; older files have
-    `global_head_dim` and `num_global_key_value_heads` for the full layers instead.
+    `per_layer_config` (by layer number) takes precedence; older files have `global_head_dim` and
+    `num_global_key_value_heads` for the full layers instead.
     """
     per_layer = text.get('per_layer_config')
     if per_layer is None:
         if kind == SLIDING:
             return {}
-        found = {'head_dim': text.get('global_head_dim', _GLOBAL_HEAD_DIM)}
+        sizes = {'head_dim': text.get('global_head_dim', _GLOBAL_HEAD_DIM)}
         if separate_kv_heads and text.get('num_global_key_value_heads') is not None:
-            found['num_key_value_heads'] = text['num_global_key_value_heads']
-        return found
-    by_number = {int(i): value for i, value in per_layer.items()}  # '05', where there are ten
+            sizes['num_key_value_heads'] = text['num_global_key_value_heads']
+        return sizes
+    by_number = {int(i): value for i, value in per_layer.items()}  # keys may be padded, as '05'
     beyond = sorted(set(by_number) - set(range(len(kinds))))
     if beyond:
         raise ValueError(f'per_layer_config has layers {beyond[:3]}, but there are {len(kinds)}.')
@@ -268,14 +268,14 @@ def _overrides(
     overrides = {i: by_number.get(i, {}) for i, k in enumerate(kinds) if k == kind}
     if not overrides:
         return {}
-    first, found = next(iter(overrides.items()))
+    first, sizes = next(iter(overrides.items()))
     for i, other in overrides.items():
-        if other != found:
+        if other != sizes:
             raise ValueError(
-                f'per_layer_config gives layer {first} {found} and layer {i} {other}, both '
+                f'per_layer_config gives layer {first} {sizes} and layer {i} {other}, both '
                 f'{kind}; layers of one type must be alike.'
             )
-    unknown = sorted(set(found) - {'head_dim', 'num_key_value_heads'})
+    unknown = sorted(set(sizes) - {'head_dim', 'num_key_value_heads'})
     if unknown:
         raise ValueError(f'per_layer_config sets {unknown}, which is not supported.')
-    return dict(found)
+    return dict(sizes)

@@ -1,7 +1,7 @@
-"""ModelConfig -> config.json of the published format; the inverse of hf_config.py.
+"""Converts a ModelConfig to a config.json of the published format; the inverse of hf_config.py.
 
-What is written is read back and compared, so that a model which the format cannot hold is an
-error here rather than another model there.
+The result is read back and compared, so a model that the format cannot represent is an error
+instead of a silently changed model.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ _ARCHITECTURES = {
     'gemma3_text': 'Gemma3ForCausalLM',
 }
 _LAYER_TYPES = {SLIDING: 'sliding_attention', FULL: 'full_attention'}
-# Settings that a ModelConfig does not have; a base checkpoint's own values come first. The values
-# are those of the public transformers configs.
+# Settings that a ModelConfig does not have, unless the base checkpoint sets them. The values are
+# those of the public transformers configs.
 _TEXT_DEFAULTS = {
     'attention_bias': False,
     'attention_dropout': 0.0,
@@ -29,16 +29,16 @@ _TEXT_DEFAULTS = {
     'max_position_embeddings': 131_072,
     'use_bidirectional_attention': None,
 }
-# Neither of the 26 B checkpoint's image tokens is in a small vocabulary, which is what is wanted:
-# a token that is an image's place would be taken for padding.
+# These are the image tokens of the 26B checkpoint. They must lie outside a small vocabulary,
+# because a token that marks an image would be treated as padding.
 _DIFFUSION_DEFAULTS = {
     'boi_token_id': 255_999,
     'eoi_token_id': 258_882,
     'image_token_id': 258_880,
     'initializer_range': 0.02,
 }
-# transformers 5.17 builds the vision tower always. Without one to take over it gets one of no
-# layers, whose three tensors (all zeros) are written beside the text model's.
+# transformers 5.17 always builds a vision tower. Without one in the base checkpoint, this tower has
+# no layers, and its three tensors (all zeros) are written in addition to those of the text model.
 PLACEHOLDER_VISION: dict[str, Any] = {
     'model_type': 'gemma4_vision',
     'hidden_size': 8,
@@ -54,14 +54,14 @@ PLACEHOLDER_VISION: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenIds:
-    """Special tokens as config.json and generation_config.json name them."""
+    """The special token ids in config.json and generation_config.json."""
 
     pad: int = 0
     bos: int = 2
     eos: tuple[int, ...] = (1,)
 
     def to_hf(self) -> dict[str, Any]:
-        """`eos_token_id` is a number where there is one."""
+        """Returns the JSON keys; `eos_token_id` is a number if there is only one id."""
         eos = self.eos[0] if len(self.eos) == 1 else list(self.eos)
         return {'pad_token_id': self.pad, 'bos_token_id': self.bos, 'eos_token_id': eos}
 
@@ -69,21 +69,21 @@ class TokenIds:
 def hf_config(
     config: ModelConfig, dtype: str, tokens: TokenIds, base: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The content of config.json.
+    """Returns the content of config.json.
 
     Args:
-      config: of the model.
-      dtype: name of the weights' dtype.
-      tokens: special tokens, where the base has none.
-      base: config.json of the checkpoint that the model comes from: its settings that a
-        `ModelConfig` does not have (token ids, vision tower) are taken over.
+      config: the config of the model.
+      dtype: the name of the dtype of the weights.
+      tokens: the special tokens, for keys that the base does not set.
+      base: the config.json of the checkpoint that the model comes from. Settings that a
+        `ModelConfig` does not have (token ids, vision tower) are copied from it.
 
     Raises:
-      ValueError: the format cannot hold this model; the message names what.
+      ValueError: if the format cannot represent this model; the message names the setting.
     """
     base = dict(base or {})
     model_type = _model_type(config)
-    base_text = base | base.get('text_config', {})  # token ids may stand beside the text's config
+    base_text = base | base.get('text_config', {})  # token ids may be outside of text_config
     text = _TEXT_DEFAULTS | tokens.to_hf()
     text |= {name: base_text[name] for name in text if name in base_text}
     text |= _text_config(config, model_type)
@@ -108,7 +108,7 @@ def hf_config(
 
 
 def vision_config(base: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The vision tower that a denoiser can take over: that of another one, by the same names."""
+    """Returns the vision tower config of a DiffusionGemma base, or None for other bases."""
     return base.get('vision_config') if base.get('model_type') in DIFFUSION_TYPES else None
 
 
@@ -119,7 +119,7 @@ def _model_type(config: ModelConfig) -> str:
 
 
 def _text_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    """What follows from the `ModelConfig`."""
+    """Returns the keys of the text config that the `ModelConfig` determines."""
     text = {
         'vocab_size': config.vocab_size,
         'hidden_size': config.width,
@@ -184,18 +184,18 @@ def _rope(attention: AttentionConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {'rope_type': 'default', 'rope_theta': attention.rope_theta}
     if attention.rope_scale != 1.0:
         rope |= {'rope_type': 'linear', 'factor': attention.rope_scale}
-    if attention.rope_fraction != 1.0:  # a factor divides these positions too
+    if attention.rope_fraction != 1.0:  # a factor also applies to this type
         rope |= {'rope_type': 'proportional', 'partial_rotary_factor': attention.rope_fraction}
     return rope
 
 
 def _check_faithful(config: ModelConfig, content: Mapping[str, Any], model_type: str) -> None:
-    """Raises ValueError unless `content` describes `config`, for us and for transformers."""
+    """Raises ValueError unless this library and transformers read `content` as `config`."""
     problems = []
     if config.has_frozen_encoder:
         problems.append(
             f'it has one set of layers for both passes, and a {config.kind} denoiser has '
-            "layers of its own; distill with denoiser='shared' for a model that it can hold"
+            "layers of its own; distill with denoiser='shared' for a model that it can represent"
         )
     else:
         problems += _differences(config, content)
@@ -219,17 +219,17 @@ def _differences(config: ModelConfig, content: Mapping[str, Any]) -> list[str]:
         read = model_config_from_hf(content)
     except ValueError as error:
         return [str(error)]
-    # An attention type that no layer has does not count, and "no limit" is some large number.
+    # Ignore attention types that no layer has, and the number of positions if it is unlimited.
     unused = {
         name: getattr(config, name) for name in (SLIDING, FULL) if name not in config.layer_types
     }
     if config.max_positions is None:
         unused['max_positions'] = None
-    ours, theirs = (
+    expected, actual = (
         flatten_dict(c.to_dict(), sep='.') for c in (config, dataclasses.replace(read, **unused))
     )
     return [
-        f'{name}={value} would be read as {theirs.get(name)}'
-        for name, value in ours.items()
-        if value != theirs.get(name)
+        f'{name}={value} would be read as {actual.get(name)}'
+        for name, value in expected.items()
+        if value != actual.get(name)
     ]

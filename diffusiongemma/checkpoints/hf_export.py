@@ -1,8 +1,8 @@
-"""Parameters -> the published format (Hugging Face safetensors), for transformers and others.
+"""Exports parameters to the published format (Hugging Face safetensors), as for transformers.
 
-Writes with the table of `hf_tensors.py`: a tensor is allocated, seen through the
-`convert` of each parameter that it holds, and filled through these views. What a bundle does not
-hold (vision tower, token ids, tokenizer files) can come from a base checkpoint.
+The table of `hf_tensors.py` determines the tensors: each is allocated and then filled through the
+`convert` views of the parameters that it contains. Parts that a bundle does not contain (vision
+tower, token ids, tokenizer files) can come from a base checkpoint.
 """
 
 import functools
@@ -43,7 +43,7 @@ _NULL_EXPERT = MoEConfig(num_experts=1, top_k=1, expert_width=8)
 
 
 class _Tensor(NamedTuple):
-    """A tensor that is yet to be made: its name, shape and dtype, and how to make it."""
+    """A tensor to be written: its name, shape and dtype, and the function that creates it."""
 
     name: str
     shape: tuple[int, ...]
@@ -68,27 +68,28 @@ def save_hf(
 ) -> None:
     """Writes a checkpoint in the published format.
 
-    A dense denoiser gets one expert that writes zeros, because the format wants experts in every
-    layer: `with_null_expert`.
+    A dense denoiser gets one expert whose output is zero, because the format requires experts in
+    every layer (`with_null_expert`).
 
     Args:
-      directory: is created; must not hold a model yet.
-      config: of the model.
-      params: nested dict of arrays. They are fetched from the devices one tensor at a time; the
-        host holds one shard of the checkpoint.
-      tokenizer: of the model, or None.
-      dtype: of the tensors; None keeps that of the parameters.
-      max_shard_bytes: a file is closed before it would grow beyond it; one tensor may.
-      generation: content of generation_config.json besides the token ids, where the base has none.
-      base: checkpoint in the published format that the model comes from: its vision tower,
-        tokenizer files and settings that a `ModelConfig` does not have are taken over.
+      directory: the directory to create; it must not contain a model yet.
+      config: the config of the model.
+      params: the parameters as a nested dict of arrays. They are copied from the devices one
+        tensor at a time; the host holds one file of the checkpoint.
+      tokenizer: the tokenizer of the model, or None.
+      dtype: the dtype of the tensors; None keeps that of the parameters.
+      max_shard_bytes: the maximum size of a file, unless a single tensor is larger.
+      generation: the content of generation_config.json in addition to the token ids, if the base
+        has no such file.
+      base: a checkpoint in the published format that the model comes from. Its vision tower,
+        tokenizer files and settings that a `ModelConfig` does not have are copied.
 
     Raises:
-      ValueError: the directory holds a model already, or the format cannot hold this one; the
-        message says what and what to do.
+      ValueError: if the directory already contains a model, or the format cannot represent this
+        one; the message names the reason and the remedy.
     """
     if config.is_diffusion and config.moe is None:
-        logging.info('the denoiser is dense: the format gets one expert that writes zeros')
+        logging.info('the denoiser is dense: adding one expert whose output is zero')
         config, params = with_null_expert(config, params)
     base_config = json.loads((base / CONFIG_FILE).read_text(encoding='utf-8')) if base else {}
     tokens = _token_ids(tokenizer)
@@ -105,17 +106,17 @@ def save_hf(
         shutil.copyfile(base / GENERATION_FILE, directory / GENERATION_FILE)
     else:
         _write_json(directory / GENERATION_FILE, dict(generation or {}) | tokens.to_hf())
-    _write_json(directory / CONFIG_FILE, content)  # last: without it there is no model yet
+    _write_json(directory / CONFIG_FILE, content)  # last, because it makes the directory a model
     logging.info('%s: wrote %d tensors in %s', directory, len(tensors), dtype_name)
 
 
 def with_null_expert(
     config: ModelConfig, params: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """A dense model as a mixture with one expert that writes zeros, the form the format wants.
+    """Returns config and parameters of a dense model with one added expert whose output is zero.
 
-    The dense MLP's output passes one norm more, so that outputs move by the epsilon of that norm
-    (below 1e-4 in the logits of the shipped student), not by more.
+    The output of the dense MLP passes through one additional norm, whose epsilon changes outputs
+    slightly (below 1e-4 in the logits of the shipped student).
     """
     config = config.replace(moe=_NULL_EXPERT)
     flat = flatten_dict(dict(params), sep='/')
@@ -128,12 +129,12 @@ def with_null_expert(
 
 
 def check_empty(directory: Path) -> None:
-    """Raises ValueError when `directory` holds a model: files of two would be mixed."""
-    there = sorted(path.name for path in directory.glob('*.safetensors'))
-    there += [name for name in (CONFIG_FILE, INDEX_FILE) if (directory / name).exists()]
-    if there:
+    """Raises ValueError if `directory` contains a model, because files of two would be mixed."""
+    existing = sorted(path.name for path in directory.glob('*.safetensors'))
+    existing += [name for name in (CONFIG_FILE, INDEX_FILE) if (directory / name).exists()]
+    if existing:
         raise ValueError(
-            f'{directory} holds {there[0]} already; choose a new directory, or delete this one.'
+            f'{directory} holds {existing[0]} already; choose a new directory, or delete this one.'
         )
 
 
@@ -144,7 +145,7 @@ def _token_ids(tokenizer: Tokenizer | None) -> TokenIds:
 
 
 def _text_tensors(config: ModelConfig, params: Mapping[str, Any], dtype: Any) -> Iterator[_Tensor]:
-    """The tensors of the text model, in the order of the parameters."""
+    """Yields the tensors of the text model, in the order of the parameters."""
     names = TensorNames(config)
     params = {name: _on_host(value) for name, value in params.items()}
     parts: dict[str, list[tuple[str, Any, Source]]] = {}
@@ -172,7 +173,7 @@ def _text_tensors(config: ModelConfig, params: Mapping[str, Any], dtype: Any) ->
 
 
 def _on_host(value: Any) -> Any:
-    """The same array, as numpy where that copies nothing; others are fetched tensor by tensor."""
+    """Returns an array on the CPU as numpy without a copy; arrays on accelerators are unchanged."""
     on_device = isinstance(value, jax.Array) and (
         len(value.devices()) > 1 or next(iter(value.devices())).platform != 'cpu'
     )
@@ -182,7 +183,7 @@ def _on_host(value: Any) -> Any:
 def _vision_tensors(
     base: Path | None, base_config: Mapping[str, Any], dtype: np.dtype, width: int
 ) -> list[_Tensor]:
-    """The base checkpoint's vision tower as it is stored, or the placeholder's zeros."""
+    """Returns the vision tower of the base checkpoint, or the zeros of the placeholder."""
     if base is not None and vision_config(base_config):
         reader = TensorReader(base)
         return [
@@ -205,7 +206,7 @@ def _vision_tensors(
 
 
 def _write_tensors(directory: Path, tensors: list[_Tensor], max_shard_bytes: int) -> None:
-    """One file, or numbered shards with their index; one shard at a time is in memory."""
+    """Writes one file, or numbered files with an index; one file at a time is in memory."""
     shards: list[list[_Tensor]] = [[]]
     filled = 0
     for tensor in sorted(tensors):
@@ -228,7 +229,7 @@ def _write_tensors(directory: Path, tensors: list[_Tensor], max_shard_bytes: int
 
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer | None, base: Path | None) -> None:
-    """The base's tokenizer files where it has the same tokenizer; else what transformers needs."""
+    """Copies the tokenizer files of a base with the same tokenizer, or writes new ones."""
     model = base / 'tokenizer.model' if base is not None else None
     other = (
         tokenizer is not None
@@ -257,9 +258,9 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer | None, base: Path | 
         'extra_special_tokens': [start, end, *(pieces[i] for i in tokenizer.think_ids or ())],
     }
     _write_json(directory / 'tokenizer_config.json', content)
-    if not tokenizer.chat_turns:  # a pretrained model is known by its lack of a template
+    if not tokenizer.chat_turns:  # a missing template marks a pretrained model
         return
-    # What `Tokenizer.format_prompt` renders, so that transformers writes the same conversations.
+    # `Tokenizer.format_prompt` renders the same template, so transformers formats identically.
     (directory / TEMPLATE_FILE).write_bytes(tokenizer.chat_template.encode())
 
 

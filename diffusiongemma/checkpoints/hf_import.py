@@ -1,9 +1,8 @@
-"""Weights of the published format (Hugging Face safetensors) -> parameters.
+"""Imports the weights of the published format (Hugging Face safetensors) as parameters.
 
-Left out, with a line in the log, are the vision and audio towers, the key and value weights that
-files may still have for layers that share the keys and values of an earlier one, and tied copies: a
-head or encoder weights that equal, value for value, the tensor that is read. Where they differ it
-is an error.
+Some tensors are skipped, with a line in the log: vision and audio towers, key and value weights of
+layers that share the keys and values of an earlier layer, and tied copies (head or encoder weights
+whose values equal those of the imported tensor). A tied copy with other values is an error.
 """
 
 from collections import Counter
@@ -26,28 +25,28 @@ from diffusiongemma.checkpoints.safetensors_reader import TensorReader
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.transformer import Gemma
 
-_COMPARED = 2**22  # numbers of a tied copy that are compared at a time
+_COMPARED = 2**22  # the number of values of a tied copy that are compared at a time
 
 
 def load_hf(
     directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Gemma, dict]:
-    """Reads a published checkpoint: (model, parameters).
+    """Returns the model and the parameters of a published checkpoint.
 
     Tensors are read one at a time, cast, and copied into the shards of one parameter after the
-    other: beside what is on the devices already the host holds one tensor and what its devices
-    hold of one parameter (its layers stacked).
+    other. The host holds at most one tensor and the local shards of one parameter (with its
+    layers stacked), in addition to what is on the devices.
 
     Args:
-      directory: of the checkpoint.
-      dtype: of the parameters and the computation; None keeps what is stored.
-      mesh: the parameters are created in their shards on it; None for the default device.
+      directory: the directory of the checkpoint.
+      dtype: the dtype of the parameters and of the computation; None keeps the stored dtypes and
+        computes in float32.
+      mesh: the mesh on which the parameters are created in shards; None for the default device.
 
     Raises:
-      FileNotFoundError: config.json or weights are missing.
-      ValueError: a tensor is missing, unknown or of another shape, or is stored in a dtype that
-        is not supported (checked before any tensor is read); or a copy of a tied tensor differs
-        from it.
+      FileNotFoundError: if config.json or weights are missing.
+      ValueError: if a tensor is missing, unknown, of a wrong shape or stored in an unsupported
+        dtype (checked before any tensor is read), or if a tied copy differs from its original.
     """
     config = read_hf_config(directory)
     return load_tensors(TensorReader(directory), config, dtype, mesh)
@@ -56,7 +55,7 @@ def load_hf(
 def load_tensors(
     reader: Reader, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh | None
 ) -> tuple[Gemma, dict]:
-    """Model and parameters of `config` from a reader's tensors, see `load_hf`."""
+    """Returns the model of `config` and its parameters from a reader's tensors, see `load_hf`."""
     model = model_for(config, dtype or jnp.float32)
     shapes = param_shapes(model)
     table = {name: sources(config, name, shape) for name, shape in shapes.items()}
@@ -83,33 +82,33 @@ def _check(
     reader: Reader,
     directory: Path,
 ) -> dict[str, str]:
-    """Raises ValueError unless the reader holds exactly what the table asks for.
+    """Raises ValueError unless the reader has exactly the tensors of the table.
 
     Returns:
-      The names of tied copies beside that, each with the tensor that it must equal.
+      Additional tied copies by name, each with the name of the tensor that it must equal.
     """
     problems: list[str] = []
-    wanted: set[str] = set()
+    expected: set[str] = set()
     copies: dict[str, str] = {}
     for parameter, parts in table.items():
         for _, source in parts:
             tensor = names.of(source)
-            wanted.add(tensor)
-            have = reader.shapes.get(tensor)
-            if have is None:
+            expected.add(tensor)
+            shape = reader.shapes.get(tensor)
+            if shape is None:
                 problems.append(f'{tensor} is missing (for {parameter})')
-            elif have != source.shape:
+            elif shape != source.shape:
                 problems.append(
-                    f'{tensor} has shape {have}, the config asks for {source.shape} '
+                    f'{tensor} has shape {shape}, the config asks for {source.shape} '
                     f'(for {parameter})'
                 )
-    reader.check_weights(sorted(wanted & set(reader.shapes)))
+    reader.check_weights(sorted(expected & set(reader.shapes)))
     left_out: Counter[str] = Counter()
-    for name in sorted(set(reader.shapes) - wanted):
+    for name in sorted(set(reader.shapes) - expected):
         part = names.left_out(name)
         if part is not None:
             left_out[part] += 1
-        elif (original := names.tied_to(name, wanted)) is not None:
+        elif (original := names.tied_to(name, expected)) is not None:
             copies[name] = original
         else:
             problems.append(f'{name} is unknown')
@@ -117,20 +116,22 @@ def _check(
         more = f' (and {len(problems) - 5} more)' if len(problems) > 5 else ''
         raise ValueError(f'{directory}: {"; ".join(problems[:5])}{more}.')
     if left_out:
-        said = ', '.join(f'{part} ({count})' for part, count in sorted(left_out.items()))
-        logging.info('%s: tensors left out, the text needs none of them: %s', directory, said)
+        counts = ', '.join(f'{part} ({count})' for part, count in sorted(left_out.items()))
+        logging.info(
+            '%s: left out, because the text model needs none of them: %s', directory, counts
+        )
     return copies
 
 
 def _check_copies(copies: Mapping[str, str], reader: Reader) -> None:
-    """Raises ValueError unless each copy has the values of its original; logs what is left out."""
+    """Raises ValueError unless each copy has the values of its original; logs the copies."""
     for name, original in copies.items():
-        shape, wanted = reader.shapes[name], reader.shapes[original]
-        if shape == wanted and _same_values(reader, name, original):
+        shape, expected = reader.shapes[name], reader.shapes[original]
+        if shape == expected and _same_values(reader, name, original):
             continue
-        how = 'values' if shape == wanted else f'shape ({shape}, not {wanted})'
+        how = 'values' if shape == expected else f'shape ({shape}, not {expected})'
         remedy = (
-            'A head of its own is not supported: if it was trained (LoRA with modules_to_save), '
+            'A separate head is not supported: if it was trained (LoRA with modules_to_save), '
             'train again without it; if the embedding is what you want'
             if name in HEADS
             else 'Encoder and decoder share these weights here: if the decoder has what you want'
@@ -141,14 +142,14 @@ def _check_copies(copies: Mapping[str, str], reader: Reader) -> None:
         )
     if copies:
         logging.info(
-            '%s: tied copies left out, equal to what is read: %s',
+            '%s: tied copies left out, whose values equal those of their originals: %s',
             reader.directory,
             ', '.join(f'{name} ({original})' for name, original in copies.items()),
         )
 
 
 def _same_values(reader: Reader, name: str, original: str) -> bool:
-    """Whether two tensors of one shape hold the same numbers, some rows of them at a time."""
+    """Returns whether two tensors of the same shape have equal values; compares block by block."""
     shape = reader.shapes[name]
     if not shape:
         return _equal(reader.read(name), reader.read(original))
@@ -160,7 +161,7 @@ def _same_values(reader: Reader, name: str, original: str) -> bool:
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays hold the same numbers, whatever dtypes they are stored in."""
+    """Returns whether two arrays have equal values, also if their dtypes differ."""
     if a.dtype == b.dtype and a.tobytes() == b.tobytes():
-        return True  # NaNs included
+        return True  # also for NaNs
     return np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True)

@@ -1,11 +1,11 @@
-"""Rotary settings of config.json in every layout that transformers 5.17 reads.
+"""Reads the rotary settings of config.json in every layout that transformers 5.17 reads.
 
-- nested: `rope_parameters` with an object for `full_attention` and one for `sliding_attention`;
-- Gemma 3 before that: `rope_theta`, `rope_local_base_freq` and `rope_scaling` (full layers alone)
-  at the top, also beside `rope_parameters`, which they complete.
+- nested: `rope_parameters` with one object for `full_attention` and one for `sliding_attention`;
+- older Gemma 3 files: `rope_theta`, `rope_local_base_freq` and `rope_scaling` (only for full
+  layers) at the top level, possibly in addition to `rope_parameters`.
 
-What transformers refuses, what two keys say differently and what this backbone cannot compute is an
-error. That is more than transformers does: of two values it takes one.
+Settings that transformers refuses, contradictory keys and embeddings that this backbone does not
+implement are errors. transformers is less strict: of two contradictory values it uses one.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from diffusiongemma.checkpoints.hf_schema import is_number
 
 FULL_NAME, SLIDING_NAME = 'full_attention', 'sliding_attention'
 _NAMES = (FULL_NAME, SLIDING_NAME)
-# `original_max_position_embeddings` is a note without effect on the types that are supported.
+# `original_max_position_embeddings` has no effect on the supported types.
 _KEYS = (
     'rope_type',
     'type',
@@ -40,17 +40,17 @@ def rope_of(text: Mapping[str, Any], name: str, gemma3: bool, used: bool) -> dic
     """Returns the rotary settings of one layer type.
 
     Args:
-      text: the config of the text model, its types checked.
+      text: the type-checked config of the text model.
       name: 'full_attention' or 'sliding_attention'.
       gemma3: whether the model is a Gemma 3.
-      used: whether any layer is of this type; if not, a type that is left out takes the default.
+      used: whether any layer has this type; if not, missing settings take the defaults.
 
     Returns:
-      `rope_theta`, `factor` and `partial_rotary_factor`; the frequencies are
-      theta^(-2i/H) / factor, and zero from the fraction `partial_rotary_factor` of them on.
+      `rope_theta`, `factor` and `partial_rotary_factor`. The first fraction
+      `partial_rotary_factor` of the frequencies is theta^(-2i/H) / factor; the others are zero.
 
     Raises:
-      ValueError: other frequencies than these, or a layout that is contradictory or unknown.
+      ValueError: if other frequencies are requested, or the layout is contradictory or unknown.
     """
     rope = _gemma3(text, name) if gemma3 else _gemma4(text, name, used)
     _check(rope, name)
@@ -104,7 +104,7 @@ def _gemma3(text: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _gemma4(text: Mapping[str, Any], name: str, used: bool) -> dict[str, Any]:
     parameters = text.get('rope_parameters')
-    if text.get('rope_scaling') is not None:  # transformers puts it in the place of the other
+    if text.get('rope_scaling') is not None:  # transformers replaces rope_parameters with it
         if parameters is not None and parameters != text['rope_scaling']:
             raise ValueError('rope_scaling contradicts rope_parameters; keep the latter.')
         parameters = text['rope_scaling']
@@ -124,7 +124,7 @@ def _gemma4(text: Mapping[str, Any], name: str, used: bool) -> dict[str, Any]:
 
 
 def _nested(parameters: Any, where: str) -> Mapping[str, Any]:
-    """Returns parameters by layer type; raises ValueError where they are of another layout."""
+    """Returns parameters by layer type; raises ValueError if they have another layout."""
     parameters = parameters or {}
     flat = sorted(set(parameters) - set(_NAMES))
     if flat:
@@ -148,7 +148,7 @@ def _check_keys(rope: Mapping[str, Any], name: str) -> None:
 
 
 def _check(rope: dict[str, Any], name: str) -> None:
-    """Raises ValueError for frequencies that the backbone does not have."""
+    """Raises ValueError for frequencies that the backbone does not implement."""
     kind = name.removesuffix('_attention')
     rope_type = rope.get('rope_type', rope.get('type', 'default'))
     if rope.get('type', rope_type) != rope_type:

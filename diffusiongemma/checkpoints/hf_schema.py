@@ -1,19 +1,19 @@
-"""The types that config.json of the published format must have, checked before anything is built.
+"""Checks the types in a config.json of the published format before anything is built from it.
 
-One table says for each key which JSON values it may hold; keys that are not in it have no effect on
-the text model. `null` is allowed where the transformers configs allow it.
+A table lists the allowed JSON values of each key; keys that are not in it have no effect on the
+text model. `null` is allowed wherever the transformers configs allow it.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-MAX_SIZE = 2**31 - 1  # of an axis of an array
+MAX_SIZE = 2**31 - 1  # the maximum size of an array axis
 MAX_LAYERS = 4096
 
 
 class _Kind(NamedTuple):
-    """What a key may hold: in words, and as a test."""
+    """The allowed values of a key: a description, and a function that tests a value."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -27,7 +27,7 @@ def _is_integer(value: Any, least: int, most: int = MAX_SIZE) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a JSON value is a finite number > 0 (true and false are none)."""
+    """Returns whether a JSON value is a finite number > 0 (true and false are not numbers)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
@@ -64,7 +64,7 @@ _TEXT_KEYS: Mapping[str, _Kind] = {
     'num_global_key_value_heads': _SIZE.or_null(),
     'per_layer_config': _OBJECT,
     'layer_types': _TEXTS.or_null(),
-    'sliding_window': _SIZE.or_null(),  # null is of use where no layer slides
+    'sliding_window': _SIZE.or_null(),  # null is valid if there are no sliding layers
     'sliding_window_pattern': _SIZE,
     'max_position_embeddings': _SIZE,
     'query_pre_attn_scalar': _NUMBER,
@@ -105,8 +105,8 @@ def check_types(content: Any) -> None:
     """Checks every key of a parsed config.json that describes the text model.
 
     Raises:
-      ValueError: a value is of another type or out of range; one line names the first few keys,
-        what they hold and what they must hold.
+      ValueError: if a value has a wrong type or is out of range; one line names the first few
+        keys with their values and the allowed values.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f'must hold a JSON object, got {_shown(content)}.')
@@ -135,7 +135,7 @@ def _layer_problems(layers: Mapping[str, Any], where: str) -> list[str]:
     problems = []
     for number, values in layers.items():
         if not (str(number).isascii() and str(number).isdecimal()):
-            problems.append(f'{where} has the key {_shown(number)}, which is no number of a layer')
+            problems.append(f'{where} has the key {_shown(number)}, which is not a layer number')
         elif not isinstance(values, Mapping):
             problems.append(f'{where}.{number} must be an object, got {_shown(values)}')
         else:

@@ -1,8 +1,8 @@
-"""Which tensor of the published format each parameter comes from, and how its axes change.
+"""Maps each parameter to its tensors in the published format, including the change of axes.
 
-The names are declared in `models/weights.py`; here they become those of every layer. Layers are
-stacked over repetitions of the layer pattern, as the scan wants them. `hf_import.py` reads with
-this table and `hf_export.py` writes with it.
+`models/weights.py` declares the names; this module expands them to all layers. Parameters stack
+layers over repetitions of the layer pattern, as `scan` needs them. `hf_import.py` reads and
+`hf_export.py` writes with this table.
 
 DiffusionGemma stores its backbone once, under `model.decoder.`; the encoder adds one scalar per
 layer. An autoregressive Gemma has the same names under another prefix.
@@ -20,7 +20,8 @@ from diffusiongemma.models.weights import weight_at
 
 DECODER = 'model.decoder.'
 ENCODER = 'model.encoder.language_model.'
-# Where an autoregressive Gemma has its backbone: beside a vision tower (new and old files), alone.
+# Prefixes of the backbone of an autoregressive Gemma: with a vision tower (new files, old files),
+# and without one.
 AUTOREGRESSIVE = ('model.language_model.', 'language_model.model.', 'model.')
 TOWERS = re.compile(
     r'(model\.)?(encoder\.)?(?P<part>vision_tower|embed_vision|vision_embedder|audio_tower|'
@@ -31,11 +32,11 @@ HEADS = ('lm_head.weight', 'language_model.lm_head.weight')
 
 
 class Source(NamedTuple):
-    """Where a parameter comes from: a tensor, the shape it must have, and a change of axes.
+    """The source of a parameter: a tensor name, its required shape, and a change of axes.
 
-    `tensor` starts below the prefix of the backbone. `convert` gives a *view* of the tensor's
-    memory with the axes of the parameter: import copies out of it, export writes into it.
-    `of_encoder`: it is the encoder's own.
+    `tensor` is the name without the prefix of the backbone. `convert` returns a *view* of the
+    tensor's memory with the axes of the parameter: import copies from it, export writes into it.
+    `of_encoder` is True if the tensor belongs to the encoder only.
     """
 
     tensor: str
@@ -45,9 +46,9 @@ class Source(NamedTuple):
 
 
 class TensorNames:
-    """Full tensor names in one checkpoint, and what those mean that no parameter takes.
+    """The full tensor names of one checkpoint, and the roles of tensors that are not imported.
 
-    `present` are the names that the checkpoint has, if it exists yet.
+    `present` are the tensor names of an existing checkpoint, which determine the prefix.
     """
 
     def __init__(self, config: ModelConfig, present: Collection[str] = ()) -> None:
@@ -55,22 +56,25 @@ class TensorNames:
         if config.is_diffusion:
             self.backbone, self._encoder = DECODER, ENCODER
         else:
-            found = [p for p in AUTOREGRESSIVE if f'{p}embed_tokens.weight' in present]
-            self.backbone = self._encoder = found[0] if found else AUTOREGRESSIVE[-1]
+            prefixes = [p for p in AUTOREGRESSIVE if f'{p}embed_tokens.weight' in present]
+            self.backbone = self._encoder = prefixes[0] if prefixes else AUTOREGRESSIVE[-1]
 
     def of(self, source: Source) -> str:
         return (self._encoder if source.of_encoder else self.backbone) + source.tensor
 
     def tied_to(self, name: str, wanted: set[str]) -> str | None:
-        """The tensor that is read in the place of another: the embedding for a head, the decoder's
-        for the encoder's; None where there is none."""
+        """Returns the tensor that `name` must equal, or None if it is not a tied copy.
+
+        A head is tied to the embedding, and encoder tensors are tied to those of the decoder.
+        `wanted` are the names of all imported tensors.
+        """
         if name in HEADS:
             return f'{self.backbone}embed_tokens.weight'
         in_decoder = self.backbone + name.removeprefix(self._encoder)
         return in_decoder if name.startswith(self._encoder) and in_decoder in wanted else None
 
     def left_out(self, name: str) -> str | None:
-        """What a tensor that no text pass uses is part of; None for any other."""
+        """Returns the part that an unused tensor belongs to, such as a vision tower, or None."""
         tower = TOWERS.match(name)
         if tower:
             return tower['part']
@@ -81,12 +85,12 @@ class TensorNames:
 
 
 def sources(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[tuple[Any, Source]]:
-    """The tensors that make up one parameter, each with its index in the stack.
+    """Returns the tensors of one parameter, each with its index along the stacked layer axis.
 
     Args:
-      config: of the model.
-      name: '/'-joined path of the parameter.
-      shape: of the parameter.
+      config: the config of the model.
+      name: the '/'-joined path of the parameter.
+      shape: the shape of the parameter.
     """
     parts = name.split('/')
     if parts[0] == 'backbone' and parts[1] in STACKS:
@@ -104,7 +108,7 @@ def sources(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[tupl
     return [(..., _source(parts, '', shape))]
 
 
-# Where the backbone has its layers, and the config's word for them.
+# Names of the layer stacks in the parameters, and the properties of `ModelConfig` for them.
 STACKS = {
     'layers': 'kv_layers',
     'tail': 'kv_layers',
@@ -115,7 +119,7 @@ _OUTSIDE_LAYERS = ('embedder', 'backbone', 'self_conditioning', 'per_layer_embed
 
 
 def _source(path: list[str], prefix: str, shape: tuple[int, ...]) -> Source:
-    """Source of the parameter at a path; `shape` is that of one layer's."""
+    """Returns the source of the parameter at a path; `shape` is the shape in one layer."""
     weight = weight_at(path)
     if weight is None or weight.published is None:
         raise ValueError(f'no published tensor is known for the parameter {"/".join(path)}.')
@@ -128,7 +132,7 @@ def _source(path: list[str], prefix: str, shape: tuple[int, ...]) -> Source:
     index, parts = weight.part
 
     def convert(x: np.ndarray) -> np.ndarray:
-        """[*maps, parts * prod(outputs), prod(inputs)] -> [*maps, *inputs, *outputs]."""
+        """Views [*maps, parts * prod(outputs), prod(inputs)] as [*maps, *inputs, *outputs]."""
         part = x[..., index * outputs : (index + 1) * outputs, :]
         return part.swapaxes(-1, -2).reshape(shape)
 

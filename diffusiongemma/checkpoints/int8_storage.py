@@ -1,27 +1,28 @@
-"""Weights stored in eight bits: int8 values, and one scale for each block of them.
+"""Stores weights as int8 values with one scale per block.
 
-It makes a file small; what is loaded is floating-point again. A tensor NAME is then two: NAME of
-dtype int8 in the weight's own shape, and NAME:scale of dtype bfloat16 [ceil(size / BLOCK)], for the
-weight read in row-major order: weight = value * scale.
+This only makes files small; loaded weights are floating-point again. A weight NAME is stored as
+two tensors: NAME, int8 in the shape of the weight, and NAME:scale, bfloat16 [ceil(size / BLOCK)],
+for blocks of the weight in row-major order: weight = value * scale.
 """
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-INT8 = 'int8'  # as the dtype of a bundle
+INT8 = 'int8'  # the name of this storage as a `dtype` argument
 BLOCK = 128
 SCALE = ':scale'
-# Smaller tensors (norms, biases) keep their dtype: they are few bytes and matter much.
+# Smaller tensors (norms, biases) keep their dtype: they need few bytes and affect results much.
 SMALLEST = 1 << 14
 
 
 def to_int8(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
-    """The tensors that store a weight: two of them, or itself where it stays as it is.
+    """Returns the tensors that store a weight: values and scales, or the unchanged weight.
 
     Args:
-      name: of the weight.
-      value: of any dtype; only matrices of floating-point numbers, and larger ones, are quantized.
+      name: the name of the weight.
+      value: the weight. It is only quantized if it is floating-point, has at least two axes and
+        at least SMALLEST values.
     """
     is_float = jnp.issubdtype(value.dtype, jnp.floating)
     if not is_float or value.ndim < 2 or value.size < SMALLEST:
@@ -34,12 +35,12 @@ def to_int8(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def from_int8(value: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The weight, float32 in the shape of `value`, from its int8 values and scales."""
+    """Returns the weight, float32 in the shape of `value`, from its int8 values and scales."""
     blocks = _blocks(value.reshape(-1)).astype(np.float32)
     weight = blocks * scale.astype(np.float32)[:, None]
     return weight.reshape(-1)[: value.size].reshape(value.shape)
 
 
 def _blocks(flat: np.ndarray) -> np.ndarray:
-    """[N] -> [ceil(N / BLOCK), BLOCK], filled up with zeros."""
+    """Returns an array [N] as blocks [ceil(N / BLOCK), BLOCK], padded with zeros."""
     return np.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK)

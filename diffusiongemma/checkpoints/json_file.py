@@ -1,4 +1,4 @@
-"""The small JSON files beside weights."""
+"""Reads the small JSON files beside weights."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-      ValueError: it is not valid JSON, or no object; the message names the file.
+      ValueError: if it is not valid JSON or not an object; the message names the file.
     """
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{path} is not valid JSON ({error}); copy it again.') from error
     if not isinstance(content, dict):
-        raise ValueError(f'{path} holds no JSON object, but {str(content)[:40]!r}; copy it again.')
+        raise ValueError(f'{path} is not a JSON object, but {str(content)[:40]!r}; copy it again.')
     return content

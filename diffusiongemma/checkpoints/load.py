@@ -1,5 +1,4 @@
-"""Opens whatever holds a model: a shipped or a packaged one, a workdir, a bundle, and the formats
-of others (published, GGUF, orbax)."""
+"""Opens models of any kind: shipped or packaged, workdirs, bundles, published, GGUF and orbax."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +37,8 @@ BUILTIN = {
     'gemma3-270m-student': ASSETS / 'gemma3_270m_student',
 }
 EXPORT_DIR = 'model'  # in a workdir: the model that the run exports
-BASE_DIR = 'base'  # in a workdir: the model whose parameters the run leaves as they are
-BASE_PARAMS = ('embedder', 'backbone', 'per_layer_embedder')  # of a light student: its base's
+BASE_DIR = 'base'  # in a workdir: the model with the frozen parameters
+BASE_PARAMS = ('embedder', 'backbone', 'per_layer_embedder')  # a light student takes these from it
 DRAFT_IDS_FILE = 'draft_ids.npy'  # in a workdir: the draft vocabulary of a light student
 TOKENIZER_JSON = 'tokenizer.json'  # in a published checkpoint without tokenizer.model
 
@@ -53,26 +52,26 @@ def load_model(
 
     Args:
       path: 'builtin' (the shipped student), 'builtin-teacher', 'builtin-sudoku' (a student for
-        sudoku alone), 'gemma3-270m' (Google's weights, from a package that the extra `gemma`
-        installs), a bundle, the workdir of a run (the model that it exported, else the averaged
-        parameters of its newest checkpoint), one of its checkpoints (WORKDIR/checkpoints/STEP), a
-        directory in the published format (config.json and safetensors), a GGUF file or a
-        directory with one, one of Google's orbax checkpoints (see `orbax_import`), or adapters,
-        which are merged into their base.
-      dtype: of the parameters and the computation; a denoiser with layers of its own computes in
-        bfloat16 on a CPU with native bfloat16 matmuls (`Execution.denoise_dtype`). None keeps the
-        parameters as they are stored and computes in float32.
-      mesh: parameters are created in their shards on it (see `parallel.make_mesh`), without ever
-        being whole on the host; None for the default device.
+        sudoku only), 'gemma3-270m' (Google's weights, from a package that the extra `gemma`
+        installs), a bundle, the workdir of a run (its exported model, else the averaged parameters
+        of its newest checkpoint), one of its checkpoints (WORKDIR/checkpoints/STEP), a directory
+        in the published format (config.json and safetensors), a GGUF file or a directory with one,
+        an orbax checkpoint of Google (see `orbax_import`), or adapters, which are merged into
+        their base.
+      dtype: the dtype of the parameters and of the computation. A separate or light denoiser
+        computes in bfloat16 on a CPU with native bfloat16 matmuls (`Execution.denoise_dtype`).
+        None keeps the stored dtypes and computes in float32.
+      mesh: the mesh on which parameters are created in shards (see `parallel.make_mesh`), without
+        a whole copy on the host; None for the default device.
 
     Returns:
-      The model (a DiffusionGemma where it can denoise, else a Gemma), its parameters, and the
-      tokenizer, or None where the directory has none.
+      The model (a DiffusionGemma if it has a denoiser, else a Gemma), its parameters, and the
+      tokenizer, or None if there is none.
 
     Raises:
-      FileNotFoundError: there is no such model, or `path` names a preset, which has no weights, or
-        a packaged model whose package is missing.
-      ValueError: the files do not fit together; the message names the tensor.
+      FileNotFoundError: if there is no such model, if `path` names a preset (which has no
+        weights), or if the package of a packaged model is missing.
+      ValueError: if the files are inconsistent; the message names the tensor.
     """
     directory = model_directory(path)
     open_it = next(open_it for detects, open_it in FORMATS if detects(directory))
@@ -80,10 +79,10 @@ def load_model(
 
 
 def has_empty_thought(config: ModelConfig) -> bool:
-    """Whether a prompt without thoughts ends in an empty thought channel.
+    """Returns whether a prompt without thoughts ends in an empty thought channel.
 
-    Of the Gemma 4 models those with per-layer embeddings (E2B, E4B) do without. A chat template,
-    where there is one, says so itself.
+    It does not for the Gemma 4 models with per-layer embeddings (E2B, E4B). A chat template, if
+    there is one, takes precedence.
     """
     return config.per_layer is None
 
@@ -91,14 +90,14 @@ def has_empty_thought(config: ModelConfig) -> bool:
 def load_for_sampling(
     path: str | Path, weights: str | None = None
 ) -> tuple[Gemma, dict, Tokenizer]:
-    """Loads a model with its tokenizer, laid out to sample on the devices at hand.
+    """Loads a model and its tokenizer, with the weight layout for sampling on these devices.
 
     Args:
-      path: as for `load_model`.
+      path: see `load_model`.
       weights: 'int8' or 'fp8' for weight-only quantization; None for none.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_model`, or there is no tokenizer.
+      FileNotFoundError, ValueError: the errors of `load_model`, or there is no tokenizer.
     """
     model, params, tokenizer = load_model(path)
     if tokenizer is None:
@@ -112,7 +111,7 @@ def load_for_sampling(
 def _completed(
     model: Gemma, params: Params, directory: Path, mesh: jax.sharding.Mesh | None
 ) -> Opened:
-    """With the tokenizer.model in `directory`, and a denoiser that is fast on this machine."""
+    """Adds the tokenizer.model in `directory`, and the fastest denoiser dtype on this machine."""
     if mesh is None and model.config.has_frozen_encoder:
         model = _with_fast_denoiser(model)
     file, tokenizer = directory / bundle.TOKENIZER_FILE, None
@@ -122,18 +121,19 @@ def _completed(
 
 
 def _with_fast_denoiser(model: Gemma) -> Gemma:
-    """A denoiser with layers of its own in bfloat16 on a CPU with native bfloat16 matmuls."""
+    """Returns the model with a bfloat16 denoiser if this is a CPU with native bfloat16 matmuls."""
     if jax.default_backend() == 'cpu' and cpu_has_bfloat16():
         return with_execution(model, denoise_dtype='bfloat16')
     return model
 
 
 def model_directory(path: str | Path) -> Path:
-    """Returns where the files of a model lie, or the GGUF file that holds it.
+    """Returns the directory with the files of a model, or its GGUF file.
 
     Raises:
-      FileNotFoundError: there is no such directory or file, or a packaged model is not installed.
-      ValueError: the file of a packaged model is not the expected one, or `path` is a URL.
+      FileNotFoundError: if the directory or file does not exist, or a packaged model is not
+        installed.
+      ValueError: if the file of a packaged model is not the expected one, or `path` is a URL.
     """
     if '://' in str(path):
         raise ValueError(
@@ -161,10 +161,10 @@ def model_directory(path: str | Path) -> Path:
 
 
 def about_model(path: str | Path) -> dict[str, Any]:
-    """Returns what a bundle, or the model that a run exported, says of how it was made; else {}.
+    """Returns the `about` entry of a bundle or an exported model: how it was made; else {}.
 
     Raises:
-      FileNotFoundError, ValueError: as `model_directory`, or the bundle is of another format.
+      FileNotFoundError, ValueError: the errors of `model_directory`, or an unknown bundle format.
     """
     directory = model_directory(path)
     if not bundle.is_bundle(directory):
@@ -174,7 +174,7 @@ def about_model(path: str | Path) -> dict[str, Any]:
 
 
 def _load_bundle(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
-    """A bundle, on the base that it names if it lacks parameters, with that base's tokenizer."""
+    """Loads a bundle, including the parameters and the tokenizer of its base, if it names one."""
     content = bundle.read_content(directory)
     if 'base_fingerprint' not in content:
         return _completed(*bundle.load_bundle(directory, dtype, mesh), directory, mesh)
@@ -192,15 +192,15 @@ def _load_bundle(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) ->
             'that is.'
         )
     model = bundle.model_for(config, base_model.dtype)
-    own = bundle.load_own_params(directory, model, dtype, mesh)
-    params = {name: params[name] for name in BASE_PARAMS if name in params} | own
+    trained = bundle.load_own_params(directory, model, dtype, mesh)
+    params = {name: params[name] for name in BASE_PARAMS if name in params} | trained
     bundle.check_params(model, flatten_dict(params, sep='/'), f'{directory} on {base}')
-    model, params, own_tokenizer = _completed(model, params, directory, mesh)
-    return model, params, own_tokenizer or tokenizer
+    model, params, bundle_tokenizer = _completed(model, params, directory, mesh)
+    return model, params, bundle_tokenizer or tokenizer
 
 
 def _base_of(directory: Path, base: str, file: str) -> str | Path:
-    """Where the base that a file in `directory` names is; raises FileNotFoundError."""
+    """Returns the path of a base that a file in `directory` names; raises FileNotFoundError."""
     for path in (base, directory / base):
         if path in (*BUILTIN, *PACKAGED) or Path(path).exists():
             return path
@@ -211,18 +211,18 @@ def _base_of(directory: Path, base: str, file: str) -> str | Path:
 
 
 def saved_draft_ids(workdir: Path) -> jax.Array | None:
-    """The draft vocabulary [Vd] int32 of a run's light student; None where it has none."""
+    """Returns the draft vocabulary of a run's light student, [Vd] int32, or None."""
     path = workdir / DRAFT_IDS_FILE
     return jnp.asarray(np.load(path)) if path.exists() else None
 
 
 def _published_tokenizer(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a published checkpoint, or None where it has none.
+    """Returns the tokenizer of a published checkpoint, or None if it has none.
 
-    A checkpoint whose tokenizer_config.json comes without a chat template is a pretrained model.
+    A checkpoint with a tokenizer_config.json but no chat template is a pretrained model.
 
     Raises:
-      ValueError: it has more tokens than the model.
+      ValueError: if the tokenizer has more tokens than the model.
     """
     names = (bundle.TOKENIZER_FILE, TOKENIZER_JSON)
     files = [directory / name for name in names if (directory / name).exists()]
@@ -244,30 +244,30 @@ def _published_tokenizer(directory: Path) -> Tokenizer | None:
 
 
 def _load_gguf(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
-    """A GGUF file, or the one in a directory."""
+    """Loads a GGUF file, or the one in a directory."""
     file = gguf_import.find_gguf(directory)
     assert file is not None
     return gguf_import.load_gguf(file, dtype, mesh)
 
 
 def _load_orbax(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
-    """One of Google's orbax checkpoints."""
+    """Loads an orbax checkpoint of Google."""
     return _completed(*orbax_import.load_orbax(directory, dtype, mesh), directory, mesh)
 
 
 def _load_published(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
-    """config.json and safetensors; the tokenizer is checked before the weights are read."""
+    """Loads a published checkpoint; the tokenizer is checked before the weights are read."""
     tokenizer = _published_tokenizer(directory)
     return *hf_import.load_hf(directory, dtype, mesh), tokenizer
 
 
 def _is_step(directory: Path) -> bool:
-    """Whether this is one checkpoint of a run: WORKDIR/checkpoints/STEP."""
+    """Returns whether this is one checkpoint of a run: WORKDIR/checkpoints/STEP."""
     return directory.parent.name == CHECKPOINTS_DIR and directory.name.isdigit()
 
 
 def _load_run(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
-    """The averaged parameters of a run's newest checkpoint, or of the one that is named."""
+    """Loads the averaged parameters of a run: of its newest checkpoint, or of a given step."""
     workdir, step = directory, None
     if not (directory / CHECKPOINTS_DIR).is_dir():
         workdir, step = directory.parents[1], int(directory.name)
@@ -277,7 +277,7 @@ def _load_run(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Op
 def _averaged(
     workdir: Path, step: int | None, dtype: Any, mesh: jax.sharding.Mesh | None
 ) -> tuple[Gemma, dict]:
-    """The averaged parameters of a step, or of the newest for None, and their model."""
+    """Returns the model and the averaged parameters of a step; None for the newest one."""
     step, about, ema_params = read_ema(workdir, step)
     if 'model' not in about:
         raise ValueError(
@@ -305,33 +305,33 @@ def _averaged(
 
 
 def _check_chain(directory: Path) -> None:
-    """Raises ValueError where adapters adapt, by way of others or not, themselves."""
-    seen = []
+    """Raises ValueError if the chain of bases of adapters is circular."""
+    visited = []
     while adapters.is_adapters(directory):
-        if directory.resolve() in seen:
+        if directory.resolve() in visited:
             raise ValueError(
                 f'{directory} adapts itself; change "base" in {directory / adapters.CONFIG_FILE} '
                 'to the model that it was trained on.'
             )
-        seen.append(directory.resolve())
+        visited.append(directory.resolve())
         base = adapters.read_adapters(directory).base
         near = Path(base) if Path(base).is_dir() else directory / base
         directory = BUILTIN.get(base, near)
 
 
 def _load_adapted(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
-    """The base that adapters name, with them merged in, and its tokenizer."""
-    found = adapters.read_adapters(directory)
-    base = _base_of(directory, found.base, adapters.CONFIG_FILE)
+    """Loads the base of adapters with the adapters merged in, and its tokenizer."""
+    adapter = adapters.read_adapters(directory)
+    base = _base_of(directory, adapter.base, adapters.CONFIG_FILE)
     _check_chain(directory)
     base_model, params, tokenizer = load_model(base, dtype, mesh)
-    if adapters.fingerprint(params) != found.base_fingerprint:
+    if adapters.fingerprint(params) != adapter.base_fingerprint:
         raise ValueError(f'{directory} does not adapt {base}: its weights are of another model.')
-    model = bundle.model_for(found.model, base_model.dtype)
+    model = bundle.model_for(adapter.model, base_model.dtype)
     merge = jax.jit(merge_lora, static_argnums=2)
-    merged = merge(base_params(found.model, params), found.params, found.lora)
+    merged = merge(base_params(adapter.model, params), adapter.params, adapter.lora)
     bundle.check_params(model, flatten_dict(merged, sep='/'), str(directory))
-    logging.info('%s: adapters of rank %d on %s', directory, found.lora.rank, base)
+    logging.info('%s: adapters of rank %d on %s', directory, adapter.lora.rank, base)
     embedding = params['embedder']['embedding']
     merged = jax.tree.map(lambda leaf: jnp.asarray(leaf, embedding.dtype), merged)
     if mesh is not None:
@@ -339,7 +339,7 @@ def _load_adapted(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -
     return model, merged, tokenizer
 
 
-# What opens a directory (or file) is the first of these that says it can.
+# Pairs of (detects, opens): the first entry that detects a directory (or file) opens it.
 FORMATS: tuple[tuple[Callable[[Path], bool], Callable[..., Opened]], ...] = (
     (lambda directory: gguf_import.find_gguf(directory) is not None, _load_gguf),
     (adapters.is_adapters, _load_adapted),

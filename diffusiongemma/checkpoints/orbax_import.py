@@ -1,16 +1,16 @@
-"""Google's orbax checkpoints of Gemma 4 and DiffusionGemma, seen as published tensors.
+"""Reads Google's orbax checkpoints of Gemma 4 and DiffusionGemma as published tensors.
 
-The leaves' names and shapes are those that the modules of google-deepmind/gemma create:
+The names and shapes of the leaves are those of the modules in google-deepmind/gemma:
 `gemma/gm/nn/gemma4/_modules.py` (attention, MLP, norms, `skip_scale`), `_moe.py` (experts and
 router), `_transformer.py` (`layer_N`, `embedder`, `final_norm`) and
-`gemma/diffusion/_transformer.py` (`self_conditioner`); that dense MLP and experts change places in
-a mixture of experts, and that one `skip_scale` serves both passes, is also what
-`convert_diffusion_gemma_weights.py` of huggingface/transformers does. Read are the nested layout
+`gemma/diffusion/_transformer.py` (`self_conditioner`). In a mixture of experts, the names of dense
+MLP and experts are exchanged, and one `skip_scale` serves both passes, as also in
+`convert_diffusion_gemma_weights.py` of huggingface/transformers. Supported are the nested layout
 and the flat one with names like 'transformer/layer_0/attn/_key_norm' (`gemma/gm/ckpts/
-_checkpoint.py`); what a checkpoint stacks over layers is not.
+_checkpoint.py`), but not checkpoints that stack layers.
 
-A checkpoint says little about its model besides shapes. A config.json of the published format
-beside it says the rest; without one the numbers of the released models are taken.
+Besides shapes, a checkpoint says little about its model. A config.json of the published format
+beside it supplies the other settings; without one, those of the released models are used.
 """
 
 import re
@@ -30,11 +30,11 @@ from diffusiongemma.checkpoints.hf_tensors import AUTOREGRESSIVE, DECODER, ENCOD
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.transformer import Gemma
 
-_MARKER = '_METADATA'  # orbax writes it into the directory of every tree
+_MARKER = '_METADATA'  # orbax writes this file into the directory of every tree
 _TOWERS = re.compile(
     r'vision_encoder/|audio_encoder/|SigLiPFromPatches_0/|embedder/(mm|audio)_|.*/lora/'
 )
-# (width, layers) of a released model -> what its shapes do not show.
+# (width, layers) of a released model -> settings that its shapes do not determine.
 _RELEASED = {
     (2816, 30): {
         'sliding_window': 1024,
@@ -45,7 +45,7 @@ _RELEASED = {
     (5376, 60): {'sliding_window': 1024, 'max_position_embeddings': 262_144},
 }
 _Convert = Callable[[Any], Any]
-_Leaf = tuple[str, _Convert]  # a leaf of the checkpoint, and how a published tensor comes from it
+_Leaf = tuple[str, _Convert]  # a leaf of the checkpoint, and its conversion to a published tensor
 
 _ATTENTION = {
     'attn/attn_vec_einsum/w': [('self_attn.o_proj', lambda x: _matrix(x.transpose(2, 0, 1)))],
@@ -67,7 +67,7 @@ _DENSE = {
     'mlp/linear': [('mlp.down_proj', lambda x: x.T)],
     'pre_ffw_norm/scale': [('pre_feedforward_layernorm', lambda x: x)],
 }
-# With experts the dense MLP is `mlp2`, and `mlp` the experts with their router.
+# In a model with experts, the dense MLP is `mlp2`, and `mlp` contains the experts and the router.
 _MIXTURE = {
     'mlp2/gating_einsum': _DENSE['mlp/gating_einsum'],
     'mlp2/linear': _DENSE['mlp/linear'],
@@ -95,45 +95,46 @@ _OUTSIDE = {
 
 
 def _heads(x: Any) -> Any:
-    """[N, D, H] -> [N * H, D]."""
+    """Reshapes [N, D, H] -> [N * H, D]."""
     return x.transpose(0, 2, 1).reshape(-1, x.shape[1])
 
 
 def _matrix(x: Any) -> Any:
-    """[D, N, H] -> [D, N * H]."""
+    """Reshapes [D, N, H] -> [D, N * H]."""
     return x.reshape(x.shape[0], -1)
 
 
 def is_orbax(directory: Path) -> bool:
-    """Whether `directory` is an orbax checkpoint of a tree."""
+    """Returns whether `directory` is an orbax checkpoint of a tree."""
     return (directory / _MARKER).is_file()
 
 
 def load_orbax(
     directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Gemma, dict]:
-    """Reads one of Google's checkpoints: (model, parameters); leaf by leaf, see `load_hf`.
+    """Returns the model and the parameters of an orbax checkpoint, read leaf by leaf (`load_hf`).
 
     Args:
-      directory: of the checkpoint, with the config.json of the published model in it unless it
-        is a released one.
-      dtype: of the parameters and the computation; None keeps what is stored.
-      mesh: the parameters are created in their shards on it; None for the default device.
+      directory: the directory of the checkpoint; it must contain the config.json of the published
+        model unless it is a released one.
+      dtype: the dtype of the parameters and of the computation; None keeps the stored dtypes and
+        computes in float32.
+      mesh: the mesh on which the parameters are created in shards; None for the default device.
 
     Raises:
-      ValueError: it is of another layout, its sizes are of no released model and there is no
-        config.json, or a leaf is missing, unknown or of another shape.
+      ValueError: if the layout is unknown, if there is no config.json and the sizes are not those
+        of a released model, or if a leaf is missing, unknown or of a wrong shape.
     """
     reader = OrbaxReader(directory)
     return load_tensors(reader, reader.config(), dtype, mesh)
 
 
 class OrbaxReader:
-    """The leaves of a checkpoint under the names of the published tensors.
+    """A `reader.Reader` of an orbax checkpoint under the names of the published tensors.
 
     Attributes:
-      directory: of the checkpoint.
-      shapes: shape of every tensor. A leaf without a published name keeps its own.
+      directory: the directory of the checkpoint.
+      shapes: the shape of every tensor. A leaf without a published name keeps its name.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -143,8 +144,8 @@ class OrbaxReader:
         names = [name for name in self._leaves if not _TOWERS.match(name)]
         if not any(name.startswith('layer_0/') for name in names):
             raise ValueError(
-                f'{directory} has no layer_0, so that it is no Gemma in one of the layouts that '
-                f'can be read; its first leaves are {names[:3]}.'
+                f'{directory} has no layer_0, so it is not a Gemma in a layout that can be read; '
+                f'its first leaves are {names[:3]}.'
             )
         self.is_diffusion = any(name.startswith('self_conditioner/') for name in names)
         is_mixture = 'layer_0/mlp2/linear' in names
@@ -157,10 +158,10 @@ class OrbaxReader:
         }
 
     def read(self, tensor: str) -> np.ndarray:
-        """One tensor in its stored dtype; nothing else of the checkpoint is read."""
+        """Returns one tensor in its stored dtype; no other part of the checkpoint is read."""
         leaf, convert = self._tensors[tensor]
-        path, wanted = self._leaves[leaf]
-        item = unflatten_dict({path: wanted})
+        path, abstract = self._leaves[leaf]
+        item = unflatten_dict({path: abstract})
         arguments = unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray)})
         tree = self._checkpointer.restore(
             self.directory.absolute(),
@@ -170,11 +171,11 @@ class OrbaxReader:
         return convert(array)
 
     def rows(self, tensor: str, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of one tensor, cut off at its end."""
+        """Returns rows [start, stop) of one tensor, clipped to its size."""
         return self.read(tensor)[start:stop]
 
     def check_weights(self, names: Collection[str]) -> None:
-        """Raises ValueError where one of these tensors is not floating-point."""
+        """Raises ValueError if one of these tensors is not floating-point."""
         for name in names:
             leaf = self._tensors[name][0]
             dtype = self._leaves[leaf][1].dtype
@@ -185,16 +186,16 @@ class OrbaxReader:
                 )
 
     def config(self) -> ModelConfig:
-        """From config.json, else from shapes and the numbers of the released models."""
+        """Returns the config from config.json, else from shapes and the released models."""
         if (self.directory / 'config.json').exists():
             return read_hf_config(self.directory)
-        leaf = {name: wanted.shape for name, (_, wanted) in self._leaves.items()}
+        leaf = {name: abstract.shape for name, (_, abstract) in self._leaves.items()}
         vocab_size, width = leaf['embedder/input_embedding']
         layers = [name for name in leaf if re.fullmatch(r'layer_\d+/attn/q_einsum/w', name)]
         released = _RELEASED.get((width, len(layers)))
         if released is None or 'embedder/per_layer_embeddings' in leaf:
             raise ValueError(
-                f'{self.directory}: width {width} and {len(layers)} layers are those of no '
+                f'{self.directory}: width {width} and {len(layers)} layers are not those of a '
                 'released model that can be read without a config.json; put the config.json of '
                 'the published model (or one like it) beside the checkpoint.'
             )
@@ -203,49 +204,49 @@ class OrbaxReader:
         )
 
     def _read_leaves(self) -> dict[str, tuple[tuple[str, ...], jax.ShapeDtypeStruct]]:
-        """Each leaf by its plain name: its path in the checkpoint, its shape and dtype."""
+        """Returns path, shape and dtype of each leaf, by its name in the nested layout."""
         metadata = self._checkpointer.metadata(self.directory.absolute()).item_metadata
         leaves = {}
         for path, leaf in jax.tree_util.tree_flatten_with_path(
             metadata.tree, is_leaf=lambda x: hasattr(x, 'shape')
         )[0]:
             keys = tuple(str(getattr(key, 'key', key)) for key in path)
-            wanted = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
-            leaves[_plain_name('/'.join(keys))] = (keys, wanted)
+            abstract = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+            leaves[_plain_name('/'.join(keys))] = (keys, abstract)
         return leaves
 
 
 def _plain_name(name: str) -> str:
-    """The name in the nested layout: without the root, and with MLP weights not one level down."""
+    """Returns the name of a leaf in the nested layout: without root prefix and without '/w'."""
     name = re.sub(r'^(params/)?(transformer/)?', '', name)
     name = re.sub(r'/(gating_einsum|linear)/w$', r'/\1', name)
     return re.sub(r'/_(key|query)_norm/', r'/\1_norm/', name)
 
 
 def _published(name: str, is_diffusion: bool, is_mixture: bool) -> dict[str, _Leaf]:
-    """The published tensors that a leaf holds, under their full names."""
+    """Returns the published tensors of a leaf by their full names."""
     prefix = DECODER if is_diffusion else AUTOREGRESSIVE[-1]
     layer = re.match(r'layer_(\d+)/(.*)', name)
     if layer is None:
-        tensors = [(f'{theirs}.weight', convert) for theirs, convert in _OUTSIDE.get(name, ())]
+        tensors = [(f'{tensor}.weight', convert) for tensor, convert in _OUTSIDE.get(name, ())]
     else:
-        number, rest = layer.groups()
+        number, path = layer.groups()
         table = _ATTENTION | (_MIXTURE if is_mixture else _DENSE)
-        if rest == 'skip_scale':
+        if path == 'skip_scale':
             tensors = [('layer_scalar', lambda x: x)]
-        elif is_mixture and rest in _BARE:
-            tensors = [_BARE[rest]]
+        elif is_mixture and path in _BARE:
+            tensors = [_BARE[path]]
         else:
-            tensors = [(f'{theirs}.weight', convert) for theirs, convert in table.get(rest, ())]
-        tensors = [(f'layers.{number}.{theirs}', convert) for theirs, convert in tensors]
-    found = {prefix + theirs: (name, convert) for theirs, convert in tensors}
+            tensors = [(f'{tensor}.weight', convert) for tensor, convert in table.get(path, ())]
+        tensors = [(f'layers.{number}.{tensor}', convert) for tensor, convert in tensors]
+    result = {prefix + tensor: (name, convert) for tensor, convert in tensors}
     if is_diffusion:  # one scalar for both passes
-        found |= {
-            ENCODER + theirs: (name, convert)
-            for theirs, convert in tensors
-            if theirs.endswith('layer_scalar')
+        result |= {
+            ENCODER + tensor: (name, convert)
+            for tensor, convert in tensors
+            if tensor.endswith('layer_scalar')
         }
-    return found or {name: (name, lambda x: x)}
+    return result or {name: (name, lambda x: x)}
 
 
 def _released_config(
@@ -255,7 +256,7 @@ def _released_config(
     vocab_size: int,
     is_diffusion: bool,
 ) -> dict[str, Any]:
-    """The config.json of a released model from its shapes and what they do not show."""
+    """Returns the config.json of a released model from its shapes and its other settings."""
     is_full = [f'layer_{i}/attn/k_einsum/w' in leaf for i in range(num_layers)]
     num_heads, width, head_dim = leaf['layer_0/attn/q_einsum/w']
     last = f'layer_{num_layers - 1}/attn'

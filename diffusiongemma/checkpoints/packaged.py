@@ -1,4 +1,4 @@
-"""Real weights that optional packages carry, assembled into the user's cache.
+"""Real weights from optional packages, which are assembled in the user's cache.
 
 The weights are Google's; they are neither part of this project nor under its license.
 """
@@ -18,15 +18,15 @@ _BLOCK = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file that a package carries in parts.
+    """A GGUF file that a package contains in parts.
 
     Attributes:
-      package: its name in the package index.
-      module: its name for `import`; `chunk_paths()` there gives the parts in order.
-      file: name of the whole file.
-      sha256: of the whole file.
-      extra: of this project, that installs the package.
-      terms: which license applies to the weights.
+      package: the name of the package in the package index.
+      module: the name to import; its `chunk_paths()` returns the parts in order.
+      file: the name of the whole file.
+      sha256: the SHA-256 of the whole file.
+      extra: the extra of this project that installs the package.
+      terms: the license of the weights.
     """
 
     package: str
@@ -50,22 +50,22 @@ PACKAGED: Mapping[str, PackagedModel] = {
 
 
 def cache_directory() -> Path:
-    """Returns where assembled files lie: $XDG_CACHE_HOME/diffusiongemma or ~/.cache/..."""
+    """Returns the directory of assembled files: $XDG_CACHE_HOME/diffusiongemma or ~/.cache/..."""
     base = os.environ.get('XDG_CACHE_HOME')
     return (Path(base) if base else Path.home() / '.cache') / 'diffusiongemma'
 
 
 def packaged_file(name: str) -> Path:
-    """Returns the path of a packaged model's file, which the first call assembles.
+    """Returns the path of a packaged model's file; the first call assembles it.
 
-    Says once, when it assembles the file, which license applies to it.
+    When it assembles the file, it logs the license of the weights.
 
     Args:
-      name: key of `PACKAGED`.
+      name: a key of `PACKAGED`.
 
     Raises:
-      FileNotFoundError: the package, or one of its parts, is missing.
-      ValueError: the file is not the expected one.
+      FileNotFoundError: if the package, or one of its parts, is missing.
+      ValueError: if the file is not the expected one.
     """
     model = PACKAGED[name]
     path = cache_directory() / model.file
@@ -83,7 +83,7 @@ def packaged_file(name: str) -> Path:
                         whole.write(block)
         remedy = f'pip install --force-reinstall {model.package}'
         check_sha256(Path(partial), model.sha256, remedy, path)
-        os.replace(partial, path)  # whole or not at all, also beside another process
+        os.replace(partial, path)  # atomic, also if another process writes the same file
     finally:
         Path(partial).unlink(missing_ok=True)
     logging.warning('%s: %s of the package %s; %s apply.', path, name, model.package, model.terms)
@@ -91,19 +91,19 @@ def packaged_file(name: str) -> Path:
 
 
 def check_sha256(path: Path, expected: str, remedy: str, shown: Path | None = None) -> None:
-    """Raises ValueError unless the file has the hash; the message ends with the remedy.
+    """Raises ValueError unless the file has the expected hash.
 
     Args:
-      path: of the file.
-      expected: SHA-256 in hexadecimal.
-      remedy: what to do.
-      shown: path for the message, where `path` is temporary.
+      path: the path of the file.
+      expected: the expected SHA-256 in hexadecimal.
+      remedy: the last part of the error message, which says what to do.
+      shown: the path for the error message if `path` is a temporary file.
     """
     with path.open('rb') as file:
-        found = hashlib.file_digest(file, 'sha256').hexdigest()
-    if found != expected:
+        actual = hashlib.file_digest(file, 'sha256').hexdigest()
+    if actual != expected:
         raise ValueError(
-            f'{shown or path} has the SHA-256 {found[:12]}..., not {expected[:12]}...: {remedy}'
+            f'{shown or path} has the SHA-256 {actual[:12]}..., not {expected[:12]}...: {remedy}'
         )
 
 

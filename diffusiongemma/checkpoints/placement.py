@@ -1,4 +1,4 @@
-"""Parameters from pieces on the host straight into their shards."""
+"""Assembles sharded parameters from pieces on the host."""
 
 import functools
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ from flax.traverse_util import flatten_dict
 from diffusiongemma.models.transformer import init_params
 from diffusiongemma.parallel.sharding import param_shardings
 
-Bounds = tuple[tuple[int, int], ...]  # of a shard: (start, stop) along each axis
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of a shard along each axis
 
 
 def param_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of `model` by its '/'-joined path; nothing is allocated."""
+    """Returns the shape of every parameter by its '/'-joined path, without allocating any."""
     return dict(_param_shapes(model))
 
 
@@ -30,7 +30,7 @@ def _param_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def flat_shardings(
     model: nn.Module, mesh: jax.sharding.Mesh | None
 ) -> dict[str, jax.sharding.Sharding | None]:
-    """Sharding of every parameter by its '/'-joined path; None (default device) without mesh."""
+    """Returns the sharding of every parameter by its '/'-joined path; None without a mesh."""
     if mesh is None:
         return dict.fromkeys(param_shapes(model))
     return flatten_dict(param_shardings(model, mesh), sep='/')
@@ -42,14 +42,14 @@ def assemble(
     sharding: jax.sharding.Sharding | None,
     parts: Iterable[tuple[Any, np.ndarray]],
 ) -> jax.Array:
-    """One parameter from parts that come one at a time.
+    """Returns one parameter, assembled from parts that are read one at a time.
 
-    The host holds one part and, of the parameter, the shards of its own devices.
+    The host holds one part and the shards of its local devices.
 
     Args:
-      shape: of the parameter.
-      dtype: of the parameter; None for that of its first part.
-      sharding: where it lies; None for the default device, uncommitted.
+      shape: the shape of the parameter.
+      dtype: the dtype of the parameter; None for that of its first part.
+      sharding: the sharding of the parameter; None for the default device, uncommitted.
       parts: pairs of an index into the first axis and the value there, or one pair of `...` and
         the whole value. Together they fill the parameter.
     """
@@ -76,7 +76,7 @@ def assemble(
 
 
 def _copy_into(buffer: np.ndarray, bounds: Bounds, index: Any, value: np.ndarray) -> None:
-    """Copies what of `value` lies within `bounds`, casting it."""
+    """Copies the part of `value` that lies within `bounds` into `buffer`, with a cast."""
     region = tuple(slice(*pair) for pair in bounds)
     if index is ...:
         buffer[...] = value[region]

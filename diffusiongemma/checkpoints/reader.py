@@ -1,4 +1,4 @@
-"""What every reader of published tensors gives, wherever they come from."""
+"""The interface of all readers of published tensors."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Reader(Protocol):
-    """Published tensors by name, wherever they come from."""
+    """A reader of tensors by their published names, from a file of any format."""
 
     directory: Path
 

@@ -1,4 +1,4 @@
-"""Lazy reading of safetensors: one file, or shards with an index."""
+"""Reads safetensors lazily, from one file or from several files with an index."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -19,18 +19,18 @@ _FLOATING = ('F64', 'F32', 'F16', 'BF16')
 
 
 class TensorReader:
-    """The tensors of a checkpoint directory by name, read one at a time.
+    """A reader of the tensors in a checkpoint directory, by name and one at a time.
 
-    They are in one file, `single`, or in the shards that an index places them in. Only headers
-    are read on construction.
+    The tensors are in one file, `single`, or in the files that an index lists. The constructor
+    only reads headers.
 
     Attributes:
-      shapes: shape of every tensor.
-      dtypes: the stored dtype of every tensor, by safetensors' name for it ('F32').
+      shapes: the shape of every tensor.
+      dtypes: the stored dtype of every tensor, as safetensors names it ('F32').
 
     Raises:
-      FileNotFoundError: neither a single file nor an index, or a shard is missing.
-      ValueError: a file is damaged, or the index does not fit the shards.
+      FileNotFoundError: if there is neither a single file nor an index, or a file is missing.
+      ValueError: if a file is damaged, or the index does not match the files.
     """
 
     def __init__(self, directory: Path, single: str = SINGLE_FILE) -> None:
@@ -42,24 +42,24 @@ class TensorReader:
             self._file_of = self._read_index(directory / INDEX_FILE)
         else:
             raise FileNotFoundError(
-                f'{directory} has neither {single} nor {INDEX_FILE}; it is no checkpoint '
+                f'{directory} has neither {single} nor {INDEX_FILE}; it is not a checkpoint '
                 'in the published format.'
             )
         self.dtypes: dict[str, str] = {}
         self.shapes: Mapping[str, tuple[int, ...]] = self._read_shapes()
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype."""
+        """Returns one tensor in its stored dtype."""
         with self._open(self._file_of[name]) as file:
             return file.get_tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of one tensor, cut off at its end; only they are read."""
+        """Returns rows [start, stop) of one tensor, clipped to its size; only they are read."""
         with self._open(self._file_of[name]) as file:
             return file.get_slice(name)[start : min(stop, self.shapes[name][0])]
 
     def dtype(self, name: str) -> np.dtype:
-        """Stored dtype of one tensor; raises ValueError where numpy has none like it."""
+        """Returns the stored dtype of one tensor; raises ValueError if it is not supported."""
         stored = self.dtypes[name]
         if stored not in _DTYPES:
             raise ValueError(
@@ -69,8 +69,7 @@ class TensorReader:
         return np.dtype(_DTYPES[stored])
 
     def check_weights(self, names: Iterable[str]) -> None:
-        """Raises ValueError where one of these tensors is not stored in a floating-point dtype
-        that can be read."""
+        """Raises ValueError unless all these tensors have a supported floating-point dtype."""
         for name in names:
             if self.dtypes.get(name, 'F32') not in _FLOATING:
                 raise ValueError(
@@ -93,10 +92,12 @@ class TensorReader:
         try:
             file_of = dict(json.loads(path.read_text(encoding='utf-8'))['weight_map'])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'{path} is no index with a "weight_map" ({error!r}).') from error
+            raise ValueError(f'{path} is not an index with a "weight_map" ({error!r}).') from error
         for name, where in file_of.items():
             if not isinstance(where, str) or Path(where).name != where:
-                raise ValueError(f'{path} places {name} in {where!r}, which is no file beside it.')
+                raise ValueError(
+                    f'{path} places {name} in {where!r}, which is not a file beside it.'
+                )
         return file_of
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -104,13 +105,13 @@ class TensorReader:
         for file_name in sorted(set(self._file_of.values())):
             expected = {name for name, where in self._file_of.items() if where == file_name}
             with self._open(file_name) as file:
-                held = set(file.keys())
-                absent = sorted(expected - held)
+                present = set(file.keys())
+                absent = sorted(expected - present)
                 if absent:
                     raise ValueError(
                         f'{INDEX_FILE} places {absent[0]} in {file_name}, which does not hold it.'
                     )
-                unplaced += [(file_name, name) for name in sorted(held - expected)]
+                unplaced += [(file_name, name) for name in sorted(present - expected)]
                 for name in sorted(expected):
                     tensor = file.get_slice(name)
                     shapes[name] = tuple(tensor.get_shape())

@@ -1,4 +1,4 @@
-"""Writes safetensors files that others may read, as files usually are."""
+"""Writes safetensors files with the usual file permissions."""
 
 import os
 from collections.abc import Mapping
@@ -9,9 +9,9 @@ from safetensors.numpy import save_file
 
 
 def save_tensors(arrays: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
-    """Writes arrays by name, with the permissions that the umask leaves.
+    """Writes arrays by name to a file with the permissions that the umask allows.
 
-    safetensors itself leaves a file that its owner alone can read.
+    safetensors itself creates a file that only its owner can read.
     """
     save_file(dict(arrays), path, metadata=metadata)
     umask = os.umask(0)

@@ -1,4 +1,4 @@
-"""Training checkpoints: orbax, asynchronous, with the place in the data beside the state."""
+"""Saves and restores training checkpoints with orbax, asynchronously, including the data state."""
 
 import contextlib
 import json
@@ -17,20 +17,20 @@ CHECKPOINTS_DIR = 'checkpoints'
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint can't be written or read; the message says what to do."""
+    """An error: a checkpoint can't be written or read. The message says what to do."""
 
 
 def describe_model(config: ModelConfig, tokenizer_hash: str) -> dict[str, Any]:
-    """What a checkpoint says about its model: see `CheckpointStore`, `about`."""
+    """Returns the `about` entry of a checkpoint, which identifies its model and tokenizer."""
     return {'model': config.to_dict(), 'tokenizer_hash': tokenizer_hash}
 
 
 class CheckpointStore:
-    """Checkpoints of one run in `workdir`/checkpoints.
+    """A store of the checkpoints of one run in `workdir`/checkpoints.
 
-    A checkpoint holds the training state, the JSON state of the data iterator and what the run
-    says about its model. It appears only when it is complete: an interrupted save leaves the
-    ones before it untouched, and what it left behind is deleted by the next run.
+    A checkpoint contains the training state, the JSON state of the data iterator and an `about`
+    entry with the model. Saves are atomic: an interrupted save does not affect earlier
+    checkpoints, and the next run deletes its partial files.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class CheckpointStore:
         """Opens the checkpoints of `workdir`, which need not exist yet.
 
         Args:
-          workdir: of the run.
-          max_to_keep: older checkpoints are deleted.
-          best_metric: name of a metric; the checkpoint at which it was lowest is kept too.
-          about: JSON values, from `describe_model`; `restore` refuses a checkpoint that says
-            something else, and `load_model` needs it to open a run that is not finished.
+          workdir: the workdir of the run.
+          max_to_keep: the number of newest checkpoints to keep; older ones are deleted.
+          best_metric: the name of a metric; the checkpoint with its lowest value is kept as well.
+          about: JSON values from `describe_model`. `restore` refuses a checkpoint with other
+            values, and `load_model` needs them to open an unfinished run.
         """
         self.directory = Path(workdir).absolute() / CHECKPOINTS_DIR
         self._about = dict(about or {})
@@ -62,7 +62,7 @@ class CheckpointStore:
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, or None."""
+        """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(
@@ -72,17 +72,17 @@ class CheckpointStore:
         data_state: dict[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts saving; returns once the state is copied off the device.
+        """Starts to save a checkpoint; returns once the state is copied from the device.
 
         Args:
-          step: of the state.
-          state: a pytree of arrays.
-          data_state: JSON values.
-          metrics: at that step; the best one is found among them.
+          step: the training step of the state.
+          state: the training state, a pytree of arrays.
+          data_state: the state of the data iterator as JSON values.
+          metrics: the metrics at this step, which `best_metric` refers to.
 
         Raises:
-          ValueError: there is a checkpoint of this step or a later one, which would win.
-          CheckpointError: this one, or the one before it, can't be written.
+          ValueError: if there is a checkpoint of this or a later step, which would take precedence.
+          CheckpointError: if this or the previous checkpoint can't be written.
         """
         latest = self.latest_step
         if latest is not None and step <= latest:
@@ -102,21 +102,21 @@ class CheckpointStore:
             )
 
     def wait(self) -> None:
-        """Blocks until everything that was handed to `save` is on disk.
+        """Waits until all started saves are on disk.
 
         Raises:
-          CheckpointError: it can't be written.
+          CheckpointError: if a checkpoint can't be written.
         """
         with self._writing():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def finishing_saves(self) -> Iterator[None]:
-        """Around training: what was handed to `save` gets to disk, whatever ends the training."""
+        """Returns a context manager for training that completes started saves on any error."""
         try:
             yield
         except BaseException:
-            with contextlib.suppress(CheckpointError):  # the first error is the one to see
+            with contextlib.suppress(CheckpointError):  # report the first error
                 self.wait()
             raise
 
@@ -124,7 +124,7 @@ class CheckpointStore:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of orbax, tensorstore or the system, from this or a thread
+        except Exception as error:  # from orbax, tensorstore or the system, also in a thread
             complete = [step for step in self._manager.all_steps() if self._is_complete(step)]
             kept = f'The last complete one is of step {max(complete)}' if complete else 'None is'
             raise CheckpointError(
@@ -137,16 +137,16 @@ class CheckpointStore:
         return (self.directory / str(step) / 'state').is_dir()
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest checkpoint as (state, data state).
+        """Returns the newest checkpoint as (state, data state).
 
         Args:
-          abstract_state: ShapeDtypeStructs with shardings; arrays are read into them.
+          abstract_state: the expected state as ShapeDtypeStructs with shardings.
 
         Raises:
-          FileNotFoundError: there is no complete checkpoint.
-          ValueError: the checkpoint is of another model or tokenizer, or an array has another
-            shape than asked for; the message names the field or the array.
-          CheckpointError: the checkpoint is damaged.
+          FileNotFoundError: if there is no complete checkpoint.
+          ValueError: if the checkpoint is of another model or tokenizer, or an array has an
+            unexpected shape; the message names the field or the array.
+          CheckpointError: if the checkpoint is damaged.
         """
         step = self.latest_step
         if step is None:
@@ -171,7 +171,7 @@ class CheckpointStore:
     def _reading(self, step: int) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever orbax stumbles over
+        except Exception as error:  # orbax raises various errors for damaged files
             others = [other for other in self._manager.all_steps() if other < step]
             then = f'go on from step {max(others)}' if others else 'start afresh'
             raise CheckpointError(
@@ -180,24 +180,24 @@ class CheckpointStore:
             ) from error
 
     def close(self) -> None:
-        """Waits for saves and frees the threads."""
+        """Waits for started saves and stops the threads."""
         self._manager.close()
 
     def _check_shapes(
         self, step: int, saved: Mapping[str, tuple[int, ...]], abstract_state: Any
     ) -> None:
-        wanted = {_name(path): leaf.shape for path, leaf in _leaves(abstract_state)}
+        expected = {_name(path): leaf.shape for path, leaf in _leaves(abstract_state)}
         problems = [
-            f'{name}: saved {saved.get(name, "nothing")}, expected {wanted.get(name, "nothing")}'
-            for name in sorted(set(saved) | set(wanted))
-            if saved.get(name) != wanted.get(name)
+            f'{name}: saved {saved.get(name, "nothing")}, expected {expected.get(name, "nothing")}'
+            for name in sorted(set(saved) | set(expected))
+            if saved.get(name) != expected.get(name)
         ]
         if problems:
             raise ValueError(_misfit(self.directory, step, problems))
 
 
 def _keep(max_to_keep: int, best_metric: str) -> policies.PreservationPolicy:
-    """The newest checkpoints, and the one with the lowest metric."""
+    """Returns the policy that keeps the newest checkpoints and the one with the lowest metric."""
     newest = policies.LatestN(max_to_keep)
     if not best_metric:
         return newest
@@ -205,7 +205,7 @@ def _keep(max_to_keep: int, best_metric: str) -> policies.PreservationPolicy:
     def value(metrics: Mapping[str, float]) -> float:
         if best_metric not in metrics:
             raise ValueError(
-                f'train.best_metric={best_metric!r} is no metric of this run; there are '
+                f'train.best_metric={best_metric!r} is not a metric of this run; there are '
                 f'{sorted(metrics)}.'
             )
         return metrics[best_metric]
@@ -217,23 +217,23 @@ def _keep(max_to_keep: int, best_metric: str) -> policies.PreservationPolicy:
 
 
 def _in_short(error: Exception) -> str:
-    """The first line of a message, without the source lines of C++ that some end with."""
+    """Returns the first line of an error message, without a trailing reference to C++ source."""
     line = (str(error).splitlines() or [''])[0] or type(error).__name__
     return line.split(' [source')[0][:300].rstrip('. ') + '.'
 
 
 def read_ema(workdir: Path, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """The averaged parameters of a run's complete checkpoint, on one device.
+    """Reads the averaged parameters of a complete checkpoint onto one device.
 
     Args:
-      workdir: of a run, finished or not.
-      step: of the checkpoint; None for the newest.
+      workdir: the workdir of a run, which need not be finished.
+      step: the step of the checkpoint; None for the newest.
 
     Returns:
-      Its step, its `about`, and the parameters as a nested dict.
+      The step, the `about` entry, and the parameters as a nested dict.
 
     Raises:
-      FileNotFoundError: there is no such complete checkpoint.
+      FileNotFoundError: if there is no such complete checkpoint.
     """
     directory = Path(workdir).absolute() / CHECKPOINTS_DIR
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
@@ -247,11 +247,11 @@ def read_ema(workdir: Path, step: int | None = None) -> tuple[int, dict[str, Any
             'check the path, or train first.'
         )
     step = steps[-1] if step is None else step
-    # Whatever the run was spread over, here one device is enough to say where arrays go.
+    # The arrays go to one device, independent of the mesh of the run.
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(directory / str(step) / 'state').item_metadata.tree
-        wanted = {
+        abstract = {
             'ema_params': jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                 saved['ema_params'],
@@ -261,8 +261,8 @@ def read_ema(workdir: Path, step: int | None = None) -> tuple[int, dict[str, Any
         restored = checkpointer.restore(
             directory / str(step) / 'state',
             args=ocp.args.PyTreeRestore(
-                wanted,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
                 partial_restore=True,
             ),
         )
@@ -272,7 +272,7 @@ def read_ema(workdir: Path, step: int | None = None) -> tuple[int, dict[str, Any
 def _read_about(step_directory: Path) -> dict[str, Any]:
     path = step_directory / 'about' / 'metadata'
     about = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    if 'model' in about:  # with the defaults of fields that are younger than the checkpoint
+    if 'model' in about:  # fields that were added after the checkpoint get their defaults
         about['model'] = ModelConfig.from_dict(about['model']).to_dict()
     return about
 
@@ -280,9 +280,9 @@ def _read_about(step_directory: Path) -> dict[str, Any]:
 def _check_same(
     ours: Mapping[str, Any], saved: Mapping[str, Any], directory: Path, step: int
 ) -> None:
-    """Raises ValueError where both say something and it differs."""
+    """Raises ValueError if an entry that both have differs."""
     shared = set(ours) & set(saved)
-    if 'model' in shared:  # checkpoints from before say the same in another form
+    if 'model' in shared:  # older checkpoints store the same config in another form
         saved = {**saved, 'model': ModelConfig.from_dict(saved['model']).to_dict()}
     ours, saved = (
         flatten_dict({name: about[name] for name in shared}, sep='.') for about in (ours, saved)

@@ -1,4 +1,4 @@
-"""Arrays of a JSON schema: `prefixItems` in their order, then `items`."""
+"""Compiles the arrays of a JSON schema: `prefixItems` in their order, then `items`."""
 
 from diffusiongemma.constraints.branches import Branch, items_at
 from diffusiongemma.constraints.compiler import Compiler
@@ -18,15 +18,15 @@ from diffusiongemma.constraints.expressions import (
 from diffusiongemma.constraints.schema_parts import Located, common_types
 from diffusiongemma.constraints.validity import canonical
 
-# Distinct items take a state for each set of values that has come.
+# Distinct items need one automaton state for each set of values that has already occurred.
 _MAX_DISTINCT = 6
 
 
 def array_expression(compiler: Compiler, branch: Branch) -> Expression:
-    """Returns the arrays of a branch, as JSON.
+    """Returns an expression for the JSON arrays that a branch allows.
 
     Raises:
-      ValueError: when the branch uses what is not supported.
+      ValueError: if the branch uses an unsupported feature.
     """
     low, high = compiler.count(branch, 'Items')
     if high is not None and high < low:
@@ -38,11 +38,11 @@ def array_expression(compiler: Compiler, branch: Branch) -> Expression:
     length = length if high is None else min(length, high)
     unlimited = high is None or high > length
     item = compiler.value(items_at(length, branch)) if unlimited else NOTHING
-    rest = Repeat(item, max(low - length, 0), None if high is None else high - length)
+    tail = Repeat(item, max(low - length, 0), None if high is None else high - length)
     if not length:
-        return _bracketed(joined([rest], compiler.comma))
+        return _bracketed(joined([tail], compiler.comma))
     comma = Literal(compiler.comma)
-    inner = repeat(sequence(comma, item), rest.low, rest.high)
+    inner = repeat(sequence(comma, item), tail.low, tail.high)
     for index in reversed(range(length)):
         item = compiler.value(items_at(index, branch))
         inner = sequence(*([comma] if index else []), item, inner)
@@ -57,7 +57,7 @@ def _bracketed(inner: Expression) -> Expression:
 def _distinct(
     compiler: Compiler, branch: Branch, unique: Located, low: int, high: int | None
 ) -> Expression:
-    """Returns `low` to `high` distinct items, joined. They must be of a few known values."""
+    """Returns an expression for `low` to `high` distinct items, each one of a few known values."""
     texts: dict[str, Expression] | None = _listed_items(compiler, items_at(0, branch))
     has_prefix = any('prefixItems' in part.schema for part in branch)
     if has_prefix or texts is None or len(texts) > _MAX_DISTINCT:
@@ -69,24 +69,24 @@ def _distinct(
         )
     known: dict[frozenset[str], Expression] = {}
 
-    def after(came: frozenset[str]) -> Expression:
-        if came not in known:
-            comma: list[Expression] = [Literal(compiler.comma)] if came else []
-            more = high is None or len(came) < high
-            parts: list[Expression] = [EMPTY] if len(came) >= low else []
+    def after(used: frozenset[str]) -> Expression:
+        if used not in known:
+            comma: list[Expression] = [Literal(compiler.comma)] if used else []
+            more = high is None or len(used) < high
+            parts: list[Expression] = [EMPTY] if len(used) >= low else []
             parts += [
-                sequence(*comma, text, after(came | {value}))
+                sequence(*comma, text, after(used | {value}))
                 for value, text in texts.items()
-                if value not in came and more
+                if value not in used and more
             ]
-            known[came] = shared(choice(parts))
-        return known[came]
+            known[used] = shared(choice(parts))
+        return known[used]
 
     return after(frozenset())
 
 
 def _listed_items(compiler: Compiler, parts: list[Located]) -> dict[str, Expression] | None:
-    """Returns the texts of each value that items may have, or None where they are not listed."""
+    """Returns the JSON texts of each value that items may have, or None if none are listed."""
     result: dict[str, Expression] = {}
     for branch in compiler.branches.of(*parts):
         types = common_types(branch)

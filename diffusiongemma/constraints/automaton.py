@@ -1,8 +1,8 @@
-"""A finite automaton over tokens, and walks through it.
+"""A finite automaton over tokens, and functions that run it over token sequences.
 
-Tokens that lead alike from every state share a class, so that its table has a column for each of
-K classes and not for each token. `posterior` draws canvases that the automaton accepts, `grammar`
-compiles automata.
+Tokens that lead to the same next state from every state share a class, so the transition table
+has one column per class (K) instead of one per token (V). `grammar` compiles automata;
+`posterior` draws canvases that an automaton accepts.
 """
 
 import flax.struct
@@ -10,28 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# States that every automaton has, by index.
-DEAD = 0  # no response can be completed any more; nothing leaves it
+# Indices of the states that every automaton has.
+DEAD = 0  # no response can be completed any more; every token leads back here
 FREE = 1  # unconstrained: every token leads back here
-END = 2  # the stop token has been; what follows is no part of the response
+END = 2  # the stop token has occurred; later tokens are not part of the response
 START = 3
 
-# Distance of states from which no response can be completed.
+# The distance of a state from which no response can be completed.
 UNREACHABLE = 2**30
 
 
 @flax.struct.dataclass
 class TokenAutomaton:
-    """A deterministic automaton over tokens; see `grammar` for how to compile one.
+    """A deterministic automaton over tokens; `grammar` compiles one.
 
-    A response is accepted when its last token, the stop token, leads to END. Automata of equal
-    shapes are served by one compiled program.
+    A response is accepted when its last token, the stop token, leads to END. One compiled program
+    serves all automata of the same shapes.
 
     Attributes:
-      token_classes: [V] int32, class of each token.
-      next_states: [N, K] int32, the state after a token of a class.
-      distances: [N] int32, fewest tokens from a state to END, the stop token included. 0 for END
-        and FREE, UNREACHABLE where there is no way.
+      token_classes: [V] int32, the class of each token.
+      next_states: [N, K] int32, the next state for each state and token class.
+      distances: [N] int32, the smallest number of tokens from each state to END, including the
+        stop token; 0 for END and FREE, UNREACHABLE if END cannot be reached.
     """
 
     token_classes: jax.Array
@@ -42,16 +42,16 @@ class TokenAutomaton:
     def create(
         cls, token_classes: np.ndarray, next_states: np.ndarray, *, multiple: int = 64
     ) -> 'TokenAutomaton':
-        """Returns an automaton with distances and padded tables.
+        """Returns an automaton with computed distances and padded tables.
 
         Args:
           token_classes: [V] integer, values in [0, K).
-          next_states: [N, K] integer. The rows DEAD, FREE and END lead to themselves alone.
-          multiple: N and K are rounded up to a multiple of it, so that few shapes occur. Added
-            states are dead, added classes have no token.
+          next_states: [N, K] integer. The rows DEAD, FREE and END only lead to themselves.
+          multiple: N and K are rounded up to a multiple of this number, which limits the number
+            of compiled shapes. Padded states are dead; padded classes have no token.
 
         Raises:
-          ValueError: when the tables do not fit together.
+          ValueError: if the tables do not fit together.
         """
         token_classes, next_states = np.asarray(token_classes), np.asarray(next_states)
         num_states, num_classes = next_states.shape
@@ -81,29 +81,32 @@ class TokenAutomaton:
 
     @property
     def num_states(self) -> int:
-        """The number of states N, padding included."""
+        """Returns the number of states N, including padding."""
         return self.next_states.shape[0]
 
     @property
     def num_classes(self) -> int:
-        """The number of classes K, padding included."""
+        """Returns the number of classes K, including padding."""
         return self.next_states.shape[1]
 
     @property
     def vocab_size(self) -> int:
-        """The vocabulary size V."""
+        """Returns the vocabulary size V."""
         return self.token_classes.shape[0]
 
     @property
     def min_tokens(self) -> int:
-        """The number of tokens of the shortest response, the stop token included."""
+        """Returns the number of tokens of the shortest response, including the stop token."""
         return int(self.distances[START])
 
 
 def shortest_distances(next_states: np.ndarray) -> np.ndarray:
-    """Returns the fewest tokens from each state to END or FREE: [N, K] -> [N] integer.
+    """Returns the smallest number of tokens from each state to END or FREE, [N] integer.
 
-    Breadth-first search against the arrows.
+    This is a breadth-first search from END and FREE along reversed transitions.
+
+    Args:
+      next_states: [N, K] integer.
     """
     num_states, num_classes = next_states.shape
     by_target = np.argsort(next_states, axis=None, kind='stable')
@@ -119,11 +122,11 @@ def shortest_distances(next_states: np.ndarray) -> np.ndarray:
 
 
 def trace(automaton: TokenAutomaton, states: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Returns the states that a walk passes through.
+    """Returns the states that the automaton passes through while it reads tokens.
 
     Args:
       automaton: the automaton.
-      states: [B] int32, each row's state before its first token.
+      states: [B] int32, the state of each row before its first token.
       tokens: [B, T] int32.
 
     Returns:
@@ -141,21 +144,29 @@ def trace(automaton: TokenAutomaton, states: jax.Array, tokens: jax.Array) -> ja
 def advance(
     automaton: TokenAutomaton, states: jax.Array, tokens: jax.Array, counts: jax.Array
 ) -> jax.Array:
-    """Returns the state after the first `counts` [B] tokens of each row, [B]; else as `trace`."""
+    """Returns the state of each row after its first `counts` tokens, [B] int32.
+
+    Args:
+      automaton: the automaton.
+      states: [B] int32, the state of each row before its first token.
+      tokens: [B, T] int32.
+      counts: [B] int32, values in [0, T].
+    """
     path = trace(automaton, states, tokens)
     return jnp.take_along_axis(path, counts[:, None], axis=1)[:, 0]
 
 
 def allowed(automaton: TokenAutomaton, states: jax.Array, remaining: jax.Array) -> jax.Array:
-    """Returns the next tokens after which the response can still end in time.
+    """Returns which next tokens let the response still end within the remaining tokens.
 
     Args:
       automaton: the automaton.
-      states: [B] int32.
-      remaining: [B] int32, tokens that the response may still have, the next one included.
+      states: [B] int32, the current state of each row.
+      remaining: [B] int32, the number of tokens that the response may still have, including the
+        next one.
 
     Returns:
-      [B, V] bool. A row has no True exactly where its response can no longer end in time.
+      [B, V] bool. A row is all False exactly when its response can no longer end in time.
     """
     reached = automaton.distances[automaton.next_states[states]]  # [B, K]
     in_time = automaton.distances[states] <= jnp.maximum(remaining, 0)

@@ -1,7 +1,8 @@
-"""A JSON schema without references and combinations: the choices between plain conjunctions.
+"""Expands references and combinations of a JSON schema into alternatives of plain conjunctions.
 
-`$ref`, `allOf`, `anyOf` and `oneOf` say which schemas hold together. A branch is one way to choose:
-a tuple of parts that all hold, of which only the other keywords are left to read.
+`$ref`, `allOf`, `anyOf` and `oneOf` determine which schemas apply together. A branch is one
+choice among the alternatives: a tuple of parts that all apply, whose `$ref` and combination
+keywords are already resolved.
 """
 
 import itertools
@@ -23,7 +24,7 @@ _MAX_BRANCHES = 1000
 
 
 class Branches:
-    """Finds the branches of the parts of one schema."""
+    """A cached expansion of the parts of one schema into branches."""
 
     def __init__(self, root: Any, validator: Validator) -> None:
         self._root = root
@@ -31,10 +32,10 @@ class Branches:
         self._known: dict[tuple, list[Branch]] = {}
 
     def of(self, *parts: Located) -> list[Branch]:
-        """Returns the branches of which a value must satisfy one, when all parts hold.
+        """Returns the branches of a conjunction of parts; a valid value satisfies one of them.
 
         Raises:
-          ValueError: when a part is no schema, uses what is not supported, or has alternatives
+          ValueError: if a part is not a schema, uses an unsupported feature, or has alternatives
             under `oneOf` that are not known to exclude each other.
         """
         key = tuple((part.where, part.refs) for part in parts)
@@ -81,7 +82,7 @@ class Branches:
                 )
 
     def values(self, branch: Branch) -> list[Any] | None:
-        """Returns the values that a branch allows, when `enum` or `const` list them."""
+        """Returns the values that `enum` or `const` of a branch list; None without them."""
         for part in branch:
             if 'enum' in part.schema or 'const' in part.schema:
                 listed = part.schema.get('enum', [part.schema.get('const')])
@@ -94,7 +95,7 @@ class Branches:
         return None
 
     def is_impossible(self, branch: Branch) -> bool:
-        """Returns whether a branch is known to allow no value; False where that is not known."""
+        """Returns whether a branch provably allows no value."""
         values = self.values(branch)
         if values is not None:
             return not values
@@ -122,7 +123,7 @@ class Branches:
         return all(map(self.is_impossible, self.of(*parts)))
 
     def members(self, name: str, branch: Branch) -> list[Located]:
-        """Returns the schemas that hold for the property of a name."""
+        """Returns the schemas that apply to the property with this name."""
         for part in branch:
             if not self._validator.is_name(name, part):
                 return [Located(False, f'{part.where}/propertyNames: {name}')]
@@ -144,7 +145,7 @@ def required(branch: Branch) -> list[str]:
 
 
 def items_at(index: int, branch: Branch) -> list[Located]:
-    """Returns the schemas that hold for the item of an index."""
+    """Returns the schemas that apply to the array item at this index."""
     result = []
     for part in branch:
         prefix = part.each('prefixItems')

@@ -1,4 +1,4 @@
-"""What the compiler of a JSON schema gives to the modules of its types."""
+"""The interface of the JSON schema compiler that `arrays` and `objects` use."""
 
 from typing import Any, Protocol
 
@@ -10,14 +10,14 @@ from diffusiongemma.constraints.validity import Validator
 
 
 class Compiler(Protocol):
-    """The compiler of one schema, `json_schema`.
+    """A compiler of one schema; `json_schema` implements it.
 
     Attributes:
-      comma: between items.
-      colon: after keys.
-      max_states: limit of every automaton.
-      branches: finds what holds together.
-      validator: says which values are valid.
+      comma: the separator between items.
+      colon: the separator after keys.
+      max_states: the maximum number of states of every automaton.
+      branches: expands the combinations of the schema.
+      validator: decides which values are valid.
     """
 
     comma: str
@@ -27,19 +27,19 @@ class Compiler(Protocol):
     validator: Validator
 
     def value(self, parts: list[Located]) -> Expression:
-        """Returns the texts that are valid under all parts."""
+        """Returns an expression for the texts that are valid under all parts."""
 
     def count(self, branch: Branch, name: str) -> tuple[int, int | None]:
-        """Returns the limits of a count."""
+        """Returns the limits of a count such as `Items`: the minimum, and the maximum or None."""
 
     def listed(self, values: list[Any], whole: bool) -> Expression:
-        """Returns texts of values; with `whole`, numbers have no point."""
+        """Returns an expression for listed values; with `whole`, numbers have no decimal point."""
 
     def texts(self, branch: Branch) -> Texts:
-        """Returns the constraints of the strings of a branch."""
+        """Returns the constraints that a branch puts on strings."""
 
     def checked_pattern(self, pattern: str, where: str) -> str:
-        """Returns a pattern that is supported."""
+        """Returns the pattern, or raises ValueError if it is too large."""
 
     def refuse(self, keyword: str, where: str, why: str) -> ValueError:
-        """Returns the error of a keyword that is not supported where it is."""
+        """Returns the error for a keyword that is not supported at this place."""

@@ -9,19 +9,19 @@ _FEW_STATES = 4096
 
 
 class TooManyStatesError(Exception):
-    """An automaton exceeds its limit of states."""
+    """An error: an automaton exceeds its maximum number of states."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dfa:
-    """A deterministic automaton over the bytes of UTF-8.
+    """A deterministic automaton over UTF-8 bytes.
 
-    State 0 is dead (no text can be accepted any more), state 1 is the start.
+    State 0 is dead (no text can be accepted any more); state 1 is the start.
 
     Attributes:
-      byte_classes: [256] integer, the column of each byte.
-      table: [S, K] int32, the state after a byte of a class.
-      accepting: [S] bool, where a text may end.
+      byte_classes: [256] integer, the class (table column) of each byte.
+      table: [S, K] int32, the next state for each state and byte class.
+      accepting: [S] bool, whether a text may end in each state.
     """
 
     byte_classes: np.ndarray
@@ -30,17 +30,20 @@ class Dfa:
 
     @property
     def num_states(self) -> int:
-        """S, the dead state included."""
+        """Returns the number of states S, including the dead state."""
         return len(self.table)
 
     @property
     def is_empty(self) -> bool:
-        """Whether no text is accepted. Holds for automata that `minimized` returns."""
+        """Returns whether no text is accepted; only valid for results of `minimized`."""
         return not self.accepting.any()
 
     @functools.cached_property
     def arrows(self) -> list[list[tuple[int, int, int]]]:
-        """For each state the (first byte, last byte, next state) that do not lead to DEAD."""
+        """Returns the transitions of each state as (first byte, last byte, next state).
+
+        Transitions to the dead state are left out.
+        """
         table = self.by_byte()
         starts = np.ones(table.shape, bool)
         starts[:, 1:] = table[:, 1:] != table[:, :-1]
@@ -56,7 +59,7 @@ class Dfa:
         return arrows
 
     def by_byte(self) -> np.ndarray:
-        """Returns the table with a column for each byte, [S, 256] int32."""
+        """Returns the transition table with one column per byte, [S, 256] int32."""
         return self.table[:, self.byte_classes]
 
     def accepts(self, text: bytes) -> bool:
@@ -68,16 +71,23 @@ class Dfa:
 
 
 def from_table(by_byte: np.ndarray, accepting: np.ndarray) -> Dfa:
-    """Returns the minimal automaton of a table [S, 256] and its accepting states [S]."""
+    """Returns the minimal automaton of a transition table.
+
+    Args:
+      by_byte: [S, 256] integer, the next state for each state and byte.
+      accepting: [S] bool, whether a text may end in each state.
+    """
     table, byte_classes = np.unique(by_byte, axis=1, return_inverse=True)
     return minimized(Dfa(byte_classes.ravel(), table, accepting))
 
 
 def product(left: Dfa, right: Dfa, max_states: int, *, difference: bool = False) -> Dfa:
-    """Returns the minimal automaton of what both accept, or with `difference` only the left one.
+    """Returns the minimal automaton of the texts that both automata accept.
+
+    With `difference` it accepts the texts that `left` accepts and `right` does not.
 
     Raises:
-      TooManyStatesError: when the pairs of states are more than max_states.
+      TooManyStatesError: if there are more than max_states pairs of states.
     """
     pairs, columns = np.unique(
         np.stack([left.byte_classes, right.byte_classes]), axis=1, return_inverse=True
@@ -108,10 +118,10 @@ def product(left: Dfa, right: Dfa, max_states: int, *, difference: bool = False)
 
 
 def minimized(dfa: Dfa) -> Dfa:
-    """Returns the automaton with the fewest states and byte classes that accepts the same.
+    """Returns the equivalent automaton with the fewest states and byte classes.
 
-    Large automata take Valmari 2012, "Fast brief practical DFA minimization"; small ones Moore's
-    rounds over the whole table, which cost less there.
+    Large automata use the algorithm of Valmari 2012, "Fast brief practical DFA minimization".
+    Small ones use Moore's rounds over the whole table, which are faster at that size.
     """
     live = _useful(dfa.table, dfa.accepting)
     if not live[1]:
@@ -124,7 +134,7 @@ def minimized(dfa: Dfa) -> Dfa:
         heads = dfa.table[tails, labels]
         final = np.flatnonzero(dfa.accepting & live)
         blocks = _refined_by_splits(dfa.num_states, tails, labels, heads, final)
-    # The dead state first, then the block of the start, then the others that are live.
+    # New numbering: the dead state first, then the block of the start state, then other live ones.
     order = np.unique(blocks[live])
     numbers = np.zeros(dfa.num_states, np.int32)
     rank = np.searchsorted(order, blocks[live])
@@ -141,7 +151,7 @@ def minimized(dfa: Dfa) -> Dfa:
 
 
 def _useful(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
-    """Returns the states from which an accepting state can be reached, [S] bool."""
+    """Returns whether an accepting state can be reached from each state, [S] bool."""
     num_columns = table.shape[1]
     by_target = np.argsort(table, axis=None, kind='stable')
     bounds = np.searchsorted(table.ravel()[by_target], np.arange(len(table) + 1))
@@ -150,22 +160,23 @@ def _useful(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
     useful = accepting.copy()
     useful[0] = False
     queue = np.flatnonzero(useful).tolist()
-    seen = set(queue)
+    visited = set(queue)
     while queue:
         state = queue.pop()
         for source in sources[limits[state] : limits[state + 1]]:
-            if source and source not in seen:
-                seen.add(source)
+            if source and source not in visited:
+                visited.add(source)
                 queue.append(source)
-    useful[list(seen)] = True
+    useful[list(visited)] = True
     return useful
 
 
 def _refined_by_rounds(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
-    """Returns the block of each state, [S] integer: equal where the same texts are accepted.
+    """Returns the block of each state, [S] integer; states of one block accept the same texts.
 
-    Each round tells states apart whose next states the last round told apart (Moore 1956). The
-    shortest way to an accepting state differs only where the texts do, so that it starts them.
+    Each round splits states whose next states were split in the previous round (Moore 1956).
+    The initial blocks are the distances to an accepting state, because states with different
+    distances accept different texts.
     """
     blocks, count = _shortest(table, accepting), 0
     while True:
@@ -178,7 +189,7 @@ def _refined_by_rounds(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
 
 
 def _shortest(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
-    """Returns the fewest bytes from each state to an accepting one; S where there is no way."""
+    """Returns the fewest bytes from each state to an accepting state; S if it is unreachable."""
     distances = np.where(accepting, 0, len(table))
     while True:
         shorter = np.minimum(distances, 1 + distances[table].min(axis=1))
@@ -189,7 +200,7 @@ def _shortest(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
 
 
 class _Partition:
-    """A partition of 0 .. size - 1 whose sets can be split by marking elements."""
+    """A partition of 0 .. size - 1 whose sets are split into marked and unmarked elements."""
 
     def __init__(self, size: int) -> None:
         self.elements = list(range(size))
@@ -235,16 +246,17 @@ class _Partition:
 def _refined_by_splits(
     num_states: int, tails: np.ndarray, labels: np.ndarray, heads: np.ndarray, final: np.ndarray
 ) -> np.ndarray:
-    """Returns the blocks of `_refined_by_rounds`.
+    """Returns the same blocks as `_refined_by_rounds`.
 
-    Partitions of states and of arrows refine each other in O(M log S); dead states take no part.
+    Partitions of states and of transitions refine each other in O(M log S). Dead states are not
+    included.
 
     Args:
-      num_states: S.
-      tails: [M] integer, the state that each arrow leaves.
-      labels: [M] integer.
-      heads: [M] integer, the state that each arrow leads to.
-      final: the accepting states.
+      num_states: the number of states S.
+      tails: [M] integer, the source state of each transition.
+      labels: [M] integer, the byte class of each transition.
+      heads: [M] integer, the target state of each transition.
+      final: indices of the accepting states.
     """
     states, arrows = _Partition(num_states), _Partition(len(tails))
     for state in final.tolist():

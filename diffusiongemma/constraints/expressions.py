@@ -1,7 +1,7 @@
-"""Regular expressions as trees of frozen values, which every front end compiles to.
+"""Regular expressions as trees of frozen values, the common form of all front ends.
 
-`regex` makes them from Python's syntax, `json_schema` from a schema; `nfa` turns them into an
-automaton. `to_regex` writes them in Python's syntax.
+`regex` builds them from Python's syntax and `json_schema` from a schema. `nfa` compiles them to
+automata, and `to_regex` writes them in Python's syntax.
 """
 
 import dataclasses
@@ -14,35 +14,35 @@ from diffusiongemma.constraints.utf8 import Ranges
 
 @dataclasses.dataclass(frozen=True)
 class Literal:
-    """Exactly this text."""
+    """An expression that matches exactly this text."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Characters:
-    """One character of the ranges of code points."""
+    """An expression that matches one character within ranges of code points."""
 
     ranges: Ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """The parts one after the other."""
+    """An expression that matches its parts one after the other."""
 
     parts: tuple['Expression', ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One of the parts. Without parts it matches no text at all, see `NOTHING`."""
+    """An expression that matches one of its parts; without parts it matches no text (`NOTHING`)."""
 
     parts: tuple['Expression', ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Repeat:
-    """The part, `low` to `high` times; None for any number of times."""
+    """An expression that matches its part `low` to `high` times; `high=None` means no limit."""
 
     part: 'Expression'
     low: int
@@ -51,10 +51,10 @@ class Repeat:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """The parts in order, each as often as it says, with a separator between any two texts.
+    """An expression that matches repeated parts in order, with a separator between any two texts.
 
-    A choice of optional parts, written out, has a copy of each part for every part that may come
-    first. As a node of its own it has one copy.
+    Written as a `Choice`, optional parts would need one copy of each part for every part that may
+    come first. This node needs only one copy of each.
     """
 
     parts: tuple[Repeat, ...]
@@ -63,66 +63,66 @@ class Joined:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """The part, which is compiled and minimized once, however often it occurs."""
+    """An expression whose part is compiled and minimized once, however often it occurs."""
 
     part: 'Expression'
 
 
 @dataclasses.dataclass(frozen=True)
 class Accepted:
-    """The texts that an automaton accepts."""
+    """An expression that matches the texts that an automaton accepts."""
 
     dfa: Dfa
 
 
 @dataclasses.dataclass(frozen=True)
 class Anchor:
-    """The empty text, where nothing comes before it or, with `at_end`, after it."""
+    """An expression that matches the empty text at the start or, with `at_end`, at the end."""
 
     at_end: bool
 
 
 Expression = Literal | Characters | Sequence | Choice | Repeat | Joined | Shared | Accepted | Anchor
 
-EMPTY = Literal('')  # the empty text
-NOTHING = Choice(())  # no text
+EMPTY = Literal('')  # matches the empty text
+NOTHING = Choice(())  # matches no text
 
 
 def is_nothing(part: Expression) -> bool:
-    """Returns whether an expression made by the functions of this module matches no text."""
+    """Returns whether an expression built by the functions of this module matches no text."""
     return isinstance(part, Choice) and not part.parts
 
 
 def sequence(*parts: Expression) -> Expression:
-    """Returns the parts one after the other; NOTHING when one of them is."""
+    """Returns a sequence of the parts, or NOTHING if one of them is NOTHING."""
     return NOTHING if any(map(is_nothing, parts)) else Sequence(parts)
 
 
 def choice(parts: Iterable[Expression]) -> Expression:
-    """Returns a choice of the parts that match some text."""
+    """Returns a choice between those parts that are not NOTHING."""
     kept = tuple(part for part in parts if not is_nothing(part))
     return kept[0] if len(kept) == 1 else Choice(kept)
 
 
 def accepted(dfa: Dfa) -> Expression:
-    """Returns the texts that a minimal automaton accepts."""
+    """Returns an expression for the texts that a minimal automaton accepts."""
     return NOTHING if dfa.is_empty else Accepted(dfa)
 
 
 def shared(part: Expression) -> Expression:
-    """Returns a part that is compiled once, however often it occurs."""
+    """Returns an expression that is compiled once, however often it occurs."""
     return part if is_nothing(part) else Shared(part)
 
 
 def repeat(part: Expression, low: int, high: int | None = None) -> Expression:
-    """Returns a part `low` to `high` times; NOTHING when no number of times is possible."""
+    """Returns a part repeated `low` to `high` times, or NOTHING if that is impossible."""
     if high is not None and high < low or is_nothing(part) and low:
         return NOTHING
     return EMPTY if high == 0 or is_nothing(part) else Repeat(part, low, high)
 
 
 def joined(parts: Iterable[Repeat], separator: str) -> Expression:
-    """Returns the parts in order with separators between them; NOTHING when one cannot be."""
+    """Returns the parts in order with separators, or NOTHING if a required part is impossible."""
     kept = []
     for part in parts:
         if is_nothing(repeat(part.part, part.low, part.high)):
@@ -133,12 +133,12 @@ def joined(parts: Iterable[Repeat], separator: str) -> Expression:
 
 
 def literals(texts: Iterable[str]) -> Expression:
-    """Returns a choice of texts."""
+    """Returns a choice between texts."""
     return choice(Literal(text) for text in dict.fromkeys(texts))
 
 
 def characters(text: str) -> Characters:
-    """Returns one of the characters of a text."""
+    """Returns an expression for any one of the characters of a text."""
     return Characters(tuple((ord(c), ord(c)) for c in sorted(set(text))))
 
 
@@ -146,7 +146,7 @@ def to_regex(part: Expression) -> str:
     """Returns an expression in the syntax of Python's `re`.
 
     Raises:
-      ValueError: when a part exists as an automaton only.
+      ValueError: if a part exists only as an automaton.
     """
     match part:
         case Literal(text):
@@ -181,9 +181,9 @@ def _count_text(low: int, high: int | None) -> str:
 
 
 def _joined_text(parts: tuple[Repeat, ...], separator: str) -> tuple[str, bool]:
-    """Returns a pattern of what is not empty, and whether the empty text matches too.
+    """Returns a pattern for the non-empty texts, and whether the empty text matches as well.
 
-    Halves are joined, so that n optional parts take n^1.6 copies and not n^2.
+    The parts are joined by halves, so n optional parts need n^1.6 copies instead of n^2.
     """
     if len(parts) == 1:
         inner, low = to_regex(parts[0].part), parts[0].low

@@ -1,7 +1,7 @@
-"""From a regular expression, a JSON schema or a list of answers to a token automaton.
+"""Compiles a regular expression, a JSON schema or a list of answers to a token automaton.
 
-expression -> minimal automaton over bytes -> for each token, where its bytes lead from each state
--> classes of tokens that lead alike.
+The steps are: expression -> minimal automaton over bytes -> for each token, the state that its
+bytes lead to from each state -> classes of tokens with the same transitions.
 """
 
 import json
@@ -37,22 +37,22 @@ def from_regex(
     """Returns the automaton of responses that a regular expression matches as a whole.
 
     Args:
-      pattern: in Python's syntax and sense, see `regex.byte_automaton`.
+      pattern: a regular expression in Python's syntax, see `regex.byte_automaton`.
       tokenizer: the model's tokenizer.
-      stop_ids: tokens that end a response; None for the tokenizer's.
-      vocab_size: V of the model; None for the tokenizer's. Tokens beyond the tokenizer's are
-        never allowed.
-      max_states: limit of the states of the automaton over bytes, before it is minimized.
-        Repetition counts multiply: `.{0,100}` takes about 800, for a character of UTF-8 has up
-        to four bytes.
+      stop_ids: tokens that end a response; None takes those of the tokenizer.
+      vocab_size: V of the model; None takes that of the tokenizer. Tokens beyond the tokenizer's
+        vocabulary are never allowed.
+      max_states: the maximum number of states of the automaton over bytes, before minimization.
+        Repetition counts multiply the states: `.{0,100}` takes about 800, because a UTF-8
+        character has up to four bytes.
 
     Raises:
-      ValueError: when the pattern is invalid, uses what is not supported, matches no string or
+      ValueError: if the pattern is invalid, uses an unsupported feature, matches no string or
         none that the vocabulary can spell, or takes more than max_states states.
     """
     table, accepting = regex.byte_automaton(pattern, max_states)
-    what = f'what {regex.shown(pattern)} matches'
-    return _from_bytes(table, accepting, tokenizer, what, stop_ids, vocab_size)
+    target = f'what {regex.shown(pattern)} matches'
+    return _from_bytes(table, accepting, tokenizer, target, stop_ids, vocab_size)
 
 
 def from_json_schema(
@@ -68,16 +68,17 @@ def from_json_schema(
     """Returns the automaton of responses that are JSON and valid under a schema.
 
     Args:
-      schema: the schema, or its text; docs/constraints.md lists what it may hold.
+      schema: the schema or its JSON text; docs/constraints.md lists the supported keywords.
       tokenizer: the model's tokenizer.
-      separators: between items and after keys, as of `json.dumps`: (', ', ': ') for blanks.
-      any_depth: how deep arrays and objects nest in a value without any constraint.
-      stop_ids: as of `from_regex`.
-      vocab_size: as of `from_regex`.
-      max_states: as of `from_regex`.
+      separators: the texts between items and after keys, as in `json.dumps`; (', ', ': ') writes
+        spaces.
+      any_depth: the maximum nesting depth of arrays and objects in a value without constraints.
+      stop_ids: see `from_regex`.
+      vocab_size: see `from_regex`.
+      max_states: see `from_regex`.
 
     Raises:
-      ValueError: when the schema is invalid, uses what is not supported (the message names the
+      ValueError: if the schema is invalid, uses an unsupported feature (the message names the
         keyword and its path), allows no value or none that the vocabulary can spell, or takes
         more than max_states states.
     """
@@ -89,8 +90,8 @@ def from_json_schema(
         except ValueError as error:
             raise ValueError(f'The schema is not valid JSON: {error}. Correct its text.') from None
     dfa = schema_dfa(schema, separators, max_states=max_states, any_depth=any_depth)
-    what = 'the values of the schema'
-    return _from_bytes(dfa.by_byte(), dfa.accepting, tokenizer, what, stop_ids, vocab_size)
+    target = 'the values of the schema'
+    return _from_bytes(dfa.by_byte(), dfa.accepting, tokenizer, target, stop_ids, vocab_size)
 
 
 def from_texts(
@@ -101,11 +102,11 @@ def from_texts(
     vocab_size: int | None = None,
     max_states: int = 20_000,
 ) -> TokenAutomaton:
-    """Returns the automaton of responses that are one of the answers.
+    """Returns the automaton of responses that equal one of the answers.
 
     Raises:
-      ValueError: when there are no answers, when they are not text or none that the vocabulary
-        can spell, and as of `from_regex`.
+      ValueError: if there are no answers, if one is not valid text, if the vocabulary can spell
+        none of them, or if they take more than max_states states.
     """
     if not answers:
         raise ValueError('No answers to choose from: pass at least one text.')
@@ -121,27 +122,27 @@ def from_texts(
             f'The answers take more than max_states={max_states} states. Pass fewer or shorter '
             'ones, or raise max_states.'
         ) from None
-    what = 'one of the answers'
-    return _from_bytes(dfa.by_byte(), dfa.accepting, tokenizer, what, stop_ids, vocab_size)
+    target = 'one of the answers'
+    return _from_bytes(dfa.by_byte(), dfa.accepting, tokenizer, target, stop_ids, vocab_size)
 
 
 def _from_bytes(
     byte_table: np.ndarray,
     accepting: np.ndarray,
     tokenizer: Tokenizer,
-    what: str,
+    target: str,
     stop_ids: Sequence[int] | None,
     vocab_size: int | None,
 ) -> TokenAutomaton:
-    """Returns the automaton over tokens of one over bytes.
+    """Converts an automaton over bytes to one over tokens.
 
     Args:
-      byte_table: [S, 256] int32; state 0 is dead, 1 the start.
-      accepting: [S] bool.
+      byte_table: [S, 256] int32; state 0 is dead, state 1 is the start.
+      accepting: [S] bool, whether a text may end in each state.
       tokenizer: the model's tokenizer.
-      what: what the automaton accepts, for errors.
-      stop_ids: as of `from_regex`.
-      vocab_size: as of `from_regex`.
+      target: a description of the accepted texts, for error messages.
+      stop_ids: see `from_regex`.
+      vocab_size: see `from_regex`.
     """
     columns, token_columns = _spell(byte_table, _vocabulary(tokenizer))
     stop_ids = tokenizer.stop_ids if stop_ids is None else stop_ids
@@ -157,12 +158,12 @@ def _from_bytes(
             'without one no response would end.'
         )
     token_columns = np.pad(token_columns, (0, vocab_size - len(token_columns)))
-    token_columns[list(stop_ids)] = len(columns)  # a column of their own
+    token_columns[list(stop_ids)] = len(columns)  # stop tokens share one extra column
     classes, next_states = _prune(*_with_end(columns, accepting), token_columns)
     automaton = TokenAutomaton.create(classes, next_states)
     if automaton.min_tokens == UNREACHABLE:
         raise ValueError(
-            f'No sequence of tokens of this vocabulary spells {what}. '
+            f'No sequence of tokens of this vocabulary spells {target}. '
             'Does the tokenizer lack byte tokens?'
         )
     return automaton
@@ -172,7 +173,7 @@ def _vocabulary(tokenizer: Tokenizer) -> list[bytes]:
     """Returns the bytes of each token.
 
     Raises:
-      ValueError: where a text is more than the bytes of its tokens.
+      ValueError: if the decoded text differs from the concatenated bytes of the tokens.
     """
     vocabulary = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     blank = next((i for i, text in enumerate(vocabulary) if text.startswith(b' ')), None)
@@ -185,14 +186,14 @@ def _vocabulary(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def _spell(byte_table: np.ndarray, vocabulary: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where the bytes of each token lead from each state.
+    """Returns the state that the bytes of each token lead to from each state.
 
-    All tokens grow by a byte at a time. Those whose first bytes lead alike from every state are
-    one from there on, so that the work is that of the distinct columns and not of the vocabulary.
+    All tokens are extended by one byte at a time. Tokens whose bytes so far lead to the same
+    states are merged, so the cost depends on the number of distinct columns and not on V.
 
     Args:
-      byte_table: [S, 256] int32.
-      vocabulary: bytes of each token; tokens without bytes lead to the dead state.
+      byte_table: [S, 256] int32, the next state for each state and byte.
+      vocabulary: the bytes of each token; tokens without bytes lead to the dead state.
 
     Returns:
       [K, S] int32, the distinct columns, of which the first is dead; and [V] int64, the column
@@ -222,14 +223,15 @@ def _spell(byte_table: np.ndarray, vocabulary: list[bytes]) -> tuple[np.ndarray,
 
 
 def _with_end(columns: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Adds the states that every automaton has, and the column of the stop tokens.
+    """Adds the states that every automaton has and the column of the stop tokens.
 
     Args:
-      columns: [K, S] int32; state 0 is dead, 1 the start.
-      accepting: [S] bool.
+      columns: [K, S] int32; state 0 is dead, state 1 is the start.
+      accepting: [S] bool, whether a text may end in each state.
 
     Returns:
-      [S + 2, K + 1] int32, the table; and [S + 2] bool, the states that tokens lead to.
+      [S + 2, K + 1] int32, the transition table; and [S + 2] bool, whether each state can be
+      reached.
     """
     offset = START - 1
     table = np.empty((len(accepting) + offset, len(columns) + 1), np.int32)
@@ -248,7 +250,7 @@ def _with_end(columns: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, n
 def _prune(
     table: np.ndarray, reached: np.ndarray, token_columns: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Drops unused states and merges the columns that are equal then.
+    """Drops unused states and merges the columns that become equal.
 
     Returns:
       [V] token classes and [N, K] next states.

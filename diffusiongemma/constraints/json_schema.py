@@ -1,4 +1,4 @@
-"""From a JSON schema to the texts of JSON that are valid under it."""
+"""Compiles a JSON schema to an automaton of the JSON texts that are valid under it."""
 
 import json
 from typing import Any
@@ -31,9 +31,10 @@ from diffusiongemma.constraints.validity import (
     with_whole_numbers,
 )
 
-# Whole floats from here on are written with an exponent, as `repr` does.
+# Whole floats of at least this value are written with an exponent, as `repr` does.
 _MAX_WHOLE = 1e16
-# Characters of a string with a format and maxLength: every one of them takes states.
+# The maximum number of characters of a string with both a format and maxLength: each one costs
+# automaton states.
 _MAX_FORMATTED = 255
 
 
@@ -43,13 +44,14 @@ def schema_dfa(
     """Returns the automaton over bytes of the JSON texts that are valid under a schema.
 
     Args:
-      schema: the schema as `json.loads` gives it; docs/constraints.md lists what it may hold.
-      separators: between items and after keys, as of `json.dumps`.
-      max_states: limit of the states before minimization.
-      any_depth: how deep arrays and objects nest in a value without any constraint.
+      schema: the schema as `json.loads` returns it; docs/constraints.md lists the supported
+        keywords.
+      separators: the texts between items and after keys, as in `json.dumps`.
+      max_states: the maximum number of states before minimization.
+      any_depth: the maximum nesting depth of arrays and objects in a value without constraints.
 
     Raises:
-      ValueError: when the schema is invalid, uses what is not supported, allows no value, or
+      ValueError: if the schema is invalid, uses an unsupported feature, allows no value, or
         takes more than max_states states. The message names the keyword and its path.
     """
     compiler = _Compiler(schema, separators, max_states, any_depth)
@@ -71,10 +73,13 @@ def to_pattern(
     max_states: int = 20_000,
     any_depth: int = 1,
 ) -> str:
-    """Returns a regular expression in Python's syntax; arguments as of `schema_dfa`.
+    """Returns a regular expression, in Python's syntax, of the valid JSON texts.
+
+    The arguments are those of `schema_dfa`.
 
     Raises:
-      ValueError: as of `schema_dfa`, and where the schema needs an intersection of patterns.
+      ValueError: in the cases of `schema_dfa`, and if the schema needs an intersection of
+        patterns.
     """
     compiler = _Compiler(schema, separators, max_states, any_depth)
     try:
@@ -89,15 +94,7 @@ def to_pattern(
 
 
 class _Compiler:
-    """Turns the parts of one schema into expressions.
-
-    Attributes:
-      comma: between items.
-      colon: after keys.
-      max_states: limit of every automaton.
-      branches: finds what holds together.
-      validator: says which values are valid.
-    """
+    """A compiler of one schema to expressions; `compiler.Compiler` documents it."""
 
     def __init__(
         self, schema: Any, separators: tuple[str, str], max_states: int, any_depth: int
@@ -118,11 +115,11 @@ class _Compiler:
         self._largest = (0, '', '#')
 
     def root(self) -> Expression:
-        """Returns the texts that are valid under the whole schema."""
+        """Returns an expression for the texts that are valid under the whole schema."""
         return self.value([Located(self._schema, '#')])
 
     def value(self, parts: list[Located]) -> Expression:
-        """Returns the texts that are valid under all parts."""
+        """Returns an expression for the texts that are valid under all parts."""
         key = tuple(part.where for part in parts)
         if key not in self._known:
             branches = self.branches.of(*parts)
@@ -133,7 +130,7 @@ class _Compiler:
         return self._known[key]
 
     def any_value(self, depth: int) -> Expression:
-        """Returns values of any kind whose arrays and objects nest at most `depth` deep."""
+        """Returns an expression for values whose arrays and objects nest at most `depth` deep."""
         string = Texts().expression(self.max_states)
         parts = [literals(['null', 'true', 'false']), string, self.number(())]
         if depth:
@@ -145,11 +142,11 @@ class _Compiler:
         return shared(choice(parts))
 
     def refuse(self, keyword: str, where: str, why: str) -> ValueError:
-        """Returns the error of a keyword that is not supported where it is."""
+        """Returns the error for a keyword that is not supported at this place."""
         return ValueError(f'{keyword} at {where} is not supported here: {why}')
 
     def count(self, branch: Branch, name: str) -> tuple[int, int | None]:
-        """Returns the limits of a count, and remembers the largest one for errors."""
+        """Returns the limits of a count, and records the largest one for error messages."""
         for part in branch:
             for keyword in (f'min{name}', f'max{name}'):
                 if keyword in part.schema:
@@ -157,20 +154,20 @@ class _Compiler:
                     self._largest = max(self._largest, entry)
         low, high = limits_of(branch, name)
         if name == 'Length' and max(low, high or 0) > self.max_states:
-            raise TooManyStatesError  # at once: every character takes a state or more
+            raise TooManyStatesError  # fail early: every character takes at least one state
         return low, high
 
     def too_large(self) -> str:
-        """Returns the message of a schema that takes too many states."""
+        """Returns the error message for a schema that takes too many states."""
         count, keyword, where = self._largest
-        what = f'{keyword}={count} at {where}' if keyword else 'its number of properties'
+        cause = f'{keyword}={count} at {where}' if keyword else 'its number of properties'
         return (
             f'The schema takes more than max_states={self.max_states} states. '
-            f'Lower {what}, or raise max_states.'
+            f'Lower {cause}, or raise max_states.'
         )
 
     def impossible(self) -> str:
-        """Returns the message of a schema that allows no value."""
+        """Returns the error message for a schema that allows no value."""
         where = self._reasons[0] if self._reasons else '#'
         return (
             f'No value is valid under the schema at {where}: its keywords contradict each other. '
@@ -194,7 +191,10 @@ class _Compiler:
         return choice(parts)
 
     def listed(self, values: list[Any], whole: bool) -> Expression:
-        """Returns texts of values. Whole floats are written as integers, or also as floats."""
+        """Returns an expression for listed values.
+
+        Whole floats are written as integers; without `whole` they may also be written as floats.
+        """
         texts = []
         for value in values:
             if not (isinstance(value, float) and abs(value) >= _MAX_WHOLE and not whole):
@@ -207,7 +207,7 @@ class _Compiler:
         return json.dumps(value, ensure_ascii=False, separators=(self.comma, self.colon))
 
     def number(self, branch: Branch) -> Expression:
-        """Returns the numbers of a branch."""
+        """Returns an expression for the numbers that a branch allows."""
         if any('multipleOf' in part.schema for part in branch):
             return self._integer(branch)
         return shared(numbers(bounds_of(branch)))
@@ -239,7 +239,7 @@ class _Compiler:
         return result
 
     def texts(self, branch: Branch) -> Texts:
-        """Returns the constraints of the strings of a branch."""
+        """Returns the constraints that a branch puts on strings."""
         low, high = self.count(branch, 'Length')
         patterns, formats = [], []
         for part in branch:
@@ -261,7 +261,7 @@ class _Compiler:
         return Texts(low, high, tuple(dict.fromkeys(patterns)), (), tuple(dict.fromkeys(formats)))
 
     def checked_pattern(self, pattern: str, where: str) -> str:
-        """Returns a pattern; raises ValueError with its path when it is too large."""
+        """Returns the pattern, or raises ValueError with its path if it is too large."""
         try:
             self.validator.matches(pattern, '')
         except TooManyStatesError:

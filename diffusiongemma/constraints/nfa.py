@@ -1,7 +1,7 @@
-"""From an expression to the minimal automaton over bytes.
+"""Compiles an expression to the minimal automaton over bytes.
 
-The textbook way: a nondeterministic automaton (Thompson 1968), its sets of states, and their
-minimization.
+The steps are the textbook ones: a nondeterministic automaton (Thompson 1968), the subset
+construction, and minimization.
 """
 
 import functools
@@ -23,7 +23,7 @@ from diffusiongemma.constraints.expressions import (
 )
 from diffusiongemma.constraints.utf8 import Ranges, products
 
-# States of the nondeterministic automaton for each one that the result may have.
+# The nondeterministic automaton may have this many states per allowed state of the result.
 _NFA_FACTOR = 20
 
 
@@ -31,8 +31,7 @@ def compile_expression(expression: Expression, max_states: int) -> Dfa:
     """Returns the minimal automaton of an expression.
 
     Raises:
-      TooManyStatesError: when the automaton, before it is minimized, has more than max_states
-        states.
+      TooManyStatesError: if the automaton has more than max_states states before minimization.
     """
     nfa = _Nfa(max_states * _NFA_FACTOR)
     end = nfa.add(expression, nfa.new_state())
@@ -41,18 +40,18 @@ def compile_expression(expression: Expression, max_states: int) -> Dfa:
 
 @functools.lru_cache(maxsize=512)
 def compile_shared(expression: Expression, max_states: int) -> Dfa:
-    """Returns what `compile_expression` does, and keeps it."""
+    """Returns the cached result of `compile_expression`."""
     return compile_expression(expression, max_states)
 
 
 class _Nfa:
-    """A nondeterministic automaton, built from left to right; it starts in state 0.
+    """A nondeterministic automaton that is built from left to right and starts in state 0.
 
     Attributes:
-      arrows: for each state the (first byte, last byte, next state) that leave it.
-      jumps: for each state the states that it may turn into without a byte.
-      start_jumps: those that it may turn into where the text starts.
-      end_jumps: those that it may turn into where the text ends.
+      arrows: the transitions of each state as (first byte, last byte, next state).
+      jumps: the empty transitions (without a byte) of each state, as next states.
+      start_jumps: empty transitions that apply only at the start of the text.
+      end_jumps: empty transitions that apply only at the end of the text.
     """
 
     def __init__(self, max_states: int) -> None:
@@ -70,10 +69,9 @@ class _Nfa:
         return len(self.arrows) - 1
 
     def add(self, expression: Expression, state: int) -> int:
-        """Adds an expression that starts in a state; returns the state that it ends in.
+        """Adds an expression that starts in `state`; returns the state that it ends in.
 
-        No arrow or jump that it adds leads back to the state that it starts in, so that several
-        expressions can start in one.
+        No added transition leads back to `state`, so several expressions can start in it.
         """
         match expression:
             case Literal(text):
@@ -109,7 +107,7 @@ class _Nfa:
 
     def _repeat(self, part: Expression, low: int, high: int | None, state: int) -> int:
         if max(low, high or 0) > self._max_states:
-            raise TooManyStatesError  # also where the part takes no state
+            raise TooManyStatesError  # even if the part takes no state
         for _ in range(low):
             state = self.add(part, state)
         if high is None:
@@ -125,9 +123,11 @@ class _Nfa:
         return end
 
     def _joined(self, parts: tuple[Repeat, ...], separator: str, state: int) -> int:
-        """Two tracks: `empty`, where no text came yet, and `full`, where a separator is due.
+        """Adds a `Joined` expression; returns its end state.
 
-        Both lead into the same copy of each part, so that the size is linear in their number.
+        There are two tracks: `empty`, where no part has matched yet, and `full`, where a separator
+        must come next. Both lead into the same copy of each part, so the size is linear in the
+        number of parts.
         """
         empty: int | None = state
         full: int | None = None
@@ -140,11 +140,11 @@ class _Nfa:
                     self.jumps[entry].append(start)
                 if full is not None:
                     self.jumps[self.add(Literal(separator), full)].append(start)
-                entry = None  # later copies come after the first one only
+                entry = None  # later copies can only follow the first one
                 full = self.add(part.part, start)
                 exits = [full] if copy < part.low else [*exits, full]
             if part.high is None:
-                assert full is not None  # there is a copy at least
+                assert full is not None  # there is at least one copy
                 self.jumps[self.add(Literal(separator), full)].append(start)
             full = self.new_state()
             for exit_state in exits:
@@ -168,7 +168,7 @@ class _Nfa:
 
     def _characters(self, ranges: Ranges, state: int) -> int:
         end = self.new_state()
-        # For each sequence of bytes that completes a character, the state before it.
+        # Maps the byte ranges that complete a character to the state before them.
         before: dict[Ranges, int] = {(): end}
         for byte_ranges in products(ranges):
             for i in range(len(byte_ranges) - 1, 0, -1):
@@ -181,22 +181,30 @@ class _Nfa:
         return end
 
     def closure(self, states: frozenset[int], *more: dict[int, list[int]]) -> frozenset[int]:
-        """Returns the states that these may turn into, by jumps and by those of `more`."""
-        found, open_states = set(states), list(states)
+        """Returns all states that can be reached from `states` by empty transitions.
+
+        Args:
+          states: the states to start from.
+          *more: empty transitions beside `jumps`, such as `start_jumps`.
+        """
+        reached, open_states = set(states), list(states)
         while open_states:
             state = open_states.pop()
             targets = self.jumps[state]
             for jumps in more:
                 targets = targets + jumps.get(state, [])
             for target in targets:
-                if target not in found:
-                    found.add(target)
+                if target not in reached:
+                    reached.add(target)
                     open_states.append(target)
-        return frozenset(found)
+        return frozenset(reached)
 
 
 def _determinized(nfa: _Nfa, end: int, max_states: int) -> Dfa:
-    """Subset construction. State 1, the start, is never entered again: anchors hold there."""
+    """Computes the deterministic automaton by the subset construction.
+
+    No transition leads back to state 1, the start: start anchors only match there.
+    """
     firsts = sorted({0} | {b for arrows in nfa.arrows for a in arrows for b in (a[0], a[1] + 1)})
     firsts = [first for first in firsts if first < 256]
     classes = np.searchsorted(firsts, np.arange(256), side='right') - 1
@@ -208,9 +216,9 @@ def _determinized(nfa: _Nfa, end: int, max_states: int) -> Dfa:
 
     @functools.cache
     def closed(state: int) -> frozenset[int]:
-        """The closure of one state, without the states that only pass on to others."""
-        found = nfa.closure(frozenset([state])) if nfa.jumps[state] else [state]
-        return frozenset(s for s in found if moves[s] or s == end or s in nfa.end_jumps)
+        """Returns the closure of one state, without states that only have empty transitions."""
+        states = nfa.closure(frozenset([state])) if nfa.jumps[state] else [state]
+        return frozenset(s for s in states if moves[s] or s == end or s in nfa.end_jumps)
 
     sets = [frozenset(), nfa.closure(frozenset([0]), nfa.start_jumps)]
     numbers: dict[frozenset[int], int] = {frozenset(): 0}
@@ -241,14 +249,14 @@ def _determinized(nfa: _Nfa, end: int, max_states: int) -> Dfa:
     return Dfa(classes, np.array(rows, np.int32), np.array(accepting))
 
 
-# The states that one byte leads to, before their closure; an integer where it is only one.
+# The states that one byte leads to, before their closure; an integer if there is only one.
 _Kernel = int | frozenset[int]
 
 
 def _kernels(
     moves: list[list[tuple[int, int, int]]], states: frozenset[int], num_classes: int
 ) -> list[_Kernel | None]:
-    """Returns what each class of bytes leads to from a set of states, None for nowhere."""
+    """Returns the states that each byte class leads to from a set of states, or None if none."""
     kernels: list[_Kernel | None] = [None] * num_classes
     for state in states:
         for low, high, target in moves[state]:

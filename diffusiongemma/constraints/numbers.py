@@ -1,9 +1,8 @@
-"""Numbers of JSON within bounds, as expressions over their digits.
+"""Builds expressions over digits for JSON numbers within bounds.
 
-Texts are compared digit by digit. Python reads a text with a point or an exponent as the nearest
-float, and the nearest floats of two texts have the order of the texts. So a text stands for a
-float within bounds exactly when it lies between the shortest texts of the smallest and of the
-largest float that do, which `repr` writes.
+Texts are compared digit by digit. Python parses a text with a point or an exponent as the nearest
+float, and this rounding preserves order. So a text denotes a float within bounds exactly when its
+value lies between the smallest and the largest such floats, which are taken from `repr`.
 """
 
 import dataclasses
@@ -24,18 +23,18 @@ from diffusiongemma.constraints.expressions import (
     sequence,
 )
 
-# Digits of an integer that has bounds, and exponents of floats, end here.
+# The maximum number of digits on a bounded side of an integer.
 MAX_DIGITS = 30
 _DIGIT = Characters(((48, 57),))
 _DIGITS = repeat(_DIGIT, 0)
-# `repr` writes floats below 1e-4 and from 1e16 on with an exponent.
+# `repr` writes floats below 1e-4, and floats of at least 1e16, with an exponent.
 _SMALL, _LARGE = -5, 16
 _MIN_EXPONENT, _MAX_EXPONENT = -324, 307
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """A range of numbers; None where it has no end. `open_*` leaves the end itself out."""
+    """A range of numbers; None means unbounded, and `open_*` excludes the bound itself."""
 
     low: Fraction | None = None
     high: Fraction | None = None
@@ -78,9 +77,9 @@ def _nearest(value: Fraction) -> float:
 
 
 def integers(low: int | None, high: int | None) -> Expression:
-    """Returns the integers from low to high; None where there is no bound.
+    """Returns an expression for the integers from low to high; None means unbounded.
 
-    A side with a bound has at most MAX_DIGITS digits.
+    A bounded side has at most MAX_DIGITS digits.
     """
     limit = 10**MAX_DIGITS - 1
     if low is not None and high is not None and low > high:
@@ -123,7 +122,7 @@ def _digit_range(low: int, high: int) -> Expression:
 
 
 def _same_length(low: str, high: str) -> Expression:
-    """Returns the texts of digits from low to high, all of one length."""
+    """Returns an expression for the digit strings from low to high, all of the same length."""
     if low == high:
         return Literal(low)
     if set(low) == {'0'} and set(high) == {'9'}:
@@ -144,7 +143,10 @@ def _same_length(low: str, high: str) -> Expression:
 
 
 def _fractions(low: str, high: str | None) -> Expression:
-    """Returns the digits after a point, possibly none, from 0.low to 0.high; None is 1."""
+    """Returns an expression for zero or more digits after a point, from 0.low to 0.high.
+
+    None for `high` means up to 1.
+    """
     low = low.rstrip('0')
     high = None if high is None else high.rstrip('0')
     if not low and high is None:
@@ -169,15 +171,15 @@ def _fractions(low: str, high: str | None) -> Expression:
 
 
 def _with_point(low: str, high: str | None) -> Expression:
-    """Returns a point and one digit or more, from 0.low to 0.high."""
+    """Returns an expression for a point and one or more digits, from 0.low to 0.high."""
     low, high = low.rstrip('0'), None if high is None else high.rstrip('0')
     parts = []
-    for digit in range(10):  # the first one
+    for digit in range(10):  # the first digit
         first, last = int(low[0]) if low else 0, 9 if high is None else int((high or '0')[0])
         if first <= digit <= last:
-            rest_low = low[1:] if digit == first else ''
-            rest_high = high[1:] if high is not None and digit == last else None
-            parts.append(sequence(Literal(str(digit)), _fractions(rest_low, rest_high)))
+            tail_low = low[1:] if digit == first else ''
+            tail_high = high[1:] if high is not None and digit == last else None
+            parts.append(sequence(Literal(str(digit)), _fractions(tail_low, tail_high)))
     return sequence(Literal('.'), choice(parts))
 
 
@@ -192,7 +194,7 @@ def _decimal(value: float) -> tuple[str, int]:
 
 
 def _positional(low: float, high: float | None) -> Expression:
-    """Returns floats without an exponent from low > 0 to high."""
+    """Returns an expression for floats without an exponent from low > 0 to high."""
     digits, exponent = _decimal(low)
     if exponent >= _LARGE or high is not None and high < low:
         return NOTHING
@@ -219,7 +221,7 @@ def _positional(low: float, high: float | None) -> Expression:
 
 
 def _split(digits: str, exponent: int) -> tuple[str, str]:
-    """Returns the digits before and after the point."""
+    """Returns the digits before and after the decimal point."""
     if exponent < 0:
         return '0', '0' * (-exponent - 1) + digits
     digits = digits.ljust(exponent + 1, '0')
@@ -227,7 +229,7 @@ def _split(digits: str, exponent: int) -> tuple[str, str]:
 
 
 def _mantissas(low: str, high: str | None) -> Expression:
-    """Returns mantissas in [1, 10) from low to high, given by their digits."""
+    """Returns an expression for mantissas in [1, 10) from low to high, which are digit strings."""
     parts = []
     last = 9 if high is None else int(high[0])
     for digit in range(int(low[0]), last + 1):
@@ -241,7 +243,7 @@ def _mantissas(low: str, high: str | None) -> Expression:
 
 
 def _exponents(low: int, high: int) -> Expression:
-    """Returns the exponents from low to high that `repr` writes, with their e."""
+    """Returns an expression for exponents from low to high as `repr` writes them, e included."""
     parts = []
     for sign, first, last in (
         ('e+', max(low, _LARGE), min(high, _MAX_EXPONENT)),
@@ -256,7 +258,7 @@ def _exponents(low: int, high: int) -> Expression:
 
 
 def _scientific(low: float, high: float | None) -> Expression:
-    """Returns floats with an exponent from low > 0 to high."""
+    """Returns an expression for floats with an exponent from low > 0 to high."""
     digits_low, exponent_low = _decimal(low)
     digits_high, exponent_high = (None, _MAX_EXPONENT) if high is None else _decimal(high)
     if exponent_low == exponent_high:
@@ -274,7 +276,7 @@ def _scientific(low: float, high: float | None) -> Expression:
 
 
 def _magnitudes(low: float, high: float | None) -> Expression:
-    """Returns floats from low >= 0 to high, without a sign."""
+    """Returns an expression for floats from low >= 0 to high, without a sign."""
     if high is not None and high < low:
         return NOTHING
     parts: list[Expression] = []
@@ -287,7 +289,7 @@ def _magnitudes(low: float, high: float | None) -> Expression:
 
 
 def _any_float() -> Expression:
-    """Returns floats without bounds; their exponents may be written in other ways too."""
+    """Returns an expression for all floats; exponents need not be written as `repr` does."""
     whole = choice([Literal('0'), sequence(Characters(((49, 57),)), _DIGITS)])
     point = sequence(Literal('.'), repeat(_DIGIT, 1))
     mantissa = sequence(_DIGIT, repeat(point, 0, 1))
@@ -304,9 +306,10 @@ def _any_float() -> Expression:
 
 
 def numbers(bounds: Bounds) -> Expression:
-    """Returns integers and floats within bounds.
+    """Returns an expression for integers and floats within bounds.
 
-    Floats have a point or, below 1e308, an exponent; with bounds it is written as `repr` does.
+    Floats have a decimal point or, below 1e308, an exponent. With bounds, exponents must be
+    written as `repr` does.
     """
     low, high = bounds.floats()
     parts = [integers(*bounds.integers())]
@@ -322,10 +325,10 @@ def numbers(bounds: Bounds) -> Expression:
 
 
 def multiples(divisor: int) -> Dfa:
-    """Returns the integers that a number >= 1 divides, in any spelling without a sign or with."""
+    """Returns the automaton of the multiples of `divisor` >= 1, with or without a minus sign."""
     remainders = np.arange(divisor)
     table = np.zeros((divisor + 3, 256), np.int32)
-    # State 1 is the start, 2 follows the sign, 3 + r has read digits with remainder r.
+    # State 1 is the start, state 2 follows the sign, state 3 + r has read digits of remainder r.
     for digit in range(10):
         table[1:3, 48 + digit] = 3 + digit % divisor
         table[3:, 48 + digit] = 3 + (remainders * 10 + digit) % divisor

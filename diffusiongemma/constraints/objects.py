@@ -1,4 +1,4 @@
-"""Objects of a JSON schema: properties in the order of the schema, then those of other names."""
+"""Compiles the objects of a JSON schema: listed properties in schema order, then other names."""
 
 import itertools
 import json
@@ -22,14 +22,14 @@ from diffusiongemma.constraints.nfa import compile_expression, compile_shared
 from diffusiongemma.constraints.schema_parts import Located, common_types
 from diffusiongemma.constraints.strings import Texts, strings_of
 
-_MAX_PATTERNS = 4  # each doubles the kinds of names
+_MAX_PATTERNS = 4  # each pattern doubles the number of cases
 
 
 def object_expression(compiler: Compiler, branch: Branch) -> Expression:
-    """Returns the objects of a branch, as JSON.
+    """Returns an expression for the JSON objects that a branch allows.
 
     Raises:
-      ValueError: when the branch uses what is not supported.
+      ValueError: if the branch uses an unsupported feature.
     """
     for part in branch:
         for pattern in part.schema.get('patternProperties', {}):
@@ -54,7 +54,7 @@ def object_expression(compiler: Compiler, branch: Branch) -> Expression:
 
 
 def _is_closed(branch: Branch) -> bool:
-    """Returns whether a branch names properties and says nothing about others."""
+    """Returns whether a branch names properties and does not set `additionalProperties`."""
     keywords = {keyword for part in branch for keyword in part.schema}
     named = keywords & {'properties', 'patternProperties'}
     return bool(named) and 'additionalProperties' not in keywords
@@ -76,7 +76,7 @@ def _counted(
     low: int,
     high: int | None,
 ) -> Expression:
-    """Returns objects of these members, with `low` to `high` of them."""
+    """Returns an expression for objects with `low` to `high` of these members."""
     fixed = sum(member.low for member in members)
     optional = len(members) - fixed
     low = low - fixed
@@ -121,7 +121,7 @@ def _where(branch: Branch, keyword: str) -> str:
 
 
 def _finite_names(compiler: Compiler, branch: Branch) -> list[str] | None:
-    """Returns the names that `propertyNames` lists, or None when it does not list them."""
+    """Returns the names that `propertyNames` lists, or None if it lists none."""
     for part in branch:
         if 'propertyNames' in part.schema:
             values = [
@@ -135,7 +135,7 @@ def _finite_names(compiler: Compiler, branch: Branch) -> list[str] | None:
 
 
 def _other_members(compiler: Compiler, branch: Branch, names: list[str]) -> Expression:
-    """Returns a member whose name is none of these; NOTHING where there can be none."""
+    """Returns an expression for a member with any other name, or NOTHING if none is allowed."""
     closed = _is_closed(branch)
     patterns = list(
         dict.fromkeys(p for part in branch for p in part.schema.get('patternProperties', {}))
@@ -166,19 +166,19 @@ def _values_of(branch: Branch, matched: list[str]) -> list[Located]:
     """Returns the schemas of a property whose name matches exactly these patterns."""
     result = []
     for part in branch:
-        found = [
+        schemas = [
             part / 'patternProperties' / pattern
             for pattern in part.schema.get('patternProperties', {})
             if pattern in matched
         ]
-        if not found and 'additionalProperties' in part.schema:
-            found = [part / 'additionalProperties']
-        result += found
+        if not schemas and 'additionalProperties' in part.schema:
+            schemas = [part / 'additionalProperties']
+        result += schemas
     return result
 
 
 def _names_expression(compiler: Compiler, branch: Branch, texts: Texts) -> Expression:
-    """Returns the names within `texts` that every `propertyNames` allows, as strings of JSON."""
+    """Returns an expression for the names in `texts` that all `propertyNames` allow, as JSON."""
     constraints = [part / 'propertyNames' for part in branch if 'propertyNames' in part.schema]
     if not constraints:
         return texts.expression(compiler.max_states)
@@ -191,7 +191,7 @@ def _names_expression(compiler: Compiler, branch: Branch, texts: Texts) -> Expre
 
 
 def _name_texts(compiler: Compiler, names: Branch) -> Expression:
-    """Returns the texts, without quotes, that a branch of `propertyNames` allows."""
+    """Returns an expression for the unquoted texts that a branch of `propertyNames` allows."""
     values = compiler.branches.values(names)
     if values is not None:
         return literals(value for value in values if isinstance(value, str))

@@ -1,14 +1,14 @@
-"""The posterior of a canvas under an automaton: canvases that are valid as a whole.
+"""The posterior distribution of a canvas, given that an automaton accepts it.
 
-A denoise pass gives each position of a canvas a distribution of its own. `condition` turns their
-product into its exact posterior given that the canvas is the start of a response that the
-automaton accepts and that can still end in time. Positions are then no longer independent, but
-they form a Markov chain over the states of the automaton, so that sums and maxima over all valid
-canvases take one pass backward over the canvas, and draws one forward (forward filtering and
+A denoise pass returns one independent distribution per canvas position. `condition` computes
+their exact joint posterior, given that the canvas is the start of a response that the automaton
+accepts and that can still end in time. The positions are then no longer independent; they form a
+Markov chain over the states of the automaton. Sums and maxima over all valid canvases therefore
+take one backward pass over the canvas, and draws take one forward pass (forward filtering and
 backward sampling of hidden Markov models, Rabiner 1989, with the directions exchanged).
 
-Tokens that no state tells apart share a class. Passes over the canvas see K classes and N states;
-the vocabulary is read before them, once, and after them, once.
+Tokens with the same transitions from every state share a class. The passes over the canvas only
+see K classes and N states; the vocabulary is reduced once before and expanded once after them.
 """
 
 from collections.abc import Callable
@@ -22,22 +22,22 @@ from diffusiongemma.constraints.automaton import FREE, TokenAutomaton
 
 @flax.struct.dataclass
 class CanvasPosterior:
-    """The distribution of independent positions given that the canvas is valid, see `condition`.
+    """A distribution over canvases, conditioned on the canvas being valid; see `condition`.
 
-    A row that no canvas can make valid is not `feasible`: its state is dead, too few tokens
-    remain, or logits of -inf rule out whatever would have fitted. It is read as if it were in
-    the FREE state.
+    A row is not `feasible` if it has no valid canvas: its state is dead, too few tokens remain,
+    or logits of -inf exclude every valid canvas. Such a row is treated as if it were in the FREE
+    state.
 
     Attributes:
-      automaton: the automaton.
-      logits: [B, C, V] float32, logits of the independent positions.
-      states: [B] int32, state before the first position; FREE in rows that are not feasible.
-      remaining: [B] int32, tokens that a response may still have.
-      feasible: [B] bool, some canvas is valid.
-      log_partition: [B, C, 1] float32, log of the sum of exp(logits).
-      class_scores: [B, C, K] float32, log-probability of each class.
-      messages: [B, C + 1, N] float32, log-probability that independent draws from a position on
-        are valid when the state before it is n.
+      automaton: the automaton that accepts valid responses.
+      logits: [B, C, V] float32, the logits of the independent positions.
+      states: [B] int32, the state before the first position; FREE in rows that are not feasible.
+      remaining: [B] int32, the number of tokens that each response may still have.
+      feasible: [B] bool, whether a valid canvas exists.
+      log_partition: [B, C, 1] float32, the log of the sum of exp(logits).
+      class_scores: [B, C, K] float32, the log-probability of each token class.
+      messages: [B, C + 1, N] float32, the log-probability that independent draws for this and all
+        later positions are valid, if the state before this position is n.
     """
 
     automaton: TokenAutomaton
@@ -52,14 +52,15 @@ class CanvasPosterior:
     def log_marginals(self) -> jax.Array:
         """Returns the log-probability of each token at each position, [B, C, V] float32.
 
-        -inf where no valid canvas has the token, and below float32's e^-87.
+        It is -inf if no valid canvas has the token, or if the probability is below e^-87, the
+        smallest that float32 can hold.
         """
 
         def step(
             beliefs: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array]
         ) -> tuple[jax.Array, jax.Array]:
             scores, before, after = inputs  # [B, K], [B, N], [B, N]
-            # The posterior's own transition probabilities: no product of small numbers occurs.
+            # Transition probabilities of the posterior: this avoids products of small numbers.
             log_odds = scores[:, None] + after[:, next_states] - _finite(before)[..., None]
             flow = beliefs[..., None] * jnp.exp(log_odds)  # [B, N, K]
             moved = flow.reshape(flow.shape[0], -1)
@@ -78,11 +79,11 @@ class CanvasPosterior:
     def draw(self, keys: jax.Array) -> jax.Array:
         """Returns one exact draw from the joint posterior, each row with its own key.
 
-        Gumbel noise on the logits makes the best canvas a draw (the Gumbel-max trick). In the
-        FREE state the result is that of `epilogue.draw_tokens` with the same keys.
+        This is the Gumbel-max trick: the best canvas under logits with Gumbel noise is a draw.
+        In the FREE state the result equals that of `epilogue.draw_tokens` with the same keys.
 
         Args:
-          keys: [B] keys.
+          keys: [B] random keys.
 
         Returns:
           [B, C] int32.
@@ -92,7 +93,7 @@ class CanvasPosterior:
         return self._best(noise + self.logits, self.messages)
 
     def most_likely(self) -> jax.Array:
-        """Returns the valid canvas of the highest probability (Viterbi), [B, C] int32.
+        """Returns the most probable valid canvas (Viterbi), [B, C] int32.
 
         In the FREE state it is the argmax of every position.
         """
@@ -101,10 +102,14 @@ class CanvasPosterior:
         return self._best(self.logits, messages)
 
     def _best(self, scores: jax.Array, messages: jax.Array) -> jax.Array:
-        """Returns the best canvas, by class scores and what the rest of the canvas is worth.
+        """Returns the canvas with the highest total score, [B, C] int32.
 
-        Classes that lead to the same state are worth the same from there on, so that the walk
-        decides on states, and each token is the best of those between two states of the path.
+        Classes that lead to the same state have the same scores after it. So the forward pass
+        chooses a path of states, and each token is the best one that connects two of them.
+
+        Args:
+          scores: [B, C, V] float32, the score of each token.
+          messages: [B, C + 1, N] float32, the best score of all later positions for each state.
         """
         next_states = self.automaton.next_states
 
@@ -113,8 +118,8 @@ class CanvasPosterior:
         ) -> tuple[jax.Array, jax.Array]:
             class_best, after = inputs  # [B, K], [B, N]
             targets = next_states[states]  # [B, K]
-            worth = class_best + jnp.take_along_axis(after, targets, axis=1)
-            choice = jnp.argmax(worth, axis=-1)[:, None]
+            totals = class_best + jnp.take_along_axis(after, targets, axis=1)
+            choice = jnp.argmax(totals, axis=-1)[:, None]
             reached = jnp.take_along_axis(targets, choice, axis=1)
             return reached[:, 0], targets == reached
 
@@ -128,20 +133,22 @@ class CanvasPosterior:
 def condition(
     automaton: TokenAutomaton, logits: jax.Array, states: jax.Array, remaining: jax.Array
 ) -> CanvasPosterior:
-    """Conditions the independent positions of a canvas on its being valid.
+    """Computes the distribution of a canvas, conditioned on the canvas being valid.
 
-    A canvas is valid when the response ends within its first `remaining` positions, or, where
-    more than C tokens remain, when it could still end within the `remaining - C` after it.
-    Positions after a response's end are unconstrained. Fix a token by logits of -inf for the
-    others, ban it by -inf for itself.
+    A canvas is valid if the response ends within its first `remaining` positions or, if more than
+    C tokens remain, if it can still end within the `remaining - C` tokens after the canvas.
+    Positions after the end of a response are unconstrained. To fix a token, set all other logits
+    to -inf; to ban one, set its own logit to -inf.
 
-    Takes time O(B C (V + N K)), and B N (C + K) numbers beside arrays of the logits' shape.
+    This takes O(B C (V + N K)) time, and B N (C + K) numbers in addition to arrays of the shape
+    of the logits.
 
     Args:
-      automaton: the automaton.
-      logits: [B, C, V] float32, shaped logits: softmax of them are the independent positions.
-      states: [B] int32, state of each row before the canvas.
-      remaining: [B] int32, tokens that the response may still have, from the first position on.
+      automaton: the automaton that accepts valid responses.
+      logits: [B, C, V] float32, shaped logits; their softmax is the distribution per position.
+      states: [B] int32, the state of each row before the canvas.
+      remaining: [B] int32, the number of tokens that the response may still have, starting at
+        the first canvas position.
 
     Raises:
       ValueError: when the logits are of another vocabulary.
@@ -177,16 +184,16 @@ def _backward(
     remaining: jax.Array,
     reduce: Callable[..., jax.Array],
 ) -> jax.Array:
-    """Returns what the positions from each one on are worth to each state.
+    """Computes the score of all positions from each one on, for each state before it.
 
     Args:
-      automaton: the automaton.
-      class_scores: [B, C, K] float32.
-      remaining: [B] int32.
-      reduce: sum or maximum of scores along an axis, in the log domain.
+      automaton: the automaton that accepts valid responses.
+      class_scores: [B, C, K] float32, the score of each token class.
+      remaining: [B] int32, the number of tokens that the response may still have.
+      reduce: the sum or the maximum of scores along an axis, in the log domain.
 
     Returns:
-      [B, C + 1, N] float32.
+      [B, C + 1, N] float32; -inf if the response cannot end in time.
     """
     length = class_scores.shape[1]
 
@@ -196,8 +203,8 @@ def _backward(
 
     def step(after: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         scores, position = inputs  # [B, K], []
-        worth = scores[:, None] + after[:, automaton.next_states]  # [B, N, K]
-        before = only_in_time(reduce(worth, axis=-1), position)
+        totals = scores[:, None] + after[:, automaton.next_states]  # [B, N, K]
+        before = only_in_time(reduce(totals, axis=-1), position)
         return before, before
 
     shape = (class_scores.shape[0], automaton.num_states)
@@ -214,12 +221,12 @@ def _class_max(automaton: TokenAutomaton, scores: jax.Array) -> jax.Array:
 def _by_class(
     automaton: TokenAutomaton, values: jax.Array, segment_op: Callable[..., jax.Array]
 ) -> jax.Array:
-    """Returns [B, C, V] -> [B, C, K], reduced over the tokens of each class."""
+    """Returns values that are reduced over the tokens of each class, [B, C, V] -> [B, C, K]."""
     by_token = jnp.moveaxis(values, -1, 0)
     reduced = segment_op(by_token, automaton.token_classes, num_segments=automaton.num_classes)
     return jnp.moveaxis(reduced, 0, -1)
 
 
 def _finite(values: jax.Array) -> jax.Array:
-    """Returns 0 for -inf, so that a difference of two impossible scores is not NaN."""
+    """Returns the values with 0 for -inf, so that differences of two -inf are not NaN."""
     return jnp.where(values == -jnp.inf, 0.0, values)

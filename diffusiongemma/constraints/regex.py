@@ -1,6 +1,6 @@
-"""From a regular expression in Python's syntax to an expression and its automaton.
+"""Compiles a regular expression in Python's syntax to an expression and to its automaton.
 
-Python's own parser reads the pattern, so that it means what it means to `re.fullmatch`, or to
+Python's own parser reads the pattern, so it has the same meaning as in `re.fullmatch`, or in
 `re.search` for the keyword `pattern` of a JSON schema.
 """
 
@@ -41,27 +41,27 @@ ANY_TEXT = Repeat(Characters(complement(())), 0, None)
 
 
 class _UnsupportedError(Exception):
-    """A pattern has what no automaton of this kind can hold."""
+    """An error: a pattern has a feature that a finite automaton cannot express."""
 
 
 def byte_automaton(pattern: str, max_states: int) -> tuple[np.ndarray, np.ndarray]:
     r"""Returns the automaton of the texts that a pattern matches as a whole.
 
-    Groups, classes, alternatives and repetition are supported; lazy repetition matches the same.
-    Anchors at the ends of the pattern say nothing new. \d, \s and \w are those of Unicode unless
-    the pattern has the flag (?a). What needs memory or looks around is no finite automaton of
-    this kind, and is refused, as is IGNORECASE.
+    Groups, classes, alternatives and repetition are supported; lazy repetition matches the same
+    texts as greedy repetition. Anchors at both ends of the pattern have no effect. \d, \s and \w
+    follow Unicode unless the pattern has the flag (?a). Backreferences, lookaround and IGNORECASE
+    are refused.
 
     Args:
-      pattern: in Python's syntax.
-      max_states: limit of S before minimization.
+      pattern: a regular expression in Python's syntax.
+      max_states: the maximum number of states S before minimization.
 
     Returns:
-      [S, 256] int32, the state after a byte; and [S] bool, where a match ends. State 0 is dead,
-      1 is the start.
+      [S, 256] int32, the next state for each state and byte; and [S] bool, whether a match may
+      end in each state. State 0 is dead, state 1 is the start.
 
     Raises:
-      ValueError: when the pattern is invalid, uses what is not supported, matches no string, or
+      ValueError: if the pattern is invalid, uses an unsupported feature, matches no string, or
         takes more than max_states states.
     """
     expression = parse(pattern)
@@ -83,13 +83,14 @@ def byte_automaton(pattern: str, max_states: int) -> tuple[np.ndarray, np.ndarra
 
 
 def parse(pattern: str, *, search: bool = False) -> Expression:
-    """Returns the texts that a pattern matches as a whole, or somewhere with `search`.
+    """Returns an expression for the texts that a pattern matches as a whole.
 
-    With `search`, anchors may stand anywhere, and `$` is the end of the text alone, as in
-    ECMA 262; Python's also holds before a line feed that ends it.
+    With `search`, the pattern may match anywhere in the text, anchors may stand anywhere, and `$`
+    only matches at the end of the text, as in ECMA 262 (Python's `$` also matches before a final
+    line feed).
 
     Raises:
-      ValueError: when the pattern is invalid or uses what is not supported.
+      ValueError: if the pattern is invalid or uses an unsupported feature.
     """
     if not isinstance(pattern, str):
         raise ValueError(f'A regular expression must be a string, got {pattern!r}.')
@@ -135,7 +136,7 @@ def shown(pattern: str) -> str:
 
 
 class _Reader:
-    """Turns the parser's items into expressions."""
+    """A converter of the items of Python's regex parser to expressions."""
 
     def __init__(self, anchors: bool) -> None:
         self._anchors = anchors
@@ -183,7 +184,7 @@ def _ranges(op: Any, value: Any, flags: int) -> Ranges:
 
 @functools.cache
 def _category(name: str, ascii_only: bool) -> Ranges:
-    r"""Returns the ranges of \d, \s, \w and their complements, as `re` itself finds them."""
+    r"""Returns the code points of \d, \s, \w or their complements, according to `re` itself."""
     letter = {'DIGIT': 'd', 'SPACE': 's', 'WORD': 'w'}[name.rpartition('_')[2]]
     limit = 128 if ascii_only else MAX_CODE_POINT + 1
     text = ''.join(map(chr, range(limit)))

@@ -1,4 +1,4 @@
-"""The parts of a JSON schema: where they are, what references lead to, and what they may hold."""
+"""The parts of a JSON schema: their paths, references and supported keywords."""
 
 import dataclasses
 import functools
@@ -11,8 +11,8 @@ from typing import Any
 from diffusiongemma.constraints.expressions import Expression
 from diffusiongemma.constraints.regex import parse
 
-# Keywords that describe and do not constrain. Beside those of JSON Schema, the two of OpenAPI
-# that pydantic writes.
+# Keywords that describe and do not constrain: those of JSON Schema, and two of OpenAPI (`example`
+# and `discriminator`) that pydantic writes.
 ANNOTATIONS = {
     '$schema', '$id', '$comment', '$defs', 'definitions', 'title', 'description', 'default',
     'examples', 'example', 'deprecated', 'readOnly', 'writeOnly', 'discriminator',
@@ -31,12 +31,12 @@ _REMEDIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """A part of a schema.
+    """A part of a schema together with its path.
 
     Attributes:
-      schema: a dict or a bool.
-      where: its path, a fragment of RFC 6901 with percent-encoding only where it is needed.
-      refs: the references that led to it.
+      schema: the part, a dict or a bool.
+      where: the path of the part, an RFC 6901 fragment with percent-encoding only where needed.
+      refs: the paths of the references that led to this part.
     """
 
     schema: Any = dataclasses.field(compare=False)
@@ -50,7 +50,7 @@ class Located:
         return Located(self.schema[name], f'{self.where}/{key}', self.refs)
 
     def each(self, keyword: str) -> list['Located']:
-        """Returns the schemas of a list or of an object under a keyword, [] without it."""
+        """Returns the schemas in the list or object under a keyword; [] if it is missing."""
         if keyword not in self.schema:
             return []
         parts = self / keyword
@@ -59,11 +59,11 @@ class Located:
 
 
 def load(schema: Any) -> Any:
-    """Returns a schema as JSON would give it back.
+    """Returns a schema after a round trip through JSON.
 
     Raises:
-      ValueError: when JSON cannot hold it, or it has numbers that are not finite or strings that
-        are not text.
+      ValueError: if the schema is not valid JSON, has numbers that are not finite, or has strings
+        with lone surrogates.
     """
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
@@ -84,10 +84,10 @@ def load(schema: Any) -> Any:
 
 
 def resolve(root: Any, part: Located) -> Located:
-    """Returns what the `$ref` of a part leads to.
+    """Returns the part that the `$ref` of a part refers to.
 
     Raises:
-      ValueError: when it is not local, leads nowhere, or leads back to a schema that it is in.
+      ValueError: if the reference is not local, does not exist, or is recursive.
     """
     ref = part.schema['$ref']
     if not isinstance(ref, str):
@@ -127,7 +127,7 @@ def resolve(root: Any, part: Located) -> Located:
 
 
 def check(part: Located) -> None:
-    """Raises ValueError when a part is not a schema or has a keyword that is not supported."""
+    """Raises ValueError if a part is not a schema or has an unsupported keyword."""
     schema, where = part.schema, part.where
     if isinstance(schema, bool):
         return
@@ -226,7 +226,7 @@ def types_of(part: Located) -> set[str]:
 
 
 def common_types(parts: tuple[Located, ...]) -> set[str]:
-    """Returns the types that all parts allow; at most one of `number` and `integer`."""
+    """Returns the types that all parts allow, with at most one of `number` and `integer`."""
     result = set(TYPES)
     for part in parts:
         allowed = types_of(part)

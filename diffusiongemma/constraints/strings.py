@@ -1,7 +1,8 @@
-"""Strings of JSON: what they may hold, and how it is written.
+"""Builds automata for JSON strings under constraints.
 
-A character has one spelling, the one of `json.dumps(..., ensure_ascii=False)`. Control characters
-occur where they have a short escape (backspace, form feed, line feed, return and tab).
+Every character has exactly one spelling, that of `json.dumps(..., ensure_ascii=False)`. Only
+control characters with a short escape are allowed (backspace, form feed, line feed, carriage
+return and tab).
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from diffusiongemma.constraints.expressions import (
 from diffusiongemma.constraints.nfa import compile_shared
 from diffusiongemma.constraints.utf8 import complement
 
-# What follows a backslash, for the character that it stands for.
+# Maps a character to the letter after the backslash in its escape.
 _ESCAPES = {'"': '"', '\\': '\\', '\b': 'b', '\f': 'f', '\n': 'n', '\r': 'r', '\t': 't'}
 _CHARACTER = choice(
     [
@@ -55,7 +56,7 @@ _COUNT = '[0-9]{1,4}'
 _DURATION_TIME = f'T(?:{_COUNT}H(?:{_COUNT}M)?(?:{_COUNT}S)?|{_COUNT}M(?:{_COUNT}S)?|{_COUNT}S)'
 _DURATION_DAY = f'(?:{_COUNT}Y(?:{_COUNT}M(?:{_COUNT}D)?)?|{_COUNT}M(?:{_COUNT}D)?|{_COUNT}D)'
 _HEX = '[0-9a-f]'
-# Formats that constrain a string, as patterns of the whole text.
+# Formats that constrain a string, as patterns that match the whole text.
 FORMATS = {
     'date': _DATE,
     'time': _TIME,
@@ -72,21 +73,21 @@ FORMATS = {
     'email': rf'[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_+-]+)*@(?:{_LABEL}\.)+[A-Za-z]{{2,24}}',
     'uri': rf'https?://(?:{_WORDS}\.)*[a-z]+(?::[0-9]{{1,4}})?(?:/[A-Za-z0-9._~/-]*)?',
 }
-# Formats that say how a text is shown or stored, not what it holds.
+# Formats that do not constrain a string: they describe how a text is displayed or stored.
 FREE_FORMATS = {'password', 'binary', 'path', 'file-path', 'directory-path'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Constraints of the text that a string stands for.
+    """A set of constraints on the text of a JSON string.
 
     Attributes:
-      low: fewest characters.
-      high: most characters; None for any number.
-      patterns: regular expressions that match somewhere in the text.
-      not_patterns: those that do not.
-      formats: names of FORMATS.
-      excluded: texts that it is not.
+      low: the minimum number of characters.
+      high: the maximum number of characters; None means no limit.
+      patterns: regular expressions that must match somewhere in the text.
+      not_patterns: regular expressions that must not match anywhere in the text.
+      formats: names of FORMATS that the text must have.
+      excluded: texts that are not allowed.
     """
 
     low: int = 0
@@ -97,11 +98,11 @@ class Texts:
     excluded: tuple[str, ...] = ()
 
     def dfa(self, max_states: int) -> Dfa:
-        """Returns the automaton of the texts, without quotes and escapes.
+        """Returns the automaton of the allowed texts, without quotes and escapes.
 
         Raises:
-          TooManyStatesError: when it takes more than max_states states.
-          ValueError: when a pattern is invalid or uses what is not supported.
+          TooManyStatesError: if it takes more than max_states states.
+          ValueError: if a pattern is invalid or uses an unsupported feature.
         """
         result = compile_shared(repeat(_ANY_CHARACTER, self.low, self.high), max_states)
         for pattern in self.patterns:
@@ -118,7 +119,7 @@ class Texts:
         return result
 
     def expression(self, max_states: int) -> Expression:
-        """Returns the strings of JSON that stand for the texts; errors as of `dfa`."""
+        """Returns an expression for the JSON strings of the texts; raises the errors of `dfa`."""
         if self.patterns or self.not_patterns or self.formats or self.excluded:
             return _string_of(self, max_states)
         return sequence(Literal('"'), repeat(_CHARACTER, self.low, self.high), Literal('"'))
@@ -135,9 +136,9 @@ def _string_of(texts: Texts, max_states: int) -> Expression:
 
 
 def strings_of(dfa: Dfa) -> Expression:
-    """Returns the strings of JSON that stand for the texts of an automaton."""
+    """Returns an expression for the JSON strings of the texts that an automaton accepts."""
     table = dfa.by_byte().copy()
-    after_backslash = np.zeros_like(table)  # one more state for each state
+    after_backslash = np.zeros_like(table)  # one extra state per state, after a backslash
     for character, name in _ESCAPES.items():
         after_backslash[:, ord(name)] = table[:, ord(character)]
     table[:, :32] = table[:, ord('"')] = 0

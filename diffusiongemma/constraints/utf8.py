@@ -1,6 +1,6 @@
-"""Sets of characters as ranges of code points, and those ranges as bytes of UTF-8.
+"""Sets of characters as ranges of code points, and their conversion to UTF-8 byte ranges.
 
-Surrogates (U+D800 to U+DFFF) are not characters of UTF-8 and belong to no set.
+Surrogates (U+D800 to U+DFFF) cannot be encoded in UTF-8 and belong to no set.
 """
 
 import functools
@@ -13,7 +13,7 @@ SURROGATES = (0xD800, 0xDFFF)
 
 
 def complement(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """Returns the characters outside the ranges, which may overlap and have any order."""
+    """Returns the characters outside the ranges, which may overlap and be in any order."""
     result, start = [], 0
     beyond = (MAX_CODE_POINT + 1, MAX_CODE_POINT + 1)
     for low, high in sorted([*ranges, SURROGATES, beyond]):
@@ -30,15 +30,15 @@ def normalized(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 @functools.cache
 def products(ranges: Ranges) -> tuple[Ranges, ...]:
-    """Returns the UTF-8 of the characters as products of byte ranges, one range per byte."""
+    """Returns the UTF-8 encodings of the characters as products of byte ranges, one per byte."""
     return tuple(bytes_ for low, high in ranges for bytes_ in _products(low, high))
 
 
 def _products(low: int, high: int) -> Iterator[Ranges]:
-    """Yields a range of code points as products of byte ranges, in UTF-8.
+    """Yields the UTF-8 encodings of a range of code points as products of byte ranges.
 
-    A range is a product when its ends have equally many bytes and, from the first byte in which
-    they differ on, run from the lowest to the highest byte that can follow.
+    A range is one product if its ends have the same number of bytes and, after the first byte in
+    which they differ, cover every possible byte.
     """
     cuts = [limit for limit in (0x7F, 0x7FF, 0xFFFF) if low <= limit < high]
     for bits in (6, 12, 18):  # each byte after the first holds 6 bits

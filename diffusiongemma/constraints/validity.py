@@ -1,4 +1,4 @@
-"""Whether a value is valid under a schema: what `enum` and `const` need beside other keywords."""
+"""Decides whether a value is valid under a schema; `enum` and `const` need it for their values."""
 
 import json
 from fractions import Fraction
@@ -10,12 +10,12 @@ from diffusiongemma.constraints.strings import search_dfa
 
 
 def canonical(value: Any) -> str:
-    """Returns a text that is the same for values that are equal to JSON Schema: 1 and 1.0."""
+    """Returns a text that is equal for values that JSON Schema considers equal, as 1 and 1.0."""
     return json.dumps(with_whole_numbers(value), sort_keys=True)
 
 
 def with_whole_numbers(value: Any) -> Any:
-    """Returns a value with 2 in place of 2.0, also inside arrays and objects."""
+    """Returns a value with whole floats as integers, also inside arrays and objects."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list):
@@ -44,16 +44,16 @@ def bounds_of(parts: tuple[Located, ...]) -> Bounds:
 
 
 def limits_of(parts: tuple[Located, ...], name: str) -> tuple[int, int | None]:
-    """Returns the least and the greatest count under min... and max..., such as of `Items`."""
+    """Returns the limits under `min<name>` and `max<name>`, for a name such as `Items`."""
     lows = [int(part.schema[f'min{name}']) for part in parts if f'min{name}' in part.schema]
     highs = [int(part.schema[f'max{name}']) for part in parts if f'max{name}' in part.schema]
     return max(lows, default=0), min(highs, default=None)
 
 
 class Validator:
-    """Says whether values are valid under parts of one schema.
+    """A validator of values under the parts of one schema.
 
-    `format` describes and does not constrain, as in JSON Schema.
+    `format` is ignored: in JSON Schema it describes and does not constrain.
     """
 
     def __init__(self, root: Any, max_states: int) -> None:
@@ -63,7 +63,7 @@ class Validator:
         self._values: dict[str, set[str] | None] = {}
 
     def is_valid(self, value: Any, part: Located) -> bool:
-        """Returns whether a value is valid under a part; errors as of `check`."""
+        """Returns whether a value is valid under a part; raises the errors of `check`."""
         if part.where not in self._checked:
             check(part)
             self._checked.add(part.where)
@@ -155,16 +155,16 @@ class Validator:
         ) and all(self.is_name(name, part) for name in value)
 
     def is_name(self, name: str, part: Located) -> bool:
-        """Returns whether `propertyNames` of a part allows a name."""
+        """Returns whether `propertyNames` of a part allows this name."""
         return 'propertyNames' not in part.schema or self.is_valid(name, part / 'propertyNames')
 
     def members(self, name: str, part: Located) -> list[Located]:
-        """Returns the schemas that a part has for the property of a name."""
+        """Returns the schemas of a part that apply to the property with this name."""
         schema = part.schema
-        found = [part / 'properties' / name] if name in schema.get('properties', {}) else []
+        result = [part / 'properties' / name] if name in schema.get('properties', {}) else []
         for pattern in schema.get('patternProperties', {}):
             if self.matches(pattern, name):
-                found.append(part / 'patternProperties' / pattern)
-        if not found and 'additionalProperties' in schema:
-            found.append(part / 'additionalProperties')
-        return found
+                result.append(part / 'patternProperties' / pattern)
+        if not result and 'additionalProperties' in schema:
+            result.append(part / 'additionalProperties')
+        return result

@@ -1,7 +1,7 @@
-"""How a conversation becomes text: the jinja2 chat template that comes with a checkpoint.
+"""Formats conversations with the jinja2 chat template of a checkpoint.
 
-A template is rendered once for each kind of conversation, with marks in the places of the messages.
-What results, literal text around `Slot`s, is then filled in without jinja2.
+A template is rendered once for each kind of conversation, with marks in place of the messages.
+The result, literal text with a `Slot` per message, is then filled in without jinja2.
 
     >>> template = ChatTemplate(default_template('<|turn>', '<turn|>'), {'bos_token': '<bos>'})
     >>> template.prompt(has_system=False, thinking=False)[0]
@@ -19,23 +19,24 @@ from typing import Any
 from etils import epath
 
 TEMPLATE_FILE = 'chat_template.jinja'
-# Where transformers looks for a template when there is no file of its own for it.
+# transformers looks for a template in these files if there is no separate template file.
 _JSON_FILES = ('chat_template.json', 'tokenizer_config.json')
-# Private-use characters around a message's number. The em spaces show what the template trims.
+# A mark is a message number between private-use characters. The em spaces around it show whether
+# the template trims the message.
 _SPACE = '\u2003'
 _MARK = re.compile(f'({_SPACE}?)\ue000([0-9]+)\ue001({_SPACE}?)')
 
 
-# What is written where a checkpoint has no template; <START> and <END> open and close a turn.
-# Ours, for the models that ship with the library: whatever the messages hold is kept.
+# Templates for checkpoints without one; <START> and <END> stand for the tokens around a turn.
+# This one is for the models that ship with the library; it keeps messages unchanged.
 _PLAIN = r"""{{ bos_token }}
 {%- for message in messages %}
   {%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
   {{- '<START>' + role + '\n' + message['content'] + '<END>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<START>model\n' }}{% endif %}"""
-# As Google's template of Gemma 3: there is no system turn, its text opens the first user turn, and
-# messages lose the whitespace at their ends.
+# This one follows Google's template of Gemma 3: there is no system turn (the system text opens the
+# first user turn), and messages are stripped of leading and trailing whitespace.
 _GEMMA3 = r"""{{ bos_token }}
 {%- set has_system = messages[0]['role'] == 'system' %}
 {%- for message in (messages[1:] if has_system else messages) %}
@@ -44,8 +45,8 @@ _GEMMA3 = r"""{{ bos_token }}
   {{- '<START>' + role + '\n' + before + message['content'] | trim + '<END>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<START>model\n' }}{% endif %}"""
-# As Google's templates of Gemma 4: thoughts are asked for in the system turn, and those of past
-# responses are left out. The larger models are told by an empty channel that none are wanted.
+# This one follows Google's templates of Gemma 4: the system turn requests thoughts, and thoughts
+# of past responses are left out. For the larger models, an empty thought channel disables them.
 _EMPTY_THOUGHT = r"""{% if not enable_thinking %}{{ '<|channel>thought\n<channel|>' }}{% endif %}"""
 _GEMMA4 = r"""{%- macro without_thoughts(text) %}
   {%- set kept = namespace(text='') %}
@@ -76,11 +77,11 @@ _GEMMA4 = r"""{%- macro without_thoughts(text) %}
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """The place of a message in a rendered conversation.
+    """A placeholder for a message in a rendered conversation.
 
     Attributes:
       role: 'system', 'user' or 'assistant'.
-      trims_start, trims_end: whether the template takes whitespace off the message's two ends.
+      trims_start, trims_end: whether the template strips whitespace at each end of the message.
     """
 
     role: str
@@ -97,22 +98,22 @@ Parts = tuple[str | Slot, ...]
 
 
 class ChatTemplate:
-    """The conversations that a jinja2 chat template writes.
+    """A jinja2 chat template, split into literal text and message slots.
 
     Attributes:
-      source: the template.
+      source: the text of the template.
     """
 
     def __init__(
         self, source: str, tokens: Mapping[str, str], where: str = 'the chat template'
     ) -> None:
-        """Renders nothing yet; a template that cannot be used is an error of the first method.
+        """Stores the template; the first use of a method renders it and reports its errors.
 
         Args:
-          source: the template; gets what transformers gives it: `messages`,
-            `add_generation_prompt`, `enable_thinking`, no tools, and `tokens`.
-          tokens: values of `bos_token` and its like.
-          where: where the template came from, for error messages.
+          source: the template. It is rendered with the same variables as in transformers:
+            `messages`, `add_generation_prompt`, `enable_thinking`, no tools, and `tokens`.
+          tokens: values of variables such as `bos_token`.
+          where: the file of the template, for error messages.
         """
         self.source = source
         self._tokens = dict(tokens)
@@ -120,36 +121,37 @@ class ChatTemplate:
         self._known: dict[tuple, Parts] = {}
 
     def prompt(self, has_system: bool, thinking: bool) -> Parts:
-        """Returns a conversation of one user turn, up to where the response starts.
+        """Returns the parts of a conversation with one user turn, up to the start of the response.
 
         Raises:
-          ValueError: the template is no jinja2, or refuses or loses one of the messages.
+          ValueError: if the template is not valid jinja2, or refuses or drops a message.
         """
         roles = ('system', 'user') if has_system else ('user',)
         return self._rendered(roles, thinking, True)
 
     def next_turn(self, thinking: bool) -> Parts:
-        """Returns a later user turn, from after the end of the response before it.
+        """Returns the parts of a later user turn, starting after the end of the previous response.
 
         Raises:
-          ValueError: see `prompt`; or the template writes a past turn otherwise than it opened it.
+          ValueError: in the cases of `prompt`, or if the template renders a past turn differently
+            from the prompt that opened it.
         """
         after = _after(self._rendered(('user', 'assistant', 'user'), thinking, True), 'assistant')
         return (_without_prefix(after[0], self.turn_end(), self._where), *after[1:])
 
     def turn_end(self) -> str:
-        """Returns what closes a response in a conversation that goes on."""
+        """Returns the text that closes a response in a continued conversation."""
         parts = self._rendered(('user', 'assistant'), False, False)
         return _literal(_after(parts, 'assistant'))
 
     def response_prefix(self, thinking: bool) -> str:
-        """Returns the end of a prompt that later turns do not see, such as an empty thought."""
+        """Returns the end of a prompt that later turns leave out, such as an empty thought."""
         asks = _literal(_after(self.prompt(False, thinking), 'user'))
         parts = self._rendered(('user', 'assistant'), thinking, False)
         return _without_prefix(asks, _literal(_after(parts, 'user')[:1]), self._where)
 
     def response_slot(self) -> Slot:
-        """Returns the place of a response in a conversation that goes on."""
+        """Returns the slot of a response in a continued conversation."""
         parts = self._rendered(('user', 'assistant'), False, False)
         return next(p for p in parts if isinstance(p, Slot) and p.role == 'assistant')
 
@@ -177,7 +179,7 @@ class ChatTemplate:
                     **self._tokens,
                 )
             )
-        except Exception as error:  # whatever a template of someone else's may do
+        except Exception as error:  # a third-party template can raise anything
             raise ValueError(
                 f'{self._where} cannot write a conversation of {", ".join(roles)}: '
                 f'{type(error).__name__}: {error}. Repair it, or remove it for the built-in format.'
@@ -194,13 +196,13 @@ class ChatTemplate:
 
 
 def find_template(directory: epath.PathLike) -> tuple[str, str] | None:
-    """Returns the chat template of a checkpoint and the file that it is from, or None.
+    """Returns the chat template of a checkpoint and the path of its file, or None.
 
-    The order is that of transformers: chat_template.jinja, chat_template.json, then the key
-    `chat_template` of tokenizer_config.json (of several named ones that which is named default).
+    The search order is that of transformers: chat_template.jinja, chat_template.json, then the
+    key `chat_template` of tokenizer_config.json (if it lists several, the one named "default").
 
     Raises:
-      ValueError: a file is not valid JSON, or holds something else than a template.
+      ValueError: if a file is not valid JSON, or holds something other than a template.
     """
     directory = epath.Path(directory)
     if (directory / TEMPLATE_FILE).is_file():
@@ -233,11 +235,11 @@ def default_template(
     thinks: bool = False,
     empty_thought: bool = False,
 ) -> str:
-    """Returns a chat template for a checkpoint that comes without one.
+    """Returns a chat template for a checkpoint without one.
 
     Args:
       turn_start, turn_end: tokens that open and close a turn.
-      has_system_turn: whether a system text has its own turn; in Gemma 3 it has none.
+      has_system_turn: whether a system text has its own turn; in Gemma 3 it does not.
       thinks: whether the vocabulary has Gemma 4's thought channel.
       empty_thought: whether a prompt without thinking ends in an empty thought channel.
     """
@@ -248,10 +250,10 @@ def default_template(
 
 
 def _named_default(value: Any, path: epath.Path) -> str | None:
-    """Returns the template that a JSON file holds under `chat_template`, or None."""
+    """Returns the template in the value of the JSON key `chat_template`, or None."""
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, list):  # several, for different uses
+    if isinstance(value, list):  # several templates for different uses
         value = {t.get('name'): t.get('template') for t in value if isinstance(t, dict)}
     if isinstance(value, dict) and isinstance(value.get('default'), str):
         return value['default']
@@ -262,7 +264,7 @@ def _named_default(value: Any, path: epath.Path) -> str | None:
 
 
 def _environment() -> Any:
-    """Returns jinja2's environment with the settings that transformers renders templates with."""
+    """Returns a jinja2 environment with the settings that transformers uses for templates."""
     import jinja2
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -271,7 +273,10 @@ def _environment() -> Any:
         raise jinja2.TemplateError(message)
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks responses for training; what it holds is written as it is."""
+        """A jinja2 extension that renders the content of `{% generation %}` unchanged.
+
+        Templates mark responses for training with this tag.
+        """
 
         tags = {'generation'}
 
@@ -287,7 +292,7 @@ def _environment() -> Any:
 
 
 def _split(text: str, roles: tuple[str, ...]) -> Iterator[str | Slot]:
-    """Yields a rendered conversation as literal text and slots, first and last a (empty) text."""
+    """Yields literal texts and slots in turn; the first and the last are (possibly empty) texts."""
     start = 0
     for match in _MARK.finditer(text):
         yield text[start : match.start()]

@@ -1,4 +1,4 @@
-"""Examples from a JSONL file: one object with a prompt and a response on each line."""
+"""Reads examples from a JSONL file: one object with a prompt and a response on each line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
-# What Excel and PowerShell put at the start of UTF-8 text; it is skipped.
+# Excel and PowerShell write this mark at the start of UTF-8 text; it is skipped.
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
-_GZIP, _UTF16 = b'\x1f\x8b', (b'\xff\xfe', b'\xfe\xff')  # first bytes of such files
-# First bytes of what is often taken for JSONL, and what to do about it.
+_GZIP, _UTF16 = b'\x1f\x8b', (b'\xff\xfe', b'\xfe\xff')  # the first bytes of such files
+# The first bytes of other formats that are often passed as JSONL, and the remedy for each.
 _FOREIGN = (
     (b'BZh', 'is compressed (bzip2); unpack it with bunzip2'),
     (b'\xfd7zXZ', 'is compressed (xz); unpack it with unxz'),
@@ -27,7 +27,7 @@ _FOREIGN = (
 
 
 def parse_row(line: bytes, where: str, prompt_feature: str, response_feature: str) -> dict:
-    """One line as an example; keys other than the two features are kept as they are.
+    """Returns the example on one line; keys other than the two features are kept unchanged.
 
     Args:
       line: a line of the file.
@@ -36,7 +36,7 @@ def parse_row(line: bytes, where: str, prompt_feature: str, response_feature: st
       response_feature: key of the response; the example has it as 'response'.
 
     Raises:
-      ValueError: on anything but a JSON object whose two features are text.
+      ValueError: if the line is not a JSON object whose two features are text.
     """
     try:
         row = json.loads(line.removeprefix(_BYTE_ORDER_MARK).decode('utf-8'))
@@ -61,21 +61,22 @@ def parse_row(line: bytes, where: str, prompt_feature: str, response_feature: st
         try:
             row[name].encode('utf-8')
         except UnicodeEncodeError as error:
-            raise ValueError(f'{where}: "{name}" is no valid Unicode text: {error}') from error
+            raise ValueError(f'{where}: "{name}" is not valid Unicode text: {error}') from error
     prompt, response = row[prompt_feature], row[response_feature]
-    rest = {k: v for k, v in row.items() if k not in (prompt_feature, response_feature)}
-    return {**rest, 'prompt': prompt, 'response': response}
+    others = {k: v for k, v in row.items() if k not in (prompt_feature, response_feature)}
+    return {**others, 'prompt': prompt, 'response': response}
 
 
 class JsonlSource:
-    """Random access to the rows of a JSONL file.
+    """A source with random access to the rows of a JSONL file.
 
-    Every row is checked once, at construction. Only the place of each row is held in memory, and
-    the whole text where the file is compressed (gzip) or UTF-16 with a byte order mark; other text
-    is UTF-8. Blank lines and byte order marks are skipped.
+    The file must be UTF-8, UTF-16 with a byte order mark, or either of them compressed with gzip.
+    Every row is checked once, at construction. Only the position of each row is kept in memory,
+    except for compressed and UTF-16 files, whose whole text is kept. Blank lines and byte order
+    marks are skipped.
 
     Attributes:
-      fingerprint: hash of the content; a file that was only moved keeps it.
+      fingerprint: a hash of the content, which does not depend on the path.
     """
 
     def __init__(
@@ -84,12 +85,12 @@ class JsonlSource:
         prompt_feature: str = 'prompt',
         response_feature: str = 'response',
     ) -> None:
-        """Reads the file once.
+        """Reads and checks the whole file once.
 
         Raises:
-          FileNotFoundError: when there is no such file.
-          ValueError: on the first bad row, with its line number, when there is no row, or when
-            the file is damaged, compressed by another program or in another encoding.
+          FileNotFoundError: if the file does not exist.
+          ValueError: on the first bad row, with its line number; if there are no rows; or if the
+            file is damaged, compressed by another program or in another encoding.
         """
         self._file = epath.Path(path)
         self._features = prompt_feature, response_feature
@@ -100,7 +101,7 @@ class JsonlSource:
             )
         self._text = self._unpacked()
         digest = hashlib.sha256()
-        spans, numbers, offset = [], [], 0  # (start, length) and line number of each row
+        spans, numbers, offset = [], [], 0  # (start, length) in bytes, line number of each row
         with self._open() as lines:
             for number, line in enumerate(lines, start=1):
                 content = line.removeprefix(_BYTE_ORDER_MARK).strip()
@@ -117,10 +118,10 @@ class JsonlSource:
         self.fingerprint = f'jsonl {digest.hexdigest()[:16]}'
 
     def _unpacked(self) -> bytes | None:
-        """Returns the text in UTF-8 where the file holds it in another form, else None.
+        """Returns the text in UTF-8 if the file stores it in another form, else None.
 
         Raises:
-          ValueError: the file is damaged, or in a form that is not read; with what to do.
+          ValueError: if the file is damaged or in an unsupported format; it names a remedy.
         """
         with self._file.open('rb') as file:
             start = file.read(8)
@@ -142,7 +143,8 @@ class JsonlSource:
                 text = text.decode('utf-16').encode('utf-8')
             except UnicodeError as error:
                 raise ValueError(
-                    f'{self._file} begins as UTF-16 text and is none ({error}); save it as UTF-8.'
+                    f'{self._file} begins as UTF-16 text but is not valid UTF-16 ({error}); '
+                    'save it as UTF-8.'
                 ) from error
         return text
 
@@ -159,7 +161,7 @@ class JsonlSource:
         if not -len(self) <= index < len(self):
             raise IndexError(f'index {index} is out of range for {self!r}.')
         start, length = self._spans[index].tolist()
-        with self._open() as file:  # opened anew: safe in threads, and picklable
+        with self._open() as file:  # reopened each time, which is thread-safe and picklable
             file.seek(start)
             line = file.read(length)
         where = f'{self._file}, line {self._numbers[index]}'

@@ -1,12 +1,12 @@
-"""From an example to a row of a training batch: example -> document -> packed rows.
+"""Converts examples to rows of a training batch: example -> document -> packed rows.
 
 A document is one tokenized example: its prompt, its response and the turn end that stops it.
-Several documents share a row. `segment_ids` tells them apart (1, 2, ... in order, 0 = empty),
-and each document's response is cut in canvases of its own, from its first token on or, for a share
-of the documents, from a random one. Nothing is ever cut short: a document that fits no row is
-dropped whole, and counted.
+Several documents share a row; `segment_ids` distinguishes them (1, 2, ... in order, 0 = empty).
+The response of each document is cut into separate canvases, which start at its first token or,
+for a share of the documents, at a random one. Documents are never truncated: one that fits no row
+is dropped and counted.
 
-The keys of a batch, with B rows of length L, N canvases a row, C tokens a canvas:
+The keys of a batch, with B rows of length L, N canvases per row, C tokens per canvas:
 
     tokens              [B, L] int32     documents, pad id elsewhere
     segment_ids         [B, L] int32     1.. = document, 0 = empty
@@ -17,13 +17,13 @@ The keys of a batch, with B rows of length L, N canvases a row, C tokens a canva
     canvas_starts       [B, N] int32     position in the document of the canvas's first token
     canvas_offsets      [B, N] int32     index in the row of the canvas's first token
 
-With no canvases in a row (N = 0, for autoregressive training) the first four keys are all. With the
-teacher's k most likely tokens (`RowLayout.top_k`) there are three more; at i they are about token
-i + 1, as causal logits are, and they mean something where that token is a target:
+Without canvases (N = 0, for autoregressive training) a batch only has the first four keys. With
+the teacher's k most likely tokens (`RowLayout.top_k`) it has three more. Their values at index i
+describe token i + 1, as causal logits do, and are only valid if that token is a target:
 
     teacher_ids         [B, L, k] int32    the tokens
     teacher_log_probs   [B, L, k] float16  their log-probabilities
-    teacher_log_rest    [B, L] float16     log of the probability of all others
+    teacher_log_rest    [B, L] float16     log of the total probability of all other tokens
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from jaxtyping import Int
 Features = dict[str, np.ndarray]
 
 TEACHER_KEYS = ('teacher_ids', 'teacher_log_probs', 'teacher_log_rest')
-# [R] int32 of an example: its response in tokens, which then need not end in a stop token.
+# The key of an example's response as tokens, [R] int32, which need not end in a stop token.
 RESPONSE_IDS = 'response_ids'
 
 
@@ -58,19 +58,19 @@ class PromptTokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """Sizes of a packed row.
+    """A description of the sizes of a packed row.
 
     Attributes:
-      row_length: tokens in a row, L.
-      canvases_per_row: canvas slots in a row, N; 0 leaves the canvases out.
-      canvas_length: tokens in a canvas, C.
-      pad_id: what stands where there is no document.
-      random_offset_rate: share of the documents whose canvases start at a random token of the
-        response's first canvas (what is before it only serves as prefix). A decoder that
-        starts canvases where its last one was cut short needs such examples.
-      top_k: tokens of the teacher's distributions, which the examples then must have; 0 leaves
-        them out.
-      one_canvas: a document has one canvas, a random one of its own, instead of all.
+      row_length: the number of tokens in a row, L.
+      canvases_per_row: the number of canvas slots in a row, N; 0 leaves the canvases out.
+      canvas_length: the number of tokens in a canvas, C.
+      pad_id: the token id at positions without a document.
+      random_offset_rate: the share of documents whose canvases start at a random token of the
+        response's first canvas (earlier tokens are only prefix). A decoder that starts a canvas
+        wherever the previous one was cut short needs such examples.
+      top_k: the number of tokens per teacher distribution, which the examples must then contain;
+        0 leaves the distributions out.
+      one_canvas: whether a document gets one random canvas of its response instead of all.
     """
 
     row_length: int
@@ -100,9 +100,9 @@ class Document:
 
     Attributes:
       tokens: [T] int32, prompt and response.
-      prompt_length: index of the response's first token.
-      teacher: the example's features in `TEACHER_KEYS`: what the teacher said of each of the R
-        tokens of the response, [R, k] or [R].
+      prompt_length: the index of the response's first token.
+      teacher: the features of the example in `TEACHER_KEYS`: the teacher's distribution at each
+        of the R tokens of the response, [R, k] or [R].
     """
 
     tokens: Int[np.ndarray, ' T']
@@ -111,14 +111,14 @@ class Document:
 
     @property
     def response(self) -> Int[np.ndarray, ' R']:
-        """[R] int32, the response with the token that stops it."""
+        """Returns the response with the token that stops it, [R] int32."""
         return self.tokens[self.prompt_length :]
 
 
 def tokenize(example: Mapping[str, Any], tokenizer: PromptTokenizer) -> Document:
-    """Turns {'prompt', 'response'} into a document, with `TEACHER_KEYS` where there are any.
+    """Returns the document of an example {'prompt', 'response'}, including `TEACHER_KEYS` if any.
 
-    Where an example has `RESPONSE_IDS`, these are its response, as they are.
+    If the example has `RESPONSE_IDS`, they are used unchanged as its response.
     """
     prompt = tokenizer.format_prompt(example['prompt'])
     if RESPONSE_IDS in example:
@@ -132,7 +132,7 @@ def tokenize(example: Mapping[str, Any], tokenizer: PromptTokenizer) -> Document
 def cut_canvases(
     response: Int[np.ndarray, ' R'], canvas_length: int, pad_id: int = 0
 ) -> Int[np.ndarray, 'n {canvas_length}']:
-    """Cuts a response [R] in [ceil(R / C), C] canvases; the last one is filled up with pad_id."""
+    """Returns a response [R] cut into canvases [ceil(R / C), C], the last padded with pad_id."""
     count = -(-len(response) // canvas_length)
     canvases = np.full((count * canvas_length,), pad_id, np.int32)
     canvases[: len(response)] = response
@@ -140,7 +140,7 @@ def cut_canvases(
 
 
 def misfit(document: Document, layout: RowLayout) -> str | None:
-    """Why a document fits no row of this layout, or None where it fits."""
+    """Returns why a document does not fit a row of this layout, or None if it fits."""
     if len(document.tokens) > layout.row_length:
         return f'longer than row_length={layout.row_length} tokens'
     canvases = -(-len(document.response) // layout.canvas_length) if layout.canvases_per_row else 0
@@ -153,7 +153,7 @@ def misfit(document: Document, layout: RowLayout) -> str | None:
 
 
 def draw_offset(document: Document, layout: RowLayout, rng: np.random.Generator) -> int:
-    """Index in the response at which the document's canvases start; mostly or always 0."""
+    """Returns the index in the response at which the document's canvases start, usually 0."""
     if rng.random() >= layout.random_offset_rate:
         return 0
     return int(rng.integers(min(layout.canvas_length, len(document.response))))
@@ -162,7 +162,7 @@ def draw_offset(document: Document, layout: RowLayout, rng: np.random.Generator)
 def draw_canvas(
     document: Document, layout: RowLayout, offset: int, rng: np.random.Generator
 ) -> int | None:
-    """Number of the document's only canvas; None where it has all of them."""
+    """Returns the random index of the document's only canvas, or None if it keeps all canvases."""
     if not layout.one_canvas:
         return None
     return int(rng.integers(-(-(len(document.response) - offset) // layout.canvas_length)))
@@ -171,9 +171,10 @@ def draw_canvas(
 def document_features(
     document: Document, layout: RowLayout, offset: int = 0, canvas: int | None = None
 ) -> Features:
-    """The document's share of a row: T tokens and their mask, n canvases and their starts.
+    """Returns what a document adds to a row: T tokens and their mask, n canvases and their starts.
 
-    Canvases begin at token `offset` of the response; with a number `canvas` that one is the only.
+    Canvases begin at token `offset` of the response. With an index `canvas`, only that canvas is
+    kept.
     """
     length = len(document.tokens)
     features = {
@@ -193,18 +194,18 @@ def document_features(
 
 
 def _teacher_features(document: Document, top_k: int) -> Features:
-    """What the teacher said of token i + 1 at each i [T]; 0 where that is none of the response."""
+    """Returns the teacher's features of token i + 1 at each index i; 0 outside the response."""
     if not document.teacher:
         raise ValueError(
             f'config.targets.top_k_logits={top_k}, but the data hold no distributions of the '
             'teacher: write the targets again, or set it to 0 to run the teacher in training.'
         )
-    said, expected = document.teacher['teacher_ids'].shape, (len(document.response), top_k)
-    if said != expected:
+    actual, expected = document.teacher['teacher_ids'].shape, (len(document.response), top_k)
+    if actual != expected:
         raise ValueError(
-            f'the data hold [tokens, k] = {said} most likely tokens of the teacher for a response '
-            f'where {expected} are needed: they were written with another tokenizer or another '
-            'config.targets.top_k_logits. Write the targets again.'
+            f'the data hold [tokens, k] = {actual} most likely tokens of the teacher for a '
+            f'response where {expected} are needed: they were written with another '
+            'tokenizer or another config.targets.top_k_logits. Write the targets again.'
         )
     features = {}
     for name, value in document.teacher.items():
@@ -214,7 +215,7 @@ def _teacher_features(document: Document, top_k: int) -> Features:
 
 
 def _finish_row(row: Features) -> Features:
-    """Names the packer's features as the batch has them, and finds each canvas in the row."""
+    """Returns a row with the keys of a batch, including the index of each canvas in the row."""
     segment_ids, positions = row['tokens_segment_ids'], row['tokens_positions']
     finished = {
         'tokens': row['tokens'],
@@ -240,20 +241,21 @@ def _finish_row(row: Features) -> Features:
 def pack_rows(
     features: grain.IterDataset, layout: RowLayout, *, bins: int = 64, seed: int = 0
 ) -> grain.IterDataset:
-    """Packs a stream of `document_features` into rows, first fit.
+    """Packs a stream of `document_features` into rows with the first-fit heuristic.
 
     Args:
-      features: what to pack; every element must fit a row by itself, see `misfit`.
-      layout: sizes of a row.
-      bins: rows that are open at a time. More waste less, and reach a little further ahead.
-      seed: the order in which full rows leave.
+      features: the documents to pack; each of them must fit a row by itself, see `misfit`.
+      layout: the sizes of a row.
+      bins: the number of rows that are open at a time. More bins leave fewer empty tokens but
+        read further ahead.
+      seed: the seed of the order in which finished rows are returned.
 
     Returns:
-      Rows: the batch's features without the leading B.
+      A stream of rows, which have the features of a batch without the leading B.
     """
     lengths = {'tokens': layout.row_length, 'target_mask': layout.row_length}
     padding = {'tokens': layout.pad_id, 'target_mask': False}
-    unnumbered = ['target_mask']  # features whose segments and positions nobody reads
+    unnumbered = ['target_mask']  # features whose segments and positions are not needed
     if layout.top_k:
         lengths |= dict.fromkeys(TEACHER_KEYS, layout.row_length)
         padding |= dict.fromkeys(TEACHER_KEYS, 0)
@@ -275,7 +277,7 @@ def pack_rows(
 
 
 class DropCounter:
-    """Counts dropped documents by reason and says so in the log at 1, 10, 100, ... of them."""
+    """A counter of dropped documents by reason, which logs the count at 1, 10, 100, ..."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -292,13 +294,14 @@ class DropCounter:
 def pack_examples(
     examples: Iterable[Mapping[str, Any]], tokenizer: PromptTokenizer, layout: RowLayout
 ) -> Features:
-    """Packs a few examples into one batch of as many rows as they need, for tests and losses.
+    """Packs a few examples into one batch with as many rows as they need, for tests and losses.
 
     Returns:
-      A batch as in the head of this file. Documents that fit no row are left out, with a warning.
+      A batch with the keys in the docstring of this module. Documents that fit no row are left
+      out, with a warning.
 
     Raises:
-      ValueError: when no document fits.
+      ValueError: if no document fits a row.
     """
     dropped = DropCounter('pack_examples')
     features = []

@@ -1,12 +1,12 @@
-"""The stream of training batches: shuffled, mixed, tokenized, packed, and resumable.
+"""The resumable stream of training batches: shuffled, mixed, tokenized and packed.
 
     sources (shuffled each epoch, this process's shard, repeated forever)
       -> mixed by weight -> tokenized -> packed -> batched
 
-The stream is a function of its arguments alone. Its state is a small JSON-able dict; a stream
-made with the same arguments and given that state goes on with the very next batch.
+The stream depends only on its arguments. Its state is a small dict that JSON can store; a stream
+with the same arguments that is set to this state continues with the next batch.
 
-With worker processes each of them has every w-th example of each source and makes every w-th batch.
+Each of w worker processes reads every w-th example of each source and makes every w-th batch.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from diffusiongemma.data import packing
 from diffusiongemma.data.sources import DataSpec, Source, load_source
 
 _STATE_VERSION = 1
-# With so many misfits in a row the layout does not suit the data: better an error than a stream
-# that looks for a document for hours.
+# After this many consecutive documents that do not fit, the layout is wrong for the data. An error
+# is better than a stream that searches for a fitting document for hours.
 _MAX_CONSECUTIVE_DROPS = 10_000
 
 SourceLike = DataSpec | Source
 
 
 class _Tokenize:
-    """Example -> features of its document, or None (grain skips it) where it fits no row."""
+    """A map from an example to the features of its document; None (skipped) if it fits no row."""
 
     def __init__(
         self, name: str, size: int, tokenizer: packing.PromptTokenizer, layout: packing.RowLayout
@@ -71,14 +71,14 @@ class _Tokenize:
 
 
 class TrainIterator(grain.DatasetIterator):
-    """Endless iterator over batches (see `packing` for their keys).
+    """An endless iterator over batches; `packing` documents their keys.
 
-    It is a grain iterator: `get_state` and `set_state` work with a dict that JSON can hold, and
+    It is a grain iterator: `get_state` and `set_state` work with a dict that JSON can store, and
     `grain.checkpoint.CheckpointSave(it)` / `CheckpointRestore(it)` work with orbax.
     """
 
     def __init__(self, batches: grain.DatasetIterator, fingerprint: dict[str, Any]) -> None:
-        """Wraps grain's iterator; `fingerprint` is what a state depends on."""
+        """Wraps grain's iterator; `fingerprint` describes the settings that a state depends on."""
         super().__init__(batches)
         self._batches = batches
         self._fingerprint = fingerprint
@@ -87,7 +87,7 @@ class TrainIterator(grain.DatasetIterator):
         return next(self._batches)
 
     def get_state(self) -> dict[str, Any]:
-        """The place after the last batch that was handed out, as a JSON-able dict."""
+        """Returns the position after the last returned batch, as a dict that JSON can store."""
         return {
             'version': _STATE_VERSION,
             'fingerprint': self._fingerprint,
@@ -95,19 +95,19 @@ class TrainIterator(grain.DatasetIterator):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken.
+        """Continues from the position of `state`.
 
         Raises:
-          ValueError: when the state comes from a stream with other settings or other data.
+          ValueError: if the state comes from a stream with other settings or other data.
         """
         if not isinstance(state, dict) or state.get('version') != _STATE_VERSION:
             raise ValueError(f'Not a data state of version {_STATE_VERSION}: {str(state)[:200]!r}.')
-        theirs = state['fingerprint']
-        names = sorted(set(theirs) | set(self._fingerprint))
+        saved = state['fingerprint']
+        names = sorted(set(saved) | set(self._fingerprint))
         differing = [
-            f'{name}: saved {theirs.get(name)!r}, now {self._fingerprint.get(name)!r}'
+            f'{name}: saved {saved.get(name)!r}, now {self._fingerprint.get(name)!r}'
             for name in names
-            if theirs.get(name) != self._fingerprint.get(name)
+            if saved.get(name) != self._fingerprint.get(name)
         ]
         if differing:
             raise ValueError(
@@ -115,16 +115,16 @@ class TrainIterator(grain.DatasetIterator):
                 f'in this one ({"; ".join(differing)}). Resume with the same data settings, or '
                 'start the data afresh.'
             )
-        self._batches.set_state(copy.deepcopy(state['grain']))  # grain goes on to write in it
+        self._batches.set_state(copy.deepcopy(state['grain']))  # grain modifies its state in place
 
     def close(self) -> None:
-        """Ends the threads and processes that make batches; there is no next batch then."""
-        if hasattr(super(), 'close'):  # older grain ends them with the iterator itself
+        """Stops the threads and processes that make batches; the iterator cannot be used after."""
+        if hasattr(super(), 'close'):  # older versions of grain stop them with the iterator itself
             super().close()
 
 
 def _listed(sources: SourceLike | Sequence[SourceLike]) -> list[SourceLike]:
-    """One spec or source, or several, as a list. A list of examples is one source."""
+    """Returns one or several specs or sources as a list. A list of examples is one source."""
     if not isinstance(sources, (list, tuple)) or (sources and isinstance(sources[0], Mapping)):
         return [cast(SourceLike, sources)]
     if not sources:
@@ -133,7 +133,7 @@ def _listed(sources: SourceLike | Sequence[SourceLike]) -> list[SourceLike]:
 
 
 def _source_seed(seed: int, index: int) -> int:
-    """Sources of a mixture are shuffled independently."""
+    """Returns an independent seed for one source of a mixture."""
     return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
 
 
@@ -148,19 +148,19 @@ def _weights(listed: Sequence[SourceLike], weights: Sequence[float] | None) -> l
 
 
 def _start_worker(worker: int, workers: int) -> None:
-    """What a worker process does first: it leaves devices and signals to the process above it."""
+    """Initializes a worker process: only its parent uses accelerators and handles signals."""
     del worker, workers
-    # Importing the package starts no backend of JAX; should a source use JAX, then on the CPU.
+    # Importing the package does not start a JAX backend. A source that uses JAX runs on the CPU.
     os.environ['JAX_PLATFORMS'] = 'cpu'
     jax.config.update('jax_platforms', 'cpu')
-    # Ctrl-C and a cluster's SIGTERM reach all processes, and a run still needs batches to end well.
+    # Ctrl-C and SIGTERM reach all processes, but the parent needs batches until it has stopped.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when the process above it is gone, however that ended."""
+    """Ends this worker process when its parent process has ended for any reason."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -168,7 +168,7 @@ def _end_with_parent() -> None:
 
 
 def _out_of_shared_memory(batch: packing.Features) -> packing.Features:
-    """Copies, so that a batch that is kept neither fills shared memory nor outlives its owner."""
+    """Returns a copy of a batch in ordinary memory, which frees its shared memory."""
     return {name: np.array(value) for name, value in batch.items()}
 
 
@@ -180,7 +180,7 @@ def _stream(
     process_index: int,
     process_count: int,
 ) -> tuple[grain.MapDataset, dict[str, Any]]:
-    """The endless stream of one source's tokenized documents, and what identifies it."""
+    """Returns the endless stream of one source's tokenized documents, and its fingerprint."""
     source = load_source(item) if isinstance(item, DataSpec) else item
     name = item.describe() if isinstance(item, DataSpec) else type(item).__name__
     shard = _shard(source, name, seed, process_index, process_count)
@@ -208,34 +208,34 @@ def make_train_iterator(
     prefetch: int = 2,
     workers: int = 0,
 ) -> TrainIterator:
-    """Makes the endless stream of training batches of one process.
+    """Returns the endless stream of training batches of one process.
 
     Args:
       sources: a DataSpec, a source (random access, examples are {'prompt', 'response', ...}), or
         a list of them to mix.
       tokenizer: a `Tokenizer`.
-      batch_size: rows of a batch, of this process alone.
-      row_length: tokens of a row; longer documents are dropped with a warning.
-      canvases_per_row: canvas slots of a row; 0 leaves the canvas keys out.
-      canvas_length: tokens of a canvas.
-      seed: of the shuffles and the offsets, in [0, 2**32).
+      batch_size: the number of rows per batch of this process.
+      row_length: the number of tokens per row; longer documents are dropped with a warning.
+      canvases_per_row: the number of canvas slots per row; 0 leaves the canvas keys out.
+      canvas_length: the number of tokens per canvas.
+      seed: the seed of the shuffles and the random offsets, in [0, 2**32).
       random_offset_rate, top_k, one_canvas: see `packing.RowLayout`.
-      weights: share of each source, in documents; by default each spec's own weight, 1 for a
-        source that came without a spec.
-      process_index: which shard is read; each epoch's shards are disjoint.
-      process_count: how many shards there are.
-      packing_bins: rows that are open for packing at a time.
-      prefetch: batches made ahead, in a thread; 0 makes each when it is asked for. Each worker
-        process makes as many ahead, and one at least.
-      workers: processes that make the batches, for a step that eats more than a thread makes; 0
-        for none. The order of the data depends on it. Sources and tokenizer are pickled, and the
-        script that asks for workers is imported by each: guard its `__main__`.
+      weights: the relative share of each source, in documents; by default the weight of each spec,
+        and 1 for a source without a spec.
+      process_index: the shard to read; the shards of an epoch are disjoint.
+      process_count: the number of shards.
+      packing_bins: the number of rows that are open for packing at a time.
+      prefetch: the number of batches that a thread, or each worker process (at least 1), makes
+        ahead of time; 0 makes each on request.
+      workers: the number of processes that make batches, for training steps that are faster than
+        one thread; 0 for none. It affects the order of the data. Sources and tokenizer are
+        pickled, and each worker imports the main script, so guard its `__main__`.
 
     Returns:
-      An iterator over dicts of numpy arrays, see `packing`; `close` ends its workers.
+      An iterator over dicts of numpy arrays, see `packing`; `close` stops its workers.
 
     Raises:
-      ValueError: on sizes, weights or shards that can't be.
+      ValueError: if sizes, weights or shards are invalid.
     """
     _check_sizes(batch_size, process_index, process_count, seed, workers)
     shape = (row_length, canvases_per_row, canvas_length, tokenizer.pad_id)
@@ -244,8 +244,8 @@ def make_train_iterator(
     shares = _weights(listed, weights)
     parts, described = [], []
     for index, (item, share) in enumerate(zip(listed, shares, strict=True)):
-        own_seed = _source_seed(seed, index)
-        part, about = _stream(item, tokenizer, layout, own_seed, process_index, process_count)
+        source_seed = _source_seed(seed, index)
+        part, about = _stream(item, tokenizer, layout, source_seed, process_index, process_count)
         parts.append(part)
         described.append(about | {'weight': share})
     features = _mixed(parts, shares, workers).to_iter_dataset(grain.ReadOptions(num_threads=0))
@@ -266,7 +266,7 @@ def make_train_iterator(
         'process': [process_index, process_count],
         'packing_bins': packing_bins,
     }
-    if workers:  # streams without have states that are older than this key
+    if workers:  # saved states from before this key are from streams without workers
         fingerprint['workers'] = workers
     return TrainIterator(iter(batches), fingerprint)
 
@@ -287,7 +287,7 @@ def _check_sizes(
 def _shard(
     source: Source, name: str, seed: int, process_index: int, process_count: int
 ) -> grain.MapDataset:
-    """The shuffled examples of one process; those of different processes are disjoint."""
+    """Returns the shuffled examples of one process, which are disjoint between processes."""
     if len(source) < process_count:
         raise ValueError(
             f'{name} has {len(source)} examples, fewer than process_count={process_count}, '
@@ -297,9 +297,9 @@ def _shard(
 
 
 def _made_ahead(batches: grain.IterDataset, prefetch: int, workers: int) -> grain.IterDataset:
-    """The batches, made by worker processes or a thread before they are asked for."""
+    """Returns a stream whose batches are made ahead by worker processes or by a thread."""
     if workers:
-        if not flags.FLAGS.is_parsed():  # as in a notebook; grain reads flags of its own
+        if not flags.FLAGS.is_parsed():  # for example in a notebook; grain reads its own flags
             flags.FLAGS.mark_as_parsed()
         return batches.mp_prefetch(
             grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(prefetch, 1)),
@@ -313,12 +313,12 @@ def _made_ahead(batches: grain.IterDataset, prefetch: int, workers: int) -> grai
 def _mixed(
     parts: Sequence[grain.MapDataset], shares: Sequence[float], workers: int
 ) -> grain.MapDataset:
-    """The mixture of endless parts; grain gives worker i of w its elements i, i + w, i + 2w, ..."""
+    """Returns a mixture of endless streams, such that each worker reads the same mixture."""
     if len(parts) == 1:
         return parts[0]
     if workers < 2:
         return grain.MapDataset.mix(parts, shares)
-    # Elements of one mixture in turn would be one source for each worker: 'abab' is 'aa' and 'bb'.
+    # grain gives worker i of w the elements i, i + w, ...: of one mixture 'abab', 'aa' and 'bb'.
     each = [
         grain.MapDataset.mix([part[worker::workers] for part in parts], shares)
         for worker in range(workers)
@@ -333,10 +333,10 @@ def _tokenizer_hash(tokenizer: Any) -> str:
 
 
 def eval_examples(source: SourceLike, n: int | None = None) -> list[dict[str, Any]]:
-    """The first n examples of a spec or source in their own order, or all of them if fewer.
+    """Returns the first n examples of a spec or source in order, or all if there are fewer.
 
     Raises:
-      ValueError: when n is below 1.
+      ValueError: if n is below 1.
     """
     if n is not None and n < 1:
         raise ValueError(f'n must be >= 1 or None for all, got {n}.')

@@ -1,4 +1,4 @@
-"""Where examples come from: built-in tasks, Python source, HumanEval, JSONL files, TFDS datasets.
+"""Sources of examples: built-in tasks, Python source, HumanEval, JSONL files, TFDS datasets.
 
     >>> source = load_source(DataSpec(kind='wordmath', split='test', size=100))
     >>> sorted(source[0])
@@ -19,7 +19,7 @@ from diffusiongemma.data import jsonl
 from diffusiongemma.data.tasks import human_eval, python_source, sudoku, wordmath
 
 DEFAULT_TASK_SIZE = 1_000_000
-# The fields that each kind reads, besides kind, size and weight.
+# The fields that each kind reads in addition to kind, size and weight.
 _FIELDS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     'wordmath': ('split', 'seed'),
     'sudoku': ('split', 'seed', 'box', 'min_clues', 'max_clues'),
@@ -35,7 +35,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
 
 
 class Source(Protocol):
-    """Random access to examples."""
+    """A collection of examples with random access."""
 
     def __len__(self) -> int: ...
 
@@ -43,7 +43,10 @@ class Source(Protocol):
 
 
 def nearest(name: str, known: Iterable[str], they: str = 'known') -> str:
-    """Returns the hint that follows an unknown name: the nearest known one, or all of `they`."""
+    """Returns a hint for an unknown name: the nearest known name, or the list of all known ones.
+
+    `they` is the word before that list.
+    """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f'did you mean {near[0]!r}?' if near else f'{they}: {known}.'
@@ -51,21 +54,22 @@ def nearest(name: str, known: Iterable[str], they: str = 'known') -> str:
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """Names a source.
+    """A description of a source.
 
     Attributes:
-      kind: 'wordmath' or 'sudoku' (built-in tasks), 'python_source' (the standard library's own
-        files), 'human_eval' (the package human-eval), 'jsonl' or 'tfds'.
-      name: TFDS dataset, with its config and version where wanted: 'name/config:1.0.0'.
-      path: file (jsonl) or data directory (tfds; TFDS's own by default).
-      split: 'train' or 'test' of a task or of python_source; any split of a TFDS dataset, slices
-        included.
-      size: number of examples. A task makes that many (by default 1,000,000); of other kinds
-        the first so many are used (by default all).
-      seed: of a task's stream of examples.
-      prompt_feature, response_feature: names of the text in JSONL rows and TFDS datasets.
-      box, min_clues, max_clues: of sudoku, see `Sudoku`.
-      weight: share in a mixture, relative to the other sources' weights.
+      kind: 'wordmath' or 'sudoku' (built-in tasks), 'python_source' (the files of the standard
+        library), 'human_eval' (the package human-eval), 'jsonl' or 'tfds'.
+      name: the TFDS dataset, optionally with its config and version: 'name/config:1.0.0'.
+      path: the file (jsonl) or the data directory (tfds; by default that of TFDS).
+      split: 'train' or 'test' for a task or python_source; any split of a TFDS dataset, including
+        slices.
+      size: the number of examples. A task generates that many (by default 1,000,000); other kinds
+        use the first ones (by default all).
+      seed: the seed of a task's stream of examples.
+      prompt_feature, response_feature: names of the text fields in JSONL rows and TFDS datasets.
+      box, min_clues, max_clues: box size and range of the number of clues for sudoku, see
+        `Sudoku`.
+      weight: the share in a mixture, relative to the weights of the other sources.
     """
 
     kind: str
@@ -88,7 +92,7 @@ class DataSpec:
         for name in _NEEDED.get(self.kind, ()):
             if not getattr(self, name):
                 raise ValueError(f'Data of kind {self.kind!r} needs {name!r}.')
-        stray = [n for n in self._given() if n not in _FIELDS_OF_KIND[self.kind]]
+        stray = [n for n in self._changed() if n not in _FIELDS_OF_KIND[self.kind]]
         if stray:
             raise ValueError(
                 f'Data of kind {self.kind!r} has no use for {stray}; it reads '
@@ -99,8 +103,8 @@ class DataSpec:
         if not isinstance(self.weight, (int, float)) or not self.weight > 0:
             raise ValueError(f'weight must be a number > 0, got {self.weight!r}.')
 
-    def _given(self) -> dict[str, Any]:
-        """The fields with other values than their defaults, save kind, size and weight."""
+    def _changed(self) -> dict[str, Any]:
+        """Returns the fields that differ from their defaults, without kind, size and weight."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -110,10 +114,10 @@ class DataSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DataSpec:
-        """Reads a spec from a dict or an ml_collections ConfigDict.
+        """Returns a spec from a dict or an ml_collections ConfigDict.
 
         Raises:
-          ValueError: on an unknown key, with the nearest known one, or a bad value.
+          ValueError: on an unknown key (with the nearest known one) or an invalid value.
         """
         values = dict(config)
         names = [field.name for field in dataclasses.fields(cls)]
@@ -125,17 +129,17 @@ class DataSpec:
         return cls(**values)
 
     def describe(self) -> str:
-        """Short name for logs and error messages, such as 'wordmath:train'."""
-        given = self._given()
-        head = [self.kind] + [str(given.pop(name)) for name in ('name', 'path') if name in given]
+        """Returns a short name for logs and error messages, such as 'wordmath:train'."""
+        fields = self._changed()
+        head = [self.kind] + [str(fields.pop(name)) for name in ('name', 'path') if name in fields]
         if 'split' in _FIELDS_OF_KIND[self.kind]:
             head.append(self.split)
-            given.pop('split', None)
-        return ' '.join([':'.join(head), *(f'{name}={value}' for name, value in given.items())])
+            fields.pop('split', None)
+        return ' '.join([':'.join(head), *(f'{name}={value}' for name, value in fields.items())])
 
 
 class _First:
-    """The first `size` examples of a source."""
+    """A source that consists of the first `size` examples of another source."""
 
     def __init__(self, source: Any, size: int) -> None:
         self._source = source
@@ -156,14 +160,14 @@ class _First:
 
 
 def split_source(data: DataSpec | Source, count: int) -> tuple[Source, list[dict[str, Any]]]:
-    """A source without its last examples, and these.
+    """Splits a source into a source without its last examples and a list of those examples.
 
     Args:
       data: a spec or a source.
-      count: examples that are held out, but at most a tenth of all.
+      count: the number of held-out examples, at most a tenth of all examples.
 
     Raises:
-      ValueError: there are too few examples to hold one out.
+      ValueError: if there are too few examples to hold one out.
     """
     source = load_source(data) if isinstance(data, DataSpec) else data
     count = min(count, len(source) // 10)
@@ -176,12 +180,12 @@ def split_source(data: DataSpec | Source, count: int) -> tuple[Source, list[dict
 
 
 def load_source(spec: DataSpec) -> Source:
-    """Opens the source that a spec names.
+    """Opens the source that a spec describes.
 
     Raises:
-      FileNotFoundError: when there is no such file or directory, or the package that the data
-        comes from is not installed.
-      ValueError: on bad rows, an empty dataset, or an unknown split, dataset or feature.
+      FileNotFoundError: if the file or directory does not exist, or the package with the data is
+        not installed.
+      ValueError: on invalid rows, an empty dataset, or an unknown split, dataset or feature.
     """
     task_size = spec.size or DEFAULT_TASK_SIZE
     if spec.kind == 'wordmath':
@@ -198,7 +202,7 @@ def load_source(spec: DataSpec) -> Source:
     elif spec.kind == 'jsonl':
         source = jsonl.JsonlSource(spec.path, spec.prompt_feature, spec.response_feature)
     else:
-        # TFDS takes long to import, and most runs do without it.
+        # TFDS takes long to import, and most runs do not need it.
         from diffusiongemma.data.tfds_source import TfdsSource
 
         source = TfdsSource(

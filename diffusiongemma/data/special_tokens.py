@@ -1,4 +1,4 @@
-"""Which pieces of a vocabulary stand for no text, and what each is for."""
+"""Finds the special tokens of a vocabulary and their roles."""
 
 import dataclasses
 import re
@@ -7,13 +7,14 @@ import sentencepiece
 
 # The turn tokens of Gemma 4 and of Gemma 3, in order of preference.
 TURN_PIECES = (('<|turn>', '<turn|>'), ('<start_of_turn>', '<end_of_turn>'))
-# Gemma 4: asks for thoughts in the system turn; they stand between the other two in a response.
+# Gemma 4: the first piece requests thoughts in the system turn, the other two open and close the
+# thoughts in a response.
 THINK_PIECES = ('<|think|>', '<|channel>', '<channel|>')
-# Gemma 4 hands over to a tool here, and waits: nothing that follows is its response.
+# Gemma 4 calls a tool with this piece and waits for its result; later tokens are not its response.
 TOOL_RESPONSE_PIECE = '<|tool_response>'
-# Pieces that steer the model rather than stand for text. Control symbols of the model file are
-# always among them; released vocabularies hold the others as user-defined symbols, which
-# sentencepiece would find in plain text.
+# Pieces that control the model instead of encoding text. The control symbols of the model file are
+# always special; released vocabularies store these others as user-defined symbols, which
+# sentencepiece would match in plain text.
 _STEERING = re.compile(
     r'<\|[^|<>]+\|?>|<[^|<>]+\|>|<(?:start|end)_of_\w+>|<(?:pad|eos|bos|unk|mask)>'
 )
@@ -21,15 +22,16 @@ _STEERING = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens that steer a model.
+    """A set of the special token ids of a vocabulary.
 
     Attributes:
-      ids: of all of them, by their pieces.
-      pad_id, bos_id, eos_id, unk_id, mask_id: the common ones.
-      turn_ids: of the tokens that open and close a turn.
-      chat_turns: whether these are used: a pretrained model's have the type UNUSED.
-      stop_ids: tokens after which a response is over.
-      think_ids: of the tokens that ask for thoughts, open and close their channel, or None.
+      ids: the ids of all special tokens by their pieces.
+      pad_id, bos_id, eos_id, unk_id, mask_id: the ids of the common special tokens.
+      turn_ids: the ids of the tokens that open and close a turn.
+      chat_turns: whether turns are used; in a pretrained model they have the type UNUSED.
+      stop_ids: the ids of the tokens that end a response.
+      think_ids: the ids of the tokens that request thoughts, open and close their channel, or
+        None.
     """
 
     ids: dict[str, int]
@@ -45,14 +47,14 @@ class SpecialTokens:
 
 
 def special_tokens(processor: sentencepiece.SentencePieceProcessor, source: str) -> SpecialTokens:
-    """Finds the special tokens of a vocabulary.
+    """Returns the special tokens of a vocabulary.
 
     Args:
-      processor: of the sentencepiece model.
-      source: where it came from, for error messages.
+      processor: the loaded sentencepiece model.
+      source: the file of the model, for error messages.
 
     Raises:
-      ValueError: one that is needed is missing.
+      ValueError: if a required token is missing.
     """
     pieces = processor.id_to_piece(list(range(processor.get_piece_size())))
     ids = {

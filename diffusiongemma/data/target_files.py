@@ -1,6 +1,6 @@
-"""Targets as a TFDS dataset: ArrayRecord shards, written one by one, and the files about them.
+"""Writes targets as a TFDS dataset: ArrayRecord shards, one by one, and their metadata.
 
-A shard is there whole or not at all. Any TFDS user can open the directory:
+Shards are written atomically. Any TFDS user can open the directory:
 
     tfds.builder_from_directory(DIRECTORY / NAME / '1.0.0').as_data_source('train')
 """
@@ -20,25 +20,26 @@ _SPLIT = 'train'
 
 
 class TargetFiles:
-    """The files of one set of targets.
+    """A writer of the files of one set of targets.
 
-    Features of an example: 'prompt' and 'response' (text), 'index' (int64, of the prompt in its
-    source) and, with k = top_k > 0, for each of the R tokens of the response and its turn end:
-    'teacher_ids' [R, k] int32, 'teacher_log_probs' [R, k] float16, 'teacher_log_rest' [R] float16.
-    With `response_ids` also 'response_ids' [R] int32, see `packing`.
+    An example has the features 'prompt' and 'response' (text) and 'index' (int64, the index of the
+    prompt in its source). With k = top_k > 0 it also has, for the R tokens of the response
+    including its turn end, 'teacher_ids' [R, k] int32, 'teacher_log_probs' [R, k] float16 and
+    'teacher_log_rest' [R] float16. With `response_ids` it also has 'response_ids' [R] int32, see
+    `packing`.
     """
 
     def __init__(
         self, directory: Path, name: str, num_shards: int, top_k: int, *, response_ids: bool = False
     ) -> None:
-        """Writes nothing.
+        """Describes the dataset; nothing is written yet.
 
         Args:
-          directory: TFDS's data directory.
-          name: of the dataset.
-          num_shards: shards that it will have.
-          top_k: k.
-          response_ids: that examples hold the tokens of their responses.
+          directory: the data directory of TFDS.
+          name: the name of the dataset.
+          num_shards: the number of shards of the finished dataset.
+          top_k: the number of tokens k per teacher distribution; 0 for none.
+          response_ids: whether examples contain the tokens of their responses.
         """
         self._directory = directory / name / _VERSION
         self._template = tfds.core.ShardedFileTemplate(
@@ -76,7 +77,7 @@ class TargetFiles:
         partial.replace(path)
 
     def finish(self) -> int:
-        """Writes what TFDS reads about the shards, all of which exist; returns their examples."""
+        """Writes the TFDS metadata once all shards exist; returns the number of examples."""
         paths = [self._path(shard) for shard in range(self._num_shards)]
         lengths = [ArrayRecordReader(str(path)).num_records() for path in paths]
         split = tfds.core.SplitInfo(

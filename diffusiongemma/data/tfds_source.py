@@ -1,4 +1,4 @@
-"""Examples from any TFDS dataset that has a text feature each for prompt and response."""
+"""Reads examples from any TFDS dataset that has text features for prompt and response."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from diffusiongemma.data import tfds_builders  # noqa: F401, registers the built
 
 
 class TfdsSource:
-    """Random access to a split of a TFDS dataset, without TensorFlow.
+    """A source with random access to a split of a TFDS dataset, without TensorFlow.
 
     A dataset that is not in the data directory yet is downloaded and prepared as ArrayRecord.
 
     Attributes:
-      fingerprint: names the dataset, its version and its split.
+      fingerprint: a text with the name, the version and the split of the dataset.
     """
 
     def __init__(
@@ -26,14 +26,14 @@ class TfdsSource:
         """Opens the dataset.
 
         Args:
-          name: of the dataset, with its config and version where wanted: 'name/config:1.0.0'.
+          name: the dataset, optionally with its config and version: 'name/config:1.0.0'.
           split: any split expression of TFDS, such as 'train' or 'train[:10%]'.
-          data_dir: where TFDS keeps its data; its own default if empty.
-          prompt_feature: feature that becomes 'prompt'.
-          response_feature: feature that becomes 'response'.
+          data_dir: the data directory of TFDS; '' for the default of TFDS.
+          prompt_feature: the feature that becomes 'prompt'.
+          response_feature: the feature that becomes 'response'.
 
         Raises:
-          ValueError: there is no such dataset, split or feature, the split is empty, or the
+          ValueError: if the dataset, split or feature does not exist, the split is empty, or the
             dataset was prepared in a format without random access.
         """
         self._name = f'tfds:{name}:{split}'
@@ -80,7 +80,7 @@ class TfdsSource:
 
 
 def _plain(value: Any) -> Any:
-    """Text as str, scalars as Python numbers, everything else as it is."""
+    """Returns text as str, scalars as Python numbers, and everything else unchanged."""
     if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
     return value.decode('utf-8') if isinstance(value, bytes) else value

@@ -1,14 +1,14 @@
-"""Sentencepiece tokenizer with the turn format of Gemma.
+"""A sentencepiece tokenizer with the turn format of Gemma.
 
     >>> from diffusiongemma.data.tokenizer import Tokenizer
     >>> tokenizer = Tokenizer.load('builtin')
     >>> tokenizer.decode(tokenizer.encode('two  spaces\\n')) == 'two  spaces\\n'
     True
 
-Text and control tokens do not mix: `encode` never emits a control token, whatever the text
-spells out, and `decode` never shows one. Only `format_prompt` and `format_response` put them in.
-A pretrained model has no turns: its tokenizer (`chat_turns` is False) formats a prompt as plain
-text to be continued.
+Text and control tokens do not mix: `encode` never returns a control token, even if the text
+spells its name, and `decode` never shows one. Only the methods that format turns insert them. A
+pretrained model has no turns: its tokenizer (`chat_turns` is False) formats a prompt as plain text
+to be continued.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ _BUILTIN_PATH = pathlib.Path(__file__).parents[1] / 'assets' / 'tokenizer.model'
 
 
 class Tokenizer:
-    """A sentencepiece model and the ids that the rest of the library needs.
+    """A tokenizer: a sentencepiece model, its special token ids and its chat template.
 
     Attributes:
-      vocab_size: number of pieces.
+      vocab_size: the number of pieces.
       pad_id, eos_id, bos_id, unk_id, mask_id: ids of the common special tokens.
       turn_start_id, turn_end_id: ids of the tokens that open and close a turn.
       chat_turns: whether prompts are turns of a conversation; False for a pretrained model, whose
         turn tokens have the type UNUSED.
-      stop_ids: tokens after which a response is over.
-      think_ids: ids of the tokens that ask for thoughts, open and close their channel, or None.
-      special_ids: tokens that stand for no text; `encode` avoids them and `decode` skips them.
-      content_hash: sha256 of the model file, stored with whatever was made with it.
-      format_hash: tells prompt formats of one vocabulary apart; None for the format of a
-        vocabulary without thoughts that came without a chat template.
-      chat_template: the jinja2 template of its conversations.
+      stop_ids: ids of the tokens that end a response.
+      think_ids: ids of the tokens that request thoughts, open and close their channel, or None.
+      special_ids: ids of tokens that encode no text; `encode` avoids and `decode` skips them.
+      content_hash: the SHA-256 of the model file, which is stored with data and checkpoints.
+      format_hash: a hash that distinguishes prompt formats of one vocabulary; None for the
+        default format of a vocabulary without thoughts.
+      chat_template: the jinja2 template of conversations.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class Tokenizer:
         """Reads a serialized sentencepiece model.
 
         Args:
-          model: content of a .model file.
-          source: where it came from, for error messages.
-          chat_template: the checkpoint's jinja2 template; None for that of the model family,
-            which the vocabulary tells.
-          empty_thought: without a template, whether a prompt that asks for no thoughts ends in an
-            empty thought channel, as those of Gemma 4 12B, 26B and 31B; E2B and E4B have none. Of
-            no effect on a vocabulary without thoughts.
-          template_source: where the template came from, for error messages.
+          model: the content of a .model file.
+          source: the file of the model, for error messages.
+          chat_template: the jinja2 template of the checkpoint; None for the default of the model
+            family, which the vocabulary determines.
+          empty_thought: whether, without a template, a prompt that requests no thoughts ends in
+            an empty thought channel, as for Gemma 4 12B, 26B and 31B (not for E2B and E4B). It
+            has no effect if the vocabulary has no thought tokens.
+          template_source: the file of the template, for error messages.
 
         Raises:
-          ValueError: when it is no sentencepiece model or lacks a token that is needed.
+          ValueError: if it is not a sentencepiece model or lacks a required token.
         """
         self._model = model
         self._source = source
@@ -120,18 +120,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str = BUILTIN, empty_thought: bool = True) -> Tokenizer:
-        """Loads a .model file from a local or gs:// path, or the one that ships ('builtin').
+        """Loads a .model file from a local or gs:// path, or the one in this package ('builtin').
 
-        A tokenizer.json of Gemma's kind is read as the sentencepiece model that it was made of. The
-        chat template that lies beside the file, as in a published checkpoint, is its own.
+        A tokenizer.json of a Gemma model is converted back to its sentencepiece model. A chat
+        template in the same directory, as in a published checkpoint, is used.
 
         Args:
-          path: of the .model or tokenizer.json file.
-          empty_thought: of effect where there is no template, see `__init__`.
+          path: the path of the .model or tokenizer.json file.
+          empty_thought: see `__init__`; it only matters without a template.
 
         Raises:
-          FileNotFoundError: when there is no such file.
-          ValueError: when the file is not a usable tokenizer model, or the file of the chat
+          FileNotFoundError: if the file does not exist.
+          ValueError: if the file is not a usable tokenizer model, or the file of the chat
             template beside it is damaged.
         """
         file = epath.Path(_BUILTIN_PATH if path == BUILTIN else path)
@@ -154,9 +154,9 @@ class Tokenizer:
         return Tokenizer(mark_unused(self._model, names), self._source)
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes the sentencepiece model to `path`, and a chat template of its own beside it.
+        """Writes the sentencepiece model to `path`, and its chat template, if any, beside it.
 
-        A template that lies there from another tokenizer is removed, since `load` would take it.
+        An existing template of another tokenizer is removed, because `load` would use it.
         """
         path = epath.Path(path)
         path.write_bytes(self._model)
@@ -167,20 +167,20 @@ class Tokenizer:
             template.unlink()
 
     def __reduce__(self) -> tuple:
-        own = self._own_template, self._empty_thought, self._template_source
-        return Tokenizer, (self._model, self._source, *own)
+        template = self._own_template, self._empty_thought, self._template_source
+        return Tokenizer, (self._model, self._source, *template)
 
     def __repr__(self) -> str:
         return f'Tokenizer({self._source}, sha256 {self.content_hash[:12]})'
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, never one of `special_ids`.
+        """Returns the token ids of plain text, none of which is in `special_ids`.
 
-        The name of a special token, spelled out in the text, is encoded in two parts, so that it
-        is read as the characters that it is made of.
+        If the text contains the name of a special token, the name is encoded in two parts, as
+        ordinary characters.
 
         Raises:
-          ValueError: the text is no valid Unicode: bytes that are not UTF-8 came in as surrogates.
+          ValueError: if the text is not valid Unicode, for example has lone surrogates.
         """
         if not text.isascii():
             try:
@@ -195,7 +195,7 @@ class Tokenizer:
         for match in self._literal.finditer(text):
             literal = match[0]
             ids += self._processor.encode(text[start : match.start()])
-            if literal == SPACE:  # sentencepiece would read it as a blank
+            if literal == SPACE:  # sentencepiece would read this character as a space
                 ids += [self._byte_ids[byte] for byte in literal.encode()]
             else:
                 ids += self._processor.encode(literal[0]) + self._processor.encode(literal[1:])
@@ -203,7 +203,7 @@ class Tokenizer:
         return ids + self._processor.encode(text[start:])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; special tokens are skipped and nothing ends the text.
+        """Returns the text of token ids; special tokens are skipped and do not end the text.
 
         Raises:
           ValueError: on an id outside the vocabulary.
@@ -215,11 +215,11 @@ class Tokenizer:
         return self._processor.decode([i for i in ids if i not in self.special_ids])
 
     def piece(self, token_id: int) -> str:
-        """The name of a token, special or not."""
+        """Returns the name of a token."""
         return self._processor.id_to_piece(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the UTF-8 bytes of a text; b'' for special tokens."""
+        """Returns the UTF-8 bytes that a token adds to a text; b'' for special tokens."""
         if token_id in self.special_ids:
             return b''
         piece = self.piece(token_id)
@@ -230,18 +230,18 @@ class Tokenizer:
     def format_prompt(
         self, prompt: str, system: str | None = None, thinking: bool = False
     ) -> list[int]:
-        """Ids of a conversation with one user turn, up to where the model's response starts.
+        """Returns the ids of a conversation with one user turn, up to the start of the response.
 
-        As the chat template writes it. Gemma 4's is `<bos><|turn>user\\n{prompt}<turn|>\\n
-        <|turn>model\\n`, with a turn of the role `system` before it where there is a system text,
-        or where thoughts are asked for. Where they are not, the larger models' prompts go on with
-        an empty thought channel. Text is trimmed where the template trims it. For a pretrained
-        model (`chat_turns` is False) it is `<bos>{prompt}`.
+        The chat template determines the format. For Gemma 4 it is `<bos><|turn>user\\n{prompt}
+        <turn|>\\n<|turn>model\\n`, after a turn of the role `system` if there is a system text or
+        thoughts are requested; without thoughts, prompts of the larger models end in an empty
+        thought channel. Text is trimmed if the template does so. For a pretrained model
+        (`chat_turns` is False) the format is `<bos>{prompt}`.
 
         Raises:
-          ValueError: when thoughts are asked for and the tokenizer has no tokens for them, or the
-            chat template of the checkpoint cannot write this conversation, or a pretrained model
-            gets a system text.
+          ValueError: if thoughts are requested but the tokenizer has no tokens for them, if the
+            chat template cannot format this conversation, or if a pretrained model gets a system
+            text.
         """
         if not self.chat_turns:
             if thinking or system is not None:
@@ -259,10 +259,10 @@ class Tokenizer:
         return self._fill(self._chat.prompt(system is not None, thinking), texts)
 
     def format_turn(self, prompt: str, thinking: bool = False) -> list[int]:
-        """Ids of a later user turn, up to where the model's response starts.
+        """Returns the ids of a later user turn, up to the start of the response.
 
         Raises:
-          ValueError: for a pretrained model, which has no turns.
+          ValueError: if the model is a pretrained one, which has no turns.
         """
         if not self.chat_turns:
             raise ValueError(
@@ -272,11 +272,11 @@ class Tokenizer:
         return self._fill(self._chat.next_turn(thinking), {'user': prompt})
 
     def response_prefix(self, thinking: bool = False) -> list[int]:
-        """The last ids of a prompt that later turns do not see: an empty thought channel."""
+        """Returns the last ids of a prompt that later turns leave out: an empty thought channel."""
         return self._fill((self._chat.response_prefix(thinking),), {})
 
     def end_turn(self, response: Iterable[int]) -> list[int]:
-        """Ids of a response as a later turn sees it: without thoughts, its turn closed."""
+        """Returns the ids of a response for later turns: without thoughts, with its turn closed."""
         ids = [i for i in self.split_thoughts(response)[1] if i not in self.stop_ids]
         text = self.decode(ids)
         trimmed = self._chat.response_slot().trim(text)
@@ -284,7 +284,7 @@ class Tokenizer:
         return ids + self._fill((self._chat.turn_end(),), {})
 
     def _fill(self, parts: Parts, texts: Mapping[str, str]) -> list[int]:
-        """Ids of a rendered conversation; only its literal text can hold special tokens."""
+        """Returns the ids of a rendered conversation; messages never become special tokens."""
         ids: list[int] = []
         run = ''  # text without special tokens, encoded as a whole
         for part in parts:
@@ -300,20 +300,20 @@ class Tokenizer:
         return ids + self.encode(run)
 
     def split_thoughts(self, response: Iterable[int]) -> tuple[list[int], list[int]]:
-        """The ids of a response inside its thought channels, and the others."""
+        """Returns the ids of a response inside its thought channels, and all other ids."""
         if self.think_ids is None:
             return [], list(response)
         _, opens, closes = self.think_ids
         thoughts: list[int] = []
-        rest: list[int] = []
+        answer: list[int] = []
         inside = False
         for i in response:
             if i in (opens, closes):
                 inside = i == opens
             else:
-                (thoughts if inside else rest).append(i)
-        return thoughts, rest
+                (thoughts if inside else answer).append(i)
+        return thoughts, answer
 
     def format_response(self, response: str) -> list[int]:
-        """Ids of a response with the token that stops it: turn end, or <eos> without turns."""
+        """Returns the ids of a response and its stop token: turn end, or <eos> without turns."""
         return [*self.encode(response), self.stop_ids[-1]]

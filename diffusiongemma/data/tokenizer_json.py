@@ -1,8 +1,8 @@
-"""tokenizer.json of Hugging Face's `tokenizers` -> a sentencepiece model.
+"""Converts a tokenizer.json of Hugging Face's `tokenizers` to a sentencepiece model.
 
-Gemma 4's checkpoints have only this file. It was made of a sentencepiece model, and it is read
-back as one; a pipeline of other steps than Gemma's is an error. Runs of more than 31 blanks are
-split as sentencepiece splits them, longest piece first, and not as `tokenizers` does.
+Gemma 4's checkpoints have only this file. It was made from a sentencepiece model and is converted
+back to one; a pipeline with steps other than Gemma's is an error. Runs of more than 31 spaces are
+split as in sentencepiece, longest piece first, and not as in `tokenizers`.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from diffusiongemma.data.vocabulary import (
 )
 
 _NORMALIZER = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
-# Without blanks after the normalizer there is nothing to split at: files have it or have it not.
+# The normalizer leaves no spaces to split at, so files with and without this step are equivalent.
 _PRE_TOKENIZERS = (
     None,
     {
@@ -41,14 +41,14 @@ _ADDED_FLAGS = ('single_word', 'lstrip', 'rstrip')
 
 
 def model_from_tokenizer_json(content: bytes, source: str) -> bytes:
-    """Returns the serialized sentencepiece model that a tokenizer.json was made of.
+    """Returns the serialized sentencepiece model that a tokenizer.json was made from.
 
     Args:
-      content: of the file.
-      source: its name, for error messages.
+      content: the content of the file.
+      source: the name of the file, for error messages.
 
     Raises:
-      ValueError: it is not valid JSON, not a tokenizer of Gemma's kind, or incomplete.
+      ValueError: if it is not valid JSON, not a Gemma tokenizer, or incomplete.
     """
     try:
         parsed = json.loads(content)
@@ -73,19 +73,19 @@ def model_from_tokenizer_json(content: bytes, source: str) -> bytes:
 
 
 def _runs_merged_first(merges: Sequence[tuple[str, ...]]) -> set[str]:
-    """Runs of one white-space character that are merged before anything else.
+    """Returns the runs of one white-space character that are merged before anything else.
 
-    Such a run is one piece up to the longest there is, whatever stands beside it: a user-defined
-    piece of sentencepiece. Some files keep this as added tokens, others in the order of merges.
+    In sentencepiece these are user-defined pieces: the longest one always matches, independent of
+    the text around it. Some files store them as added tokens, others as the first merges.
     """
-    found = (left + right for left, right in merges)
+    unions = (left + right for left, right in merges)
     return set(
-        itertools.takewhile(lambda piece: piece[0] in _WHITE and len(set(piece)) == 1, found)
+        itertools.takewhile(lambda piece: piece[0] in _WHITE and len(set(piece)) == 1, unions)
     )
 
 
 def _check_pipeline(parsed: Mapping[str, Any], source: str) -> None:
-    """Raises ValueError where text is prepared in another way than Gemma's."""
+    """Raises ValueError if the file prepares text differently from Gemma's tokenizers."""
     problems = []
     if parsed.get('normalizer') != _NORMALIZER:
         problems.append('normalizer')
@@ -106,7 +106,7 @@ def _check_pipeline(parsed: Mapping[str, Any], source: str) -> None:
 
 
 def _vocabulary(parsed: Mapping[str, Any], source: str) -> tuple[dict[str, int], list[int]]:
-    """Id of every piece, in the order of the ids, and the type of each."""
+    """Returns the id of every piece, ordered by id, and the type of every piece."""
     added = {token['content']: token for token in parsed.get('added_tokens', ())}
     id_of = dict(parsed['model'].get('vocab', {}))
     for content, token in added.items():

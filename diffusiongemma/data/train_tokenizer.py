@@ -15,19 +15,19 @@ from etils import epath
 from diffusiongemma.data.tasks import sudoku, wordmath
 from diffusiongemma.data.tokenizer import TURN_PIECES, Tokenizer
 
-_OUTPUT = flags.DEFINE_string('output', None, 'Where to write the .model file.', required=True)
+_OUTPUT = flags.DEFINE_string('output', None, 'Path of the .model file to write.', required=True)
 _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 1024, 'Number of pieces.')
 _NUM_EXAMPLES = flags.DEFINE_integer('num_examples', 24_000, 'Training problems to learn from.')
 
 ROLES = ('user', 'model', 'system')
 SPECIAL_PIECES = ('<mask>', *TURN_PIECES[0], '<|channel>', '<channel|>')
-# Never part of a longer piece: a sudoku cell is one token. A digit takes the blank before it
-# along, which saves a token for each number and still leaves every digit a token of its own.
+# These pieces are never part of longer ones, so a sudoku cell is one token. A digit includes the
+# space before it, which saves one token per number while every digit stays a separate token.
 TEXT_PIECES = ('\n', '_', *(f'\u2581{digit}' for digit in range(10)))
 
 
 def corpus(num_examples: int) -> Iterator[str]:
-    """Lines of text: word problems of the train split, one sudoku for 20 of them, the roles."""
+    """Yields lines of training text: word problems and, after each 20th, a sudoku and the roles."""
     for index in range(num_examples):
         example = wordmath.generate(index, 'train')
         yield example['prompt']
@@ -42,8 +42,8 @@ def train(num_examples: int, vocab_size: int = 1024) -> bytes:
     """Trains a tokenizer on the built-in tasks; the same arguments give the same model.
 
     Args:
-      num_examples: number of word problems to learn from.
-      vocab_size: number of pieces, of which 256 are bytes and 21 are special.
+      num_examples: the number of word problems to learn from.
+      vocab_size: the number of pieces, of which 256 are bytes and 21 are special.
 
     Returns:
       The content of a .model file.
@@ -65,7 +65,7 @@ def train(num_examples: int, vocab_size: int = 1024) -> bytes:
         split_digits=True,
         byte_fallback=True,
         character_coverage=1.0,
-        # What goes in comes out: no normalization, no invented or dropped blanks.
+        # Decoding returns the input: no normalization, no added or removed spaces.
         normalization_rule_name='identity',
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,

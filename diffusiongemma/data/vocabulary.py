@@ -1,8 +1,8 @@
-"""Sentencepiece models made of a vocabulary that is stored in another format.
+"""Builds sentencepiece models from vocabularies that are stored in other formats.
 
-GGUF files and tokenizer.json hold the vocabulary of a sentencepiece model, its order of merges and
-the kind of each piece. Made into a sentencepiece model again, it is read, saved in bundles and
-hashed like any `tokenizer.model`.
+GGUF files and tokenizer.json store the vocabulary of a sentencepiece model, its order of merges
+and the type of each piece. After conversion to a sentencepiece model they are used, saved in
+bundles and hashed like any `tokenizer.model`.
 """
 
 import enum
@@ -12,14 +12,14 @@ from typing import Any
 from absl import logging
 from sentencepiece import sentencepiece_model_pb2
 
-_proto: Any = sentencepiece_model_pb2  # its classes are made when it is imported
-SPACE = '\u2581'  # sentencepiece's mark for a blank
-# Gemma's names of the pieces that sentencepiece must know the role of.
+_proto: Any = sentencepiece_model_pb2  # it defines its classes at import, which mypy cannot see
+SPACE = '\u2581'  # the character that sentencepiece writes for a space
+# Gemma's names of the pieces whose role sentencepiece must know.
 UNKNOWN, BEGIN, END, PAD = '<unk>', '<bos>', '<eos>', '<pad>'
 
 
 class PieceType(enum.IntEnum):
-    """Kind of a piece, numbered as in sentencepiece and in GGUF."""
+    """The types of pieces, numbered as in sentencepiece and in GGUF."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -32,19 +32,19 @@ class PieceType(enum.IntEnum):
 def sentencepiece_model(
     pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], source: str
 ) -> bytes:
-    """Returns a serialized sentencepiece model: BPE with byte fallback, as Gemma's.
+    """Returns a serialized sentencepiece model of Gemma's kind: BPE with byte fallback.
 
-    Text is taken as it is: there is no normalization and no blank before the first word.
+    Text is not normalized, and no space is added before the first word.
 
     Args:
-      pieces: by id; blanks may be written as ' '.
-      scores: of each piece; of two pairs of neighbors that can be merged, the one whose union has
-        the higher score comes first.
-      types: `PieceType` of each piece.
-      source: where the vocabulary comes from, for error messages.
+      pieces: the pieces in the order of their ids; spaces may be written as ' '.
+      scores: the score of each piece; the pair of neighbors whose merged piece has the highest
+        score is merged first.
+      types: the `PieceType` of each piece.
+      source: the file of the vocabulary, for error messages.
 
     Raises:
-      ValueError: a piece that Gemma's tokenizers need is missing, or a type is unknown.
+      ValueError: if a piece that Gemma's tokenizers need is missing, or a type is unknown.
     """
     missing = [name for name in (UNKNOWN, BEGIN, END, PAD) if name not in pieces]
     if missing:
@@ -77,25 +77,26 @@ def scores_of_merges(
     merges: Iterable[tuple[str, str]],
     source: str,
 ) -> list[float]:
-    """Returns the scores that make sentencepiece merge in the order of `merges`.
+    """Returns piece scores with which sentencepiece merges in the order of `merges`.
 
-    A list of merges names pairs, a score ranks what a pair becomes. The two agree where all pairs
-    that become one piece follow each other, as in every list that was made of scores. User-defined
-    pieces are found before anything is merged: their place in the list says nothing.
+    A list of merges ranks pairs, while a score ranks the merged piece. The two are equivalent if
+    all pairs that form the same piece are adjacent in the list, as in every list that was made
+    from scores. User-defined pieces match before any merge, so their rank is ignored.
 
     Args:
-      pieces: by id, blanks as sentencepiece writes them.
-      types: `PieceType` of each piece.
-      merges: pairs of pieces, those that are merged first in front.
-      source: where they come from, for messages.
+      pieces: the pieces in the order of their ids, with spaces as in sentencepiece.
+      types: the `PieceType` of each piece.
+      merges: pairs of pieces, in the order in which they are merged.
+      source: the file of the vocabulary, for error messages.
 
     Raises:
-      ValueError: the pairs that become one piece do not follow each other, or become no piece.
+      ValueError: if the pairs that form one piece are not adjacent, or if a merged piece is not
+        in the vocabulary.
     """
     types_of = dict(zip(pieces, types, strict=True))
     normal = {piece for piece, kind in types_of.items() if kind == PieceType.NORMAL}
     rank_of: dict[str, int] = {}
-    listed: dict[str, int] = {}  # how many pairs become the piece
+    listed: dict[str, int] = {}  # the number of pairs that form each piece
     last = None
     for rank, (left, right) in enumerate(merges):
         union = left + right

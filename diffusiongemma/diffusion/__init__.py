@@ -1,4 +1,4 @@
-"""The diffusion process: corruption, noise levels, temperature schedule."""
+"""The forward diffusion process: corruption and noise levels."""
 
 from diffusiongemma.diffusion.corruption import (
     Corruption,

@@ -1,4 +1,4 @@
-"""Forward processes on discrete tokens, and the noise levels that training draws."""
+"""Forward processes on discrete tokens, and the noise levels of training."""
 
 import dataclasses
 from typing import Protocol, runtime_checkable
@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 @runtime_checkable
 class Corruption(Protocol):
-    """A forward process: clean tokens and noise levels in, noisy tokens out."""
+    """A forward process, which maps clean tokens and noise levels to noisy tokens."""
 
     def corrupt(
         self, key: Key[Array, ''], tokens: Int[Array, '*B'], noise_level: Float[Array, '*#B']
@@ -18,8 +18,8 @@ class Corruption(Protocol):
         """Corrupts each token independently with probability `noise_level`.
 
         Args:
-          key: PRNG key.
-          tokens: [...] int32.
+          key: a PRNG key.
+          tokens: [...] int32, clean tokens.
           noise_level: float32 in [0, 1], broadcast against tokens; 1 is all noise.
 
         Returns:
@@ -30,9 +30,10 @@ class Corruption(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class UniformCorruption:
-    """A corrupted token is drawn uniformly from the vocabulary (it may hit itself).
+    """A forward process that replaces corrupted tokens by uniform draws from the vocabulary.
 
-    Multinomial diffusion of Hoogeboom et al. 2021 (arXiv:2102.05379).
+    A draw may equal the clean token. This is the multinomial diffusion of Hoogeboom et al. 2021
+    (arXiv:2102.05379).
     """
 
     vocab_size: int
@@ -40,15 +41,15 @@ class UniformCorruption:
     def corrupt(
         self, key: Key[Array, ''], tokens: Int[Array, '*B'], noise_level: Float[Array, '*#B']
     ) -> tuple[Int[Array, '*B'], Bool[Array, '*B']]:
-        which_key, noise_key = jax.random.split(key)
-        corrupted = jax.random.uniform(which_key, tokens.shape) < noise_level
+        position_key, noise_key = jax.random.split(key)
+        corrupted = jax.random.uniform(position_key, tokens.shape) < noise_level
         noise = jax.random.randint(noise_key, tokens.shape, 0, self.vocab_size, tokens.dtype)
         return jnp.where(corrupted, noise, tokens), corrupted
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedCorruption:
-    """A corrupted token becomes the mask token (absorbing state of D3PM, arXiv:2107.03006)."""
+    """A forward process that masks corrupted tokens (absorbing D3PM, arXiv:2107.03006)."""
 
     mask_id: int
 
@@ -62,14 +63,14 @@ class MaskedCorruption:
 def sample_noise_levels(
     key: Key[Array, ''], shape: tuple[int, ...], minimum: float
 ) -> Float[Array, '...']:
-    """Noise levels t ~ U(minimum, 1), evenly spread over the batch.
+    """Returns noise levels t ~ U(minimum, 1), evenly spread over the batch.
 
     One uniform offset shifts an even grid (low-discrepancy sampling of VDM, Kingma et al.
-    2021, arXiv:2107.00630), which lowers the variance of the loss; the grid is permuted, so
-    that neighboring canvases do not share a level.
+    2021, arXiv:2107.00630), which lowers the variance of the loss. The grid is permuted, so
+    that neighboring canvases do not get similar levels.
 
     Returns:
-      float32 of the given shape.
+      float32 array of the shape `shape`.
     """
     offset_key, order_key = jax.random.split(key)
     count = 1

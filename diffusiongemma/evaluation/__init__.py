@@ -1,1 +1,1 @@
-"""Student against teacher: quality and speed."""
+"""Evaluation of quality and speed: the student compared with the teacher."""

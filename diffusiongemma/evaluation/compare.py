@@ -1,4 +1,4 @@
-"""Student against teacher: the same problems, the same process, one compiled program each."""
+"""Compares student and teacher on the same problems in the same process."""
 
 import dataclasses
 
@@ -27,13 +27,15 @@ __all__ = ['Acceptance', 'Comparison', 'Contestant', 'EvalConfig', 'compare', 'l
 
 @dataclasses.dataclass(frozen=True)
 class Acceptance:
-    """How the drafts of the lossless mode fared.
+    """Statistics of the accepted drafts in the lossless mode.
 
     Attributes:
-      accepted_length: tokens emitted per verification, the pending one counted.
-      histogram: verifications after which 0, 1, .., K + 1 tokens were emitted.
-      by_position: of the draft tokens at each place, the share that was accepted where all before
-        them were; None where no draft got so far. A response's end cuts the last draft.
+      accepted_length: the mean number of tokens emitted per verification, including the bonus
+        token.
+      histogram: the numbers of verifications that emitted 0, 1, .., K + 1 tokens.
+      by_position: for each draft position, the acceptance rate of its token, given that all
+        earlier draft tokens were accepted; None if no draft got that far. The end of a response
+        truncates its last draft.
     """
 
     accepted_length: float
@@ -42,7 +44,7 @@ class Acceptance:
 
     @classmethod
     def of(cls, histogram: np.ndarray) -> 'Acceptance':
-        """From the histogram [K + 2] of all rows."""
+        """Returns the statistics for the histogram [K + 2], summed over all rows."""
         emitted = np.arange(len(histogram))
         reached = np.cumsum(histogram[::-1])[::-1]  # verifications with at least n tokens
         shares = [
@@ -55,30 +57,31 @@ class Acceptance:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison(SampleMeasures, Speeds):
-    """What the student gained and what it lost.
+    """A comparison of student and teacher in quality and speed.
 
-    The inherited speeds are those at the main batch size, the inherited measures those of the
-    student's responses in its main mode. Lookup is the baseline that a learned draft has to beat:
-    the lossless mode with drafts that need no training (`sampling.PromptLookup`).
+    The inherited speeds are those at the main batch size; the inherited measures are those of the
+    student's responses in its main mode. Lookup is the baseline for a learned draft: the lossless
+    mode with drafts that need no training (`sampling.PromptLookup`).
 
     Attributes:
-      mode: the student's main mode: 'diffusion', or 'lossless' of a light student.
-      teacher_accuracy: share of the problems that greedy AR decoding of the teacher solves.
-      student_accuracy: the same of the student in its main mode.
-      tokens_per_denoise_pass: tokens that it emits per denoise pass.
-      tokens_per_pass: tokens per pass, commits and verifications counted.
-      denoising_steps_per_canvas: denoise passes per canvas.
-      lossless_accuracy: of the student in lossless mode.
-      lossless_exact_match: share of its responses that equal the teacher's token for token.
-      lossless_tokens_per_denoise_pass, lossless_tokens_per_pass: as above, of that mode.
-      lossless_draft_share: share of its time that drafting takes, the rest is verification; at the
-        main batch size.
-      acceptance: how its drafts fared.
-      lookup_tokens_per_pass: of the baseline.
-      lookup_acceptance: how its drafts fared.
-      teacher_samples: the measures of the teacher's own greedy responses, for reference.
+      mode: the student's main mode: 'diffusion', or 'lossless' for a light student.
+      teacher_accuracy: the share of problems that greedy AR decoding of the teacher solves.
+      student_accuracy: the share of problems that the student solves in its main mode.
+      tokens_per_denoise_pass: tokens per denoise pass of the student in its main mode.
+      tokens_per_pass: its tokens per pass; denoise, commit and verify passes are counted.
+      denoising_steps_per_canvas: its denoise passes per canvas.
+      lossless_accuracy: the share of problems that the student solves in lossless mode.
+      lossless_exact_match: the share of its lossless responses that equal the teacher's token for
+        token.
+      lossless_tokens_per_denoise_pass, lossless_tokens_per_pass: the same units in lossless mode.
+      lossless_draft_share: the share of lossless decoding time that drafting takes, at the main
+        batch size; the remaining time is verification.
+      acceptance: the statistics of the student's drafts.
+      lookup_tokens_per_pass: tokens per pass of the lookup baseline.
+      lookup_acceptance: the statistics of the drafts of the lookup baseline.
+      teacher_samples: the measures of the teacher's greedy responses, for reference.
       larger_batches: the speeds at the other batch sizes.
-      num_examples: problems behind the accuracies and the measures.
+      num_examples: the number of problems for accuracies and measures.
     """
 
     mode: str
@@ -101,7 +104,10 @@ class Comparison(SampleMeasures, Speeds):
 
 
 def _contestants(teacher: Contestant, student: Contestant) -> dict[str, Contestant]:
-    """Both, the student's lossless mode where that is another, and drafts without training."""
+    """Returns all contestants by name: teacher, student, its lossless mode, and lookup drafts.
+
+    'student' is left out if its main mode is the lossless one.
+    """
     sampler, params = student
     lossless = dataclasses.replace(sampler, mode='lossless')
     contestants = {'teacher': teacher, 'student': student, 'lossless': (lossless, params)}
@@ -119,19 +125,19 @@ def compare(
     rng: jax.Array,
     watch: Watch = unwatched,
 ) -> tuple[Comparison, list[str], list[str]]:
-    """Evaluates both on the same examples.
+    """Evaluates teacher and student on the same examples.
 
     Args:
-      teacher: autoregressive sampler and its parameters.
-      student: sampler in its main mode, and its parameters.
-      tokenizer: of both.
+      teacher: an autoregressive sampler and its parameters.
+      student: a sampler in the student's main mode, and its parameters.
+      tokenizer: the tokenizer of both models.
       examples: held-out problems.
-      config: sizes.
-      rng: for the student's noise.
-      watch: shows the progress.
+      config: the numbers of examples and the batch sizes.
+      rng: the PRNG key for the student's noise.
+      watch: a function that shows progress.
 
     Returns:
-      The numbers, the teacher's responses and the student's in its main mode.
+      The comparison, the teacher's responses, and the student's responses in its main mode.
     """
     contestants = _contestants(teacher, student)
     lossless = contestants['lossless']
@@ -183,13 +189,13 @@ def compare(
 
 
 def _acceptance(decoded: Decoded) -> Acceptance:
-    """Of answers in the lossless mode."""
-    assert decoded.accepted_lengths is not None  # this mode counts them
+    """Returns the statistics of the drafts of answers in lossless mode."""
+    assert decoded.accepted_lengths is not None  # the lossless mode always counts them
     return Acceptance.of(decoded.accepted_lengths)
 
 
 def looking_up(lossless: Sampler) -> Sampler:
-    """The lossless mode with drafts from the text so far, as long as the student's own."""
+    """Returns a lossless sampler with lookup drafts of the same length as the student's."""
     length = draft_length(lossless.model, lossless.config)
     config = dataclasses.replace(
         lossless.config, drafts=PromptLookup(length), lookup_ngram=0, model_draft_length=None

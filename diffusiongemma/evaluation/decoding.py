@@ -1,4 +1,4 @@
-"""What is evaluated and how much of it: examples, answers to them and what they cost."""
+"""Decodes examples for an evaluation and counts passes."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,28 +15,28 @@ from diffusiongemma.sampling import Sampler, decode_responses, pad_prompts
 from diffusiongemma.sampling.state import SamplerOutput
 
 Examples = Sequence[Mapping[str, Any]]
-Contestant = tuple[Sampler, Any]  # and its parameters
-# Iterates over parts of a task and shows how far it is under a description.
+Contestant = tuple[Sampler, Any]  # a sampler and its parameters
+# Iterates over parts of a task and shows the progress with a description.
 Watch = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
 def unwatched(parts: Sequence[Any], description: str) -> Iterable[Any]:
-    """Shows nothing."""
+    """Returns the parts without any progress display."""
     del description
     return parts
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """How much is evaluated.
+    """Settings for the amount of evaluation.
 
     Attributes:
-      num_examples: held-out problems for the accuracy.
-      batch_size: rows decoded at once for the accuracy.
-      speed_batch_sizes: rows decoded at once for the speed, the main size first.
-      speed_batches: batches of the main size that are timed; of the others as many as hold
-        these prompts, and five at least unless this is less.
-      prompt_multiple: prompts are padded to a multiple of this.
+      num_examples: the number of held-out problems for the accuracy.
+      batch_size: the number of rows decoded at once for the accuracy.
+      speed_batch_sizes: the batch sizes at which speed is measured, the main one first.
+      speed_batches: the number of timed batches of the main size. Other sizes time the same
+        number of prompts, but at least five batches (or this number, if it is smaller).
+      prompt_multiple: prompts are padded to a multiple of this length.
     """
 
     num_examples: int = 256
@@ -57,15 +57,16 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Responses to all examples, and what they cost.
+    """The responses to all examples, with pass counts that are summed over all examples.
 
     Attributes:
-      responses: text of each.
-      tokens: ids of each, the stop token included.
-      passes: denoise passes (autoregressive: forward passes), over all examples.
-      causal_passes: commits and verifications, over all examples; 0 when autoregressive.
-      canvases: canvases, over all examples; 0 when autoregressive.
-      accepted_lengths: [K + 2], see `SamplerOutput`, summed; None but in the lossless mode.
+      responses: the text of each response.
+      tokens: the token ids of each response, including the stop token.
+      passes: the number of denoise passes (autoregressive mode: forward passes).
+      causal_passes: the number of commit and verify passes; 0 in autoregressive mode.
+      canvases: the number of canvases; 0 in autoregressive mode.
+      accepted_lengths: [K + 2], the sum of `SamplerOutput.accepted_lengths`; None outside of the
+        lossless mode.
     """
 
     responses: list[str]
@@ -81,17 +82,17 @@ class Decoded:
 
     @property
     def tokens_per_denoise_pass(self) -> float:
-        """Tokens per denoise pass; 1 when autoregressive."""
+        """Returns the tokens per denoise pass; 1 in autoregressive mode."""
         return self.num_tokens / max(self.passes, 1)
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens per pass: denoise passes, commits and verifications counted, prefills not."""
+        """Returns the tokens per pass; denoise, commit and verify passes count, prefills do not."""
         return self.num_tokens / max(self.passes + self.causal_passes, 1)
 
     @property
     def steps_per_canvas(self) -> float:
-        """Denoise passes per canvas."""
+        """Returns the denoise passes per canvas."""
         return self.passes / max(self.canvases, 1)
 
 
@@ -105,7 +106,7 @@ def decode(
     watch: Watch = unwatched,
     name: str = 'answering',
 ) -> Decoded:
-    """Answers every example, `config.batch_size` rows at once; each row has its own key."""
+    """Decodes responses to all examples, `config.batch_size` rows at once, one key per row."""
     responses: list[str] = []
     tokens: list[list[int]] = []
     passes = causal_passes = canvases = 0
@@ -135,7 +136,7 @@ def judged(
     examples: Examples,
     config: EvalConfig,
 ) -> list[np.ndarray]:
-    """The teacher's log-probabilities of the responses, see `response_log_probs`."""
+    """Returns the teacher's log-probabilities of the responses, see `response_log_probs`."""
     sampler, params = teacher
     prompts = [tokenizer.format_prompt(example['prompt']) for example in examples]
     return response_log_probs(
@@ -156,7 +157,7 @@ def run_batch(
     config: EvalConfig,
     keys: jax.Array,
 ) -> SamplerOutput:
-    """The sampler's answers to a batch, on the host."""
+    """Returns the sampler's output for a batch, gathered to the host."""
     tokens, lengths = padded(tokenizer, examples, config)
     return processes.on_host(sampler(params, tokens, lengths, rng=keys))
 
@@ -164,6 +165,6 @@ def run_batch(
 def padded(
     tokenizer: Tokenizer, examples: Examples, config: EvalConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts [B, P] and their lengths [B]."""
+    """Returns the padded prompts of examples [B, P] and their lengths [B], both int32."""
     prompts = [tokenizer.format_prompt(example['prompt']) for example in examples]
     return pad_prompts(prompts, tokenizer.pad_id, multiple=config.prompt_multiple)

@@ -1,7 +1,7 @@
-"""Measures of sampled responses: on token ids, and on the teacher's log-probabilities of them.
+"""Measures of sampled responses, from token ids and from the teacher's log-probabilities.
 
-A response is a list of token ids, its stop token included. Log-probabilities come from
-`scoring.response_log_probs`. Every function reads what it is given and nothing else.
+A response is a list of token ids, including its stop token. `scoring.response_log_probs` computes
+the log-probabilities. All functions are pure.
 """
 
 import collections
@@ -13,22 +13,22 @@ import numpy as np
 
 Responses = Sequence[Sequence[int]]
 
-IMPLAUSIBLE = 0.01  # a token that the teacher gives less probability is out of place
+IMPLAUSIBLE = 0.01  # a token with a lower probability under the teacher counts as implausible
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleMeasures:
-    """How the responses of one contestant read, to the teacher and by themselves.
+    """The measures of the responses of one contestant.
 
     Attributes:
-      exact_match: share of them that equal the teacher's greedy ones token for token.
-      common_prefix: tokens before the first difference from those, mean over the responses.
-      teacher_nll: negative log-likelihood under the teacher, nats per token.
-      token_entropy: nats, see `token_entropy`.
-      repetition_2, repetition_3, repetition_4: share of repeated n-grams, see `repetition`.
-      implausible_within: share of adjacent pairs inside a canvas that the teacher finds out of
-        place, see `implausible_pairs`; None without such a pair.
-      implausible_across: the same of the pairs on both sides of a border between canvases.
+      exact_match: the share of responses that equal the teacher's greedy ones token for token.
+      common_prefix: the mean number of tokens before the first difference from those.
+      teacher_nll: the negative log-likelihood under the teacher, in nats per token.
+      token_entropy: the entropy of the tokens of a response in nats, see `token_entropy`.
+      repetition_2, repetition_3, repetition_4: the share of repeated n-grams, see `repetition`.
+      implausible_within: the share of adjacent token pairs inside a canvas that are implausible
+        under the teacher, see `implausible_pairs`; None without such pairs.
+      implausible_across: the same share for pairs across the border between two canvases.
     """
 
     exact_match: float
@@ -48,13 +48,13 @@ def sample_measures(
     log_probs: Sequence[np.ndarray],
     canvas_length: int,
 ) -> SampleMeasures:
-    """All measures of a set of responses.
+    """Returns all measures of a set of responses.
 
     Args:
-      responses: at least one, none of them empty.
+      responses: at least one response, none of them empty.
       references: the teacher's greedy responses to the same prompts.
-      log_probs: the teacher's of each response, [tokens of the response] float32 each.
-      canvas_length: C, response tokens kC to kC + C - 1 were denoised together.
+      log_probs: the teacher's log-probabilities of each response, [tokens of the response] float32.
+      canvas_length: C; response tokens kC to kC + C - 1 were denoised together.
     """
     within, across = implausible_pairs(log_probs, canvas_length)
     return SampleMeasures(
@@ -71,39 +71,39 @@ def sample_measures(
 
 
 def exact_match(responses: Responses, references: Responses) -> float:
-    """Share of the responses that equal their references token for token."""
+    """Returns the share of responses that equal their references token for token."""
     pairs = list(zip(responses, references, strict=True))
-    return sum(list(ours) == list(theirs) for ours, theirs in pairs) / len(pairs)
+    return sum(list(response) == list(reference) for response, reference in pairs) / len(pairs)
 
 
 def common_prefix(responses: Responses, references: Responses) -> float:
-    """Tokens before the first difference from the reference, mean over the responses."""
+    """Returns the mean number of tokens before the first difference from the reference."""
 
-    def length(ours: Sequence[int], theirs: Sequence[int]) -> int:
-        both = min(len(ours), len(theirs))
-        return next((i for i in range(both) if ours[i] != theirs[i]), both)
+    def length(response: Sequence[int], reference: Sequence[int]) -> int:
+        shorter = min(len(response), len(reference))
+        return next((i for i in range(shorter) if response[i] != reference[i]), shorter)
 
     pairs = list(zip(responses, references, strict=True))
-    return sum(length(ours, theirs) for ours, theirs in pairs) / len(pairs)
+    return sum(length(response, reference) for response, reference in pairs) / len(pairs)
 
 
 def negative_log_likelihood(log_probs: Sequence[np.ndarray]) -> float:
-    """Nats per token over all tokens of all responses, so that long ones weigh more.
+    """Returns the mean negative log-likelihood over all tokens of all responses, in nats.
 
     Its exponential is the generative perplexity of the discrete diffusion literature (SEDD, Lou et
-    al. 2023, arXiv:2310.16834), with the teacher as judge and given the prompt. It falls when a
-    text repeats itself: read it beside the token entropy.
+    al. 2023, arXiv:2310.16834), under the teacher and conditioned on the prompt. It is low for
+    repetitive text, so compare it together with the token entropy.
     """
     return float(-np.mean(np.concatenate(log_probs), dtype=np.float64))
 
 
 def token_entropy(responses: Responses) -> float:
-    """Entropy of the tokens of a response among themselves, in nats, mean over the responses.
+    """Returns the entropy of the token distribution within a response, in nats, as a mean.
 
-    -sum_v p(v) log p(v) with p(v) the share of the response's tokens that are v; log(length)
-    when no token occurs twice, 0 when only one token occurs. It uncovers the low perplexities that
-    repetition earns (Zheng et al. 2024, arXiv:2409.02908); SDTT (Deschenaux and Gulcehre 2024,
-    arXiv:2410.21035) reports it beside the perplexity of its few-step students.
+    For each response it is -sum_v p(v) log p(v), where p(v) is the share of its tokens that equal
+    v: log(length) if no token repeats, 0 if there is only one distinct token. It reveals low
+    perplexities that are due to repetition (Zheng et al. 2024, arXiv:2409.02908); SDTT (Deschenaux
+    and Gulcehre 2024, arXiv:2410.21035) reports it together with the perplexity.
     """
 
     def entropy(response: Sequence[int]) -> float:
@@ -114,10 +114,10 @@ def token_entropy(responses: Responses) -> float:
 
 
 def repetition(responses: Responses, n: int) -> float:
-    """Share of the n-grams of a response that occurred earlier in it, mean over the responses.
+    """Returns the share of n-grams that occurred earlier in the same response, as a mean.
 
-    The seq-rep-n of Welleck et al. 2019 (Neural text generation with unlikelihood training,
-    arXiv:1908.04319): 1 - distinct n-grams / n-grams. A response shorter than n repeats nothing.
+    This is seq-rep-n of Welleck et al. 2019 (Neural text generation with unlikelihood training,
+    arXiv:1908.04319): 1 - distinct n-grams / n-grams. It is 0 for a response shorter than n.
     """
 
     def share(response: Sequence[int]) -> float:
@@ -130,21 +130,21 @@ def repetition(responses: Responses, n: int) -> float:
 def implausible_pairs(
     log_probs: Sequence[np.ndarray], canvas_length: int, threshold: float = IMPLAUSIBLE
 ) -> tuple[float | None, float | None]:
-    """Local coherence: how often a token does not follow from the one before it.
+    """Returns the shares of implausible token pairs within canvases and across their borders.
 
-    A pair is two adjacent tokens of a response, i - 1 and i >= 1. It is implausible when the
-    teacher's probability of token i, given the prompt and the response's tokens before i, is below
-    `threshold`. Positions that are drawn independently of each other produce such pairs inside a
-    canvas; a denoiser that overlooks its prefix produces them across the border between two.
+    This measures local coherence. A pair consists of adjacent tokens of a response, i - 1 and
+    i >= 1. It is implausible if the teacher's probability of token i, given the prompt and the
+    response tokens before i, is below `threshold`. Positions that are drawn independently produce
+    such pairs inside a canvas; a denoiser that ignores its prefix produces them across borders.
 
     Args:
-      log_probs: of each response, [tokens of the response] float32.
-      canvas_length: C; a pair lies across a border when C divides i.
-      threshold: a probability.
+      log_probs: the log-probabilities of each response, [tokens of the response] float32.
+      canvas_length: C; a pair lies across a border if C divides i.
+      threshold: the probability below which a token is implausible.
 
     Returns:
-      The share of implausible pairs within canvases and across borders, over all responses; None
-      where there is no such pair.
+      The share within canvases and the share across borders, over all responses; None if there
+      are no such pairs.
     """
     implausible: dict[bool, list[bool]] = {True: [], False: []}
     for row in log_probs:
@@ -158,7 +158,7 @@ def implausible_pairs(
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other reaches in both coordinates, by increasing first coordinate."""
+    """Returns the Pareto frontier (larger is better in both), sorted by the first coordinate."""
     kept: list[tuple[float, float]] = []
     for point in sorted(set(points), reverse=True):
         if not kept or point[1] > kept[-1][1]:
@@ -173,20 +173,21 @@ def accuracy_under_parallelism(
     max_drop: float = 5.0,
     penalty: float = 3.0,
 ) -> float:
-    """AUP, the weighted area under the curve of accuracy over parallelism.
+    """Returns the AUP, the weighted area under the curve of accuracy over parallelism.
 
-    With the points (r_i, y_i) by increasing r, without those whose y is below y_1 - max_drop:
+    For points (r_i, y_i), sorted by r and without those with y below y_1 - max_drop, it is
     r_1 y_1 + sum_{i >= 2} (r_i - r_{i-1}) (y_i w(y_i) + y_{i-1} w(y_{i-1})) / 2, where
-    w(y) = min(exp(-penalty (1 - y / best)), 1). Definition and default numbers: Qian et al. 2026
+    w(y) = min(exp(-penalty (1 - y / best)), 1). Definition and default values: Qian et al. 2026
     (d3LLM: Ultra-Fast Diffusion LLM using Pseudo-Trajectory Distillation, ICML), and their article
     'AUP: when Accuracy Meets Parallelism in Diffusion Language Models' (hao-ai-lab.github.io).
-    A decoder of one token per pass with accuracy y has an AUP of y.
+    A decoder with one token per pass and accuracy y has an AUP of y.
 
     Args:
-      points: tokens per forward pass and accuracy in percent, at least one.
-      best: the highest accuracy that any method reaches on the task, in percent.
-      max_drop: points of accuracy below that of the slowest point that still count.
-      penalty: how fast a point loses weight as it falls below `best`.
+      points: pairs of tokens per forward pass and accuracy in percent, at least one.
+      best: the highest accuracy of any method on the task, in percent.
+      max_drop: points whose accuracy is lower than that of the slowest point by more than this
+        are ignored, in percentage points.
+      penalty: the rate at which the weight of a point decreases below `best`.
     """
     points = sorted(points)
     slowest, first = points[0]

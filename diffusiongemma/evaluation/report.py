@@ -1,4 +1,4 @@
-"""What people look at: the table, samples side by side, the plot."""
+"""Shows evaluation results: tables, responses side by side, and plots."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from diffusiongemma.evaluation.tasks import is_correct
 
 
 def comparison_table(result: Comparison) -> Table:
-    """The teacher, the student in its modes, and drafts that need no training, in columns."""
+    """Returns a table with columns for the teacher, each mode of the student, and lookup drafts."""
     modes = ('diffusion', 'lossless') if result.mode == 'diffusion' else ('lossless',)
     table = Table(
         title=f'{result.num_examples} held-out problems: the teacher (autoregressive) and the '
@@ -44,15 +44,15 @@ def comparison_table(result: Comparison) -> Table:
         f'{result.exact_match:.1%}',
         f'{result.lossless_exact_match:.1%}',
     )
-    for name, of_teacher, of_student in _measures(result.teacher_samples, result):
+    for name, teacher_value, student_value in _measures(result.teacher_samples, result):
         if result.mode == 'diffusion':
-            row(name, of_teacher, of_student, '-')
-    own, lookup = result.acceptance, result.lookup_acceptance
+            row(name, teacher_value, student_value, '-')
+    acceptance, lookup = result.acceptance, result.lookup_acceptance
     row(
         'accepted length (tokens per verification)',
         '-',
         '-',
-        f'{own.accepted_length:.2f}',
+        f'{acceptance.accepted_length:.2f}',
         f'{lookup.accepted_length:.2f}',
     )
     row('denoise passes per canvas', '-', f'{result.denoising_steps_per_canvas:.2f}', '-')
@@ -89,12 +89,12 @@ def comparison_table(result: Comparison) -> Table:
 
 
 def _ratio(middle: float, spread: tuple[float, float]) -> str:
-    """Such as '1.28x (1.15-1.41)': median, 10th and 90th percentile."""
+    """Returns a text such as '1.28x (1.15-1.41)': median, 10th and 90th percentile."""
     return f'{middle:.2f}x ({spread[0]:.2f}-{spread[1]:.2f})'
 
 
 def _measures(*samples: SampleMeasures) -> Iterator[tuple[str, ...]]:
-    """Rows of a table: what is measured, and each one's number."""
+    """Yields table rows: the name of a measure, and its value for each set of samples."""
 
     def row(name: str, field: str, form: str) -> tuple[str, ...]:
         values = [getattr(sample, field) for sample in samples]
@@ -114,7 +114,7 @@ def print_samples(
     teacher_responses: Sequence[str],
     student_responses: Sequence[str],
 ) -> None:
-    """Prints each problem with the teacher's and the student's answer beside each other."""
+    """Prints each problem with the answers of teacher and student side by side."""
     for example, by_teacher, by_student in zip(
         examples, teacher_responses, student_responses, strict=True
     ):
@@ -131,14 +131,14 @@ def print_samples(
 
 
 def _plain(text: str) -> str:
-    """Text without console markup: a model may write square brackets."""
+    """Returns the text with console markup escaped, because a model may write square brackets."""
     from rich.markup import escape
 
     return escape(text)
 
 
 def plot_run(path: Path, metrics: Sequence[Mapping[str, float]], result: Comparison) -> None:
-    """Writes a PNG: the losses of the run, and student against teacher."""
+    """Writes a PNG with the losses of the run and the comparison of student and teacher."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout='constrained')
@@ -172,7 +172,7 @@ ACCEPTED_LENGTH = 'held_out/accepted_length'
 
 
 def _plot_training(axes: Any, metrics: Sequence[Mapping[str, float]]) -> None:
-    """The accepted length of a student that is trained to draft, else its losses."""
+    """Plots the accepted length of a student that is trained to draft, or else its losses."""
     if any(ACCEPTED_LENGTH in row for row in metrics):
         rows = [row for row in metrics if ACCEPTED_LENGTH in row]
         steps = [row['step'] for row in rows]
@@ -186,14 +186,14 @@ def _plot_training(axes: Any, metrics: Sequence[Mapping[str, float]]) -> None:
     steps = [row['step'] for row in metrics]
     for name, label in (('loss/denoise', 'denoise pass'), ('loss/encode', 'encode pass (KL)')):
         losses = [row[name] for row in metrics]
-        if any(losses):  # a frozen encode pass has none
+        if any(losses):  # a frozen encode pass has a loss of 0
             axes.plot(steps, losses, label=label)
     axes.set(xlabel='step', ylabel='loss [nats/token]', title='distillation', yscale='log')
     axes.legend()
 
 
 def sweep_table(points: Sequence[Point], batch_size: int) -> Table:
-    """The points of a sweep in rows; speeds are those at `batch_size`."""
+    """Returns a table with one row per point of a sweep; speeds are measured at `batch_size`."""
     table = Table(
         title=f'quality against speed at batch {batch_size}, same process',
         caption='NLL under the teacher, nats per token; tok/denoise: tokens per denoise pass; '
@@ -225,10 +225,10 @@ def sweep_table(points: Sequence[Point], batch_size: int) -> Table:
 
 
 def plot_sweep(path: Path, points: Sequence[Point], batch_size: int) -> None:
-    """Writes a PNG: accuracy against tokens per pass and against the measured speed.
+    """Writes a PNG with accuracy over tokens per pass and over measured speed.
 
-    A line joins the points of one entropy bound (its color) and one canvas length (its dashes);
-    the marker says how many steps a canvas may take. Points are as of `sweep`.
+    A line connects the points with one entropy bound (its color) and one canvas length (its
+    dashes); the marker shows the maximum number of steps. `points` is the result of `sweep`.
     """
     from matplotlib.figure import Figure
 
@@ -249,11 +249,11 @@ _LOSSLESS: _Style = {'label': 'student, lossless', 'color': 'tab:red', 'marker':
 
 
 class _Styles(NamedTuple):
-    """How each value of a setting is drawn."""
+    """The plot style for each value of a setting."""
 
-    colors: dict[float, Any]  # of entropy bounds
-    markers: dict[int, str]  # of step limits
-    dashes: dict[int, str]  # of canvas lengths
+    colors: dict[float, Any]  # by entropy bound
+    markers: dict[int, str]  # by maximum number of steps
+    dashes: dict[int, str]  # by canvas length
 
 
 def _styles(points: Sequence[Point]) -> _Styles:
@@ -271,7 +271,7 @@ def _styles(points: Sequence[Point]) -> _Styles:
 
 
 def _plot_points(axes: Any, points: Sequence[Point], field: str, styles: _Styles) -> None:
-    """Accuracy against one field of all points, into a panel."""
+    """Plots accuracy over one field of all points into a panel."""
     teacher, lossless, *diffusion = points
     axes.axhline(100 * teacher.accuracy, color='black', linewidth=0.8, linestyle=':')
     for length, bound in itertools.product(styles.dashes, styles.colors):

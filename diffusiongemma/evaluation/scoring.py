@@ -1,4 +1,4 @@
-"""The teacher as judge: its log-probability of every token of a response, in one causal pass."""
+"""Scores responses under the teacher: the log-probability of every token, in one causal pass."""
 
 import functools
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ def response_log_probs(
     batch_size: int,
     multiple: int = 64,
 ) -> list[np.ndarray]:
-    """log p(token | prompt, the response's tokens before it) of all tokens of all responses.
+    """Returns log p(token | prompt, earlier response tokens) for all tokens of all responses.
 
     Args:
-      model: of the judge; its causal pass is used.
-      params: its parameters.
-      prompts: ids of each prompt, at least one.
-      responses: ids of each response, the stop token included.
-      batch_size: responses that one pass judges.
-      multiple: prompt and response together are padded to a multiple of it.
+      model: the scoring model, whose causal pass is used.
+      params: the parameters of the model.
+      prompts: the token ids of each prompt, at least one.
+      responses: the token ids of each response, including the stop token.
+      batch_size: the number of responses per pass.
+      multiple: prompt and response together are padded to a multiple of this length.
 
     Returns:
-      For each response [its tokens] float32, in nats.
+      For each response a float32 array [tokens of the response], in nats.
     """
     log_probs = []
     for first in range(0, len(prompts), batch_size):
@@ -50,7 +50,7 @@ def response_log_probs(
 def _next_token_log_probs(
     model: CausalModel, params: Params, tokens: jax.Array, lengths: jax.Array
 ) -> jax.Array:
-    """Log-probabilities [B, L - 1] float32 of tokens [B, L] but the first, given those before."""
+    """Returns the log-probabilities [B, L - 1] float32 of all tokens [B, L] except the first."""
     variables = {'params': params}
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.broadcast_to(index, tokens.shape)
@@ -63,5 +63,5 @@ def _next_token_log_probs(
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         return jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
 
-    # Row by row: the logits of a whole batch would not fit with a large vocabulary.
+    # Row by row, because with a large vocabulary the logits of a whole batch would not fit.
     return jax.lax.map(score, (hidden[:, :-1], tokens[:, 1:]))

@@ -1,4 +1,4 @@
-"""Quality against speed: the student at every point of a grid of sampling settings."""
+"""Evaluates quality and speed of the student at every point of a grid of sampling settings."""
 
 import csv
 import dataclasses
@@ -31,17 +31,19 @@ from diffusiongemma.evaluation.tasks import accuracy
 from diffusiongemma.evaluation.timing import Speed, timed
 from diffusiongemma.sampling import EntropyBound, Sampler
 
-NEAR = 0.01  # accuracy that a point may lose and still count as good as the teacher
+NEAR = 0.01  # a point within this accuracy difference counts as good as the teacher
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Settings of the diffusion mode; all their combinations are evaluated.
+    """A grid of settings of the diffusion mode, whose combinations are all evaluated.
 
     Attributes:
-      entropy_bound: values of `SamplingConfig.entropy_bound`; () for the sampler's own.
-      max_denoising_steps: values of that field of it; () likewise.
-      canvas_length: tokens of a canvas, whatever the student was trained with; () likewise.
+      entropy_bound: values of `SamplingConfig.entropy_bound`; () keeps that of the sampler.
+      max_denoising_steps: values of `SamplingConfig.max_denoising_steps`; () keeps that of the
+        sampler.
+      canvas_length: numbers of tokens per canvas, which may differ from the one in training; ()
+        keeps that of the model.
     """
 
     entropy_bound: tuple[float, ...] = ()
@@ -56,28 +58,30 @@ class Grid:
             )
 
     def over(self, student: Contestant) -> list[Contestant]:
-        """The student with each combination, canvas lengths outermost, steps innermost.
+        """Returns the student with each combination, canvas lengths outermost, steps innermost.
 
         Raises:
-          ValueError: a value that cannot be sampled with, or entropy bounds of a sampler that
-            accepts by another rule.
+          ValueError: if a value is invalid for sampling, or the grid has entropy bounds but the
+            sampler uses another acceptance rule.
         """
         sampler, params = student
-        own = sampler.config
+        config = sampler.config
         model: Any = sampler.model  # a flax module: its protocol has no `clone`
-        if self.entropy_bound and isinstance(own.acceptance, EntropyBound):
-            own = dataclasses.replace(own, acceptance=None)  # the grid's bounds take its place
+        if self.entropy_bound and isinstance(config.acceptance, EntropyBound):
+            config = dataclasses.replace(config, acceptance=None)  # replaced by those of the grid
         combinations = itertools.product(
             self.canvas_length or (model.config.canvas_length,),
-            self.entropy_bound or (own.entropy_bound,),
-            self.max_denoising_steps or (own.max_denoising_steps,),
+            self.entropy_bound or (config.entropy_bound,),
+            self.max_denoising_steps or (config.max_denoising_steps,),
         )
         return [
             (
                 dataclasses.replace(
                     sampler,
                     model=model.clone(config=model.config.replace(canvas_length=length)),
-                    config=dataclasses.replace(own, entropy_bound=bound, max_denoising_steps=steps),
+                    config=dataclasses.replace(
+                        config, entropy_bound=bound, max_denoising_steps=steps
+                    ),
                 ),
                 params,
             )
@@ -87,20 +91,22 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One contestant: a row of sweep.csv.
+    """The result for one contestant, which is a row of sweep.csv.
 
     Attributes:
       mode: 'autoregressive' (the teacher), 'lossless' or 'diffusion' (the student).
-      entropy_bound, max_denoising_steps, canvas_length: how it was sampled; None where the mode
-        or its acceptance rule doesn't know the setting.
-      accuracy: share of the problems that are solved.
-      exact_match: share of the responses that equal the teacher's.
-      teacher_nll: nats per token, of the responses under the teacher.
-      tokens_per_denoise_pass: tokens per denoise pass; 1 when autoregressive.
-      tokens_per_pass: tokens per pass, commits and verifications counted; 1 when autoregressive.
-      steps_per_canvas: denoise passes per canvas; None when autoregressive.
-      tokens_per_second: at the main batch size.
-      speedup: its ratio to the teacher's, the median of turns.
+      entropy_bound, max_denoising_steps, canvas_length: the sampling settings; None if the mode
+        or its acceptance rule does not use them.
+      accuracy: the share of problems that are solved.
+      exact_match: the share of responses that equal the teacher's.
+      teacher_nll: the negative log-likelihood of the responses under the teacher, in nats per
+        token.
+      tokens_per_denoise_pass: tokens per denoise pass; 1 in autoregressive mode.
+      tokens_per_pass: tokens per pass, where denoise, commit and verify passes are counted; 1 in
+        autoregressive mode.
+      steps_per_canvas: denoise passes per canvas; None in autoregressive mode.
+      tokens_per_second: the speed at the main batch size.
+      speedup: the ratio of its tokens/s to the teacher's, as a median over turns.
     """
 
     mode: str
@@ -129,24 +135,24 @@ def sweep(
 ) -> list[Point]:
     """Evaluates the teacher, the student's lossless mode and every point of the grid.
 
-    Every contestant answers all examples; then all are timed in turns at the main batch size,
-    so that they share what else the machine does. Each point compiles two programs.
+    Every contestant answers all examples. Then all are timed in turns at the main batch size, so
+    that other load on the machine affects them equally. Each point compiles two programs.
 
     Args:
-      teacher: autoregressive sampler and its parameters.
-      student: diffusion sampler and its parameters.
-      tokenizer: of both.
+      teacher: an autoregressive sampler and its parameters.
+      student: a diffusion sampler and its parameters.
+      tokenizer: the tokenizer of both models.
       examples: held-out problems.
-      config: sizes.
-      grid: of the settings.
-      rng: for the student's noise, the same at every point.
-      console: shows the progress.
+      config: the numbers of examples and the batch sizes.
+      grid: the grid of settings.
+      rng: the PRNG key for the student's noise, which is the same at every point.
+      console: the console that shows progress.
 
     Returns:
-      The teacher, the lossless mode, then the points of the grid in its order.
+      The teacher, the lossless mode, and then the points of the grid in its order.
 
     Raises:
-      ValueError: a value of the grid cannot be sampled with, or the student is a light one.
+      ValueError: if a value of the grid is invalid for sampling, or the student is a light one.
     """
     if student[0].mode != 'diffusion':
         raise ValueError(
@@ -188,7 +194,7 @@ def _point(
         mode=sampler.mode,
         entropy_bound=_entropy_bound(sampler) if is_swept else None,
         max_denoising_steps=sampler.config.max_denoising_steps if is_swept else None,
-        canvas_length=sampler.model.config.canvas_length or None,  # 0: it has no canvas
+        canvas_length=sampler.model.config.canvas_length or None,  # 0 means no canvas
         accuracy=accuracy(examples, answers.responses),
         exact_match=exact_match(answers.tokens, by_teacher.tokens),
         teacher_nll=teacher_nll,
@@ -206,13 +212,13 @@ def _entropy_bound(sampler: Sampler) -> float | None:
 
 
 def summary(points: Sequence[Point]) -> dict[str, Any]:
-    """The sweep in a few numbers.
+    """Returns a summary of a sweep.
 
     Returns:
-      `best`: of the diffusion points within one point of the teacher's accuracy the fastest by
-      the clock, as a dict; None where there is none. `aup`: of the frontier of all diffusion
-      points, see `accuracy_under_parallelism`. `teacher_accuracy`, `lossless_accuracy`,
-      `lossless_speedup`, and `num_points`, those of the grid.
+      `best`: the fastest diffusion point (by tokens/s) within one percentage point of the
+      teacher's accuracy, as a dict, or None. `aup`: `accuracy_under_parallelism` of the Pareto
+      frontier of all diffusion points. `teacher_accuracy`, `lossless_accuracy`,
+      `lossless_speedup`, and `num_points`, the number of grid points.
     """
     teacher, lossless, *diffusion = points
     near = [point for point in diffusion if point.accuracy >= teacher.accuracy - NEAR - 1e-9]
@@ -230,7 +236,7 @@ def summary(points: Sequence[Point]) -> dict[str, Any]:
 
 
 def write_csv(path: Path, points: Sequence[Point]) -> None:
-    """Writes one row for each point, with the names of the fields above; None is empty."""
+    """Writes a CSV file with one row per point and the fields of `Point`; None becomes empty."""
     names = [field.name for field in dataclasses.fields(Point)]
     with path.open('w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, names)

@@ -1,4 +1,4 @@
-"""Which answers are right: the checkers of the tasks, by an example's `task`."""
+"""Checks whether answers are right, with the checker of an example's `task`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from diffusiongemma.data.tasks import sudoku, wordmath
 
 
 def is_correct(example: Mapping[str, Any], response: str) -> bool:
-    """Whether `response` solves the example.
+    """Returns whether `response` solves the example.
 
     Word problems are checked by their final answer, sudokus as grids; an example of any other
     task must be matched exactly.
@@ -21,6 +21,6 @@ def is_correct(example: Mapping[str, Any], response: str) -> bool:
 
 
 def accuracy(examples: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> float:
-    """Share of the examples that their responses solve."""
+    """Returns the share of examples that their responses solve."""
     pairs = zip(examples, responses, strict=True)
     return sum(is_correct(example, response) for example, response in pairs) / len(examples)

@@ -1,4 +1,4 @@
-"""Speeds of decode modes against each other, in turns in one process."""
+"""Measures the speed of decode modes relative to each other, in turns in one process."""
 
 import dataclasses
 import time
@@ -20,16 +20,16 @@ from diffusiongemma.evaluation.decoding import (
 from diffusiongemma.sampling.lossless import draft, text_noise, verify_draft
 from diffusiongemma.sampling.sampler import LOSSLESS
 
-FEWEST_TURNS = 5  # of a batch size, unless the config asks for fewer of the main one
+FEWEST_TURNS = 5  # per batch size, unless the config sets fewer for the main one
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of one contestant, over the turns.
+    """The speed of one contestant over all turns.
 
     Attributes:
-      tokens_per_second: median.
-      ratio: median of its tokens/s over those of the first contestant in the same turn.
+      tokens_per_second: the median number of tokens per second.
+      ratio: the median ratio of its tokens/s to those of the first contestant in the same turn.
       spread: the 10th and the 90th percentile of that ratio.
     """
 
@@ -40,18 +40,18 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """Median tokens/s on the same prompts in the same process, prefill included.
+    """The median speeds on the same prompts in the same process, including prefill.
 
     Attributes:
-      speed_batch_size: rows per batch.
-      teacher_tokens_per_second: of AR decoding with a K/V cache.
-      student_tokens_per_second: of the student in its main mode.
-      speedup: its ratio to the teacher's, the median of turns.
+      speed_batch_size: the number of rows per batch.
+      teacher_tokens_per_second: the speed of the teacher's AR decoding with a K/V cache.
+      student_tokens_per_second: the speed of the student in its main mode.
+      speedup: its ratio to the teacher's speed, as a median over turns.
       speedup_spread: the 10th and the 90th percentile of the ratio over the turns.
-      lossless_tokens_per_second, lossless_speedup, lossless_speedup_spread: of the student in
-        lossless mode.
-      lookup_tokens_per_second, lookup_speedup, lookup_speedup_spread: of the lossless mode with
-        drafts from the text so far.
+      lossless_tokens_per_second, lossless_speedup, lossless_speedup_spread: the same for the
+        student in lossless mode.
+      lookup_tokens_per_second, lookup_speedup, lookup_speedup_spread: the same for the lossless
+        mode with drafts that are copied from the text so far.
     """
 
     speed_batch_size: int
@@ -76,19 +76,19 @@ def timed(
     size: int,
     watch: Watch = unwatched,
 ) -> list[Speed]:
-    """The speed of each contestant, timed in turns on the same batches.
+    """Returns the speed of each contestant, timed in turns on the same batches.
 
-    Each program is compiled and run once before it is timed; taking turns spreads whatever
-    else the machine does evenly over the contestants.
+    Each program is compiled and run once before it is timed. Turns spread other load on the
+    machine evenly over the contestants.
 
     Args:
-      contestants: samplers and their parameters; ratios are to the first one.
-      tokenizer: of all of them.
-      examples: prompts, used again from the first one where there are too few.
-      config: how many prompts, see `EvalConfig.speed_batches`.
-      rng: for the noise.
-      size: rows per batch.
-      watch: iterates over batches and shows how far it is under a description.
+      contestants: samplers and their parameters; ratios are relative to the first one.
+      tokenizer: the tokenizer of all models.
+      examples: prompts, which are repeated from the first one if there are too few.
+      config: the number of prompts, see `EvalConfig.speed_batches`.
+      rng: the PRNG key for the noise.
+      size: the number of rows per batch.
+      watch: a function that iterates over batches and shows the progress.
     """
     keys = jax.random.split(rng, size)
     num_prompts = config.speed_batches * config.speed_batch_sizes[0]
@@ -115,7 +115,10 @@ def timed(
 
 
 def speeds_of(size: int, names: Sequence[str], speeds: Sequence[Speed]) -> Speeds:
-    """Of the contestants 'teacher', 'lossless', 'lookup' and, with a mode of its own, 'student'."""
+    """Returns the speeds of named contestants.
+
+    The names are 'teacher', 'lossless', 'lookup' and, unless its main mode is lossless, 'student'.
+    """
     by_name = dict(zip(names, speeds, strict=True))
     teacher, lossless, lookup = (by_name[name] for name in ('teacher', 'lossless', 'lookup'))
     student = by_name.get('student', lossless)
@@ -142,7 +145,7 @@ def draft_share(
     rng: jax.Array,
     repetitions: int = 20,
 ) -> float:
-    """Share of the lossless mode's time that drafting takes, from medians of interleaved turns.
+    """Returns the share of lossless decoding time that drafting takes, from medians of turns.
 
     It is measured on the first drafts of a batch of the main size, without prefill.
     """

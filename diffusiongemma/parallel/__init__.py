@@ -1,4 +1,4 @@
-"""Device mesh and the one table from logical axes to mesh axes."""
+"""The device mesh, and the table that maps logical axes to mesh axes."""
 
 from diffusiongemma.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
 from diffusiongemma.parallel.sharding import (

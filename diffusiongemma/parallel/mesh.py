@@ -1,4 +1,4 @@
-"""The device mesh: five named axes, any of which may have size one."""
+"""The device mesh with five named axes, any of which may have size one."""
 
 import dataclasses
 import math
@@ -12,14 +12,14 @@ MESH_AXES = ('data', 'fsdp', 'tensor', 'expert', 'sequence')
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1, which takes what the others leave.
+    """The number of devices along each mesh axis; one may be -1 to take all remaining devices.
 
     Attributes:
-      data: copies of the parameters, each with its part of the batch.
-      fsdp: parameters and batch are split.
-      tensor: heads and FFN widths are split.
-      expert: experts are split.
-      sequence: tokens of a row are split.
+      data: copies of the parameters, each with a part of the batch.
+      fsdp: ways to split both the parameters and the batch.
+      tensor: ways to split heads and FFN widths.
+      expert: ways to split experts.
+      sequence: ways to split the tokens of a row.
     """
 
     data: int = 1
@@ -36,15 +36,15 @@ class MeshConfig:
 def make_mesh(
     axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """A mesh over all devices.
+    """Returns a mesh over all devices.
 
     Args:
-      axes: size of each axis of `MESH_AXES`; left out means 1. One axis may be -1: it takes
-        the devices that the others leave. Default: {'data': -1}.
-      devices: defaults to `jax.devices()`.
+      axes: the size of each axis of `MESH_AXES`; a missing axis has size 1. One axis may be -1 to
+        take all remaining devices. The default is {'data': -1}.
+      devices: the devices, by default `jax.devices()`.
 
     Raises:
-      ValueError: an unknown axis, or sizes whose product is not the number of devices.
+      ValueError: if an axis is unknown, or the product of the sizes is not the number of devices.
     """
     axes = dict(axes or {'data': -1})
     devices = list(jax.devices() if devices is None else devices)

@@ -1,7 +1,7 @@
-"""Several processes that run one program together: how they join, and what they share.
+"""Functions for several processes that run one program together.
 
-Every process runs the same code on its own devices. What one of them must do alone (write a file,
-print a table) the *writer* does, process 0. A single process is the writer and all of the data.
+Every process runs the same code on its own devices. Only the *writer*, process 0, writes files and
+prints tables. A single process is the writer and reads all of the data.
 """
 
 import json
@@ -26,36 +26,36 @@ def join(
     *,
     timeout_s: int = 300,
 ) -> None:
-    """Waits for the other processes; call it before anything that touches a device.
+    """Connects this process with the others; must be called before any device is used.
 
-    When some process does not come in time, this one ends with a message and exit code 1.
+    If a process does not join in time, this process ends with an error message and exit code 1.
 
     Args:
       coordinator: HOST:PORT of process 0, the same in every process.
-      num_processes: how many there are.
-      process_id: which one this is, from 0. All three None: jax asks the environment (SLURM,
-        GKE, a TPU VM, MPI).
-      timeout_s: seconds to wait for the last one.
+      num_processes: the number of processes.
+      process_id: the index of this process, from 0. If all three are None, jax reads them from the
+        environment (SLURM, GKE, a TPU VM, MPI).
+      timeout_s: the maximum waiting time in seconds.
 
     Raises:
-      ValueError: some of the three are given and some are not, they can't be, or the environment
-        knows of no other process.
+      ValueError: if only some of the three are set, if they are invalid, or if the environment
+        does not describe a cluster.
     """
-    given = (coordinator, num_processes, process_id)
-    if None in given and given != (None, None, None):
+    cluster = (coordinator, num_processes, process_id)
+    if None in cluster and cluster != (None, None, None):
         raise ValueError(
             f'coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: '
             'give all three, or none of them where the environment knows (SLURM, GKE, TPU VM).'
         )
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f'process_id={process_id} must lie in [0, num_processes={num_processes}).')
-    jax.config.update('jax_cpu_collectives_implementation', 'gloo')  # of the CPU backend alone
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')  # affects only the CPU backend
     watch = threading.Timer(timeout_s, _give_up, (coordinator, num_processes, timeout_s))
     watch.daemon = True
     watch.start()
     try:
-        jax.distributed.initialize(*given, initialization_timeout=timeout_s + 60)
-    except (ValueError, RuntimeError) as error:  # no cluster was found, or it is not reached
+        jax.distributed.initialize(*cluster, initialization_timeout=timeout_s + 60)
+    except (ValueError, RuntimeError) as error:  # there is no cluster, or it cannot be reached
         raise ValueError(
             f'the processes of this run are not known: {error} Give --coordinator=HOST:PORT, '
             '--num_processes and --process_id, or start it by SLURM or on a TPU slice.'
@@ -66,7 +66,7 @@ def join(
 
 
 def _give_up(coordinator: str | None, num_processes: int | None, timeout_s: int) -> None:
-    """Ends this process: jax would do so too, but with a stack trace of C++ as its message."""
+    """Ends this process with an error message; jax would only print a C++ stack trace."""
     many = 'all' if num_processes is None else f'all {num_processes}'
     where = '' if coordinator is None else f' at {coordinator}'
     print(
@@ -80,14 +80,14 @@ def _give_up(coordinator: str | None, num_processes: int | None, timeout_s: int)
 
 
 def is_writer() -> bool:
-    """Whether this process writes the files of the run and prints its tables."""
+    """Returns whether this process writes the files of the run and prints its tables."""
     return jax.process_index() == 0
 
 
 def abandon(code: int) -> None:
-    """Ends a process that failed, where others wait for it; returns if it is the only one.
+    """Ends a failed process immediately if there are other processes; returns if there are none.
 
-    The usual way out would wait for the others, which wait for this one.
+    A normal exit would wait for the other processes, which in turn wait for this one.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
@@ -96,7 +96,7 @@ def abandon(code: int) -> None:
 
 
 def gather_json(value: Any) -> list[Any]:
-    """The JSON value that each process passed, in their order, in every process."""
+    """Returns in every process the list of JSON values that the processes passed, by index."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -108,12 +108,12 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def as_writer_says(value: Any) -> Any:
-    """The JSON value that the writer passed, in every process."""
+    """Returns in every process the JSON value that process 0 passed (a broadcast)."""
     return gather_json(value)[0]
 
 
 def check_shared(directory: Path) -> None:
-    """Creates `directory`; raises ValueError unless every process sees the same one."""
+    """Creates `directory`; raises ValueError unless all processes share the same directory."""
     directory.mkdir(parents=True, exist_ok=True)
     if jax.process_count() == 1:
         return
@@ -122,21 +122,21 @@ def check_shared(directory: Path) -> None:
     if is_writer():
         marker.touch()
     multihost_utils.sync_global_devices('marker')
-    seen = gather_json(marker.exists())
+    visible = gather_json(marker.exists())
     if is_writer():
         marker.unlink()
-    if not all(seen):
+    if not all(visible):
         raise ValueError(
             f'{directory} is not the same directory in processes '
-            f'{[i for i, there in enumerate(seen) if not there]} as in process 0; use one that '
-            'all hosts share (NFS, Filestore, a mounted bucket).'
+            f'{[i for i, ok in enumerate(visible) if not ok]} as in process 0; use one '
+            'that all hosts share (NFS, Filestore, a mounted bucket).'
         )
 
 
 def on_host(tree: Any) -> Any:
-    """The arrays of `tree`, whole, as numpy arrays in the memory of every process.
+    """Returns the arrays of `tree`, gathered to the host of every process as numpy arrays.
 
-    Leaves that lie on devices of other processes are gathered one after the other.
+    Leaves with shards on devices of other processes are gathered one after the other.
     """
 
     def fetch(leaf: Any) -> Any:
@@ -150,11 +150,11 @@ def on_host(tree: Any) -> Any:
 
 
 def in_shards(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has, or that lie somewhere already, in the given shards.
+    """Returns the arrays of `tree` with the given shardings (device_put for several processes).
 
     Args:
-      tree: pytree of numpy or jax arrays; those of the host have the same values in each process.
-      shardings: pytree of shardings like it, or one for all.
+      tree: a pytree of numpy or jax arrays; host arrays must have equal values in all processes.
+      shardings: a pytree of shardings with the same structure, or one sharding for all leaves.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
@@ -164,7 +164,7 @@ def in_shards(tree: Any, shardings: Any) -> Any:
     def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)
-        # device_put would send the whole array around to see that it is the same everywhere.
+        # device_put would exchange the whole array to check that all processes have equal values.
         value = np.asarray(leaf)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
@@ -172,22 +172,22 @@ def in_shards(tree: Any, shardings: Any) -> Any:
 
 
 def data_shard(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, int]:
-    """Which part of each batch this process reads: (index, count).
+    """Returns the part of each batch that this process reads, as (index, count).
 
     Processes whose devices hold the same rows read the same part.
 
     Args:
-      sharding: of the rows of a batch.
-      batch_size: rows, over all processes.
+      sharding: the sharding of the rows of a batch.
+      batch_size: the number of rows over all processes.
 
     Raises:
-      ValueError: the rows of two processes overlap without being the same.
+      ValueError: if the rows of two processes overlap but are not equal.
     """
     rows: dict[int, set[int]] = {}
     places: Mapping[Any, tuple[slice, ...]] = sharding.devices_indices_map((batch_size,))
     for device, (where, *_) in places.items():
         rows.setdefault(device.process_index, set()).update(range(*where.indices(batch_size)))
-    parts = sorted({tuple(sorted(held)) for held in rows.values()})
+    parts = sorted({tuple(sorted(indices)) for indices in rows.values()})
     if sum(map(len, parts)) != batch_size or len({len(part) for part in parts}) > 1:
         raise ValueError(
             f'the mesh spreads the {batch_size} rows of a batch over {len(rows)} processes so '
@@ -200,7 +200,7 @@ def data_shard(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, i
 def global_batch(
     batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding, batch_size: int
 ) -> dict[str, jax.Array]:
-    """The rows that the processes read (see `data_shard`) as arrays of `batch_size` rows."""
+    """Returns global arrays of `batch_size` rows from the rows that each process has read."""
     return {
         name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
         for name, rows in batch.items()

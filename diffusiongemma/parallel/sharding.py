@@ -1,7 +1,7 @@
-"""Sharding of parameters, training state and batches.
+"""Shardings of parameters, training state and batches.
 
-Each weight (`models/weights.py`) and each activation (where it is created) names its logical axes;
-the table below says on which mesh axes they lie. Everything else follows from it.
+Each weight (`models/weights.py`) and each activation (where it is created) names its logical axes.
+The table below maps them to mesh axes and determines all shardings.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from diffusiongemma.models.transformer import Gemma, init_boxed_params
 
 M = TypeVar('M', bound=Gemma)
 
-# Logical axis -> mesh axes that it is spread over, in this order; () for none. An array uses a mesh
-# axis once, and a dimension that an axis does not divide is repeated along it.
+# Logical axis -> mesh axes over which it is sharded, in this order; () for none. An array uses a
+# mesh axis only once, and a dimension that a mesh axis does not divide is replicated along it.
 LOGICAL_AXIS_RULES: AxisRules = (
-    # Parameters, and with them optimizer state, EMA and teacher.
+    # Parameters; optimizer state, EMA and teacher follow them.
     ('vocab', ('tensor',)),
-    ('embed', ('fsdp', 'expert')),  # the model's width: in the embedding, then in each kernel
+    ('embed', ('fsdp', 'expert')),  # the model width D, in the embedding; below, in each kernel
     ('qkv_embed', ('fsdp', 'expert')),
     ('o_embed', ('fsdp', 'expert')),
     ('mlp_embed', ('fsdp', 'expert')),
-    ('expert_embed', ('fsdp', 'expert')),  # the latter is taken already
+    ('expert_embed', ('fsdp', 'expert')),  # 'experts' already uses the latter
     ('router_embed', ('fsdp', 'expert')),
     ('per_layer_embed', ('fsdp', 'expert')),
-    ('table_embed', ('fsdp', 'expert')),  # of the per-layer embedding
+    ('table_embed', ('fsdp', 'expert')),  # in the per-layer embedding
     ('state_embed', ('fsdp', 'expert')),
     ('mlp', ('tensor',)),
     ('heads', ('tensor',)),
@@ -45,44 +45,46 @@ LOGICAL_AXIS_RULES: AxisRules = (
     ('serial_rank', ()),
     ('norm', ()),
     ('layers', ()),
-    # Batches and activations. The axis of the experts splits rows as well: each of its devices
-    # has tokens of its own, which it exchanges with the others where experts are concerned.
+    # Batches and activations. The expert axis also splits rows: each of its devices has separate
+    # tokens, which the devices exchange for the expert layers.
     ('batch', ('data', 'fsdp', 'expert')),
     ('length', ('sequence',)),  # tokens of a row or of a canvas
-    ('slots', ('sequence',)),  # of the K/V cache
+    ('slots', ('sequence',)),  # slots of the K/V cache
 )
 
 
 def on_mesh(model: M, mesh: Mesh, rules: AxisRules = LOGICAL_AXIS_RULES) -> M:
-    """The model computed on a mesh: activations, K/V cache and experts lie as the table says.
+    """Returns the model with activations, K/V cache and experts sharded on a mesh by the table.
 
-    Without it the compiler lays out activations by what it is given, and experts of other devices
-    are gathered rather than tokens exchanged.
+    Without this, the compiler chooses the shardings of activations from those of its inputs, and
+    devices gather expert weights instead of exchanging tokens.
 
     Raises:
-      ValueError: the experts can't be dealt out evenly, or `rules` names an unknown axis.
+      ValueError: if the experts can't be divided evenly, or `rules` names an unknown axis.
     """
     unknown = sorted({axis for _, axes in rules for axis in axes} - set(mesh.axis_names))
     if unknown:
         raise ValueError(
             f'compute.rules use mesh axes {unknown}; the mesh has {list(mesh.axis_names)}.'
         )
-    on = mesh if mesh.size > 1 else None  # one device lays out nothing
+    used = mesh if mesh.size > 1 else None  # one device needs no shardings
     platform = mesh.devices.flat[0].platform
-    execution = dataclasses.replace(model.execution, mesh=on, rules=tuple(rules), platform=platform)
-    if on is not None and model.config.moe is not None:
+    execution = dataclasses.replace(
+        model.execution, mesh=used, rules=tuple(rules), platform=platform
+    )
+    if used is not None and model.config.moe is not None:
         check_experts(model.config.moe.num_experts, execution)
     return model.clone(execution=execution)
 
 
 def rules_with(overrides: Mapping[str, Sequence[str]]) -> AxisRules:
-    """The table with the rows of some logical axes replaced (`config.compute.rules`).
+    """Returns the table with the rows of some logical axes replaced (`config.compute.rules`).
 
-    A row for 'embed' stands for every axis of the model's width ('qkv_embed', 'mlp_embed'...) that
-    is not named itself.
+    A row for 'embed' applies to every axis of the model width ('qkv_embed', 'mlp_embed'...) that
+    has no row of its own in `overrides`.
 
     Raises:
-      ValueError: the table has no such axis, or a row is no tuple of different names.
+      ValueError: if the table has no such axis, or a row is not a tuple of different names.
     """
     table = dict(LOGICAL_AXIS_RULES)
     unknown = sorted(map(str, set(overrides) - set(table)))
@@ -98,7 +100,7 @@ def rules_with(overrides: Mapping[str, Sequence[str]]) -> AxisRules:
 
 
 def _mesh_axes(name: str, axes: Any) -> tuple[str, ...]:
-    """The row of one logical axis, checked."""
+    """Returns the mesh axes of one logical axis; raises ValueError if they are invalid."""
     is_row = isinstance(axes, list | tuple) and all(isinstance(axis, str) for axis in axes)
     if not is_row or len(set(axes)) < len(axes):
         raise ValueError(
@@ -109,13 +111,13 @@ def _mesh_axes(name: str, axes: Any) -> tuple[str, ...]:
 
 
 def rules_of(model: nn.Module) -> AxisRules:
-    """The table that a model was put on a mesh with, else the common one."""
+    """Returns the table with which `on_mesh` sharded a model, or the default one."""
     execution = getattr(model, 'execution', None)
     return (execution and execution.rules) or LOGICAL_AXIS_RULES
 
 
 def param_shardings(model: nn.Module, mesh: Mesh) -> Any:
-    """NamedSharding of every parameter of `model`, from its logical axes."""
+    """Returns the NamedSharding of every parameter of `model`, from its logical axes."""
     boxed = jax.eval_shape(lambda key: init_boxed_params(model, key), jax.random.key(0))
     rules = rules_of(model)
 
@@ -127,22 +129,22 @@ def param_shardings(model: nn.Module, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same value on every device."""
+    """Returns the sharding with the whole value on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_ways(mesh: Mesh, rules: AxisRules = LOGICAL_AXIS_RULES) -> int:
-    """Parts that the rows of a batch are split into; their number is a multiple of it."""
+    """Returns the number of parts that the rows of a batch are split into."""
     return product(dict(rules)['batch'], mesh)
 
 
 def batch_sharding(
     mesh: Mesh, batch_size: int, rules: AxisRules = LOGICAL_AXIS_RULES
 ) -> NamedSharding:
-    """Rows spread over the mesh axes of 'batch', by default data, fsdp and expert.
+    """Returns the sharding of rows over the mesh axes of 'batch', by default data, fsdp, expert.
 
     Raises:
-      ValueError: the batch is not divisible by these axes.
+      ValueError: if the batch size is not divisible by these axes.
     """
     axes, ways = dict(rules)['batch'], batch_ways(mesh, rules)
     if batch_size % ways:
@@ -154,19 +156,19 @@ def batch_sharding(
 
 
 def state_shardings(abstract_state: Any, params_sharding: Any, mesh: Mesh) -> Any:
-    """Shardings for a training state: whatever mirrors a parameter is sharded like it.
+    """Returns shardings for a training state: copies of a parameter are sharded like it.
 
-    A leaf whose path ends in the path of a parameter, and which has its dimensions, takes its
-    sharding (masters, EMA, moments, also where an optimizer has some for a part of the parameters);
-    every other leaf (step counters, the rows and columns of factored moments) is replicated.
+    A leaf whose path ends in the path of a parameter, and which has at least its rank, gets the
+    sharding of that parameter (master weights, EMA, optimizer moments). All other leaves (step
+    counters, rows and columns of factored moments) are replicated.
     """
-    of_params = dict(jax.tree_util.tree_leaves_with_path(params_sharding))
+    by_path = dict(jax.tree_util.tree_leaves_with_path(params_sharding))
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         for start in range(len(path) + 1):
-            found = of_params.get(path[start:])
-            if found is not None and len(found.spec) <= len(leaf.shape):
-                return found
+            candidate = by_path.get(path[start:])
+            if candidate is not None and len(candidate.spec) <= len(leaf.shape):
+                return candidate
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
@@ -177,7 +179,8 @@ def init_sharded(
 ) -> tuple[Any, Any]:
     """Runs `init(*args)` with its outputs created in their shards; returns (state, shardings).
 
-    Large arrays belong in `args`: what `init` closes over becomes part of the program.
+    Pass large arrays in `args`, because arrays that `init` closes over become constants of the
+    compiled program.
     """
     shardings = state_shardings(jax.eval_shape(init, *args), params_sharding, mesh)
     return jax.jit(init, out_shardings=shardings)(*args), shardings

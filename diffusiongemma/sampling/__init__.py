@@ -1,4 +1,4 @@
-"""Sampling: the diffusion decoder, its autoregressive baseline, and the rules they follow."""
+"""Samplers for the diffusion, lossless and autoregressive modes, and their rules."""
 
 from diffusiongemma.sampling.acceptance import (
     AcceptanceRule,

@@ -1,8 +1,8 @@
-"""What becomes of each position of a canvas after a denoise step.
+"""Acceptance rules, which make the next canvas after a denoise step.
 
-A rule is a small frozen object with one pure method, `next_canvas`. Those that only choose which
-positions take their candidate have that choice as `accept` too. A rule that carries state from
-step to step says what it starts with in a second method, `first_state`.
+A rule is a small frozen object with one pure method, `next_canvas`. Rules that only choose which
+positions take their candidate also have this choice as a method `accept`. A rule with state has a
+second method, `first_state`, which returns its initial state.
 """
 
 import dataclasses
@@ -18,28 +18,28 @@ PerRow = Float[Array, ''] | Float[Array, 'B 1']  # one number, or one for each r
 
 @flax.struct.dataclass
 class Proposal:
-    """What one denoise step has to offer to a rule.
+    """The results of one denoise step, which are the input of an acceptance rule.
 
     Attributes:
       canvas: [B, C] int32, the tokens that the step read.
       candidates: [B, C] int32, a token drawn at each position.
       noise: [B, C] int32, fresh noise: uniform tokens, or the mask token.
-      open: [B, C] bool, positions that the rule decides on. The others, which are pinned or
-        (masked diffusion) unmasked already, keep their token.
-      entropies: [B, C] float32, entropy of the predictions in nats; 0 where not open.
-      confidences: [B, C] float32, probability of the candidates; 1 where not open.
-      margins: [B, C] float32, probability of the most likely token less that of the second; 1 where
-        not open.
-      noise_level: [] float32, or [B, 1] where rows differ (in training), t of the canvas that
-        the step read.
-      next_noise_level: likewise, s < t of the canvas that the rule makes.
+      open: [B, C] bool, positions that the rule decides on. All others are pinned or (masked
+        diffusion) already unmasked, and keep their token.
+      entropies: [B, C] float32, entropy of the predictions in nats; 0 at positions not open.
+      confidences: [B, C] float32, probability of the candidates; 1 at positions not open.
+      margins: [B, C] float32, probability of the argmax token minus that of the second most likely
+        one; 1 at positions not open.
+      noise_level: [] float32, or [B, 1] if rows differ (in training), the level t of the canvas
+        that the step read.
+      next_noise_level: the same shape, the level s < t of the canvas that the rule makes.
       keys: [B] keys for a rule that draws.
-      vocab_size: uniform noise is drawn from this many tokens; None with masked diffusion.
-      pinned: [B, C] bool, positions that no rule may change; None for no such position.
-      logits: [B, C, V] float32, what the step says of each position, at its temperature; banned
-        tokens have -inf. At a position that masked diffusion has unmasked already they are those
-        of the model, as at every other. What a rule does not read costs nothing.
-      temperature: [] float32, or [B, 1], by which the model's logits were divided.
+      vocab_size: the number of tokens that uniform noise is drawn from; None for masked diffusion.
+      pinned: [B, C] bool, positions that no rule may change; None if there are none.
+      logits: [B, C, V] float32, shaped logits of the step; -inf for banned tokens. Positions that
+        masked diffusion has already unmasked also have the model's logits. If a rule does not read
+        them, they are not computed.
+      temperature: [] float32, or [B, 1], the divisor of the model's logits.
       greedy: bool, or [B, 1] bool, whether the candidates are the argmax tokens.
     """
 
@@ -60,16 +60,16 @@ class Proposal:
     greedy: Bool[Array, ''] | Bool[Array, 'B 1'] | bool = False
 
     def take(self, accepted: Bool[Array, 'B C']) -> Int[Array, 'B C']:
-        """The next canvas if the `accepted` [B, C] positions take their candidate.
+        """Returns the canvas in which `accepted` [B, C] positions take their candidate.
 
-        Nothing is frozen: every other open position becomes noise again.
+        All other open positions become noise again.
         """
         return jnp.where(self.open, jnp.where(accepted, self.candidates, self.noise), self.canvas)
 
 
 @runtime_checkable
 class StatelessRule(Protocol):
-    """Makes the next canvas; hashable, since the sampler compiles it in."""
+    """A rule without state; hashable, because it is a static argument of compiled programs."""
 
     def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
         """Returns the canvas that the next denoise step reads, [B, C] int32."""
@@ -78,9 +78,9 @@ class StatelessRule(Protocol):
 
 @runtime_checkable
 class StatefulRule(Protocol):
-    """Makes the next canvas from what the step offers and from its own state; hashable.
+    """A rule with a state, which is a pytree of arrays [B, ...]; hashable.
 
-    The state is a pytree of arrays [B, ...]. A row that has stopped keeps its own.
+    The state of a row that has stopped no longer changes.
     """
 
     def first_state(self, canvas: Int[Array, 'B C']) -> Any:
@@ -97,29 +97,29 @@ AcceptanceRule = StatelessRule | StatefulRule
 
 @runtime_checkable
 class SaysWhatItReads(Protocol):
-    """A rule that says whether it may read the logits."""
+    """A rule that declares whether it may read the logits."""
 
     @property
     def reads_logits(self) -> bool: ...
 
 
 def reads_logits(rule: AcceptanceRule) -> bool:
-    """Whether a rule may read the logits; it says that it does not by a false `reads_logits`.
+    """Returns whether a rule may read the logits; a rule declares otherwise by `reads_logits`.
 
-    The sampler offers them in any case; stage 2 would compute them for the rule alone.
+    The sampler has the logits in any case, but stage 2 computes them only for such a rule.
     """
     return rule.reads_logits if isinstance(rule, SaysWhatItReads) else True
 
 
 def first_state(rule: AcceptanceRule, canvas: Int[Array, 'B C']) -> Any:
-    """Returns a rule's state before the first step of canvases [B, C]; None of one without."""
+    """Returns the state of a rule before the first step of canvases [B, C]; None if stateless."""
     return rule.first_state(canvas) if isinstance(rule, StatefulRule) else None
 
 
 def next_canvas(
     rule: AcceptanceRule, proposal: Proposal, state: Any
 ) -> tuple[Int[Array, 'B C'], Any]:
-    """Returns the canvas [B, C] that a rule makes, and its state after that."""
+    """Returns the canvas [B, C] int32 that a rule makes, and the new state of the rule."""
     if isinstance(rule, StatefulRule):
         return rule.next_canvas(proposal, state)
     return rule.next_canvas(proposal), None
@@ -127,16 +127,15 @@ def next_canvas(
 
 @dataclasses.dataclass(frozen=True)
 class EntropyBound:
-    """Accepts the k most certain positions whose joint uncertainty is bounded.
+    """A rule that accepts the k most certain positions whose joint uncertainty is bounded.
 
-    k is the largest number such that the sum of the k lowest entropies, less the largest of
-    them, is at most the bound. That difference bounds the mutual information between the k
-    tokens, which is what drawing them independently loses (entropy-bounded unmasking,
-    Ben-Hamu et al. 2025, arXiv:2505.24857). One position is always accepted; of equally
-    uncertain ones the first.
+    k is the largest number such that the sum of the k lowest entropies, minus the largest of
+    them, is at most the bound. This difference bounds the mutual information between the k
+    tokens, which independent draws lose (entropy-bounded unmasking, Ben-Hamu et al. 2025,
+    arXiv:2505.24857). At least one position is accepted; ties are broken by the first position.
 
     Attributes:
-      entropy_bound: nats, >= 0. Infinity accepts everything.
+      entropy_bound: the bound in nats, >= 0. Infinity accepts all positions.
     """
 
     entropy_bound: float = 0.1
@@ -150,10 +149,10 @@ class EntropyBound:
             )
 
     def accept(self, entropies: Float[Array, '*B C']) -> Bool[Array, '*B C']:
-        """[..., C] float32 nats -> [..., C] bool."""
+        """Returns the accepted positions for entropies: [..., C] float32 nats -> [..., C] bool."""
         order = jnp.argsort(entropies, axis=-1, stable=True)
         ascending = jnp.take_along_axis(entropies, order, axis=-1)
-        # Position i of the order is the largest of its set: what counts is the sum before it.
+        # The i-th entropy in this order is the largest of its set, so it is not part of the sum.
         sums = jnp.cumsum(ascending[..., :-1], axis=-1)
         sums_before = jnp.concatenate([jnp.zeros_like(ascending[..., :1]), sums], axis=-1)
         rank = jnp.argsort(order, axis=-1)
@@ -166,11 +165,13 @@ class EntropyBound:
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """Accepts the k open positions with the most probable candidates (MaskGIT's rule,
-    Chang et al. 2022, arXiv:2202.04200); of equally probable ones the first.
+    """A rule that accepts the k open positions with the most probable candidates.
+
+    This is MaskGIT's rule (Chang et al. 2022, arXiv:2202.04200). Ties are broken by the first
+    position.
 
     Attributes:
-      k: positions per step, >= 1.
+      k: the number of accepted positions per step, >= 1.
     """
 
     k: int = 1
@@ -183,7 +184,12 @@ class TopK:
     def accept(
         self, confidences: Float[Array, '*B C'], open_positions: Bool[Array, '*B C']
     ) -> Bool[Array, '*B C']:
-        """[..., C] float32 and [..., C] bool -> [..., C] bool, k of the open ones (or all)."""
+        """Returns k of the open positions (or all if there are fewer), [..., C] bool.
+
+        Args:
+          confidences: [..., C] float32.
+          open_positions: [..., C] bool.
+        """
         order = jnp.argsort(jnp.where(open_positions, -confidences, jnp.inf), axis=-1, stable=True)
         return open_positions & (jnp.argsort(order, axis=-1) < self.k)
 
@@ -194,11 +200,12 @@ class TopK:
 
 @dataclasses.dataclass(frozen=True)
 class ConfidenceThreshold:
-    """Accepts candidates of at least a given probability, and the most probable one in any case
-    (the parallel decoding of Fast-dLLM, Wu et al. 2025, arXiv:2505.22618).
+    """A rule that accepts candidates above a probability, and always the most probable one.
+
+    This is the parallel decoding of Fast-dLLM (Wu et al. 2025, arXiv:2505.22618).
 
     Attributes:
-      threshold: probability in [0, 1].
+      threshold: the minimum probability, in [0, 1].
     """
 
     threshold: float = 0.9
@@ -220,12 +227,13 @@ class ConfidenceThreshold:
 
 @dataclasses.dataclass(frozen=True)
 class Margin:
-    """Accepts positions whose most likely token leads the second by at least a given probability,
-    and the one that leads most in any case (top-k margin of Kim et al. 2025, arXiv:2502.06768,
-    with a threshold in place of a number).
+    """A rule that accepts positions by the margin between their two most likely tokens.
+
+    It accepts margins above a threshold, and always the largest one (top-k margin of Kim et al.
+    2025, arXiv:2502.06768, with a threshold instead of a number).
 
     Attributes:
-      threshold: difference of probabilities in [0, 1].
+      threshold: the minimum difference of probabilities, in [0, 1].
     """
 
     threshold: float = 0.8
@@ -247,13 +255,13 @@ class Margin:
 
 @dataclasses.dataclass(frozen=True)
 class Ancestral:
-    """Draws the next canvas from the exact reverse posterior of the corruption.
+    """A rule that draws the next canvas from the exact reverse posterior of the corruption.
 
-    With the candidate as x_0, position by position x_s ~ q(x_s | x_t, x_0) (D3PM, Austin et al.
-    2021, arXiv:2107.03006). Samples then have the distribution that the denoiser stands for, up to
-    what drawing the positions of a step independently loses, which vanishes as steps grow. For
-    that the candidates must be drawn at temperature 1, no canvas may stop early, and what is
-    committed is the canvas itself: `SamplingConfig.ancestral` sets all three.
+    With the candidate as x_0, it draws x_s ~ q(x_s | x_t, x_0) at each position (D3PM, Austin et
+    al. 2021, arXiv:2107.03006). Samples then have the distribution of the denoiser, except for the
+    error of drawing the positions of a step independently, which vanishes with more steps. This
+    requires candidates that are drawn at temperature 1, no early stop, and committing the canvas
+    itself: `SamplingConfig.ancestral` sets all three.
 
     Uniform corruption to level t keeps a token with probability a_t = 1 - t. With a = a_t / a_s,
     q(x_s | x_t, x_0) is proportional to
@@ -265,7 +273,7 @@ class Ancestral:
     reads_logits: ClassVar[bool] = False
 
     def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
-        """[B, C] int32."""
+        """Returns the next canvas, [B, C] int32."""
         length = proposal.canvas.shape[-1]
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(proposal.keys)
         t, s = proposal.noise_level, proposal.next_noise_level
@@ -286,7 +294,7 @@ class Ancestral:
 def _above(
     values: Float[Array, '*B C'], open_positions: Bool[Array, '*B C'], threshold: float
 ) -> Bool[Array, '*B C']:
-    """Open positions whose value reaches the threshold, and the first largest one."""
+    """Returns the open positions with a value >= threshold, and always the first largest one."""
     ranked = jnp.where(open_positions, values, -jnp.inf)
     best = jnp.arange(values.shape[-1]) == jnp.argmax(ranked, axis=-1, keepdims=True)
     return open_positions & ((values >= threshold) | best)

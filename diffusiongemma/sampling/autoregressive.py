@@ -1,4 +1,4 @@
-"""Token by token on the encode pass: the baseline, and how the teacher is sampled."""
+"""Autoregressive sampling with the encode pass, as the baseline and for the teacher."""
 
 import dataclasses
 
@@ -27,16 +27,16 @@ def start(
     prompt: jax.Array,
     prompt_lengths: jax.Array,
 ) -> GenerationState:
-    """Emits the first token.
+    """Emits the first token of each row.
 
     Args:
-      model: a Gemma, or a denoiser, of which only the encode pass is used.
-      config: how to sample; steps and rules of the diffusion mode are of no effect.
-      params: the model's parameters.
-      state: the prompts.
-      hidden: [B, D], hidden states of their last tokens.
-      prompt: [B, P] int32, of no use here.
-      prompt_lengths: [B] int32, likewise.
+      model: a Gemma, or a DiffusionGemma, of which only the encode pass is used.
+      config: the sampling settings; steps and rules of the diffusion mode are ignored.
+      params: the parameters of the model.
+      state: the state after the prefill.
+      hidden: [B, D], hidden states of the last prompt tokens.
+      prompt: [B, P] int32, ignored.
+      prompt_lengths: [B] int32, ignored.
     """
     del prompt, prompt_lengths
     keys = fold_in_rows(state.keys, 0)
@@ -48,7 +48,7 @@ def start(
 def next_token(
     model: CausalModel, config: SamplingConfig, params: Params, state: GenerationState
 ) -> GenerationState:
-    """Encodes each unfinished row's latest token and emits the next one."""
+    """Encodes the latest token of each unfinished row and emits the next one."""
     latest = state.last_token[:, None]
     hidden, cache = passes.extend(model, params, state.cache, latest, ~state.finished)
     state = dataclasses.replace(state, cache=cache)
@@ -66,30 +66,30 @@ def first_token(
     hidden: jax.Array,
     keys: jax.Array,
 ) -> tuple[jax.Array, jax.Array, TokenScores | None]:
-    """Draws the first token that is not emitted yet.
+    """Draws the next token of each row.
 
     Args:
-      model: its head makes the logits.
-      config: how to sample.
-      params: the model's parameters.
+      model: the model, whose head computes the logits.
+      config: the sampling settings.
+      params: the parameters of the model.
       state: the responses so far.
       hidden: [B, D], hidden states of the latest tokens.
       keys: [B] keys.
 
     Returns:
-      [B] int32; whether the logits are finite [B] bool; and scores of the tokens [B, 1], where the
-      config asks for them.
+      The tokens [B] int32; whether their logits are finite [B] bool; and the scores of the tokens
+      [B, 1], or None unless the config requests them.
     """
-    said = model.apply({'params': params}, hidden, method='unembed')[:, None]  # [B, 1, V]
+    unembedded = model.apply({'params': params}, hidden, method='unembed')[:, None]  # [B, 1, V]
     states = None if state.automaton_states is None else state.automaton_states[:, None]
-    logits = next_token_logits(config, state, said, state.lengths, states)[:, 0]  # [B, V]
+    logits = next_token_logits(config, state, unembedded, state.lengths, states)[:, 0]  # [B, V]
     token = draw(logits, state.temperature(config), keys)
-    scores = scores_of(config, said, token[:, None])
+    scores = scores_of(config, unembedded, token[:, None])
     return token, chosen_are_finite(logits, token), scores
 
 
 def scores_of(config: SamplingConfig, logits: jax.Array, tokens: jax.Array) -> TokenScores | None:
-    """Scores of tokens [B, T] under the causal pass's logits [B, T, V], if they are asked for."""
+    """Returns the scores of tokens [B, T] under logits [B, T, V], or None if not requested."""
     if config.logprobs is None:
         return None
     return TokenScores.of(without_unknown(logits, config.vocab_size), tokens, config.logprobs)
@@ -102,14 +102,14 @@ def next_token_logits(
     offsets: jax.Array,
     states: jax.Array | None,
 ) -> jax.Array:
-    """Logits [B, T, V] of the distribution that autoregressive decoding draws from.
+    """Returns the logits [B, T, V] of the distribution that autoregressive decoding draws from.
 
     Args:
-      config: temperature, top_k, top_p; ids beyond its vocab_size are banned.
-      state: its controls say what is allowed, and may set the temperature.
-      logits: [B, T, V] of the causal pass.
-      offsets: [B] int32, place in the response of the token that the first of them predict.
-      states: [B, T] int32, the automaton's state before each of those tokens, or None.
+      config: the sampling settings: temperature, top_k, top_p; ids >= vocab_size are banned.
+      state: the state whose controls restrict tokens and may set the temperature.
+      logits: [B, T, V], logits of the causal pass.
+      offsets: [B] int32, the position in the response of the first predicted token.
+      states: [B, T] int32, the automaton's state before each predicted token, or None.
     """
     length, controls, automaton = logits.shape[1], state.controls, state.controls.automaton
     logits = without_unknown(logits, config.vocab_size)

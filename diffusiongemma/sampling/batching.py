@@ -1,4 +1,4 @@
-"""Many prompts through a batch of few rows that is kept full."""
+"""Answers many prompts with continuous batching: a small batch that is kept full."""
 
 from collections.abc import Sequence
 
@@ -26,25 +26,25 @@ def generate_many(
     controls: Controls | None = None,
     multiple: int = 64,
 ) -> SamplerOutput:
-    """Answers any number of prompts; a row that finishes gives its place to the next prompt.
+    """Answers any number of prompts; when a row finishes, the next prompt takes its slot.
 
-    Between two refills everything is one compiled program. A response is the one that a call of
-    `sampler` with all prompts in one batch would give, up to the order of float sums.
+    Between two refills everything is one compiled program. The responses are those of a call of
+    `sampler` with all prompts in one batch, up to the order of float sums.
 
     Args:
-      sampler: any mode.
-      params: the model's parameters.
-      prompts: token ids of N prompts.
+      sampler: a sampler in any mode.
+      params: the parameters of the model.
+      prompts: the token ids of N prompts.
       rng: one key, of which prompt n uses `fold_in(rng, n)`, or one key per prompt [N].
-      batch_size: rows at once.
-      controls: of all N prompts.
-      multiple: prompts are padded to a common width, a multiple of it.
+      batch_size: the number of rows that are decoded at once.
+      controls: the controls of all N prompts.
+      multiple: prompts are padded to a common width, a multiple of this length.
 
     Returns:
       The outputs in the order of the prompts, as numpy arrays with N rows.
 
     Raises:
-      ValueError, FloatingPointError: as a call of the sampler; ValueError also when
+      ValueError, FloatingPointError: the errors of a call of the sampler; ValueError also if
         batch_size < 1.
     """
     if batch_size < 1:
@@ -77,7 +77,7 @@ def generate_many(
 
 
 def _collected(sampler: Sampler, results: Sequence[Result | None]) -> SamplerOutput:
-    """The output of all prompts; a row without a result is empty."""
+    """Returns the output of all prompts; a row without a result is empty."""
     count = len(results)
     tokens = np.full((count, sampler.config.max_new_tokens), sampler.config.pad_id, np.int32)
     lengths, denoising_steps, canvases, causal_passes = np.zeros((4, count), np.int32)

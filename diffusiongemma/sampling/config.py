@@ -1,4 +1,4 @@
-"""How to sample: `SamplingConfig`."""
+"""The sampling settings: `SamplingConfig`."""
 
 import dataclasses
 from typing import Any
@@ -12,50 +12,55 @@ from diffusiongemma.sampling.stopping import Never, StableAndConfident, Stopping
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How to sample. Frozen and hashable; the defaults are those of the released models.
+    """The sampling settings, frozen and hashable; the defaults are those of the released models.
 
     Attributes:
-      max_new_tokens: length limit of a response; need not be a multiple of the canvas length.
-      max_denoising_steps: T, limit of denoise steps per canvas.
+      max_new_tokens: the maximum length of a response; it need not be a multiple of the canvas
+        length.
+      max_denoising_steps: T, the maximum number of denoise steps per canvas.
       drafts: a source of drafts for the lossless mode, such as `PromptLookup`, or its text, such
-        as 'PromptLookup(length=8)'; None for the model's own denoiser.
-      lookup_ngram: in the lossless mode, a draft is what followed the last so many tokens (or
-        more) where they occur earlier in the text, and the model's own elsewhere; 0 for the
-        model's alone. Code and other text that repeats itself gains from it.
-      draft_length: canvas tokens of a draft in the lossless mode, at most the model's canvas
-        length; None for all of it. Short drafts are verified faster.
-      model_draft_length: that of the model's drafts beside a lookup's, which are longer, since
-        what a lookup finds often holds for many tokens. Of effect with one row, whose verification
-        is as wide as its draft; None for `draft_length`.
-      max_draft_steps: limit of denoise steps per draft in the lossless mode. A row whose draft
-        fell early takes one step more for the next, one whose draft held wholly one less.
-      entropy_bound: nats, bound of the `EntropyBound` acceptance; None for 0.1. Not beside
-        another `acceptance`.
-      t_min: temperature towards the last denoise step.
-      t_max: temperature of the first denoise step.
-      temperature_exponent: how the temperature falls between them, see `TemperatureSchedule`.
-      stability_threshold: previous steps that must agree, see `StableAndConfident`; None for 1.
-        Not beside `stopping`.
-      confidence_threshold: mean entropy in nats, see `StableAndConfident`; None for 0.005. Not
-        beside `stopping`.
-      temperature: factor on the schedule's temperatures, and the softmax temperature of the
-        autoregressive mode. 0 is greedy: the candidates are the most likely tokens, while the
-        entropies are still those of the schedule's distribution.
+        as 'PromptLookup(length=8)'; None for the model's denoiser.
+      lookup_ngram: in the lossless mode, if the last tokens (at least this many) also occur
+        earlier in the text, the draft copies what followed them there; otherwise the model
+        drafts. 0 disables lookups. Code and other repetitive text is faster with lookups.
+      draft_length: the number of canvas tokens of a draft in the lossless mode, at most the canvas
+        length of the model; None for the canvas length. Short drafts are verified faster.
+      model_draft_length: the length of the model's drafts if lookups are enabled. Lookup drafts
+        are longer (`draft_length`), because a copied text often continues for many tokens. It only
+        has an effect with one row, whose verify pass is as wide as its draft; None for
+        `draft_length`.
+      max_draft_steps: the maximum number of denoise steps per draft in the lossless mode. A row
+        takes one more step after a draft that was rejected early, and one less after a draft that
+        was fully accepted.
+      entropy_bound: the bound of the `EntropyBound` rule in nats; None for 0.1. It cannot be
+        combined with another `acceptance`.
+      t_min: the temperature towards the last denoise step.
+      t_max: the temperature of the first denoise step.
+      temperature_exponent: the shape of the schedule between them, see `TemperatureSchedule`.
+      stability_threshold: the number of previous steps that must agree, see `StableAndConfident`;
+        None for 1. It cannot be combined with `stopping`.
+      confidence_threshold: the mean entropy in nats, see `StableAndConfident`; None for 0.005. It
+        cannot be combined with `stopping`.
+      temperature: a factor on the temperatures of the schedule, and the softmax temperature of the
+        autoregressive mode. 0 is greedy: candidates are the argmax tokens, while entropies are
+        still those of the schedule's distribution.
       top_k: candidates, and tokens of the autoregressive mode, are drawn from the k most likely
-        tokens; None from all. Entropies and confidences are those of the whole distribution.
-      top_p: likewise, from the smallest set of most likely tokens whose probability reaches p.
+        tokens; None for all. Entropies and confidences are those of the whole distribution.
+      top_p: the same, with the smallest set of most likely tokens whose total probability is at
+        least p.
       stop_ids: tokens that end a response. The default is the <eos> of Gemma's vocabularies;
         a chat model ends its turn with another one, see `for_tokenizer`. () never stops.
-      pad_id: fills the output behind a response's end.
-      vocab_size: noise is uniform over token ids below it; None for the model's vocabulary.
-      prefill_chunk: prompts are encoded so many tokens at a time, for long ones whose attention
-        would not fit in memory; None for all at once.
-      commits: 'argmax', the argmax canvas of the last step, or 'canvas', what the acceptance
-        rule made of it.
+      pad_id: the token id of the output after the end of a response.
+      vocab_size: noise is uniform over token ids below this number; None for the vocabulary of
+        the model.
+      prefill_chunk: the number of prompt tokens that are encoded at a time, for long prompts whose
+        attention would not fit in memory; None for all at once.
+      commits: 'argmax' commits the argmax canvas of the last step, 'canvas' the canvas that the
+        acceptance rule made.
       acceptance: a rule that replaces the entropy bound, or its text, such as 'TopK(k=4)'.
       stopping: a rule that replaces stability and confidence, or its text, such as 'Never()'.
-      logprobs: in the autoregressive and lossless modes the output also holds log-probabilities:
-        of its tokens and of the so many most likely ones at their places (`TokenScores`); None
+      logprobs: in the autoregressive and lossless modes, the output also has the log-probabilities
+        of its tokens and of this many most likely tokens at each position (`TokenScores`); None
         for none.
     """
 
@@ -131,7 +136,7 @@ class SamplingConfig:
         self._check_one_rule('acceptance', 'entropy_bound')
         self._check_one_rule('stopping', 'stability_threshold')
         self._check_one_rule('stopping', 'confidence_threshold')
-        # These check the numbers that they are made of.
+        # The constructors of these rules check their numbers.
         _ = self.schedule, self.acceptance_rule, self.stopping_rule
 
     def _check_drafts(self) -> None:
@@ -168,7 +173,7 @@ class SamplingConfig:
             )
 
     def _check_one_rule(self, rule: str, number: str) -> None:
-        """Raises ValueError where a number is given that a rule beside it leaves without effect."""
+        """Raises ValueError if a number is set that has no effect because a rule replaces it."""
         replaced, value = getattr(self, rule), getattr(self, number)
         if value is not None and replaced is not None and value != getattr(replaced, number, None):
             raise ValueError(
@@ -178,17 +183,17 @@ class SamplingConfig:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Any, **fields: Any) -> 'SamplingConfig':
-        """A config with the tokenizer's `stop_ids`, `pad_id` and `vocab_size`.
+        """Returns a config with the tokenizer's `stop_ids`, `pad_id` and `vocab_size`.
 
         Args:
           tokenizer: a `diffusiongemma.data.tokenizer.Tokenizer`.
-          **fields: any other field, or another value for one of these three.
+          **fields: other fields, or other values for these three.
         """
         return cls(**(cls.tokenizer_fields(tokenizer) | fields))
 
     @staticmethod
     def tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
-        """The fields that a tokenizer decides."""
+        """Returns the fields that a tokenizer determines."""
         return {
             'stop_ids': tokenizer.stop_ids,
             'pad_id': tokenizer.pad_id,
@@ -197,7 +202,7 @@ class SamplingConfig:
 
     @classmethod
     def ancestral(cls, **fields: Any) -> 'SamplingConfig':
-        """Ancestral sampling of the diffusion process: all steps, at temperature 1, as drawn."""
+        """Returns a config for ancestral sampling: all steps at temperature 1, without argmax."""
         exact: dict[str, Any] = {
             'acceptance': Ancestral(), 'stopping': Never(), 'commits': 'canvas',
             't_min': 1.0, 't_max': 1.0,

@@ -1,5 +1,4 @@
-"""What a call asks of each row beyond its prompt: arrays of static shape, so that nothing compiles
-anew when their values change.
+"""Per-row settings and constraints of a call, as arrays, so new values need no recompilation.
 
 Positions count from the start of the response: position 0 is its first token.
 """
@@ -17,32 +16,32 @@ from diffusiongemma.constraints.automaton import START, TokenAutomaton
 from diffusiongemma.models.arrays import AnyArray
 from diffusiongemma.sampling.rows import map_but
 
-OPEN = -1  # a position without a pinned token, a seed or a set
+OPEN = -1  # marks a position without a pinned token, a seed or a set
 
 
 @flax.struct.dataclass
 class Controls:
-    """Settings and constraints of the rows of a batch; what is None asks for nothing.
+    """Settings and constraints of the rows of a batch; None means no setting or constraint.
 
-    They hold in every mode: where a token is not allowed, the autoregressive distribution is
-    that of the others, and lossless mode equals it.
+    They apply in every mode: the autoregressive distribution is renormalized over the allowed
+    tokens, and the lossless mode follows it.
 
     Attributes:
-      temperature: [B] float32 >= 0 in place of the config's; 0 is greedy.
-      top_p: [B] float32 in (0, 1] in place of the config's; 1 keeps all tokens.
-      max_new_tokens: [B] int32, at most the config's; 0 gives an empty response.
-      pinned: [B, T] int32, the token that a position holds, `OPEN` (-1) where it is open. Text
-        between a prefix and a suffix is filled in by pinning the suffix.
-      seed: [B, T] int32, tokens that a canvas starts from, -1 where it starts from noise. They
-        can change; of no effect in the autoregressive mode.
+      temperature: [B] float32 >= 0, overrides that of the config; 0 is greedy.
+      top_p: [B] float32 in (0, 1], overrides that of the config; 1 keeps all tokens.
+      max_new_tokens: [B] int32, at most that of the config; 0 gives an empty response.
+      pinned: [B, T] int32, the fixed token of a position, or `OPEN` (-1). To fill in text between
+        a prefix and a suffix, pin the suffix.
+      seed: [B, T] int32, the initial token of a canvas position, or -1 for noise. It can change;
+        it has no effect in the autoregressive mode.
       allowed_sets: [G, V] bool, sets of allowed tokens.
-      allowed_index: [B, T] int32, which set holds at a position, -1 for none. None: the first
-        set holds everywhere.
-      automaton: of all valid responses, see `grammar`. Every canvas is drawn from those that a
-        valid response can start with. Pinned tokens and sets can leave a row without a valid
-        response, which is then as good as unconstrained.
-      automaton_states: [B] int32, each row's state before its response; `automaton.FREE` for a
-        row without constraint. None: START for all.
+      allowed_index: [B, T] int32, the index of the set that applies at a position, -1 for none.
+        None applies the first set to all positions.
+      automaton: the automaton of all valid responses, see `grammar`. Every canvas is drawn from
+        the starts of valid responses. If pinned tokens and sets leave a row without a valid
+        response, the row is unconstrained.
+      automaton_states: [B] int32, the state of each row before its response; `automaton.FREE` for
+        a row without constraint. None means START for all rows.
     """
 
     temperature: Float[AnyArray, ' B'] | None = None
@@ -56,15 +55,18 @@ class Controls:
     automaton_states: Int[AnyArray, ' B'] | None = None
 
     def pinned_at(self, offsets: Int[Array, ' B'], length: int) -> Int[Array, 'B C'] | None:
-        """Pinned tokens [B, length] from position offsets [B] on, or None."""
+        """Returns the pinned tokens [B, length] from position offsets [B] on, or None."""
         return None if self.pinned is None else _slice(self.pinned, offsets, length)
 
     def seed_at(self, offsets: Int[Array, ' B'], length: int) -> Int[Array, 'B C'] | None:
-        """Seed tokens [B, length] from position offsets [B] on, or None."""
+        """Returns the seed tokens [B, length] from position offsets [B] on, or None."""
         return None if self.seed is None else _slice(self.seed, offsets, length)
 
     def allowed_at(self, offsets: Int[Array, ' B'], length: int) -> Bool[Array, '#B #C V'] | None:
-        """Allowed tokens from position offsets [B] on, [B or 1, length or 1, V] bool, or None."""
+        """Returns allowed tokens from position offsets [B] on, or None.
+
+        Their shape is [B or 1, length or 1, V] bool.
+        """
         if self.allowed_sets is None:
             return None
         sets = jnp.asarray(self.allowed_sets)
@@ -75,18 +77,18 @@ class Controls:
         return sets | (index == OPEN)[..., None]
 
     def start_states(self, batch_size: int) -> Int[Array, ' {batch_size}'] | None:
-        """The automaton's state before each response, [B] int32, or None."""
+        """Returns the automaton's state before each response, [B] int32, or None."""
         if self.automaton is None or self.automaton_states is not None:
             return traced(self.automaton_states)
         return jnp.full((batch_size,), START, jnp.int32)
 
     def map_rows(self, function: Callable[..., AnyArray], *others: 'Controls') -> 'Controls':
-        """Maps what belongs to rows; the sets and the automaton of the batch stay."""
+        """Maps the arrays that belong to rows; sets and automaton of the batch are unchanged."""
         shared = {'allowed_sets': self.allowed_sets, 'automaton': self.automaton}
         return map_but(function, self, *others, **shared)
 
     def check(self, batch_size: int, vocab_size: int, max_new_tokens: int) -> None:
-        """Raises ValueError on unfit shapes, and on unfit values where they are known."""
+        """Raises ValueError on invalid shapes, and on invalid values outside of traced code."""
         rows = {
             'temperature': self.temperature,
             'top_p': self.top_p,
@@ -187,10 +189,9 @@ def restrict(
     pinned: Int[Array, 'B T'] | None,
     allowed: Bool[Array, '#B #T V'] | None,
 ) -> Float[Array, 'B T V']:
-    """Logits with every token that may not be there at -inf.
+    """Returns the logits with -inf for all tokens that are not allowed.
 
-    Where nothing at all would be left (a set that bans everything, which `Controls.check`
-    refuses where it can read the values), the set is ignored.
+    A set that bans every token is ignored (`Controls.check` refuses it if it can read the values).
 
     Args:
       logits: [B, T, V] float32.
@@ -201,21 +202,21 @@ def restrict(
     if allowed is not None:
         logits = jnp.where(allowed | ~jnp.any(allowed, -1, keepdims=True), logits, -jnp.inf)
     if pinned is not None:
-        # The pinned token may be one that the model deems impossible: it counts as certain.
+        # The pinned token gets probability 1, even if the model gives it probability 0.
         here = tokens == pinned[..., None]
         logits = jnp.where(pinned[..., None] == OPEN, logits, jnp.where(here, 0.0, -jnp.inf))
     return logits
 
 
 def without_unknown(logits: Float[Array, '*B V'], vocab_size: int | None) -> Float[Array, '*B V']:
-    """Returns the logits with every id that the tokenizer does not have at -inf.
+    """Returns the logits with -inf for all ids that the tokenizer does not have.
 
-    A model can have more rows than its tokenizer has tokens (Gemma 3 4B and larger: 262,208 rows
-    for 262,144 tokens). Such an id stands for no text and must never be drawn.
+    A model can have more embedding rows than its tokenizer has tokens (Gemma 3 4B and larger:
+    262,208 rows for 262,144 tokens). Such an id has no text and must never be drawn.
 
     Args:
       logits: [..., V] float32.
-      vocab_size: tokens of the tokenizer, at most V; None where it has all V.
+      vocab_size: the number of tokens of the tokenizer, at most V; None if it is V.
     """
     if vocab_size is None or vocab_size >= logits.shape[-1]:
         return logits
@@ -223,7 +224,7 @@ def without_unknown(logits: Float[Array, '*B V'], vocab_size: int | None) -> Flo
 
 
 def pin(responses: Sequence[Sequence[int | None]]) -> Int[Array, 'B T']:
-    """`Controls.pinned` from one list per row: token ids, None where a position is open."""
+    """Returns `Controls.pinned` for one list per row: token ids, or None for an open position."""
     width = max((len(row) for row in responses), default=0)
     pinned = np.full((len(responses), max(width, 1)), OPEN, np.int32)
     for row, response in zip(pinned, responses, strict=True):
@@ -232,25 +233,25 @@ def pin(responses: Sequence[Sequence[int | None]]) -> Int[Array, 'B T']:
 
 
 def allow(tokens: Sequence[int], vocab_size: int) -> Bool[Array, ' {vocab_size}']:
-    """One row of `Controls.allowed_sets` [V] with these tokens alone."""
+    """Returns a row [V] of `Controls.allowed_sets` that allows only these tokens."""
     return jnp.zeros(vocab_size, bool).at[jnp.asarray(list(tokens), jnp.int32)].set(True)
 
 
 def ban(tokens: Sequence[int], vocab_size: int) -> Bool[Array, ' {vocab_size}']:
-    """One row of `Controls.allowed_sets` [V] with all but these tokens."""
+    """Returns a row [V] of `Controls.allowed_sets` that allows all tokens except these."""
     return ~allow(tokens, vocab_size)
 
 
 def exact_lengths(lengths: Sequence[int], stop_ids: Sequence[int], vocab_size: int) -> Controls:
-    """Controls under which row r's response ends with its lengths[r]-th token, the stop token.
+    """Returns controls under which the response of row r has exactly lengths[r] tokens.
 
     Args:
-      lengths: tokens of each response, its stop token included; >= 1.
-      stop_ids: the config's; the first of them ends the responses.
-      vocab_size: V.
+      lengths: the number of tokens of each response, including its stop token; >= 1.
+      stop_ids: the stop ids of the config; the first one ends the responses.
+      vocab_size: the vocabulary size V.
 
     Raises:
-      ValueError: when a length is < 1 or there is no stop token.
+      ValueError: if a length is < 1 or there is no stop token.
     """
     if min(lengths, default=0) < 1:
         raise ValueError(f'lengths must be >= 1, the stop token, got {list(lengths)}.')
@@ -266,12 +267,12 @@ def exact_lengths(lengths: Sequence[int], stop_ids: Sequence[int], vocab_size: i
 
 
 def traced(array: AnyArray | None) -> jax.Array | None:
-    """An array of controls as compiled programs read it, or None."""
+    """Returns an array of controls as a jax array, or None."""
     return None if array is None else jnp.asarray(array)
 
 
 def is_known(array: Any) -> bool:
-    """Whether the values can be read on this host."""
+    """Returns whether the values of an array can be read on this host."""
     if isinstance(array, jax.core.Tracer):
         return False
     return not isinstance(array, jax.Array) or array.is_fully_addressable
@@ -280,7 +281,7 @@ def is_known(array: Any) -> bool:
 def _slice(
     table: Int[AnyArray, 'B T'], offsets: Int[Array, ' B'], length: int
 ) -> Int[Array, 'B {length}']:
-    """[B, T] -> [B, length] from offsets [B] on, OPEN behind the end."""
+    """Returns columns of a table [B, T] -> [B, length] from offsets [B] on, OPEN after the end."""
     columns = offsets[:, None] + jnp.arange(length)
     return jnp.take_along_axis(table, columns, axis=1, mode='fill', fill_value=OPEN)
 

@@ -1,4 +1,4 @@
-"""Typed decisions: one denoise pass gives the probabilities of a given set of answers."""
+"""Typed decisions: one denoise pass computes the probabilities of a fixed set of answers."""
 
 import functools
 from collections.abc import Sequence
@@ -26,30 +26,30 @@ def decide(
     after: Sequence[int] = (),
     num_draws: int = 1,
 ) -> jax.Array:
-    """Probability of each answer, were the response `before`, one of the answers, `after`.
+    """Returns the probability of each answer in a response `before`, answer, `after`.
 
-    A canvas holds `before` and, behind room for the longest answer, nothing but noise. The
-    probability of an answer with its `after` is the product of those of its tokens at their
-    positions, and these are made to sum to one over the answers.
+    The canvas starts with `before`; all other positions are noise. The score of an answer is the
+    product of the probabilities of its tokens and of `after` at their positions; scores are
+    normalized over the answers.
 
     Args:
-      sampler: of a diffusion model; of its config only the noise counts.
-      params: the model's parameters.
+      sampler: a sampler of a diffusion model; only the noise settings of its config are used.
+      params: the parameters of the model.
       tokens: [B, P] integer prompts, right-padded.
-      lengths: [B] integer.
-      answers: token ids of A answers, none empty.
+      lengths: [B] integer, the prompt lengths.
+      answers: the token ids of A answers, none of them empty.
       rng: one key, or one per row [B].
       before: tokens of the response before the answer.
-      after: tokens behind it that tell where it ends, such as a full stop or the stop token.
-        With answers of different lengths it must not be empty.
-      num_draws: passes with noise of their own whose probabilities are averaged.
+      after: tokens after the answer that mark its end, such as a full stop or the stop token.
+        Required if the answers have different lengths.
+      num_draws: the number of passes with independent noise whose probabilities are averaged.
 
     Returns:
-      [B, A] float32, rows that sum to 1.
+      [B, A] float32; each row sums to 1.
 
     Raises:
-      ValueError: as a call of the sampler, and when the answers are unfit or do not fit into a
-        canvas.
+      ValueError: in the cases of a call of the sampler, and if the answers are invalid or do not
+        fit into a canvas.
     """
     tokens, lengths, rng, _ = sampler.checked(tokens, lengths, rng, None)
     options = [[*answer, *after] for answer in answers]

@@ -1,4 +1,4 @@
-"""The steps of a decode mode one by one, for programs that call them inside a jit of their own."""
+"""The single steps of each decode mode, for programs that call them inside their own jit."""
 
 import flax.struct
 import jax
@@ -23,13 +23,13 @@ class Decoder:
         state = decoder.commit(state, decoder.denoise(state))  # mode 'diffusion'
         state = decoder.verify(state, *decoder.draft(state))   # mode 'lossless'
 
-    All methods are pure and may be traced; arguments are not checked (`Sampler.checked` does). Put
-    one after the other until `state.running` is false they do what a call of the sampler does, and
-    `state.output()` is its output.
+    All methods are pure and may be traced; they do not check arguments (`Sampler.checked` does).
+    Repeated until `state.running` is false, these steps are equivalent to a call of the sampler,
+    and `state.output()` is its output.
 
     Attributes:
-      params: the model's parameters.
-      sampler: model, config and mode; static.
+      params: the parameters of the model.
+      sampler: the model, config and mode; static.
     """
 
     params: Params
@@ -37,7 +37,7 @@ class Decoder:
 
     @classmethod
     def of(cls, sampler: Sampler, params: Params) -> 'Decoder':
-        """The decoder of a sampler."""
+        """Returns the decoder of a sampler with its parameters."""
         return cls(params=params, sampler=sampler)
 
     @property
@@ -60,18 +60,18 @@ class Decoder:
           controls: settings and constraints of the rows.
 
         Returns:
-          Empty responses after them; in the autoregressive mode with their first token.
+          The state with empty responses; in the autoregressive mode with their first token.
         """
         controls = Controls() if controls is None else controls
         start = MODES[self.sampler.mode].start
         return start(self.model, self.sampler.config, self.params, tokens, lengths, rng, controls)
 
     def denoise(self, state: GenerationState, max_steps: int | None = None) -> DenoiseState:
-        """The next canvas of every row [B, C], denoised until the stopping rule ends it.
+        """Denoises the next canvas [B, C] of every row until the stopping rule ends it.
 
         Args:
-          state: of the diffusion mode.
-          max_steps: limit of the steps beside the config's.
+          state: the state of the diffusion mode.
+          max_steps: an additional limit of the number of steps.
         """
         task = diffusion.canvas_task(self.model, state)
         model = passes.denoising(self.model)
@@ -79,12 +79,12 @@ class Decoder:
         return diffusion.denoise_canvas(*arguments, max_steps)
 
     def commit(self, state: GenerationState, canvas: DenoiseState) -> GenerationState:
-        """Appends a canvas to the responses and encodes it where a row goes on."""
+        """Appends a canvas to the responses and encodes it for the rows that continue."""
         arguments = (self.model, self.sampler.config, self.params, state, canvas)
         return diffusion.commit_canvas(*arguments)
 
     def draft(self, state: LosslessState) -> lossless.Drafted:
-        """Returns what may follow the pending tokens."""
+        """Returns drafts of the tokens after the pending ones."""
         config = self.sampler.config
         noise = lossless.text_noise(self.model, config, state)
         return lossless.draft(self.model, config, self.params, state, noise)
@@ -96,13 +96,14 @@ class Decoder:
         steps: Int[Array, ' B'],
         finite: Bool[Array, ' B'] | None = None,
     ) -> LosslessState:
-        """Encodes pending tokens and drafts, appends what the model would have written itself.
+        """Encodes pending tokens and drafts, and appends the accepted tokens and a new one.
 
         Args:
-          state: of the lossless mode.
-          tokens: [B, K] int32, of `draft` or of any other source: the text does not depend on it.
-          steps: [B] int32, denoise passes that the draft took, which are counted.
-          finite: [B] bool, whether the logits of these passes were finite; None: they were.
+          state: the state of the lossless mode.
+          tokens: [B, K] int32, drafts from `draft` or any other source; the resulting text is
+            independent of the drafts.
+          steps: [B] int32, the number of denoise passes of the draft, which are counted.
+          finite: [B] bool, whether the logits of these passes were finite; None if they were.
         """
         config = self.sampler.config
         noise = lossless.text_noise(self.model, config, state)
@@ -111,5 +112,5 @@ class Decoder:
         return lossless.verify_draft(self.model, config, self.params, state, drafted, noise)
 
     def next_token(self, state: GenerationState) -> GenerationState:
-        """One more token of every unfinished row, in the autoregressive mode."""
+        """Appends one token to every unfinished row, in the autoregressive mode."""
         return AUTOREGRESSIVE.advance(self.model, self.sampler.config, self.params, state)

@@ -1,8 +1,8 @@
-"""Generation by discrete diffusion: canvas after canvas, each denoised as a whole.
+"""Generation by discrete diffusion: one canvas after another, each denoised as a whole.
 
 prefill -> while rows are unfinished { noise -> while rows are uncertain { denoise -> accept ->
-renoise -> stop? } -> emit -> commit }. Both loops are `lax.while_loop`s (the outer one is the
-sampler's), so that the whole compiles to one program that never waits for the host.
+renoise -> stop? } -> emit -> commit }. Both loops are `lax.while_loop`s (the outer one is in the
+sampler), so everything compiles to one program that never waits for the host.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def start(
     prompt: jax.Array,
     prompt_lengths: jax.Array,
 ) -> GenerationState:
-    """The state as it is: prompts are cached, and a canvas needs no hidden state."""
+    """Returns the state unchanged, because a canvas only needs the cached prompts."""
     del model, config, params, hidden, prompt, prompt_lengths
     return state
 
@@ -65,13 +65,13 @@ def next_canvas(
 def canvas_task(
     model: CausalModel, state: GenerationState, length: int | None = None, first: int = 0
 ) -> CanvasTask:
-    """The next canvas of every row.
+    """Returns the task of the next canvas of every row.
 
     Args:
-      model: the denoiser.
+      model: the diffusion model.
       state: the responses before the canvas.
-      length: tokens of the canvas; None for the model's.
-      first: tokens between the cached ones and the canvas, see `CanvasTask`.
+      length: the number of canvas tokens; None for the canvas length of the model.
+      first: the number of tokens between the cached ones and the canvas, see `CanvasTask`.
     """
     length, controls = length or model.config.canvas_length, state.controls
     return CanvasTask(
@@ -98,7 +98,7 @@ def commit_canvas(
     state: GenerationState,
     canvas: DenoiseState,
 ) -> GenerationState:
-    """Emits a canvas and encodes it after the cached tokens of the rows that go on."""
+    """Emits a canvas, and encodes and appends it to the cache for the rows that continue."""
     active, tokens = ~state.finished, canvas.result(config)
     state = state.finish_unless(canvas.finite, 'denoise')
     state = state.emit(config, tokens, canvas.steps)
@@ -112,7 +112,7 @@ def commit_canvas(
         hidden, cache = passes.extend(model, params, cache, tokens, ~state.finished)
         return cache, are_finite(hidden)
 
-    # The last canvas is never committed.
+    # The last canvas of a response is not committed.
     cache, finite = jax.lax.cond(
         state.running, commit, lambda cache: (cache, jnp.ones_like(active)), state.cache
     )
@@ -127,23 +127,23 @@ def denoise_canvas(
     task: CanvasTask,
     max_steps: int | None = None,
 ) -> DenoiseState:
-    """Takes a canvas from noise to its last step, row by row as far as each row needs.
+    """Denoises a canvas from noise until every row has stopped.
 
     Args:
-      model: the denoiser.
-      config: how to sample.
-      params: the denoiser's parameters.
-      cache: the tokens before the canvas.
-      task: the canvas.
-      max_steps: limit of the steps beside the config's.
+      model: the diffusion model.
+      config: the sampling settings.
+      params: the parameters of the model.
+      cache: the K/V cache of the tokens before the canvas.
+      task: the canvas to denoise.
+      max_steps: an additional limit of the number of steps.
 
     Returns:
-      The state after the last step; `result` is the canvas to commit, `steps` its cost.
+      The state after the last step; `result` is the canvas to commit.
     """
     limit = min(max_steps or config.max_denoising_steps, config.max_denoising_steps)
     noise = first_noise(model, config, params, task)
     step = functools.partial(denoise_step, model, config, params, cache, task)
-    if limit == 1:  # without a loop, what only a next step would read is not computed
+    if limit == 1:  # without a loop, XLA removes computations that only a next step would need
         return step(noise)
     return jax.lax.while_loop(
         lambda state: (state.step < limit) & ~jnp.all(state.stopped), step, noise
@@ -153,7 +153,7 @@ def denoise_canvas(
 def first_noise(
     model: DenoisingModel, config: SamplingConfig, params: Params, task: CanvasTask
 ) -> DenoiseState:
-    """The canvas before its first denoise step: noise but for what is seeded or pinned."""
+    """Returns the state before the first denoise step: noise, except for seeds and pins."""
     batch_size, length = task.keys.shape[0], task.length or model.config.canvas_length
     window = config.stopping_rule.history_length
     noise = first_canvas(model, config, split_rows(task.keys)[0], length)
@@ -174,7 +174,7 @@ def first_noise(
 def _soft_embeddings(
     model: DenoisingModel, params: Params, state: DenoiseState, logits: jax.Array, last: jax.Array
 ) -> jax.Array:
-    """[B, C, D] for a next step; after the last one those of the state."""
+    """Returns soft embeddings [B, C, D] for the next step; after the last step the old ones."""
     if not passes.self_conditions(model):
         return state.soft_embeddings
     return jax.lax.cond(
@@ -190,14 +190,14 @@ def denoise_step(
     task: CanvasTask,
     state: DenoiseState,
 ) -> DenoiseState:
-    """One denoise pass, and what follows from it; stopped rows keep their state.
+    """Runs one denoise step: denoise, accept, renoise and stop. Stopped rows keep their state.
 
     Args:
-      model: the denoiser.
-      config: how to sample.
-      params: the denoiser's parameters.
-      cache: the tokens before the canvas.
-      task: the canvas.
+      model: the diffusion model.
+      config: the sampling settings.
+      params: the parameters of the model.
+      cache: the K/V cache of the tokens before the canvas.
+      task: the canvas to denoise.
       state: the state after `state.step` steps.
     """
     keys = fold_in_rows(split_rows(task.keys)[1], state.step)
@@ -216,16 +216,16 @@ def denoise_step(
     shaped = _shape(config, mask_id, task, state.step, logits)
     proposal, argmax, shaped = _propose(model, config, task, state, keys, shaped, settled)
     if task.text_noise is not None and task.automaton is None:
-        # The draft is drawn as the text is, so that it is accepted more often.
-        own = restrict(logits, settled, task.allowed)
+        # The draft uses the same noise as the text, so that it is accepted more often.
+        adjusted = restrict(logits, settled, task.allowed)
         temperature = _temperature(config, task)
-        own = adjust(own, temperature, config.top_k, _top_p(config, task))
-        argmax = pick(own, temperature, task.text_noise)
+        adjusted = adjust(adjusted, temperature, config.top_k, _top_p(config, task))
+        argmax = pick(adjusted, temperature, task.text_noise)
     rule = config.acceptance_rule
     canvas, rule_state = acceptance.next_canvas(rule, proposal, state.rule_state)
     history = jnp.concatenate([state.argmax_history[:, 1:], argmax[:, None]], axis=1)  # [B, W, C]
     stop = config.stopping_rule.should_stop(history, proposal.entropies)
-    # Logits with NaN or infinity have no entropy.
+    # Logits with NaN or infinity have an entropy that is not finite.
     finite = state.finite & (state.stopped | are_finite(proposal.entropies))
     stop |= ~finite
     if mask_id is not None:
@@ -252,7 +252,7 @@ def denoise_step(
 
 
 def _settled(mask_id: int | None, task: CanvasTask, canvas: jax.Array) -> jax.Array | None:
-    """[B, C] int32, tokens that this step may not change, -1 elsewhere; None for no such token."""
+    """Returns the tokens [B, C] int32 that this step may not change, -1 elsewhere, or None."""
     if mask_id is None:
         return task.pinned
     return hold(task.pinned, jnp.where(canvas == mask_id, OPEN, canvas))
@@ -265,7 +265,7 @@ def _shape(
     step: jax.Array,
     logits: jax.Array,
 ) -> jax.Array:
-    """Logits [B, C, V] at the step's temperature, without tokens that no position may hold."""
+    """Returns shaped logits [B, C, V]: divided by the temperature, -inf for impossible tokens."""
     shaped = logits / per_row(_divisor(config, task, step), logits)
     if mask_id is not None:
         shaped = shaped.at[..., mask_id].set(-jnp.inf)
@@ -273,7 +273,7 @@ def _shape(
 
 
 def _divisor(config: SamplingConfig, task: CanvasTask, step: jax.Array) -> jax.Array:
-    """[] or [B] float32, what a step divides the logits by."""
+    """Returns the divisor of the logits of a step, [] or [B] float32."""
     factor = jnp.asarray(_temperature(config, task), jnp.float32)
     temperature = config.schedule.temperature(config.schedule.noise_level(step))
     return temperature * jnp.where(factor == 0, 1.0, factor)
@@ -288,17 +288,16 @@ def _propose(
     logits: jax.Array,
     settled: jax.Array | None,
 ) -> tuple[Proposal, jax.Array, jax.Array]:
-    """What a step offers to the rule, the most likely canvas [B, C], and the logits of what each
-    position believes, [B, C, V]: with an automaton, those of all valid canvases.
+    """Returns the proposal, the argmax canvas [B, C], and marginal logits [B, C, V].
 
     Args:
-      model: the denoiser.
-      config: how to sample.
-      task: the canvas.
-      state: before the step.
+      model: the diffusion model.
+      config: the sampling settings.
+      task: the canvas to denoise.
+      state: the state before the step.
       keys: [B] keys.
-      logits: [B, C, V] of `_shape`.
-      settled: [B, C] int32, see `_settled`.
+      logits: [B, C, V], the result of `_shape`.
+      settled: [B, C] int32, the result of `_settled`.
     """
     candidate_keys, noise_keys = split_rows(keys)
     shaped = restrict(logits, settled, task.allowed)
@@ -309,7 +308,7 @@ def _propose(
         logits = restrict(logits, task.pinned, task.allowed)
     else:
         states, remaining = task.automaton_states, task.remaining
-        assert states is not None and remaining is not None  # they come with the automaton
+        assert states is not None and remaining is not None  # set together with the automaton
         posterior = condition(task.automaton, shaped, states, remaining)
         argmax = candidates = posterior.most_likely()
         temperature = _temperature(config, task)

@@ -1,4 +1,4 @@
-"""Where the drafts of the lossless mode come from: the model's denoiser, or the text itself."""
+"""Sources of drafts for the lossless mode: a light denoiser, or earlier text."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,29 +15,29 @@ from diffusiongemma.sampling.finite import chosen_are_finite
 
 
 class DraftSource(Protocol):
-    """Drafts without a model; hashable, so that `SamplingConfig.drafts` can hold it."""
+    """A source of drafts without a model; hashable, as `SamplingConfig.drafts` requires."""
 
     @property
     def length(self) -> int:
-        """Tokens of a draft."""
+        """Returns the number of tokens of a draft."""
         ...
 
     def draft(self, history: jax.Array, lengths: jax.Array) -> jax.Array:
-        """Tokens [B, length] int32 that may follow the first lengths [B] of history [B, S]."""
+        """Returns drafts [B, length] int32 after the first lengths [B] tokens of history [B, S]."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptLookup:
-    """Drafts what followed the latest earlier occurrence of the last few tokens.
+    """A source that copies what followed the latest earlier occurrence of the last few tokens.
 
-    Needs no training, and is what every learned draft has to beat (prompt lookup decoding,
+    It needs no training and is the baseline of every learned draft (prompt lookup decoding,
     Saxena 2023; in transformers `prompt_lookup_num_tokens`).
 
     Attributes:
-      length: tokens of a draft.
-      max_ngram: the longest run of last tokens that is looked for; where it does not occur
-        earlier, shorter ones are.
+      length: the number of tokens of a draft.
+      max_ngram: the number of last tokens to search for; if they do not occur earlier, fewer
+        tokens are searched for.
     """
 
     length: int = 8
@@ -50,26 +50,26 @@ class PromptLookup:
             )
 
     def draft(self, history: jax.Array, lengths: jax.Array) -> jax.Array:
-        """See `DraftSource`; where no last token occurs earlier the draft means nothing."""
+        """Returns drafts, see `DraftSource`; undefined if the last token does not occur earlier."""
         return self.find(history, lengths)[0]
 
     def find(self, history: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The draft [B, length], and how many of the last tokens [B] int32 it continues."""
+        """Returns drafts [B, length] and the number of last tokens that matched, [B] int32."""
         size = history.shape[1]
         index = jnp.arange(size)
         last = lengths[:, None] - 1  # [B, 1]
         run = jnp.ones(history.shape, bool)
-        matched = jnp.zeros(history.shape, jnp.int32)  # [B, S], tokens up to here that match
+        matched = jnp.zeros(history.shape, jnp.int32)  # [B, S], matching tokens that end here
         for k in range(self.max_ngram):
-            ours = jnp.take_along_axis(history, jnp.maximum(last - k, 0), axis=1)
-            theirs = jnp.take_along_axis(history, jnp.maximum(index - k, 0)[None], axis=1)
-            run &= (ours == theirs) & (index >= k) & (last >= k)
+            suffix = jnp.take_along_axis(history, jnp.maximum(last - k, 0), axis=1)
+            earlier = jnp.take_along_axis(history, jnp.maximum(index - k, 0)[None], axis=1)
+            run &= (suffix == earlier) & (index >= k) & (last >= k)
             matched += run
         matched = jnp.where(index < last, matched, 0)
-        # Of the longest matches the latest.
+        # The latest one of the longest matches.
         best = jnp.argmax(matched * size + index, axis=1)
         places = best[:, None] + 1 + jnp.arange(self.length)
-        # A run that reaches the end of the text is taken to go on in the same period.
+        # If the copy reaches the end of the text, it continues periodically.
         period = jnp.maximum(last[:, 0] - best, 1)[:, None]
         beyond = jnp.maximum(places - last, 0)
         places -= -(-beyond // period) * period
@@ -79,16 +79,16 @@ class PromptLookup:
 def history_of(
     prompt: jax.Array, prompt_lengths: jax.Array, response: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Prompts and responses as one text a row.
+    """Joins prompts and responses into one text per row.
 
     Args:
       prompt: [B, P] int32, right-padded.
       prompt_lengths: [B] int32.
       response: [B, N] int32.
-      lengths: [B] int32, tokens of the responses.
+      lengths: [B] int32, the number of tokens of each response.
 
     Returns:
-      [B, P + N] int32, and its lengths [B] int32; what is after them means nothing.
+      [B, P + N] int32, and the lengths [B] int32; tokens after them are undefined.
     """
     index = jnp.arange(prompt.shape[1] + response.shape[1])
     in_response = index - prompt_lengths[:, None]
@@ -101,12 +101,12 @@ def history_of(
 
 
 class LightDraft(NamedTuple):
-    """What a light denoiser drafts in one pass.
+    """The draft of a light denoiser from one pass.
 
     Attributes:
-      tokens: [B, K] int32.
-      entropies: [B, K] float32, nats, of each position by itself.
-      finite: [B] bool, whether the logits that the tokens were chosen by are finite.
+      tokens: [B, K] int32, the draft tokens.
+      entropies: [B, K] float32, the marginal entropy of each position in nats.
+      finite: [B] bool, whether the logits of the chosen tokens are finite.
     """
 
     tokens: jax.Array
@@ -127,19 +127,18 @@ def light_draft(
     top_p: float | jax.Array | None,
     noise: jax.Array | None,
 ) -> LightDraft:
-    """One pass of a light denoiser, its head over the draft vocabulary, the serial correction.
+    """Drafts with one pass of a light denoiser, its draft vocabulary and the serial correction.
 
     Args:
       model: a DiffusionGemma with a light denoiser.
-      params: its parameters.
-      cache: the tokens before the pending one.
+      params: the parameters of the model.
+      cache: the K/V cache of the tokens before the pending one.
       canvas: [B, C] int32 noise.
-      pending: [B] int32, each row's next token, known and not yet encoded.
+      pending: [B] int32, the next token of each row, which is known but not yet encoded.
       hidden: [B, D], final hidden states of the last encoded tokens.
-      prompt: [B, P] int32; a draft vocabulary is extended by these tokens.
-      temperature, top_k, top_p: of the text that is drafted, see `adjust`.
-      noise: [B, K, V] float32, the Gumbel noise that the text is drawn with, or None where it is
-        greedy.
+      prompt: [B, P] int32; these tokens are added to a draft vocabulary.
+      temperature, top_k, top_p: the settings of the drafted text, see `adjust`.
+      noise: [B, K, V] float32, the Gumbel noise of the text, or None for greedy text.
     """
     light, variables = model.light, {'params': params}
     output = passes.denoise_hidden(model, params, cache, canvas, pending, hidden)  # [B, K, D]
@@ -173,10 +172,10 @@ def _with_prompt_tokens(
     tokens: jax.Array,
     prompt: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits [B, K, Vd + P] and their tokens [B, Vd + P]: the prompt's tokens are scored too."""
+    """Returns logits [B, K, Vd + P] and token ids [B, Vd + P] that include the prompt's tokens."""
     _, known = model.apply(variables, prompt, method='draft_rows')  # [B, P]
     more = model.apply(variables, hidden, prompt, method='score_tokens')  # [B, K, P]
-    more = jnp.where(known[:, None], -jnp.inf, more)  # once is enough
+    more = jnp.where(known[:, None], -jnp.inf, more)  # avoids duplicates
     return jnp.concatenate([logits, more], axis=-1), jnp.concatenate([tokens, prompt], axis=1)
 
 
@@ -189,13 +188,11 @@ def _resolve(
     drafted: jax.Array,
     choose: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
 ) -> tuple[jax.Array, jax.Array]:
-    """The draft [B, K] that each token continues: x_i = choose(logits_i + serial(x_(i-1))).
+    """Returns the draft [B, K] with x_i = choose(logits_i + serial(x_(i-1))) for all i.
 
-    Returned with it is whether its logits are finite [B].
-
-    From left to right these equations have one solution. It is found by applying them to all
-    positions at once until nothing changes: position i is right after i rounds at the latest, and
-    mostly after two or three.
+    It also returns whether its logits are finite, [B] bool. The equations have exactly one
+    solution, from left to right. It is found by applying them to all positions at once until
+    nothing changes: position i is right after at most i rounds, usually after two or three.
     """
 
     def once(drafted: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""From logits to tokens: everything that is read off the vocabulary axis, in one place."""
+"""Computes tokens and statistics from logits: all reductions over the vocabulary axis."""
 
 import flax.struct
 import jax
@@ -12,14 +12,14 @@ NumberOrRows = float | Float[Array, ''] | Float[Array, ' B']  # one number, or o
 
 @flax.struct.dataclass
 class Prediction:
-    """What one denoise pass says about each position.
+    """The predictions of one denoise pass at each position.
 
     Attributes:
       candidates: [..., C] int32, a token drawn from the shaped distribution.
       argmax: [..., C] int32, the most likely token.
       entropies: [..., C] float32, entropy of the shaped distribution in nats.
       confidences: [..., C] float32, probability of the candidate.
-      margins: [..., C] float32, probability of the most likely token less that of the second.
+      margins: [..., C] float32, the argmax token's probability minus that of the second token.
     """
 
     candidates: Int[Array, '*B C']
@@ -32,12 +32,12 @@ class Prediction:
 def read_logits(
     shaped: Float[Array, '*B C V'], candidates: Int[Array, '*B C'], argmax: Int[Array, '*B C']
 ) -> Prediction:
-    """Reads a step's statistics off its shaped logits; what nobody uses, XLA leaves out.
+    """Returns the statistics of shaped logits; XLA removes those that are not used.
 
     Args:
       shaped: [..., C, V] float32, logits divided by the temperature.
-      candidates: [..., C] int32.
-      argmax: [..., C] int32.
+      candidates: [..., C] int32, the drawn tokens.
+      argmax: [..., C] int32, the most likely tokens.
     """
     log_z, entropies = log_partition_and_entropy(shaped)
     most_likely = jnp.exp(_pick(shaped, argmax) - log_z)
@@ -58,7 +58,7 @@ def adjust(
     top_k: int | None,
     top_p: NumberOrRows | None,
 ) -> Float[Array, 'B *T V']:
-    """Logits [B, ..., V] of the distribution that tokens are drawn from.
+    """Returns the logits [B, ..., V] of the distribution that tokens are drawn from.
 
     Args:
       logits: [B, ..., V] float32.
@@ -75,7 +75,7 @@ def adjust(
 def draw(
     adjusted: Float[Array, 'B *T V'], temperature: NumberOrRows, keys: Key[Array, ' B']
 ) -> Int[Array, ' B *T']:
-    """Draws from softmax(adjusted), or takes the argmax in rows at temperature 0.
+    """Returns draws from softmax(adjusted), or the argmax in rows at temperature 0.
 
     Args:
       adjusted: [B, ..., V] float32, see `adjust`.
@@ -96,12 +96,12 @@ def pick(
     temperature: NumberOrRows,
     noise: Float[Array, 'B *T V'] | None,
 ) -> Int[Array, ' B *T']:
-    """argmax(adjusted + noise), which is a draw from softmax(adjusted) for Gumbel noise.
+    """Returns argmax(adjusted + noise), which is a draw from softmax(adjusted) for Gumbel noise.
 
     Args:
       adjusted: [B, ..., V] float32, see `adjust`.
       temperature: a number >= 0, or [B]; rows at 0 take the argmax without noise.
-      noise: [B, ..., V] float32, see `gumbel_noise`; None where every row is greedy.
+      noise: [B, ..., V] float32, see `gumbel_noise`; None if every row is greedy.
 
     Returns:
       [B, ...] int32.
@@ -113,44 +113,44 @@ def pick(
 
 
 def draw_tokens(logits: Float[Array, 'B *T V'], keys: Key[Array, ' B']) -> Int[Array, ' B *T']:
-    """Draws from softmax(logits), each row with its own key: [B, ..., V] -> [B, ...] int32."""
+    """Returns draws from softmax(logits), one key per row: [B, ..., V] -> [B, ...] int32."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     return most_likely_tokens(logits + noise)
 
 
 def gumbel_noise(keys: Key[Array, 'B T'], vocab_size: int) -> Float[Array, 'B T {vocab_size}']:
-    """Standard Gumbel noise of each place: keys [B, T] -> [B, T, V] float32.
+    """Returns standard Gumbel noise for each position: keys [B, T] -> [B, T, V] float32.
 
-    With the same key it is what `draw` draws one row of logits [V] with.
+    For the same key it equals the noise of `draw` for one row of logits [V].
     """
     return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,))))(keys)
 
 
 def always_greedy(temperature: NumberOrRows) -> bool:
-    """Whether the temperature is known to be 0 when the program is compiled."""
+    """Returns whether the temperature is known to be 0 at compile time."""
     return isinstance(temperature, (int, float)) and temperature == 0
 
 
 def per_row(values: jax.Array, like: jax.Array) -> jax.Array:
-    """[B] values with the trailing axes of `like`, so that they broadcast; scalars as they are."""
+    """Returns [B] values with trailing axes so that they broadcast to `like`; scalars unchanged."""
     return values.reshape(-1, *[1] * (like.ndim - 1)) if values.ndim else values
 
 
 def keep_top(
     logits: Float[Array, 'B *T V'], top_k: int | None, top_p: NumberOrRows | None
 ) -> Float[Array, 'B *T V']:
-    """Sets the logits of all but the most probable tokens to -inf: [B, ..., V] -> [B, ..., V].
+    """Returns logits with -inf for all but the most probable tokens: [B, ..., V] -> [B, ..., V].
 
     Args:
       logits: [B, ..., V] float32, already divided by the temperature.
-      top_k: keeps the k most likely tokens (more on a tie); None for all.
-      top_p: then keeps the smallest set of most likely tokens whose probability reaches p
-        (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751), one p or one per row [B];
+      top_k: keeps the k most likely tokens (more if there are ties); None keeps all.
+      top_p: then keeps the smallest set of most likely tokens with a total probability of at least
+        p (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751), one p or one per row [B];
         1 and None keep all.
     """
     if top_k is not None and top_k < logits.shape[-1]:
         lowest = jax.lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)  # NaN stays, and is found
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)  # NaN is kept, to be detected later
     if top_p is not None and not (isinstance(top_p, (int, float)) and top_p >= 1):
         # The float sum of all probabilities may exceed 1: a limit of 1 must not cut its tail.
         limit = jnp.where(jnp.asarray(top_p) >= 1, jnp.inf, top_p)
@@ -164,10 +164,10 @@ def keep_top(
 
 
 def entropy(logits: Float[Array, '*B V']) -> Float[Array, '*B']:
-    """Entropy of softmax(logits) in nats: [..., V] float32 -> [...] float32, never negative."""
+    """Returns the entropy of softmax(logits) in nats, >= 0: [..., V] float32 -> [...] float32."""
     return log_partition_and_entropy(logits)[1]
 
 
 def _pick(logits: Float[Array, '*B V'], tokens: Int[Array, '*B']) -> Float[Array, '*B']:
-    """Logits [..., V] of the tokens [...]."""
+    """Returns the logits [...] of tokens [...] from logits [..., V]."""
     return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]

@@ -1,4 +1,4 @@
-"""Logits that are NaN or infinite: compiled programs note the pass, the host raises the error."""
+"""Detects NaN and infinite logits: compiled programs record the pass, the host raises an error."""
 
 from typing import Any
 
@@ -6,23 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Codes of `failed_pass`: 0 is no failure, n the n-th name.
+# Codes of `failed_pass`: 0 means no failure, n the n-th name.
 PASSES = ('prefill', 'denoise', 'commit', 'verify', 'autoregressive')
 
 
 def are_finite(values: jax.Array) -> jax.Array:
-    """Returns which rows have finite values only: [B, ...] -> [B] bool."""
+    """Returns which rows have only finite values: [B, ...] -> [B] bool."""
     return jnp.all(jnp.isfinite(values).reshape(values.shape[0], -1), axis=-1)
 
 
 def chosen_are_finite(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Returns where the logit of the chosen token is finite; reads one logit of each position.
+    """Returns whether the logit of the chosen token is finite; reads one logit per position.
 
-    NaN and positive infinity win every argmax, so that logits which hold one are found.
+    This detects all NaN and positive infinity, because argmax selects them.
 
     Args:
-      logits: [..., V] float32, those that the tokens were chosen by.
-      tokens: [...] int32.
+      logits: [..., V] float32, the logits by which the tokens were chosen.
+      tokens: [...] int32, the chosen tokens.
 
     Returns:
       [...] bool.
@@ -35,20 +35,20 @@ def first_failure(failed_pass: jax.Array, name: str, failed: jax.Array) -> jax.A
     """Returns the code of each row's first failure.
 
     Args:
-      failed_pass: [B] int32, codes so far.
-      name: of the pass that was taken, one of `PASSES`.
-      failed: [B] bool, rows in which its logits are not finite.
+      failed_pass: [B] int32, the codes so far.
+      name: the name of the current pass, one of `PASSES`.
+      failed: [B] bool, whether its logits are not finite.
     """
     code = PASSES.index(name) + 1
     return jnp.where((failed_pass == 0) & failed, code, failed_pass)
 
 
 def check_finite(failed_pass: Any) -> None:
-    """Raises FloatingPointError when some row failed; does nothing inside another jit.
+    """Raises FloatingPointError if any row failed; does nothing in traced code.
 
     Args:
-      failed_pass: [B] int32, see `SamplerOutput`. Of an array that other processes hold too, the
-        rows of this process are looked at.
+      failed_pass: [B] int32, see `SamplerOutput`. If it is sharded over several processes, only
+        the rows of this process are checked.
     """
     if isinstance(failed_pass, jax.core.Tracer):
         return
@@ -60,7 +60,7 @@ def check_finite(failed_pass: Any) -> None:
 
 
 def not_finite(code: int, where: str) -> FloatingPointError:
-    """Returns the error of a failed pass, by its code, that names `where`."""
+    """Returns the error for the code of a failed pass; its message contains `where`."""
     return FloatingPointError(
         f'the logits of the {PASSES[code - 1]} pass are NaN or infinite in {where}. Look for NaN '
         'and infinity in the weights, and for a cast that overflowed; convert the checkpoint again '

@@ -1,20 +1,21 @@
-"""A predictor and a corrector for uniform noise, of one denoiser and without training.
+"""A predictor-corrector rule for uniform noise that needs no additional training.
 
-Of a canvas x_t at noise level t the denoiser says p(x_0^i | x_t) for every place i. What it would
-say without its own token there follows by Bayes' rule, since every token is corrupted by itself:
+For a canvas x_t at noise level t, the denoiser predicts p(x_0^i | x_t) at every position i. The
+prediction without the token at position i itself follows from Bayes' rule, because tokens are
+corrupted independently:
 
     p(x_0^i | x_t but i)  is proportional to  p(x_0^i | x_t) / q(x_t^i | x_0^i),
     q(x_t^i | x_0^i) = (1 - t) [x_t^i = x_0^i] + t / V.
 
-The token there, given all the others at the same level, is then clean with probability 1 - t and
-noise otherwise:
+Given all other tokens at the same level, the token at position i is then clean with probability
+1 - t and noise otherwise:
 
     p(x_t^i | x_t but i) = (1 - t) p(x_0^i = x_t^i | x_t but i) + t / V.
 
-Drawing tokens anew from this, one after the other, is Gibbs sampling of the canvases at level t:
-it leaves their distribution as it is and moves a canvas that an earlier step led astray towards it
-(a corrector as of Campbell et al. 2022, arXiv:2205.14987). A token that the denoiser believes only
-because it stands there loses that support.
+Redrawing tokens from this distribution one after the other is Gibbs sampling of canvases at level
+t: it preserves their distribution and moves a canvas with errors of earlier steps towards it (a
+corrector in the sense of Campbell et al. 2022, arXiv:2205.14987). A token that is likely only
+because it is already in the canvas loses this support.
 """
 
 import dataclasses
@@ -34,12 +35,12 @@ from diffusiongemma.sampling.randomness import fold_in_rows
 
 @flax.struct.dataclass
 class SweepState:
-    """What a sweep carries from step to step.
+    """The state of a sweep between steps.
 
     Attributes:
-      phase: [B] int32, steps since the latest predictor step began; at 0 the predictor is next.
-      noise_level: [B, 1] float32, of the canvas that the latest predictor step made.
-      corrected: [B] int32, corrector steps so far.
+      phase: [B] int32, the number of steps in the current cycle; at 0 the predictor is next.
+      noise_level: [B, 1] float32, the level of the canvas after the latest predictor step.
+      corrected: [B] int32, the number of corrector steps so far.
       predictor: the state of the predictor.
     """
 
@@ -51,18 +52,18 @@ class SweepState:
 
 @dataclasses.dataclass(frozen=True)
 class GibbsSweep:
-    """Follows every step of a predictor by corrector steps at the noise level that it reached.
+    """A rule that runs corrector steps after each predictor step, at the same noise level.
 
-    The predictor goes through the noise levels in so many fewer steps. A corrector step draws
-    every n-th position anew, n = C / positions, the next ones of a sweep over the canvas; the
-    others keep their token. With `positions` = 1 it is exact; of positions that are drawn at the
-    same time none sees what becomes of the others. Only for uniform noise: of a masked canvas
-    nothing can be drawn anew but masks (`Remask` takes tokens back).
+    The predictor covers the noise levels in correspondingly fewer steps. A corrector step redraws
+    every n-th position, n = C / positions, as part of a sweep over the canvas; all others keep
+    their token. It is exact for `positions` = 1; positions that are redrawn together do not see
+    each other's new token. It is only for uniform noise: in a masked canvas, only masks could be
+    redrawn (`Remask` reopens tokens instead).
 
     Attributes:
-      predictor: any rule.
-      correctors: corrector steps after each predictor step, >= 1.
-      positions: positions that a corrector step draws anew, >= 1.
+      predictor: the rule of predictor steps.
+      correctors: the number of corrector steps after each predictor step, >= 1.
+      positions: the number of positions that a corrector step redraws, >= 1.
     """
 
     predictor: AcceptanceRule = Ancestral()
@@ -120,18 +121,18 @@ class GibbsSweep:
     def correct(
         self, proposal: Proposal, noise_level: Float[Array, 'B 1'], corrected: Int[Array, ' B']
     ) -> Int[Array, 'B C']:
-        """Returns the canvas [B, C] with some positions drawn anew.
+        """Returns the canvas [B, C] with some positions redrawn.
 
         Args:
-          proposal: what the denoiser says of the canvas.
-          noise_level: [B, 1] float32, of the canvas; where it is 0 nothing is noise any more,
-            and the canvas stays as it is.
-          corrected: [B] int32, corrector steps before this one.
+          proposal: the denoiser's predictions for the canvas.
+          noise_level: [B, 1] float32, the level of the canvas; at 0 it has no noise and does not
+            change.
+          corrected: [B] int32, the number of corrector steps before this one.
         """
         length, size = proposal.canvas.shape[-1], proposal.vocab_size
-        assert size is not None  # `next_canvas` refuses masks
+        assert size is not None  # `next_canvas` refuses masked diffusion
         logits = proposal.logits
-        assert logits is not None  # a rule that reads them is offered them
+        assert logits is not None  # always set for a rule that reads them
         level = jnp.maximum(noise_level, jnp.finfo(jnp.float32).tiny)
         gain = jnp.log1p(size * (1 - level) / level) / proposal.temperature  # [B, 1]
         here = jnp.arange(logits.shape[-1]) == proposal.canvas[..., None]

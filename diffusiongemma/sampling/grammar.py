@@ -1,4 +1,4 @@
-"""The former path of `diffusiongemma.constraints.grammar`."""
+"""Re-exports `diffusiongemma.constraints.grammar` under its former path."""
 
 from diffusiongemma.constraints.grammar import from_json_schema, from_regex, from_texts
 

@@ -1,4 +1,4 @@
-"""The former path of `diffusiongemma.constraints.json_schema`."""
+"""Re-exports `diffusiongemma.constraints.json_schema` under its former path."""
 
 from diffusiongemma.constraints.json_schema import to_pattern
 

@@ -1,4 +1,4 @@
-"""What a canvas holds before anything is known of it."""
+"""The initial noise of a canvas."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from diffusiongemma.sampling.randomness import uniform_tokens
 def first_canvas(
     model: CausalModel, config: SamplingConfig, keys: jax.Array, length: int
 ) -> jax.Array:
-    """Noise [B, length] int32: uniform tokens, or the mask token."""
+    """Returns noise [B, length] int32: uniform tokens, or the mask token."""
     mask_id = passes.mask_id(model)
     if mask_id is not None:
         return jnp.full((keys.shape[0], length), mask_id, jnp.int32)
@@ -21,7 +21,7 @@ def first_canvas(
 
 
 def noise_vocab(model: CausalModel, config: SamplingConfig) -> int | None:
-    """Tokens that noise is drawn from; None where it is the mask token."""
+    """Returns the number of tokens that noise is drawn from; None if noise is the mask token."""
     return _vocab(model, config) if passes.mask_id(model) is None else None
 
 
@@ -30,5 +30,10 @@ def _vocab(model: CausalModel, config: SamplingConfig) -> int:
 
 
 def hold(tokens: jax.Array | None, canvas: jax.Array) -> jax.Array:
-    """The canvas with these tokens in their places; [..., C] int32 twice, or None and one."""
+    """Returns the canvas [..., C] with fixed tokens.
+
+    Args:
+      tokens: [..., C] int32, -1 for positions that keep the token of the canvas, or None.
+      canvas: [..., C] int32.
+    """
     return canvas if tokens is None else jnp.where(tokens == OPEN, canvas, tokens)

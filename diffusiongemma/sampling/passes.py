@@ -1,4 +1,4 @@
-"""The model as sampling sees it: what it must offer, and its passes against the K/V cache."""
+"""The interface of models for sampling, and their passes with the K/V cache."""
 
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -15,12 +15,12 @@ from diffusiongemma.models.config import LightConfig
 class CausalModel(Protocol):
     """A flax module that can be sampled autoregressively.
 
-    `config` holds at least `vocab_size`. Keys and values may be any pytree of arrays
-    [..., B, K, T, H]; the sampler only stores and returns them. A model may also have
-    `empty_kv(batch_size, capacity)`: zeros like the keys and values of `capacity` tokens, but with
-    fewer slots in place of T where a layer sees only the last tokens. Such an array is a ring
-    (`KVCache`), and `prefix.key_tokens(slots)` says which tokens it holds. Without that method the
-    cache has a slot for every token.
+    `config` has at least `vocab_size`. Keys and values may be any pytree of arrays
+    [..., B, K, T, H]; the sampler only stores and passes them. A model may also have a method
+    `empty_kv(batch_size, capacity)`, which returns zeros with the structure of the keys and values
+    of `capacity` tokens, but with fewer than T slots for layers that only see the last tokens.
+    Such an array is a ring (`KVCache`), and `prefix.key_tokens(slots)` returns the tokens in it.
+    Without this method the cache has a slot for every token.
     """
 
     config: Any
@@ -34,20 +34,20 @@ class CausalModel(Protocol):
         segment_ids: Int[Array, 'B T'],
         prefix: Prefix | None = None,
     ) -> tuple[Float[Array, 'B T D'], Any]:
-        """Causal pass over tokens [B, T]: hidden states [B, T, D], keys and values."""
+        """Runs the causal pass over tokens [B, T]: hidden states [B, T, D], keys and values."""
         ...
 
     def unembed(self, hidden: Float[Array, '*B D']) -> Float[Array, '*B V']:
-        """[..., D] -> float32 logits [..., V]."""
+        """Returns float32 logits [..., V] of hidden states [..., D]."""
         ...
 
 
 @runtime_checkable
 class DenoisingModel(CausalModel, Protocol):
-    """A flax module that can also denoise; `config` holds `canvas_length` too.
+    """A flax module that can also denoise; its `config` also has `canvas_length`.
 
-    Where the config has a `mask_id` that is not None, noise is this token and a position that took
-    a candidate keeps it (masked diffusion); else noise is uniform.
+    If the config has a `mask_id` that is not None, noise is this token, and an accepted position
+    keeps its token (masked diffusion). Otherwise noise is uniform.
     """
 
     def denoise(
@@ -58,53 +58,53 @@ class DenoisingModel(CausalModel, Protocol):
         prefix: Prefix,
         soft_embeddings: Float[Array, 'B M C D'] | None = None,
     ) -> Float[Array, 'B M C V']:
-        """Canvases [B, N, C] behind a prefix -> float32 logits [B, N, C, V].
+        """Returns float32 logits [B, N, C, V] of canvases [B, N, C] after a prefix.
 
-        A model whose config has a false `self_conditioning` has no use for soft embeddings. A
-        model whose config has a true `predict_next` also gets `previous` [B, N] int32, the
-        token before each canvas.
+        A model whose config sets `self_conditioning` to False ignores soft embeddings. A model
+        whose config sets `predict_next` to True also gets `previous` [B, N] int32, the token
+        before each canvas.
         """
         ...
 
     def soft_embed(self, logits: Float[Array, '*B V']) -> Float[Array, '*B D']:
-        """[..., V] -> expected embeddings [..., D], the self-conditioning input."""
+        """Returns expected embeddings [..., D] of logits [..., V], for self-conditioning."""
         ...
 
 
 def denoising(model: CausalModel) -> DenoisingModel:
-    """The same model; raises TypeError where it has no denoise pass."""
+    """Returns the same model; raises TypeError if it has no denoise pass."""
     if not hasattr(model, 'denoise'):
         raise TypeError(f'{type(model).__name__} has no method denoise, see DenoisingModel.')
     return cast(DenoisingModel, model)  # one without self-conditioning may lack soft_embed
 
 
 def predicts_next(model: CausalModel) -> bool:
-    """Whether a canvas token is predicted at the position before its own."""
+    """Returns whether a canvas token is predicted at the position before it."""
     return getattr(model.config, 'predict_next', False)
 
 
 def self_conditions(model: CausalModel) -> bool:
-    """Whether a denoise pass reads what the one before it believed."""
+    """Returns whether a denoise pass is conditioned on the predictions of the previous one."""
     return getattr(model.config, 'self_conditioning', True)
 
 
 def canvas_length(model: CausalModel) -> int:
-    """Tokens of a canvas; 0 of a model without one."""
+    """Returns the number of tokens of a canvas; 0 for a model without a denoiser."""
     return getattr(model.config, 'canvas_length', 0)
 
 
 def max_positions(model: CausalModel) -> int | None:
-    """The longest text that the model is made for; None for no limit."""
+    """Returns the maximum text length of the model; None for no limit."""
     return getattr(model.config, 'max_positions', None)
 
 
 def light_config(model: CausalModel) -> LightConfig | None:
-    """What a light denoiser has; None for any other model."""
+    """Returns the config of a light denoiser; None for any other model."""
     return getattr(model, 'light', None)
 
 
 def mask_id(model: CausalModel) -> int | None:
-    """The token that stands for noise; None for uniform noise."""
+    """Returns the mask token that represents noise; None for uniform noise."""
     return getattr(model.config, 'mask_id', None)
 
 
@@ -119,20 +119,20 @@ def prefill(
     *,
     is_empty: bool = False,
 ) -> tuple[Float[Array, 'B D'], KVCache]:
-    """Encodes prompts behind what is cached.
+    """Encodes prompts and appends them to the cache.
 
     Args:
-      model: the model.
-      params: its parameters.
-      cache: with room for them, see `empty_cache`.
+      model: a model with a causal pass.
+      params: the parameters of the model.
+      cache: a cache with enough free slots, see `empty_cache`.
       tokens: [B, P] int32, right-padded.
-      lengths: [B] int32, tokens of each prompt, at least 1.
-      chunk: prompts are encoded so many tokens at a time, which bounds the memory of masks and
+      lengths: [B] int32, the number of tokens of each prompt, at least 1.
+      chunk: the number of tokens that are encoded at a time, which bounds the memory of masks and
         activations; None for all at once.
-      is_empty: that the cache holds nothing yet, which saves looking at it.
+      is_empty: whether the cache is known to be empty, so that the pass need not attend to it.
 
     Returns:
-      The hidden state of each prompt's last token [B, D] and the longer cache.
+      The hidden state of each prompt's last token [B, D] and the extended cache.
     """
     batch_size, width = tokens.shape
     chunk = min(chunk or width, width)
@@ -159,7 +159,7 @@ def prefill(
 
 
 def empty_cache(model: CausalModel, params: Params, batch_size: int, capacity: int) -> KVCache:
-    """A cache for `capacity` tokens a row, with rings where the model has some."""
+    """Returns an empty cache for `capacity` tokens per row, with rings if the model has them."""
     lengths = jnp.zeros((batch_size,), jnp.int32)
     if hasattr(model, 'empty_kv'):
         return KVCache(model.empty_kv(batch_size, capacity), lengths)
@@ -176,7 +176,7 @@ def _encode(
     starts: Int[Array, ' B'],
     prefix: Prefix | None,
 ) -> tuple[Float[Array, 'B T D'], Any]:
-    """The causal pass over the first `counts` [B] of tokens [B, T], which begin at `starts` [B]."""
+    """Runs the causal pass over the first `counts` [B] of tokens [B, T], from `starts` [B] on."""
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = starts[:, None] + index
     segment_ids = (index < counts[:, None]).astype(jnp.int32)
@@ -187,10 +187,10 @@ def _encode(
 def _append(
     cache: KVCache, hidden: Float[Array, 'B T D'], kv: Any, counts: Int[Array, ' B']
 ) -> KVCache:
-    """Appends the first `counts` [B] tokens of a block to the rows whose hidden states are finite.
+    """Appends the first `counts` [B] tokens of a block to the rows with finite hidden states.
 
-    That the write depends on the last hidden states puts it behind everything that the pass
-    reads. Otherwise XLA can't tell, and copies the whole cache twice in each step of a loop.
+    The write depends on the last hidden states, so XLA knows that it comes after all reads of the
+    pass. Without this dependence, XLA copies the whole cache twice in each step of a loop.
     """
     finite = jnp.isfinite(hidden[:, -1, 0])
     return cache.append(kv, jnp.where(finite, counts, 0))
@@ -203,12 +203,12 @@ def extend(
     tokens: Int[Array, 'B T'],
     active: Bool[Array, ' B'],
 ) -> tuple[Float[Array, 'B T D'], KVCache]:
-    """Encodes T more tokens of each active row behind its cached ones (commit, AR step).
+    """Encodes T tokens of each active row and appends them to the cache (commit, AR step).
 
-    Arguments as of `encode_block`.
+    The arguments are those of `encode_block`.
 
     Returns:
-      Hidden states [B, T, D] and the longer cache; that of inactive rows stays as it is.
+      Hidden states [B, T, D] and the extended cache, which is unchanged for inactive rows.
     """
     hidden, kv = encode_block(model, params, cache, tokens, active)
     return hidden, _append(cache, hidden, kv, jnp.where(active, tokens.shape[1], 0))
@@ -222,14 +222,14 @@ def encode_block(
     tokens: Int[Array, 'B T'],
     active: Bool[Array, ' B'],
 ) -> tuple[Float[Array, 'B T D'], Any]:
-    """The causal pass over T tokens behind the cached ones; the cache is not written.
+    """Runs the causal pass over T tokens after the cached ones, without writing the cache.
 
     Args:
-      model: the model.
-      params: its parameters.
-      cache: what the rows hold so far; rows may differ in length.
+      model: a model with a causal pass.
+      params: the parameters of the model.
+      cache: the K/V cache; rows may differ in length.
       tokens: [B, T] int32.
-      active: [B] bool; what is returned for the other rows means nothing.
+      active: [B] bool; results for other rows are undefined.
 
     Returns:
       Hidden states [B, T, D], keys and values of the block.
@@ -249,17 +249,18 @@ def denoise(
     first: int = 0,
     teacher_state: Float[Array, 'B D'] | None = None,
 ) -> Float[Array, 'B C V']:
-    """One denoise pass over a canvas after the cached tokens: logits [B, C, V].
+    """Runs one denoise pass over a canvas after the cached tokens; returns logits [B, C, V].
 
     Args:
-      model: the denoiser.
-      params: its parameters.
-      cache: what the rows hold.
-      canvas: [B, C] int32.
-      soft_embeddings: [B, C, D].
+      model: the diffusion model.
+      params: the parameters of the model.
+      cache: the K/V cache of the tokens before the canvas.
+      canvas: [B, C] int32, noisy tokens.
+      soft_embeddings: [B, C, D], the self-conditioning input.
       last_token: [B] int32, the token before the canvas.
-      first: tokens between the cached ones and the canvas, 0 or 1: a pending one.
-      teacher_state: [B, D], for a light denoiser that reads it.
+      first: the number of tokens between the cached ones and the canvas: 1 for a pending token,
+        else 0.
+      teacher_state: [B, D], hidden states for a light denoiser that reads them.
     """
     starts = cache.lengths[:, None] + first
     logits = model.apply(
@@ -284,15 +285,15 @@ def denoise_hidden(
     pending: Int[Array, ' B'],
     teacher_state: Float[Array, 'B D'],
 ) -> Float[Array, 'B K D']:
-    """Hidden states [B, K, D] that predict what follows the pending tokens, without the head.
+    """Returns the hidden states [B, K, D] that predict the tokens after the pending ones.
 
     Args:
       model: a DiffusionGemma.
-      params: its parameters.
-      cache: the tokens before the pending ones.
-      canvas: [B, C] int32 noise; where the model does not predict next tokens, the first of each
-        row gives its place to the pending token.
-      pending: [B] int32.
+      params: the parameters of the model.
+      cache: the K/V cache of the tokens before the pending ones.
+      canvas: [B, C] int32 noise; unless the model predicts next tokens, the pending token replaces
+        the first token of each row.
+      pending: [B] int32, the next token of each row, which is known but not yet encoded.
       teacher_state: [B, D], hidden states of the last cached tokens.
     """
     starts, shifted = cache.lengths[:, None], predicts_next(model)
@@ -317,7 +318,7 @@ def _more(
     last_token: Int[Array, ' B'],
     teacher_state: Float[Array, 'B D'] | None,
 ) -> dict[str, Array]:
-    """Arguments of a denoise pass that not every model takes."""
+    """Returns the arguments of a denoise pass that only some models take."""
     more = {}
     if predicts_next(model):
         more['previous'] = last_token[:, None]
@@ -330,14 +331,14 @@ def _more(
 def soft_embed(
     model: DenoisingModel, params: Params, logits: Float[Array, 'B C V']
 ) -> Float[Array, 'B C D']:
-    """Self-conditioning input of the next denoise pass: [B, C, V] -> [B, C, D]."""
+    """Returns the self-conditioning input of the next denoise pass: [B, C, V] -> [B, C, D]."""
     return model.apply({'params': params}, logits, method='soft_embed')
 
 
 def no_soft_embeddings(
     model: DenoisingModel, params: Params, batch_size: int, canvas_length: int
 ) -> Float[Array, 'B C D']:
-    """Zeros [B, C, D] in the model's own dtype: self-conditioning of a first step."""
+    """Returns the self-conditioning input of a first step: zeros [B, C, D] in the model's dtype."""
     logits = jax.ShapeDtypeStruct((batch_size, canvas_length, model.config.vocab_size), jnp.float32)
     out = jax.eval_shape(lambda p, x: soft_embed(model, p, x), params, logits)
     return jnp.zeros(out.shape, out.dtype)

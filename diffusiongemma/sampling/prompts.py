@@ -1,4 +1,4 @@
-"""Prompts as arrays, and what is wrong with them."""
+"""Pads prompts to arrays and checks them."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def check_prompts(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:
-    """Raises ValueError on a length or a token id that is out of range."""
+    """Raises ValueError if a length or a token id is out of range."""
     width = tokens.shape[1]
     bad = np.flatnonzero((lengths < 1) | (lengths > width))
     if bad.size:
@@ -25,7 +25,7 @@ def check_prompts(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> N
 
 
 def check_fits(lengths: np.ndarray, max_new_tokens: int, limit: int | None) -> None:
-    """Raises ValueError when a prompt and its response may exceed a model's positions."""
+    """Raises ValueError if a prompt and its response may exceed the model's positions."""
     longest = int(lengths.max())
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
@@ -45,21 +45,21 @@ def pad_prompts(
     multiple: int = 64,
     width: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads prompts to a common width that few batches differ in.
+    """Right-pads prompts to a common width.
 
-    A sampler compiles once for each width, hence the rounding.
+    A sampler compiles once per width, so widths are rounded up to a multiple.
 
     Args:
-      prompts: token ids of each prompt.
-      pad_id: fills the rest.
-      multiple: the longest prompt is rounded up to a multiple of it.
-      width: exact width P instead of the rounded one.
+      prompts: the token ids of each prompt.
+      pad_id: the token id of the padding.
+      multiple: the length of the longest prompt is rounded up to a multiple of this number.
+      width: an exact width P instead of the rounded one.
 
     Returns:
       tokens [B, P] int32 and lengths [B] int32.
 
     Raises:
-      ValueError: when there is no prompt, an empty one, or one longer than `width`.
+      ValueError: if there are no prompts, or one is empty or longer than `width`.
     """
     if not prompts:
         raise ValueError('No prompts to pad: pass at least one list of token ids.')

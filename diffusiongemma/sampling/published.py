@@ -1,4 +1,4 @@
-"""Sampling settings as the published format's generation_config.json names them."""
+"""Converts sampling settings to a generation_config.json of the published format."""
 
 from typing import Any
 
@@ -8,13 +8,14 @@ from diffusiongemma.sampling.stopping import StableAndConfident
 
 
 def generation_config(config: SamplingConfig, is_diffusion: bool) -> dict[str, Any]:
-    """The content of generation_config.json, without the token ids.
+    """Returns the content of generation_config.json, without the token ids.
 
-    The format has the entropy bound and one stopping rule: of others it gets the defaults.
+    The format only supports the entropy bound and one stopping rule. Other rules are replaced by
+    the defaults of these.
 
     Args:
-      config: how to sample.
-      is_diffusion: whether the model denoises; else only what an autoregressive one needs.
+      config: the sampling settings.
+      is_diffusion: whether the model has a denoiser; an autoregressive model needs fewer keys.
     """
     if not is_diffusion:
         return {'max_new_tokens': config.max_new_tokens, 'do_sample': config.temperature > 0}

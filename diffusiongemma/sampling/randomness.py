@@ -1,16 +1,16 @@
-"""One random stream per row: a row's tokens do not depend on its neighbors."""
+"""Random keys with one stream per row, so the tokens of a row do not depend on other rows."""
 
 import jax
 import jax.numpy as jnp
 
 
 def row_keys(rng: jax.Array, batch_size: int) -> jax.Array:
-    """One key per row, [B] typed keys.
+    """Returns one typed key per row, [B].
 
     Args:
-      rng: one key, of which row r gets `fold_in(rng, r)`, or [B] keys that are used as they are.
-        Raw uint32 keys (`jax.random.PRNGKey`) are accepted too.
-      batch_size: B.
+      rng: one key, of which row r gets `fold_in(rng, r)`, or [B] keys that are used unchanged.
+        Raw uint32 keys (`jax.random.PRNGKey`) are also accepted.
+      batch_size: the number of rows B.
     """
     rng = typed_key(rng)
     if rng.ndim == 1:
@@ -19,7 +19,7 @@ def row_keys(rng: jax.Array, batch_size: int) -> jax.Array:
 
 
 def typed_key(rng: jax.Array) -> jax.Array:
-    """`rng` as a typed key array, whichever of JAX's two forms it has."""
+    """Returns `rng` as a typed key array; it may be typed or raw uint32."""
     if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         return rng
     return jax.random.wrap_key_data(rng)
@@ -31,11 +31,11 @@ def fold_in_rows(keys: jax.Array, data: int | jax.Array) -> jax.Array:
 
 
 def split_rows(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Splits every row's key in two: [B] keys -> two times [B] keys."""
+    """Splits the key of every row into two: [B] keys -> two arrays of [B] keys."""
     pairs = jax.vmap(jax.random.split)(keys)  # [B, 2]
     return pairs[:, 0], pairs[:, 1]
 
 
 def uniform_tokens(keys: jax.Array, length: int, vocab_size: int) -> jax.Array:
-    """Tokens drawn uniformly from the vocabulary: [B] keys -> [B, length] int32."""
+    """Returns tokens drawn uniformly from the vocabulary: [B] keys -> [B, length] int32."""
     return jax.vmap(lambda key: jax.random.randint(key, (length,), 0, vocab_size))(keys)

@@ -1,4 +1,4 @@
-"""Masked diffusion that takes tokens back: what was settled in doubt becomes a mask again."""
+"""Remasking for masked diffusion: tokens that were accepted with low confidence are reopened."""
 
 import dataclasses
 from typing import Any
@@ -13,12 +13,12 @@ from diffusiongemma.sampling.acceptance import AcceptanceRule, EntropyBound, Pro
 
 @flax.struct.dataclass
 class RemaskState:
-    """What is remembered of the settled tokens.
+    """The state of `Remask` between steps.
 
     Attributes:
-      confidences: [B, C] float32, the probability with which each token was settled; of tokens
-        that the canvas started from 0, so that they are the first to be taken back.
-      rule: the state of the rule that settles.
+      confidences: [B, C] float32, the probability with which each token was accepted; 0 for the
+        initial tokens of the canvas, so that they are reopened first.
+      rule: the state of the inner rule.
     """
 
     confidences: Float[Array, 'B C']
@@ -27,20 +27,19 @@ class RemaskState:
 
 @dataclasses.dataclass(frozen=True)
 class Remask:
-    """Settles tokens by another rule, and takes those of least confidence back once none is open.
+    """A rule that accepts tokens by another rule, and reopens the least confident ones at the end.
 
-    Under masked corruption a settled token stays, and one that was settled too soon spoils what
-    follows from it. Here a canvas without a mask loses its `count` tokens that were settled with
-    the lowest probability, as the denoiser saw it *then* (it has learned to repeat what stands in
-    the canvas, so what it says of a settled token now tells little). They are predicted once more,
-    with all others in sight, until the stopping rule or the limit of steps ends it (remasking by
-    remembered confidence: Wang et al. 2025, arXiv:2503.00307). Pinned tokens stay, and the last
-    step takes nothing back. With uniform noise nothing is settled in the first place, and the rule
-    says so.
+    In masked diffusion an accepted token never changes, so an early mistake affects all later
+    tokens. This rule masks `count` tokens again once a canvas has no mask: those that were accepted
+    with the lowest probability *at that time* (a later prediction for an accepted token says
+    little, because the denoiser has learned to copy it). They are predicted again, given all other
+    tokens, until the stopping rule or the maximum number of steps ends the canvas (remasking by
+    remembered confidence: Wang et al. 2025, arXiv:2503.00307). Pinned tokens are kept, and the last
+    step reopens nothing. With uniform noise the rule is an error, because no token is ever fixed.
 
     Attributes:
-      rule: any rule; it settles the open positions.
-      count: tokens that are taken back at a time, >= 1.
+      rule: the rule that accepts open positions.
+      count: the number of tokens that are reopened at a time, >= 1.
     """
 
     rule: AcceptanceRule = EntropyBound()
@@ -52,7 +51,7 @@ class Remask:
 
     @property
     def reads_logits(self) -> bool:
-        """Whether the rule inside does."""
+        """Returns whether the inner rule reads the logits."""
         return acceptance.reads_logits(self.rule)
 
     def first_state(self, canvas: Int[Array, 'B C']) -> RemaskState:
@@ -70,13 +69,13 @@ class Remask:
                 'not accept becomes noise again anyway. Use its inner rule alone, or GibbsSweep.'
             )
         canvas, rule = acceptance.next_canvas(self.rule, proposal, state.rule)
-        # What a position that stays open offers is overwritten before it counts.
+        # The confidence of a position that stays open is overwritten before it is used.
         confidences = jnp.where(proposal.open, proposal.confidences, state.confidences)
         is_full = jnp.all(canvas != proposal.noise, axis=-1, keepdims=True)  # [B, 1]
         ranked = confidences
         if proposal.pinned is not None:
             ranked = jnp.where(proposal.pinned, jnp.inf, ranked)
         rank = jnp.argsort(jnp.argsort(ranked, axis=-1, stable=True), axis=-1)
-        goes_on = proposal.next_noise_level > 0  # else the canvas is what remains
+        goes_on = proposal.next_noise_level > 0  # False for the last step
         back = is_full & goes_on & (rank < self.count) & jnp.isfinite(ranked)
         return jnp.where(back, proposal.noise, canvas), RemaskState(confidences, rule)

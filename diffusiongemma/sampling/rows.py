@@ -1,4 +1,4 @@
-"""Maps of what belongs to the rows of a batch, field by field."""
+"""Maps over the fields of dataclasses that belong to the rows of a batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Record = TypeVar('Record', bound='DataclassInstance')
 
 
 def map_but(function: Callable[..., Any], *records: Record, **given: Any) -> Record:
-    """`jax.tree.map` over pytree dataclasses, but for the fields whose results are `given`."""
+    """Returns `jax.tree.map` over pytree dataclasses, except for fields with `given` results."""
     nothing = dict.fromkeys(given)  # None is a pytree without leaves
     mapped = jax.tree.map(function, *(dataclasses.replace(each, **nothing) for each in records))
     return dataclasses.replace(mapped, **given)

@@ -1,4 +1,4 @@
-"""Rules as text, for configs and command lines: what Python prints of them, 'TopK(k=4)'."""
+"""Parses rules from text, for configs and command lines; the format is their repr, 'TopK(k=4)'."""
 
 import ast
 import math
@@ -22,7 +22,7 @@ from diffusiongemma.sampling.stopping import (
     TokenStability,
 )
 
-# What a field of `SamplingConfig` may hold, the method that makes a rule one of its kind first.
+# For each field of `SamplingConfig`: the method that its rules must have, and the known rules.
 RULES: dict[str, tuple[str, tuple[type, ...]]] = {
     'acceptance': (
         'next_canvas',
@@ -37,14 +37,14 @@ RULES: dict[str, tuple[str, tuple[type, ...]]] = {
 
 
 def read_rule(field: str, value: Any) -> Any:
-    """Returns the rule that a field of `SamplingConfig` names; rules and None as they are.
+    """Returns the rule for a field of `SamplingConfig`; rules and None are returned unchanged.
 
     Args:
       field: 'acceptance', 'stopping' or 'drafts'.
       value: a rule, None, or text such as 'TopK(4)' or 'AllOf((TokenStability(2), Never()))'.
 
     Raises:
-      ValueError: the text names no rule of this kind, or the rule refuses its numbers.
+      ValueError: if the text does not name a rule of this kind, or a number is invalid.
     """
     method, classes = RULES[field]
     if isinstance(value, str):
@@ -54,7 +54,7 @@ def read_rule(field: str, value: Any) -> Any:
         except (SyntaxError, TypeError) as error:
             raise ValueError(
                 f'{field}={value!r} names no rule; write one of {", ".join(known)}, with its '
-                f'numbers in brackets, as Python prints it ({error}).'
+                f'numbers in parentheses, as Python prints it ({error}).'
             ) from error
     if value is not None and not hasattr(value, method):
         names = ', '.join(cls.__name__ for cls in classes)
@@ -65,7 +65,7 @@ def read_rule(field: str, value: Any) -> Any:
 
 
 def _evaluate(node: ast.expr, known: dict[str, type]) -> Any:
-    """Returns the value of a call of a rule, or of its arguments; raises TypeError on others."""
+    """Returns the value of a rule constructor or of its arguments; else raises TypeError."""
     match node:
         case ast.Call(func=ast.Name(id=name)) if name in known:
             arguments = [_evaluate(argument, known) for argument in node.args]
@@ -85,8 +85,8 @@ def _evaluate(node: ast.expr, known: dict[str, type]) -> Any:
 
 
 def _named(word: ast.keyword, known: dict[str, type]) -> tuple[str, Any]:
-    """Returns name and value of an argument; raises TypeError as `_evaluate`."""
+    """Returns name and value of a keyword argument; raises the errors of `_evaluate`."""
     value = _evaluate(word.value, known)
-    if word.arg is None:  # two stars
+    if word.arg is None:  # `**mapping`
         raise TypeError('keywords must be strings')
     return word.arg, value

@@ -1,4 +1,4 @@
-"""Noise level and softmax temperature of each denoise step."""
+"""The noise level and the softmax temperature of each denoise step."""
 
 import dataclasses
 from typing import TypeVar
@@ -10,15 +10,15 @@ Number = TypeVar('Number', float, jax.Array)
 
 @dataclasses.dataclass(frozen=True)
 class TemperatureSchedule:
-    """Temperature falls with the noise level t: t_min + (t_max - t_min) * t ** exponent.
+    """A temperature schedule in the noise level t: t_min + (t_max - t_min) * t ** exponent.
 
     Attributes:
-      t_min: temperature at noise level 0, > 0.
-      t_max: temperature at noise level 1, >= t_min.
-      num_steps: T, the steps from pure noise to a clean canvas.
-      exponent: > 0; 1 is linear, a larger one cools early, a smaller one late. Google's code
-        has a parameter of the same name with the opposite meaning: it scales by
-        1 - (1 - t) ** exponent, so there a larger one cools late. Only 1 means the same in both.
+      t_min: the temperature at noise level 0, > 0.
+      t_max: the temperature at noise level 1, >= t_min.
+      num_steps: T, the number of steps from pure noise to a clean canvas.
+      exponent: > 0; 1 is linear, larger values cool earlier, smaller ones later. A parameter of
+        the same name in Google's code has the opposite meaning: it scales by
+        1 - (1 - t) ** exponent, so larger values cool later. Only 1 means the same in both.
     """
 
     t_min: float = 0.4
@@ -38,9 +38,9 @@ class TemperatureSchedule:
             raise ValueError(f'the exponent must be finite and > 0, got {self.exponent}.')
 
     def noise_level(self, step: Number) -> Number:
-        """t = 1 - n/T before step n = 0 .. T-1 (and 0 behind the last one, n = T)."""
+        """Returns t = 1 - n/T before step n = 0 .. T-1 (and 0 after the last one, n = T)."""
         return 1.0 - step / self.num_steps
 
     def temperature(self, noise_level: Number) -> Number:
-        """Divisor of the logits at a noise level in [0, 1]."""
+        """Returns the divisor of the logits at a noise level in [0, 1]."""
         return self.t_min + (self.t_max - self.t_min) * noise_level**self.exponent

@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of a response, by the causal pass that drew or verified them."""
+"""Log-probabilities of response tokens, from the causal pass that drew or verified them."""
 
 import flax.struct
 import jax
@@ -9,12 +9,12 @@ from diffusiongemma.models.arrays import AnyArray
 
 @flax.struct.dataclass
 class TokenScores:
-    """What the causal pass gave to each token, in nats: at temperature 1, with nothing banned.
+    """The log-probabilities of tokens in nats, at temperature 1 and without banned tokens.
 
     Attributes:
-      chosen: [..., T] float32, log-probabilities of the tokens.
-      top_tokens: [..., T, k] int32, the most likely tokens in falling order.
-      top: [..., T, k] float32, their log-probabilities.
+      chosen: [..., T] float32, log-probabilities of the tokens of the response.
+      top_tokens: [..., T, k] int32, the most likely tokens in descending order.
+      top: [..., T, k] float32, the log-probabilities of these.
     """
 
     chosen: AnyArray
@@ -23,7 +23,7 @@ class TokenScores:
 
     @classmethod
     def empty(cls, batch_size: int, length: int, k: int) -> 'TokenScores':
-        """Zeros of [batch_size, length] tokens with k alternatives each."""
+        """Returns zeros for [batch_size, length] tokens with k alternatives each."""
         return cls(
             chosen=jnp.zeros((batch_size, length), jnp.float32),
             top_tokens=jnp.zeros((batch_size, length, k), jnp.int32),
@@ -32,7 +32,7 @@ class TokenScores:
 
     @classmethod
     def of(cls, logits: jax.Array, tokens: jax.Array, k: int) -> 'TokenScores':
-        """Scores of tokens [B, T] under the logits [B, T, V] that predict them."""
+        """Returns the scores of tokens [B, T] under the logits [B, T, V] that predict them."""
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         top, top_tokens = jax.lax.top_k(log_probs, k)
         chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]

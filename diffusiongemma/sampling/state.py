@@ -1,5 +1,4 @@
-"""What a canvas is told (CanvasTask), what sampling carries (the two states) and returns
-(SamplerOutput)."""
+"""The inputs of a canvas (CanvasTask), the loop states, and the results (SamplerOutput)."""
 
 import dataclasses
 from typing import Any
@@ -21,21 +20,23 @@ from diffusiongemma.sampling.scores import TokenScores
 
 @flax.struct.dataclass
 class SamplerOutput:
-    """Responses, and what they cost.
+    """The responses of a sampler with their pass counts.
 
     Attributes:
-      tokens: [B, max_new_tokens] int32, pad id behind a response's end.
-      lengths: [B] int32, tokens of each response, its stop token included.
-      denoising_steps: [B] int32, denoise passes over all canvases of a row, without the
-        prefill and the commits. Autoregressive: passes that gave a token, the prefill included.
-      canvases: [B] int32, canvases that a row took (lossless: drafts); 0 when autoregressive.
-      causal_passes: [B] int32, causal passes after the prefill that a row took: commits of
-        canvases that others follow, or verifications; 0 when autoregressive.
-      failed_pass: [B] int32, 0, or which pass gave logits that are NaN or infinite, see
+      tokens: [B, max_new_tokens] int32, with the pad id after the end of a response.
+      lengths: [B] int32, the number of tokens of each response, including its stop token.
+      denoising_steps: [B] int32, the number of denoise passes over all canvases of a row, without
+        prefill and commits. In autoregressive mode: passes that emitted a token, including the
+        prefill.
+      canvases: [B] int32, the number of canvases (lossless: drafts); 0 in autoregressive mode.
+      causal_passes: [B] int32, the number of causal passes after the prefill: commits of all
+        canvases but the last, or verifications; 0 in autoregressive mode.
+      failed_pass: [B] int32, 0, or the code of the pass with NaN or infinite logits, see
         `finite.PASSES`; such a row ends before that pass. A call of `Sampler` raises an error.
-      accepted_lengths: [B, K + 2] int32, in the lossless mode: after how many verifications 0, 1,
-        .., K + 1 tokens were emitted, the pending one counted. None in the other modes.
-      scores: of the tokens, [B, max_new_tokens], where the config asks for `logprobs`; else None.
+      accepted_lengths: [B, K + 2] int32, in the lossless mode the numbers of verifications that
+        emitted 0, 1, .., K + 1 tokens, including the bonus token. None in other modes.
+      scores: the scores of the tokens, [B, max_new_tokens], if the config sets `logprobs`; else
+        None.
     """
 
     tokens: Int[AnyArray, 'B T']
@@ -49,38 +50,38 @@ class SamplerOutput:
 
     @property
     def tokens_per_denoise_pass(self) -> Float[AnyArray, ' B']:
-        """[B] float32; 1 when autoregressive."""
+        """Returns tokens per denoise pass, [B] float32; 1 in autoregressive mode."""
         return self.lengths / jnp.maximum(self.denoising_steps, 1)
 
     @property
     def tokens_per_pass(self) -> Float[AnyArray, ' B']:
-        """[B] float32, denoise passes, commits and verifications counted; the prefill is not."""
+        """Returns tokens per pass, [B] float32; all passes except the prefill are counted."""
         return self.lengths / jnp.maximum(self.denoising_steps + self.causal_passes, 1)
 
 
 @flax.struct.dataclass
 class CanvasTask:
-    """One canvas of every row: what its denoise steps need to know, and none of them changes.
+    """The constant inputs of all denoise steps of one canvas per row.
 
     Attributes:
       keys: [B] random keys of this canvas.
-      active: [B] bool; the other rows take no step.
+      active: [B] bool; other rows take no steps.
       last_token: [B] int32, the token before the canvas.
-      pinned: [B, C] int32, the token that a position holds throughout, -1 where it is open.
-      seed: [B, C] int32, tokens to start from, -1 for noise.
-      allowed: bool that broadcasts to [B, C, V], tokens that a position may hold.
-      temperature: [B] float32 in place of the config's.
-      top_p: [B] float32 in place of the config's.
-      max_steps: [B] int32, limit of each row's steps beside the config's.
-      automaton: of the valid responses.
-      automaton_states: [B] int32, states before the canvas.
-      remaining: [B] int32, tokens that each response may still have.
-      text_noise: [B, C, V] float32, Gumbel noise that the text at these places is drawn with; a
-        draft that is drawn with the same is accepted more often.
-      teacher_state: [B, D], hidden state of the last encoded token, for a light denoiser.
-      length: C, where it is not the model's.
-      first: tokens between the cached ones and the canvas: 1 where the token before the canvas
-        is pending, that is not cached yet.
+      pinned: [B, C] int32, the fixed token of a position, or -1.
+      seed: [B, C] int32, the initial token of a position, or -1 for noise.
+      allowed: bool that broadcasts to [B, C, V], the tokens that are allowed at a position.
+      temperature: [B] float32, overrides that of the config.
+      top_p: [B] float32, overrides that of the config.
+      max_steps: [B] int32, an additional limit of the number of steps of each row.
+      automaton: the automaton of valid responses.
+      automaton_states: [B] int32, the states before the canvas.
+      remaining: [B] int32, the number of tokens that each response may still have.
+      text_noise: [B, C, V] float32, the Gumbel noise of the text at these positions; a draft that
+        uses the same noise is accepted more often.
+      teacher_state: [B, D], the hidden state of the last encoded token, for a light denoiser.
+      length: C, if it differs from the canvas length of the model.
+      first: the number of tokens between the cached ones and the canvas: 1 if the token before the
+        canvas is pending, that is, not cached yet.
     """
 
     keys: Key[Array, ' B']
@@ -103,20 +104,19 @@ class CanvasTask:
 
 @flax.struct.dataclass
 class DenoiseState:
-    """The inner loop's carry: one canvas of every row.
+    """The carry of the inner loop: one canvas per row.
 
     Attributes:
-      step: [] int32, n, denoise steps taken.
-      canvas: [B, C] int32, noisy tokens that the next step reads.
-      argmax_history: [B, W, C] int32, argmax canvases of the latest W steps, the newest last;
-        -1 before the first step. W is the stopping rule's.
-      entropies: [B, C] float32, of the latest step's predictions in nats.
-      soft_embeddings: [B, C, D], self-conditioning of the next step.
-      stopped: [B] bool; such a row keeps all of the above.
-      steps: [B] int32, denoise steps that a row took before it stopped.
-      finite: [B] bool, whether the logits of all of these steps were finite; where not, the row
-        is stopped.
-      rule_state: of the acceptance rule; None where it has none.
+      step: [] int32, n, the number of denoise steps so far.
+      canvas: [B, C] int32, the noisy tokens that the next step reads.
+      argmax_history: [B, W, C] int32, the argmax canvases of the latest W steps, the newest last;
+        -1 before the first step. The stopping rule determines W.
+      entropies: [B, C] float32, the entropies of the latest predictions in nats.
+      soft_embeddings: [B, C, D], the self-conditioning input of the next step.
+      stopped: [B] bool; the fields above no longer change for stopped rows.
+      steps: [B] int32, the number of denoise steps of each row before it stopped.
+      finite: [B] bool, whether the logits of all steps were finite; other rows are stopped.
+      rule_state: the state of the acceptance rule; None for a stateless rule.
     """
 
     step: Int[Array, '']
@@ -131,33 +131,33 @@ class DenoiseState:
 
     @property
     def argmax(self) -> Int[Array, 'B C']:
-        """[B, C] int32, the most likely tokens of the latest step."""
+        """Returns the argmax canvas of the latest step, [B, C] int32."""
         return self.argmax_history[:, -1]
 
     def result(self, config: SamplingConfig) -> Int[Array, 'B C']:
-        """[B, C] int32, the canvas that is committed."""
+        """Returns the canvas to commit, [B, C] int32."""
         return self.argmax if config.commits == 'argmax' else self.canvas
 
 
 @flax.struct.dataclass
 class GenerationState:
-    """The outer loop's carry, of every decode mode.
+    """The carry of the outer loop, in every decode mode.
 
     Attributes:
-      cache: keys and values of the prompts and of what has been committed.
+      cache: the keys and values of prompts and committed tokens.
       keys: [B] random keys, one stream per row.
-      controls: what the call asks of the rows.
-      last_token: [B] int32, each row's latest token: of its response, else of its prompt.
-      tokens: [B, max_new_tokens] int32, responses so far, pad id elsewhere.
-      lengths: [B] int32, tokens of the responses so far.
-      limits: [B] int32, the most tokens that each response may have.
-      finished: [B] bool, stop token or length limit reached; such a row never changes again.
-      denoising_steps: [B] int32, as in SamplerOutput.
-      canvases: [B] int32, as in SamplerOutput.
-      causal_passes: [B] int32, as in SamplerOutput.
-      failed_pass: [B] int32, as in SamplerOutput; where it is not 0 the row is finished.
-      automaton_states: [B] int32, after the responses so far; None without an automaton.
-      scores: as in SamplerOutput.
+      controls: the settings and constraints of the rows.
+      last_token: [B] int32, the latest token of each response, or the last prompt token.
+      tokens: [B, max_new_tokens] int32, the responses so far, with the pad id elsewhere.
+      lengths: [B] int32, the number of tokens of the responses so far.
+      limits: [B] int32, the maximum number of tokens of each response.
+      finished: [B] bool, whether a row reached a stop token or its limit; it no longer changes.
+      denoising_steps: [B] int32, see SamplerOutput.
+      canvases: [B] int32, see SamplerOutput.
+      causal_passes: [B] int32, see SamplerOutput.
+      failed_pass: [B] int32, see SamplerOutput; rows with a nonzero code are finished.
+      automaton_states: [B] int32, the states after the responses so far; None without an automaton.
+      scores: see SamplerOutput.
     """
 
     cache: KVCache
@@ -184,7 +184,7 @@ class GenerationState:
         keys: Key[Array, ' B'],
         controls: Controls,
     ) -> 'GenerationState':
-        """Empty responses behind the cached tokens, the last of which are last_token [B]."""
+        """Returns a state with empty responses after cached prompts that end in last_token [B]."""
         zeros, width = jnp.zeros_like(last_token), config.max_new_tokens
         logprobs = config.logprobs
         limits = zeros + width
@@ -208,22 +208,22 @@ class GenerationState:
         )
 
     def temperature(self, config: SamplingConfig) -> float | Float[Array, ' B']:
-        """The config's number, or one per row [B]."""
-        given = traced(self.controls.temperature)
-        return config.temperature if given is None else given
+        """Returns the temperature of the config, or that of each row [B]."""
+        temperature = traced(self.controls.temperature)
+        return config.temperature if temperature is None else temperature
 
     def top_p(self, config: SamplingConfig) -> float | Float[Array, ' B'] | None:
-        """The config's number, or one per row [B]."""
-        given = traced(self.controls.top_p)
-        return config.top_p if given is None else given
+        """Returns top_p of the config, or that of each row [B]."""
+        top_p = traced(self.controls.top_p)
+        return config.top_p if top_p is None else top_p
 
     @property
     def running(self) -> Bool[Array, '']:
-        """[] bool, some row is unfinished."""
+        """Returns whether any row is unfinished, [] bool."""
         return ~jnp.all(self.finished)
 
     def finish_unless(self, finite: Bool[Array, ' B'], name: str) -> 'GenerationState':
-        """Ends the unfinished rows in which the logits of a pass are not `finite` [B] bool."""
+        """Finishes the rows in which the logits of a pass are not `finite` [B] bool."""
         failed = first_failure(self.failed_pass, name, ~self.finished & ~finite)
         finished = self.finished | (failed > 0)
         return dataclasses.replace(self, failed_pass=failed, finished=finished)
@@ -241,11 +241,11 @@ class GenerationState:
         A response ends with its first stop token, or at its limit.
 
         Args:
-          config: stop ids.
-          block: [B, T] int32.
-          passes: [B] int32 or scalar, denoise passes that the block took.
-          counts: [B] int32, tokens of the block that count; None for all.
-          scores: of the block [B, T], where the config asks for them.
+          config: the sampling settings with the stop ids.
+          block: [B, T] int32, the tokens to append.
+          passes: [B] int32 or scalar, the number of denoise passes for the block.
+          counts: [B] int32, the number of valid tokens of the block; None for all.
+          scores: the scores of the block [B, T], if the config sets `logprobs`.
         """
         offsets = jnp.arange(block.shape[1])
         room = self.limits - self.lengths
@@ -264,8 +264,8 @@ class GenerationState:
         if states is not None and automaton is not None:
             states = advance(automaton, states, block, counts)
 
-        def put(kept: jax.Array, new: jax.Array) -> jax.Array:
-            return kept.at[rows, slots].set(new, mode='drop')
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old.at[rows, slots].set(new, mode='drop')
 
         return dataclasses.replace(
             self,
@@ -279,11 +279,11 @@ class GenerationState:
         )
 
     def insert(self, new: 'GenerationState', slots: Int[Array, ' R']) -> 'GenerationState':
-        """Puts the rows of another state, of the same capacity, in the place of some of these.
+        """Replaces some rows by the rows of another state with the same capacity.
 
         Args:
-          new: R rows.
-          slots: [R] int32, the row that each of them replaces; a slot >= B drops it.
+          new: a state with R rows.
+          slots: [R] int32, the row that each new row replaces; rows with a slot >= B are dropped.
         """
 
         def put(old: jax.Array, rows: jax.Array) -> jax.Array:

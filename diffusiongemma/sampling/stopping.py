@@ -1,4 +1,4 @@
-"""When a canvas is done before its last denoise step."""
+"""Stopping rules, which end a canvas before its last denoise step."""
 
 import dataclasses
 from typing import Protocol, runtime_checkable
@@ -9,11 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 @runtime_checkable
 class StoppingRule(Protocol):
-    """Decides from the latest predictions of a canvas whether to denoise it further."""
+    """A rule that decides from the latest predictions whether a canvas is done."""
 
     @property
     def history_length(self) -> int:
-        """W, how many of the latest argmax canvases the rule looks at, at least 1."""
+        """Returns W, the number of latest argmax canvases that the rule needs, at least 1."""
         ...
 
     def should_stop(
@@ -22,8 +22,8 @@ class StoppingRule(Protocol):
         """Returns which rows are done.
 
         Args:
-          argmax_history: [B, W, C] int32, the argmax canvases of the latest W steps, the
-            current step's last; -1 where there was no step yet.
+          argmax_history: [B, W, C] int32, the argmax canvases of the latest W steps, the current
+            one last; -1 for steps that do not exist yet.
           entropies: [B, C] float32, entropies of the current step's predictions in nats.
 
         Returns:
@@ -34,13 +34,13 @@ class StoppingRule(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StableAndConfident:
-    """Stops when the argmax canvas no longer changes and its predictions are certain.
+    """A rule that stops when the argmax canvas no longer changes and predictions are certain.
 
     Attributes:
-      stability_threshold: number of previous steps whose argmax canvas must equal the current
-        one, so that the earliest stop is after this many steps plus one. 0 drops the condition.
-      confidence_threshold: the mean entropy of the canvas must lie below it (nats). 0 never
-        stops early, infinity drops the condition.
+      stability_threshold: the number of previous steps whose argmax canvas must equal the current
+        one, so the earliest stop is after this many steps plus one. 0 drops the condition.
+      confidence_threshold: the mean entropy of the canvas must be below this value in nats. 0
+        never stops early; infinity drops the condition.
     """
 
     stability_threshold: int = 1
@@ -74,10 +74,10 @@ class StableAndConfident:
 
 @dataclasses.dataclass(frozen=True)
 class TokenStability:
-    """Stops when the argmax canvas has not changed for some steps, however uncertain it is.
+    """A rule that stops when the argmax canvas has not changed for some steps.
 
     Attributes:
-      num_steps: previous steps whose argmax canvas must equal the current one, >= 1.
+      num_steps: the number of previous steps whose argmax canvas must equal the current one, >= 1.
     """
 
     num_steps: int = 2
@@ -101,10 +101,10 @@ class TokenStability:
 
 @dataclasses.dataclass(frozen=True)
 class MeanEntropy:
-    """Stops when the predictions are certain on average, stable or not.
+    """A rule that stops when the predictions are certain on average.
 
     Attributes:
-      threshold: the mean entropy of the canvas must lie below it, nats.
+      threshold: the mean entropy of the canvas must be below this value in nats.
     """
 
     threshold: float = 0.005
@@ -124,7 +124,7 @@ class MeanEntropy:
 
 @dataclasses.dataclass(frozen=True)
 class Never:
-    """Takes every denoise step that the config allows."""
+    """A rule that never stops early: every denoise step of the config is taken."""
 
     history_length = 1
 
@@ -138,10 +138,10 @@ class Never:
 
 @dataclasses.dataclass(frozen=True)
 class AllOf:
-    """Stops when every one of several rules would.
+    """A rule that stops when all of several rules would stop.
 
     Attributes:
-      rules: at least one.
+      rules: at least one stopping rule.
     """
 
     rules: tuple[StoppingRule, ...]

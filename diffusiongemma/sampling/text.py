@@ -1,4 +1,4 @@
-"""From text to text: tokenize prompts, sample, decode."""
+"""Text in, text out: tokenizes prompts, samples, and decodes responses."""
 
 import codecs
 from collections.abc import Iterable, Sequence
@@ -30,21 +30,21 @@ def generate_text(
     A pretrained model (`Tokenizer.chat_turns` is False) continues each prompt as plain text.
 
     Args:
-      sampler: made with `SamplingConfig.for_tokenizer(tokenizer)`.
-      params: the model's parameters.
-      tokenizer: the model's tokenizer.
+      sampler: a sampler with a config from `SamplingConfig.for_tokenizer(tokenizer)`.
+      params: the parameters of the model.
+      tokenizer: the tokenizer of the model.
       prompts: one user turn each; they form one batch.
       rng: one key, or one per prompt.
-      system: system text of all prompts.
-      multiple: prompts are padded to a multiple of it.
+      system: the system text of all prompts.
+      multiple: prompts are padded to a multiple of this length.
       controls: settings and constraints of the rows.
 
     Returns:
       The answers, without thoughts and turn end, and the sampler's output.
 
     Raises:
-      ValueError: when the sampler would not stop at the tokenizer's end of turn, or when
-        there are no prompts.
+      ValueError: if the sampler does not stop at the tokenizer's end of turn, or if there are no
+        prompts.
     """
     check_stops(sampler, tokenizer)
     formatted = [tokenizer.format_prompt(prompt, system) for prompt in prompts]
@@ -54,7 +54,7 @@ def generate_text(
 
 
 def check_stops(sampler: Sampler, tokenizer: Tokenizer) -> None:
-    """Raises ValueError when the sampler would not stop at the tokenizer's end of turn."""
+    """Raises ValueError if the sampler does not stop at the tokenizer's end of turn."""
     missing = sorted(set(tokenizer.stop_ids) - set(sampler.config.stop_ids))
     if missing:
         raise ValueError(
@@ -64,11 +64,11 @@ def check_stops(sampler: Sampler, tokenizer: Tokenizer) -> None:
 
 
 def decode_responses(tokenizer: Tokenizer, output: SamplerOutput) -> list[str]:
-    """Returns the text of each row's answer.
+    """Returns the text of the answer of each row.
 
-    What a model writes into its thought channel is not part of it, not even where the channel is
-    never closed; `ChatSampler` and `Tokenizer.split_thoughts` give it. Special tokens, the stop
-    token among them, are skipped.
+    Tokens in a thought channel, even in one that is never closed, are not part of the answer;
+    `ChatSampler` and `Tokenizer.split_thoughts` return them. Special tokens, including the stop
+    token, are skipped.
     """
     rows, lengths = np.asarray(output.tokens), np.asarray(output.lengths)
     return [
@@ -78,8 +78,10 @@ def decode_responses(tokenizer: Tokenizer, output: SamplerOutput) -> list[str]:
 
 
 class AnswerTokens:
-    """Says of the tokens of a response, one after the other, whether they are text of the answer:
-    neither special tokens nor thoughts."""
+    """A classifier of response tokens, in order, that returns whether a token is answer text.
+
+    Special tokens and thoughts are not.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._special = tokenizer.special_ids
@@ -95,45 +97,45 @@ class AnswerTokens:
 
 
 class TextStream:
-    """The text of a response whose tokens come bit by bit.
+    """An incremental decoder for the text of a response that is streamed token by token.
 
-    The parts that `push` and `finish` return join to what `decode_responses` gives for all tokens,
-    cut where a stop text begins. No part ends inside a character or inside what may become a stop
-    text.
+    Together, the parts that `push` and `finish` return equal the text of `decode_responses` for
+    all tokens, cut at the first stop text. No part ends inside a character or inside a possible
+    stop text.
 
     Attributes:
-      stopped: whether a stop text has come; nothing follows it.
+      stopped: whether a stop text has occurred; no more text is returned then.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         """Starts before the first token.
 
         Args:
-          tokenizer: the model's tokenizer.
-          stop: texts of which the first to come ends the response; it is not part of it.
+          tokenizer: the tokenizer of the model.
+          stop: stop texts; the first one that occurs ends the response and is not part of it.
         """
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids: list[int] = []  # of the answer, without thoughts
+        self._ids: list[int] = []  # ids of the answer, without thoughts
         self._in_answer = AnswerTokens(tokenizer)
-        # The text of ids[:_read] is out of the decoder. Two reads back it starts anew, since what a
-        # token adds may depend on the one before it.
+        # The text of ids[:_read] is already returned. Decoding restarts at ids[_context], because
+        # the text of a token can depend on the token before it.
         self._context, self._read = 0, 0
         self._held = ''
         self.stopped = False
 
     def push(self, tokens: Iterable[int]) -> str:
-        """Returns the text that is certain now and was not before."""
+        """Returns the additional text that is final after these tokens."""
         self._ids += filter(self._in_answer, tokens)
         return self._until_stop(self._decoded(len(self._ids) - self._open_bytes()))
 
     def finish(self) -> str:
-        """Returns what is left when no token follows."""
+        """Returns the remaining text when no more tokens follow."""
         text = self._until_stop(self._decoded(len(self._ids))) + self._held
         self._held = ''
         return text
 
     def _open_bytes(self) -> int:
-        """How many of the last tokens are bytes of a character that is not complete."""
+        """Returns how many of the last tokens are bytes of an incomplete character."""
         for count in (3, 2, 1):
             if len(self._ids) - count < self._read:
                 continue
@@ -147,7 +149,7 @@ class TextStream:
         return 0
 
     def _decoded(self, end: int) -> str:
-        """The text of ids[_read:end]."""
+        """Returns the text of ids[_read:end] and marks it as read."""
         if end <= self._read:
             return ''
         before = self._tokenizer.decode(self._ids[self._context : self._read])
@@ -170,6 +172,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of a text a stop text begins with, not all of it."""
+    """Returns the length of the longest proper prefix of `stop` that `text` ends with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

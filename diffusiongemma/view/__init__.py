@@ -1,1 +1,1 @@
-"""What people look at while text is made: frames of a canvas, a terminal, GIF and HTML, a chat."""
+"""Shows text generation: frames of a canvas in a terminal, as GIF and HTML, and a chat."""

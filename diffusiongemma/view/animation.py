@@ -1,4 +1,4 @@
-"""Frames as a GIF; needs the extra `view`."""
+"""Writes frames as an animated GIF; needs the extra `view`."""
 
 import textwrap
 from collections.abc import Sequence
@@ -10,28 +10,28 @@ from diffusiongemma.view.frames import QUIET, Cell, Color, Frame, color_of, lege
 
 _BACKGROUND, _TITLE = (13, 17, 23), (121, 192, 255)
 _COLUMNS, _FONT_SIZE, _MARGIN = 80, 15, 16
-_LAST_SECONDS = 2.5  # the finished text stays a while before the GIF starts again
+_LAST_SECONDS = 2.5  # how long the finished text is shown before the GIF repeats
 
 
 def write_gif(path: Path, frames: Sequence[Frame], title: str, frame_seconds: float) -> None:
     """Writes an animated GIF that repeats.
 
-    Letters that DejaVu Sans Mono lacks, the font that comes with matplotlib, are boxes.
+    The font is DejaVu Sans Mono, which comes with matplotlib; characters that it lacks are boxes.
 
     Args:
-      path: of the file.
-      frames: at least one.
-      title: the prompt, say; on top of every picture.
-      frame_seconds: how long a frame stays.
+      path: the path of the file.
+      frames: the frames, at least one.
+      title: the text above every picture, for example the prompt.
+      frame_seconds: the duration of a frame in seconds.
 
     Raises:
-      ValueError: there are no frames.
+      ValueError: if there are no frames.
     """
     if not frames:
-        raise ValueError('Nothing was generated, so that there is nothing to draw.')
+        raise ValueError('Nothing was generated, so there is nothing to draw.')
     font = _font()
     height = max(len(_lines(frame.cells)) for frame in frames)
-    palette = _palette()  # one for all frames, so that only what changes is stored
+    palette = _palette()  # the same for all frames, so that the file only stores differences
     pictures = [
         _picture(frame, title, height, font).quantize(palette=palette, dither=Image.Dither.NONE)
         for frame in frames
@@ -49,7 +49,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def _palette() -> Image.Image:
-    """Every color of a text in seven shades towards the background, for smooth letters."""
+    """Returns a palette with seven shades of every text color, for anti-aliased text."""
     texts = [QUIET, _TITLE, *(Cell('', state).color for state in ('settled', 'noise', 'refused'))]
     texts += [color_of(place / 20) for place in range(21)]
     shades = [
@@ -94,7 +94,7 @@ def _picture(frame: Frame, title: str, num_lines: int, font: ImageFont.FreeTypeF
 
 
 def _lines(cells: Sequence[Cell]) -> list[list[tuple[int, str, Cell]]]:
-    """Runs of text as (column, text, cell) in lines; a word that does not fit opens a line."""
+    """Returns lines of (column, text, cell); a token that does not fit starts a new line."""
     lines: list[list[tuple[int, str, Cell]]] = [[]]
     column = 0
     for cell in cells:

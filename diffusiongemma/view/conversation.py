@@ -1,4 +1,4 @@
-"""A chat over lines of text: questions, answers as they grow, and commands."""
+"""A chat in a terminal: reads questions and commands, and streams answers."""
 
 import dataclasses
 import time
@@ -21,7 +21,7 @@ Anything else is said to the model; //text says /text."""
 
 
 class Conversation:
-    """Talks to a `ChatSampler` through two functions.
+    """A conversation with a `ChatSampler` through a function that reads and one that writes.
 
     Conversation(chat, read=lambda: input('> '), write=print_part).run()
     """
@@ -29,12 +29,12 @@ class Conversation:
     def __init__(
         self, chat: ChatSampler, read: Callable[[], str], write: Callable[[str], None]
     ) -> None:
-        """Starts with what the chat has heard so far.
+        """Continues the history of `chat`.
 
         Args:
-          chat: answers.
+          chat: the sampler that answers.
           read: returns the user's next line; EOFError ends the conversation.
-          write: shows a part of a text at once; nothing is put behind it.
+          write: shows a part of a text immediately, without a line break after it.
         """
         self._chat, self._read, self._write = chat, read, write
         self._forgotten = 0
@@ -97,7 +97,7 @@ class Conversation:
             if reply.forgotten > self._forgotten:
                 self._write(f'[{_sees(reply.forgotten)}]\n')
                 self._forgotten = reply.forgotten
-            # A letter of several tokens may be half there: it is shown when it is whole.
+            # A character can span several tokens; an incomplete one is not shown yet.
             whole = reply.text if reply.finished else reply.text.rstrip('\ufffd')
             self._write(printable(whole[shown:]))
             shown = max(shown, len(whole))

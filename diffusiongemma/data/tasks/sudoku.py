@@ -1,4 +1,4 @@
-"""Sudoku puzzles with exactly one solution, and a checker that needs no stored answer.
+"""Generates sudoku puzzles with exactly one solution, and checks responses without an answer key.
 
     >>> from diffusiongemma.data.tasks import sudoku
     >>> example = sudoku.generate(0, 'train')
@@ -7,8 +7,8 @@
 
 A prompt is `INSTRUCTION` and the rows of the grid with `_` for a blank; a response is the rows of
 the solved grid. An example is a pure function of its arguments. The split is a property of the
-solution: a hash of the grid with its digits renamed in order of appearance, so that no solution
-grid, nor a renaming of one, is in both splits.
+solution: a hash of the grid with its digits renamed in order of appearance. So neither a solution
+grid nor a renaming of it is in both splits.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 INSTRUCTION = 'Solve this sudoku:'
 SPLITS = ('train', 'test')
 TEST_ONE_IN = 8
-# Grid size -> (box size, fewest and most clues by default). Fewer than 17 clues never determine
-# a 9x9 grid (McGuire et al., 2012), fewer than 4 never a 4x4 grid.
+# Grid size -> (box size, default minimum and maximum number of clues). A unique solution needs at
+# least 17 clues in a 9x9 grid (McGuire et al., 2012) and at least 4 in a 4x4 grid.
 GRIDS = {9: (3, 30, 45), 4: (2, 5, 9)}
 FEWEST_CLUES = {9: 17, 4: 4}
 
@@ -34,14 +34,14 @@ _ROW = re.compile(r'[1-9_]+')
 
 @functools.cache
 def _units(box: int) -> tuple[tuple[int, int, int], ...]:
-    """Row, column and box of each cell of a grid with box x box boxes, in reading order."""
+    """Returns row, column and box index of each cell in reading order, for box x box boxes."""
     n = box * box
     return tuple((i // n, i % n, i // n // box * box + i % n // box) for i in range(n * n))
 
 
 @functools.cache
 def _neighbors(box: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """The other cells of each cell's row, column and box."""
+    """Returns the other cells in the row, the column and the box of each cell."""
     units = _units(box)
     return tuple(
         tuple(
@@ -55,16 +55,16 @@ def _neighbors(box: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
 def solve(
     cells: Sequence[int], box: int = 3, limit: int = 2, order: Sequence[int] | None = None
 ) -> list[tuple[int, ...]]:
-    """Solutions of a puzzle, by depth-first search on the cell with the fewest candidates.
+    """Returns solutions of a puzzle by depth-first search on the cell with the fewest candidates.
 
     Args:
       cells: n*n digits in reading order, n = box * box, 0 for a blank.
-      box: 3 for 9x9 grids, 2 for 4x4.
-      limit: stop after this many; two tell whether the solution is unique.
-      order: the digits in the order in which they are tried; ascending by default.
+      box: 3 for 9x9 grids, 2 for 4x4 grids.
+      limit: the maximum number of solutions; two are enough to test uniqueness.
+      order: the digits in the order in which they are tried, ascending by default.
 
     Returns:
-      At most `limit` solved grids; none when the clues contradict each other.
+      At most `limit` solved grids; none if the clues contradict each other.
     """
     n = box * box
     units = _units(box)
@@ -82,11 +82,11 @@ def solve(
             columns[c] |= bit
             boxes[b] |= bit
     blanks = [cell for cell, digit in enumerate(grid) if not digit]
-    found: list[tuple[int, ...]] = []
+    solutions: list[tuple[int, ...]] = []
 
     def search() -> None:
         if not blanks:
-            found.append(tuple(grid))
+            solutions.append(tuple(grid))
             return
         fewest = n + 1
         for k, cell in enumerate(blanks):
@@ -113,18 +113,18 @@ def solve(
                 rows[r] ^= bit
                 columns[c] ^= bit
                 boxes[b] ^= bit
-                if len(found) >= limit:
+                if len(solutions) >= limit:
                     break
         grid[cell] = 0
         blanks.append(cell)
         blanks[best], blanks[-1] = blanks[-1], blanks[best]
 
     search()
-    return found
+    return solutions
 
 
 def _random_solution(rng: np.random.Generator, box: int) -> tuple[int, ...]:
-    """A random solved grid: the boxes on the diagonal are free, the search completes the rest."""
+    """Returns a random solved grid: random boxes on the diagonal, completed by search."""
     n = box * box
     while True:
         cells = [0] * (n * n)
@@ -134,32 +134,32 @@ def _random_solution(rng: np.random.Generator, box: int) -> tuple[int, ...]:
                 for column in range(start, start + box):
                     cells[row * n + column] = next(digits)
         solved = solve(cells, box, limit=1, order=(rng.permutation(n) + 1).tolist())
-        if solved:  # two boxes of a 4x4 grid can be at odds
+        if solved:  # the two diagonal boxes of a 4x4 grid can contradict each other
             return solved[0]
 
 
 def solution_split(solution: Sequence[int]) -> str:
-    """The split of a solved grid; the same for all renamings of its digits."""
+    """Returns the split of a solved grid, which is the same for all renamings of its digits."""
     names = {digit: chr(ord('1') + k) for k, digit in enumerate(dict.fromkeys(solution))}
     key = 'sudoku ' + ''.join(names[digit] for digit in solution)
     return 'test' if zlib.crc32(key.encode()) % TEST_ONE_IN == 0 else 'train'
 
 
 def _is_single(cells: list[int], cell: int, digit: int, box: int) -> bool:
-    """Whether the clues alone force `digit` into a blank cell, as a naked or a hidden single."""
+    """Returns whether the clues force `digit` into a blank cell as a naked or hidden single."""
     neighbors = _neighbors(box)
 
     def excluded(blank: int, value: int) -> bool:
         return any(cells[j] == value for unit in neighbors[blank] for j in unit)
 
-    seen = {cells[j] for unit in neighbors[cell] for j in unit}
-    if all(other in seen for other in range(1, box * box + 1) if other != digit):
+    nearby = {cells[j] for unit in neighbors[cell] for j in unit}
+    if all(other in nearby for other in range(1, box * box + 1) if other != digit):
         return True
     return any(all(cells[j] or excluded(j, digit) for j in unit) for unit in neighbors[cell])
 
 
 def _dig(solution: Sequence[int], clues: int, rng: np.random.Generator, box: int) -> list[int]:
-    """Blanks cells in random order while the solution stays unique, down to `clues` at best."""
+    """Removes clues in random order while the solution stays unique, until `clues` are left."""
     cells = list(solution)
     left = len(cells)
     kept = []
@@ -167,7 +167,7 @@ def _dig(solution: Sequence[int], clues: int, rng: np.random.Generator, box: int
         if left == clues:
             return cells
         digit, cells[cell] = cells[cell], 0
-        # What the other clues force may go without a search: the solution stays unique.
+        # A digit that the other clues force can be removed without a search for a second solution.
         if _is_single(cells, cell, digit, box):
             left -= 1
         else:
@@ -212,22 +212,22 @@ def generate(
     min_clues: int | None = None,
     max_clues: int | None = None,
 ) -> dict[str, str | int]:
-    """One puzzle.
+    """Returns one puzzle.
 
     Args:
-      index: any non-negative integer.
+      index: the index of the puzzle, any non-negative integer.
       split: 'train' or 'test'.
-      seed: non-negative; another seed is another stream over the same two sets of solutions.
-      size: 9 or 4, the rows of the grid.
-      min_clues: fewest clues; by default 30 of 81 or 5 of 16.
-      max_clues: most clues; by default 45 of 81 or 9 of 16.
+      seed: a non-negative seed; other seeds give other streams over the same solutions per split.
+      size: the number of rows of the grid, 9 or 4.
+      min_clues: the minimum number of clues; by default 30 of 81 or 5 of 16.
+      max_clues: the maximum number of clues; by default 45 of 81 or 9 of 16.
 
     Returns:
-      {'prompt', 'response', 'answer', 'task', 'clues'}; 'clues' is their number, the rest is str.
+      {'prompt', 'response', 'answer', 'task', 'clues'}; 'clues' is an int, all others are str.
 
     Raises:
       ValueError: on an unknown split or size, a negative index or seed, or clue bounds that no
-        puzzle meets (below about 24 clues of 81 a random dig can fail to get that far).
+        puzzle meets (random removal often cannot go below about 24 clues of 81).
     """
     if split not in SPLITS:
         raise ValueError(f'split must be one of {SPLITS}, got {split!r}.')
@@ -256,7 +256,7 @@ def generate(
 
 
 class Sudoku:
-    """Random-access source of `size` puzzles of one split, for grain and for evaluation."""
+    """A source with random access to `size` puzzles of one split."""
 
     def __init__(
         self,
@@ -267,7 +267,7 @@ class Sudoku:
         min_clues: int | None = None,
         max_clues: int | None = None,
     ) -> None:
-        """Raises ValueError on an unknown split, a size below 1, or bad box or clue bounds."""
+        """Raises ValueError on an unknown split, a size below 1, or invalid box or clue bounds."""
         if split not in SPLITS:
             raise ValueError(f'split must be one of {SPLITS}, got {split!r}.')
         if size < 1:
@@ -297,10 +297,10 @@ class Sudoku:
 
 
 def parse_prompt(prompt: str) -> tuple[list[int], int]:
-    """The cells (0 for a blank) and the box size of a prompt's grid.
+    """Returns the cells (0 for a blank) and the box size of the grid in a prompt.
 
     Raises:
-      ValueError: when the prompt does not end in the rows of a 4x4 or a 9x9 grid.
+      ValueError: if the prompt does not end in the rows of a 4x4 or a 9x9 grid.
     """
     rows = [line for line in prompt.split('\n') if _ROW.fullmatch(line)]
     size = len(rows)
@@ -313,10 +313,10 @@ def parse_prompt(prompt: str) -> tuple[list[int], int]:
 
 
 def check(prompt: str, response: str) -> bool:
-    """Whether a response is a valid solved grid that keeps all clues of the prompt.
+    """Returns whether a response is a valid solved grid that keeps all clues of the prompt.
 
     Raises:
-      ValueError: when the prompt holds no grid; a malformed response is merely wrong.
+      ValueError: if the prompt has no grid; a malformed response only returns False.
     """
     cells, box = parse_prompt(prompt)
     n = box * box
@@ -329,4 +329,4 @@ def check(prompt: str, response: str) -> bool:
     digits = [int(c) for c in text]
     if any(clue and clue != digit for clue, digit in zip(cells, digits, strict=True)):
         return False
-    return bool(solve(digits, box, limit=1))  # of a full grid: whether no unit repeats a digit
+    return bool(solve(digits, box, limit=1))  # for a full grid: no unit repeats a digit

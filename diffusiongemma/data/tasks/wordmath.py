@@ -1,4 +1,4 @@
-"""Grade-school word problems with a worked solution and a checkable answer.
+"""Generates grade-school word problems with a worked solution and a checkable answer.
 
     >>> from diffusiongemma.data.tasks import wordmath
     >>> example = wordmath.generate(0, 'train')
@@ -6,8 +6,8 @@
     True
 
 An example is a pure function of (seed, split, index). The split is a property of the problem:
-a hash of (template, drawn numbers) sends one combination in eight to the test split, so no
-combination is ever in both, whatever the names and the wording around it.
+a hash of (template, drawn numbers) assigns one combination in eight to the test split. So no
+combination is in both splits, even with other names and another wording.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from diffusiongemma.data.tasks.wordmath_templates import MAX_DRAWS, Template
 
 TEMPLATES: tuple[Template, ...] = ONE_STEP + TWO_STEPS + THREE_STEPS + FOUR_STEPS
 SPLITS = ('train', 'test')
-TEST_ONE_IN = 8  # every template has at least 200 combinations, so at least ~25 of them test
-MAX_DIGITS = 9  # of a number in a response that is worth evaluating
+TEST_ONE_IN = 8  # each template has at least 200 combinations, so about 25 or more are in test
+MAX_DIGITS = 9  # longer numbers in a response are not evaluated
 
 _ANSWER = re.compile(r'The answer is (-?\d[\d.,]*)')
 _STATEMENT = re.compile(r'-?\d+(?: [-+*/=] -?\d+)+')
 
 
 def combination_split(template: str, numbers: Mapping[str, int]) -> str:
-    """The split that a template's drawn numbers belong to, stable across versions and hosts."""
+    """Returns the split of a template's drawn numbers, stable across versions and hosts."""
     text = template + ''.join(f',{name}={value}' for name, value in sorted(numbers.items()))
     return 'test' if zlib.crc32(text.encode()) % TEST_ONE_IN == 0 else 'train'
 
 
 def generate(index: int, split: str, seed: int = 0) -> dict[str, str]:
-    """One example.
+    """Returns one example.
 
     Args:
-      index: any non-negative integer.
+      index: the index of the example, any non-negative integer.
       split: 'train' or 'test'.
-      seed: non-negative; another seed is another stream over the same two sets of problems.
+      seed: a non-negative seed; other seeds give other streams over the same problems per split.
 
     Returns:
       {'prompt', 'response', 'answer', 'task', 'template'}, all str.
@@ -70,7 +70,7 @@ def generate(index: int, split: str, seed: int = 0) -> dict[str, str]:
 
 
 class Wordmath:
-    """Random-access source of `size` examples of one split, for grain and for evaluation."""
+    """A source with random access to `size` examples of one split."""
 
     def __init__(self, split: str, size: int, seed: int = 0) -> None:
         """Raises ValueError on an unknown split or a size below 1."""
@@ -96,18 +96,21 @@ class Wordmath:
 
 
 def check(response: str, answer: str) -> bool:
-    """Whether the last 'The answer is N' of a response states `answer`."""
-    found = _ANSWER.findall(response)
-    return bool(found) and found[-1].rstrip('.,') == answer
+    """Returns whether the last 'The answer is N' of a response states `answer`."""
+    answers = _ANSWER.findall(response)
+    return bool(answers) and answers[-1].rstrip('.,') == answer
 
 
 def _evaluate(expression: str) -> int | None:
-    """The integer that `a op b op ...` is, * and / first; None if there is none, or it is huge."""
+    """Returns the integer value of `a op b op ...` with the usual precedence.
+
+    It is None if the value is not an integer or a number has more than MAX_DIGITS characters.
+    """
     if any(len(text) > MAX_DIGITS for text in expression.split()):
         return None
-    first, *rest = expression.split()
+    first, *others = expression.split()
     terms = [int(first)]
-    for op, text in zip(rest[::2], rest[1::2], strict=True):
+    for op, text in zip(others[::2], others[1::2], strict=True):
         value = int(text)
         if op == '*':
             terms[-1] *= value
@@ -121,7 +124,7 @@ def _evaluate(expression: str) -> int | None:
 
 
 def verify_steps(response: str) -> bool:
-    """Whether a response has equations (`a + b = c`, or chains of them) and all of them hold."""
+    """Returns whether a response has equations (`a + b = c`, or chains) and all of them hold."""
     statements = [s for s in _STATEMENT.findall(response) if ' = ' in s]
     for statement in statements:
         values = [_evaluate(side) for side in statement.split(' = ')]

@@ -1,4 +1,4 @@
-"""Word problems of three and four steps. The notation is that of `wordmath_templates`."""
+"""Templates of word problems with three and four steps, see `wordmath_templates`."""
 
 from diffusiongemma.data.tasks.wordmath_templates import Template
 

@@ -1,4 +1,4 @@
-"""Word problems of one and two steps. The notation is that of `wordmath_templates`."""
+"""Templates of word problems with one and two steps, see `wordmath_templates`."""
 
 from diffusiongemma.data.tasks.wordmath_templates import Template
 

@@ -1,9 +1,9 @@
-"""The template language of the word problems: lexicon, number drawing, rendering.
+"""The template language of the word problems: lexicon, number drawing and rendering.
 
-A template names the numbers it draws, the wordings of its prompt and one worked response.
-The response carries its own arithmetic: ``[c = a + b]`` computes ``c`` *and* prints
-``3 + 4 = 7``, so that the text and the numbers cannot disagree. The last equation's result is
-the answer.
+A template declares the numbers that it draws, the wordings of its prompt and one worked response.
+The equations of the response are executable: ``[c = a + b]`` computes ``c`` *and* prints
+``3 + 4 = 7``, so the text and the numbers always agree. The result of the last equation is the
+answer.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-MAX_NUMBER = 200  # largest number that any text shows
+MAX_NUMBER = 200  # the largest number in any text
 MAX_SMALL_FACTOR = 9  # one factor of a product, and every divisor
 MAX_LARGE_FACTOR = 20  # the other factor, and every quotient
-MIN_RESULT = 2  # every result is printed before a plural noun
-MAX_DRAWS = 10_000  # a sound template needs a handful; this only turns a bad one into an error
+MIN_RESULT = 2  # because every result is printed before a plural noun
+MAX_DRAWS = 10_000  # a valid template needs only a few draws; an impossible one becomes an error
 
 _EQUATION = re.compile(r'\[(\w+) = (\w+) ([-+*/]) (\w+)\]')
 _FIELD = re.compile(r'\{(\w+)')
@@ -35,7 +35,7 @@ class Person:
     him: str
 
     @property
-    def He(self) -> str:  # noqa: N802 - `{A.He}` in a template reads as the word it prints
+    def He(self) -> str:  # noqa: N802 - in a template, `{A.He}` looks like the word that it prints
         return self.he.capitalize()
 
     @property
@@ -48,7 +48,7 @@ class Person:
 
 @dataclasses.dataclass(frozen=True)
 class Noun:
-    """A countable thing; it prints as its plural, `.one` is the singular."""
+    """A countable noun that prints as its plural; `.one` is the singular."""
 
     one: str
     many: str
@@ -58,7 +58,7 @@ class Noun:
 
 
 def _nouns(words: str) -> tuple[Noun, ...]:
-    """Nouns with a regular plural, from singulars separated by blanks."""
+    """Returns nouns with a regular plural, from singulars separated by spaces."""
     endings = ('x', 's', 'ch', 'sh')
     return tuple(Noun(w, w + ('es' if w.endswith(endings) else 's')) for w in words.split())
 
@@ -75,7 +75,7 @@ PEOPLE = (
     *_people('Mia Anna Lily Emma Zoe Nina Sara Ruby Maya Clara Lucy Alice', 'she', 'her', 'her'),
     *_people('Tom Ben Sam Leo Max Omar Jack Noah Hugo Ivan Adam Paul', 'he', 'his', 'him'),
 )
-# Fields of a pattern are looked up here without their trailing digits: {item}, {item2}, ...
+# Fields of a template are looked up here without their trailing digits: {item}, {item2}, ...
 LEXICON: Mapping[str, tuple] = {
     'A': PEOPLE,
     'B': PEOPLE,
@@ -94,7 +94,7 @@ LEXICON: Mapping[str, tuple] = {
 
 
 def apply(x: int, op: str, y: int) -> int | None:
-    """The result of one equation, or None where it leaves the bounds of this module."""
+    """Returns the result of one equation, or None if it violates the limits of this module."""
     if op == '+':
         result = x + y
     elif op == '-':
@@ -112,15 +112,15 @@ def apply(x: int, op: str, y: int) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """One kind of problem.
+    """A template for one kind of problem.
 
     Attributes:
-      name: unique; part of the hash that decides the split.
-      numbers: inclusive range of each drawn number, e.g. ``{'a': (2, 9)}``.
-      prompts: wordings of the prompt; fields are numbers or words of `LEXICON`.
-      response: the worked solution, with its equations in brackets, without the answer line.
+      name: a unique name, which is part of the hash that determines the split.
+      numbers: the inclusive range of each drawn number, e.g. ``{'a': (2, 9)}``.
+      prompts: the wordings of the prompt; fields are numbers or words of `LEXICON`.
+      response: the worked solution with its equations in brackets, without the final answer line.
       hidden: equations (``'t = q * k'``) that run before those of the response, for numbers that
-        must fit together; what only they use (here ``q``) need not be printed.
+        must be consistent; numbers that only they use (here ``q``) need not be printed.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Template:
 
     @functools.cached_property
     def steps(self) -> tuple[tuple[str, str, str, str], ...]:
-        """The printed equations as (result, left, operator, right)."""
+        """Returns the printed equations as (result, left, operator, right)."""
         return tuple(_EQUATION.findall(self.response))
 
     @functools.cached_property
@@ -155,13 +155,13 @@ class Template:
 
     @functools.cached_property
     def _choices(self) -> tuple[tuple[str, tuple], ...]:
-        """The (field, pool) pairs that any wording of this template uses, in a fixed order."""
+        """Returns the (field, pool) pairs of all wordings of this template, in a fixed order."""
         fields = set(_FIELD.findall(' '.join(self.prompts) + self.response))
         pools = ((field, LEXICON.get(field.rstrip('0123456789'))) for field in sorted(fields))
         return tuple((field, pool) for field, pool in pools if pool is not None)
 
     def draw(self, rng: np.random.Generator) -> dict[str, int] | None:
-        """One try: all numbers of the problem, or None when they leave the bounds."""
+        """Draws all numbers of the problem once; returns None if they violate the limits."""
         uniform = rng.random(len(self._ranges)).tolist()
         values = {
             name: low + int(u * count)
@@ -177,13 +177,13 @@ class Template:
         return values
 
     def render(self, values: Mapping[str, int], rng: np.random.Generator) -> dict[str, str]:
-        """Puts words around the numbers: {'prompt', 'response', 'answer'}."""
+        """Returns the problem with words filled in: {'prompt', 'response', 'answer'}."""
         uniform = rng.random(len(self._choices) + 1).tolist()
         fields: dict[str, object] = dict(values)
         used: set = set()
         for u, (field, pool) in zip(uniform, self._choices, strict=False):
             choice = int(u * len(pool))
-            while pool[choice] in used:  # two people or two things of a problem differ
+            while pool[choice] in used:  # two people or two things in a problem must differ
                 choice = (choice + 1) % len(pool)
             used.add(pool[choice])
             fields[field] = pool[choice]

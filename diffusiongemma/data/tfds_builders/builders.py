@@ -1,4 +1,4 @@
-"""The builders themselves; see the package's docstring for how to use them."""
+"""Implements the builders; the docstring of the package shows how to use them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffusiongemma.data.tasks.wordmath import Wordmath
 
 @dataclasses.dataclass(kw_only=True)
 class TaskConfig(tfds.core.BuilderConfig):
-    """How many examples a prepared task has."""
+    """A TFDS config with the number of examples per split and the seed of a task."""
 
     train_size: int
     test_size: int
@@ -38,13 +38,13 @@ def _configs(**sizes: tuple[int, int]) -> list[TaskConfig]:
 class _TaskBuilder(  # type: ignore[call-arg]  # its base has no types
     tfds.core.GeneratorBasedBuilder, skip_registration=True
 ):
-    """Writes the examples of a built-in task to a TFDS data directory."""
+    """A builder that writes the examples of a built-in task to a TFDS data directory."""
 
     VERSION = tfds.core.Version('1.0.0')
     RELEASE_NOTES = {'1.0.0': 'First release.'}
 
     def __init__(self, *, file_format: Any = 'array_record', **kwargs: Any) -> None:
-        """As any builder, but the format has random access and needs no TensorFlow."""
+        """Takes the arguments of a TFDS builder; the default format allows random access."""
         super().__init__(file_format=file_format, **kwargs)
 
     def _task(self, split: str, size: int, seed: int) -> Any:
@@ -103,11 +103,11 @@ def prepare(name: str, data_dir: epath.PathLike | None = None) -> tfds.core.Data
     """Writes a dataset of `tfds.builder(name)` as ArrayRecord, unless it is there already.
 
     Args:
-      name: dataset, with its config where wanted, such as 'diffusiongemma_wordmath/small'.
-      data_dir: where TFDS keeps its data; its own default if None.
+      name: the dataset, optionally with its config, such as 'diffusiongemma_wordmath/small'.
+      data_dir: the data directory of TFDS; None for the default of TFDS.
 
     Returns:
-      The builder.
+      The TFDS builder.
     """
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
     builder.download_and_prepare()
