@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar('T', bound='DataclassInstance')
 
 KNOWN = 'known keys'  # what a hint lists
+SAMPLING = 'diffusiongemma.sampling.'  # its rules are known by their names alone
 SECTION = 'section'  # in a field's metadata: the dataclass of a section that is kept as a mapping
 
 
@@ -207,9 +208,10 @@ def _plain(config: Any) -> Any:
 
 
 def _as_text(value: Any) -> str:
-    """Returns what JSON holds of a rule: its text, which `SamplingConfig` reads."""
+    """Returns what JSON holds of a rule or a loss: its text, as it is read from a config."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return repr(value)
+        module = type(value).__module__
+        return repr(value) if module.startswith(SAMPLING) else f'{module}.{value!r}'
     raise ValueError(
         f'the config holds {value!r}, which config.json cannot: use numbers, texts, tuples, dicts '
         "and rules such as 'TopK(k=4)'."
