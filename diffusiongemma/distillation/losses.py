@@ -9,7 +9,7 @@ whole batch: so the losses of parts of a batch add up to that of the whole.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,21 @@ def mean_weights(mask: Shaped[Array, '*B']) -> Float[Array, '*B']:
 def before(target_mask: Bool[Array, 'B L']) -> Bool[Array, 'B L']:
     """The places [B, L] whose next token is a target; a row's first token never is one."""
     return jnp.roll(target_mask, -1, axis=1)
+
+
+@runtime_checkable
+class TokenLoss(Protocol):
+    """The loss of each canvas position in stage 1, as `denoise_loss` is one; hashable."""
+
+    def __call__(
+        self,
+        logits: Float[Array, '*B V'],
+        canvas: Int[Array, '*B'],
+        teacher: TeacherDistribution,
+        kl_weight: Float[Array, '*B'],
+    ) -> Float[Array, '*B']:
+        """Returns the loss in nats; arguments as of `denoise_loss`."""
+        ...
 
 
 def denoise_loss(

@@ -1,15 +1,20 @@
 """What the places of a draft are worth in the loss of `drafting.py`."""
 
 import dataclasses
-from typing import Protocol
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from diffusiongemma.sampling.rules import read_value
+
 ACCEPTED_LENGTH, DECAY, EQUAL = 'accepted_length', 'decay', 'equal'
 
 
+@runtime_checkable
 class PositionWeights(Protocol):
     """What the places of a draft are worth; hashable."""
 
@@ -79,3 +84,30 @@ class AcceptedLengthWeights:
         smoothed = jnp.where(valid & (probabilities > 0), smoothed, 0.0)
         accepted = jnp.cumprod(jax.lax.stop_gradient(smoothed), axis=-1)  # [..., K]
         return jnp.flip(jnp.cumsum(jnp.flip(accepted, axis=-1), axis=-1), axis=-1)
+
+
+def read_weights(weights: Any, smoothing: float, gamma: float) -> PositionWeights:
+    """Returns the `PositionWeights` that `config.drafting.weights` asks for.
+
+    Args:
+      weights: 'accepted_length', 'decay' or 'equal', which take `smoothing` or `gamma`; the text of
+        any other with its module, such as 'my_losses.Mine(2)'; or an object.
+      smoothing: of the accepted-length weights.
+      gamma: of the decay.
+
+    Raises:
+      ValueError: there are no such weights.
+    """
+    named: dict[str, Callable[[], PositionWeights]] = {
+        ACCEPTED_LENGTH: functools.partial(AcceptedLengthWeights, smoothing),
+        DECAY: functools.partial(DecayWeights, gamma),
+        EQUAL: EqualWeights,
+    }
+    if isinstance(weights, str) and weights in named:
+        return named[weights]()
+    if isinstance(weights, str) and '.' not in weights:
+        raise ValueError(
+            f'drafting.weights must be {ACCEPTED_LENGTH!r}, {DECAY!r} or {EQUAL!r}, or weights of '
+            f"your own with their module, such as 'my_losses.Mine(2)', got {weights!r}."
+        )
+    return read_value('drafting.weights', weights, 'weights', noun='weights')
