@@ -45,13 +45,13 @@ class Attention(nn.Module):
     def setup(self) -> None:
         config, attention = self.config, self.config.attention(self.kind)
         d, n, k, h = config.width, config.num_heads, attention.num_kv_heads, attention.head_dim
-        layout = self.execution.output_major
-        self.query = weight(self, 'attention/query', kernel_init(d), (d, n, h), layout)
+        execution = self.execution
+        self.query = weight(self, 'attention/query', kernel_init(d), (d, n, h), execution)
         if not self.shares_kv:
-            self.key = weight(self, 'attention/key', kernel_init(d), (d, k, h), layout)
+            self.key = weight(self, 'attention/key', kernel_init(d), (d, k, h), execution)
         if not (self.shares_kv or attention.value_is_key):
-            self.value = weight(self, 'attention/value', kernel_init(d), (d, k, h), layout)
-        self.output = weight(self, 'attention/output', kernel_init(n * h), (n, h, d), layout)
+            self.value = weight(self, 'attention/value', kernel_init(d), (d, k, h), execution)
+        self.output = weight(self, 'attention/output', kernel_init(n * h), (n, h, d), execution)
         # Scores of freshly initialized queries and keys have unit variance.
         init_value = (h * config.query_scale**2) ** -0.25
         norm: dict[str, Any] = {'eps': config.norm_eps, 'scale_offset': config.norm_scale_offset}

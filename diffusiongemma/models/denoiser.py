@@ -47,7 +47,7 @@ class SelfConditioning(nn.Module):
             config.width,
             config.ffn_width,
             self.dtype,
-            self.execution.output_major,
+            self.execution,
             zero_init_output=True,
             name='mlp',
         )

@@ -18,12 +18,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.vocabulary import (
     LARGE_VOCABULARY,
     expected_rows_by_parts,
     logits_by_parts,
 )
 from diffusiongemma.models.weights import WEIGHTS
+
+_ONE_DEVICE = Execution()
 
 
 def kernel_init(fan_in: int) -> nn.initializers.Initializer:
@@ -36,7 +39,7 @@ def weight(
     declared: str,
     init: nn.initializers.Initializer,
     shape: Sequence[int],
-    output_major: bool = False,
+    execution: Execution = _ONE_DEVICE,
 ) -> Any:
     """Creates a float32 parameter as it is declared in `models/weights.py`.
 
@@ -45,7 +48,8 @@ def weight(
       declared: its key there, of which the last part is its name in the module.
       init: its initializer.
       shape: the size of each of its axes, in the order of the declaration.
-      output_major: whether the output axes are in front (`Execution.output_major`).
+      execution: whether the output axes come first (`output_major`), and the mesh on which a
+        large kernel is gathered.
 
     Returns:
       [*maps, *inputs, *outputs], or [*maps, *outputs, *inputs]; quantized where `apply` is given
@@ -53,10 +57,13 @@ def weight(
     """
     declaration = WEIGHTS[declared]
     axes, sizes = declaration.axes, tuple(shape)
-    if output_major:
+    if execution.output_major:
         axes, sizes = declaration.outputs_first(axes), declaration.outputs_first(sizes)
     partitioned = nn.with_logical_partitioning(init, axes)
-    return module.param(declared.split('/')[-1], partitioned, sizes, jnp.float32)
+    parameter: Any = module.param(declared.split('/')[-1], partitioned, sizes, jnp.float32)
+    if declaration.large and not declaration.maps and not is_quantized(parameter):
+        return execution.gathered_in_stages(parameter, *axes)
+    return parameter
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -187,24 +194,24 @@ class GatedMLP(nn.Module):
     width: int
     ffn_width: int
     dtype: jnp.dtype
-    output_major: bool = False
+    execution: Execution = Execution()
     zero_init_output: bool = False
 
     def setup(self) -> None:
         d, f = self.width, self.ffn_width
-        self.gate = weight(self, 'mlp/gate', kernel_init(d), (d, f), self.output_major)
-        self.up = weight(self, 'mlp/up', kernel_init(d), (d, f), self.output_major)
+        self.gate = weight(self, 'mlp/gate', kernel_init(d), (d, f), self.execution)
+        self.up = weight(self, 'mlp/up', kernel_init(d), (d, f), self.execution)
         init = nn.initializers.zeros if self.zero_init_output else kernel_init(f)
-        self.down = weight(self, 'mlp/down', init, (f, d), self.output_major)
+        self.down = weight(self, 'mlp/down', init, (f, d), self.execution)
 
     def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
         # As one matrix of tokens: contracting several leading axes, as the gradients of the
         # kernels would, makes XLA transpose the hidden layer on CPUs, which doubles the time.
-        tokens = x.reshape(-1, self.width)
-        gate = project('td,df->tf', tokens, self.gate, self.output_major)
-        up = project('td,df->tf', tokens, self.up, self.output_major)
+        tokens, output_major = x.reshape(-1, self.width), self.execution.output_major
+        gate = project('td,df->tf', tokens, self.gate, output_major)
+        up = project('td,df->tf', tokens, self.up, output_major)
         hidden = (nn.gelu(gate, approximate=True) * up).astype(self.dtype)
-        output = project('tf,fd->td', hidden, self.down, self.output_major)
+        output = project('tf,fd->td', hidden, self.down, output_major)
         return output.astype(self.dtype).reshape(x.shape)
 
 
@@ -215,7 +222,7 @@ class Embedder(nn.Module):
     width: int
     final_logit_softcap: float | None
     dtype: jnp.dtype
-    output_major: bool = False
+    execution: Execution = Execution()
 
     def setup(self) -> None:
         shape = (self.vocab_size, self.width)
@@ -231,10 +238,10 @@ class Embedder(nn.Module):
 
         The softmax is taken in float32; its product with the table in `dtype`.
         """
-        table = self.embedding.astype(dtype)
+        table = self._table(dtype)
         rows = logits.astype(jnp.float32).reshape(-1, self.vocab_size)
         product = functools.partial(contract, 'tv,vd->td')
-        if self.output_major and self.vocab_size > LARGE_VOCABULARY:
+        if self.execution.output_major and self.vocab_size > LARGE_VOCABULARY:
             soft = expected_rows_by_parts(rows, product, table)
         else:
             soft = product(jax.nn.softmax(rows, axis=-1).astype(dtype), table)
@@ -248,19 +255,25 @@ class Embedder(nn.Module):
         `table` [n, D] holds the rows of some tokens alone, in place of the whole embedding.
         """
         tokens = hidden.reshape(-1, self.width)
-        embedding = (self.embedding if table is None else table).astype(hidden.dtype)
+        dtype = hidden.dtype
+        embedding = self._table(dtype) if table is None else table.astype(dtype)
         large = len(embedding) > LARGE_VOCABULARY
-        if self.output_major and large and FEW_ROWS // 2 < len(tokens) <= FEW_ROWS:
+        if self.execution.output_major and large and FEW_ROWS // 2 < len(tokens) <= FEW_ROWS:
             logits = logits_by_parts(tokens, self._logits, embedding)
         else:
             logits = self._logits(tokens, embedding)
         return logits.reshape(*hidden.shape[:-1], len(embedding))
 
+    def _table(self, dtype: DTypeLike) -> Float[Array, 'n D']:
+        """Returns the embedding as matmuls read it: in `dtype`, gathered along the mesh."""
+        axes = WEIGHTS['embedder/embedding'].axes
+        return self.execution.gathered_in_stages(self.embedding.astype(dtype), *axes)
+
     def _logits(
         self, tokens: Float[Array, 't D'], table: Float[Array, 'n D']
     ) -> Float[Array, 't n']:
         """[t, D] and rows [n, D] of the table -> [t, n]."""
-        if self.output_major:  # as the table is
+        if self.execution.output_major:  # as the table is
             logits = project('td,dv->tv', tokens, table, output_major=True)
         else:
             logits = contract('td,vd->tv', tokens, table)

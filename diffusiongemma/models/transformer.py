@@ -66,7 +66,7 @@ class Gemma(nn.Module):
             config.width,
             config.final_logit_softcap,
             self.dtype,
-            self.execution.output_major,
+            self.execution,
         )
         if config.per_layer is not None:
             self.per_layer_embedder = PerLayerEmbedder(config, self.dtype)
