@@ -23,6 +23,7 @@ from diffusiongemma.sampling.state import GenerationState, SamplerOutput
 
 _STATIC = ('model', 'config')
 
+State = GenerationState | LosslessState  # the outer loop's carry of a decode mode
 OneState = TypeVar('OneState', GenerationState, LosslessState)
 
 
@@ -258,13 +259,11 @@ class Sampler:
         """
         return self._stream(params, self.checked(tokens, lengths, rng, controls))
 
-    def states(self, params: Params, *prompts: Any) -> Iterator[GenerationState | LosslessState]:
+    def states(self, params: Params, *prompts: Any) -> Iterator[State]:
         """Yields the state before the first block and after every one; the last is finished.
 
-        Each block is a program of its own; arguments, which are not checked, as of `prefilled`.
-
-        Raises:
-          FloatingPointError: as a call.
+        Each block is a program of its own; arguments, which are not checked, as of `prefilled`;
+        raises FloatingPointError as a call.
         """
         mode = MODES[self.mode]
         state = mode.start(self.model, self.config, params, *prompts)
