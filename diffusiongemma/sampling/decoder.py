@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.arrays import Params
-from diffusiongemma.sampling import diffusion, lossless, passes
+from diffusiongemma.sampling import autoregressive, diffusion, lossless, passes
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafter import LosslessState
 from diffusiongemma.sampling.passes import CausalModel
-from diffusiongemma.sampling.sampler import AUTOREGRESSIVE, MODES, Sampler
+from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.sampling.state import DenoiseState, GenerationState
 
 
@@ -83,7 +83,7 @@ class Decoder:
         return diffusion.commit_canvas(*arguments)
 
     def draft(self, state: LosslessState) -> lossless.Drafted:
-        """Returns what may follow the pending tokens."""
+        """Returns what may follow the pending tokens; `model_draft_length` is of no effect."""
         config = self.sampler.config
         noise = lossless.text_noise(self.model, config, state)
         return lossless.draft(self.model, config, self.params, state, noise)
@@ -111,4 +111,4 @@ class Decoder:
 
     def next_token(self, state: GenerationState) -> GenerationState:
         """One more token of every unfinished row, in the autoregressive mode."""
-        return AUTOREGRESSIVE.advance(self.model, self.sampler.config, self.params, state)
+        return autoregressive.next_token(self.model, self.sampler.config, self.params, state)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +67,7 @@ class Slots:
           prefixes: encodes the beginnings of prompts, and keeps some; None for neither.
         """
         self.sampler, self._params = sampler, params
+        self._bound = (sampler.model, sampler.config, params)
         self.size, self._capacity = slots, capacity
         self._multiple, self._together, self._prefixes = multiple, together, prefixes
         self._state: State | None = None
@@ -102,7 +102,8 @@ class Slots:
         whole = None
         if cache is not None:
             arguments, whole = (*arguments, cache), self._padded(prompts, self._capacity)
-        new = _start(self.sampler, self._params, *arguments, whole=whole, capacity=self._capacity)
+        start = MODES[self.sampler.mode].start
+        new = start(*self._bound, *arguments, whole=whole, capacity=self._capacity)
         if conversation is not None:
             conversation.keep(prompts[0], new.cache)
         if self._state is None:
@@ -122,7 +123,7 @@ class Slots:
 
     def advance(self) -> None:
         """One more block of every unfinished row."""
-        self._state = _advance(self.sampler, self._params, self._state)
+        self._state = MODES[self.sampler.mode].advance(*self._bound, self._state)
 
     def steps(self) -> Iterator[Draft]:
         """One more block step by step; until its end nothing else may change the rows."""
@@ -131,7 +132,7 @@ class Slots:
 
     def until_one_finishes(self) -> None:
         """Blocks until another row is finished, in one compiled program."""
-        self._state = _until_one_finishes(self.sampler, self._params, self._state)
+        self._state = MODES[self.sampler.mode].until_one_finishes(*self._bound, self._state)
 
     def stop(self, slots: Sequence[int]) -> None:
         """Ends rows where they are, so that they cost nothing more."""
@@ -154,19 +155,6 @@ def _stacked(controls: Sequence[Controls]) -> Controls:
     """Controls of several rows out of those of one row each."""
     first, *others = controls
     return first.map_rows(lambda *rows: np.concatenate(rows), *others)
-
-
-@functools.partial(jax.jit, static_argnames=('sampler', 'capacity'))
-def _start(
-    sampler: Sampler,
-    params: Params,
-    *prompts: Any,
-    whole: tuple[jax.Array, jax.Array] | None,
-    capacity: int,
-) -> State:
-    start = MODES[sampler.mode].start
-    arguments = (sampler.model, sampler.config, params, *prompts)
-    return start(*arguments, whole=whole, capacity=capacity)
 
 
 @functools.partial(jax.jit, static_argnames='slots')
@@ -214,16 +202,6 @@ def _row(cache: KVCache, row: int) -> KVCache:
 
     lengths = jax.lax.dynamic_slice_in_dim(cache.lengths, row, 1)
     return KVCache(kv=jax.tree.map(take_kv, cache.kv), lengths=lengths)
-
-
-@functools.partial(jax.jit, static_argnames='sampler', donate_argnums=2)
-def _advance(sampler: Sampler, params: Params, state: State) -> State:
-    return MODES[sampler.mode].advance(sampler.model, sampler.config, params, state)
-
-
-@functools.partial(jax.jit, static_argnames='sampler', donate_argnums=2)
-def _until_one_finishes(sampler: Sampler, params: Params, state: State) -> State:
-    return MODES[sampler.mode].until_one_finishes(sampler.model, sampler.config, params, state)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
