@@ -88,6 +88,7 @@ def test_colors_go_from_certain_to_uncertain():
     certain, uncertain = (frames.Cell('a', 'open', entropy) for entropy in (0.0, 9.0))
     assert certain.color == green and uncertain.color[0] > 240
     assert frames.Cell('a', 'open', math.log(4)).certainty == pytest.approx(0.25)
+    assert frames.Cell('a', 'open', math.nan).color == red  # of a pass that gave NaN
 
 
 def test_letters_of_several_tokens_are_whole_and_nothing_steers_the_terminal():

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from diffusiongemma.models.arrays import Params
-from diffusiongemma.sampling import diffusion, lossless, passes
+from diffusiongemma.sampling import autoregressive, diffusion, lossless, passes
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafter import LosslessState
 from diffusiongemma.sampling.passes import CausalModel
-from diffusiongemma.sampling.sampler import AUTOREGRESSIVE, MODES, Sampler
+from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.sampling.state import DenoiseState, GenerationState
 
 
@@ -84,7 +84,7 @@ class Decoder:
         return diffusion.commit_canvas(*arguments)
 
     def draft(self, state: LosslessState) -> lossless.Drafted:
-        """Returns drafts of the tokens after the pending ones."""
+        """Returns drafts of the tokens after the pending ones; ignores `model_draft_length`."""
         config = self.sampler.config
         noise = lossless.text_noise(self.model, config, state)
         return lossless.draft(self.model, config, self.params, state, noise)
@@ -113,4 +113,4 @@ class Decoder:
 
     def next_token(self, state: GenerationState) -> GenerationState:
         """Appends one token to every unfinished row, in the autoregressive mode."""
-        return AUTOREGRESSIVE.advance(self.model, self.sampler.config, self.params, state)
+        return autoregressive.next_token(self.model, self.sampler.config, self.params, state)

@@ -25,6 +25,7 @@ from diffusiongemma.sampling.state import GenerationState, SamplerOutput
 
 _STATIC = ('model', 'config')
 
+State = GenerationState | LosslessState  # the outer loop's carry of a decode mode
 OneState = TypeVar('OneState', GenerationState, LosslessState)
 
 
@@ -38,8 +39,9 @@ class Mode(Generic[OneState]):
         a `capacity` states of prompts of any width are of equal shapes, so that rows of one can
         take the place of rows of another. `whole` are the prompts and their lengths together with
         what a given cache holds of them, for drafts that look something up.
-      advance: one more block of every unfinished row.
-      until_one_finishes: blocks until another row is finished.
+      advance: one more block of every unfinished row. The buffers of the state that it is given
+        are those of the new one (they are donated), so that no block copies the K/V cache.
+      until_one_finishes: blocks until another row is finished, as `advance`.
     """
 
     generate: Callable[..., SamplerOutput]
@@ -87,8 +89,10 @@ def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) 
     return Mode(
         generate=jax.jit(generate, static_argnames=_STATIC),
         start=jax.jit(start, static_argnames=(*_STATIC, 'capacity')),
-        advance=jax.jit(advance, static_argnames=_STATIC),
-        until_one_finishes=jax.jit(until_one_finishes, static_argnames=_STATIC),
+        advance=jax.jit(advance, static_argnames=_STATIC, donate_argnames='state'),
+        until_one_finishes=jax.jit(
+            until_one_finishes, static_argnames=_STATIC, donate_argnames='state'
+        ),
     )
 
 
@@ -260,36 +264,27 @@ class Sampler:
         """
         return self._stream(params, self.checked(tokens, lengths, rng, controls))
 
-    def states(self, params: Params, *prompts: Any) -> Iterator[GenerationState | LosslessState]:
-        """Yields the state before the first block and after every one; the last is finished.
-
-        Each block is a program of its own; arguments, which are not checked, as of `prefilled`.
-
-        Raises:
-          FloatingPointError: as a call.
-        """
-        mode = MODES[self.mode]
-        state = mode.start(self.model, self.config, params, *prompts)
-        while True:
-            check_finite(state.output().failed_pass)
-            yield state
-            if not state.running:
-                return
-            state = mode.advance(self.model, self.config, params, state)
-
     def _stream(self, params: Params, arguments: tuple) -> Iterator[SamplerOutput]:
         block = 1
         if self.mode == 'lossless':
             block = lossless.draft_length(self.model, self.config) + 1
         elif self.mode == 'diffusion':
             block = self.model.config.canvas_length
-        before = None
-        for state in self.states(params, *arguments):
-            after = state.output()
-            before = before or jax.tree.map(jnp.zeros_like, after)
+        mode, before = MODES[self.mode], None
+        # A state is gone after its block; the arguments in it are the caller's.
+        arguments = jax.tree.map(jnp.copy, arguments)
+        state: State = mode.start(self.model, self.config, params, *arguments)
+        while True:
+            after = jax.tree.map(jnp.copy, state.output())
+            check_finite(after.failed_pass)
+            if before is None:
+                before = jax.tree.map(jnp.zeros_like, after)
             if jnp.any(after.lengths > before.lengths):
                 yield self._news(before, after, block)
                 before = after
+            if not state.running:
+                return
+            state = mode.advance(self.model, self.config, params, state)
 
     def _news(self, before: SamplerOutput, after: SamplerOutput, block: int) -> SamplerOutput:
         """What each row gained between two outputs: [B, at most block] tokens, then the pad id."""
