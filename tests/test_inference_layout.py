@@ -90,7 +90,7 @@ def test_only_once(tiny_config):
     model = DiffusionGemma(tiny_config)
     with pytest.raises(ValueError, match='unrolled already'):
         unroll_layers(*unroll_layers(model, random_params(model)))
-    with pytest.raises(ValueError, match='in front already'):
+    with pytest.raises(ValueError, match='already have the transposed layout'):
         output_major_kernels(*output_major_kernels(model, random_params(model)))
 
 

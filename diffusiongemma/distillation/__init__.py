@@ -1,1 +1,1 @@
-"""From a teacher to a trained student."""
+"""Training of teachers, and distillation of a teacher into a student."""

@@ -1,4 +1,4 @@
-"""Where in a row drafts start."""
+"""Selects the positions in a row at which drafts start."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,14 @@ from diffusiongemma.distillation.canvases import Batch
 
 
 def anchor_places(batch: Batch, lookup_ngram: int = 0, prompts: bool = False) -> jax.Array:
-    """[B, L] bool, where a draft may start: response tokens that another one follows.
+    """Returns where a draft may start, [B, L] bool: response tokens that are not the last.
 
-    With `prompts` tokens of prompts too, and with `lookup_ngram` only those where a lookup of so
-    many tokens finds nothing.
+    With `prompts`, prompt tokens are included. With `lookup_ngram`, only positions are included
+    at which a lookup of this many tokens finds no earlier occurrence.
     """
     segment_ids = batch['segment_ids']
     is_target = batch['target_mask']
-    if prompts:  # but not at a document's first token, before which there are no states
+    if prompts:  # except for the first token of a document, which has no hidden state before it
         is_target = (segment_ids > 0) & (batch['positions'] > 0)
     followed = jnp.roll(is_target, -1, axis=1) & (jnp.roll(segment_ids, -1, axis=1) == segment_ids)
     places = (is_target & followed).at[:, -1].set(False)
@@ -22,31 +22,32 @@ def anchor_places(batch: Batch, lookup_ngram: int = 0, prompts: bool = False) ->
 
 
 def occurs_earlier(batch: Batch, ngram: int) -> jax.Array:
-    """[B, L] bool, whether the `ngram` tokens up to here occur earlier in their document."""
+    """Returns whether the last `ngram` tokens occur earlier in their document, [B, L] bool."""
     tokens, segments = batch['tokens'], batch['segment_ids']
     length = tokens.shape[1]
     equal = tokens[:, :, None] == tokens[:, None, :]
     equal &= segments[:, :, None] == segments[:, None, :]  # [B, L, L]
     runs = equal
-    for k in range(1, ngram):  # the token k before is equal too
+    for k in range(1, ngram):  # the tokens k positions earlier must be equal as well
         runs &= jnp.pad(equal, [(0, 0), (k, 0), (k, 0)])[:, :length, :length]
     index = jnp.arange(length)
     return jnp.any(runs & (index < index[:, None]), axis=-1)
 
 
 def draw_anchors(key: jax.Array, places: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Draws different places of each row, all with the same probability.
+    """Draws distinct positions of each row, uniformly.
 
     Args:
-      key: PRNG key.
-      places: [B, L] bool.
-      count: A.
+      key: a PRNG key.
+      places: [B, L] bool, the possible positions.
+      count: the number of anchors A.
 
     Returns:
-      [B, A] int32 in increasing order, and [B, A] bool; false where a row has fewer places.
+      [B, A] int32 in increasing order, and [B, A] bool, which is False if a row has fewer
+      positions.
 
     Raises:
-      ValueError: a row can't have so many.
+      ValueError: if count is not less than L.
     """
     length = places.shape[1]
     if count >= length:
@@ -56,6 +57,6 @@ def draw_anchors(key: jax.Array, places: jax.Array, count: int) -> tuple[jax.Arr
         )
     drawn = jnp.where(places, jax.random.uniform(key, places.shape), -1.0)
     scores, anchors = jax.lax.top_k(drawn, count)
-    # No draft starts at a row's last token: what is not used stands there, after all others.
+    # No draft starts at the last token of a row, so this index marks unused anchors.
     anchors = jnp.sort(jnp.where(scores >= 0, anchors, length - 1), axis=1)
     return anchors.astype(jnp.int32), anchors < length - 1

@@ -1,4 +1,4 @@
-"""The teacher answers batches of prompts, and says how likely each token of a response was."""
+"""Generates the teacher's answers to batches of prompts, and its distributions for each token."""
 
 import dataclasses
 import functools
@@ -22,22 +22,23 @@ Example = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class TargetsConfig:
-    """What the teacher answers, and how.
+    """Settings for the teacher's answers (`config.targets`).
 
     Attributes:
-      source: the prompts; their own responses are not used, unless `sequence_level` is off.
-      batch_size: prompts answered at once, over all devices; a multiple of data x fsdp x
-        expert of the mesh.
-      max_new_tokens: longest answer, thoughts included; a longer one is left out, never cut,
-        unless `keep_unfinished`.
-      temperature: 0 for greedy answers.
-      prompt_multiple: prompts are padded to a multiple of this.
-      top_k_logits: k, most likely tokens of the teacher that are kept for each token of a response;
-        0 keeps none. Training then needs no teacher in memory.
-      sequence_level: the student learns the teacher's answers. Off, for an ablation or where the
-        source's own responses are what the teacher would say: it learns those.
-      keep_unfinished: answers may stop at max_new_tokens, without a stop token. So do those of a
-        pretrained model, which goes on with a text and seldom ends it. The examples hold tokens.
+      source: the prompts. The responses of the source are ignored unless `sequence_level` is
+        False.
+      batch_size: the number of prompts answered at once, over all devices; a multiple of
+        data x fsdp x expert of the mesh.
+      max_new_tokens: the maximum length of an answer, including thoughts; longer answers are
+        dropped, not truncated, unless `keep_unfinished` is set.
+      temperature: the sampling temperature; 0 is greedy.
+      prompt_multiple: prompts are padded to a multiple of this length.
+      top_k_logits: k, the number of most likely teacher tokens that are stored for each token of a
+        response; training then needs no teacher in memory. 0 stores none.
+      sequence_level: True trains on the teacher's answers. False trains on the responses of the
+        source, for an ablation or if these already come from the teacher.
+      keep_unfinished: keeps answers that reach max_new_tokens without a stop token. A pretrained
+        model continues a text and rarely ends it. The examples then store token ids.
     """
 
     source: DataSpec
@@ -58,7 +59,7 @@ class TargetsConfig:
 
 
 class Answerer:
-    """Answers prompts on a mesh: parameters in their shards, rows over data and fsdp."""
+    """A generator of answers on a mesh, with sharded parameters and rows over data and fsdp."""
 
     def __init__(
         self,
@@ -69,10 +70,10 @@ class Answerer:
         mesh: jax.sharding.Mesh,
         seed: int,
     ) -> None:
-        """Puts the parameters in their shards.
+        """Places the parameters on the mesh.
 
         Raises:
-          ValueError: the mesh does not divide the batch, or k is larger than the vocabulary.
+          ValueError: if the mesh does not divide the batch, or k is larger than the vocabulary.
         """
         if config.top_k_logits > model.config.vocab_size:
             raise ValueError(
@@ -94,12 +95,13 @@ class Answerer:
         """Answers up to `batch_size` prompts.
 
         Args:
-          indices: of the prompts in their source; an answer depends on the seed and its index.
-          examples: {'prompt', 'response', ...} of each.
+          indices: the indices of the prompts in their source; an answer only depends on the seed
+            and its index.
+          examples: the examples {'prompt', 'response', ...}.
 
         Returns:
-          {'index', 'prompt', 'response'} of those that can be learned, with `TEACHER_KEYS` (see
-          `data.packing`) where top_k_logits > 0; and the tokens that were written.
+          The usable examples {'index', 'prompt', 'response'}, with `TEACHER_KEYS` (see
+          `data.packing`) if top_k_logits > 0; and the number of generated tokens.
         """
         rows = [
             {'index': index, 'prompt': example['prompt'], 'response': example['response']}
@@ -118,7 +120,7 @@ class Answerer:
         return limit is None or length + self._config.max_new_tokens <= limit
 
     def _answered(self, rows: list[Example]) -> tuple[list[Example], int]:
-        """The rows with the teacher's responses, but for those that did not end; and all tokens."""
+        """Returns the rows with the teacher's finished responses, and the number of all tokens."""
         if not rows:
             return [], 0
         prompts = [self._tokenizer.format_prompt(row['prompt']) for row in rows]
@@ -130,10 +132,10 @@ class Answerer:
         texts = decode_responses(self._tokenizer, output)
         num_tokens = int(np.sum(output.lengths[: len(rows)]))
         if self._config.keep_unfinished:
-            written = zip(rows, texts, output.tokens, output.lengths, strict=False)
+            responses = zip(rows, texts, output.tokens, output.lengths, strict=False)
             return [
                 row | {'response': text, RESPONSE_IDS: ids[:length].astype(np.int32)}
-                for row, text, ids, length in written
+                for row, text, ids, length in responses
             ], num_tokens
         last = output.tokens[np.arange(len(texts)), output.lengths - 1]
         ended = [
@@ -144,41 +146,41 @@ class Answerer:
         return ended, num_tokens
 
     def _thought_in(self, ids: np.ndarray) -> bool:
-        """Whether a response [T] has thoughts; one of thoughts alone is no answer to learn."""
+        """Returns whether a response [T] has thoughts; one with only thoughts is not usable."""
         return bool(self._tokenizer.split_thoughts(ids.tolist())[0])
 
     def _with_teacher(self, rows: list[Example]) -> list[Example]:
-        """The rows with `TEACHER_KEYS`, but for documents that are longer than the teacher's."""
+        """Returns the rows with `TEACHER_KEYS`, without documents that the teacher can't encode."""
         limit = self._model.config.max_positions or np.inf
         pairs = [(row, tokenize(row, self._tokenizer)) for row in rows]
         pairs = [(row, document) for row, document in pairs if len(document.tokens) <= limit]
         if not pairs:
             return []
-        said = self._most_likely([document for _, document in pairs])
+        top = self._most_likely([document for _, document in pairs])
         return [
             row
             | {
-                'teacher_ids': said.ids[i, : len(document.response)],
-                'teacher_log_probs': said.log_probs[i, : len(document.response)],
-                'teacher_log_rest': said.log_rest[i, : len(document.response)],
+                'teacher_ids': top.ids[i, : len(document.response)],
+                'teacher_log_probs': top.log_probs[i, : len(document.response)],
+                'teacher_log_rest': top.log_rest[i, : len(document.response)],
             }
             for i, (row, document) in enumerate(pairs)
         ]
 
     def _most_likely(self, documents: list[Document]) -> TopKDistribution:
-        """Of each token of each response, [B, R] as numpy arrays."""
+        """Returns the distribution at each token of each response, [B, R] as numpy arrays."""
         multiple = self._config.prompt_multiple
         tokens, _ = self._padded([document.tokens for document in documents])
         longest = max(len(document.response) for document in documents)
-        width = -(-longest // multiple) * multiple  # few shapes compile
+        width = -(-longest // multiple) * multiple  # limits the number of compiled shapes
         first = self._filled([document.prompt_length - 1 for document in documents])
         places = np.minimum(np.asarray(first)[:, None] + np.arange(width), tokens.shape[1] - 1)
         tokens, places = processes.in_shards((tokens, places), self._rows)
-        said = top_k_at(self._model, self._params, tokens, places, self._config.top_k_logits)
-        return processes.on_host(said)
+        top = top_k_at(self._model, self._params, tokens, places, self._config.top_k_logits)
+        return processes.on_host(top)
 
     def _padded(self, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [batch_size, multiple of prompt_multiple] and lengths; the last row fills up."""
+        """Returns padded tokens [batch_size, P] and lengths; the last row is repeated."""
         multiple = self._config.prompt_multiple
         return pad_prompts(self._filled(rows), self._tokenizer.pad_id, multiple=multiple)
 
@@ -190,20 +192,20 @@ class Answerer:
 def top_k_at(
     model: Gemma, params: Any, tokens: jax.Array, places: jax.Array, k: int
 ) -> TopKDistribution:
-    """The k most likely tokens behind some places of rows, by one causal pass.
+    """Returns the k most likely next tokens at some positions of rows, by one causal pass.
 
-    The head runs on one place of each row at a time, since all logits at once could be many times
-    what sampling takes.
+    The head runs on one position of each row at a time, because all logits at once could need
+    many times the memory of sampling.
 
     Args:
       model: an AR Gemma.
-      params: its parameters.
+      params: the parameters of the model.
       tokens: [B, L] int32, right-padded.
-      places: [B, R] int32.
-      k: how many.
+      places: [B, R] int32, positions in the rows.
+      k: the number of tokens per distribution.
 
     Returns:
-      Of the tokens that follow those at `places`, [B, R].
+      The distributions of the tokens after `places`, [B, R].
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     variables = {'params': params}

@@ -25,7 +25,7 @@ def make_ar_train_step(
     ema_decay: float,
     microbatches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Next-token cross-entropy on the response tokens of packed rows."""
+    """Returns a training step with next-token cross-entropy on the response tokens of rows."""
 
     def loss_fn(params: dict, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         variables, tokens, weights = {'params': params}, rows['tokens'], rows['target_weights']

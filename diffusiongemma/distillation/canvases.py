@@ -1,4 +1,4 @@
-"""Noisy canvases of a packed batch: how they are drawn and denoised, and what is asked of them."""
+"""Noisy canvases of a packed batch: drawing, denoising and their training targets."""
 
 from typing import Any, NamedTuple
 
@@ -15,12 +15,12 @@ Batch = dict[str, jax.Array]
 
 
 class NoisyCanvases(NamedTuple):
-    """What one draw of the noise gives.
+    """Noisy canvases with their noise levels.
 
     Attributes:
-      tokens: [B, N, C] int32 noisy canvases.
-      corrupted: [B, N, C] bool.
-      noise_level: [B, N] float32.
+      tokens: [B, N, C] int32, the noisy canvases.
+      corrupted: [B, N, C] bool, the corrupted positions.
+      noise_level: [B, N] float32, t of each canvas.
     """
 
     tokens: Int[Array, 'B N C']
@@ -36,15 +36,15 @@ def draw_noise(
     min_noise_level: float,
     all_noise_rate: float = 0.0,
 ) -> NoisyCanvases:
-    """Noises clean canvases [B, N, C], each at a level t of its own.
+    """Corrupts clean canvases [B, N, C], each at its own noise level t.
 
     Args:
-      key: PRNG key.
-      canvases: clean tokens.
+      key: a PRNG key.
+      canvases: [B, N, C] int32, clean tokens.
       corruption: the forward process.
-      min_noise_level: t ~ U(min_noise_level, 1), evenly spread over the batch.
-      all_noise_rate: probability that a canvas is all noise (t = 1) instead, as where the
-        sampler starts.
+      min_noise_level: the lowest level; t ~ U(min_noise_level, 1), evenly spread over the batch.
+      all_noise_rate: the probability that a canvas is all noise (t = 1) instead, as at the start
+        of sampling.
     """
     level_key, all_key, noise_key = jax.random.split(key, 3)
     noise_level = sample_noise_levels(level_key, canvases.shape[:2], min_noise_level)
@@ -62,7 +62,7 @@ def denoise(
     noisy: Int[Array, 'B N C'],
     soft_embeddings: Float[Array, 'B N C D'] | None = None,
 ) -> Float[Array, 'B N C D']:
-    """Hidden states [B, N, C, D] of noisy canvases [B, N, C] at the places of the batch's."""
+    """Returns hidden states [B, N, C, D] of noisy versions [B, N, C] of the batch's canvases."""
     starts, segment_ids = batch['canvas_starts'], batch['canvas_segment_ids']
     before = jnp.maximum(batch['canvas_offsets'] - 1, 0)
     previous = jnp.take_along_axis(batch['tokens'], before, axis=1)  # [B, N]
@@ -79,16 +79,16 @@ def denoise(
 
 
 def canvas_teacher(values: Any, batch: Batch) -> tuple[Any, Bool[Array, 'B N C']]:
-    """Teacher conditionals p_T(x_i | x_<i, c) for every canvas position.
+    """Returns teacher conditionals p_T(x_i | x_<i, c) for every canvas position.
 
     Args:
-      values: of the teacher on the clean row (`TeacherStates`), leaves [B, L, ...]; at i of
-        token i + 1.
+      values: the teacher's values on the clean rows (`TeacherStates`), leaves [B, L, ...]; index i
+        is about token i + 1.
       batch: a packed batch.
 
     Returns:
-      The values with leaves [B, N, C, ...], and [B, N, C] bool: the position is a token of the
-      document. Elsewhere (padding after the end, unused slots) they mean nothing.
+      The values with leaves [B, N, C, ...], and [B, N, C] bool, whether the position is a token of
+      the document. The values at other positions (padding, unused slots) are undefined.
     """
     canvas_length = batch['canvas_tokens'].shape[-1]
     index = batch['canvas_offsets'][..., None] + jnp.arange(canvas_length)  # [B, N, C]
@@ -102,7 +102,7 @@ def canvas_teacher(values: Any, batch: Batch) -> tuple[Any, Bool[Array, 'B N C']
 
 
 def used_positions(batch: Batch) -> Bool[Array, 'B N C']:
-    """[B, N, C] bool, positions of canvases that hold a document's tokens or its padding."""
+    """Returns which positions belong to a used canvas, [B, N, C] bool, padding included."""
     used = (batch['canvas_segment_ids'] > 0)[..., None]
     return jnp.broadcast_to(used, batch['canvas_tokens'].shape)
 
@@ -110,21 +110,21 @@ def used_positions(batch: Batch) -> Bool[Array, 'B N C']:
 def kl_weights(
     noisy: NoisyCanvases, has_target: Bool[Array, 'B N C'], kd_weight: float
 ) -> Float[Array, 'B N C']:
-    """w [B, N, C] of the loss (1 - w) CE(x | q_S) + w KL(p_T || q_S).
+    """Returns w [B, N, C] of the loss (1 - w) CE(x | q_S) + w KL(p_T || q_S).
 
-    w = kd_weight * t on corrupted positions of the document, 0 on kept ones and on padding: at
-    t = 1 the teacher's conditional has the hard label's expectation with less variance; as t
-    falls the right context carries evidence that the causal teacher does not have.
+    w = kd_weight * t at corrupted positions of the document, 0 at clean positions and padding. At
+    t = 1, the teacher's conditional has the same expectation as the hard label with less variance.
+    At lower t, the context on the right is evidence that the causal teacher does not have.
 
     Args:
       noisy: the canvases that were denoised.
-      has_target: [B, N, C] bool, where the teacher says something.
-      kd_weight: share of the KL at t = 1.
+      has_target: [B, N, C] bool, the positions for which there is a teacher distribution.
+      kd_weight: the weight of the KL at t = 1.
     """
     weight = kd_weight * noisy.noise_level[..., None]
     return jnp.where(noisy.corrupted & has_target, weight, 0.0)
 
 
 def hits(logits: Float[Array, '*B V'], clean: Int[Array, '*B']) -> Float[Array, '*B']:
-    """1.0 where the most likely token of logits [..., V] is the clean one [...], else 0.0."""
+    """Returns 1.0 where the argmax of logits [..., V] is the clean token [...], else 0.0."""
     return (jnp.argmax(logits, axis=-1) == clean).astype(jnp.float32)

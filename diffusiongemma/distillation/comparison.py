@@ -1,4 +1,4 @@
-"""The student of an experiment against its teacher: numbers, samples, plots, and a sweep."""
+"""Compares the student of an experiment with its teacher: measures, samples, plots, a sweep."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ from diffusiongemma.sampling.sampler import main_mode
 
 
 class Evaluation(NamedTuple):
-    """What `compare` and `sweep` take, in their order."""
+    """The first arguments of `compare` and `sweep`, in order."""
 
     teacher: Contestant
     student: Contestant
@@ -42,7 +42,7 @@ class Evaluation(NamedTuple):
 
 
 def eval_source(experiment: Experiment) -> DataSpec:
-    """Returns `config.eval.source`; raises ValueError where there is none."""
+    """Returns `config.eval.source`; raises ValueError if it is missing."""
     if experiment.eval.source is None:
         raise ValueError('config.eval.source is missing: the examples that are evaluated.')
     return experiment.eval.source
@@ -76,7 +76,7 @@ def compare_with_teacher(
     """Evaluates the student in `checkpoint` against the teacher on `config.eval.source`.
 
     Returns:
-      The numbers, the examples, the teacher's responses and the student's.
+      The comparison, the examples, the teacher's responses and the student's responses.
     """
     evaluation = open_evaluation(experiment, teacher, checkpoint)
     comparison, by_teacher, by_student = compare(
@@ -88,20 +88,20 @@ def compare_with_teacher(
 def sweep_student(experiment: Experiment, checkpoint: str | Path, output: Path) -> dict[str, Any]:
     """Evaluates the student at every point of `config.eval.sweep`.
 
-    Prints the table, writes sweep.csv and sweep.png to the directory `output`.
+    Prints a table and writes sweep.csv and sweep.png to the directory `output`.
 
     Returns:
-      The sweep in a few numbers, see `summary`.
+      The summary of the sweep, see `summary`.
 
     Raises:
-      ValueError: the grid is empty or has a bad value, or `output` can't be written.
-      FileNotFoundError: there is no such checkpoint.
+      ValueError: if the grid is empty or has an invalid value, or `output` can't be written.
+      FileNotFoundError: if the checkpoint does not exist.
     """
     grid = Grid() if experiment.eval.sweep is None else experiment.eval.sweep
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / 'sweep.csv').touch()
-    except OSError as error:  # rather than after the sweep
+    except OSError as error:  # fail before the sweep and not after it
         raise ValueError(f'cannot write to {output}: {error.strerror}.') from error
     evaluation = open_evaluation(experiment, load_teacher(experiment), checkpoint)
     console = Console()
@@ -115,7 +115,7 @@ def sweep_student(experiment: Experiment, checkpoint: str | Path, output: Path) 
 
 
 def evaluate_run(experiment: Experiment, teacher: Teacher, workdir: Path) -> Comparison:
-    """Evaluates the exported student; prints the table and samples, writes plot and numbers."""
+    """Evaluates the exported student; prints a table and samples, writes a plot and JSON."""
     comparison, examples, by_teacher, by_student = compare_with_teacher(
         experiment, teacher, workdir
     )

@@ -1,4 +1,4 @@
-"""How a run computes its steps (`config.compute`); none of it changes what they compute."""
+"""Settings for how a run computes its steps (`config.compute`), without effect on the results."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,16 @@ M = TypeVar('M', bound=Gemma)
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """Memory against time; docs/scaling.md says how to choose.
+    """Trade-offs between memory and time; docs/scaling.md explains how to choose them.
 
     Attributes:
       remat: 'none', 'dots' or 'full', see `Execution`.
-      logits_chunk: positions of each row that have logits at the same time; 0 for all.
-      query_block: queries of each block that have attention scores at the same time; 0 for all.
-      denoise_dtype: of a denoiser with layers of its own, see `Execution`.
-      microbatches: equal parts that a batch is computed in, one after another.
-      rules: rows of the table in `parallel.sharding` that this run replaces: mesh axes of a
+      logits_chunk: the number of positions per row whose logits exist at the same time; 0 for all.
+      query_block: the number of queries per block whose attention scores exist at the same time; 0
+        for all.
+      denoise_dtype: the dtype of a separate or light denoiser, see `Execution`.
+      microbatches: the number of equal parts of a batch that are computed one after another.
+      rules: rows that replace those of the table in `parallel.sharding`: the mesh axes of a
         logical axis.
     """
 
@@ -41,7 +42,7 @@ class ComputeConfig:
         rules_with(self.rules)
 
     def execution(self) -> Execution:
-        """What a model is told of it, but for the mesh."""
+        """Returns the execution settings of a model, without the mesh."""
         return Execution(
             remat=self.remat,
             logits_chunk=self.logits_chunk,
@@ -50,15 +51,15 @@ class ComputeConfig:
         )
 
     def place(self, model: M, mesh: jax.sharding.Mesh) -> M:
-        """The model, computed like this on a mesh."""
+        """Returns the model with these settings on a mesh."""
         return on_mesh(model.clone(execution=self.execution()), mesh, rules_with(self.rules))
 
     def batch_multiple(self, mesh: jax.sharding.Mesh) -> int:
-        """What the rows of a batch have to be a multiple of."""
+        """Returns the number that the rows of a batch must be a multiple of."""
         return self.microbatches * batch_ways(mesh, rules_with(self.rules))
 
     def batch_sharding(self, mesh: jax.sharding.Mesh, batch_size: int) -> Any:
-        """Where batches are put; raises ValueError when a part is not divisible by the mesh."""
+        """Returns the sharding of batches; raises ValueError if the mesh can't divide a part."""
         if batch_size % self.microbatches:
             raise ValueError(
                 f'batch_size={batch_size} is not divisible by '

@@ -1,4 +1,4 @@
-"""The draft vocabulary: the tokens that a light denoiser's head scores."""
+"""Selects the draft vocabulary: the tokens that the head of a light denoiser scores."""
 
 import collections
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +10,7 @@ from absl import logging
 from diffusiongemma.data.packing import tokenize
 from diffusiongemma.data.sources import Source
 
-MAX_COUNTED = 20_000  # of each source, examples whose tokens are counted
+MAX_COUNTED = 20_000  # the number of examples of each source whose tokens are counted
 
 
 def tokenized(sources: Iterable[Source], tokenizer: Any) -> Iterator[np.ndarray]:
@@ -23,21 +23,23 @@ def tokenized(sources: Iterable[Source], tokenizer: Any) -> Iterator[np.ndarray]
 def draft_vocabulary(
     documents: Iterable[Sequence[int] | np.ndarray], tokenizer: Any, size: int
 ) -> np.ndarray:
-    """The most frequent tokens of some texts, and those that any text may need.
+    """Returns the most frequent tokens of some texts, and the tokens that any text may need.
 
-    The latter are special tokens and tokens of a single byte, digits among them. What is left out
-    costs no correctness, as the verifier scores the whole vocabulary: a draft ends there.
+    The latter are stop tokens, the pad token and all tokens of a single byte, including digits.
+    Missing tokens do not affect correctness, because the verify pass scores the whole vocabulary;
+    a draft is only rejected at such a token.
 
     Args:
-      documents: like those that will be drafted, in tokens.
+      documents: token ids of texts that are similar to those that will be drafted.
       tokenizer: a `Tokenizer`.
-      size: Vd.
+      size: the number of tokens Vd.
 
     Returns:
       [Vd] int32 token ids in increasing order.
 
     Raises:
-      ValueError: the vocabulary is smaller than `size`, or what any text may need is larger.
+      ValueError: if the vocabulary is smaller than `size`, or the tokens that any text may need
+        are more than `size`.
     """
     if size > tokenizer.vocab_size:
         raise ValueError(

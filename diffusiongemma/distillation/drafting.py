@@ -1,15 +1,15 @@
-"""Drafting: a denoiser trained for what the teacher will accept of its drafts.
+"""The drafting objective: trains a denoiser for the accepted length of its drafts.
 
-One pass of the frozen teacher over a row serves many canvases, which start at random places of the
-responses (anchors) and may overlap. Each shows what the lossless sampler shows at its first step:
-the pending token, known and not yet encoded, noise after it, and the teacher's states of what is
-before it. With q_j the probability that the draft gives to the text's token at place j,
+One pass of the frozen teacher over a row serves many canvases, which start at random positions of
+the responses (anchors) and may overlap. Each canvas has the inputs of the lossless sampler at its
+first step: the pending token (known but not yet encoded), noise after it, and the teacher's states
+of the prefix. With q_j the draft's probability of the text's token at position j, the loss is
 
     L = - sum_j w_j log q_j / sum_j w_j        for each canvas, then the mean over canvases
 
-where `position_weights.py` says what a place is worth. For text that is sampled, a share of the
-loss is the total variation distance to the teacher's distribution, which is the probability that a
-sampled draft token is refused (`sampling.lossless`; DSpark trains with 0.1 and 0.9).
+with the weights of `position_weights.py`. For sampled text, a share of the loss is the total
+variation distance to the teacher's distribution, which is the probability that a sampled draft
+token is rejected (`sampling.lossless`; DSpark trains with weights 0.1 and 0.9).
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ from diffusiongemma.models.denoiser import DiffusionGemma
 
 
 class Draw(NamedTuple):
-    """What chance decides in a step, and weights that make sums over canvases means.
+    """The random choices of a step, and weights that turn sums over canvases into means.
 
     Attributes:
-      anchors: [B, A] int32, index in the row of each canvas's pending token.
-      noise: [B, A, C] int32, what stands after it.
-      replaced: [B, A] bool, canvases that start where the draft at this anchor was refused.
-      canvases: [B, A] float32, weights of the canvases in use.
+      anchors: [B, A] int32, the index in the row of each canvas's pending token.
+      noise: [B, A, C] int32, the noise after it.
+      replaced: [B, A] bool, canvases that start where the draft at this anchor was rejected.
+      canvases: [B, A] float32, weights of the used canvases.
     """
 
     anchors: jax.Array
@@ -46,14 +46,14 @@ class Draw(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """What the drafts of a batch say about the text, [B, A, K] each; K places after the anchor.
+    """Scores of the drafts of a batch, [B, A, K] each, at the K positions after each anchor.
 
     Attributes:
-      cross_entropy: float32, -log q of the text's token; 0 where `valid` is false or q is 0.
-      probabilities: float32, q; 0 outside of the draft vocabulary.
-      hits: bool, the greedy draft token is the text's, given that those before it are.
+      cross_entropy: float32, -log q of the text's token; 0 if not `valid` or q is 0.
+      probabilities: float32, q of the text's token; 0 outside of the draft vocabulary.
+      hits: bool, whether the greedy draft token equals the text's, given earlier text tokens.
       variation: float32, total variation distance to the teacher's distribution, or None.
-      valid: bool, the place holds a token of the anchor's document.
+      valid: bool, whether the position has a token of the anchor's document.
     """
 
     cross_entropy: jax.Array
@@ -64,32 +64,33 @@ class Draft(NamedTuple):
 
     @property
     def accepted(self) -> jax.Array:
-        """[B, A, K] bool, greedy draft tokens that the teacher's text confirms."""
+        """Returns which greedy draft tokens are accepted, [B, A, K] bool."""
         return jnp.cumprod((self.hits & self.valid).astype(jnp.int32), axis=-1) > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftingConfig:
-    """What `config.drafting` may say.
+    """Settings of the drafting objective (`config.drafting`).
 
     Attributes:
-      weights: what each place is worth: 'accepted_length', 'decay', 'equal', or any other
+      weights: the position weights: 'accepted_length', 'decay', 'equal', or any other
         `PositionWeights` or its text, such as 'my_losses.Mine(gamma=2)'.
-      smoothing: of the accepted-length weights.
-      gamma: of the decay, in places.
-      anchors_per_row: A, canvases of a row; where a row has fewer places to start, so many.
-      total_variation: share of the total variation distance in the loss, the rest is the
-        cross-entropy; 0 for greedy text.
-      refused_rate: share of the canvases that start where the draft at their anchor was refused:
-        at the token that the teacher put in place of the refused one. The sampler meets just
-        these states, which are harder than random ones. Costs a pass without gradient.
-      lookup_ngram: no canvas starts where the last so many tokens occur earlier in the document:
-        there the sampler's setting of that name drafts without the model. 0: anywhere.
-      prompts: canvases start in prompts as well. There the teacher's greedy choice after the text
-        before a place, among the draft vocabulary, is what the draft should say, and a canvas ends
-        where the text departs from it.
-      held_out: teacher-written examples, the last of the targets, that are never trained on;
-        accepted lengths are reported on them. At most a tenth of the targets.
+      smoothing: the smoothing of the accepted-length weights.
+      gamma: the decay constant of 'decay', in positions.
+      anchors_per_row: A, the maximum number of canvases per row.
+      total_variation: the weight of the total variation distance in the loss; the remaining weight
+        is that of the cross-entropy. 0 for greedy text.
+      refused_rate: the share of canvases that start where the draft at their anchor was rejected:
+        at the teacher's token that replaces the first rejected one. The sampler drafts from such
+        states, which are harder than random ones. Needs an additional pass without gradient.
+      lookup_ngram: excludes canvases that start where the last tokens (this many) also occur
+        earlier in the document, because there the sampler's setting of this name drafts without
+        the model. 0 excludes none.
+      prompts: whether canvases also start in prompts. There the targets are the teacher's argmax
+        tokens (within the draft vocabulary) given the prompt so far, and a canvas ends at the
+        first difference between prompt and targets.
+      held_out: the number of held-out examples, the last of the targets, on which accepted lengths
+        are reported; at most a tenth of the targets.
     """
 
     weights: str | PositionWeights = 'accepted_length'
@@ -115,17 +116,17 @@ class DraftingConfig:
         self.position_weights()
 
     def position_weights(self) -> PositionWeights:
-        """Returns what each place is worth."""
+        """Returns the position weights of these settings."""
         return read_weights(self.weights, self.smoothing, self.gamma)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drafting(DraftingConfig):
-    """The objective of the module's docstring.
+    """The drafting objective, see the docstring of this module.
 
     Attributes:
-      corruption: what stands in a canvas after its pending token.
-      canvas_length: C, tokens of a canvas.
+      corruption: the forward process that makes the noise of a canvas.
+      canvas_length: C, the number of tokens of a canvas.
     """
 
     corruption: Corruption
@@ -133,11 +134,11 @@ class Drafting(DraftingConfig):
 
     @property
     def num_steps(self) -> int:
-        """Denoise steps that are trained."""
+        """Returns the number of denoise steps that are trained."""
         return 1
 
     def draw(self, key: jax.Array, batch: Batch) -> Draw:
-        """See `step.Objective`."""
+        """Returns the random choices of a step, see `step.Objective`."""
         anchor_key, noise_key, refused_key = jax.random.split(key, 3)
         places = anchor_places(batch, self.lookup_ngram, self.prompts)
         anchors, used = draw_anchors(anchor_key, places, self.anchors_per_row)
@@ -156,7 +157,7 @@ class Drafting(DraftingConfig):
         prefix: Prefix,
         teacher: TeacherStates,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `step.Objective`."""
+        """Returns loss and metrics, see `step.Objective`."""
         anchors = draw.anchors
         if self.refused_rate > 0:
             refused = self._refused_at(model, params, draw, batch, prefix, teacher)
@@ -180,7 +181,7 @@ class Drafting(DraftingConfig):
         prefix: Prefix,
         teacher: TeacherStates,
     ) -> Draft:
-        """Drafts from the pending tokens at `anchors` [B, A], with `noise` [B, A, C] after them."""
+        """Scores drafts from the pending tokens at `anchors` [B, A], with `noise` [B, A, C]."""
         tokens, length = batch['tokens'], batch['tokens'].shape[1]
         hidden = _draft_hidden(model, params, anchors, noise, batch, prefix, teacher.hidden)
         places = anchors[..., None] + 1 + jnp.arange(hidden.shape[2])  # [B, A, K]
@@ -190,11 +191,11 @@ class Drafting(DraftingConfig):
         valid = (places < length) & same
         text, before = tokens[rows, inside], tokens[rows, inside - 1]
         if self.prompts:
-            said = self._said(model, params, teacher.hidden[rows, inside - 1])
-            said = jnp.where(batch['target_mask'][rows, inside], text, said)
-            agrees = jnp.pad(said == text, [(0, 0), (0, 0), (1, 0)], constant_values=True)
+            greedy = self._greedy_tokens(model, params, teacher.hidden[rows, inside - 1])
+            target = jnp.where(batch['target_mask'][rows, inside], text, greedy)
+            agrees = jnp.pad(target == text, [(0, 0), (0, 0), (1, 0)], constant_values=True)
             valid &= jnp.cumprod(agrees[..., :-1].astype(jnp.int32), axis=-1) > 0
-            text = said
+            text = target
         values: tuple = ()
         if self.total_variation > 0:
             values = (jax.tree.map(lambda leaf: leaf[rows, inside - 1], teacher.values),)
@@ -212,8 +213,7 @@ class Drafting(DraftingConfig):
             hits = known & (jnp.argmax(logits, axis=-1) == row)
             variation = None
             if values:
-                said = teacher.read(values[0])
-                variation = _total_variation(model, params, log_probs, said)
+                variation = _total_variation(model, params, log_probs, teacher.read(values[0]))
             return -log_q, jnp.where(known, jnp.exp(log_q), 0.0), hits, variation
 
         chunk = model.execution.logits_chunk
@@ -221,8 +221,8 @@ class Drafting(DraftingConfig):
         cross_entropy, probabilities, hits, variation = scores
         return Draft(cross_entropy, probabilities, hits, variation, valid)
 
-    def _said(self, model: DiffusionGemma, params: Params, hidden: jax.Array) -> jax.Array:
-        """The teacher's greedy token [B, A, K] of the draft vocabulary at [B, A, K, D]."""
+    def _greedy_tokens(self, model: DiffusionGemma, params: Params, hidden: jax.Array) -> jax.Array:
+        """Returns the teacher's argmax draft tokens [B, A, K] for hidden states [B, A, K, D]."""
 
         def choose(hidden: jax.Array) -> jax.Array:
             logits = model.apply({'params': params}, hidden, method='draft_logits')
@@ -241,9 +241,9 @@ class Drafting(DraftingConfig):
         prefix: Prefix,
         teacher: TeacherStates,
     ) -> jax.Array:
-        """Index [B, A] of the token that takes the place of the first refused one.
+        """Returns the index [B, A] of the token that replaces the first rejected draft token.
 
-        The anchor itself where that token is the last of its document.
+        It is the anchor if no draft can start there.
         """
         params = jax.lax.stop_gradient(params)
         greedy = dataclasses.replace(self, total_variation=0.0)
@@ -256,10 +256,10 @@ class Drafting(DraftingConfig):
 
 
 def accepted_lengths(draft: Draft, canvases: jax.Array) -> dict[str, jax.Array]:
-    """Means over canvases, tokens per verification with the token that follows a draft counted.
+    """Returns mean accepted lengths: tokens per verification, including the bonus token.
 
     Args:
-      draft: of a batch.
+      draft: the scores of the drafts of a batch.
       canvases: [B, A] float32, weights that sum to 1.
     """
     likely = jnp.cumprod(jnp.where(draft.valid, draft.probabilities, 0.0), axis=-1)
@@ -272,9 +272,9 @@ def accepted_lengths(draft: Draft, canvases: jax.Array) -> dict[str, jax.Array]:
 
 
 def acceptance_by_position(draft: Draft, canvases: jax.Array) -> jax.Array:
-    """[K] float32: how often a draft token is accepted where all before it were.
+    """Returns the acceptance rate at each draft position, given that all earlier were accepted.
 
-    Places after a document's end do not count; 0 where no draft got so far.
+    Its shape is [K] float32; it is 0 if no draft got that far. Padding does not count.
     """
     used = (canvases > 0)[..., None]
     before = jnp.pad(draft.accepted[..., :-1], [(0, 0), (0, 0), (1, 0)], constant_values=True)
@@ -291,9 +291,9 @@ def _draft_hidden(
     prefix: Prefix,
     hidden: jax.Array,
 ) -> jax.Array:
-    """Hidden states [B, A, K, D] that predict the K tokens after each anchor [B, A].
+    """Returns the hidden states [B, A, K, D] that predict the K tokens after each anchor [B, A].
 
-    The canvas is the one that the sampler drafts with: see `sampling.drafts`.
+    The canvas is built as in the sampler, see `sampling.drafts`.
     """
     pending, segment_ids = _at(batch['tokens'], anchors), _at(batch['segment_ids'], anchors)
     starts, light, more = _at(batch['positions'], anchors), model.light, {}
@@ -309,20 +309,20 @@ def _draft_hidden(
 
 
 def _at(rows: jax.Array, index: jax.Array) -> jax.Array:
-    """Values of rows [B, L, ...] at the places [B, A]: [B, A, ...]."""
+    """Returns the values of rows [B, L, ...] at indices [B, A]: [B, A, ...]."""
     return rows[jnp.arange(len(rows))[:, None], index]
 
 
 def _total_variation(
-    model: DiffusionGemma, params: Params, log_probs: jax.Array, said: Any
+    model: DiffusionGemma, params: Params, log_probs: jax.Array, distribution: Any
 ) -> jax.Array:
-    """1 - sum_x min(p_T(x), q(x)) for log q [..., Vd] -> [...] float32."""
-    if not isinstance(said, FullDistribution):
+    """Returns 1 - sum_x min(p_T(x), q(x)) for log q [..., Vd] -> [...] float32."""
+    if not isinstance(distribution, FullDistribution):
         raise ValueError(
             'drafting.total_variation needs the whole distribution of the teacher: set '
             'config.targets.top_k_logits to 0.'
         )
-    logits, size = said.logits.astype(jnp.float32), log_probs.shape[-1]
+    logits, size = distribution.logits.astype(jnp.float32), log_probs.shape[-1]
     probs = jax.nn.softmax(logits, axis=-1)
     if size < probs.shape[-1]:
         tokens = model.apply({'params': params}, jnp.arange(size), method='draft_tokens')

@@ -1,4 +1,4 @@
-"""A distillation as a value: every key of its config, with a type and a default."""
+"""The typed configs of a run: every key of a distillation or a teacher training."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,17 +25,17 @@ from diffusiongemma.sampling import SamplingConfig
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """Shape of a training batch.
+    """The shape of a training batch.
 
     Attributes:
-      batch_size: rows, over all processes.
-      row_length: tokens of a row.
-      canvases_per_row: canvas slots of a row; of no use with `config.drafting`, whose canvases
-        are drawn anew in each step.
-      random_offset_rate: share of the documents whose canvases start inside the response.
-      one_canvas: a document has one canvas, drawn at random, instead of all.
-      workers: processes that make batches, on each host; 0 for a thread. The order of the data
-        depends on it.
+      batch_size: the number of rows over all processes.
+      row_length: the number of tokens per row.
+      canvases_per_row: the number of canvas slots per row; ignored with `config.drafting`, which
+        draws new canvases in each step.
+      random_offset_rate: the share of documents whose canvases start inside the response.
+      one_canvas: whether a document gets one random canvas instead of all.
+      workers: the number of processes per host that make batches; 0 for a thread. It affects the
+        order of the data.
     """
 
     batch_size: int
@@ -48,11 +48,11 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig(EvalConfig):
-    """What `config.eval` may say: an `EvalConfig`, on which examples and at which settings.
+    """The settings of an evaluation (`config.eval`): an `EvalConfig` with examples and a grid.
 
     Attributes:
-      source: the examples.
-      sweep: the grid of `--sweep`.
+      source: the evaluated examples.
+      sweep: the grid of settings for `--sweep`.
     """
 
     source: DataSpec | None = None
@@ -61,35 +61,35 @@ class EvaluationConfig(EvalConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A distillation from teacher to evaluated student.
+    """The config of a distillation, from the teacher to the evaluated student.
 
     Attributes:
-      canvas_length: C, tokens of a canvas.
-      targets: stage 0, what the teacher answers.
-      data: shape of the training batches.
-      train: number of steps and how often they are reported and saved.
-      teacher: what is distilled: a checkpoint that `load_model` opens, or 'builtin-teacher'.
-      init: a student to go on from; empty starts from the teacher's weights.
-      seed: of everything random: noise, order of the data, first parameters.
-      dtype: of the computation: 'float32' or 'bfloat16'; the state of training is float32.
-      denoise_dtype: of a denoiser with layers of its own, see `Execution.denoise_dtype`.
-      mesh: devices along each axis.
-      compute: memory against time.
+      canvas_length: C, the number of tokens of a canvas.
+      targets: the teacher's answers (stage 0).
+      data: the shape of the training batches.
+      train: the number of steps, and the intervals of reports and checkpoints.
+      teacher: the model to distill: a checkpoint that `load_model` opens, or 'builtin-teacher'.
+      init: a student to continue from; empty starts from the teacher's weights.
+      seed: the seed of noise, data order and initial parameters.
+      dtype: the dtype of the computation: 'float32' or 'bfloat16'; the training state is float32.
+      denoise_dtype: the dtype of a separate or light denoiser, see `Execution.denoise_dtype`.
+      mesh: the number of devices along each mesh axis.
+      compute: trade-offs between memory and time.
       denoiser: 'shared', 'separate' or 'light', see `DenoiserConfig`.
-      light: layers and head of a 'light' denoiser.
-      predict_next: a canvas token is predicted at the position before its own: what the teacher
-        has learned holds from the first step on. The released models do not.
-      self_conditioning: a denoise step sees the soft embeddings of the step before.
-      lora: adapters alone.
+      light: the layers and the head of a 'light' denoiser.
+      predict_next: whether a canvas token is predicted at the position before it, as the teacher
+        has learned to do. In the released models it is not.
+      self_conditioning: whether a denoise step gets the soft embeddings of the previous step.
+      lora: trains only adapters.
       corruption: the forward process: 'uniform' or 'masked'.
-      ar_weight: weight of KL(teacher || encode pass); no effect but with 'shared'.
-      drafting: trains the denoiser to draft, in place of the two stages.
-      stage1: single steps.
-      stage2: few steps, on the sampler's own trajectories.
-      optimizer: AdamW and the parameter average.
-      sampling: how the student is sampled when it is evaluated: fields of `SamplingConfig`; the
-        others are the tokenizer's or have their default.
-      eval: how student and teacher are compared.
+      ar_weight: the weight of KL(teacher || encode pass); only used with 'shared'.
+      drafting: trains the denoiser to draft, instead of the two stages.
+      stage1: stage 1, single denoise steps.
+      stage2: stage 2, few steps on the sampler's trajectories.
+      optimizer: the optimizer and the parameter average.
+      sampling: the sampling settings of the student in its evaluation: fields of `SamplingConfig`;
+        others come from the tokenizer or have their default.
+      eval: the settings of the comparison of student and teacher.
     """
 
     canvas_length: int
@@ -127,26 +127,26 @@ class Experiment:
         """Returns the experiment of a config.
 
         Raises:
-          ValueError: a key is unknown (the nearest known one is named) or missing, or has a value
-            that can't be.
+          ValueError: if a key is unknown (the message names the nearest known one), missing or has
+            an invalid value.
         """
         return configuration.build(cls, config)
 
     @property
     def execution(self) -> ComputeConfig:
-        """How the run computes: `compute`, with the dtype of the denoiser."""
+        """Returns `compute` with the dtype of the denoiser."""
         dtype = self.denoise_dtype or self.compute.denoise_dtype
         return dataclasses.replace(self.compute, denoise_dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """Examples and batches of a teacher's training.
+    """The examples and batches of a teacher training.
 
     Attributes:
-      sources: where the examples come from, each with its `weight`.
-      batch_size: rows, over all processes.
-      row_length: tokens of a row.
+      sources: the sources of examples, each with its `weight`.
+      batch_size: the number of rows over all processes.
+      row_length: the number of tokens per row.
     """
 
     sources: tuple[DataSpec, ...]
@@ -160,19 +160,19 @@ class MixtureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherTraining:
-    """The training of an autoregressive Gemma, the teacher.
+    """The config of the training of an autoregressive Gemma, the teacher.
 
     Attributes:
-      model: its architecture.
-      data: what it is trained on.
-      train: number of steps and how often they are reported and saved.
-      seed: of everything random: order of the data, first parameters.
-      init: a model to go on from; empty starts from random parameters.
-      tokenizer: path of a sentencepiece model, or 'builtin'.
-      dtype: of the computation: 'float32' or 'bfloat16'.
-      mesh: devices along each axis.
-      compute: memory against time.
-      optimizer: AdamW and the parameter average.
+      model: the architecture of the model.
+      data: the training data.
+      train: the number of steps, and the intervals of reports and checkpoints.
+      seed: the seed of data order and initial parameters.
+      init: a model to continue from; empty starts from random parameters.
+      tokenizer: the path of a sentencepiece model, or 'builtin'.
+      dtype: the dtype of the computation: 'float32' or 'bfloat16'.
+      mesh: the number of devices along each mesh axis.
+      compute: trade-offs between memory and time.
+      optimizer: the optimizer and the parameter average.
     """
 
     model: ModelConfig
@@ -191,15 +191,15 @@ class TeacherTraining:
 
     @classmethod
     def of(cls, config: ConfigDict) -> 'TeacherTraining':
-        """Returns the training of a config, see `Experiment.of`."""
+        """Returns the teacher training of a config, see `Experiment.of`."""
         return configuration.build(cls, config)
 
 
 def teacher_config(values: Mapping[str, Any]) -> ConfigDict:
-    """Returns the config of a teacher's recipe: what it says, and defaults for all other keys."""
+    """Returns the config of a teacher's recipe, with defaults for all other keys."""
     return configuration.complete(ConfigDict(values), TeacherTraining)
 
 
 def experiment_config(values: Mapping[str, Any]) -> ConfigDict:
-    """Returns the config of a recipe: what it says, and defaults for all other keys."""
+    """Returns the config of a distillation recipe, with defaults for all other keys."""
     return configuration.complete(ConfigDict(values), Experiment)

@@ -1,4 +1,4 @@
-"""What a run writes besides checkpoints: the frozen part of the student, at the end all of it."""
+"""Writes the frozen part of the student during a run, and the whole student at its end."""
 
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,21 @@ from diffusiongemma.parallel import processes
 
 
 def save_frozen(constants: Constants, teacher: Teacher, workdir: Path) -> None:
-    """Writes what checkpoints, which hold the trained part only, leave out."""
+    """Writes the tokenizer and frozen parameters; checkpoints only contain the trained part."""
     if processes.is_writer():
         teacher.tokenizer.save(workdir / TOKENIZER_FILE)
     if constants.student:
         save_bundle(workdir / BASE_DIR, teacher.model.config, teacher.params, teacher.tokenizer)
         if DRAFT_IDS in constants.student and processes.is_writer():
             np.save(workdir / DRAFT_IDS_FILE, np.asarray(constants.student[DRAFT_IDS]))
-        processes.as_writer_says(None)  # it is written
+        processes.as_writer_says(None)  # waits until process 0 has written the files
 
 
 def export_student(setup: Setup, state: TrainState, teacher: Teacher, workdir: Path) -> None:
     """Writes the student with averaged parameters to `workdir`/model.
 
-    A light one is written without the teacher, which it names; adapters are written beside it.
+    A light student is written without the parameters of its teacher, which it names. Adapters are
+    also written to a separate directory.
     """
     experiment, config, lora = setup.experiment, setup.student.config, setup.lora
     about: dict[str, Any] = {
@@ -48,11 +49,11 @@ def export_student(setup: Setup, state: TrainState, teacher: Teacher, workdir: P
     else:
         lora.save(workdir, state.ema_params, teacher.params, str(experiment.teacher), about)
         params = lora.combine(lora.base(teacher.params, setup.mesh), state.ema_params)
-    on_teacher = {}
+    base_fields = {}
     if experiment.denoiser == LIGHT:
-        name = experiment.teacher  # absolute where it is a directory: seen from anywhere
-        on_teacher['base'] = str(Path(name).resolve()) if Path(name).is_dir() else name
-        on_teacher['base_fingerprint'] = fingerprint(teacher.params)
+        name = experiment.teacher  # an absolute path, if it is a directory
+        base_fields['base'] = str(Path(name).resolve()) if Path(name).is_dir() else name
+        base_fields['base_fingerprint'] = fingerprint(teacher.params)
         params = {name: value for name, value in params.items() if name not in teacher.params}
     save_bundle(
         workdir / EXPORT_DIR,
@@ -61,5 +62,5 @@ def export_student(setup: Setup, state: TrainState, teacher: Teacher, workdir: P
         teacher.tokenizer,
         dtype='bfloat16',
         about=about,
-        **on_teacher,
+        **base_fields,
     )

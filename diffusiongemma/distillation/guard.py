@@ -1,4 +1,4 @@
-"""What stops a run early: a loss that went wrong, and a machine that is taken away."""
+"""Stops a run early: on a loss that is not finite or explodes, and on preemption."""
 
 import math
 import signal
@@ -10,18 +10,18 @@ from jax.experimental import multihost_utils
 
 
 class LossGuard:
-    """Stops a run whose loss is not finite or explodes, and says at which batch."""
+    """A check that stops a run whose loss is not finite or explodes, and names the batch."""
 
     def __init__(self, max_increase: float) -> None:
-        """A loss may lie `max_increase` nats per token above the lowest one that was seen."""
+        """Allows a loss of at most `max_increase` nats per token above the lowest one so far."""
         self._max_increase = max_increase
         self._lowest = math.inf
 
     def check(self, first_step: int, rows: Sequence[Mapping[str, float]]) -> None:
-        """Looks at the metrics of `first_step` and the steps behind it.
+        """Checks the metrics of `first_step` and the following steps.
 
         Raises:
-          FloatingPointError: a metric is not finite, or the loss exploded.
+          FloatingPointError: if a metric is not finite, or the loss exploded.
         """
         for step, metrics in enumerate(rows, first_step):
             bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
@@ -38,34 +38,34 @@ class LossGuard:
             self._lowest = min(self._lowest, metrics['loss'])
 
 
-def _stopped(what: str, step: int) -> str:
+def _stopped(cause: str, step: int) -> str:
     return (
-        f'{what} at step {step}, which took batch {step - 1} of the data (counted from 0). '
+        f'{cause} at step {step}, which took batch {step - 1} of the data (counted from 0). '
         'Training stopped; the last checkpoint is kept. Lower the learning rate or the clip norm '
         'and start again with the same workdir to go on from it.'
     )
 
 
 class Preempted(Exception):
-    """A run was told to stop; its state is saved."""
+    """An exception: a run was asked to stop, and its state is saved."""
 
 
 class Preemption:
-    """Whether this run was told to stop, by SIGTERM to any of its processes.
+    """A context manager that detects SIGTERM to any process of the run.
 
-    Within `with`, SIGTERM no longer ends the process: `reached` says so after the step that runs.
-    Several processes stop after the same step; there jax itself catches the signal.
+    In its context, SIGTERM does not end the process; `reached` reports it after the current step.
+    Several processes stop after the same step; in this case jax itself handles the signal.
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._before: Any = None  # what SIGTERM did before
+        self._requested = False
+        self._before: Any = None  # the previous signal handler
 
     def __enter__(self) -> 'Preemption':
         if jax.process_count() == 1:
             try:
-                self._before = signal.signal(signal.SIGTERM, self._ask)
-            except ValueError:  # not in the main thread, which alone gets signals
+                self._before = signal.signal(signal.SIGTERM, self._request)
+            except ValueError:  # only the main thread can handle signals
                 self._before = None
         return self
 
@@ -73,11 +73,11 @@ class Preemption:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def _ask(self, *unused) -> None:
-        self._asked = True
+    def _request(self, *unused) -> None:
+        self._requested = True
 
     def reached(self, step: int) -> bool:
-        """Whether to save and stop after `step`; the same in every process."""
+        """Returns whether to save and stop after `step`; the same in every process."""
         if jax.process_count() == 1:
-            return self._asked
+            return self._requested
         return multihost_utils.reached_preemption_sync_point(step)

@@ -1,4 +1,4 @@
-"""Accepted lengths on examples that are never trained on."""
+"""Measures accepted lengths on held-out examples."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -25,9 +25,9 @@ def held_out_batch(
     row_length: int,
     sharding: jax.sharding.Sharding,
 ) -> Batch:
-    """Examples as one packed batch, spread like those that are trained on.
+    """Returns examples as one packed batch with the sharding of training batches.
 
-    Rows are repeated until every device has as many.
+    Rows are repeated until all devices have the same number of rows.
     """
     layout = RowLayout(row_length, 0, 0, tokenizer.pad_id)
     packed = pack_examples(examples, tokenizer, layout)
@@ -41,12 +41,12 @@ def held_out_batch(
 def held_out_metrics(
     model: DiffusionGemma, objective: Drafting, constants: Constants, batch: Batch
 ) -> Callable[[Any], dict[str, jax.Array]]:
-    """A function from the trained parameters to metrics of the drafts on a batch.
+    """Returns a function from the trained parameters to metrics of the drafts on a batch.
 
     `held_out/accepted_length` and `held_out/expected_accepted_length` are tokens per verification,
-    the one after the draft included; `held_out/acceptance/01`, `02`, ... are the shares of draft
-    tokens at each place that are accepted where all before them were. Anchors are the same at
-    every call, in responses alone.
+    including the bonus token. `held_out/acceptance/01`, `02`, ... are the acceptance rates at each
+    draft position, given that all earlier tokens were accepted. Anchors are the same in every call
+    and only in responses.
     """
     objective = dataclasses.replace(objective, prompts=False)
 
@@ -54,9 +54,9 @@ def held_out_metrics(
     def metrics(trained: Any, constants: Constants, batch: Batch) -> dict[str, jax.Array]:
         params = constants.student | trained
         hidden, prefix = causal_pass(model, params, batch)
-        said = teacher_states(model, model, params, constants, batch, hidden)
+        teacher = teacher_states(model, model, params, constants, batch, hidden)
         draw = objective.draw(jax.random.key(0), batch)
-        args = (draw.anchors, draw.noise, batch, prefix, said)
+        args = (draw.anchors, draw.noise, batch, prefix, teacher)
         draft = objective.draft(model, params, *args)
         measured = accepted_lengths(draft, draw.canvases)
         shares = acceptance_by_position(draft, draw.canvases)

@@ -1,4 +1,4 @@
-"""Opens the models of an experiment: the teacher, and a student that it goes on from."""
+"""Opens the models of an experiment: the teacher, and a student to continue from."""
 
 import dataclasses
 from pathlib import Path
@@ -14,24 +14,24 @@ from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import param_shardings, processes
 
-# Of a model's config, from one run to the next.
+# Settings of the model that may differ between a run and the student that it continues from.
 MAY_CHANGE = {'canvas_length', 'self_conditioning', 'mask_id'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """The frozen AR model that is distilled."""
+    """The frozen AR model to distill, with its parameters and its tokenizer."""
 
     model: Gemma
     params: Params
     tokenizer: Tokenizer
 
     def on_host(self) -> 'Teacher':
-        """Returns the same with its parameters in host memory."""
+        """Returns the teacher with its parameters gathered to the host."""
         return dataclasses.replace(self, params=processes.on_host(self.params))
 
     def on_devices(self, mesh: jax.sharding.Mesh | None) -> 'Teacher':
-        """Returns the same with its parameters in their shards; on one device without a mesh."""
+        """Returns the teacher with sharded parameters; on one device if there is no mesh."""
         shardings = None if mesh is None else param_shardings(self.model, mesh)
         if shardings is None:
             return dataclasses.replace(self, params=jax.device_put(self.params))
@@ -39,7 +39,7 @@ class Teacher:
 
 
 def load_teacher(experiment: Experiment) -> Teacher:
-    """Opens `config.teacher`; raises ValueError without one, or without its tokenizer."""
+    """Opens `config.teacher`; raises ValueError if it is empty or has no tokenizer."""
     if not experiment.teacher:
         raise ValueError(
             'config.teacher is empty: give the directory of the downloaded checkpoint with '
@@ -55,23 +55,23 @@ def load_teacher(experiment: Experiment) -> Teacher:
 def load_student(
     experiment: Experiment, checkpoint: str | Path
 ) -> tuple[Gemma, dict, Tokenizer | None]:
-    """Opens a student to evaluate it."""
+    """Opens a student for its evaluation."""
     model, params, tokenizer = _load(experiment, checkpoint)
     return placed(experiment, model), params, tokenizer
 
 
 def load_init(experiment: Experiment, model: DiffusionGemma) -> dict:
-    """Returns the parameters of `config.init`: a student like `model`.
+    """Returns the parameters of `config.init`, a student like `model`.
 
     Raises:
-      ValueError: it differs in more than training may change.
+      ValueError: if its config differs in other settings than MAY_CHANGE.
     """
     source, params, _ = load_model(experiment.init, mesh=mesh_to_load_on(experiment))
-    has, asked = source.config.to_dict(), model.config.to_dict()
+    actual, expected = source.config.to_dict(), model.config.to_dict()
     differing = [
-        f'{name}={has[name]!r}, not {asked[name]!r}'
-        for name in sorted(set(asked) - MAY_CHANGE)
-        if has[name] != asked[name]
+        f'{name}={actual[name]!r}, not {expected[name]!r}'
+        for name in sorted(set(expected) - MAY_CHANGE)
+        if actual[name] != expected[name]
     ]
     if differing:
         raise ValueError(
@@ -82,16 +82,16 @@ def load_init(experiment: Experiment, model: DiffusionGemma) -> dict:
 
 
 def mesh_to_load_on(experiment: Experiment) -> jax.sharding.Mesh | None:
-    """Returns the run's mesh where it splits parameters or has devices of several processes.
+    """Returns the mesh of the run if it splits parameters or spans several processes, else None.
 
-    Elsewhere a copy on one device serves.
+    None loads parameters to one device.
     """
     mesh = experiment.mesh.make()
     return mesh if mesh.size > mesh.shape['data'] or jax.process_count() > 1 else None
 
 
 def placed(experiment: Experiment, model: Gemma) -> Gemma:
-    """Returns the model, computed where its parameters were loaded to."""
+    """Returns the model on the mesh on which its parameters are loaded."""
     mesh = mesh_to_load_on(experiment)
     return model if mesh is None else experiment.execution.place(model, mesh)
 

@@ -1,4 +1,4 @@
-"""The training loop that teacher training and distillation share."""
+"""The training loop of teacher training and distillation."""
 
 import dataclasses
 import functools
@@ -20,37 +20,39 @@ from diffusiongemma.distillation.throughput import PROFILE_DIR, Throughput, Trac
 from diffusiongemma.parallel import init_sharded, processes, state_shardings
 
 StepFn = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-STEPS_AHEAD = 2  # dispatched while one runs
+STEPS_AHEAD = 2  # the number of steps that are dispatched while one is running
 
 
 class ResumableBatches(Protocol):
-    """Endless batches that go on from a place; `data.pipeline.TrainIterator` is one."""
+    """An endless, resumable iterator over batches, such as `data.pipeline.TrainIterator`."""
 
     def __next__(self) -> Features:
         """Returns the rows of this process."""
         ...
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the place after the last batch, in JSON types."""
+        """Returns the position after the last batch, as JSON values."""
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from such a place; raises ValueError where it is of another stream."""
+        """Continues from such a position; raises ValueError if it is of another stream."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """Length of the run and how often it reports and saves.
+    """The length of a run, and the intervals of reports and checkpoints.
 
     Attributes:
-      num_steps: optimizer steps.
-      report_every: steps between reports; metrics are fetched from the device only then.
-      checkpoint_every: steps between checkpoints; the last step is always saved.
-      max_to_keep: newest checkpoints that are kept.
-      best_metric: a metric, such as 'loss'; the checkpoint at which it was lowest is kept besides.
-      max_loss_increase: nats per token above the lowest loss so far at which the run stops.
-      profile_steps: steps that are traced for xprof, to `workdir`/profile; 0 for none.
+      num_steps: the number of optimizer steps.
+      report_every: the number of steps between reports; metrics are only fetched from the device
+        for a report.
+      checkpoint_every: the number of steps between checkpoints; the last step is always saved.
+      max_to_keep: the number of newest checkpoints to keep.
+      best_metric: a metric, such as 'loss'; the checkpoint with its lowest value is also kept.
+      max_loss_increase: the run stops if the loss exceeds the lowest one so far by this many nats
+        per token.
+      profile_steps: the number of steps to trace for xprof, to `workdir`/profile; 0 for none.
     """
 
     num_steps: int
@@ -86,28 +88,28 @@ def fit(
     constants: tuple[Any, ...] = (),
     evaluate: Callable[[Any], dict[str, jax.Array]] | None = None,
 ) -> TrainState:
-    """Trains until `config.num_steps`, from wherever `state` and `batches` stand.
+    """Trains until `config.num_steps`, starting from `state` and the position of `batches`.
 
     Args:
-      train_step: (state, *constants, batch) -> (state, metrics), compiled.
-      state: the state to start from; donated.
-      batches: their place is saved beside the parameters.
-      store: where checkpoints go.
-      config: lengths and intervals.
-      workdir: for TensorBoard files.
-      description: shown in front of the progress bar.
-      batch_sharding: where batches are put.
-      batch_size: rows of a batch, over all processes.
-      constants: what every step reads and none changes.
-      evaluate: further metrics of the averaged parameters, computed at every report.
+      train_step: the compiled step: (state, *constants, batch) -> (state, metrics).
+      state: the state to start from; it is donated.
+      batches: the training batches; their position is saved in checkpoints.
+      store: the store of checkpoints.
+      config: the number of steps and the intervals.
+      workdir: the directory of TensorBoard files and metrics.
+      description: the text before the progress bar.
+      batch_sharding: the sharding of batches.
+      batch_size: the number of rows of a batch over all processes.
+      constants: arguments that every step reads and none changes.
+      evaluate: returns additional metrics of the averaged parameters for every report.
 
     Returns:
       The state after the last step.
 
     Raises:
-      FloatingPointError: the loss is not finite or exploded; nothing is saved from that interval.
-      Preempted: SIGTERM came; the state is saved.
-      CheckpointError: a checkpoint can't be written.
+      FloatingPointError: if the loss is not finite or exploded; that interval is not saved.
+      Preempted: if SIGTERM was received; the state is saved.
+      CheckpointError: if a checkpoint can't be written.
     """
     first_step = int(state.step)
     guard, steps_metrics = LossGuard(config.max_loss_increase), []
@@ -122,7 +124,7 @@ def fit(
             with trace.step(step):
                 state, metrics = train_step(state, *constants, batch)
             steps_metrics.append(metrics)
-            # Steps are queued; more of them than keep the device busy would only delay a stop.
+            # A few queued steps keep the device busy; more would only delay a stop.
             jax.block_until_ready(steps_metrics[-STEPS_AHEAD - 1 : -STEPS_AHEAD])
             stop = preemption.reached(step)
             save = stop or step == config.num_steps or step % config.checkpoint_every == 0
@@ -159,12 +161,12 @@ def start_or_resume(
     batches: ResumableBatches,
     *args: Any,
 ) -> TrainState:
-    """The state to train from: the newest checkpoint if there is one, else `init(*args)`.
+    """Returns the state to train from: the newest checkpoint, or `init(*args)` if there is none.
 
-    On resume `batches` is moved to the place in the data where the checkpoint was taken.
+    On resume, `batches` is set to the position in the data of the checkpoint.
 
     Raises:
-      ValueError: the checkpoint is of another shape, or of another data stream.
+      ValueError: if the checkpoint has other shapes or is of another data stream.
     """
     if store.latest_step is None:
         return init_sharded(init, params_sharding, mesh, *args)[0]
@@ -176,7 +178,7 @@ def start_or_resume(
         shardings,
     )
     state, data_state = store.restore(abstract)
-    places = data_state.get('processes', [data_state])  # one alone was saved as it is
+    places = data_state.get('processes', [data_state])  # older checkpoints have one plain state
     if len(places) != jax.process_count():
         raise ValueError(
             f'{store.directory} was written by {len(places)} processes, and now there are '

@@ -1,4 +1,4 @@
-"""Distillation that trains adapters alone, over frozen parameters (`config.lora`)."""
+"""Distillation that only trains LoRA adapters on frozen parameters (`config.lora`)."""
 
 import dataclasses
 from pathlib import Path
@@ -28,11 +28,12 @@ ADAPTERS_DIR = 'adapters'  # in a workdir: the adapters that the run exports
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings(LoraConfig):
-    """What `config.lora` may say: a `LoraConfig` with two values that mean a choice of the run.
+    """The LoRA settings of a run (`config.lora`): a `LoraConfig` with defaults for rank and passes.
 
     Attributes:
-      rank: r, columns of A and rows of B; 0 trains all layers.
-      passes: 'both', or 'denoise' for the denoise pass alone; '' for what the denoiser allows.
+      rank: r, the number of columns of A and rows of B; 0 trains all layers without adapters.
+      passes: 'both', or 'denoise' to adapt only the denoise pass; '' chooses by the kind of
+        denoiser.
     """
 
     rank: int = 0
@@ -42,10 +43,10 @@ class LoraSettings(LoraConfig):
         self.of_denoiser(SHARED)
 
     def of_denoiser(self, kind: str) -> LoraConfig | None:
-        """Returns the adapters of a student with this kind of denoiser; None where there are none.
+        """Returns the adapter config for a kind of denoiser, or None without adapters.
 
         Raises:
-          ValueError: a value is out of range.
+          ValueError: if a value is out of range.
         """
         if not self.rank:
             return None
@@ -55,12 +56,12 @@ class LoraSettings(LoraConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LoraStudent:
-    """A student of which adapters are trained.
+    """A student whose adapters are trained.
 
     Attributes:
-      config: of the adapters.
+      config: the config of the adapters.
       model: the student.
-      seed: of the run; what the teacher does not have starts from it.
+      seed: the seed of the run, for the adapters and parameters that the teacher does not have.
     """
 
     config: LoraConfig
@@ -68,12 +69,12 @@ class LoraStudent:
     seed: int
 
     def base(self, teacher_params: Params, mesh: jax.sharding.Mesh) -> dict:
-        """The frozen parameters: the student as it starts, in its shards."""
+        """Returns the frozen parameters: the sharded initial student."""
         make = jax.jit(self._start, out_shardings=param_shardings(self.model, mesh))
         return make(teacher_params)
 
     def constants(self, teacher_params: Params, mesh: jax.sharding.Mesh) -> Constants:
-        """What the step reads and never changes."""
+        """Returns the parameters that the step reads and never changes."""
         frozen_encode = self.config.passes == DENOISE
         return Constants(
             teacher=None if frozen_encode else teacher_params,
@@ -81,23 +82,23 @@ class LoraStudent:
         )
 
     def init(self, teacher_params: Params) -> dict:
-        """Adapters that change nothing yet."""
+        """Returns initial adapters, which do not change the model yet."""
         key = jax.random.fold_in(jax.random.key(self.seed), 1)
         return init_lora(self.config, self._start(teacher_params), key)
 
     def shardings(self, teacher_params: Params, mesh: jax.sharding.Mesh) -> dict:
-        """Of the adapters."""
+        """Returns the shardings of the adapters."""
         shapes = jax.eval_shape(self.init, teacher_params)
         return adapter_shardings(shapes, param_shardings(self.model, mesh))
 
     def combine(self, base: dict, adapters: dict) -> dict:
-        """All parameters, from the frozen ones and the adapters."""
+        """Returns all parameters: the frozen ones with the adapters merged in."""
         return merge_lora(base, adapters, self.config)
 
     def save(
         self, workdir: Path, adapters: Any, teacher_params: Params, base: str, about: dict
     ) -> None:
-        """Writes the adapters alone; `base` is the path or alias of the teacher."""
+        """Writes only the adapters; `base` is the path or alias of the teacher."""
         save_adapters(
             workdir / ADAPTERS_DIR,
             self.config,
@@ -114,15 +115,15 @@ class LoraStudent:
 
 
 def lora_student(settings: LoraSettings, model: DiffusionGemma, seed: int) -> LoraStudent | None:
-    """Returns the student of which adapters are trained; None where all layers are.
+    """Returns the student whose adapters are trained, or None if all layers are trained.
 
     Args:
-      settings: `config.lora`.
+      settings: the settings of `config.lora`.
       model: the student.
-      seed: of the run.
+      seed: the seed of the run.
 
     Raises:
-      ValueError: the pass cannot be adapted alone.
+      ValueError: if adapters of these passes are not possible with this kind of denoiser.
     """
     kind = model.config.kind
     assert kind is not None  # a DiffusionGemma has a denoiser

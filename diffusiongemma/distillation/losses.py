@@ -1,10 +1,10 @@
 """Losses of teacher training and of Diffuse-Distill, all in float32.
 
-Notation of the design: p_T teacher conditionals on clean text, q_S denoiser, t noise level.
+Notation: p_T are the teacher conditionals on clean text, q_S is the denoiser, t the noise level.
 
-Whatever has a vocabulary axis is computed inside `over_positions`, which makes it for some
-positions at a time. A mean over a batch is a sum with `mean_weights`, which are taken from the
-whole batch: so the losses of parts of a batch add up to that of the whole.
+All arrays with a vocabulary axis are computed inside `over_positions`, for some positions at a
+time. A mean over a batch is a sum with `mean_weights` of the whole batch, so the losses of parts
+of a batch add up to the loss of the whole batch.
 """
 
 import math
@@ -19,28 +19,28 @@ from diffusiongemma.distillation.teacher import TeacherDistribution
 
 
 def over_positions(score: Callable[..., Any], chunk: int, shape: Sequence[int], *trees: Any) -> Any:
-    """Applies `score` to `chunk` positions of each row at a time.
+    """Applies `score` to at most `chunk` positions of each row at a time.
 
-    What `score` makes on the way (logits, above all) exists for one chunk only: it is made again
-    in the backward pass. With one chunk it is called once and keeps what it makes. A chunk has
-    positions of every row, and of every shard of a row: no device waits for another's.
+    Intermediate values of `score`, above all logits, exist for one chunk only and are recomputed
+    in the backward pass. If there is only one chunk, they are kept. A chunk has positions of every
+    row and of every shard of a row, so all devices are busy.
 
     Args:
-      score: pure, from trees with leaves [B, c, ...] to a tree with leaves [B, c, ...], each
-        position for itself.
-      chunk: most positions of a row at a time; 0 for all.
-      shape: axes of rows and positions, [B, L] or [B, N, C].
-      *trees: leaves [*shape, ...].
+      score: a pure function from trees with leaves [B, c, ...] to a tree with leaves [B, c, ...],
+        which handles each position independently.
+      chunk: the maximum number of positions of a row at a time; 0 for all.
+      shape: the axes of rows and positions, [B, L] or [B, N, C].
+      *trees: trees with leaves [*shape, ...].
 
     Returns:
-      What `score` gives, leaves [*shape, ...].
+      The results of `score`, leaves [*shape, ...].
     """
     rows, *axes = shape
     positions, last = math.prod(axes), len(axes)
     flat = (rows, positions)
 
     def flatten(leaf: jax.Array) -> jax.Array:
-        """[B, N, C, ...] -> [B, C * N, ...]: the axis that may be sharded is the outer one."""
+        """Reshapes [B, N, C, ...] -> [B, C * N, ...], because C may be sharded."""
         return jnp.moveaxis(leaf, last, 1).reshape(*flat, *leaf.shape[last + 1 :])
 
     def restore(leaf: jax.Array) -> jax.Array:
@@ -54,9 +54,9 @@ def over_positions(score: Callable[..., Any], chunk: int, shape: Sequence[int], 
     size = -(-positions // count)
 
     def split(leaf: jax.Array) -> jax.Array:
-        """[B, P, ...] -> [chunks, B, size, ...], every chunks-th position in a chunk."""
-        rest = [(0, 0)] * (leaf.ndim - 2)
-        leaf = jnp.pad(leaf, [(0, 0), (0, count * size - positions), *rest])
+        """Reshapes [B, P, ...] -> [chunks, B, size, ...], every chunks-th position in a chunk."""
+        trailing = [(0, 0)] * (leaf.ndim - 2)
+        leaf = jnp.pad(leaf, [(0, 0), (0, count * size - positions), *trailing])
         return jnp.moveaxis(leaf.reshape(rows, size, count, *leaf.shape[2:]), 2, 0)
 
     def join(leaf: jax.Array) -> jax.Array:
@@ -69,19 +69,19 @@ def over_positions(score: Callable[..., Any], chunk: int, shape: Sequence[int], 
 
 
 def cross_entropy(logits: Float[Array, '*B V'], labels: Int[Array, '*B']) -> Float[Array, '*B']:
-    """-log softmax(logits)[labels] in nats: [..., V], [...] int32 -> [...] float32."""
+    """Returns -log softmax(logits)[labels] in nats: [..., V], [...] int32 -> [...] float32."""
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
 
 
 def mean_weights(mask: Shaped[Array, '*B']) -> Float[Array, '*B']:
-    """float32 weights that make a sum the mean over `mask`; all 0 where nothing is masked in."""
+    """Returns float32 weights that turn a sum into the mean over `mask`; 0 for an empty mask."""
     mask = mask.astype(jnp.float32)
     return mask / jnp.maximum(jnp.sum(mask), 1.0)
 
 
 def before(target_mask: Bool[Array, 'B L']) -> Bool[Array, 'B L']:
-    """The places [B, L] whose next token is a target; a row's first token never is one."""
+    """Returns the positions [B, L] whose next token is a target; the first token never is one."""
     return jnp.roll(target_mask, -1, axis=1)
 
 
@@ -106,13 +106,13 @@ def denoise_loss(
     teacher: TeacherDistribution,
     kl_weight: Float[Array, '*B'],
 ) -> Float[Array, '*B']:
-    """(1 - w) CE(x | q_S) + w KL(p_T || q_S) for each canvas position.
+    """Returns (1 - w) CE(x | q_S) + w KL(p_T || q_S) for each canvas position.
 
     Args:
-      logits: [..., V] denoiser logits on the noisy canvases.
-      canvas: [...] int32 clean tokens.
+      logits: [..., V], denoiser logits on the noisy canvases.
+      canvas: [...] int32, clean tokens.
       teacher: p_T of the same tokens, [...].
-      kl_weight: [...] float32 w in [0, 1].
+      kl_weight: [...] float32, w in [0, 1].
 
     Returns:
       [...] float32.

@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch computed in parts, one after another."""
+"""Gradient accumulation: computes a batch in parts, one after another."""
 
 import functools
 from collections.abc import Callable
@@ -14,17 +14,17 @@ Gradients = Callable[[Any, Any], tuple[Any, Metrics]]
 
 
 def in_microbatches(gradients: Gradients, microbatches: int) -> Gradients:
-    """Returns `gradients` of a batch whose loss is the sum of those of its parts.
+    """Returns a version of `gradients` that computes a batch in parts and sums over them.
 
-    Activations exist for one part at a time; what it costs is a second copy of the gradients.
+    Activations exist for one part at a time, at the cost of a second copy of the gradients.
 
     Args:
-      gradients: from parameters and rows, leaves [B, ...], to gradients and metrics of what the
-        rows add to the loss.
-      microbatches: number of parts; with 1 `gradients` is returned as it is.
+      gradients: a function from parameters and rows, a tree with leaves [B, ...], to the gradients
+        and metrics that these rows contribute to the sums over the batch.
+      microbatches: the number of parts; with 1 `gradients` is returned unchanged.
 
     Raises:
-      ValueError: the rows of a call can't be divided into that many parts.
+      ValueError: if the rows of a call can't be divided into that many parts.
     """
     if microbatches == 1:
         return gradients
@@ -40,7 +40,7 @@ def _summed(gradients: Gradients, microbatches: int, params: Any, rows: Any) -> 
         )
 
     def split(leaf: jax.Array) -> jax.Array:
-        """Part i has rows i, i + parts, ...: rows of each device, which stay where they are."""
+        """Splits rows such that part i has rows i, i + parts, ..., which need not change device."""
         return jnp.moveaxis(leaf.reshape(-1, microbatches, *leaf.shape[1:]), 1, 0)
 
     parts = jax.tree.map(split, rows)

@@ -1,4 +1,4 @@
-"""What the places of a draft are worth in the loss of `drafting.py`."""
+"""Weights of the draft positions in the loss of `drafting.py`."""
 
 import dataclasses
 import functools
@@ -16,35 +16,35 @@ ACCEPTED_LENGTH, DECAY, EQUAL = 'accepted_length', 'decay', 'equal'
 
 @runtime_checkable
 class PositionWeights(Protocol):
-    """What the places of a draft are worth; hashable."""
+    """A weighting of the positions of a draft; hashable."""
 
     def weights(
         self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
     ) -> Float[Array, '*B K']:
-        """Weights [..., K] float32 without gradient, 0 where a place is not valid.
+        """Returns weights [..., K] float32 without gradient, 0 at positions that are not valid.
 
         Args:
-          probabilities: [..., K] float32 in [0, 1], that the draft gives to the text's tokens.
-          valid: [..., K] bool, places with a token of the text; those of a draft come first.
+          probabilities: [..., K] float32 in [0, 1], the draft's probabilities of the text's tokens.
+          valid: [..., K] bool, positions with a token of the text; they are the first of a draft.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class EqualWeights:
-    """Plain cross-entropy: every place is worth the same."""
+    """Equal weights, as in plain cross-entropy."""
 
     def weights(
         self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
     ) -> Float[Array, '*B K']:
-        """See `PositionWeights`."""
+        """Returns the weights, see `PositionWeights`."""
         del probabilities
         return valid.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecayWeights:
-    """A fixed decay exp(-(j - 1) / gamma) over the places j = 1, 2, ... (DFlash, 2602.06036)."""
+    """Weights exp(-(j - 1) / gamma) at positions j = 1, 2, ... (DFlash, arXiv:2602.06036)."""
 
     gamma: float = 4.0
 
@@ -55,19 +55,20 @@ class DecayWeights:
     def weights(
         self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
     ) -> Float[Array, '*B K']:
-        """See `PositionWeights`."""
+        """Returns the weights, see `PositionWeights`."""
         decay = jnp.exp(-jnp.arange(probabilities.shape[-1]) / self.gamma)
         return jnp.where(valid, decay, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class AcceptedLengthWeights:
-    """The gradient of the expected accepted length (D-PACE, arXiv:2605.18810).
+    """Weights from the gradient of the expected accepted length (D-PACE, arXiv:2605.18810).
 
-    A = sum_k prod_{i<=k} q_i tokens of a draft are accepted in the mean, and dA / d log q_j =
-    sum_{k>=j} prod_{i<=k} q_i. That is the weight of place j, with smoothed probabilities
-    s_i = (1 - smoothing) q_i + smoothing, so that late places are trained before early ones are
-    certain. A token outside of the draft vocabulary has q_i = s_i = 0: nothing after it counts.
+    The expected number of accepted tokens is A = sum_k prod_{i<=k} q_i, and dA / d log q_j =
+    sum_{k>=j} prod_{i<=k} q_i. This is the weight of position j, with smoothed probabilities
+    s_i = (1 - smoothing) q_i + smoothing, so that late positions are trained before early ones are
+    certain. A token outside of the draft vocabulary has q_i = s_i = 0, so it and all later
+    positions have weight 0.
     """
 
     smoothing: float = 0.5
@@ -79,7 +80,7 @@ class AcceptedLengthWeights:
     def weights(
         self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
     ) -> Float[Array, '*B K']:
-        """See `PositionWeights`."""
+        """Returns the weights, see `PositionWeights`."""
         smoothed = (1 - self.smoothing) * probabilities + self.smoothing
         smoothed = jnp.where(valid & (probabilities > 0), smoothed, 0.0)
         accepted = jnp.cumprod(jax.lax.stop_gradient(smoothed), axis=-1)  # [..., K]

@@ -1,4 +1,4 @@
-"""Progress in the terminal, metrics on TensorBoard and in metrics.jsonl."""
+"""Reports progress in the terminal, and metrics to TensorBoard and metrics.jsonl."""
 
 import json
 import sys
@@ -24,11 +24,11 @@ METRICS_FILE = 'metrics.jsonl'
 
 
 class Reporter:
-    """Shows the progress of a training run and writes its metrics.
+    """A reporter that shows the progress of a training run and writes its metrics.
 
-    A progress bar (loss, tokens/s, ETA) where stdout is a terminal, a log line every report
-    elsewhere; scalars go to TensorBoard event files in `workdir`/tensorboard, and as one JSON
-    row per report to `workdir`/metrics.jsonl. Of several processes the writer alone does so.
+    It shows a progress bar (loss, tokens/s, ETA) if stdout is a terminal, and otherwise logs one
+    line per report. Scalars are written to TensorBoard event files in `workdir`/tensorboard, and
+    as one JSON row per report to `workdir`/metrics.jsonl. Only process 0 reports.
     """
 
     def __init__(self, workdir: Path, description: str, first_step: int, num_steps: int) -> None:
@@ -59,7 +59,7 @@ class Reporter:
     def report(
         self, step: int, metrics: Mapping[str, float], throughput: Mapping[str, float]
     ) -> None:
-        """Shows and writes the metrics after `step` steps, and how fast these were."""
+        """Shows and writes the metrics after `step` steps, and the throughput."""
         if not self._writes:
             return
         now = time.perf_counter()
@@ -74,22 +74,22 @@ class Reporter:
         self._progress.update(self._task, completed=step, status=status)
         if self._progress.disable:
             remaining = (self._num_steps - step) * elapsed / max(steps, 1)
-            rest = '  '.join(f'{k} {v:.4f}' for k, v in metrics.items() if k != 'loss')
+            others = '  '.join(f'{k} {v:.4f}' for k, v in metrics.items() if k != 'loss')
             logging.info(
                 '%s %d/%d  %s  %s  ETA %s',
-                self._description, step, self._num_steps, status, rest, _clock(remaining),
+                self._description, step, self._num_steps, status, others, _clock(remaining),
             )  # fmt: skip
 
 
 class AnswerProgress:
-    """Shows how far the teacher's answers are: a bar, or off a terminal a log line now and then."""
+    """A progress display for the teacher's answers: a bar, or log lines without a terminal."""
 
     LOG_SECONDS = 30.0
 
     def __init__(self, answered: int, total: int) -> None:
-        """`answered` of `total` prompts were so before."""
+        """Starts with `answered` of `total` prompts, which earlier calls have answered."""
         self._answered, self._total = answered, total
-        self._prompts = self._tokens = 0  # of this call
+        self._prompts = self._tokens = 0  # answered in this call
         self._start = self._last_log = time.perf_counter()
         self._progress = _progress_bar()
         self._task = self._progress.add_task('targets', total=total, completed=answered, status='')
@@ -102,7 +102,7 @@ class AnswerProgress:
         self._progress.stop()
 
     def add(self, prompts: int, tokens: int) -> None:
-        """So many more prompts were answered, with so many tokens in all."""
+        """Adds a number of answered prompts and the total number of their tokens."""
         self._answered += prompts
         self._prompts += prompts
         self._tokens += tokens
@@ -120,7 +120,7 @@ class AnswerProgress:
 
 
 def progress(parts: Sequence[Any], description: str) -> Iterator[Any]:
-    """Iterates over the parts of a task; a bar on a terminal, elsewhere a line when it is done."""
+    """Iterates over the parts of a task with a progress bar, or a log line at its end."""
     bar, start = _progress_bar(), time.perf_counter()
     task = bar.add_task(description, total=len(parts), status='')
     with bar:
@@ -132,7 +132,7 @@ def progress(parts: Sequence[Any], description: str) -> Iterator[Any]:
 
 
 def _progress_bar() -> Progress:
-    """On a terminal; elsewhere it is disabled."""
+    """Returns a progress bar, which is disabled if stdout is not a terminal."""
     return Progress(
         TextColumn('{task.description}'),
         BarColumn(),
@@ -146,13 +146,13 @@ def _progress_bar() -> Progress:
 
 
 def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds: '26:03:59'."""
+    """Returns hours, minutes and seconds, such as '26:03:59'."""
     minutes, seconds = divmod(round(seconds), 60)
     return f'{minutes // 60:02}:{minutes % 60:02}:{seconds:02}'
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """Rows of `workdir`/metrics.jsonl in step order; a resumed run's rows replace older ones."""
+    """Returns the rows of `workdir`/metrics.jsonl by step; a resumed run replaces older rows."""
     lines = (workdir / METRICS_FILE).read_text(encoding='utf-8').splitlines()
     rows = [json.loads(line) for line in lines]
     return [row for _, row in sorted({row['step']: row for row in rows}.items())]

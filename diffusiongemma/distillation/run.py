@@ -1,4 +1,4 @@
-"""A distillation run from teacher to evaluated student: targets, both stages, evaluation."""
+"""Runs a distillation: targets, training stages, export and evaluation."""
 
 import contextlib
 import dataclasses
@@ -36,13 +36,13 @@ from diffusiongemma.parallel import param_shardings, processes
 
 
 def distill(experiment: Experiment, workdir: Path) -> Comparison:
-    """Runs the distillation of `experiment`; goes on where an interrupted one stopped.
+    """Runs the distillation of `experiment`, or resumes an interrupted one.
 
-    `workdir` then holds config.json, targets/, checkpoints/, tensorboard/, metrics.jsonl, the
-    exported student in model/, evaluation.json and distillation.png.
+    At the end, `workdir` contains config.json, targets/, checkpoints/, tensorboard/, metrics.jsonl,
+    the exported student in model/, evaluation.json and distillation.png.
     """
-    for source in (experiment.targets.source, eval_source(experiment)):  # rather than after hours
-        load_source(source)
+    for source in (experiment.targets.source, eval_source(experiment)):
+        load_source(source)  # reports a missing source now and not after hours of training
     configuration.write_resolved(experiment, workdir)
     teacher = load_teacher(experiment)
     logging.info('teacher: %d parameters', parameter_count(teacher.params))
@@ -55,7 +55,7 @@ def distill(experiment: Experiment, workdir: Path) -> Comparison:
         experiment.mesh.make(),
         seed=experiment.seed,
     )
-    if experiment.targets.top_k_logits:  # what it said is in the targets
+    if experiment.targets.top_k_logits:  # the targets contain the teacher's distributions
         teacher = teacher.on_host()
     setup, state = train_student(experiment, teacher, targets, workdir)
     export_student(setup, state, teacher, workdir)
@@ -65,19 +65,19 @@ def distill(experiment: Experiment, workdir: Path) -> Comparison:
 def train_student(
     experiment: Experiment, teacher: Teacher, targets: DataSpec, workdir: Path
 ) -> tuple[Setup, TrainState]:
-    """Trains from the teacher's weights to a student: stage 1, then stage 2, or all to draft.
+    """Trains a student from the teacher's weights, with stages 1 and 2 or the drafting objective.
 
     Args:
-      experiment: what is trained, and how.
-      teacher: of the experiment.
-      targets: what the student learns, as `write_targets` returned it.
-      workdir: where checkpoints and metrics go.
+      experiment: the config of the distillation.
+      teacher: the teacher of the experiment.
+      targets: the teacher's answers, the result of `write_targets`.
+      workdir: the directory of checkpoints and metrics.
 
     Returns:
-      The models and the state after the last step.
+      The setup with the models, and the state after the last step.
 
     Raises:
-      ValueError: the experiment cannot be trained, or `workdir` belongs to another one.
+      ValueError: if the experiment is invalid, or `workdir` belongs to another one.
     """
     setup = Setup.of(experiment, teacher.model, teacher.tokenizer, experiment.mesh.make())
     source: Source | DataSpec = targets
@@ -88,23 +88,23 @@ def train_student(
     loop = experiment.train
     store = CheckpointStore(workdir, loop.max_to_keep, about, loop.best_metric)
     params = processes.in_shards(teacher.params, param_shardings(setup.teacher, setup.mesh))
-    started = load_init(experiment, setup.student) if experiment.init else None
+    student_params = load_init(experiment, setup.student) if experiment.init else None
     if setup.lora is not None:
         frozen = setup.lora.base(params, setup.mesh)
     else:
         saved = saved_draft_ids(workdir) if store.latest_step is not None else None
-        if started is not None:  # the rows of its head and serial correction are these tokens'
-            saved = started.get(DRAFT_IDS)
+        if student_params is not None:  # its head and serial correction have one row per draft id
+            saved = student_params.get(DRAFT_IDS)
         elif saved is None:
             saved = count_draft_ids(setup, source, teacher.tokenizer)
         frozen = frozen_params(setup.student.config, params, saved)
     constants = setup.constants(params, frozen)
     shardings = setup.trained_shardings(params)
-    if started is not None:
-        params = processes.in_shards(started, param_shardings(setup.student, setup.mesh))
+    if student_params is not None:
+        params = processes.in_shards(student_params, param_shardings(setup.student, setup.mesh))
     batches = train_batches(setup, source, teacher.tokenizer)
     state = start_or_resume(setup.initial_state, shardings, setup.mesh, store, batches, params)
-    del params, started, frozen  # `constants` has what the steps read
+    del params, student_params, frozen  # the steps only need `constants`
     save_frozen(constants, teacher, workdir)
     drafts = None
     if held_out is not None:
@@ -120,13 +120,13 @@ def train_student(
 
 
 class Stage(NamedTuple):
-    """An objective and what its steps read.
+    """A training stage: an objective and its constant inputs.
 
     Attributes:
-      objective: what is trained.
-      last_step: at which it ends.
-      constants: parameters that never change.
-      held_out: examples on which drafts are measured; None where nothing is held out.
+      objective: the training objective.
+      last_step: the step at which the stage ends.
+      constants: the frozen parameters.
+      held_out: examples on which drafts are measured, or None.
     """
 
     objective: Objective
@@ -143,7 +143,7 @@ def run_stage(
     store: CheckpointStore,
     workdir: Path,
 ) -> TrainState:
-    """Trains one objective; returns the state after its last step."""
+    """Trains one stage; returns the state after its last step."""
     objective, _, constants, held_out = stage
     evaluate = None
     if held_out is not None and isinstance(objective, Drafting):
@@ -166,22 +166,22 @@ def run_stage(
 def count_draft_ids(
     setup: Setup, targets: Source | DataSpec, tokenizer: Tokenizer
 ) -> jax.Array | None:
-    """Returns the draft vocabulary [Vd] int32 of a light student; None without one.
+    """Returns the draft vocabulary [Vd] int32 of a light student, or None if it has none.
 
-    Tokens are counted in the targets and in all texts of their source, `size` or not: a model that
-    writes with 262,144 tokens shows few of them in the targets of one run.
+    Tokens are counted in the targets and in the whole source, independent of its `size`, because
+    the targets of one run contain only few of the 262,144 tokens of a large vocabulary.
     """
     light = setup.student.light
     if light is None or not light.draft_vocab_size:
         return None
     whole = load_source(dataclasses.replace(setup.experiment.targets.source, size=None))
-    written = load_source(targets) if isinstance(targets, DataSpec) else targets
-    documents = tokenized((written, whole), tokenizer)
+    answers = load_source(targets) if isinstance(targets, DataSpec) else targets
+    documents = tokenized((answers, whole), tokenizer)
     return jnp.asarray(draft_vocabulary(documents, tokenizer, light.draft_vocab_size))
 
 
 def train_batches(setup: Setup, targets: Source | DataSpec, tokenizer: Tokenizer) -> TrainIterator:
-    """Returns the batches of this process."""
+    """Returns the training batches of this process."""
     shape, experiment = setup.experiment.data, setup.experiment
     part, parts = processes.data_shard(setup.rows, shape.batch_size)
     return make_train_iterator(

@@ -1,7 +1,7 @@
-"""What an experiment makes of its teacher: models, objectives, optimizer, and where arrays lie.
+"""Derives models, objectives, optimizer and shardings from an experiment and its teacher.
 
-The run (`run.py`) computes with it; the planner (`planning.programs`) compiles the same with
-shapes in place of arrays.
+The run (`run.py`) uses them with arrays; the planner (`planning.programs`) compiles the same
+programs with shapes.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from diffusiongemma.sampling import SamplingConfig
 
 
 class TokenIds(Protocol):
-    """What is taken from a tokenizer; a `Tokenizer` is one."""
+    """The part of a `Tokenizer` that a setup needs."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -51,17 +51,17 @@ class TokenIds(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Models and objectives of an experiment, computed on a mesh.
+    """The models and objectives of an experiment on a mesh.
 
     Attributes:
-      experiment: what it follows from.
-      mesh: over the devices.
-      compute: memory against time.
+      experiment: the config of the distillation.
+      mesh: the mesh of devices.
+      compute: trade-offs between memory and time.
       teacher: the AR Gemma.
-      student: what is trained.
-      objectives: in their order, each with the step at which it ends.
-      optimizer: for as many steps as the experiment has.
-      lora: the adapters that are trained; None where layers are.
+      student: the DiffusionGemma to train.
+      objectives: the objectives in order, each with the step at which it ends.
+      optimizer: the optimizer for the number of steps of the experiment.
+      lora: the adapters to train, or None if layers are trained.
     """
 
     experiment: Experiment
@@ -77,10 +77,10 @@ class Setup:
     def of(
         cls, experiment: Experiment, teacher: Gemma, token_ids: TokenIds, mesh: jax.sharding.Mesh
     ) -> 'Setup':
-        """Sets an experiment up for its teacher.
+        """Returns the setup of an experiment for its teacher.
 
         Raises:
-          ValueError: the experiment asks for what cannot be trained on this teacher.
+          ValueError: if the experiment is not possible with this teacher.
         """
         compute, stages = experiment.execution, objectives(experiment, token_ids)
         student = compute.place(student_model(experiment, teacher, token_ids), mesh)
@@ -106,19 +106,19 @@ class Setup:
 
     @property
     def canvases_per_row(self) -> int:
-        """Canvas slots of a packed row: none where the objective draws canvases itself."""
+        """Returns the canvas slots of a packed row; 0 if the objective itself draws canvases."""
         return self.experiment.data.canvases_per_row if self.experiment.drafting is None else 0
 
     @property
     def rows(self) -> Any:
-        """The sharding of a batch."""
+        """Returns the sharding of a batch."""
         return self.compute.batch_sharding(self.mesh, self.experiment.data.batch_size)
 
     def constants(self, teacher: dict, frozen: dict) -> Constants:
-        """Returns what the steps read: `frozen` is the part of the student that stays as it is.
+        """Returns the constant parameters of the steps; `frozen` is the frozen part of the student.
 
-        The teacher is left out where the student's frozen encode pass serves as one, or the batches
-        hold what it said.
+        The teacher is left out if the student's frozen encode pass serves as the teacher, or if
+        the batches contain the teacher's distributions.
         """
         is_needed = not (
             self.student.config.has_frozen_encoder or self.experiment.targets.top_k_logits
@@ -126,13 +126,13 @@ class Setup:
         return Constants(teacher=teacher if is_needed else None, student=frozen)
 
     def trained_shardings(self, teacher: dict) -> dict:
-        """Returns the shardings of the parameters that are trained, by those of the teacher."""
+        """Returns the shardings of the trained parameters, given the teacher's parameters."""
         if self.lora is not None:
             return self.lora.shardings(teacher, self.mesh)
         return trained_params(self.student.config, param_shardings(self.student, self.mesh))
 
     def initial_state(self, source: dict) -> TrainState:
-        """Returns the state at step 0, from the parameters of the teacher or of a whole student."""
+        """Returns the state at step 0 from the parameters of the teacher or of a whole student."""
         if self.lora is not None:
             return create_state(self.lora.init(source), self.optimizer)
         if not self.experiment.init:
@@ -141,7 +141,7 @@ class Setup:
         return create_state(trained_params(self.student.config, source), self.optimizer)
 
     def step(self, objective: Objective) -> Callable[..., Any]:
-        """Returns the step of one objective, see `make_distillation_step`."""
+        """Returns the training step of one objective, see `make_distillation_step`."""
         return make_distillation_step(
             self.student,
             self.teacher,
@@ -155,7 +155,7 @@ class Setup:
         )
 
     def describe(self, tokenizer_hash: str) -> dict[str, Any]:
-        """Returns what a checkpoint says of the student, in JSON types."""
+        """Returns the `about` entry of checkpoints, which describes the student in JSON values."""
         about = describe_model(self.student.config, tokenizer_hash)
         if self.lora is not None:
             about['lora'] = json.loads(json.dumps(dataclasses.asdict(self.lora.config)))
@@ -172,7 +172,7 @@ def corruption_process(name: str, token_ids: TokenIds) -> Corruption:
 
 
 def objectives(experiment: Experiment, token_ids: TokenIds) -> tuple[tuple[Objective, int], ...]:
-    """Returns the objectives in their order, each with the step at which it ends."""
+    """Returns the objectives in order, each with the step at which it ends."""
     corruption = corruption_process(experiment.corruption, token_ids)
     last_step = experiment.train.num_steps
     if experiment.drafting is not None:
@@ -193,7 +193,7 @@ def objectives(experiment: Experiment, token_ids: TokenIds) -> tuple[tuple[Objec
 
 
 def student_model(experiment: Experiment, teacher: Gemma, token_ids: TokenIds) -> DiffusionGemma:
-    """Returns the student that an experiment makes of an AR Gemma."""
+    """Returns the student of an experiment for an AR Gemma as its teacher."""
     corruption = corruption_process(experiment.corruption, token_ids)
     denoiser = DenoiserConfig(
         canvas_length=experiment.canvas_length,

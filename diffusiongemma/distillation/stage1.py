@@ -1,9 +1,9 @@
-"""Stage 1 of Diffuse-Distill: the AR teacher's knowledge into the denoiser.
+"""Stage 1 of Diffuse-Distill: adapts the AR model to denoise.
 
 L = E_t[ (1 - w) CE(x | q_S(. | x_t, c)) + w KL(p_T(. | x_<i, c) || q_S(. | x_t, c)) ]
 
-with w = kd_weight * t on corrupted positions (`canvases.kl_weights`). All canvases of a row are
-trained in one pass: the encode pass runs over the clean row, the denoise pass over all its
+with w = kd_weight * t at corrupted positions (`canvases.kl_weights`). All canvases of a row are
+trained in one pass: the encode pass runs over the clean row, and the denoise pass over all of its
 noisy canvases side by side.
 """
 
@@ -31,13 +31,13 @@ from diffusiongemma.sampling.schedule import TemperatureSchedule
 
 
 class Draw(NamedTuple):
-    """What chance decides in a step, and weights that make sums over positions means.
+    """The random choices of a step, and weights that turn sums over positions into means.
 
     Attributes:
-      noisy: the canvases.
-      conditioned: [B, 1, 1, 1] bool, rows that see their own first prediction.
-      used: [B, N, C] float32, weights of the positions in use.
-      corrupted: [B, N, C] float32, weights of the corrupted ones among them.
+      noisy: the noisy canvases.
+      conditioned: [B, 1, 1, 1] bool, rows with self-conditioning on a first prediction.
+      used: [B, N, C] float32, weights of the used positions.
+      corrupted: [B, N, C] float32, weights of the used positions that are corrupted.
     """
 
     noisy: NoisyCanvases
@@ -48,13 +48,13 @@ class Draw(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stage1Config:
-    """What `config.stage1` may say.
+    """The settings of stage 1 (`config.stage1`).
 
     Attributes:
-      kd_weight: share of the teacher's KL at t = 1 (0 trains on hard labels alone).
-      self_conditioning_rate: probability that a row sees its own first prediction.
-      min_noise_level: t is drawn from (min_noise_level, 1).
-      token_loss: what replaces the loss of a position: a `TokenLoss`, or its text, such as
+      kd_weight: the weight of the teacher's KL at t = 1; 0 trains only on hard labels.
+      self_conditioning_rate: the probability that a row is conditioned on its first prediction.
+      min_noise_level: the lowest noise level; t is drawn from (min_noise_level, 1).
+      token_loss: a `TokenLoss` that replaces the loss of a position, or its text, such as
         'my_losses.Focal(gamma=2)'.
     """
 
@@ -78,11 +78,11 @@ class Stage1Config:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage1(Stage1Config):
-    """The objective of the module's docstring.
+    """The objective of stage 1, see the docstring of this module.
 
     Attributes:
       corruption: the forward process.
-      schedule: the sampler's temperatures, which shape what is fed back.
+      schedule: the sampler's temperatures, which shape the self-conditioning input.
     """
 
     corruption: Corruption
@@ -90,11 +90,11 @@ class Stage1(Stage1Config):
 
     @property
     def num_steps(self) -> int:
-        """Denoise steps that are trained."""
+        """Returns the number of denoise steps that are trained."""
         return 1
 
     def draw(self, key: jax.Array, batch: Batch) -> Draw:
-        """See `step.Objective`."""
+        """Returns the random choices of a step, see `step.Objective`."""
         noise_key, condition_key = jax.random.split(key)
         noisy = canvases.draw_noise(
             noise_key, batch['canvas_tokens'], self.corruption, min_noise_level=self.min_noise_level
@@ -113,7 +113,7 @@ class Stage1(Stage1Config):
         prefix: Prefix,
         teacher: TeacherStates,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `step.Objective`."""
+        """Returns loss and metrics, see `step.Objective`."""
         noisy, clean = draw.noisy, batch['canvas_tokens']
         soft = None
         if self.self_conditioning_rate > 0 and model.config.self_conditioning:
@@ -141,10 +141,10 @@ class Stage1(Stage1Config):
         prefix: Prefix,
         noisy: NoisyCanvases,
     ) -> jax.Array:
-        """Soft embeddings [B, N, C, D] of a pass without gradient.
+        """Returns the soft embeddings [B, N, C, D] of a pass without gradient.
 
-        Its logits are shaped by the sampler's temperature at the same noise level, as the
-        sampler shapes what it feeds back.
+        Its logits are divided by the sampler's temperature at the same noise level, as for
+        self-conditioning in the sampler.
         """
         params, prefix = jax.lax.stop_gradient((params, prefix))
         hidden = canvases.denoise(model, params, batch, prefix, noisy.tokens)

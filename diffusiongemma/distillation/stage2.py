@@ -1,16 +1,16 @@
-"""Stage 2 of Diffuse-Distill: few steps, learned on the student's own trajectory.
+"""Stage 2 of Diffuse-Distill: trains few-step denoising on the student's own trajectory.
 
-From a noisy canvas the student takes `num_steps` steps as the sampler takes them: denoise, accept
-the most certain positions, make noise of the others, feed the shaped prediction back. Every
-step's prediction is trained on the clean canvas, so that the student learns to finish from the
-canvases that it really meets, and to be right as early as it can:
+From a noisy canvas the student takes `num_steps` steps like the sampler: denoise, accept the most
+certain positions, renoise the others, and condition on the shaped prediction. The prediction of
+every step is trained on the clean canvas, so that the student learns to denoise the canvases that
+occur in sampling, and to be right in early steps:
 
     L = mean over steps n of CE(x | q_S(. | x_n, s_n, c)), with the mix of stage 1 at n = 0
         + certainty_weight * mean of the entropy of q_S, taken as 0 where its argmax is wrong
 
-Between two steps there is no gradient: each is trained for itself, given what it gets. The
-certainty term sharpens what is right already, because the entropy bound accepts by certainty
-(compare certainty-forcing distillation in dParallel, arXiv:2509.26488).
+No gradient flows between steps: each one is trained independently, given its inputs. The certainty
+term sharpens correct predictions, because the entropy bound accepts by certainty (compare
+certainty-forcing distillation in dParallel, arXiv:2509.26488).
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ from diffusiongemma.sampling.schedule import TemperatureSchedule
 
 
 class Draw(NamedTuple):
-    """What chance decides in a step, and weights that make sums over positions means.
+    """The random choices of a step, and weights that turn sums over positions into means.
 
     Attributes:
-      noisy: the canvases that trajectories start from.
-      renoise: for each step but the last [B, N, C] int32, what rejected positions become.
-      keys: for each step but the last [B, N] keys, for an acceptance rule that draws.
-      used: [B, N, C] float32, weights of the positions in use.
-      from_noise: [B, N, C] float32, weights of those of trajectories that start at t = 1.
+      noisy: the canvases at which trajectories start.
+      renoise: for each step but the last, [B, N, C] int32, the noise of rejected positions.
+      keys: for each step but the last, [B, N] keys for an acceptance rule that draws.
+      used: [B, N, C] float32, weights of the used positions.
+      from_noise: [B, N, C] float32, weights of the positions in trajectories from t = 1.
     """
 
     noisy: NoisyCanvases
@@ -57,15 +57,15 @@ class Draw(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the sampler reads off a prediction; no gradient flows through it.
+    """The statistics that a sampler computes from a prediction, without gradient.
 
     Attributes:
-      entropies: [..] float32, nats, of the shaped distribution.
-      candidates: [..] int32, its most likely tokens.
-      confidences: [..] float32, their probabilities.
-      margins: [..] float32, by how much these exceed those of the second tokens.
-      soft_embeddings: [.., D], what is fed back.
-      logits: [.., V] float32, of the shaped distribution, for a rule that may read them.
+      entropies: [..] float32, entropy of the shaped distribution in nats.
+      candidates: [..] int32, its argmax tokens.
+      confidences: [..] float32, the probabilities of the candidates.
+      margins: [..] float32, these minus the probabilities of the second most likely tokens.
+      soft_embeddings: [.., D], the self-conditioning input of the next step.
+      logits: [.., V] float32, shaped logits, for a rule that may read them.
     """
 
     entropies: jax.Array
@@ -78,18 +78,18 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stage2Config:
-    """What `config.stage2` may say.
+    """The settings of stage 2 (`config.stage2`).
 
     Attributes:
-      first_step: step at which stage 1 ends and stage 2 begins; None for stage 1 alone.
-      num_steps: m, denoise steps of a trajectory.
-      kd_weight: share of the teacher's KL at t = 1 in the first step.
-      certainty_weight: weight of the entropy where the argmax is right. The mean is over all
-        positions, so that it does not grow on the few that are right at first, and that the
-        losses of parts of a batch add up.
-      all_noise_rate: share of the trajectories that start at t = 1, as the sampler does; the
-        others start at t ~ U(min_noise_level, 1).
-      min_noise_level: lowest t.
+      first_step: the step at which stage 1 ends and stage 2 begins; None for only stage 1.
+      num_steps: m, the number of denoise steps of a trajectory.
+      kd_weight: the weight of the teacher's KL at t = 1 in the first step.
+      certainty_weight: the weight of the entropy at positions with a correct argmax. The mean is
+        taken over all positions, so that the few that are correct at first do not dominate, and
+        that the losses of parts of a batch add up.
+      all_noise_rate: the share of trajectories that start at t = 1, like the sampler; all others
+        start at t ~ U(min_noise_level, 1).
+      min_noise_level: the lowest noise level t.
     """
 
     first_step: int | None = None
@@ -112,12 +112,12 @@ class Stage2Config:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage2(Stage2Config):
-    """The objective of the module's docstring.
+    """The objective of stage 2, see the docstring of this module.
 
     Attributes:
-      corruption: the forward process; also what rejected positions become.
+      corruption: the forward process, which also makes the noise of rejected positions.
       schedule: the sampler's temperatures.
-      acceptance: the sampler's rule.
+      acceptance: the sampler's acceptance rule.
     """
 
     corruption: Corruption
@@ -125,7 +125,7 @@ class Stage2(Stage2Config):
     acceptance: AcceptanceRule
 
     def draw(self, key: jax.Array, batch: Batch) -> Draw:
-        """See `step.Objective`."""
+        """Returns the random choices of a step, see `step.Objective`."""
         noise_key, renoise_key = jax.random.split(key)
         clean, used = batch['canvas_tokens'], canvases.used_positions(batch)
         noisy = canvases.draw_noise(
@@ -157,7 +157,7 @@ class Stage2(Stage2Config):
         prefix: Prefix,
         teacher: TeacherStates,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `step.Objective`."""
+        """Returns loss and metrics, see `step.Objective`."""
         clean = batch['canvas_tokens']
         targets, has_target = canvases.canvas_teacher(teacher.values, batch)
         weight = canvases.kl_weights(draw.noisy, has_target, self.kd_weight)
@@ -208,7 +208,7 @@ class Stage2(Stage2Config):
         return total, metrics
 
     def shape(self, logits: jax.Array, level: jax.Array) -> jax.Array:
-        """Logits [..., V] of the sampler's distribution at noise levels [...], without gradient."""
+        """Returns shaped logits [..., V] for noise levels [...], without gradient."""
         temperature = jnp.asarray(self.schedule.temperature(level))[..., None]
         shaped = jax.lax.stop_gradient(logits) / temperature
         if isinstance(self.corruption, MaskedCorruption):
@@ -218,7 +218,7 @@ class Stage2(Stage2Config):
     def look(
         self, model: DiffusionGemma, params: Params, logits: jax.Array, level: jax.Array
     ) -> Seen:
-        """What the sampler's greedy step reads off logits [..., V] at noise levels [...]."""
+        """Returns the statistics of a greedy sampler step for logits [..., V], levels [...]."""
         params, shaped = jax.lax.stop_gradient(params), self.shape(logits, level)
         candidates = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
         prediction = read_logits(shaped, candidates, candidates)
@@ -239,18 +239,18 @@ class Stage2(Stage2Config):
         noise_level: jax.Array,
         rule_state: Any = None,
     ) -> tuple[jax.Array, Any]:
-        """The canvas after a step, as the acceptance rule makes it, and the rule's state.
+        """Returns the canvas that the acceptance rule makes after a step, and the rule's state.
 
         Args:
-          seen: what the step says of each position.
-          canvas: [B, N, C] int32, what it read.
-          noise: [B, N, C] int32, what rejected positions become.
+          seen: the statistics of the step.
+          canvas: [B, N, C] int32, the input of the step.
+          noise: [B, N, C] int32, the noise of rejected positions.
           keys: [B, N] keys.
-          noise_level: [B, N] float32, of `canvas`.
-          rule_state: of B * N rows, from the step before.
+          noise_level: [B, N] float32, the noise level of `canvas`.
+          rule_state: the state of the rule for B * N rows, from the previous step.
 
         Returns:
-          [B, N, C] int32, and the state after it.
+          The next canvas [B, N, C] int32, and the new state of the rule.
         """
         corruption, is_open = self.corruption, jnp.ones(canvas.shape, bool)
         if isinstance(corruption, MaskedCorruption):
@@ -277,5 +277,5 @@ class Stage2(Stage2Config):
 
 
 def _rows(leaf: jax.Array) -> jax.Array:
-    """[B, N, ...] -> [B * N, ...]."""
+    """Reshapes [B, N, ...] -> [B * N, ...]."""
     return leaf.reshape(-1, *leaf.shape[2:])

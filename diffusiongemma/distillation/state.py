@@ -23,16 +23,16 @@ class OptimizerConfig:
       name: 'adamw', with two moments of every parameter; 'adafactor', with one number for each row
         and each column of a matrix (`optax.scale_by_factored_rms`) and updates clipped to a root
         mean square of 1; or 'muon' (`optax.contrib.muon`), which orthogonalizes one moment of the
-        kernels of layers and experts, with AdamW without decay for everything else. Updates of all
-        three are of about the same size, so that learning rates are comparable.
-      learning_rate: peak.
-      warmup_steps: steps of linear warm-up from 0.
-      final_learning_rate_fraction: the cosine ends at this share of the peak.
-      weight_decay: decoupled, on matrices only (not on norms, scales and scalars).
+        kernels of layers and experts, with AdamW without decay for all other parameters. The
+        updates of all three have about the same size, so learning rates are comparable.
+      learning_rate: the peak learning rate.
+      warmup_steps: the number of steps of linear warm-up from 0.
+      final_learning_rate_fraction: the fraction of the peak at which the cosine ends.
+      weight_decay: decoupled weight decay, only on matrices (not on norms, scales and scalars).
       b1, b2: Adam moment decays; Muon's moment decays with `b2`, Adafactor ignores both.
-      clip_norm: maximum global norm of the gradient.
-      ema_decay: decay of the parameter average; it is ramped up as (1 + n) / (10 + n).
-      freeze_router: routers of experts keep their weights and have no moments.
+      clip_norm: the maximum global norm of the gradient.
+      ema_decay: the decay of the parameter average; it is ramped up as (1 + n) / (10 + n).
+      freeze_router: whether routers of experts are frozen; they then have no moments.
     """
 
     name: str = 'adamw'
@@ -57,13 +57,13 @@ class OptimizerConfig:
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a training step reads and writes.
+    """The state that a training step updates.
 
     Attributes:
-      step: [] int32, optimizer steps done.
-      params: float32 masters.
-      ema_params: their exponential moving average; what is evaluated and exported.
-      opt_state: optax state.
+      step: [] int32, the number of completed optimizer steps.
+      params: float32 master weights.
+      ema_params: their exponential moving average, which is evaluated and exported.
+      opt_state: the state of the optax optimizer.
     """
 
     step: jax.Array
@@ -73,7 +73,7 @@ class TrainState:
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Warm-up and cosine decay over `num_steps`."""
+    """Returns a schedule with warm-up and cosine decay over `num_steps`."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
@@ -84,7 +84,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimizer of `config` for a run of `num_steps`."""
+    """Returns the optimizer of `config` for a run of `num_steps`."""
     update = _UPDATES[config.name](config, learning_rate_schedule(config, num_steps))
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
     if not config.freeze_router:
@@ -99,7 +99,7 @@ def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientT
 
 
 def _adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    # As `optax.adafactor`, with the weight decay of AdamW, times the learning rate, in its place.
+    # Like `optax.adafactor`, but with the weight decay of AdamW (times the learning rate).
     return optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
@@ -124,7 +124,7 @@ _UPDATES = {'adamw': _adamw, 'adafactor': _adafactor, 'muon': _muon}
 
 
 def _matrices(params: Any) -> Any:
-    """Norm scales and layer scalars are not decayed, stacked over layers or not."""
+    """Returns the mask of weight decay: all parameters except norm scales and layer scalars."""
 
     def is_matrix(path: tuple, leaf: Any) -> bool:
         return 'scale' not in path[-1].key and 'scalar' not in path[-1].key
@@ -133,7 +133,7 @@ def _matrices(params: Any) -> Any:
 
 
 def _kernel_axes(params: Any) -> Any:
-    """The input and output axes of each kernel, whatever is stacked before them; else None."""
+    """Returns the input and output axes of each kernel after stacked axes; None for others."""
 
     def axes(path: tuple, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         weight = weight_at([getattr(key, 'key', '') for key in path])
@@ -155,7 +155,7 @@ def _frozen_routers(params: Any) -> Any:
 
 
 def create_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0 whose EMA equals the parameters; both in float32, whatever these are."""
+    """Returns a state at step 0 whose EMA equals the parameters, both cast to float32."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -171,7 +171,7 @@ def apply_gradients(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
 ) -> TrainState:
-    """One optimizer and EMA update."""
+    """Returns the state after one optimizer and EMA update."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1

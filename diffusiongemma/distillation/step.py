@@ -27,18 +27,18 @@ Metrics = dict[str, jax.Array]
 
 
 class Objective(Protocol):
-    """What the denoise pass is trained on."""
+    """A training objective of the denoise pass."""
 
     @property
     def num_steps(self) -> int:
-        """Denoise steps of a canvas that are trained together."""
+        """Returns the number of denoise steps of a canvas that are trained together."""
         ...
 
     def draw(self, key: jax.Array, batch: Batch) -> Any:
-        """All that chance decides in a step, and what is counted over its whole batch.
+        """Returns all random choices of a step, and weights that depend on the whole batch.
 
         Args:
-          key: of the noise.
+          key: the PRNG key of the step.
           batch: a packed batch (`data.packing`).
 
         Returns:
@@ -55,38 +55,40 @@ class Objective(Protocol):
         prefix: Prefix,
         teacher: TeacherStates,
     ) -> tuple[jax.Array, Metrics]:
-        """What some rows of a batch add to the loss of the denoise pass.
+        """Returns the share of some rows of a batch in the loss of the denoise pass.
 
         Args:
           model: a DiffusionGemma.
-          params: all its parameters.
-          draw: those rows of what `draw` gave.
-          batch: those rows of the batch.
-          prefix: the clean rows, encoded.
-          teacher: p_T on the clean rows, [B, L]; at i that of token i + 1.
+          params: all parameters of the model.
+          draw: the result of `draw` for these rows.
+          batch: these rows of the batch.
+          prefix: the encoded clean rows.
+          teacher: p_T on the clean rows, [B, L]; index i is about token i + 1.
 
         Returns:
-          The loss [] in nats per token, and metrics; of all rows together or, added up, of parts.
+          The loss [] in nats per token, and metrics; the sum over all parts of a batch is that of
+          the whole batch.
         """
         ...
 
 
-# All parameters of the student from its frozen and its trained part.
+# Combines the frozen and the trained part of the student's parameters.
 Combine = Callable[[dict, Any], dict]
 
 
 def join_parts(frozen: dict, trained: dict) -> dict:
-    """The parts are different parameters."""
+    """Returns all parameters if the two parts have different parameters."""
     return frozen | trained
 
 
 class Constants(NamedTuple):
-    """Parameters that a step reads and never changes.
+    """The parameters that a step reads and never changes.
 
     Attributes:
-      teacher: the AR teacher's, or None where no pass of its own is needed: the student's encode
-        pass is frozen and serves as one, or the batches hold what the teacher said.
-      student: the frozen part of the student's (`student.frozen_params`).
+      teacher: the parameters of the AR teacher, or None if it needs no separate pass: the student's
+        frozen encode pass serves as the teacher, or the batches contain the teacher's
+        distributions.
+      student: the frozen part of the student's parameters (`student.frozen_params`).
     """
 
     teacher: dict | None
@@ -94,12 +96,12 @@ class Constants(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a step computes row by row; leaves [B, ...].
+    """The inputs of a step that can be split by rows; leaves [B, ...].
 
     Attributes:
       batch: a packed batch.
-      draw: what `Objective.draw` gave for it.
-      targets: [B, L] float32, weights of the places before a target token (`mean_weights`).
+      draw: the result of `Objective.draw` for the batch.
+      targets: [B, L] float32, weights of the positions before a target token (`mean_weights`).
     """
 
     batch: Batch
@@ -108,14 +110,14 @@ class Rows(NamedTuple):
 
 
 def draw_rows(objective: Objective, key: jax.Array, batch: Batch) -> Rows:
-    """The rows of a whole batch, with all that chance decides."""
+    """Returns the rows of a whole batch, with all random choices of the step."""
     targets = mean_weights(before(batch['target_mask']))
     return Rows(batch, objective.draw(key, batch), targets)
 
 
 @jax.named_scope('encode')
 def causal_pass(model: Gemma, params: Params, batch: Batch) -> tuple[jax.Array, Prefix]:
-    """Hidden states [B, L, D] of the clean rows, and the rows as a prefix for canvases."""
+    """Returns hidden states [B, L, D] of the clean rows, and the rows as a prefix for canvases."""
     positions, segment_ids = batch['positions'], batch['segment_ids']
     args = (batch['tokens'], positions, segment_ids)
     hidden, kv = model.apply({'params': params}, *args, method='encode')
@@ -130,34 +132,34 @@ def teacher_states(
     batch: Batch,
     hidden: jax.Array,
 ) -> TeacherStates:
-    """What the teacher says: from the batch, from the student's encode pass, or from its own.
+    """Returns the teacher's distributions, from the batch, the encode pass or a teacher pass.
 
     Args:
       model: the student.
       teacher: the AR Gemma.
       params: all parameters of the student.
-      constants: with the teacher's parameters where its own pass is needed.
+      constants: the frozen parameters, including the teacher's if it needs a separate pass.
       batch: a packed batch.
-      hidden: [B, L, D], of the student's encode pass.
+      hidden: [B, L, D], hidden states of the student's encode pass.
     """
     if 'teacher_ids' in batch:
         names = ('teacher_ids', 'teacher_log_probs', 'teacher_log_rest')
-        said = TopKDistribution(*(batch[name] for name in names))
-        return TeacherStates(said, lambda said: said, jax.lax.stop_gradient(hidden))
+        stored = TopKDistribution(*(batch[name] for name in names))
+        return TeacherStates(stored, lambda values: values, jax.lax.stop_gradient(hidden))
     module: Gemma
     if model.config.has_frozen_encoder:
-        module, weights, said_in = model, params, hidden
+        module, weights, teacher_hidden = model, params, hidden
     else:
         assert constants.teacher is not None
         module, weights = teacher, constants.teacher
-        said_in, _ = causal_pass(teacher, weights, batch)
+        teacher_hidden, _ = causal_pass(teacher, weights, batch)
 
     def read(hidden: jax.Array) -> FullDistribution:
         logits = module.apply({'params': weights}, hidden, method='unembed')
         return FullDistribution(jax.lax.stop_gradient(logits))
 
-    said_in, hidden = jax.lax.stop_gradient((said_in, hidden))
-    return TeacherStates(said_in, read, hidden)
+    teacher_hidden, hidden = jax.lax.stop_gradient((teacher_hidden, hidden))
+    return TeacherStates(teacher_hidden, read, hidden)
 
 
 def distillation_loss(
@@ -170,37 +172,37 @@ def distillation_loss(
     rows: Rows,
     combine: Combine = join_parts,
 ) -> tuple[jax.Array, Metrics]:
-    """The objective plus ar_weight * KL(p_T || a_S), which keeps the encode pass at the teacher.
+    """Returns the objective plus ar_weight * KL(p_T || a_S), which keeps a_S close to the teacher.
 
     Args:
       model: a DiffusionGemma; a_S are its causal logits.
       teacher: the AR Gemma.
-      objective: of the denoise pass.
-      ar_weight: weight of the causal KL.
-      constants: the frozen part of the student's parameters, and the teacher's.
-      params: the trained part.
-      rows: of a batch (`draw_rows`), all or some.
-      combine: how the parts make the whole.
+      objective: the objective of the denoise pass.
+      ar_weight: the weight of the causal KL.
+      params: the trained part of the student's parameters.
+      constants: the frozen part, and the teacher's parameters.
+      rows: all or some rows of a batch (`draw_rows`).
+      combine: the function that combines frozen and trained parameters.
 
     Returns:
-      The loss [] and metrics; of some rows, their share in those of the batch.
+      The loss [] and metrics; for some rows, their share of the values of the batch.
     """
     if combine is join_parts:
         params = kernels_in_compute_dtype(model, params)
     params = combine(constants.student, params)
     hidden, prefix = causal_pass(model, params, rows.batch)
-    said = teacher_states(model, teacher, params, constants, rows.batch, hidden)
+    states = teacher_states(model, teacher, params, constants, rows.batch, hidden)
     ar_kl = jnp.zeros(())
     if not model.config.has_frozen_encoder:
 
         def kl(hidden: jax.Array, values: Any) -> jax.Array:
             logits = model.apply({'params': params}, hidden, method='unembed')
-            return said.read(values).kl(logits)
+            return states.read(values).kl(logits)
 
         chunk = model.execution.logits_chunk
-        ar_kl = over_positions(kl, chunk, rows.targets.shape, hidden, said.values)
+        ar_kl = over_positions(kl, chunk, rows.targets.shape, hidden, states.values)
         ar_kl = jnp.sum(ar_kl * rows.targets)
-    denoise, metrics = objective.loss(model, params, rows.draw, rows.batch, prefix, said)
+    denoise, metrics = objective.loss(model, params, rows.draw, rows.batch, prefix, states)
     loss = denoise + ar_weight * ar_kl
     return loss, {'loss': loss, 'loss/denoise': denoise, 'loss/encode': ar_kl} | metrics
 
@@ -217,11 +219,10 @@ def make_distillation_step(
     microbatches: int = 1,
     combine: Combine = join_parts,
 ) -> Callable[[TrainState, Constants, Batch], tuple[TrainState, Metrics]]:
-    """The train step: (state, constants, batch) -> (state, metrics).
+    """Returns the train step: (state, constants, batch) -> (state, metrics).
 
-    The noise of a step depends on `seed` and the step alone, so that a resumed run draws
-    what an uninterrupted one would have drawn. In how many microbatches a batch is computed
-    changes the memory that it takes, and nothing else.
+    The noise of a step only depends on `seed` and the step number, so a resumed run draws the same
+    noise as an uninterrupted one. The number of microbatches only affects memory.
     """
 
     def train_step(

@@ -1,4 +1,4 @@
-"""The student's parameters: how they start from the teacher's, and which of them are trained."""
+"""Initializes the student's parameters from the teacher's, and selects which are trained."""
 
 from typing import Any
 
@@ -16,30 +16,31 @@ _KEYS_AND_VALUES = ('key', 'value', 'key_norm')
 def student_params_from_teacher(
     student_params: Params, teacher_params: Params, config: ModelConfig | None = None
 ) -> Params:
-    """Copies the teacher's weights into a freshly initialized student.
+    """Returns a freshly initialized student with the teacher's weights copied into it.
 
-    The student's additions keep their initial values, except that each layer's denoise scalar
-    starts at its encode scalar, a separate denoiser at the teacher's layers, and each layer of a
-    light one at the dense part of the teacher's layer that the config names.
+    Parameters that the teacher does not have keep their initial values, except that the denoise
+    scalar of each layer starts at its encode scalar, a separate denoiser starts at the teacher's
+    layers, and each layer of a light one at the dense part of the teacher layer that the config
+    names.
 
     Args:
-      student_params: of the student.
-      teacher_params: of the teacher, layers stacked as in training.
-      config: of the student; needed for a light one, whose layers it names.
+      student_params: initial parameters of the student.
+      teacher_params: parameters of the teacher, with layers stacked as in training.
+      config: the config of the student; required for a light one.
 
     Raises:
-      ValueError: a weight of the teacher is missing in the student or has another shape.
+      ValueError: if a weight of the teacher is missing in the student or has another shape.
     """
     light = None if config is None else config.light
     if 'denoise_backbone' in student_params and light is None:
         teacher_params = teacher_params | {'denoise_backbone': teacher_params['backbone']}
     student, teacher = flatten_dict(student_params), flatten_dict(teacher_params)
     for path, value in teacher.items():
-        have = student[path].shape if path in student else None
-        if have != value.shape:
+        shape = student[path].shape if path in student else None
+        if shape != value.shape:
             raise ValueError(
                 f'the teacher parameter {"/".join(path)} has shape {value.shape}, the student '
-                f'{"has none" if have is None else f"has {have}"}: teacher and student need '
+                f'{"has none" if shape is None else f"has {shape}"}: teacher and student need '
                 'the same backbone.'
             )
     merged = student | teacher
@@ -49,38 +50,38 @@ def student_params_from_teacher(
             merged[path] = teacher[encode_path]
     if config is not None and light is not None:
         fresh = student_params['denoise_backbone']
-        started = _light_backbone(config, light, fresh, teacher_params['backbone'])
-        merged |= flatten_dict({'denoise_backbone': started})
+        layers = _light_backbone(config, light, fresh, teacher_params['backbone'])
+        merged |= flatten_dict({'denoise_backbone': layers})
     return unflatten_dict({path: jnp.array(value) for path, value in merged.items()})
 
 
 def _light_backbone(config: ModelConfig, light: LightConfig, fresh: dict, backbone: dict) -> Params:
-    """The draft layers as the teacher's layers that they start from.
+    """Returns the draft layers with the weights of the teacher layers that they start from.
 
-    A draft layer has no routed experts, and where its teacher layer shares keys and values with a
-    layer that is none of the draft's, it starts with the projections of that layer.
+    A draft layer has no routed experts. If its teacher layer shares the keys and values of an
+    earlier layer, it starts with the key and value projections of that layer.
     """
-    started = {'final_norm': backbone['final_norm']}
+    result = {'final_norm': backbone['final_norm']}
     for number, layer in enumerate(light.layers):
-        own = flatten_dict(layer_params(config, backbone, layer))
-        source = flatten_dict(layer_params(config, backbone, config.kv_source(layer)))
+        weights = flatten_dict(layer_params(config, backbone, layer))
+        kv_weights = flatten_dict(layer_params(config, backbone, config.kv_source(layer)))
         name = f'layer_{number}'
-        started[name] = {}
+        result[name] = {}
         for path, value in flatten_dict(fresh[name]).items():
-            borrowed = path[0] == 'attention' and path[1] in _KEYS_AND_VALUES
-            start = (source if borrowed else own).get(path, value)
+            is_kv = path[0] == 'attention' and path[1] in _KEYS_AND_VALUES
+            start = (kv_weights if is_kv else weights).get(path, value)
             if start.shape != value.shape:
                 raise ValueError(
                     f'draft layer {number} has {"/".join(path)} of shape {value.shape}, layer '
                     f'{layer} of the teacher has {start.shape}: they need the same backbone.'
                 )
-            started[name][path] = start
-        started[name] = unflatten_dict(started[name])
-    return started
+            result[name][path] = start
+        result[name] = unflatten_dict(result[name])
+    return result
 
 
 def layer_params(config: ModelConfig, backbone: dict, layer: int) -> Params:
-    """Parameters of one layer out of a backbone's, whose layers are stacked as in training."""
+    """Returns the parameters of one layer of a backbone with layers stacked as in training."""
     stacks = (config.kv_layers, config.kv_shared_layers)
     stack = stacks[layer >= stacks[1].first] if stacks[1].types else stacks[0]
     prefix = 'shared_' if stack.shares_kv else ''
@@ -91,10 +92,10 @@ def layer_params(config: ModelConfig, backbone: dict, layer: int) -> Params:
 
 
 def trained_params(config: ModelConfig, params: Params) -> Params:
-    """The part of a student's parameters (or of a tree like them) that distillation trains.
+    """Returns the trained part of a student's parameters (or of a tree with their structure).
 
-    A denoiser with layers of its own is trained alone: the encode pass and the embedding stay the
-    teacher's. Otherwise all parameters are trained.
+    With a separate or light denoiser only the denoiser is trained; the encode pass and the
+    embedding remain the teacher's. Otherwise all parameters are trained.
     """
     if not config.has_frozen_encoder:
         return params
@@ -102,7 +103,7 @@ def trained_params(config: ModelConfig, params: Params) -> Params:
 
 
 def frozen_params(config: ModelConfig, teacher_params: Params, draft_ids: Any = None) -> Params:
-    """The rest of a student's parameters: the teacher's, or none where all are trained.
+    """Returns the frozen part of a student's parameters: the teacher's, or {} if all are trained.
 
     `draft_ids` are the tokens [Vd] int32 of a light denoiser's draft vocabulary, if it has one.
     """

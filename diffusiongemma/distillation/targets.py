@@ -1,7 +1,7 @@
-"""Stage 0 of Diffuse-Distill: the teacher writes the responses that the student learns.
+"""Stage 0 of Diffuse-Distill: the teacher generates the responses for training the student.
 
-Sequence-level distillation (Kim and Rush 2016, arXiv:1606.07947): greedy teacher outputs
-are more predictable than the data, which is what a parallel decoder needs.
+This is sequence-level distillation (Kim and Rush 2016, arXiv:1606.07947): greedy teacher outputs
+are more predictable than the data, which helps a parallel decoder.
 """
 
 import hashlib
@@ -38,34 +38,34 @@ def write_targets(
     *,
     seed: int,
 ) -> DataSpec:
-    """Writes the teacher's answers as a TFDS dataset and returns how to read them.
+    """Writes the teacher's answers as a TFDS dataset and returns its spec.
 
-    Shards of `SHARD_SIZE` prompts appear complete or not at all, and complete ones are kept: an
-    interrupted call is finished by calling it again. A prompt that the source has several times is
-    answered once.
+    Shards of `SHARD_SIZE` prompts are written atomically and complete ones are kept, so a second
+    call finishes an interrupted one. A prompt that occurs several times in the source is answered
+    once.
 
     Args:
       model: the teacher.
-      params: its parameters.
-      tokenizer: its tokenizer.
-      config: what it answers.
-      directory: where the dataset, made_from.json and at the end counts.json go.
-      mesh: the parameters are put on it in their shards, and the rows of a batch spread over it.
-      seed: of the draws, where the temperature is not 0. An answer depends on the seed and
-        its prompt's index alone.
+      params: the parameters of the teacher.
+      tokenizer: the tokenizer of the teacher.
+      config: the settings of the targets.
+      directory: the directory of the dataset, of made_from.json and finally counts.json.
+      mesh: the mesh for the sharded parameters and the rows of a batch.
+      seed: the seed of draws at a temperature above 0. An answer only depends on the seed and the
+        index of its prompt.
 
     Raises:
-      ValueError: the directory holds targets that were made otherwise, the mesh does not divide
+      ValueError: if the directory contains targets with other settings, the mesh does not divide
         the batch, or no answer ended within max_new_tokens.
     """
     if not config.sequence_level and not config.top_k_logits:
-        return config.source  # as it is
+        return config.source  # the source itself has the targets
     source = load_source(config.source)
     made_from = _made_from(params, tokenizer, source, config, seed)
     processes.check_shared(directory)
     _check_made_alike(directory / MADE_FROM_FILE, made_from)
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    name = f'targets_{digest[:16]}'  # a training run tells its data by their name
+    name = f'targets_{digest[:16]}'  # the name identifies the data of a training run
     counts_file = directory / COUNTS_FILE
     if not processes.as_writer_says(counts_file.exists()):
         kept = _distinct(source) if config.sequence_level else list(range(len(source)))
@@ -78,7 +78,7 @@ def write_targets(
             response_ids=config.keep_unfinished,
         )
         missing = [number for number in range(len(shards)) if not files.has(number)]
-        missing = processes.as_writer_says(missing)  # others may see a new file later
+        missing = processes.as_writer_says(missing)  # other processes may see new files late
         if missing:
             answer = Answerer(model, params, tokenizer, config, mesh, seed)
             _write_shards(files, shards, missing, source, answer, config.batch_size)
@@ -92,16 +92,16 @@ def write_targets(
             'prompts': len(source),
             'duplicates': len(source) - len(kept),
             'answers': answers,
-            'left_out': len(kept) - answers,  # too long
+            'left_out': len(kept) - answers,  # answers that are too long
         }
         logging.info('targets: %s', ', '.join(f'{n} {key}' for key, n in counts.items()))
         _write_atomically(counts_file, json.dumps(counts) + '\n')
-        processes.as_writer_says(None)  # all go on once it is written
+        processes.as_writer_says(None)  # waits until process 0 has written the file
     return DataSpec(kind='tfds', name=name, path=str(directory))
 
 
 def _distinct(source: Source) -> list[int]:
-    """The index of each prompt at its first place."""
+    """Returns the indices of distinct prompts, each at its first occurrence."""
     first: dict[bytes, int] = {}
     for index in range(len(source)):
         prompt = hashlib.sha256(source[index]['prompt'].encode()).digest()
@@ -140,17 +140,17 @@ def _write_shards(
 def _made_from(
     params: Any, tokenizer: Tokenizer, source: Source, config: TargetsConfig, seed: int
 ) -> dict[str, Any]:
-    """What the targets depend on, in JSON types."""
+    """Returns all settings that the targets depend on, as JSON values."""
     digest = hashlib.sha256()
     for name, value in sorted(flatten_dict(params, sep='/').items()):
         digest.update(name.encode())
         digest.update(np.asarray(processes.on_host(value)).tobytes())
     spec = config.source
     identity = getattr(source, 'fingerprint', spec.describe())
-    # Only where there is a choice of formats: targets from before it existed keep their name.
+    # Only set if there is a choice of formats, so that older targets keep their name.
     has_format = tokenizer.format_hash is not None
     made_from: dict[str, Any] = {'prompt_format': tokenizer.format_hash} if has_format else {}
-    if config.keep_unfinished:  # likewise
+    if config.keep_unfinished:  # only if set, for the same reason
         made_from['keep_unfinished'] = True
     return made_from | {
         'teacher': digest.hexdigest(),

@@ -1,6 +1,7 @@
-"""What the teacher says about the next token: its logits, or its k most likely tokens from a file.
+"""Teacher distributions of the next token: from logits, or from k most likely tokens in a file.
 
-Both forms are pytrees whose leaves share their leading axes, and both know their KL to a student.
+Both forms are pytrees whose leaves share their leading axes, and both compute their KL to a
+student.
 """
 
 import dataclasses
@@ -15,20 +16,20 @@ from jaxtyping import Array, Float, Int
 
 @runtime_checkable
 class TeacherDistribution(Protocol):
-    """p_T, a distribution over the next token for each place [...]."""
+    """p_T, a distribution over the next token at each position [...]."""
 
     def kl(self, logits: Float[Array, '*B V']) -> Float[Array, '*B']:
-        """KL(p_T || softmax(logits)) in nats: [..., V] -> [...] float32."""
+        """Returns KL(p_T || softmax(logits)) in nats: [..., V] -> [...] float32."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherStates:
-    """p_T at places [...] before it has a vocabulary axis; it is read at a few places at a time.
+    """p_T at positions [...] in a compact form, which is expanded at a few positions at a time.
 
     Attributes:
-      values: a tree with leaves [..., x]: hidden states, or what a file holds.
-      read: from the values at some places to the distributions there.
+      values: a tree with leaves [..., x]: hidden states, or stored distributions.
+      read: a function from the values at some positions to the distributions there.
       hidden: [B, L, D], final hidden states of the encode pass over the rows, without gradient.
     """
 
@@ -39,16 +40,16 @@ class TeacherStates:
 
 @flax.struct.dataclass
 class FullDistribution:
-    """p_T from a pass of the teacher.
+    """p_T as the logits of a teacher pass.
 
     Attributes:
-      logits: [..., V].
+      logits: [..., V], the logits of the teacher.
     """
 
     logits: Float[Array, '*B V']
 
     def kl(self, logits: Float[Array, '*B V']) -> Float[Array, '*B']:
-        """See `TeacherDistribution`."""
+        """Returns the KL, see `TeacherDistribution`."""
         target = jax.nn.log_softmax(self.logits.astype(jnp.float32), axis=-1)
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         return jnp.sum(jnp.exp(target) * (target - log_probs), axis=-1)
@@ -56,12 +57,12 @@ class FullDistribution:
 
 @flax.struct.dataclass
 class TopKDistribution:
-    """p_T of the k most likely tokens one by one, and of all others together.
+    """p_T as the probabilities of the k most likely tokens and of all others together.
 
     Attributes:
-      ids: [..., k] int32, the tokens, the most likely first.
+      ids: [..., k] int32, the tokens, the most likely one first.
       log_probs: [..., k] float16, their log-probabilities in nats.
-      log_rest: [...] float16, log of the others' probability; -inf where k is the vocabulary.
+      log_rest: [...] float16, log of the total probability of all other tokens; -inf if k = V.
     """
 
     ids: Int[Array, '*B k']
@@ -70,18 +71,18 @@ class TopKDistribution:
 
     @classmethod
     def of(cls, logits: Float[Array, '*B V'], k: int) -> 'TopKDistribution':
-        """From all logits [..., V], with k <= V."""
+        """Returns the distribution of logits [..., V], with k <= V."""
         all_log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         log_probs, ids = jax.lax.top_k(all_log_probs, k)
         log_rest = _log_sum_of_others(all_log_probs, ids)
         return cls(ids, log_probs.astype(jnp.float16), log_rest.astype(jnp.float16))
 
     def kl(self, logits: Float[Array, '*B V']) -> Float[Array, '*B']:
-        """KL over k + 1 outcomes: each of the k tokens, and "any other".
+        """Returns the KL over k + 1 outcomes: each of the k tokens, and "any other".
 
-        Lumping outcomes together never raises a KL (log-sum inequality: Cover and Thomas,
-        Elements of Information Theory, theorem 2.7.1), so this is a lower bound of the full KL,
-        and equal to it where k >= V - 1. Of the other tokens the student learns the sum alone.
+        Merging outcomes never increases a KL (log-sum inequality: Cover and Thomas, Elements of
+        Information Theory, theorem 2.7.1), so this is a lower bound of the full KL, and equal to it
+        for k >= V - 1. For all other tokens the student only learns their total probability.
         """
         target = jnp.concatenate([self.log_probs, self.log_rest[..., None]], axis=-1)
         target = jax.nn.log_softmax(target.astype(jnp.float32), axis=-1)  # float16 sums to 1 + e
@@ -89,7 +90,7 @@ class TopKDistribution:
         top = jnp.take_along_axis(log_probs, self.ids, axis=-1)  # [..., k]
         if self.ids.shape[-1] < logits.shape[-1]:
             rest = _log_sum_of_others(log_probs, self.ids)
-        else:  # no other token: the target's mass there is 0, and log 0 would have no gradient
+        else:  # no other tokens: the target probability is 0, and log 0 has no gradient
             rest = jnp.zeros(top.shape[:-1])
         log_probs = jnp.concatenate([top, rest[..., None]], axis=-1)  # [..., k + 1]
         terms = jnp.exp(target) * (target - log_probs)
@@ -99,10 +100,10 @@ class TopKDistribution:
 def _log_sum_of_others(
     log_probs: Float[Array, '*B V'], ids: Int[Array, '*B k']
 ) -> Float[Array, '*B']:
-    """Log of the summed probability [...] of the tokens that are not in ids [..., k].
+    """Returns the log of the total probability [...] of the tokens that are not in ids [..., k].
 
-    The sum runs over the others themselves: 1 - (sum of the k) would be all rounding where the k
-    are nearly certain.
+    It sums over these tokens, because 1 - (sum of the k) would be dominated by rounding errors if
+    the k tokens are nearly certain.
     """
     others = jnp.put_along_axis(log_probs, ids, -jnp.inf, axis=-1, inplace=False)
     return jax.nn.logsumexp(others, axis=-1)

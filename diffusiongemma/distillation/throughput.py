@@ -1,4 +1,4 @@
-"""How fast a run is, and how much of the devices it uses."""
+"""Measures the speed of a run and the utilization of the devices."""
 
 import contextlib
 import math
@@ -14,20 +14,20 @@ from diffusiongemma.accounting.flops import Flops
 from diffusiongemma.parallel import processes
 
 PROFILE_DIR = 'profile'  # in a workdir: xprof traces
-# Compiling and the first transfers would hide what a step does.
+# The first steps include compilation and transfers, so they are not traced.
 _STEPS_BEFORE_TRACE = 2
 
 
 class Throughput:
-    """Measures the steps between two reports.
+    """A measurement of the steps between two reports.
 
-    Model FLOPs are those of the step's matrix products, without what rematerialization computes
-    again. MFU is their share of the devices' published peak in bf16; it is left out where that is
-    not known, as on a CPU.
+    Model FLOPs are those of the matmuls of a step, without recomputation by rematerialization. MFU
+    is their fraction of the published bf16 peak of the devices; it is left out if the peak is not
+    known, as on a CPU.
     """
 
     def __init__(self, count: Callable[..., Flops]) -> None:
-        """`count` gives the FLOPs of a step from its arguments; it is asked once."""
+        """Starts to measure; `count` returns the FLOPs of a step from its arguments."""
         self._count = count
         self._flops = math.nan  # until the first step
         self._start = time.perf_counter()
@@ -38,24 +38,24 @@ class Throughput:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Around what fetches a batch."""
+        """Returns a context manager that measures the waiting time for a batch."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     def add(self, *arguments: Any) -> None:
-        """A step begins; the last of its arguments is a batch."""
+        """Adds a step on this batch, before it starts."""
         if math.isnan(self._flops):
             self._flops = self._count(*arguments).model
         self._tokens += arguments[-1]['tokens'].size
         self._steps += 1
 
     def measure(self) -> dict[str, float]:
-        """Of the steps since the last call, which must have ended.
+        """Returns the measurements of the steps since the last call, which must be finished.
 
         Returns:
           'tokens_per_second' of all devices, 'data_wait_share' of the time of this process,
-          'model_tflops_per_step', and 'mfu' where the peak is known.
+          'model_tflops_per_step', and 'mfu' if the peak is known.
         """
         now = time.perf_counter()
         elapsed = max(now - self._start, 1e-9)
@@ -74,11 +74,11 @@ class Trace:
     """An xprof trace of a few steps, written by process 0; open it with TensorBoard or xprof."""
 
     def __init__(self, directory: Path, first_step: int, num_steps: int) -> None:
-        """Traces `num_steps` (0 for none) of a run that begins behind `first_step`."""
+        """Prepares to trace `num_steps` (0 for none) of a run that starts after `first_step`."""
         self._directory = directory
         self._first = first_step + 1 + _STEPS_BEFORE_TRACE
         self._end = self._first + num_steps
-        self._wanted = num_steps > 0 and processes.is_writer()
+        self._enabled = num_steps > 0 and processes.is_writer()
         self._running = False
 
     def __enter__(self) -> 'Trace':
@@ -89,8 +89,8 @@ class Trace:
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around a step; the trace ends when the last of its steps has."""
-        if self._wanted and step == self._first:
+        """Returns a context manager for a step; the trace ends after its last step."""
+        if self._enabled and step == self._first:
             jax.profiler.start_trace(str(self._directory))
             self._running = True
         elif self._running and step == self._end:
@@ -101,7 +101,7 @@ class Trace:
     def _stop(self) -> None:
         if self._running:
             self._running = False
-            # What was started is still on its way to the devices.
+            # Wait for all dispatched computations.
             jax.effects_barrier()
             jax.block_until_ready(jax.live_arrays())
             jax.profiler.stop_trace()

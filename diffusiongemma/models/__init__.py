@@ -1,4 +1,4 @@
-"""Backbone, teacher and denoiser."""
+"""The models: the Gemma backbone, the autoregressive Gemma and DiffusionGemma."""
 
 from diffusiongemma.models.cache import KVCache, Prefix, cache_bytes
 from diffusiongemma.models.config import (

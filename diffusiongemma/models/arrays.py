@@ -1,16 +1,16 @@
-"""Names for what functions take and return: arrays, what has the shape of one, and parameters."""
+"""Type names for arrays, abstract arrays and parameters."""
 
 from typing import Any
 
 import jax
 import numpy as np
 
-# On a device or traced, or on the host; functions that only read it take both.
+# An array on a device, a traced array, or an array on the host.
 AnyArray = jax.Array | np.ndarray
 
-# What tells a shape and a dtype.
+# Anything with a shape and a dtype.
 ArrayOrShape = jax.Array | jax.ShapeDtypeStruct
 
-# Parameters of a model, or some of them: from each name to an array, a shape in the place of one,
-# a quantized kernel, or a dict of the same.
+# Parameters of a model, or some of them: a nested dict whose leaves are arrays, abstract arrays or
+# quantized kernels.
 Params = dict[str, Any]

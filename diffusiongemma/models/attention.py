@@ -1,4 +1,4 @@
-"""Grouped-query attention over a shared prefix and the block of tokens itself."""
+"""Grouped-query attention of a block of tokens to a shared prefix and to the block itself."""
 
 import functools
 from typing import Any
@@ -22,18 +22,18 @@ from diffusiongemma.models.layers import (
 )
 from diffusiongemma.models.masks import AttentionMask, CausalMask
 
-# Up to so many queries of a head of keys XLA's programs for CPUs turn the keys of a prefix, a copy
-# of the cache, which takes up to 7 times as long as the product with the keys in front.
+# For up to this many queries per key head, XLA on CPUs transposes (copies) the keys of a prefix,
+# which takes up to 7 times as long as the matmul with the keys as its first operand.
 FEW_QUERIES = 32
-MASKED_SCORE = -1e30  # finite, so that a row without visible keys stays free of NaN
+MASKED_SCORE = -1e30  # finite, so that a row without visible keys has no NaN
 
 
 class Attention(nn.Module):
-    """One attention sub-layer of type `kind` ('sliding' or 'full').
+    """An attention sub-layer of type `kind` ('sliding' or 'full').
 
-    Queries, keys (with scale) and values (without) are RMS-normed per head, then queries and
-    keys are rotated. Scores and softmax are float32. With `shares_kv` the layer has queries
-    only: its keys and values are those of an earlier layer.
+    Queries and keys (with scale) and values (without scale) are RMS-normed per head; then queries
+    and keys are rotated. Scores and softmax are float32. With `shares_kv` the layer only computes
+    queries and attends to the keys and values of an earlier layer.
     """
 
     config: ModelConfig
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         if not (self.shares_kv or attention.value_is_key):
             self.value = weight(self, 'attention/value', kernel_init(d), (d, k, h), execution)
         self.output = weight(self, 'attention/output', kernel_init(n * h), (n, h, d), execution)
-        # Scores of freshly initialized queries and keys have unit variance.
+        # With this initial value, the scores of a new model have unit variance.
         init_value = (h * config.query_scale**2) ** -0.25
         norm: dict[str, Any] = {'eps': config.norm_eps, 'scale_offset': config.norm_scale_offset}
         self.query_norm = RMSNorm(**norm, init_value=init_value)
@@ -64,9 +64,9 @@ class Attention(nn.Module):
         x: Float[Array, 'B M T D'],
         rope: tuple[Float[Array, 'B M T h'], Float[Array, 'B M T h']],
     ) -> tuple[Float[Array, 'B K M T H'], Float[Array, 'B K M T H']]:
-        """Keys and values [B, K, M, T, H] of M blocks of T tokens x [B, M, T, D].
+        """Returns keys and values [B, K, M, T, H] of M blocks of T tokens x [B, M, T, D].
 
-        Not for a layer that shares an earlier one's.
+        It must not be called on a layer with `shares_kv`.
         """
         key = self._project('bmtd,dkh->bmtkh', x, self.key)
         if self.config.attention(self.kind).value_is_key:
@@ -77,7 +77,7 @@ class Attention(nn.Module):
             value = rms_normalize(value, self.config.norm_eps)
         key = apply_rope(self.key_norm(key), *rope)
         key, value = key.astype(self.dtype), value.astype(self.dtype)
-        # Heads in front of tokens once and for all: what is cached is never transposed again.
+        # Heads before tokens, so that no pass has to transpose the cache.
         return key.transpose(0, 3, 1, 2, 4), value.transpose(0, 3, 1, 2, 4)
 
     def __call__(
@@ -91,9 +91,9 @@ class Attention(nn.Module):
         """Attends from M blocks of T tokens to the prefix and to their own block.
 
         Args:
-          x: [B, M, T, D].
-          rope: cosine and sine tables [B, M, T, H/2] at the tokens' positions.
-          mask: who sees whom.
+          x: [B, M, T, D], the inputs.
+          rope: cosine and sine tables [B, M, T, H/2] at the positions of the tokens.
+          mask: the visible keys of each query.
           prefix_kv: keys and values of the prefix, [B, K, S, H] each.
           block_kv: keys and values of the blocks, [B, K, M, T, H] each.
 
@@ -124,21 +124,21 @@ def attend_in_blocks(
     query_block: int,
     keys_first: bool = False,
 ) -> Float[Array, 'B M T N H']:
-    """`attend` for some queries at a time, whose scores and mask alone are in memory.
+    """Computes `attend` for some queries at a time, to limit the memory of scores and masks.
 
-    A part has every n-th query, so that each device of a sharded row works on each of them; in
-    the backward pass its scores are computed again. With one part this is `attend`.
+    Each part has every n-th query, so that all devices of a sharded row work on each part. Scores
+    are recomputed in the backward pass. With one part this is `attend`.
 
     Args:
       query: [B, M, T, N, H].
-      block_kv: [B, K, M, L, H] each, of L = T tokens.
-      prefix_kv: [B, K, S, H] each; S may be 0.
-      mask: who sees whom; a `CausalMask` only where there is more than one part.
-      query_block: most queries of a block at a time; 0 for all.
-      keys_first: as for `attend`.
+      block_kv: keys and values [B, K, M, T, H] each.
+      prefix_kv: keys and values [B, K, S, H] each; S may be 0.
+      mask: the visible keys of each query; a `CausalMask` only if there are several parts.
+      query_block: the maximum number of queries of a block at a time; 0 for all.
+      keys_first: see `attend`.
 
     Returns:
-      [B, M, T, N, H] in the query's dtype.
+      [B, M, T, N, H] in the dtype of the query.
     """
     length = query.shape[2]
     if not in_parts(length, query_block):
@@ -160,7 +160,7 @@ def attend_in_blocks(
 
 
 def in_parts(length: int, query_block: int) -> bool:
-    """Whether so many queries are attended from part by part."""
+    """Returns whether attention for `length` queries is computed in several parts."""
     return 0 < query_block < length
 
 
@@ -171,25 +171,25 @@ def attend(
     mask: AttentionMask,
     keys_first: bool = False,
 ) -> Float[Array, 'B M T N H']:
-    """Softmax attention over prefix and block without joining their keys in memory.
+    """Returns softmax attention over prefix and block, without concatenating their keys.
 
     Args:
       query: [B, M, T, N, H].
-      block_kv: [B, K, M, L, H] each; L is T, or more where these are some of L queries.
-      prefix_kv: [B, K, S, H] each; S may be 0.
-      mask: who sees whom.
-      keys_first: few float32 queries meet the prefix as keys times queries, which on CPUs is
-        faster (`output_major_kernels` does the same with weights).
+      block_kv: keys and values [B, K, M, L, H] each; L >= T, if these are T of L queries.
+      prefix_kv: keys and values [B, K, S, H] each; S may be 0.
+      mask: the visible keys of each query.
+      keys_first: for few float32 queries, computes prefix scores as keys times queries, which is
+        faster on CPUs (`output_major_kernels` does the same for weights).
 
     Returns:
-      [B, M, T, N, H] in the query's dtype.
+      [B, M, T, N, H] in the dtype of the query.
     """
     b, m, t, n, h = query.shape
     block_key, block_value = block_kv
     prefix_key, prefix_value = (a.astype(query.dtype) for a in prefix_kv)
     k, prefix_length = prefix_key.shape[1:3]
-    # Heads in front of tokens: each product below is one batched matrix product, and so are
-    # its gradients, with no transposes in between.
+    # With heads before tokens, each contraction below is one batched matmul, and so are its
+    # gradients, without transposes in between.
     query = query.reshape(b, m, t, k, n // k, h).transpose(0, 3, 1, 4, 2, 5)
     query = query.reshape(b, k, m, n // k * t, h)
 
@@ -216,9 +216,9 @@ def attend(
 def _scores_keys_first(
     query: Float[Array, 'B K M R H'], key: Float[Array, 'B K S H']
 ) -> Float[Array, 'B K M R S']:
-    """[B, K, M, R, H], [B, K, S, H] -> [B, K, M, R, S] float32."""
+    """Returns scores: [B, K, M, R, H], [B, K, S, H] -> [B, K, M, R, S] float32."""
     b, k, m, r, h = query.shape
-    # Without the barrier XLA turns the product round, so that it need not be transposed.
+    # Without the barrier XLA swaps the operands of the matmul to avoid the transpose.
     scores = contract('bksh,bkrh->bksr', key, query.reshape(b, k, m * r, h))
     scores = jax.lax.optimization_barrier(scores).swapaxes(2, 3)
     return scores.reshape(b, k, m, r, -1)

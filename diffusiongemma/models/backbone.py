@@ -1,4 +1,4 @@
-"""The backbone: residual layers, looped over or unrolled, and the final norm."""
+"""The backbone: residual layers, in a scan or unrolled, and the final norm."""
 
 import dataclasses
 from typing import Any, Literal
@@ -20,18 +20,23 @@ from diffusiongemma.models.per_layer import PerLayerUpdate
 Pass = Literal['encode', 'denoise']
 KVPair = tuple[jax.Array, jax.Array]
 
-ACTIVATION_AXES = ('batch', None, 'length', None)  # of the residual stream [B, M, T, D]
+ACTIVATION_AXES = (
+    'batch',
+    None,
+    'length',
+    None,
+)  # logical axes of the residual stream [B, M, T, D]
 
 
 @flax.struct.dataclass
 class PassContext:
-    """What all layers of one pass share, by layer type.
+    """The inputs that all layers of one pass share, by layer type.
 
     Attributes:
-      rope: rotary tables.
-      mask: who sees whom.
-      shared_kv: for layers without keys and values of their own: those of the prefix
-        [B, K, S, H] and of the blocks [B, K, M, T, H] that they attend to.
+      rope: the rotary tables.
+      mask: the attention masks.
+      shared_kv: for layers that share keys and values: those of the prefix [B, K, S, H] and of the
+        blocks [B, K, M, T, H] that they attend to.
     """
 
     rope: dict[str, tuple[jax.Array, jax.Array]]
@@ -41,11 +46,12 @@ class PassContext:
 
 @flax.struct.dataclass
 class LayerInput:
-    """What one layer gets besides the residual stream.
+    """The inputs of one layer in addition to the residual stream.
 
     Attributes:
-      prefix_kv: keys and values [B, K, S, H] of the prefix, None where the layer shares some.
-      per_layer: per-layer embeddings [B, M, T, P], None in a model without them.
+      prefix_kv: keys and values [B, K, S, H] of the prefix; None if the layer shares those of an
+        earlier layer.
+      per_layer: per-layer embeddings [B, M, T, P]; None in a model without them.
     """
 
     prefix_kv: KVPair | None
@@ -53,9 +59,9 @@ class LayerInput:
 
 
 class Layer(nn.Module):
-    """One pre- and post-normed residual layer.
+    """A residual layer with pre- and post-norms.
 
-    The encode and the denoise pass share all weights except one scalar on the output.
+    The encode and the denoise pass share all weights except for one scalar on the output.
     """
 
     config: ModelConfig
@@ -69,13 +75,13 @@ class Layer(nn.Module):
     def __call__(
         self, x: jax.Array, given: LayerInput, context: PassContext
     ) -> tuple[jax.Array, KVPair | None]:
-        """x [B, M, T, D] -> the same shape, and the block's own keys and values, if any."""
+        """Returns the output for x, [B, M, T, D], and the keys and values of the block, if any."""
         config = self.config
 
         def norm(name: str, value: jax.Array) -> jax.Array:
             return RMSNorm(config.norm_eps, config.norm_scale_offset, name=name)(value)
 
-        attended, own_kv = self._attend(norm('pre_attention_norm', x), given, context)
+        attended, block_kv = self._attend(norm('pre_attention_norm', x), given, context)
         x = x + norm('post_attention_norm', attended)
         ffn_width = config.ffn_width_of(self.shares_kv)
         mlp = GatedMLP(config.width, ffn_width, self.dtype, self.execution, name='mlp')
@@ -87,11 +93,11 @@ class Layer(nn.Module):
             update = norm('post_mlp_norm', update) + norm('post_moe_norm', routed)
         x = x + norm('post_ffn_norm', update)
         if config.per_layer is not None:
-            assert given.per_layer is not None  # every layer of such a model is given some
+            assert given.per_layer is not None  # set for every layer of such a model
             update = PerLayerUpdate(config, self.dtype, name='per_layer')(x, given.per_layer)
             x = x + norm('post_per_layer_norm', update)
         x = x * self._output_scalar().astype(self.dtype)
-        return self.execution.constrain(x, *ACTIVATION_AXES), own_kv
+        return self.execution.constrain(x, *ACTIVATION_AXES), block_kv
 
     def _attend(
         self, x: jax.Array, given: LayerInput, context: PassContext
@@ -102,9 +108,9 @@ class Layer(nn.Module):
         if self.shares_kv:
             prefix_kv, block_kv = context.shared_kv[self.kind]
             return attention(x, rope, mask, prefix_kv, block_kv), None
-        own_kv = attention.keys_and_values(x, rope)
-        assert given.prefix_kv is not None  # None only where keys and values are shared
-        return attention(x, rope, mask, given.prefix_kv, own_kv), own_kv
+        block_kv = attention.keys_and_values(x, rope)
+        assert given.prefix_kv is not None  # None only for shared keys and values
+        return attention(x, rope, mask, given.prefix_kv, block_kv), block_kv
 
     def _output_scalar(self) -> jax.Array:
         scalars = {'encode': jnp.ones(())}
@@ -116,18 +122,18 @@ class Layer(nn.Module):
 
 
 def rematerialized(remat: str) -> type[Layer]:
-    """`Layer` with what `Execution.remat` says of its backward pass."""
+    """Returns `Layer` with the rematerialization of `Execution.remat`."""
     if remat == 'none':
         return Layer
     policy = None
     if remat == 'dots':
         policy = jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT)
-    # Inside a scan the compiler can't merge the recomputation with the first one.
+    # In a scan the compiler can't merge recomputed values with the original ones anyway.
     return nn.remat(Layer, policy=policy, prevent_cse=False)
 
 
 class LayerGroup(nn.Module):
-    """One repetition of the layer pattern; the body of the scan over layers."""
+    """One repetition of the layer pattern, which is the body of the scan over layers."""
 
     config: ModelConfig
     kinds: tuple[str, ...]
@@ -153,12 +159,14 @@ class LayerGroup(nn.Module):
 def layer_inputs(
     stack: LayerStack, prefix_kv: KV | None, per_layer: jax.Array | None
 ) -> tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]]:
-    """Inputs of scanned layers (for each place of the pattern, G in front) and of the single ones.
+    """Returns the inputs of scanned layers and of single layers.
+
+    Those of scanned layers have a leading axis G, for each position of the layer pattern.
 
     Args:
       stack: the layers.
-      prefix_kv: their keys and values of the prefix, or None where they have none.
-      per_layer: [B, M, T, all layers, P], or None.
+      prefix_kv: the keys and values of the prefix for these layers, or None if they are shared.
+      per_layer: per-layer embeddings [B, M, T, all layers, P], or None.
     """
 
     def per_layer_of(layers: slice | int) -> jax.Array | None:
@@ -195,9 +203,14 @@ class Backbone(nn.Module):
         which: Pass,
         per_layer: jax.Array | None = None,
     ) -> tuple[jax.Array, KV]:
-        """x [B, M, T, D] -> normed hidden [B, M, T, D], keys and values [.., B, K, M, T, H].
+        """Returns normed hidden states [B, M, T, D], and keys and values [.., B, K, M, T, H].
 
-        `per_layer` [B, M, T, layers, P] are the per-layer embeddings, where the model has them.
+        Args:
+          x: [B, M, T, D], the inputs of the first layer.
+          prefix_kv: the keys and values of the prefix.
+          context: rotary tables and masks.
+          which: the pass, 'encode' or 'denoise'.
+          per_layer: per-layer embeddings [B, M, T, layers, P], or None.
         """
         config = self.config
         scanned = self.execution.scan_layers
@@ -223,7 +236,7 @@ class Backbone(nn.Module):
         given: tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]],
         context: PassContext,
     ) -> tuple[jax.Array, tuple]:
-        """The layers of one stack: hidden states and the keys and values that they made."""
+        """Runs the layers of one stack; returns hidden states, keys and values."""
         fields: dict[str, Any] = {'config': self.config, 'which': which, 'dtype': self.dtype}
         fields |= {'execution': self.execution, 'shares_kv': stack.shares_kv}
         name = 'shared_{}' if stack.shares_kv else '{}'
@@ -244,8 +257,8 @@ class Backbone(nn.Module):
         else:
             period = len(stack.pattern)
             for g in range(stack.num_groups):
-                own = LayerGroup(kinds=stack.pattern, **fields, name=name.format(f'layers_{g}'))
-                x, kv = own(x, single[g * period : (g + 1) * period], context)
+                group = LayerGroup(kinds=stack.pattern, **fields, name=name.format(f'layers_{g}'))
+                x, kv = group(x, single[g * period : (g + 1) * period], context)
                 single_kv += kv
         if stack.tail:
             tail = LayerGroup(kinds=stack.tail, **fields, name=name.format('tail'))

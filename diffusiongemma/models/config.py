@@ -1,4 +1,4 @@
-"""The one frozen config that describes every backbone, and what follows from it."""
+"""`ModelConfig`, the frozen config of every backbone, and the values derived from it."""
 
 import dataclasses
 from typing import Any
@@ -39,32 +39,31 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Gemma backbone, and with a `denoiser` a DiffusionGemma.
+    """The architecture of a Gemma or, with a `denoiser`, of a DiffusionGemma.
 
-    How it is computed (layout, dtypes, devices) is not part of it: see `Execution`.
+    Layout, dtypes and devices are not part of it, see `Execution`.
 
     Attributes:
-      vocab_size: V.
-      width: D.
-      num_heads: N, query heads.
-      ffn_width: F of the dense MLP.
+      vocab_size: V, the vocabulary size.
+      width: D, the width of the residual stream.
+      num_heads: N, the number of query heads.
+      ffn_width: F, the width of the dense MLP.
       layer_types: 'sliding' or 'full' for each layer, in order.
-      sliding: attention of the sliding layers.
-      full: attention of the full layers.
-      max_positions: longest sequence that the model is made for, prompt and response; None for
-        no limit.
-      moe: routed experts in every layer, or None for a dense model.
-      per_layer: per-layer embeddings, or None.
-      num_kv_shared_layers: the last layers have no keys and values of their own; each attends
-        to those of the last layer of its type before them.
+      sliding: the attention of the sliding layers.
+      full: the attention of the full layers.
+      max_positions: the maximum length of prompt and response together; None for no limit.
+      moe: the routed experts of every layer, or None for a dense model.
+      per_layer: the per-layer embeddings, or None.
+      num_kv_shared_layers: the number of last layers without key and value projections; each
+        attends to the keys and values of the last layer of its type before them.
       kv_shared_ffn_width: F of these last layers; None for `ffn_width`.
-      denoiser: of a DiffusionGemma; None for a purely autoregressive model.
-      query_scale: factor on queries before the softmax. Gemma 4 uses 1.0.
-      value_norm: RMS-normalize values (without scale).
-      layer_scalar: the residual stream is scaled once per layer.
-      norm_scale_offset: added to every norm's scale weight (1.0 in Gemma 3, 0.0 in Gemma 4).
-      norm_eps: epsilon inside the RMS norms.
-      final_logit_softcap: cap of the tanh on the logits, or None.
+      denoiser: the denoiser of a DiffusionGemma; None for a purely autoregressive model.
+      query_scale: the factor on queries before the softmax. Gemma 4 uses 1.0.
+      value_norm: whether values are RMS-normalized (without scale).
+      layer_scalar: whether the output of each layer is multiplied by a scalar.
+      norm_scale_offset: added to the scale weight of every norm (1.0 in Gemma 3, 0.0 in Gemma 4).
+      norm_eps: the epsilon of the RMS norms.
+      final_logit_softcap: the cap of the tanh on the logits, or None.
     """
 
     vocab_size: int
@@ -157,17 +156,17 @@ class ModelConfig:
 
     @property
     def kind(self) -> str | None:
-        """That of the denoiser; None for a purely autoregressive model."""
+        """Returns the kind of the denoiser; None for a purely autoregressive model."""
         return self.denoiser.kind if self.denoiser else None
 
     @property
     def light(self) -> LightConfig | None:
-        """What a light denoiser has; None for the other kinds."""
+        """Returns the config of a light denoiser; None for other kinds."""
         return self.denoiser.light if self.denoiser else None
 
     @property
     def canvas_length(self) -> int:
-        """C; 0 for a purely autoregressive model."""
+        """Returns the canvas length C; 0 for a purely autoregressive model."""
         return self.denoiser.canvas_length if self.denoiser else 0
 
     @property
@@ -184,28 +183,28 @@ class ModelConfig:
 
     @property
     def has_frozen_encoder(self) -> bool:
-        """Whether the denoise pass has layers of its own: the encode pass is the teacher."""
+        """Returns whether the denoiser is separate or light, so the encode pass is the teacher."""
         return self.denoiser is not None and self.denoiser.kind != SHARED
 
     @property
     def kv_layers(self) -> LayerStack:
-        """The layers with keys and values of their own: what a K/V cache holds."""
-        own = self.layer_types[: self.num_layers - self.num_kv_shared_layers]
-        return LayerStack(0, own)
+        """Returns the layers that compute keys and values, which a K/V cache holds."""
+        types = self.layer_types[: self.num_layers - self.num_kv_shared_layers]
+        return LayerStack(0, types)
 
     @property
     def kv_shared_layers(self) -> LayerStack:
-        """The layers after them, which share their keys and values."""
+        """Returns the layers after `kv_layers`, which share the keys and values of those."""
         first = self.num_layers - self.num_kv_shared_layers
         return LayerStack(first, self.layer_types[first:], shares_kv=True)
 
     @property
     def autoregressive(self) -> 'ModelConfig':
-        """The same backbone without a denoise pass."""
+        """Returns the config of the same backbone without a denoiser."""
         return dataclasses.replace(self, denoiser=None)
 
     def kv_source(self, layer: int) -> int:
-        """Number of the layer whose keys and values a layer attends to: often its own."""
+        """Returns the index of the layer whose keys and values a layer attends to."""
         first_shared = self.num_layers - self.num_kv_shared_layers
         if layer < first_shared:
             return layer
@@ -213,18 +212,17 @@ class ModelConfig:
         return max(i for i in range(first_shared) if self.layer_types[i] == kind)
 
     def attention(self, kind: str) -> AttentionConfig:
-        """The attention of a layer type, 'sliding' or 'full'."""
+        """Returns the attention config of a layer type, 'sliding' or 'full'."""
         return self.sliding if kind == SLIDING else self.full
 
     def ffn_width_of(self, shares_kv: bool) -> int:
-        """F of the layers with keys and values of their own, or of those that share them."""
+        """Returns F of the layers that share keys and values, or of all other layers."""
         return (self.kv_shared_ffn_width if shares_kv else None) or self.ffn_width
 
     def replace(self, **changes: Any) -> 'ModelConfig':
-        """The config with other fields; those of `DenoiserConfig` are replaced in the denoiser.
+        """Returns the config with other fields; fields of `DenoiserConfig` change the denoiser.
 
-        `GEMMA3_1B.replace(canvas_length=64)` has a denoiser where there was none, and
-        `canvas_length=0` takes it away.
+        `GEMMA3_1B.replace(canvas_length=64)` adds a denoiser, and `canvas_length=0` removes it.
         """
         names = {field.name for field in dataclasses.fields(DenoiserConfig)}
         inner = {name: changes.pop(name) for name in list(changes) if name in names}
@@ -242,12 +240,12 @@ class ModelConfig:
         return dataclasses.replace(config, denoiser=denoiser)
 
     def to_dict(self) -> dict:
-        """Plain JSON types; `from_dict` reverses it."""
+        """Returns the config as JSON values, which `from_dict` reads."""
         return dataclasses.asdict(self) | {'layer_types': list(self.layer_types)}
 
     @classmethod
     def from_dict(cls, values: dict) -> 'ModelConfig':
-        """Raises ValueError when a key is unknown or a required one is missing."""
+        """Returns the config; raises ValueError if a key is unknown or a required one missing."""
         values = with_nested_denoiser(values)
         nested = {
             'sliding': AttentionConfig,

@@ -1,4 +1,4 @@
-"""DiffusionGemma: the denoiser, one backbone with an encode and a denoise pass."""
+"""DiffusionGemma: a Gemma backbone with an encode and a denoise pass."""
 
 from typing import Any
 
@@ -17,17 +17,17 @@ from diffusiongemma.models.masks import AttentionMask, CausalMask, canvas_mask
 from diffusiongemma.models.precision import native_dtype
 from diffusiongemma.models.transformer import Gemma, rope_by_kind
 
-# Parameters of a denoiser with layers of its own; those of them that a model has are trained.
+# Parameters that only a separate or light denoiser has; they are trained.
 DENOISER_ALONE = ('denoise_backbone', 'self_conditioning', 'teacher_state', 'serial')
 DRAFT_IDS = 'draft_ids'  # tokens of the draft vocabulary, int32 [Vd] in increasing order
-DRAFT_HEAD = 'draft_head'  # their rows of the embedding, where `Execution.gather_draft_head`
+DRAFT_HEAD = 'draft_head'  # embedding rows of these tokens, with `Execution.gather_draft_head`
 
 
 class SelfConditioning(nn.Module):
-    """Adds what the previous denoise step believed to the canvas embeddings.
+    """A module that adds the predictions of the previous denoise step to the canvas embeddings.
 
-    h = rmsnorm(embed(canvas) + mlp(rmsnorm(soft embeddings))), the outer norm without
-    scale. The MLP's output starts at zero, so that a fresh student ignores it.
+    h = rmsnorm(embed(canvas) + mlp(rmsnorm(soft embeddings))), where the outer norm has no scale.
+    The output of the MLP is zero-initialized, so that a new student ignores it.
     """
 
     config: ModelConfig
@@ -38,7 +38,7 @@ class SelfConditioning(nn.Module):
     def __call__(
         self, embeddings: Float[Array, '*B D'], soft_embeddings: Float[Array, '*B D'] | None
     ) -> Float[Array, '*B D']:
-        """[..., D], and [..., D] or None at the first step -> [..., D]."""
+        """Returns inputs [..., D] for embeddings [..., D] and soft embeddings [..., D] or None."""
         config = self.config
         if soft_embeddings is None:
             soft_embeddings = jnp.zeros_like(embeddings)
@@ -56,10 +56,10 @@ class SelfConditioning(nn.Module):
 
 
 class DiffusionGemma(Gemma):
-    """The denoiser. `encode` is the causal pass of its parent.
+    """A Gemma with a denoise pass; `encode` is the causal pass of its parent class.
 
-    Both passes run on the same weights but for the layer scalars (as released), or the denoise
-    pass has layers of its own: see `DenoiserConfig.kind`.
+    Both passes share all weights except for the layer scalars (as released), or the denoise pass
+    has separate layers: see `DenoiserConfig.kind`.
     """
 
     def setup(self) -> None:
@@ -72,10 +72,10 @@ class DiffusionGemma(Gemma):
         config, dtype, light = self.config, self.denoise_dtype, self.light
         if light is None or config.self_conditioning:
             self.self_conditioning = SelfConditioning(config, dtype, self.execution)
-        own: Any  # its inputs and outputs depend on the kind
+        backbone: Any  # its inputs and outputs depend on the kind
         if config.kind == SEPARATE:
-            own = Backbone(config.autoregressive, dtype, self.execution)
-            self.denoise_backbone = own
+            backbone = Backbone(config.autoregressive, dtype, self.execution)
+            self.denoise_backbone = backbone
         elif config.kind == LIGHT:
             self.denoise_backbone = LightBackbone(config, dtype, self.execution)
         if light is None:
@@ -93,12 +93,12 @@ class DiffusionGemma(Gemma):
 
     @property
     def light(self) -> LightConfig | None:
-        """What a light denoiser has; None for the other kinds."""
+        """Returns the config of a light denoiser; None for other kinds."""
         return self.config.light
 
     @property
     def denoise_dtype(self) -> jnp.dtype:
-        """Compute dtype of the denoise pass on the devices at hand."""
+        """Returns the compute dtype of the denoise pass on the current devices."""
         if self.config.has_frozen_encoder and self.execution.denoise_dtype is not None:
             return native_dtype(self.execution.denoise_dtype, self.execution.platform)
         return jnp.dtype(self.dtype)
@@ -113,19 +113,19 @@ class DiffusionGemma(Gemma):
         previous: Int[Array, 'B M'] | None = None,
         teacher_state: Float[Array, 'B M D'] | None = None,
     ) -> Float[Array, 'B M C D']:
-        """The denoise pass over M canvases per row (sampling: M = 1), short of the logits.
+        """Runs the denoise pass over M canvases per row (sampling: M = 1), without the head.
 
         Args:
-          canvas: [B, M, C] int32 noisy tokens.
-          starts: [B, M] int32, position of each canvas's first token.
-          segment_ids: [B, M] int32, document of each canvas; 0 for an unused slot.
-          prefix: the clean tokens, as cache or as the K/V of a packed training row.
-          soft_embeddings: [B, M, C, D] from `soft_embed`, or None at the first step; of no effect
+          canvas: [B, M, C] int32, noisy tokens.
+          starts: [B, M] int32, the position of each canvas's first token.
+          segment_ids: [B, M] int32, the document of each canvas; 0 for an unused slot.
+          prefix: the clean tokens, as a cache or as the K/V of a packed training row.
+          soft_embeddings: [B, M, C, D] from `soft_embed`, or None at the first step; ignored
             without `config.self_conditioning`.
-          previous: [B, M] int32, the token before each canvas; needed with
-            `config.predict_next`, and only there.
-          teacher_state: [B, M, D], the encode pass's final hidden state of the last token that
-            the prefix has before each canvas; for a light denoiser that reads it.
+          previous: [B, M] int32, the token before each canvas; only used, and required, with
+            `config.predict_next`.
+          teacher_state: [B, M, D], the encode pass's final hidden state of the last prefix token
+            before each canvas, for a light denoiser that reads it.
 
         Returns:
           Final hidden states [B, M, C, D].
@@ -150,7 +150,7 @@ class DiffusionGemma(Gemma):
         embeddings = self.embedder.encode(canvas).astype(self.denoise_dtype)
         embeddings = self.execution.constrain(embeddings, *ACTIVATION_AXES)
         x = embeddings
-        # One-shot drafts of a light denoiser enter its layers as tokens enter the teacher's.
+        # A light denoiser without self-conditioning gets the same embeddings as the teacher.
         if self.light is None or self.config.self_conditioning:
             x = self.self_conditioning(embeddings, soft_embeddings)
         per_layer = self.per_layer_inputs(canvas, x)
@@ -176,10 +176,10 @@ class DiffusionGemma(Gemma):
         previous: Int[Array, 'B M'] | None = None,
         teacher_state: Float[Array, 'B M D'] | None = None,
     ) -> Float[Array, 'B M C V']:
-        """`denoise_hidden` and the head: float32 logits [B, M, C, V].
+        """Runs `denoise_hidden` and the head; returns float32 logits [B, M, C, V].
 
-        Tokens outside of a draft vocabulary have logits of -inf. There is no serial correction:
-        it needs the tokens before, see `serial_logits`.
+        Tokens outside of a draft vocabulary have logits of -inf. The serial correction is not
+        included, because it needs the previous tokens, see `serial_logits`.
         """
         args = (canvas, starts, segment_ids, prefix, soft_embeddings, previous, teacher_state)
         logits = self.draft_logits(self.denoise_hidden(*args))
@@ -189,7 +189,10 @@ class DiffusionGemma(Gemma):
         return whole.at[..., self.draft_ids].set(logits)
 
     def draft_logits(self, hidden: Float[Array, '*B D']) -> Float[Array, '*B Vd']:
-        """[..., D] -> float32 soft-capped logits [..., Vd] of the draft vocabulary, else of V."""
+        """Returns float32 soft-capped logits of hidden states [..., D].
+
+        Their shape is [..., Vd] with a draft vocabulary, else [..., V].
+        """
         if self.light is None or not self.light.draft_vocab_size:
             return self.unembed(hidden)
         return self.embedder.decode(hidden, self.draft_table())
@@ -197,50 +200,53 @@ class DiffusionGemma(Gemma):
     def score_tokens(
         self, hidden: Float[Array, 'B K D'], tokens: Int[Array, 'B P']
     ) -> Float[Array, 'B K P']:
-        """Logits of some tokens alone: [B, K, D], [B, P] int32 -> float32 [B, K, P]."""
+        """Returns the logits of some tokens: [B, K, D], [B, P] int32 -> float32 [B, K, P]."""
 
-        def of_row(hidden: Float[Array, 'K D'], tokens: Int[Array, ' P']) -> Float[Array, 'K P']:
+        def score_row(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
             return self.embedder.decode(hidden, self.embedder.embedding[tokens])
 
-        return jax.vmap(of_row)(hidden, tokens)
+        return jax.vmap(score_row)(hidden, tokens)
 
     def draft_table(self) -> Float[Array, 'Vd D']:
-        """Rows of the embedding [Vd, D] of the draft vocabulary's tokens."""
+        """Returns the embedding rows [Vd, D] of the draft vocabulary's tokens."""
         if self.execution.gather_draft_head:
             return self.draft_head
         return jnp.take(self.embedder.embedding, self.draft_ids, axis=0)
 
     def draft_rows(self, tokens: Int[Array, '*B']) -> tuple[Int[Array, '*B'], Bool[Array, '*B']]:
-        """Places of tokens [...] in the draft vocabulary, and whether they have one, [...] bool.
+        """Returns the indices of tokens [...] in the draft vocabulary, and whether they are in it.
 
-        Outside of it the place is Vd. Without a draft vocabulary a token is its own place.
+        The index is Vd for other tokens. Without a draft vocabulary the index is the token itself.
         """
         if self.light is None or not self.light.draft_vocab_size:
             return tokens, jnp.ones(tokens.shape, bool)
         size = self.light.draft_vocab_size
         place = jnp.searchsorted(self.draft_ids, tokens).astype(jnp.int32)
-        found = jnp.take(self.draft_ids, jnp.minimum(place, size - 1)) == tokens
-        return jnp.where(found, place, size), found
+        known = jnp.take(self.draft_ids, jnp.minimum(place, size - 1)) == tokens
+        return jnp.where(known, place, size), known
 
     def draft_tokens(self, rows: Int[Array, '*B']) -> Int[Array, '*B']:
-        """Tokens at places [...] of the draft vocabulary: what `draft_rows` reverses."""
+        """Returns the tokens at indices [...] of the draft vocabulary (inverse of `draft_rows`)."""
         if self.light is None or not self.light.draft_vocab_size:
             return rows
         return jnp.take(self.draft_ids, rows)
 
     def serial_logits(self, previous: Int[Array, '*B']) -> Float[Array, '*B Vd']:
-        """What the logits of a draft gain by the tokens before, [...] int32 -> [..., Vd] float32.
+        """Returns the serial correction for previous tokens: [...] int32 -> [..., Vd] float32.
 
-        Only of a light denoiser with `serial_rank` > 0.
+        It is added to the logits of a draft; only for a light denoiser with `serial_rank` > 0.
         """
         return self.serial(self.draft_rows(previous)[0])
 
     def soft_embed(self, logits: Float[Array, '*B V']) -> Float[Array, '*B D']:
-        """Self-conditioning input: softmax(logits) @ embedding * sqrt(D), [..., V] -> [..., D]."""
+        """Returns softmax(logits) @ embedding * sqrt(D), [..., V] -> [..., D].
+
+        This is the input of self-conditioning.
+        """
         return self.embedder.soft_encode(logits, self.denoise_dtype)
 
     def __call__(self, tokens: Int[Array, 'B C']) -> Float[Array, 'B C V']:
-        """Denoise logits [B, C, V] of tokens [B, C] as a canvas after themselves; for `init`."""
+        """Returns denoise logits [B, C, V] for tokens [B, C] as prefix and canvas; for `init`."""
         batch_size, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
         ones = jnp.ones_like(tokens)
@@ -253,13 +259,13 @@ class DiffusionGemma(Gemma):
             tokens[:, None], starts, ones[:, :1], prefix, previous=previous, teacher_state=state
         )
         if light is not None and light.serial_rank:
-            logits += jnp.mean(self.serial_logits(previous))  # creates its parameters
+            logits += jnp.mean(self.serial_logits(previous))  # creates the parameters
         return logits[:, 0]
 
 
 def _behind(
     first: Shaped[Array, '...'], rest: Shaped[Array, '*B'], axis: int
 ) -> Shaped[Array, '*B']:
-    """`first` and all of `rest` but its last element along `axis`."""
+    """Returns `first` followed by all but the last element of `rest` along `axis`."""
     kept = jax.lax.slice_in_dim(rest, 0, rest.shape[axis] - 1, axis=axis)
     return jnp.concatenate([first, kept], axis=axis)

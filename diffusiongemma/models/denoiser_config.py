@@ -1,27 +1,27 @@
-"""The config of a denoiser: its kind, its canvas, what a light one has."""
+"""The configs of a denoiser and of a light denoiser."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 SHARED, SEPARATE, LIGHT = 'shared', 'separate', 'light'
-_EXECUTION_KEYS = ('scan_layers', 'output_major', 'denoise_dtype')  # once part of the config
+_EXECUTION_KEYS = ('scan_layers', 'output_major', 'denoise_dtype')  # keys of older configs
 _FLAT_KEYS = ('canvas_length', 'separate_denoiser', 'predict_next', 'self_conditioning', 'mask_id')
 
 
 @dataclasses.dataclass(frozen=True)
 class LightConfig:
-    """A few layers of their own that read the frozen teacher's keys, values and states.
+    """The config of a light denoiser: a few layers that read the frozen teacher's states.
 
     Attributes:
-      layers: teacher layers that the denoiser's layers start from, in order. Each attends to the
-        keys and values that the teacher has cached in that very layer, so there is no second cache.
-      teacher_state: the final hidden state of the last encoded token, through a projection that
-        starts at zero, is added to every canvas input.
-      draft_vocab_size: tokens that the denoiser's head scores, see `draft_vocabulary` in the
-        parameters; 0 for the whole vocabulary.
-      serial_rank: rank of a bigram term on the logits that ties each draft token to the one before
-        it; 0 for none.
+      layers: the teacher layers that the denoiser's layers start from, in order. Each attends to
+        the cached keys and values of its teacher layer, so there is no second cache.
+      teacher_state: whether a zero-initialized projection of the final hidden state of the last
+        encoded token is added to every canvas input.
+      draft_vocab_size: the number of tokens that the denoiser's head scores (`draft_ids` in the
+        parameters); 0 for the whole vocabulary.
+      serial_rank: the rank of a bigram term on the logits that conditions each draft token on the
+        previous one; 0 for none.
     """
 
     layers: tuple[int, ...]
@@ -42,22 +42,21 @@ class LightConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
-    """What a DiffusionGemma has besides its backbone.
+    """The config of the denoiser of a DiffusionGemma.
 
     Attributes:
-      canvas_length: C, tokens denoised at once.
-      kind: 'shared', the backbone's own weights with layer scalars of their own, as released;
-        'separate', a full second set of layers, so that the encode pass stays exactly the
-        teacher; or 'light', a few layers that read the frozen teacher's states.
-      predict_next: a canvas token is predicted at the position before its own, as the
-        autoregressive pass predicts it: the denoise pass runs over the token before the canvas
-        and all of the canvas but its last token. What a teacher has learned then holds from the
-        first step on (Gong et al. 2024, arXiv:2410.17891). The released models do not.
-      self_conditioning: a denoise pass sees the soft embeddings of the step before; else it was
-        trained without, and takes none.
-      mask_id: the token that stands for noise, of a denoiser that was trained with masked
-        corruption; None for uniform noise.
-      light: of the kind 'light', and of no other.
+      canvas_length: C, the number of tokens that are denoised at once.
+      kind: 'shared', the backbone's weights with separate layer scalars, as released; 'separate', a
+        full second set of layers, so that the encode pass remains exactly the teacher; or 'light',
+        a few layers that read the frozen teacher's states.
+      predict_next: whether a canvas token is predicted at the position before it, as in the
+        autoregressive pass: the denoise pass runs over the token before the canvas and all canvas
+        tokens but the last. The teacher's next-token prediction then is a good initialization (Gong
+        et al. 2024, arXiv:2410.17891). The released models do not use it.
+      self_conditioning: whether a denoise pass gets the soft embeddings of the previous step.
+      mask_id: the mask token of a denoiser that was trained with masked corruption; None for
+        uniform noise.
+      light: the config of a light denoiser; None for other kinds.
     """
 
     canvas_length: int
@@ -83,12 +82,12 @@ class DenoiserConfig:
 
 
 def with_nested_denoiser(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config dict of today, also from one of before.
+    """Converts an older config dict to the present format.
 
-    Then the denoiser's fields stood among the others, and some were of the execution.
+    Older configs have the denoiser's fields at the top level, and some keys of `Execution`.
 
     Raises:
-      ValueError: there are fields of a denoiser and no canvas.
+      ValueError: if there are fields of a denoiser but no canvas length.
     """
     values = {name: value for name, value in values.items() if name not in _EXECUTION_KEYS}
     flat = {name: values.pop(name) for name in _FLAT_KEYS if name in values}

@@ -1,4 +1,4 @@
-"""How a model is computed: on which devices, and what is kept in memory; never what it computes."""
+"""Execution settings of a model: devices, layout and memory, without effect on the results."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Logical axis -> mesh axes that it is spread over, the first the slowest; () for none.
+# Logical axis -> mesh axes over which it is sharded, the outermost first; () for none.
 AxisRules = tuple[tuple[str, tuple[str, ...]], ...]
 
 REMAT = ('none', 'dots', 'full')
@@ -15,28 +15,29 @@ REMAT = ('none', 'dots', 'full')
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Hashable, a static attribute of a model.
+    """The execution settings of a model, which are a static attribute of it and hashable.
 
     Attributes:
-      mesh: the devices; None leaves it to the compiler, from where the inputs lie.
+      mesh: the mesh of devices; None lets the compiler decide from the shardings of the inputs.
       rules: the table of `parallel.sharding`; empty without a mesh.
-      remat: what the backward pass keeps of each layer: 'none' rematerializes nothing
-        and keeps all, 'dots' keeps products with weights and recomputes the rest (attention,
-        norms, experts), 'full' keeps the layer's input alone.
-      logits_chunk: positions of each row that have logits at the same time in a loss; 0 for all.
-      query_block: queries of each block of tokens that have attention scores at the same time; 0
-        for all.
-      platform: of the devices, such as 'tpu'; None where nobody has said which they are.
-      scan_layers: the layers are one compiled loop over stacked parameters; else each repetition
-        of the pattern has parameters and code of its own (see `unroll_layers`).
-      output_major: kernels of layers are stored in the transposed layout, [out, in] (see
+      remat: the values of each layer that are kept for the backward pass: 'none' keeps all values,
+        'dots' keeps matmuls with weights and recomputes others (attention, norms, experts), 'full'
+        keeps only the input of the layer.
+      logits_chunk: the number of positions per row whose logits exist at the same time in a loss;
+        0 for all.
+      query_block: the number of queries per block of tokens whose attention scores exist at the
+        same time; 0 for all.
+      platform: the platform of the devices, such as 'tpu'; None if it is not known.
+      scan_layers: whether layers are one compiled loop over stacked parameters; otherwise each
+        repetition of the pattern has separate parameters and code (see `unroll_layers`).
+      output_major: whether kernels of layers have the transposed weight layout, [out, in] (see
         `output_major_kernels`).
-      denoise_dtype: compute dtype of a denoiser with layers of its own, 'float32' or 'bfloat16';
-        None for that of the model, which shared weights always have. In bfloat16 a denoise step
-        is up to 1.7 times faster on a CPU with AVX512-BF16, while a float32 encode pass stays
-        exactly the teacher's; a CPU without native bfloat16 matmuls computes in float32 anyway.
-      gather_draft_head: the rows of the embedding that a draft vocabulary scores are a parameter
-        of their own, so that no pass gathers them.
+      denoise_dtype: the compute dtype of a separate or light denoiser, 'float32' or 'bfloat16';
+        None for that of the model, which shared weights always have. In bfloat16 a denoise step is
+        up to 1.7 times faster on a CPU with AVX512-BF16, while a float32 encode pass remains
+        exactly the teacher's. A CPU without native bfloat16 matmuls computes in float32 anyway.
+      gather_draft_head: whether the embedding rows of a draft vocabulary are a separate parameter,
+        so that passes need not gather them.
     """
 
     mesh: Mesh | None = None
@@ -62,16 +63,16 @@ class Execution:
                 raise ValueError(f'{name} must be >= 0 (0: all), got {getattr(self, name)}.')
 
     def mesh_axes(self, shape: Sequence[int], names: Sequence[str | None]) -> list[tuple[str, ...]]:
-        """Mesh axes of more than one device that each dimension of an array is spread over.
+        """Returns the mesh axes (of size > 1) over which each dimension of an array is sharded.
 
-        See `spread`, which takes the same arguments; none without a mesh.
+        The arguments are those of `spread`. Without a mesh there are none.
         """
         if self.mesh is None:
             return [()] * len(shape)
         return spread(shape, names, self.rules, self.mesh)
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """Lays the dimensions of x, by their logical names, on the mesh; without one, x."""
+        """Returns x with a sharding constraint by logical axis names; x itself without a mesh."""
         if self.mesh is None:
             return x
         return self._laid_out(x, self.mesh_axes(x.shape, names))
@@ -100,20 +101,20 @@ class Execution:
 def spread(
     shape: Sequence[int], names: Sequence[str | None], rules: AxisRules, mesh: Mesh
 ) -> list[tuple[str, ...]]:
-    """Mesh axes that each dimension is spread over.
+    """Returns the mesh axes over which each dimension of an array is sharded.
 
-    A mesh axis serves one dimension of an array, the first that asks for it. An axis that would
-    not divide its dimension is left out: the dimension is then repeated along it (e.g. one
-    key/value head under tensor parallelism).
+    A mesh axis shards only one dimension of an array, the first one whose rule names it. A mesh
+    axis that does not divide its dimension is left out, so the dimension is replicated along it
+    (e.g. one key/value head under tensor parallelism).
 
     Args:
-      shape: of the array.
-      names: logical axis of each dimension; None for no axis.
-      rules: the table.
-      mesh: the devices.
+      shape: the shape of the array.
+      names: the logical axis of each dimension; None for no axis.
+      rules: the table from logical axes to mesh axes.
+      mesh: the mesh of devices.
 
     Raises:
-      ValueError: the table has no such axis.
+      ValueError: if the table does not have a logical axis.
     """
     table, used, result = dict(rules), set(), []
     for size, name in zip(shape, names, strict=True):
@@ -130,10 +131,10 @@ def spread(
 
 
 def product(axes: Sequence[str], mesh: Mesh) -> int:
-    """Devices along all of the axes."""
+    """Returns the number of devices along all of the axes together."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def partition_spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:
-    """The PartitionSpec of dimensions spread over these mesh axes."""
+    """Returns the PartitionSpec of dimensions that are sharded over these mesh axes."""
     return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in axes))

@@ -1,8 +1,8 @@
-"""Causal attention of whole rows by one TPU kernel, which keeps neither scores nor masks in memory.
+"""Causal attention of whole rows by a TPU kernel, which stores neither scores nor masks in memory.
 
-The kernel is JAX's splash attention. It skips blocks of keys that no query of a block may see by
-their places in the row, multiplies in float32 accumulators and takes the softmax in float32; its
-backward pass computes the scores again from the queries, the keys and one number for each query.
+The kernel is JAX's splash attention. It skips key blocks that are not visible to any query of a
+block, accumulates matmuls in float32 and computes the softmax in float32. Its backward pass
+recomputes the scores from the queries, the keys and one number per query.
 """
 
 import functools
@@ -15,9 +15,9 @@ import numpy as np
 from diffusiongemma.models.execution import Execution, partition_spec, product
 from diffusiongemma.models.masks import CausalMask
 
-LENGTHS, WIDTHS = 128, 64  # rows and heads have a multiple of these
-BLOCKS = (512, 256, 128)  # tokens of a block of queries or of keys; 1024 are too many for 512 wide
-LONGEST = 32_768  # tokens of a row: which blocks are skipped is kept in scalar memory
+LENGTHS, WIDTHS = 128, 64  # row lengths and head widths must be multiples of these
+BLOCKS = (512, 256, 128)  # tokens of a query or key block; 1024 does not fit for a width of 512
+LONGEST = 32_768  # maximum tokens of a row: the skipped blocks are listed in scalar memory
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -25,17 +25,17 @@ Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 def fits(
     query_shape: Sequence[int], num_kv_heads: int, prefix_length: int, execution: Execution
 ) -> bool:
-    """Whether `attend_fused` may take the place of `attention.attend` for a `CausalMask`.
+    """Returns whether `attend_fused` can replace `attention.attend` for a `CausalMask`.
 
-    It may on TPUs, for one block a row without a prefix, if a device has whole rows and its query
-    heads find their key/value heads on it.
+    It can on TPUs, for one block per row without a prefix, if each device has whole rows and the
+    key/value heads of its query heads.
 
     Args:
       query_shape: [B, M, T, N, H].
-      num_kv_heads: K.
-      prefix_length: S.
-      execution: what the model runs on. Without a mesh it can't be told whether rows are spread
-        over devices, which a kernel does not bear: then there must be one device in all.
+      num_kv_heads: the number of key/value heads K.
+      prefix_length: the number of prefix tokens S.
+      execution: the execution settings of the model. Without a mesh it is not known whether rows
+        are sharded, which the kernel does not support; then there must be only one device.
     """
     _, blocks, length, _, head_dim = query_shape
     if blocks != 1 or prefix_length or length % LENGTHS or length > LONGEST or head_dim % WIDTHS:
@@ -55,20 +55,20 @@ def attend_fused(
     execution: Execution,
     interpret: bool = False,
 ) -> jax.Array:
-    """What `attention.attend` computes of rows without a prefix, where `fits` says so.
+    """Returns the result of `attention.attend` for rows without a prefix, if `fits` is true.
 
-    The tokens of a document must stand side by side in order of their positions, since the kernel
-    compares places in the row. What padding attends to is then not the same; nothing reads it.
+    The tokens of a document must be contiguous and ordered by position, because the kernel compares
+    indices in the row. Only the outputs of padding tokens differ, which are not used.
 
     Args:
-      query: [B, 1, T, N, H], scaled: the kernel does not scale scores.
-      block_kv: [B, K, 1, T, H] each.
-      mask: who sees whom; its prefix has no tokens.
-      execution: mesh and rules.
-      interpret: run the kernel's operations one by one, on any platform (for tests).
+      query: [B, 1, T, N, H], already scaled, because the kernel does not scale scores.
+      block_kv: keys and values [B, K, 1, T, H] each.
+      mask: the causal mask, with an empty prefix.
+      execution: the execution settings with mesh and rules.
+      interpret: whether to interpret the kernel, which works on any platform (for tests).
 
     Returns:
-      [B, 1, T, N, H] in the query's dtype.
+      [B, 1, T, N, H] in the dtype of the query.
     """
     key, value = (array[:, :, 0] for array in block_kv)
     length, heads = query.shape[2:4]
@@ -83,7 +83,7 @@ def attend_fused(
             mesh=execution.mesh,
             in_specs=tuple(specs),
             out_specs=specs[0],
-            check_vma=False,  # the kernel does not say over which axes its results differ
+            check_vma=False,  # the kernel does not declare over which axes its results vary
         )
     context = attend(query[:, 0].swapaxes(1, 2), key, value, mask.segment_ids)  # [B, N, T, H]
     return context.swapaxes(1, 2)[:, None]
@@ -92,7 +92,7 @@ def attend_fused(
 def _layout(
     query_shape: Sequence[int], num_kv_heads: int, execution: Execution
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """Mesh axes of queries [B, N, T, H], and of keys and values [B, K, T, H]."""
+    """Returns the mesh axes of queries [B, N, T, H], and of keys and values [B, K, T, H]."""
     batch, _, length, heads, head_dim = query_shape
     return (
         execution.mesh_axes((batch, heads, length, head_dim), ('batch', 'heads', 'length', None)),
@@ -104,8 +104,8 @@ def _layout(
 
 @functools.lru_cache(maxsize=64)
 def _kernel(length: int, heads: int, window: int | None, interpret: bool) -> Kernel:
-    """Of one row: queries [N, T, H], keys and values [K, T, H], segments [T] -> [N, T, H]."""
-    # Here, so that only those who run it wait for its import.
+    """Returns a kernel for one row: queries [N, T, H], keys and values [K, T, H], segments [T]."""
+    # Imported here because the import is slow and only this function needs it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     if window is None or window >= length:
@@ -115,7 +115,7 @@ def _kernel(length: int, heads: int, window: int | None, interpret: bool) -> Ker
     block = next(size for size in BLOCKS if length % size == 0)
     names = ('block_q', 'block_kv', 'block_q_dkv', 'block_kv_dkv', 'block_q_dq', 'block_kv_dq')
     sizes: dict[str, Any] = dict.fromkeys(names, block)
-    with jax.core.eval_context():  # arrays and not what is traced here: it is kept for later
+    with jax.core.eval_context():  # concrete arrays and not tracers, because the result is cached
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * heads),
             block_sizes=splash.BlockSizes(**sizes),
@@ -123,7 +123,7 @@ def _kernel(length: int, heads: int, window: int | None, interpret: bool) -> Ker
             q_seq_shards=1,
             interpret=interpret,
         )
-        kernel = jax.tree.map(np.asarray, kernel)  # constants of any devices
+        kernel = jax.tree.map(np.asarray, kernel)  # constants that are not bound to a device
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array):
         return kernel(query, key, value, splash.SegmentIds(segments, segments))

@@ -1,4 +1,4 @@
-"""Grouped matrix product: rows sorted by group, each group with a kernel of its own."""
+"""Grouped matmul: rows sorted by group are multiplied by the kernel of their group."""
 
 import functools
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from diffusiongemma.models.arrays import ArrayOrShape
 from diffusiongemma.models.layers import is_quantized
 
 LARGEST_BLOCK = 32
-LARGEST_BLOCK_OF_MLPS = 16  # as many float32 as a register of AVX512 holds
+LARGEST_BLOCK_OF_MLPS = 16  # the number of float32 values in an AVX512 register
 
 
 def grouped_product(
     x: jax.Array, kernels: Any, group_sizes: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
-    """`grouped_matmul` with kernels that may be quantized, with a scale for each output."""
+    """Returns `grouped_matmul` for kernels that may be quantized with one scale per output."""
     if not is_quantized(kernels):
         return grouped_matmul(x, kernels, group_sizes, dtype)
     sums = grouped_matmul(x, kernels.qvalue, group_sizes)
@@ -32,20 +32,20 @@ def grouped_product(
 def grouped_matmul(
     x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
-    """x[rows of group e] @ kernels[e] for every group, none padded and no row dropped.
+    """Returns x[rows of group e] @ kernels[e] for every group, without padding or dropped rows.
 
-    Each platform has a way of its own, forward and for both gradients: CPUs run over blocks of rows
-    of one group, TPUs JAX's kernels (`grouped_tpu`) and NVIDIA's GPUs one of this project's
-    (`grouped_gpu`). Elsewhere, and for widths that a kernel does not take (`runs_kernel`),
-    `jax.lax.ragged_dot` is the fallback.
+    Each platform has its own implementation of the forward pass and both gradients: CPUs loop over
+    blocks of rows of one group, TPUs use JAX's kernels (`grouped_tpu`), and NVIDIA GPUs a Triton
+    kernel (`grouped_gpu`). On other platforms, and for widths that a kernel does not support
+    (`runs_kernel`), the fallback is `jax.lax.ragged_dot`.
 
     Args:
       x: [N, D], rows sorted by group.
-      kernels: [E, D, F] in the dtype of x, or (without gradients) of eight bits; the product is
-        taken in the dtype of x.
-      group_sizes: [E] int32, rows of each group; rows behind their sum give whatever the
-        platform leaves there.
-      dtype: of the result.
+      kernels: [E, D, F] in the dtype of x, or (without gradients) int8 or fp8; the matmul is
+        computed in the dtype of x.
+      group_sizes: [E] int32, the number of rows of each group; results for rows after their sum
+        are undefined.
+      dtype: the dtype of the result.
 
     Returns:
       [N, F] in `dtype`, summed in float32.
@@ -54,10 +54,10 @@ def grouped_matmul(
 
 
 def runs_kernel(x: ArrayOrShape, kernels: ArrayOrShape, platform: str | None) -> bool:
-    """Whether a platform multiplies x [N, D] and kernels [E, D, F] without the fallback.
+    """Returns whether a platform multiplies x [N, D] and kernels [E, D, F] without the fallback.
 
-    XLA expands the fallback on GPUs to a matmul of all rows with the weights of every group, and on
-    TPUs its gradient by the weights.
+    On GPUs, XLA expands the fallback to a matmul of all rows with the weights of every group; on
+    TPUs it does so for the gradient of the weights.
     """
     if platform == 'tpu':
         return grouped_tpu.fits(x, kernels)
@@ -68,7 +68,7 @@ def runs_kernel(x: ArrayOrShape, kernels: ArrayOrShape, platform: str | None) ->
 def warn_of_fallback(
     rows: jax.ShapeDtypeStruct, kernels: jax.ShapeDtypeStruct, platform: str | None
 ) -> None:
-    """Logs, once for the same shapes, that experts on a GPU or TPU run without a kernel."""
+    """Logs, once per shape, a warning if experts on a GPU or TPU run without a kernel."""
     if not runs_kernel(rows, kernels, platform):
         logging.warning(
             'experts of %d x %d in %s have no kernel on a %s: jax.lax.ragged_dot is the fallback, '
@@ -80,14 +80,14 @@ def warn_of_fallback(
 
 
 def _multiply(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: Any) -> jax.Array:
-    """`grouped_matmul` with a result in `dtype`."""
+    """Returns the result of `grouped_matmul` in `dtype`."""
     ways = {'cpu': _by_blocks, 'cuda': grouped_gpu.grouped_matmul_gpu, 'default': _ragged}
     ways = _that_fit(x, kernels, dtype, ways, grouped_tpu.grouped_matmul_tpu)
     return jax.lax.platform_dependent(x, kernels, group_sizes, **ways)
 
 
 def _outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array, dtype: Any) -> jax.Array:
-    """x[rows of e]^T @ y[rows of e] for every group: [N, D], [N, F] -> [E, D, F] in `dtype`."""
+    """Returns x[rows of e]^T @ y[rows of e]: [N, D], [N, F] -> [E, D, F] in `dtype`."""
     kernels = jax.ShapeDtypeStruct((group_sizes.shape[0], x.shape[1], y.shape[1]), x.dtype)
     ways = {
         'cpu': _outer_by_blocks,
@@ -105,13 +105,13 @@ def _that_fit(
     ways: dict[str, Callable[..., Any]],
     on_tpus: Callable[..., jax.Array],
 ) -> dict[str, Callable[..., Any]]:
-    """The ways of those platforms whose kernels take x [N, D] and kernels [E, D, F], in `dtype`."""
+    """Returns the implementations by platform that support x [N, D] and kernels [E, D, F]."""
     casting = {
         name: _cast(way, dtype)
         for name, way in ways.items()
         if name != 'cuda' or grouped_gpu.fits(x, kernels)
     }
-    if grouped_tpu.fits(x, kernels):  # which give their results in any dtype themselves
+    if grouped_tpu.fits(x, kernels):  # these kernels themselves return any dtype
         casting['tpu'] = functools.partial(on_tpus, dtype=dtype)
     return casting
 
@@ -140,7 +140,7 @@ def _ragged(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.Arr
 
 
 def _ragged_outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """x[rows of e]^T @ y[rows of e]: [N, D], [N, F] -> [E, D, F] float32."""
+    """Returns x[rows of e]^T @ y[rows of e]: [N, D], [N, F] -> [E, D, F] float32."""
     dimensions = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())),
         lhs_ragged_dimensions=[0],
@@ -152,41 +152,41 @@ def _ragged_outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.Arr
 
 
 class _Blocks:
-    """Rows laid out in blocks of one group each: every group is filled up to whole blocks.
+    """A layout of rows in blocks of one group each; every group is padded to whole blocks.
 
-    With as many rows as groups the first block of every group stands in front, so that these can be
-    one batched product. With fewer most groups have no rows, and no block.
+    If there are at least as many rows as groups, the first blocks of all groups come first, so that
+    they can be one batched matmul. Otherwise most groups have no rows and no block.
     """
 
     def __init__(self, num_rows: int, group_sizes: jax.Array, largest: int = LARGEST_BLOCK) -> None:
         num_groups = group_sizes.shape[0]
         rows_per_group = max(1, 2 * num_rows // num_groups)
         self.size = min(1 << (rows_per_group - 1).bit_length(), largest)
-        self.count = -(-num_rows // self.size) + num_groups  # at most
+        self.count = -(-num_rows // self.size) + num_groups  # the maximum number of blocks
         in_front = int(num_rows >= num_groups)
-        self.first = in_front * num_groups  # blocks in front
-        others = jnp.maximum(-(-group_sizes // self.size) - in_front, 0)  # [E] blocks behind
+        self.first = in_front * num_groups  # the number of first blocks of groups
+        others = jnp.maximum(-(-group_sizes // self.size) - in_front, 0)  # [E], later blocks
         last_other, last_row = jnp.cumsum(others), jnp.cumsum(group_sizes)
         self.used = self.first + last_other[-1]
         index = jnp.arange(self.count) - self.first
-        self.group = jnp.searchsorted(last_other, index, side='right')  # of blocks behind
+        self.group = jnp.searchsorted(last_other, index, side='right')  # groups of later blocks
         rows = jnp.arange(num_rows)
         group = jnp.searchsorted(last_row, rows, side='right')
         inside = rows - (last_row - group_sizes)[group]
         block = inside // self.size - in_front
         block = jnp.where(block < 0, group, self.first + (last_other - others)[group] + block)
-        # Rows of no group have no place: they are dropped on the way in, zeros on the way out.
+        # Rows without a group have no slot: `fill` drops them, and `rows` returns zeros for them.
         place = block * self.size + inside % self.size
         self.place = jnp.where(rows < last_row[-1], place, self.count * self.size)
 
     def fill(self, x: jax.Array) -> jax.Array:
-        """[N, D] -> [blocks, rows of a block, D], zeros between the groups."""
+        """Returns rows [N, D] as blocks [blocks, rows of a block, D], padded with zeros."""
         empty = jnp.zeros((self.count * self.size, x.shape[1]), x.dtype)
         filled = empty.at[self.place].set(x, mode='drop', unique_indices=True)
         return filled.reshape(self.count, self.size, -1)
 
     def rows(self, blocks: jax.Array) -> jax.Array:
-        """The reverse of `fill`."""
+        """Returns the rows of blocks, the inverse of `fill`."""
         flat = blocks.reshape(self.count * self.size, -1)
         return flat.at[self.place].get(mode='fill', fill_value=0)
 
@@ -195,7 +195,7 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _by_blocks(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    kernels = jnp.asarray(kernels, x.dtype)  # in the loop below, one of numpy has no traced index
+    kernels = jnp.asarray(kernels, x.dtype)  # numpy arrays do not support the traced index below
     blocks = _Blocks(x.shape[0], group_sizes)
     filled = blocks.fill(x)
 
@@ -225,21 +225,21 @@ def _outer_by_blocks(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.
 def mlps_by_blocks(
     x: jax.Array, token: jax.Array, expert: jax.Array, kernels: tuple[Any, Any, Any]
 ) -> jax.Array:
-    """`expert_parallel.grouped_mlps` for sampling on CPUs, without a gradient.
+    """Returns `expert_parallel.grouped_mlps` for sampling on CPUs, without a gradient.
 
-    All three products are of the same blocks, so that rows are laid out once, by gathers alone.
+    All three matmuls use the same blocks, so rows are arranged only once, by gathers.
 
     Args:
-      x: [t, D].
-      token: [n] int32, row of x of each pair.
+      x: [t, D], the inputs of the tokens.
+      token: [n] int32, the row of x of each token-expert pair.
       expert: [n] int32 in [0, E), the expert of each pair.
-      kernels: gate and up [E, F, D], down [E, D, F]: outputs in front of inputs
+      kernels: gate and up [E, F, D], down [E, D, F] in the transposed weight layout
         (`Execution.output_major`), in the dtype of x or quantized.
 
     Returns:
       [n, D] in the dtype of x, in the order of the pairs.
     """
-    kernels = jax.tree.map(jnp.asarray, kernels)  # those of numpy have no traced index
+    kernels = jax.tree.map(jnp.asarray, kernels)  # numpy arrays do not support a traced index
     num_experts = jax.tree.leaves(kernels)[0].shape[0]
     order = jnp.argsort(expert)
     sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
@@ -251,8 +251,8 @@ def mlps_by_blocks(
     filled = filled.reshape(blocks.count, blocks.size, -1)
 
     def add_block(i: jax.Array, outputs: jax.Array) -> jax.Array:
-        own = jax.tree.map(lambda leaf: leaf[blocks.group[i]], kernels)
-        return outputs.at[i - blocks.first].set(_gated_mlp(filled[i], own))
+        expert_kernels = jax.tree.map(lambda leaf: leaf[blocks.group[i]], kernels)
+        return outputs.at[i - blocks.first].set(_gated_mlp(filled[i], expert_kernels))
 
     outputs = jnp.zeros((blocks.count - blocks.first, *filled.shape[1:]), jnp.float32)
     outputs = jax.lax.fori_loop(blocks.first, blocks.used, add_block, outputs)
@@ -263,17 +263,17 @@ def mlps_by_blocks(
 
 
 def _gated_mlp(x: jax.Array, kernels: tuple[Any, Any, Any]) -> jax.Array:
-    """[..., R, D], gate and up [..., F, D] and down [..., D, F] -> [..., R, D] float32."""
+    """Returns [..., R, D] float32 for x [..., R, D], gate and up [..., F, D], down [..., D, F]."""
     gate, up, down = kernels
-    x = x.swapaxes(-1, -2)  # [..., D, R], as is all that follows
+    x = x.swapaxes(-1, -2)  # [..., D, R]: rows are the last axis from here on
     hidden = nn.gelu(_times(gate, x), approximate=True) * _times(up, x)
     return _times(down, hidden.astype(x.dtype)).swapaxes(-1, -2)
 
 
 def _times(kernel: Any, x: jax.Array) -> jax.Array:
-    """[..., O, I], [..., I, R] -> [..., O, R] float32, a quantized kernel in the dtype of x."""
+    """Returns [..., O, I] @ [..., I, R] -> [..., O, R] float32; the kernel may be quantized."""
     if is_quantized(kernel):
         return _times(kernel.qvalue.astype(x.dtype), x) * kernel.scale
     product = _dot('...oi,...ir->...or', kernel, x)
-    # Without the barrier XLA turns the product of several rows round, which is slower here.
+    # Without the barrier XLA swaps the operands for several rows, which is slower here.
     return jax.lax.optimization_barrier(product) if x.shape[-1] > 1 else product

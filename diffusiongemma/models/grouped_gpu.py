@@ -1,9 +1,9 @@
-"""The grouped matrix products as Triton kernels, for GPUs.
+"""Grouped matmuls as Triton kernels for GPUs.
 
-XLA would expand `jax.lax.ragged_dot` on a GPU to a product of all rows with the kernels of all
-groups. Here a program multiplies some rows of one group with some columns of its kernel, so that
-every kernel is read about once, and those of empty groups never. For the gradient of the kernels a
-program adds up a part of one of them over the rows of its group.
+On a GPU, XLA would expand `jax.lax.ragged_dot` to a matmul of all rows with the kernels of all
+groups. Here one program multiplies some rows of one group with some columns of its kernel, so that
+every kernel is read about once, and kernels of empty groups are not read. For the gradient of the
+kernels, a program computes one tile of one kernel by summing over the rows of its group.
 """
 
 import functools
@@ -15,26 +15,27 @@ from jax.experimental.pallas import triton as plgpu
 
 from diffusiongemma.models.arrays import ArrayOrShape
 
-# Sides of a tile: of what is summed over, and the least of each; Triton's products need 16.
+# The tile size along the contracted axis, and the minimum size of any side, 16 in Triton.
 INNER = 64
 LEAST = 16
 
 
 def fits(x: ArrayOrShape, kernels: ArrayOrShape) -> bool:
-    """Whether x [N, D] and kernels [E, D, F] divide into tiles."""
+    """Returns whether x [N, D] and kernels [E, D, F] can be divided into tiles."""
     return x.shape[1] % INNER == 0 and kernels.shape[2] % INNER == 0
 
 
 def grouped_matmul_gpu(
     x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """x[rows of group e] @ kernels[e] for every group.
+    """Returns x[rows of group e] @ kernels[e] for every group.
 
     Args:
       x: [N, D], rows sorted by group, of a size that `fits`.
-      kernels: [E, D, F] in the dtype of x, or of eight bits: each tile is converted on its way in.
-      group_sizes: [E] int32, rows of each group; rows behind their sum are not written.
-      interpret: runs the kernel on any platform, slowly.
+      kernels: [E, D, F] in the dtype of x, or int8 or fp8: each tile is converted when loaded.
+      group_sizes: [E] int32, the number of rows of each group; rows after their sum are not
+        written.
+      interpret: whether to interpret the kernel, which works on any platform but is slow.
 
     Returns:
       [N, F] float32, summed in float32.
@@ -43,7 +44,7 @@ def grouped_matmul_gpu(
     rows, columns = _tile(num_rows // num_groups, num_rows, outputs)
     blocks = -(-group_sizes // rows)  # [E]
     last_block, last_row = jnp.cumsum(blocks), jnp.cumsum(group_sizes)
-    count = num_rows // rows + min(num_groups, num_rows)  # at most
+    count = num_rows // rows + min(num_groups, num_rows)  # the maximum number of blocks
     block = jnp.arange(count, dtype=jnp.int32)
     group = jnp.searchsorted(last_block, block, side='right').astype(jnp.int32)
     group = jnp.minimum(group, num_groups - 1)
@@ -64,13 +65,13 @@ def grouped_matmul_gpu(
 def grouped_outer_gpu(
     x: jax.Array, y: jax.Array, group_sizes: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """x[rows of group e]^T @ y[rows of group e] for every group.
+    """Returns x[rows of group e]^T @ y[rows of group e] for every group.
 
     Args:
-      x: [N, D], rows sorted by group; D and F multiples of `INNER`.
+      x: [N, D], rows sorted by group; D and F must be multiples of `INNER`.
       y: [N, F] in the dtype of x.
-      group_sizes: [E] int32, rows of each group; rows behind their sum count nowhere.
-      interpret: runs the kernel on any platform, slowly.
+      group_sizes: [E] int32, the number of rows of each group; rows after their sum are ignored.
+      interpret: whether to interpret the kernel, which works on any platform but is slow.
 
     Returns:
       [E, D, F] float32, summed in float32; zeros for empty groups.
@@ -89,10 +90,10 @@ def grouped_outer_gpu(
 
 
 def _tile(rows_per_group: int, num_rows: int, outputs: int) -> tuple[int, int]:
-    """Rows and columns of a program's part of the result.
+    """Returns the rows and columns of the tile of one program.
 
-    Groups are uneven: room for twice the mean keeps most in one block. Few rows need narrow parts,
-    or most of the GPU has nothing to do.
+    Groups have different sizes: with twice the mean as tile size, most fit in one block. Few rows
+    need narrow tiles, because otherwise most of the GPU is idle.
     """
     rows = min(max(LEAST, 1 << max(0, 2 * rows_per_group - 1).bit_length()), 128)
     columns = 128 if rows > 64 and outputs % 128 == 0 else INNER
@@ -100,7 +101,7 @@ def _tile(rows_per_group: int, num_rows: int, outputs: int) -> tuple[int, int]:
 
 
 def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Summed in float32; float32 operands are not rounded to TF32."""
+    """Returns the matmul, summed in float32; float32 operands are not rounded to TF32."""
     precise = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     return jnp.dot(left, right, precision=precise, preferred_element_type=jnp.float32)
 
@@ -116,10 +117,10 @@ def _kernel(
     rows: int,
     columns: int,
 ) -> None:
-    """Rows first[b] to last[b] of the result, and as many columns as a program has."""
+    """Computes one tile of the result: rows first[b] to last[b] and the columns of the program."""
     block = pl.program_id(0)
     start, end, expert = first[block], last[block], group[block]
-    own = pl.ds(pl.program_id(1) * columns, columns)
+    tile = pl.ds(pl.program_id(1) * columns, columns)
 
     @pl.when(start < end)
     def _():
@@ -132,19 +133,19 @@ def _kernel(
                 mask=jnp.broadcast_to(inside[:, None], (rows, INNER)),
                 other=0,
             )
-            right = plgpu.load(kernels.at[expert, inner, own]).astype(left.dtype)
+            right = plgpu.load(kernels.at[expert, inner, tile]).astype(left.dtype)
             return total + _dot(left, right)
 
         nothing = jnp.zeros((rows, columns), jnp.float32)
         total = jax.lax.fori_loop(0, x.shape[1] // INNER, add, nothing)
         written = jnp.broadcast_to(inside[:, None], (rows, columns))
-        plgpu.store(out.at[pl.ds(start, rows), own], total, mask=written)
+        plgpu.store(out.at[pl.ds(start, rows), tile], total, mask=written)
 
 
 def _outer_kernel(
     first: 'jax.Ref', last: 'jax.Ref', x: 'jax.Ref', y: 'jax.Ref', out: 'jax.Ref'
 ) -> None:
-    """A square of the result of one group."""
+    """Computes one square tile of the result of one group."""
     group = pl.program_id(0)
     start, end = first[group], last[group]
     inputs, outputs = (pl.ds(pl.program_id(axis) * INNER, INNER) for axis in (1, 2))

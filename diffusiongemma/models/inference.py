@@ -1,6 +1,7 @@
-"""Parameters laid out for speed when sampling; the function that they parametrize stays the same.
+"""Converts a model and its parameters to the layout that is fastest for sampling.
 
-Checkpoints and training are of stacked layers with the inputs of each kernel in front.
+The computed function does not change. Checkpoints and training use stacked layers and kernels in
+the layout [in, out].
 """
 
 import dataclasses
@@ -25,15 +26,15 @@ AnyGemma = TypeVar('AnyGemma', bound=Gemma)
 
 
 def for_inference(model: Gemma, params: Params) -> tuple[Gemma, Params]:
-    """The model and its parameters as they compute fastest on the devices at hand.
+    """Returns the model and its parameters in the fastest layout for the current devices.
 
-    The parameters of a denoiser with layers of its own are in its compute dtype, so that no pass
-    has to convert them. Layers are unrolled where that `is_unrolled`. On one device the rows of a
-    draft vocabulary's head are gathered, and on a CPU kernels are in the transposed layout.
+    The parameters of a separate or light denoiser are cast to its compute dtype, so that passes
+    need not convert them. Layers are unrolled if `is_unrolled`. On one device the head rows of a
+    draft vocabulary are gathered, and on a CPU kernels have the transposed layout.
 
     Args:
-      model: of any family, in the layout of training.
-      params: its parameters; nested dict of arrays.
+      model: a model of any family, in the layout of training.
+      params: the parameters of the model as a nested dict of arrays.
     """
     platform = model.execution.platform or jax.default_backend()
     params = _in_denoise_dtype(model, params)
@@ -47,11 +48,11 @@ def for_inference(model: Gemma, params: Params) -> tuple[Gemma, Params]:
 
 
 def is_unrolled(model: Gemma) -> bool:
-    """Whether a model samples faster without a loop over its layers.
+    """Returns whether a model samples faster without a scan over its layers.
 
-    On one CPU or GPU every model does. A TPU's compiler multiplies by dense weights where they lie
-    in the stack, but a kernel takes whole arrays: in a loop each layer's experts, most of all
-    weights, would be copied for it.
+    On one CPU or GPU every model does. On TPUs, XLA reads dense weights in place from the stack,
+    but expert kernels need whole arrays: in a scan the experts of each layer, which are most of the
+    weights, would be copied.
     """
     platform = model.execution.platform or jax.default_backend()
     if platform == 'tpu':
@@ -60,21 +61,21 @@ def is_unrolled(model: Gemma) -> bool:
 
 
 def unroll_layers(model: Gemma, params: Params) -> tuple[Gemma, Params]:
-    """The same function with the loop over layers unrolled, and the parameters that it takes.
+    """Returns the model with its layer scan unrolled, and the parameters in the matching layout.
 
-    A loop copies each layer's weights out of the stacked ones before it uses them, which
-    takes longer than a pass over few tokens itself; without the loop they are read where they lie.
-    Compile time then grows with depth.
+    A scan copies the weights of each layer out of the stack before it uses them, which takes longer
+    than a pass over few tokens. Without the scan they are read in place, but compile time grows
+    with depth.
 
     Args:
-      model: of any family, with `Execution.scan_layers`.
-      params: its parameters; nested dict of arrays.
+      model: a model of any family, with `Execution.scan_layers`.
+      params: the parameters of the model as a nested dict of arrays.
 
     Returns:
-      The model and its parameters: `layers` [G, ...] has become `layers_0` to `layers_{G - 1}`.
+      The model and its parameters: `layers` [G, ...] becomes `layers_0` to `layers_{G - 1}`.
 
     Raises:
-      ValueError: the model is unrolled already.
+      ValueError: if the model is already unrolled.
     """
     if not model.execution.scan_layers:
         raise ValueError('the layers of this model are unrolled already (scan_layers=False).')
@@ -82,27 +83,27 @@ def unroll_layers(model: Gemma, params: Params) -> tuple[Gemma, Params]:
     def unrolled(node: Any) -> Any:
         if not isinstance(node, dict):
             return node
-        made = {}
+        result = {}
         for name, child in node.items():
             if name in STACKED:
                 for g in range(jax.tree.leaves(child)[0].shape[0]):
-                    made[f'{name}_{g}'] = jax.tree.map(lambda leaf, g=g: leaf[g], child)
+                    result[f'{name}_{g}'] = jax.tree.map(lambda leaf, g=g: leaf[g], child)
             else:
-                made[name] = unrolled(child)
-        return made
+                result[name] = unrolled(child)
+        return result
 
     return with_execution(model, scan_layers=False), unrolled(params)
 
 
 def with_execution(model: AnyGemma, **changes: Any) -> AnyGemma:
-    """The model computed in another way, see `Execution`."""
+    """Returns the model with other execution settings, see `Execution`."""
     return model.clone(execution=dataclasses.replace(model.execution, **changes))
 
 
 def gather_draft_head(model: Gemma, params: Params) -> tuple[Gemma, Params]:
-    """The same function with the rows that a draft vocabulary scores as a parameter of their own.
+    """Returns the model with the head rows of a draft vocabulary as a separate parameter.
 
-    Without a draft vocabulary model and parameters are returned as they are.
+    Without a draft vocabulary, model and parameters are returned unchanged.
     """
     if DRAFT_IDS not in params or model.execution.gather_draft_head:
         return model, params
@@ -112,31 +113,31 @@ def gather_draft_head(model: Gemma, params: Params) -> tuple[Gemma, Params]:
 
 
 def output_major_kernels(model: Gemma, params: Params) -> tuple[Gemma, Params]:
-    """The same function with the outputs of each kernel in front of its inputs.
+    """Returns the model and its parameters in the transposed weight layout, [out, in].
 
-    XLA's products on a CPU are up to three times faster so, where the rows are few (`FEW_ROWS`).
+    XLA's matmuls on a CPU are up to three times faster in this layout for few rows (`FEW_ROWS`).
     Routed experts have no gradient in this layout.
 
     Args:
-      model: of any family, without `Execution.output_major`.
-      params: its parameters; nested dict of arrays, layers stacked or not.
+      model: a model of any family, without `Execution.output_major`.
+      params: the parameters of the model as a nested dict of arrays, with layers stacked or not.
 
     Raises:
-      ValueError: the kernels have their outputs in front already.
+      ValueError: if the kernels already have the transposed layout.
     """
     if model.execution.output_major:
-        raise ValueError('the kernels of this model have their outputs in front already.')
+        raise ValueError('the kernels of this model already have the transposed layout.')
 
-    turned = map_kernels(_outputs_first, params)
-    return with_execution(model, output_major=True), turned
+    transposed = map_kernels(_outputs_first, params)
+    return with_execution(model, output_major=True), transposed
 
 
 def kernels_in_compute_dtype(model: DiffusionGemma, params: Params) -> Params:
-    """The parameters with the kernels of layers in the dtype that every pass casts them to.
+    """Returns the parameters with the kernels of layers cast to the compute dtype.
 
-    Router, norms and embedding stay as they are. A step that casts once, before its passes, has one
-    copy in bfloat16 for all of them, and gradients of every pass are stacked over layers in
-    bfloat16, which is what their matmuls return, in place of float32.
+    Router, norms and embedding are unchanged. If a training step casts once before its passes, all
+    passes share one bfloat16 copy, and the gradients of every pass are stacked over layers in
+    bfloat16, the dtype in which their matmuls return them, instead of float32.
     """
 
     def cast(name: str, part: Any) -> Any:
@@ -147,7 +148,7 @@ def kernels_in_compute_dtype(model: DiffusionGemma, params: Params) -> Params:
 
 
 def _outputs_first(kernel: Any, weight: Weight) -> jax.Array:
-    """Turns [..., *inputs, *outputs] into [..., *outputs, *inputs]."""
+    """Transposes [..., *inputs, *outputs] to [..., *outputs, *inputs]."""
     inputs, outputs = len(weight.inputs), len(weight.outputs)
     return jnp.moveaxis(kernel, range(-outputs, 0), range(-inputs - outputs, -inputs))
 
@@ -157,9 +158,9 @@ def _in_denoise_dtype(model: Gemma, params: Params) -> Params:
         return params
     if model.execution.denoise_dtype is None:
         return params
-    own = {
+    cast = {
         name: jax.tree.map(lambda leaf: leaf.astype(model.denoise_dtype), params[name])
         for name in DENOISER_ALONE
         if name in params
     }
-    return params | own
+    return params | cast

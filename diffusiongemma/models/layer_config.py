@@ -1,4 +1,4 @@
-"""Configs of the parts of a layer, and how layers are stacked."""
+"""The configs of the parts of a layer, and stacks of layers."""
 
 import dataclasses
 
@@ -8,18 +8,18 @@ FULL = 'full'
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Attention of one layer type.
+    """The config of the attention of one layer type.
 
     Attributes:
-      num_kv_heads: key/value heads K; divides the model's query heads N.
-      head_dim: H, even.
-      rope_theta: base wavelength of the rotary embedding.
-      rope_fraction: share of the H/2 frequencies that rotate ("proportional" RoPE);
-        the others are zero.
-      rope_scale: positions are divided by it ("linear" scaling; 8 in the full layers of the
-        Gemma 3 models that read more than 32K tokens).
-      window: keys that a query sees, itself included; None for the whole prefix.
-      value_is_key: no value projection; the value is the raw key projection.
+      num_kv_heads: the number of key/value heads K, a divisor of the query heads N.
+      head_dim: the width H of a head, an even number.
+      rope_theta: the base wavelength of the rotary embedding.
+      rope_fraction: the share of the H/2 frequencies that rotate ("proportional" RoPE); the others
+        are zero.
+      rope_scale: the divisor of positions ("linear" scaling; 8 in the full layers of the Gemma 3
+        models with a context of more than 32K tokens).
+      window: the number of keys that a query sees, including itself; None for the whole prefix.
+      value_is_key: whether the value is the raw key projection, without a value projection.
     """
 
     num_kv_heads: int
@@ -43,7 +43,7 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """Routed experts beside the dense MLP: E experts of width F_e, top-k of them per token."""
+    """The config of routed experts beside the dense MLP: E experts of width F_e, k per token."""
 
     num_experts: int
     top_k: int
@@ -58,11 +58,11 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PerLayerConfig:
-    """Per-layer embeddings: every token has a small vector for each layer (Gemma 4 E2B, E4B).
+    """The config of per-layer embeddings: a small vector per token and layer (Gemma 4 E2B, E4B).
 
     Attributes:
-      width: P of each vector.
-      vocab_size: tokens that have such vectors; at least the model's V.
+      width: the width P of each vector.
+      vocab_size: the number of tokens with such vectors, at least V of the model.
     """
 
     width: int
@@ -75,15 +75,15 @@ class PerLayerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LayerStack:
-    """Consecutive layers that differ in nothing but their type.
+    """A stack of consecutive layers that only differ in their type.
 
-    Whole repetitions of a pattern share code; what is left over is applied one by one.
+    Whole repetitions of a pattern share code; the remaining layers are applied one by one.
 
     Attributes:
-      first: number of its first layer in the model.
+      first: the index of the first layer of the stack in the model.
       types: 'sliding' or 'full' for each layer.
-      shares_kv: the layers attend to keys and values of earlier ones and have none themselves.
-      scanned: the repetitions are one loop over stacked parameters, keys and values.
+      shares_kv: whether the layers attend to the keys and values of earlier layers.
+      scanned: whether the repetitions are one scan over stacked parameters, keys and values.
     """
 
     first: int
@@ -92,12 +92,12 @@ class LayerStack:
     scanned: bool = True
 
     def as_loop(self, scanned: bool) -> 'LayerStack':
-        """The same layers, their repetitions in a loop or not (`Execution.scan_layers`)."""
+        """Returns the same layers, scanned or not (`Execution.scan_layers`)."""
         return dataclasses.replace(self, scanned=scanned)
 
     @property
     def pattern(self) -> tuple[str, ...]:
-        """The shortest run of layer types that, repeated, gives `types`."""
+        """Returns the shortest sequence of layer types whose repetition is `types`."""
         types = self.types
         for period in range(1, len(types) + 1):
             if all(types[i] == types[i % period] for i in range(len(types))):
@@ -106,25 +106,25 @@ class LayerStack:
 
     @property
     def num_groups(self) -> int:
-        """G, whole repetitions of the pattern."""
+        """Returns G, the number of whole repetitions of the pattern."""
         return len(self.types) // len(self.pattern) if self.types else 0
 
     @property
     def tail(self) -> tuple[str, ...]:
-        """Layer types left over after the last whole repetition; applied one by one."""
+        """Returns the layer types after the last whole repetition, which are applied one by one."""
         return self.types[self.num_groups * len(self.pattern) :]
 
     @property
     def tail_first(self) -> int:
-        """Number of the first tail layer in the model."""
+        """Returns the index of the first tail layer in the model."""
         return self.first + len(self.types) - len(self.tail)
 
     @property
     def stacked(self) -> tuple[str, ...]:
-        """Layer types whose keys and values are stacked, [G, ...] for each: those of a scan."""
+        """Returns the layer types with stacked keys and values [G, ...]: those of a scan."""
         return self.pattern if self.scanned else ()
 
     @property
     def single(self) -> tuple[str, ...]:
-        """Layer types whose keys and values are arrays of their own."""
+        """Returns the layer types whose keys and values are not stacked."""
         return self.tail if self.scanned else self.types

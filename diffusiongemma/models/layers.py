@@ -1,6 +1,6 @@
-"""Layers with no attention in them: norms, embedding, gated MLP, rotary embedding.
+"""Layers without attention: norms, embedding, gated MLP, rotary embedding.
 
-Their weights are declared in `weights.py`. Parameters are cast to the compute dtype at their use;
+`weights.py` declares their weights. Parameters are cast to the compute dtype when they are used;
 norms and logits are computed in float32.
 """
 
@@ -30,7 +30,7 @@ _ONE_DEVICE = Execution()
 
 
 def kernel_init(fan_in: int) -> nn.initializers.Initializer:
-    """Normal initializer with variance 1 / fan_in."""
+    """Returns a normal initializer with variance 1 / fan_in."""
     return nn.initializers.normal(stddev=fan_in**-0.5)
 
 
@@ -41,19 +41,19 @@ def weight(
     shape: Sequence[int],
     execution: Execution = _ONE_DEVICE,
 ) -> Any:
-    """Creates a float32 parameter as it is declared in `models/weights.py`.
+    """Creates a float32 parameter from its declaration in `models/weights.py`.
 
     Args:
-      module: whose parameter it is.
-      declared: its key there, of which the last part is its name in the module.
-      init: its initializer.
-      shape: the size of each of its axes, in the order of the declaration.
+      module: the module that the parameter belongs to.
+      declared: the key of the declaration, whose last part is the name in the module.
+      init: the initializer.
+      shape: the size of each axis, in the order of the declaration.
       execution: whether the output axes come first (`output_major`), and the mesh on which a
         large kernel is gathered.
 
     Returns:
-      [*maps, *inputs, *outputs], or [*maps, *outputs, *inputs]; quantized where `apply` is given
-      it so.
+      [*maps, *inputs, *outputs], or [*maps, *outputs, *inputs]; a quantized kernel if the model
+      is applied to quantized parameters.
     """
     declaration = WEIGHTS[declared]
     axes, sizes = declaration.axes, tuple(shape)
@@ -68,17 +68,17 @@ def weight(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(equation: str, x: Float[Array, '...'], y: Float[Array, '...']) -> Float[Array, '...']:
-    """Product of two arrays, named as for einsum, summed in float32: returns float32.
+    """Returns the einsum of two arrays, accumulated and returned in float32.
 
-    Its gradients are such products too, of operands in the dtypes of x and y: of bfloat16
-    operands every product of the forward and the backward pass is what the matrix units of
-    TPUs, GPUs and of CPUs with AVX512-BF16 compute, and no sum is rounded before its end.
+    Its gradients are also contractions of operands in the dtypes of x and y. So for bfloat16
+    operands, all matmuls of the forward and backward pass run natively on the matrix units of
+    TPUs, GPUs and CPUs with AVX512-BF16, and sums are only rounded at their end.
 
     Args:
-      equation: 'indices of x,indices of y->indices of the result', each index in two of the
-        three or in all.
-      x: of any float dtype.
-      y: of any float dtype.
+      equation: 'indices of x,indices of y->indices of the result'; each index occurs in at least
+        two of the three.
+      x: an array of any float dtype.
+      y: an array of any float dtype.
     """
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
@@ -107,25 +107,25 @@ WEIGHT_PRODUCT = 'weight_product'
 
 
 def is_quantized(kernel: Any) -> bool:
-    """Whether it is a `qwix.QArray` (`models/quantization.py`)."""
+    """Returns whether a kernel is a `qwix.QArray` (`models/quantization.py`)."""
     return hasattr(kernel, 'qvalue')
 
 
 def as_operand(kernel: Any, dtype: DTypeLike) -> Any:
-    """The weights as products take them: in `dtype`, or quantized as they are."""
+    """Returns a kernel as an operand of matmuls: cast to `dtype`, or unchanged if quantized."""
     return kernel if is_quantized(kernel) else kernel.astype(dtype)
 
 
 def project(
     equation: str, x: Float[Array, '...'], kernel: Any, output_major: bool = False
 ) -> Float[Array, '...']:
-    """`contract` with a weight; what rematerialization may keep (`Execution.remat` 'dots').
+    """Returns `contract` with a weight; rematerialization may keep it (`Execution.remat` 'dots').
 
     Args:
-      equation: as for `contract`, its kernel with the inputs in front.
-      x: of any float dtype; the product is taken in it.
-      kernel: laid out as `weight` returns it; of any float dtype, or quantized.
-      output_major: as given there.
+      equation: the equation of `contract`, with the kernel in the layout [in, out].
+      x: an array of any float dtype, in which the matmul is computed.
+      kernel: a kernel in the layout of `weight`, of any float dtype or quantized.
+      output_major: whether the kernel has the transposed layout, see `weight`.
     """
     kernel = as_operand(kernel, x.dtype)
     if output_major:
@@ -135,14 +135,14 @@ def project(
 
 def _multiply(equation: str, x: Float[Array, '...'], kernel: Any) -> Float[Array, '...']:
     if is_quantized(kernel):
-        import qwix  # a third of a second, which other models do without
+        import qwix  # the import takes a third of a second, and only quantized models need it
 
         return qwix.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
     return contract(equation, x, kernel)
 
 
-# Up to so many rows XLA's float32 products on CPUs are up to 3 times faster as weights times rows;
-# those of bfloat16 are slower so.
+# For up to this many rows, XLA's float32 matmuls on CPUs are up to 3 times faster as weights times
+# rows; bfloat16 matmuls are slower in this order.
 FEW_ROWS = 64
 
 
@@ -155,12 +155,12 @@ def _project_output_major(
     rows = ''.join(index for index in of_x if index not in of_kernel)
     sizes = dict(zip(of_x, x.shape, strict=True))
     sizes |= dict(zip(outputs + inputs, kernel.shape, strict=True))
-    # As matrices: given several axes of inputs XLA sorts them anew, and copies the kernel for it.
+    # Reshape to matrices: for several input axes XLA would reorder them and copy the kernel.
     x = x.transpose([of_x.index(index) for index in rows + inputs])
     x = x.reshape(math.prod(sizes[index] for index in rows), -1)
     kernel = kernel.reshape(math.prod(sizes[index] for index in outputs), x.shape[1])
     if len(x) <= FEW_ROWS and x.dtype == jnp.float32 and not is_quantized(kernel):
-        # Without the barrier XLA turns the product round, so that it need not be transposed.
+        # Without the barrier XLA swaps the operands of the matmul to avoid the transpose.
         product = jax.lax.optimization_barrier(contract('oi,ri->or', kernel, x)).T
     else:
         product = _multiply('ri,oi->ro', x, kernel)
@@ -169,13 +169,13 @@ def _project_output_major(
 
 
 def rms_normalize(x: Float[Array, '*B D'], eps: float) -> Float[Array, '*B D']:
-    """x / rms(x) over the last axis, computed and returned in float32."""
+    """Returns x / rms(x) over the last axis, computed and returned in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
 class RMSNorm(nn.Module):
-    """RMS norm with a learned scale, in float32; returns the input's dtype."""
+    """An RMS norm with a learned scale, computed in float32; it returns the input's dtype."""
 
     eps: float
     scale_offset: float = 0.0
@@ -189,7 +189,7 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """gelu_tanh(x Wg) * (x Wu) Wd without biases; [..., D] -> [..., D]."""
+    """A gated MLP, gelu_tanh(x Wg) * (x Wu) Wd without biases; [..., D] -> [..., D]."""
 
     width: int
     ffn_width: int
@@ -205,8 +205,8 @@ class GatedMLP(nn.Module):
         self.down = weight(self, 'mlp/down', init, (f, d), self.execution)
 
     def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
-        # As one matrix of tokens: contracting several leading axes, as the gradients of the
-        # kernels would, makes XLA transpose the hidden layer on CPUs, which doubles the time.
+        # Use one matrix of tokens: with several leading axes, the gradients of the kernels would
+        # make XLA transpose the hidden layer on CPUs, which doubles the time.
         tokens, output_major = x.reshape(-1, self.width), self.execution.output_major
         gate = project('td,df->tf', tokens, self.gate, output_major)
         up = project('td,df->tf', tokens, self.up, output_major)
@@ -216,7 +216,7 @@ class GatedMLP(nn.Module):
 
 
 class Embedder(nn.Module):
-    """Token embedding tied with the output head."""
+    """The token embedding, which is tied with the output head."""
 
     vocab_size: int
     width: int
@@ -229,14 +229,14 @@ class Embedder(nn.Module):
         self.embedding = weight(self, 'embedder/embedding', kernel_init(self.width), shape)
 
     def encode(self, tokens: Int[Array, '*B']) -> Float[Array, '*B D']:
-        """[...] int32 -> [..., D], scaled by sqrt(D)."""
+        """Returns embeddings scaled by sqrt(D): [...] int32 -> [..., D]."""
         scale = jnp.asarray(self.width**0.5, self.dtype)
         return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype) * scale
 
     def soft_encode(self, logits: Float[Array, '*B V'], dtype: DTypeLike) -> Float[Array, '*B D']:
-        """softmax(logits) @ embedding * sqrt(D): [..., V] -> [..., D].
+        """Returns softmax(logits) @ embedding * sqrt(D): [..., V] -> [..., D].
 
-        The softmax is taken in float32; its product with the table in `dtype`.
+        The softmax is computed in float32, the matmul with the table in `dtype`.
         """
         table = self._table(dtype)
         rows = logits.astype(jnp.float32).reshape(-1, self.vocab_size)
@@ -250,9 +250,9 @@ class Embedder(nn.Module):
     def decode(
         self, hidden: Float[Array, '*B D'], table: Float[Array, 'V D'] | None = None
     ) -> Float[Array, '*B V']:
-        """[..., D] -> float32 logits [..., V], soft-capped by cap * tanh(logits / cap).
+        """Returns float32 logits, soft-capped by cap * tanh(logits / cap): [..., D] -> [..., V].
 
-        `table` [n, D] holds the rows of some tokens alone, in place of the whole embedding.
+        `table` [n, D] replaces the whole embedding by the rows of some tokens.
         """
         tokens = hidden.reshape(-1, self.width)
         dtype = hidden.dtype
@@ -272,8 +272,8 @@ class Embedder(nn.Module):
     def _logits(
         self, tokens: Float[Array, 't D'], table: Float[Array, 'n D']
     ) -> Float[Array, 't n']:
-        """[t, D] and rows [n, D] of the table -> [t, n]."""
-        if self.execution.output_major:  # as the table is
+        """Returns the logits of tokens [t, D] for rows [n, D] of the table: [t, n]."""
+        if self.execution.output_major:  # the table has the layout [out, in]
             logits = project('td,dv->tv', tokens, table, output_major=True)
         else:
             logits = contract('td,vd->tv', tokens, table)
@@ -285,15 +285,16 @@ class Embedder(nn.Module):
 def rope_tables(
     positions: Int[Array, '*B'], head_dim: int, theta: float, fraction: float, scale: float
 ) -> tuple[Float[Array, '*B h'], Float[Array, '*B h']]:
-    """Cosine and sine of the rotary embedding, [..., H/2] float32 for positions [...].
+    """Returns cosine and sine of the rotary embedding, [..., H/2] float32 for positions [...].
 
-    Frequency i is theta^(-2i/H) for i < fraction * H/2 and zero above ("proportional"
-    RoPE of Gemma 4; fraction 1 is the usual one, Su et al. 2021, arXiv:2104.09864). All are
+    Frequency i is theta^(-2i/H) for i < fraction * H/2 and zero above ("proportional" RoPE of
+    Gemma 4; fraction 1 is the usual RoPE, Su et al. 2021, arXiv:2104.09864). All frequencies are
     divided by `scale` ("linear" scaling of Gemma 3, Chen et al. 2023, arXiv:2306.15595).
     """
     half = head_dim // 2
     index = np.arange(half)
-    # On the host, in float64: an accelerator's power is some 1e-6 off, times the position.
+    # Computed on the host in float64: the power function of an accelerator has a relative error of
+    # about 1e-6, which is multiplied by the position.
     frequency = np.where(index < int(fraction * half), theta ** (-2.0 * index / head_dim), 0.0)
     angle = positions[..., None].astype(jnp.float32) * np.float32(frequency / scale)
     return jnp.cos(angle), jnp.sin(angle)

@@ -1,14 +1,14 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) as pure functions of parameters.
 
-Adapters are a tree like the parameters': an adapted kernel W is replaced by two factors
-`lora_a` [.., in, r] and `lora_b` [.., r, out], and W + (alpha / r) A B takes its place. Leading
-axes are those of the kernel: repetitions of the layer pattern, experts. What is trained whole
-(beside the low-rank part) is in the tree as it is. No module knows of any of this: a model runs on
-merged parameters.
+Adapters are a tree with the structure of the parameters, in which an adapted kernel W is replaced
+by two factors `lora_a` [.., in, r] and `lora_b` [.., r, out]; the merged kernel is
+W + (alpha / r) A B. Leading axes are those of the kernel: repetitions of the layer pattern, and
+experts. Parameters that are trained in full are also in the tree. Modules do not depend on
+adapters: a model runs on merged parameters.
 
-Adapters of the denoise pass alone need a model whose denoise pass has layers of its own
-(kind 'separate'); the encode pass then stays the base's to the bit. `base_params` makes such
-parameters from those of any base.
+Adapters for only the denoise pass need a model with a separate denoiser; its encode pass then
+equals that of the base bit for bit. `base_params` converts the parameters of any base to such a
+model.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ _A, _B = 'lora_a', 'lora_b'
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """What is adapted, and how.
+    """The config of LoRA adapters.
 
     Attributes:
-      rank: r, columns of A and rows of B.
-      alpha: the product A B is scaled by alpha / r.
-      targets: patterns (`fnmatch`) of '/'-joined names; the kernels that match one are adapted.
-      whole: patterns of parameters that are trained themselves. By default what an
+      rank: r, the number of columns of A and rows of B.
+      alpha: A B is scaled by alpha / r.
+      targets: patterns (`fnmatch`) of '/'-joined names; matching kernels are adapted.
+      whole: patterns of parameters that are trained in full, by default those that an
         autoregressive base does not have.
-      passes: 'both', or 'denoise' for the denoise pass alone.
+      passes: 'both', or 'denoise' to adapt only the denoise pass.
     """
 
     rank: int = 8
@@ -65,7 +65,7 @@ class LoraConfig:
 
 
 class _Axes(NamedTuple):
-    """How many axes of a kernel are batch (layers, experts), inputs and outputs."""
+    """The numbers of batch (layers, experts), input and output axes of a kernel."""
 
     batch: int
     inputs: int
@@ -73,15 +73,16 @@ class _Axes(NamedTuple):
 
 
 def init_lora(config: LoraConfig, params: Mapping[str, Any], key: jax.Array) -> dict:
-    """Adapters that change nothing yet: A is random, B zero, in float32.
+    """Returns initial adapters, which do not change the model: A is random, B is zero, float32.
 
     Args:
-      config: what is adapted.
-      params: of the model; only shapes are used, and the values of what is trained whole.
-      key: of the random factors; split by the order of the names.
+      config: the config of the adapters.
+      params: the parameters of the model; only shapes are used, except for parameters that are
+        trained in full.
+      key: the PRNG key of the random factors, split by the order of the names.
 
     Raises:
-      ValueError: no parameter matches, or the pass cannot be adapted alone.
+      ValueError: if no parameter matches, or the model has no separate denoiser to adapt.
     """
     if config.passes == DENOISE and 'denoise_backbone' not in params:
         raise ValueError(
@@ -104,15 +105,15 @@ def init_lora(config: LoraConfig, params: Mapping[str, Any], key: jax.Array) -> 
 
 
 def merge_lora(params: Mapping[str, Any], adapters: Mapping[str, Any], config: LoraConfig) -> dict:
-    """The parameters with the adapters in them, in the parameters' dtypes.
+    """Returns the parameters with the adapters merged in, in the dtypes of the parameters.
 
     Args:
-      params: of the base. What is trained whole may be missing.
-      adapters: from `init_lora`, trained.
-      config: of the adapters.
+      params: the parameters of the base. Those that are trained in full may be missing.
+      adapters: trained adapters with the structure of `init_lora`.
+      config: the config of the adapters.
 
     Raises:
-      ValueError: the base has no such kernel, or one of another shape.
+      ValueError: if the base lacks a kernel or has one with another shape.
     """
     merged = flatten_dict(dict(params), sep='/')
     factors = flatten_dict(dict(adapters), sep='/')
@@ -128,41 +129,41 @@ def merge_lora(params: Mapping[str, Any], adapters: Mapping[str, Any], config: L
 
 
 def base_params(target: ModelConfig, params: Mapping[str, Any]) -> dict:
-    """Parameters of a base as those of the `target` model; shared arrays are not copied.
+    """Returns the parameters of a base in the structure of the `target` model, without copies.
 
-    A separate denoiser starts at the base's layers, with the scalars of its denoise pass; a
-    shared one at the encode scalars, where the base is autoregressive. What the base does not
-    have (self-conditioning) is left out.
+    A separate denoiser starts from the base's layers, with the scalars of its denoise pass. A
+    shared one starts from the encode scalars if the base is autoregressive. Parameters that the
+    base does not have (self-conditioning) are left out.
 
     Args:
-      target: config of the adapted model.
-      params: of the base, a Gemma or DiffusionGemma with the same backbone.
+      target: the config of the adapted model.
+      params: the parameters of the base, a Gemma or DiffusionGemma with the same backbone.
     """
     flat = flatten_dict(dict(params))
-    found = dict(flat)
+    result = dict(flat)
     for path, value in flat.items():
         if path[0] != 'backbone' or target.kind is None or 'denoise_backbone' in params:
             continue
         denoise_scalar = (*path[:-1], 'denoise_scalar')
         if target.kind == SHARED:
             if path[-1] == 'encode_scalar':
-                found.setdefault(denoise_scalar, value)
+                result.setdefault(denoise_scalar, value)
             continue
         separate = ('denoise_backbone', *path[1:])
         if path[-1] == 'denoise_scalar':
-            del found[path]
-            found[(*separate[:-1], 'encode_scalar')] = value
+            del result[path]
+            result[(*separate[:-1], 'encode_scalar')] = value
         elif path[-1] != 'encode_scalar' or denoise_scalar not in flat:
-            found[separate] = value
-    return unflatten_dict(found)
+            result[separate] = value
+    return unflatten_dict(result)
 
 
 def adapter_shardings(adapters: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict:
-    """Shardings of adapters: a factor lies as its kernel does, the rank on every device.
+    """Returns the shardings of adapters: factors are sharded like their kernel, but not the rank.
 
     Args:
       adapters: a tree from `init_lora` (of arrays or shapes).
-      shardings: NamedSharding of every parameter, `parallel.param_shardings`.
+      shardings: the NamedSharding of every parameter, from `parallel.param_shardings`.
     """
     kernels = flatten_dict(dict(shardings), sep='/')
     placed = {}
@@ -177,10 +178,10 @@ def adapter_shardings(adapters: Mapping[str, Any], shardings: Mapping[str, Any])
         spec = tuple(sharding.spec)
         outer, inner = spec[: axes.batch], spec[axes.batch :]
         if leaf == _A:
-            rest = (inner[0] if axes.inputs == 1 else None, None)
+            factor = (inner[0] if axes.inputs == 1 else None, None)
         else:
-            rest = (None, inner[-1] if axes.outputs == 1 else None)
-        kept = _divisible((*outer, *rest), value.shape, sharding.mesh)
+            factor = (None, inner[-1] if axes.outputs == 1 else None)
+        kept = _divisible((*outer, *factor), value.shape, sharding.mesh)
         placed[name] = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*kept))
     return unflatten_dict(placed, sep='/')
 
@@ -202,7 +203,7 @@ def _matches(config: LoraConfig, patterns: tuple[str, ...], name: str) -> bool:
 
 
 def _axes(name: str, ndim: int) -> _Axes | None:
-    """The axes of the kernel `name`; None where the parameter is no kernel."""
+    """Returns the axes of the kernel `name`; None if the parameter is not a kernel."""
     weight = weight_at(name.split('/'))
     if weight is None or not weight.inputs:
         return None
@@ -213,22 +214,22 @@ def _axes(name: str, ndim: int) -> _Axes | None:
 def _factor_shapes(
     shape: tuple[int, ...], axes: _Axes, rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of A [*batch, in, r] and B [*batch, r, out] of a kernel [*batch, *in, *out]."""
-    batch, rest = shape[: axes.batch], shape[axes.batch :]
-    inputs, outputs = math.prod(rest[: axes.inputs]), math.prod(rest[axes.inputs :])
+    """Returns the shapes of A [*batch, in, r] and B [*batch, r, out] for [*batch, *in, *out]."""
+    batch, matrix = shape[: axes.batch], shape[axes.batch :]
+    inputs, outputs = math.prod(matrix[: axes.inputs]), math.prod(matrix[axes.inputs :])
     return (*batch, inputs, rank), (*batch, rank, outputs)
 
 
 def _with_delta(
     name: str, kernel: jax.Array | None, a: jax.Array, b: jax.Array, config: LoraConfig
 ) -> jax.Array:
-    """kernel + scale * A B, computed in float32."""
+    """Returns kernel + scale * A B, computed in float32."""
     axes = None if kernel is None else _axes(name, kernel.ndim)
     factors = tuple(a.shape), tuple(b.shape)
     if kernel is None or axes is None or _factor_shapes(kernel.shape, axes, a.shape[-1]) != factors:
-        have = 'none' if kernel is None else f'one of shape {kernel.shape}'
+        actual = 'none' if kernel is None else f'one of shape {kernel.shape}'
         raise ValueError(
-            f'the adapters of {name} have shapes {a.shape} and {b.shape}, and the base has {have}: '
+            f'the adapters of {name} have shapes {a.shape} and {b.shape}, the base has {actual}: '
             'they are not of this base.'
         )
     delta = jnp.einsum('...ir,...ro->...io', a, b, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""Who sees whom. Every attention mask of the three passes is built here, from positions.
+"""Builds the attention masks of all passes from positions and segment ids.
 
 A pass runs over M blocks of T queries per row (the causal pass: one block, the sequence;
 the denoise pass: M canvases of C tokens). Its keys are a shared prefix of S tokens and
@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Int
 
 
 class KeyTokens(NamedTuple):
-    """The tokens that the S keys of a prefix belong to.
+    """The tokens of the S keys of a prefix.
 
     Attributes:
-      positions: [B, S] int32, position of each token in its document.
-      segment_ids: [B, S] int32, document of each token; 0 where there is no token.
+      positions: [B, S] int32, the position of each token in its document.
+      segment_ids: [B, S] int32, the document of each token; 0 for an empty slot.
     """
 
     positions: Int[Array, 'B S']
@@ -26,7 +26,7 @@ class KeyTokens(NamedTuple):
 
 @flax.struct.dataclass
 class AttentionMask:
-    """Visibility of the two kinds of keys.
+    """The visible keys of each query, for prefix keys and block keys.
 
     Attributes:
       prefix: [B, M, T or 1, S] bool.
@@ -37,7 +37,7 @@ class AttentionMask:
     block: Bool[Array, 'B M Q T']
 
     def rows(self, queries: Int[Array, ' Q']) -> 'AttentionMask':
-        """That of some of the T queries, [Q] int32."""
+        """Returns the mask of some of the T queries, by their indices [Q] int32."""
 
         def pick(mask: Bool[Array, 'B M T S']) -> Bool[Array, 'B M Q S']:
             return mask if mask.shape[2] == 1 else mask[:, :, queries]
@@ -47,19 +47,19 @@ class AttentionMask:
 
 @flax.struct.dataclass
 class CausalMask:
-    """A token sees itself and what came before it in its own document.
+    """A causal mask: a token sees itself and the earlier tokens of its document.
 
-    With a window only itself and the window - 1 tokens before it. Padding (segment 0) is
-    seen by padding alone, and sees nothing of the prefix.
+    With a window it sees itself and the window - 1 tokens before it. Padding (segment 0) is only
+    visible to padding, and sees no prefix tokens.
 
-    It is kept as positions, which are [B, T], and made for as many queries as have scores at the
-    same time.
+    The mask is stored as positions [B, T] and expanded only for the queries whose scores are
+    computed at the same time.
 
     Attributes:
-      positions: [B, T] int32.
-      segment_ids: [B, T] int32.
-      prefix: S earlier tokens.
-      window: keys that a query sees, itself included, or None.
+      positions: [B, T] int32, the position of each token in its document.
+      segment_ids: [B, T] int32, the document of each token; 0 for padding.
+      prefix: the S earlier tokens.
+      window: the number of keys that a query sees, including itself, or None.
     """
 
     positions: Int[Array, 'B T']
@@ -68,12 +68,12 @@ class CausalMask:
     window: int | None = flax.struct.field(pytree_node=False)
 
     def rows(self, queries: Int[Array, ' Q']) -> AttentionMask:
-        """That of some of the T queries, [Q] int32."""
+        """Returns the mask of some of the T queries, by their indices [Q] int32."""
         positions, segment_ids = self.positions[:, queries], self.segment_ids[:, queries]
         return self._of(positions, segment_ids)
 
     def all_rows(self) -> AttentionMask:
-        """That of all T queries."""
+        """Returns the mask of all T queries."""
         return self._of(self.positions, self.segment_ids)
 
     def _of(self, positions: Int[Array, 'B Q'], segment_ids: Int[Array, 'B Q']) -> AttentionMask:
@@ -90,10 +90,10 @@ class CausalMask:
 
 
 def canvas_prefix_window(window: int) -> int:
-    """Prefix tokens that a canvas sees in a sliding layer of width `window`.
+    """Returns the number of prefix tokens that a canvas sees in a sliding layer with a window W.
 
-    The public transformers implementation keeps the last W - 1 prefix tokens for the
-    whole canvas; Google's JAX code keeps W.
+    It is W - 1 for the whole canvas, as in the public transformers implementation; Google's JAX
+    code uses W.
     """
     return window - 1
 
@@ -105,18 +105,18 @@ def canvas_mask(
     prefix: KeyTokens,
     window: int | None,
 ) -> AttentionMask:
-    """A canvas token sees its whole canvas and the prefix before the canvas.
+    """Returns the mask of the denoise pass: a canvas token sees its whole canvas and the prefix.
 
-    All tokens of a canvas see the same prefix: that of the canvas's document up to its
-    start, with a window only the last `canvas_prefix_window(window)` tokens of it. Other
-    canvases are not seen.
+    All tokens of a canvas see the same prefix: the tokens of the canvas's document before its
+    start, and with a window only the last `canvas_prefix_window(window)` of them. Other canvases
+    are not visible.
 
     Args:
-      starts: [B, M] int32, position of each canvas's first token.
-      segment_ids: [B, M] int32, document of each canvas; 0 for an unused slot.
-      canvas_length: C.
-      prefix: S clean tokens.
-      window: window of the layer, or None.
+      starts: [B, M] int32, the position of each canvas's first token.
+      segment_ids: [B, M] int32, the document of each canvas; 0 for an unused slot.
+      canvas_length: the canvas length C.
+      prefix: the S clean tokens.
+      window: the window of the layer, or None.
     """
     same = segment_ids[:, :, None] == prefix.segment_ids[:, None, :]
     distance = starts[:, :, None] - prefix.positions[:, None, :]  # 1 = the token before

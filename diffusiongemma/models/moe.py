@@ -1,4 +1,4 @@
-"""Mixture of experts: float32 top-k router and grouped matmuls, no token dropped."""
+"""Mixture of experts: a float32 top-k router and grouped matmuls without dropped tokens."""
 
 import flax.linen as nn
 import jax
@@ -18,10 +18,10 @@ from diffusiongemma.models.layers import (
 
 
 class Router(nn.Module):
-    """Top-k routing weights in float32.
+    """A router that computes top-k routing weights in float32.
 
-    softmax over E of (rmsnorm(a) * scale * D^-1/2) Wr; the k largest are renormalized to
-    sum to one, then multiplied by a learned scale of their expert (Gemma 4).
+    The weights are the softmax over E of (rmsnorm(a) * scale * D^-1/2) Wr; the k largest are
+    renormalized to sum to one and then multiplied by a learned scale per expert (Gemma 4).
     """
 
     width: int
@@ -30,7 +30,7 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[..., D] -> (weights [..., k] float32, experts [..., k] int32)."""
+        """Returns weights [..., k] float32 and experts [..., k] int32 for inputs [..., D]."""
         d, num_experts = self.width, self.config.num_experts
         ones = nn.initializers.ones
         scale = weight(self, 'router/scale', ones, (d,))
@@ -44,7 +44,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Gated expert MLPs as grouped matmuls over tokens sorted by expert."""
+    """Gated expert MLPs, computed as grouped matmuls over tokens sorted by expert."""
 
     width: int
     config: MoEConfig
@@ -58,7 +58,7 @@ class Experts(nn.Module):
         self.down = weight(self, 'experts/down', kernel_init(f), (e, f, d), self.execution)
 
     def __call__(self, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
-        """x [B, M, T, D], routing weights and expert ids [B, M, T, k] -> [B, M, T, D]."""
+        """Returns outputs [B, M, T, D] for x [B, M, T, D], weights and expert ids [B, M, T, k]."""
         kernels = tuple(
             as_operand(kernel, self.dtype) for kernel in (self.gate, self.up, self.down)
         )
@@ -72,16 +72,16 @@ class Experts(nn.Module):
         flat = x.reshape(-1, self.width)
         if not self.execution.output_major:
             top_k = experts.shape[-1]
-            given = (flat, weights.reshape(-1, top_k), experts.reshape(-1, top_k), kernels)
-            return routed_mlps(*given, every=True).astype(self.dtype).reshape(x.shape)
-        token = jnp.arange(experts.size) // experts.shape[-1]  # of each pair with an expert
+            args = (flat, weights.reshape(-1, top_k), experts.reshape(-1, top_k), kernels)
+            return routed_mlps(*args, every=True).astype(self.dtype).reshape(x.shape)
+        token = jnp.arange(experts.size) // experts.shape[-1]  # of each token-expert pair
         outputs = mlps_by_blocks(flat, token, experts.reshape(-1), kernels)
         outputs = outputs.reshape(*experts.shape, self.width)
         return jnp.einsum('bmtkd,bmtk->bmtd', outputs, weights.astype(self.dtype))
 
 
 class MoE(nn.Module):
-    """Routed experts of one layer; the router reads the residual, the experts its norm."""
+    """The routed experts of one layer; the router reads the residual, the experts its norm."""
 
     width: int
     config: MoEConfig
@@ -94,5 +94,5 @@ class MoE(nn.Module):
         self.experts = Experts(self.width, self.config, self.dtype, self.execution)
 
     def __call__(self, residual: jax.Array, normed: jax.Array) -> jax.Array:
-        """residual [B, M, T, D] routes, normed [B, M, T, D] is what the experts see."""
+        """Returns [B, M, T, D] for the residual, which the router reads, and its normed values."""
         return self.experts(normed, *self.router(residual))

@@ -1,4 +1,4 @@
-"""How many parameters a config has, without making any."""
+"""Counts the parameters of a config without allocating any."""
 
 import dataclasses
 
@@ -12,15 +12,15 @@ from diffusiongemma.models.transformer import Gemma, init_params
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of one model.
+    """The numbers of parameters of a model.
 
     Attributes:
-      total: all of them; embedding and output head are one table.
-      embedding: of the token embedding.
-      per_layer: of the per-layer embeddings.
-      active: what one token reads: without the per-layer embeddings, of which it reads one row,
-        and without the experts that it is not routed to. What model cards call "active" for a
-        mixture of experts and "effective" for E2B and E4B.
+      total: all parameters; embedding and output head are one table.
+      embedding: the parameters of the token embedding.
+      per_layer: the parameters of the per-layer embeddings.
+      active: the parameters that one token uses, without the per-layer embeddings (of which it
+        reads one row) and without experts that it is not routed to. Model cards call them "active"
+        for a mixture of experts and "effective" for E2B and E4B.
     """
 
     total: int
@@ -34,7 +34,7 @@ class ParameterCounts:
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
-    """Counts the parameters that `init_params` would make."""
+    """Returns the numbers of parameters that `init_params` would create."""
     model = (DiffusionGemma if config.is_diffusion else Gemma)(config)
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     sizes = {name: leaf.size for name, leaf in flatten_dict(shapes, sep='/').items()}

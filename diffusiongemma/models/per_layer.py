@@ -1,10 +1,10 @@
-"""Per-layer embeddings (Gemma 4 E2B and E4B): a small vector of each token for each layer.
+"""Per-layer embeddings (Gemma 4 E2B and E4B): a small vector per token and layer.
 
-The vector has two parts: one looked up by the token's id, one projected from the embeddings that
-enter the first layer. In the denoise pass the first part comes from the ids of the noisy canvas
-and the second from the canvas embeddings after self-conditioning, so that both passes run the
-same code and what the previous step believed reaches every layer. No public model has per-layer
-embeddings and a denoise pass: this is a choice of this project.
+The vector is the sum of two parts: one is looked up by the token's id, the other is projected from
+the inputs of the first layer. In the denoise pass the first part comes from the ids of the noisy
+canvas and the second from the canvas embeddings after self-conditioning. So both passes run the
+same code, and the predictions of the previous step reach every layer. No public model has both
+per-layer embeddings and a denoise pass; this is a choice of this project.
 """
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ from diffusiongemma.models.layers import RMSNorm, kernel_init, weight
 
 
 class PerLayerEmbedder(nn.Module):
-    """Per-layer inputs of all layers, before the first one runs."""
+    """A module that computes the per-layer inputs of all layers before the first one runs."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -32,7 +32,7 @@ class PerLayerEmbedder(nn.Module):
         self.projection_norm = RMSNorm(config.norm_eps, config.norm_scale_offset)
 
     def __call__(self, tokens: jax.Array, embeddings: jax.Array) -> jax.Array:
-        """Tokens [...] int32 and what enters the first layer [..., D] -> [..., layers, P]."""
+        """Returns [..., layers, P] for tokens [...] int32 and first-layer inputs [..., D]."""
         width = self.embedding.shape[-1]
         looked_up = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         looked_up *= jnp.asarray(width**0.5, self.dtype)
@@ -42,7 +42,7 @@ class PerLayerEmbedder(nn.Module):
 
 
 class PerLayerUpdate(nn.Module):
-    """(gelu_tanh(x Wg) * per-layer input) Wp: what a layer makes of its per-layer input."""
+    """The update of a layer from its per-layer input: (gelu_tanh(x Wg) * per-layer input) Wp."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -54,6 +54,6 @@ class PerLayerUpdate(nn.Module):
         self.projection = weight(self, 'per_layer/projection', kernel_init(p), (p, d))
 
     def __call__(self, x: jax.Array, per_layer: jax.Array) -> jax.Array:
-        """x [..., D], per-layer input [..., P] -> [..., D]."""
+        """Returns the update [..., D] for x [..., D] and per-layer input [..., P]."""
         hidden = nn.gelu(x @ self.gate.astype(self.dtype), approximate=True) * per_layer
         return hidden @ self.projection.astype(self.dtype)

@@ -1,4 +1,4 @@
-"""Where a compute dtype pays."""
+"""Selects a compute dtype that the hardware supports natively."""
 
 import functools
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-_CPU_FLAGS = {'avx512_bf16', 'amx_bf16', 'bf16'}  # the last one on Arm
+_CPU_FLAGS = {'avx512_bf16', 'amx_bf16', 'bf16'}  # the last one is for Arm
 
 
 @functools.cache
 def cpu_has_bfloat16(cpuinfo: str = '/proc/cpuinfo') -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; False where the file is missing."""
+    """Returns whether this CPU has native bfloat16 matmuls; False if the file is missing."""
     try:
         lines = Path(cpuinfo).read_text().splitlines()
     except OSError:
@@ -24,14 +24,14 @@ def cpu_has_bfloat16(cpuinfo: str = '/proc/cpuinfo') -> bool:
 
 
 def native_dtype(name: str, platform: str | None = None) -> jnp.dtype:
-    """The dtype to compute in where `name` is asked for.
+    """Returns the dtype to compute in if `name` is requested.
 
-    That is float32 instead of bfloat16 on a CPU that has no products of bfloat16: it would convert
-    every operand first, and take longer than in float32.
+    It is float32 instead of bfloat16 on a CPU without native bfloat16 matmuls, which would convert
+    every operand first and be slower than in float32.
 
     Args:
-      name: of a float dtype.
-      platform: of the devices that compute; None for that of the default backend.
+      name: the name of a float dtype.
+      platform: the platform of the devices; None for that of the default backend.
     """
     on_cpu = (platform or jax.default_backend()) == 'cpu'
     emulated = on_cpu and name == 'bfloat16' and not cpu_has_bfloat16()

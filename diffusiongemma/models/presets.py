@@ -1,10 +1,10 @@
 """Text backbones of the published Gemma models, as values of `ModelConfig`.
 
-An architecture without weights: `Gemma(GEMMA3_1B)` is the autoregressive model, and
-`GEMMA3_1B.replace(canvas_length=64)` the config of a DiffusionGemma that starts from it. Towers
-for images and sound are not part of a preset.
+A preset is an architecture without weights: `Gemma(GEMMA3_1B)` is the autoregressive model, and
+`GEMMA3_1B.replace(canvas_length=64)` is the config of a DiffusionGemma with the same backbone.
+Vision and audio towers are not included.
 
-Sources, unless a preset names another:
+Sources, unless a preset names another one:
 - Gemma 3: `gemma/gm/nn/_gemma.py` of github.com/google-deepmind/gemma. The files on Hugging Face
   have 64 more rows of embeddings (262,208) from 4B on, for image tokens: `load_model` follows the
   checkpoint.
@@ -28,7 +28,7 @@ _K = 1024
 
 
 def _layer_types(num_layers: int, every: int = 6) -> tuple[str, ...]:
-    """`every` - 1 sliding layers to one full layer."""
+    """Returns layer types with one full layer after every `every` - 1 sliding layers."""
     return tuple(FULL if (i + 1) % every == 0 else SLIDING for i in range(num_layers))
 
 

@@ -1,4 +1,4 @@
-"""Weights of eight bits for sampling: a pass reads half of what it reads of bfloat16."""
+"""int8/fp8 weight-only quantization for sampling, which halves the bytes of bfloat16 weights."""
 
 from typing import Any
 
@@ -14,25 +14,26 @@ WEIGHT_DTYPES = {'int8': jnp.int8, 'fp8': jnp.float8_e4m3fn}
 
 
 def quantize_weights(model: Gemma, params: Params, weights: str) -> Params:
-    """The same parameters with the kernels of layers and experts in eight bits (weight-only).
+    """Returns the parameters with int8 or fp8 kernels of layers and experts (weight-only).
 
-    Every output of a kernel has a float32 scale of its own, the largest absolute weight that leads
-    to it (`qwix.quantize`, absmax). Products are of the quantized weights in the compute dtype,
-    summed in float32, then scaled. Embedding, router, norms and what is computed stay as they are.
-    To sample with, after `for_inference`: it has no gradient.
+    Each output of a kernel has a float32 scale from its largest absolute weight (`qwix.quantize`,
+    absmax). Matmuls use the quantized weights in the compute dtype, are summed in float32 and then
+    scaled. Embedding, router, norms and activations are not quantized. The result is for sampling,
+    after `for_inference`; it has no gradient.
 
     Args:
-      model: of any family, on one device.
-      params: its parameters, in whichever layout; nested dict of arrays.
+      model: a model of any family, on one device.
+      params: the parameters of the model in any layout, as a nested dict of arrays.
       weights: 'int8' or 'fp8' (float8_e4m3fn).
 
     Returns:
-      A nested dict like `params` with `qwix.QArray` in place of each kernel.
+      A nested dict with the structure of `params`, with a `qwix.QArray` for each kernel.
 
     Raises:
-      ValueError: of another name, a model on a mesh, or kernels that are quantized already.
+      ValueError: if the name is unknown, the model is on a mesh, or the kernels are already
+        quantized.
     """
-    import qwix  # a third of a second, which other models do without
+    import qwix  # the import takes a third of a second, and only quantized models need it
 
     if weights not in WEIGHT_DTYPES:
         raise ValueError(f'weights must be one of {sorted(WEIGHT_DTYPES)}, got {weights!r}.')

@@ -1,9 +1,9 @@
-"""The Gemma backbone and the autoregressive Gemma (the teacher).
+"""The autoregressive Gemma (the teacher).
 
-Layers are scanned over repetitions of the layer pattern, so that compile time does not
-grow with depth (`unroll_layers` is for those who would rather have speed); layers that share keys
-and values are a second scan behind those that have their own. One pass runs over M blocks of T
-tokens per row (see masks.py).
+Layers are scanned over repetitions of the layer pattern, so that compile time does not grow with
+depth (`unroll_layers` trades compile time for speed). Layers that share keys and values are a
+second scan after those that compute them. One pass runs over M blocks of T tokens per row (see
+masks.py).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,11 @@ from diffusiongemma.models.layers import Embedder, rope_tables
 from diffusiongemma.models.masks import AttentionMask, CausalMask, KeyTokens
 from diffusiongemma.models.per_layer import PerLayerEmbedder
 
-CACHE_AXES = ('batch', 'kv_heads', 'slots', 'head_dim')  # of keys and values [.., B, K, R, H]
+CACHE_AXES = ('batch', 'kv_heads', 'slots', 'head_dim')  # logical axes of K/V [.., B, K, R, H]
 
 
 def rope_by_kind(config: ModelConfig, positions: Int[Array, '*B']) -> dict:
-    """Rotary tables [..., H/2] of each layer type for positions [...]."""
+    """Returns the rotary tables [..., H/2] of each layer type for positions [...]."""
     tables = {}
     for kind in sorted(set(config.layer_types)):
         attention = config.attention(kind)
@@ -43,19 +43,19 @@ def rope_by_kind(config: ModelConfig, positions: Int[Array, '*B']) -> dict:
 
 
 class Gemma(nn.Module):
-    """Autoregressive Gemma: the causal pass over tokens, with or without a prefix.
+    """An autoregressive Gemma: the causal pass over tokens, with or without a prefix.
 
     Attributes:
-      config: the backbone.
-      dtype: compute dtype; parameters are float32 or whatever is passed to `apply`.
-      execution: how it is computed (`parallel.on_mesh` gives it a mesh).
+      config: the architecture.
+      dtype: the compute dtype; parameters are created in float32 and may have any dtype in `apply`.
+      execution: the execution settings (`parallel.on_mesh` sets a mesh).
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     execution: Execution = Execution()
 
-    if TYPE_CHECKING:  # flax's own type allows for `mutable`, which nobody here passes
+    if TYPE_CHECKING:  # flax's type allows `mutable`, which this project does not use
 
         def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -80,12 +80,12 @@ class Gemma(nn.Module):
         segment_ids: Int[Array, 'B T'],
         prefix: Prefix | None = None,
     ) -> tuple[Float[Array, 'B T D'], KV]:
-        """The causal pass: prefill, commit, one AR step, or a packed training row.
+        """Runs the causal pass: prefill, commit, verify, an AR step, or a packed training row.
 
         Args:
-          tokens: [B, T] int32; those of a document stand side by side, in order.
-          positions: [B, T] int32, position of each token in its document.
-          segment_ids: [B, T] int32, document of each token; 0 for padding.
+          tokens: [B, T] int32; the tokens of a document are contiguous and in order.
+          positions: [B, T] int32, the position of each token in its document.
+          segment_ids: [B, T] int32, the document of each token; 0 for padding.
           prefix: earlier tokens of the same documents, or None.
 
         Returns:
@@ -112,7 +112,7 @@ class Gemma(nn.Module):
         segment_ids: Int[Array, 'B T'],
         prefix: KeyTokens,
     ) -> AttentionMask | CausalMask:
-        """Of the layers of a type, made once for all of them, or as positions where that does."""
+        """Returns the mask of a layer type, expanded for all queries unless positions suffice."""
         attention, (batch_size, length) = self.config.attention(kind), positions.shape
         mask = CausalMask(positions, segment_ids, prefix, attention.window)
         query_shape = (batch_size, 1, length, self.config.num_heads, attention.head_dim)
@@ -126,13 +126,18 @@ class Gemma(nn.Module):
     def per_layer_inputs(
         self, tokens: Int[Array, '*B'], embeddings: Float[Array, '*B D']
     ) -> Float[Array, '*B layers P'] | None:
-        """Tokens [...] and their embeddings [..., D] -> [..., layers, P], or None without PLE."""
+        """Returns per-layer inputs [..., layers, P], or None for a model without them.
+
+        Args:
+          tokens: [...] int32.
+          embeddings: [..., D], the inputs of the first layer.
+        """
         if self.config.per_layer is None:
             return None
         return self.per_layer_embedder(tokens, embeddings)
 
     def empty_kv(self, batch_size: int, capacity: int) -> KV:
-        """Keys and values of an empty `KVCache`: windows shorter than its capacity are rings."""
+        """Returns the keys and values of an empty `KVCache`; short windows are stored as rings."""
         slots = cache_slots(self.config, capacity)
         kv = zeros_kv(self.config, batch_size, slots, self.dtype, self.execution.scan_layers)
 
@@ -142,27 +147,27 @@ class Gemma(nn.Module):
         return jax.tree.map(place, kv)
 
     def unembed(self, hidden: Float[Array, '*B D']) -> Float[Array, '*B V']:
-        """[..., D] -> float32 soft-capped logits [..., V]."""
+        """Returns float32 soft-capped logits [..., V] of hidden states [..., D]."""
         return self.embedder.decode(hidden)
 
     def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T V']:
-        """AR logits [B, T, V] of one document a row; also what `init` traces."""
+        """Returns AR logits [B, T, V] of one document per row; `init` also traces this method."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden, _ = self.encode(tokens, positions, jnp.ones_like(tokens))
         return self.unembed(hidden)
 
 
 def init_boxed_params(model: nn.Module, rng: jax.Array) -> Params:
-    """Float32 parameters with their logical axis names (for `parallel.sharding`)."""
+    """Returns float32 parameters with their logical axis names (for `parallel.sharding`)."""
     tokens = jnp.zeros((1, max(model.config.canvas_length, 1)), jnp.int32)
     return model.init(rng, tokens)['params']
 
 
 def init_params(model: nn.Module, rng: jax.Array) -> Params:
-    """Freshly initialized float32 parameters as a plain nested dict."""
+    """Returns newly initialized float32 parameters as a plain nested dict."""
     return nn.meta.unbox(init_boxed_params(model, rng))
 
 
 def parameter_count(params: Any) -> int:
-    """Number of parameters in a pytree of arrays or ShapeDtypeStructs."""
+    """Returns the number of parameters in a pytree of arrays or ShapeDtypeStructs."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,9 +1,8 @@
-"""Products with and reductions over a large vocabulary, part by part where that is faster.
+"""Matmuls and reductions over a large vocabulary, computed in parts where that is faster.
 
-XLA's programs for CPUs lose half of their speed and more on axes as long as a large vocabulary:
-sums are as long as the vocabulary, arrays go through memory between steps that a part would keep
-in cache, and some reductions are neither vectorized nor spread over cores. What is computed is the
-same; TPUs and GPUs do it as a whole.
+On CPUs, XLA loses half of its speed or more on axes as long as a large vocabulary: intermediate
+arrays go through memory instead of the cache, and some reductions are neither vectorized nor
+parallel. The results are the same; TPUs and GPUs do not use parts.
 """
 
 import functools
@@ -17,25 +16,24 @@ from jaxtyping import Array, Float, Int
 
 Total = TypeVar('Total')
 
-LARGE_VOCABULARY = 65_536  # from here on parts are faster
-VOCABULARY_PART = 2_048  # logits of 64 tokens, and 640 columns of a table: 6 MB
-SMALLEST_CHUNK = 16  # of an argmax by chunks
+LARGE_VOCABULARY = 65_536  # above this size parts are faster
+VOCABULARY_PART = 2_048  # 6 MB for the logits of 64 tokens and 640 columns of a table
+SMALLEST_CHUNK = 16  # the minimum chunk size of an argmax by chunks
 
 
 def fold_parts(
     add: Callable[[Total, jax.Array | int, int], Total], total: Total, vocab_size: int
 ) -> Total:
-    """`total = add(total, start, length)` for every part of the vocabulary.
+    """Returns the total after `total = add(total, start, length)` for every part of the vocabulary.
 
     Args:
-      add: of the total, the first token of a part and the number of its tokens; the latter is
-        static.
-      total: a pytree of arrays.
-      vocab_size: tokens.
+      add: a function of the total, the first token of a part and its (static) number of tokens.
+      total: the initial total, a pytree of arrays.
+      vocab_size: the vocabulary size V.
     """
-    count, rest = divmod(vocab_size, VOCABULARY_PART)
-    if rest:
-        total = add(total, vocab_size - rest, rest)
+    count, remainder = divmod(vocab_size, VOCABULARY_PART)
+    if remainder:
+        total = add(total, vocab_size - remainder, remainder)
     return jax.lax.fori_loop(
         0, count, lambda i, total: add(total, i * VOCABULARY_PART, VOCABULARY_PART), total
     )
@@ -44,12 +42,12 @@ def fold_parts(
 def logits_by_parts(
     hidden: Float[Array, 't D'], product: Callable[..., jax.Array], table: Float[Array, 'V D']
 ) -> Float[Array, 't V']:
-    """Logits [t, V] float32 of hidden states [t, D], see `Embedder.decode`.
+    """Returns the logits [t, V] float32 of hidden states [t, D], see `Embedder.decode`.
 
     Args:
-      hidden: [t, D].
-      product: of hidden states and rows [n, D] of the table; [t, n].
-      table: [V, D].
+      hidden: [t, D], hidden states.
+      product: a function of hidden states and rows [n, D] of the table that returns [t, n].
+      table: [V, D], the embedding table.
     """
 
     def add(logits: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
@@ -63,12 +61,13 @@ def logits_by_parts(
 def expected_rows_by_parts(
     logits: Float[Array, 't V'], product: Callable[..., jax.Array], table: Float[Array, 'V D']
 ) -> Float[Array, 't D']:
-    """softmax(logits) @ table in float32; the softmax is never in memory.
+    """Returns softmax(logits) @ table in float32, without storing the softmax.
 
     Args:
       logits: [t, V] float32.
-      product: of weights [t, n] and rows [n, D] of the table; [t, D] float32.
-      table: [V, D]; the weights are taken in its dtype.
+      product: a function of weights [t, n] and rows [n, D] of the table that returns [t, D]
+        float32.
+      table: [V, D]; the weights are cast to its dtype.
     """
     largest = jnp.max(logits, axis=-1, keepdims=True)
 
@@ -87,11 +86,11 @@ def expected_rows_by_parts(
 def log_partition_and_entropy(
     logits: Float[Array, '*B V'],
 ) -> tuple[Float[Array, '*B'], Float[Array, '*B']]:
-    """log z and the entropy in nats of softmax(logits): [..., V] float32 -> [...] float32 twice.
+    """Returns log z and the entropy in nats of softmax(logits): [..., V] -> [...] float32 each.
 
-    log z' - sum(e^x x) / z' with x = logits - max and z' their partition function: reductions
-    only, so that no second array with a vocabulary axis has to be stored; never negative. Logits
-    of -inf count as probability zero.
+    The entropy is log z' - sum(e^x x) / z' with x = logits - max and z' their partition function.
+    These are only reductions, so no second array with a vocabulary axis is stored. The entropy is
+    never negative. Logits of -inf have probability zero.
     """
     largest = jnp.max(logits, axis=-1)
 
@@ -113,7 +112,7 @@ def log_partition_and_entropy(
 
 
 def most_likely_tokens(logits: Float[Array, '*B V']) -> Int[Array, '*B']:
-    """jnp.argmax over the last axis, the first on a tie: [..., V] -> [...] int32."""
+    """Returns jnp.argmax over the last axis, the first one for ties: [..., V] -> [...] int32."""
     vocab_size = logits.shape[-1]
     size = max(n for n in range(1, math.isqrt(vocab_size) + 1) if vocab_size % n == 0)
     if size < SMALLEST_CHUNK:
@@ -127,7 +126,7 @@ def _argmax(logits: jax.Array) -> jax.Array:
 
 
 def _argmax_of_chunks(logits: jax.Array, size: int) -> jax.Array:
-    """The chunk with the largest maximum, then the place in it: maxima alone are vectorized."""
+    """Returns the argmax in two steps, over chunk maxima and in a chunk; only max is vectorized."""
     chunks = logits.reshape(*logits.shape[:-1], -1, size)
     chunk = _argmax(jnp.max(chunks, axis=-1))
     chosen = jnp.take_along_axis(chunks, chunk[..., None, None], axis=-2)[..., 0, :]

@@ -1,8 +1,8 @@
-"""Every weight of a model, declared once.
+"""The declarations of all weights of a model.
 
-A weight says which of its axes are inputs and which are outputs, what each axis is called (the
-names that `parallel/sharding.py` maps to mesh axes), and which published tensor holds it. What
-creates, shards, transposes, quantizes, adapts, imports and exports weights reads it here.
+A declaration states the input and output axes of a weight, the logical name of each axis (which
+`parallel/sharding.py` maps to mesh axes), and the published tensor that contains it. The code that
+creates, shards, transposes, quantizes, adapts, imports and exports weights uses it.
 """
 
 import dataclasses
@@ -16,23 +16,23 @@ from diffusiongemma.models.arrays import Params
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One parameter, or that of every layer.
+    """The declaration of a parameter, in all layers that have it.
 
-    Its axes are those of the maps, the inputs and the outputs, in this order; layers that are
-    stacked put one more in front. Published, a kernel is a matrix [maps, outputs, inputs], and
-    anything else has its own axes, with all but the first in one where there are three.
+    Its axes are the map axes, the input axes and the output axes, in this order; stacked layers add
+    a leading axis. In the published format a kernel is a matrix [maps, outputs, inputs]; other
+    weights keep their axes, with all but the first merged if there are three.
 
     Attributes:
-      outputs: logical names of the axes that a product with tokens returns; of all axes where the
-        weight is no kernel (a table, a scale, a scalar).
-      inputs: those that are contracted with the tokens.
-      maps: those of several kernels side by side (experts).
-      large: it is one of the large kernels of a layer, which sampling may transpose and quantize
-        and which Muon orthogonalizes.
-      published: its tensor's name below `layers.N.`, or below the backbone for one outside of the
-        layers; None where no published format has it.
-      part: (index, number) where the tensor holds several kernels of the same inputs in turn.
-      of_encoder: DiffusionGemma publishes it with the encoder.
+      outputs: logical names of the axes that a matmul with tokens returns; for a weight that is not
+        a kernel (a table, a scale, a scalar), of all axes.
+      inputs: logical names of the axes that are contracted with the tokens.
+      maps: logical names of the axes over several kernels (experts).
+      large: whether it is a large kernel of a layer, which sampling may transpose and quantize and
+        which Muon orthogonalizes.
+      published: the name of its tensor after `layers.N.`, or after the prefix of the backbone for a
+        weight outside of the layers; None if no published format has it.
+      part: (index, number), if the tensor contains several kernels with the same inputs.
+      of_encoder: whether DiffusionGemma publishes it with the encoder.
     """
 
     outputs: tuple[str, ...] = ()
@@ -45,14 +45,11 @@ class Weight:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The logical names of its axes."""
+        """Returns the logical names of the axes."""
         return self.maps + self.inputs + self.outputs
 
     def outputs_first(self, of_axes: Sequence[Any]) -> tuple[Any, ...]:
-        """What belongs to each of its axes, with those of the outputs before those of the inputs.
-
-        This is the order of `Execution.output_major`.
-        """
+        """Returns values per axis with outputs before inputs, as in `Execution.output_major`."""
         first, last = len(self.maps), len(self.maps) + len(self.inputs)
         return (*of_axes[:first], *of_axes[last:], *of_axes[first:last])
 
@@ -62,13 +59,13 @@ def _scale(published: str) -> Weight:
 
 
 def _kernel(inputs: str, outputs: str, published: str, **fields: Any) -> Weight:
-    """A large kernel; axes are separated by spaces."""
+    """Returns the declaration of a large kernel; axis names are separated by spaces."""
     return Weight(
         tuple(outputs.split()), tuple(inputs.split()), large=True, published=published, **fields
     )
 
 
-# By the end of the parameter's path; the longest that fits is meant.
+# The key is the end of a parameter's path; the longest matching key applies.
 WEIGHTS = {
     'embedder/embedding': Weight(('vocab', 'embed'), published='embed_tokens.weight'),
     'attention/query': _kernel('qkv_embed', 'heads head_dim', 'self_attn.q_proj.weight'),
@@ -101,7 +98,7 @@ WEIGHTS = {
     'pre_moe_norm/scale': _scale('pre_feedforward_layernorm_2.weight'),
     'post_per_layer_norm/scale': _scale('post_per_layer_input_norm.weight'),
     'final_norm/scale': _scale('norm.weight'),
-    'norm/scale': Weight(('norm',)),  # of any norm
+    'norm/scale': Weight(('norm',)),  # any norm without a more specific entry
     'encode_scalar': Weight(published='layer_scalar', of_encoder=True),
     'denoise_scalar': Weight(published='layer_scalar'),
     # Per-layer embeddings of E2B and E4B.
@@ -118,7 +115,7 @@ WEIGHTS = {
         ('layers', 'per_layer'), ('per_layer_embed',), published='per_layer_model_projection.weight'
     ),
     'per_layer_embedder/projection_norm/scale': _scale('per_layer_projection_norm.weight'),
-    # The denoiser's own.
+    # Weights of the denoiser.
     'self_conditioning/pre_norm/scale': _scale('self_conditioning.pre_norm.weight'),
     'self_conditioning/mlp/gate': _kernel('mlp_embed', 'mlp', 'self_conditioning.gate_proj.weight'),
     'self_conditioning/mlp/up': _kernel('mlp_embed', 'mlp', 'self_conditioning.up_proj.weight'),
@@ -131,20 +128,20 @@ WEIGHTS = {
 
 
 def weight_at(path: Sequence[str]) -> Weight | None:
-    """The declaration of the parameter at a path; None where there is none."""
+    """Returns the declaration of the parameter at a path, or None."""
     for length in (3, 2, 1):
-        found = WEIGHTS.get('/'.join(path[-length:]))
-        if found is not None:
-            return found
+        declaration = WEIGHTS.get('/'.join(path[-length:]))
+        if declaration is not None:
+            return declaration
     return None
 
 
 def map_kernels(change: Callable[[Any, Weight], Any], params: Params) -> Params:
-    """The parameters with `change(kernel, weight)` in place of each large kernel.
+    """Returns the parameters with each large kernel replaced by `change(kernel, weight)`.
 
     Args:
-      change: of a kernel and its declaration.
-      params: nested dict of arrays, with layers stacked or not.
+      change: a function of a kernel and its declaration.
+      params: a nested dict of arrays, with layers stacked or not.
     """
 
     flat = flatten_dict(params)
