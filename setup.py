@@ -37,6 +37,7 @@ setup(
         'etils[epath]',
         'flax>=0.12',
         'jax>=0.7',
+        'jaxtyping>=0.3',
         'jinja2>=3.1',  # chat templates of checkpoints
         'ml-collections>=1.0',
         'ml-dtypes',
@@ -60,6 +61,7 @@ setup(
             *VIEW,
             *QUANT,
             *SERVE,
+            'beartype>=0.21',
             'gguf',
             'httpx',
             'hypothesis',

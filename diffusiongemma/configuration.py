@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar('T', bound='DataclassInstance')
 
 KNOWN = 'known keys'  # the words before a list of keys in an error message
+SAMPLING = 'diffusiongemma.sampling.'  # the rules of this package need no module in their text
 SECTION = 'section'  # metadata key of a field: the dataclass of a section that stays a mapping
 
 
@@ -208,9 +209,10 @@ def _plain(config: Any) -> Any:
 
 
 def _as_text(value: Any) -> str:
-    """Returns the text of a rule for JSON, which `SamplingConfig` can parse."""
+    """Returns the text of a rule or a loss for JSON, from which a config can be read again."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return repr(value)
+        module = type(value).__module__
+        return repr(value) if module.startswith(SAMPLING) else f'{module}.{value!r}'
     raise ValueError(
         f'the config holds {value!r}, which config.json cannot: use numbers, texts, tuples, dicts '
         "and rules such as 'TopK(k=4)'."

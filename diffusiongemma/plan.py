@@ -1,8 +1,9 @@
-r"""Reports whether a config fits a TPU slice or GPUs and what a step costs, without the devices.
+r"""Tells whether a config fits a TPU slice or some GPUs, and what a step costs, without a device.
 
-The real TPU compiler (pip install -e '.[plan]') compiles the distillation step, or the sampler,
-for the devices of a topology; nothing is allocated. For GPUs, the CPU compiler gives estimates of
-memory. The last line is JSON.
+It compiles the training step or the sampler with the real TPU compiler (pip install -e '.[plan]')
+and prints memory, FLOPs, traffic and the time that they take at best. No TPU is needed and nothing
+is allocated. For GPUs it uses XLA's CPU compiler, which estimates their memory. The last line of
+the output is JSON.
 
   python -m diffusiongemma.plan --config=configs/gemma4_26b_a4b.py --topology=v5p:4x4x4 \
     --optimization_level=O1
@@ -30,33 +31,52 @@ with run_config.extra_named(__name__):
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file.')
 _TOPOLOGY = flags.DEFINE_string(
-    'topology', None, 'v5e:4x4, v5p:2x2x2, v6e:8x8, ...; H100:8, A100:1, L4:1, ...'
+    'topology',
+    None,
+    'The devices: a TPU slice such as v5e:4x4, v5p:2x2x2 or v6e:8x8, or a kind of GPU and how '
+    'many of them, such as H100:8 or L4:1.',
 )
-_WHAT = flags.DEFINE_enum('what', 'step', ['step', 'sampler'], 'The programs to compile.')
+_WHAT = flags.DEFINE_enum(
+    'what',
+    'step',
+    ['step', 'sampler'],
+    "What to compile: the config's training step, or the programs of its sampler.",
+)
 _MODEL = flags.DEFINE_string(
-    'model', None, "A preset; by default the config's teacher, or the preset of the config's name."
+    'model',
+    None,
+    "Preset to plan for. By default it is the config's teacher, or the preset that is named like "
+    'the config file.',
 )
 _LAYERS = flags.DEFINE_integer(
     'layers',
     None,
-    'Keep only the first N layers (whole patterns), for a quick check.',
+    'Plan only the first N layers of the model, for a quick check. N must be a multiple of the '
+    'layer pattern (6 for Gemma 4 26B-A4B).',
 )
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Rows of the sampler.', lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    'batch_size', 8, 'Rows of the sampler (with --what=sampler).', lower_bound=1
+)
 _PROMPT_LENGTH = flags.DEFINE_integer(
-    'prompt_length', 1024, "Tokens of the sampler's prompts.", lower_bound=1
+    'prompt_length', 1024, 'Tokens of each prompt (with --what=sampler).', lower_bound=1
 )
 _LEVEL = flags.DEFINE_enum(
     'optimization_level',
     'O2',
     ['O1', 'O2'],
-    'Optimization level of the compiler. O1 compiles large programs faster, but then memory and '
-    'traffic are upper bounds.',
+    "The compiler's optimization level. O2 is its default. O1 compiles large programs several "
+    'times faster, but then the memory and the traffic that it prints are upper bounds.',
 )
 _FIT = flags.DEFINE_bool(
-    'fit', False, 'Search for the largest batch that fits, by doubling the one of the config.'
+    'fit',
+    False,
+    'Search for the largest batch that fits: double the batch size while the program fits, or '
+    'halve it until it does. Each batch size is one compilation.',
 )
 _PROGRAMS = flags.DEFINE_list(
-    'programs', None, "With --what=sampler, compile only these programs, such as 'denoise step'."
+    'programs',
+    None,
+    "Compile only these programs of the sampler (with --what=sampler), such as 'denoise step'.",
 )
 
 

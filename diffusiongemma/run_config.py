@@ -25,7 +25,7 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import guard
 from diffusiongemma.parallel import processes
 from diffusiongemma.sampling.config import SamplingConfig
-from diffusiongemma.view.interrupt import is_busy
+from diffusiongemma.view.interrupt import call_interruptibly, is_busy
 
 # Device files of the chips on a TPU machine.
 _TPU_FILES = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
@@ -157,7 +157,11 @@ class _OwnMessages(py_logging.Filter):
         return record.levelno >= py_logging.WARNING and self.EXPECTED not in record.getMessage()
 
 
-def run_main(main: Callable[[list[str]], None], config: type | None = None) -> None:
+def run_main(
+    main: Callable[[list[str]], None],
+    config: type | None = None,
+    is_interruptible: Callable[[], bool] = lambda: False,
+) -> None:
     """Runs an absl program; errors that the user can fix become one line on stderr and exit code 1.
 
     The traceback is logged with --verbosity=1.
@@ -165,6 +169,8 @@ def run_main(main: Callable[[list[str]], None], config: type | None = None) -> N
     Args:
       main: the function to run with the arguments that are not flags.
       config: the dataclass of --config; all of its keys can be set on the command line.
+      is_interruptible: returns whether Ctrl-C ends `main` at once, even while XLA compiles, for
+        which `main` runs in another thread. It is called when the flags are known.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -175,7 +181,10 @@ def run_main(main: Callable[[list[str]], None], config: type | None = None) -> N
         if flags.FLAGS.verbosity <= 0:
             logging.get_absl_handler().addFilter(_OwnMessages())
         try:
-            main(argv)
+            if is_interruptible():
+                call_interruptibly(functools.partial(main, argv))
+            else:
+                main(argv)
             _leave_compiling_thread(0)
         except guard.Preempted as stopped:
             logging.info('%s', stopped)

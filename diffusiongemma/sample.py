@@ -37,13 +37,12 @@ from diffusiongemma.constraints.grammar import from_json_schema, from_regex
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.quantization import WEIGHT_DTYPES
-from diffusiongemma.sampling import Controls, Sampler, generate_text, pad_prompts
+from diffusiongemma.sampling import Controls, Sampler, decode_responses, pad_prompts
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.sampler import MODES, main_mode
 from diffusiongemma.sampling.watch import watch
 from diffusiongemma.view.conversation import Conversation
-from diffusiongemma.view.frames import frames
-from diffusiongemma.view.interrupt import call_interruptibly
+from diffusiongemma.view.frames import counted, frames
 from diffusiongemma.view.page import write_html
 from diffusiongemma.view.terminal import show
 
@@ -91,7 +90,10 @@ _ACCEPTANCE = flags.DEFINE_string(
 )
 _TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k most likely tokens.', lower_bound=1)
 _TOP_P = flags.DEFINE_float(
-    'top_p', None, 'Draw from the most likely tokens with this total probability.', 0.0, 1.0
+    'top_p',
+    None,
+    'Draw from the smallest set of most likely tokens whose total probability reaches this, '
+    'in (0, 1].',
 )
 _WEIGHTS = flags.DEFINE_enum('weights', None, sorted(WEIGHT_DTYPES), 'Weight-only quantization.')
 _REGEX = flags.DEFINE_string('regex', None, 'Regular expression that the answer must match.')
@@ -175,16 +177,14 @@ def constraint(tokenizer: Tokenizer, vocab_size: int) -> Controls | None:
 
 def answer(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls | None) -> Answer:
     """Answers `prompt` twice, first to compile and then to measure the time."""
-    sampler, params, tokenizer = loaded.sampler, loaded.params, loaded.tokenizer
-
-    def run():
-        result = generate_text(sampler, params, tokenizer, [prompt], rng=rng, controls=controls)
-        return jax.block_until_ready(result)
-
-    run()  # compiles
-    start = time.perf_counter()
-    (text,), output = run()
-    seconds = time.perf_counter() - start
+    sampler, tokenizer = loaded.sampler, loaded.tokenizer
+    tokens, lengths = pad_prompts([tokenizer.format_prompt(prompt)], tokenizer.pad_id, multiple=64)
+    for _ in range(2):  # the first time it compiles
+        start = time.perf_counter()
+        output = sampler(loaded.params, tokens, lengths, rng=rng, controls=controls)
+        jax.block_until_ready(output)
+        seconds = time.perf_counter() - start
+    (text,) = decode_responses(tokenizer, output)
     return Answer(
         text=text,
         tokens=np.asarray(output.tokens)[0, : int(output.lengths[0])].tolist(),
@@ -275,18 +275,20 @@ def main(argv: list[str]) -> None:
         return
     controls = constraint(loaded.tokenizer, loaded.sampler.model.config.vocab_size)
     if watched:
-        call_interruptibly(lambda: show_steps(loaded, prompt, rng, controls))
-    result = call_interruptibly(lambda: answer(loaded, prompt, rng, controls))
+        show_steps(loaded, prompt, rng, controls)
+    result = answer(loaded, prompt, rng, controls)
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(result)))
         return
     print(result.text)
     print(
-        f'[{len(result.tokens)} tokens, {result.denoising_steps} denoise passes, '
+        f'[{counted(len(result.tokens), "token")}, '
+        f'{counted(result.denoising_steps, "denoise pass")}, '
         f'{result.tokens_per_pass:.2f} tokens per pass (commits and verifications counted), '
         f'{len(result.tokens) / result.seconds:,.0f} tokens/s]'
     )
 
 
 if __name__ == '__main__':
-    run_config.run_main(main)
+    # A chat hears Ctrl-C itself: it stops the answer, not the program.
+    run_config.run_main(main, is_interruptible=lambda: _PROMPT.value is not None)

@@ -140,7 +140,7 @@ def value_and_grad(model, teacher, objective):
     def loss(trained, frozen, batch):
         rows = draw_rows(objective, jax.random.key(3), batch)
         constants = Constants(None, frozen)
-        return distillation_loss(model, teacher, objective, 0.0, trained, constants, rows)
+        return distillation_loss(model, teacher, objective, 0.0, constants, trained, rows)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 

@@ -23,6 +23,7 @@ from diffusiongemma.sampling import (
     pin,
 )
 from diffusiongemma.sampling.engine import Delta, Engine, Failed, Finished
+from diffusiongemma.sampling.prefixes import ConversationCache
 from diffusiongemma.sampling.text import TextStream
 
 C, PAD, V = 4, 22, 23
@@ -305,3 +306,64 @@ def test_a_lookup_sees_what_a_kept_beginning_holds():
 def test_kept_beginnings_and_prompts_that_are_encoded_together_exclude_each_other():
     with pytest.raises(ValueError, match='prefixes=1 are for prompts that are encoded one by one'):
         new_engine(prefixes=1, prefill_together=2)
+
+
+def new_conversation(engine, **options):
+    model, params = toy(C)
+    return ConversationCache(model, params, capacity=engine.capacity, multiple=8, **options)
+
+
+@pytest.mark.parametrize('unseen', [0, 2])
+@pytest.mark.parametrize('mode', MODES)
+def test_a_prompt_goes_on_from_its_conversation_beside_others_and_changes_no_response(mode, unseen):
+    """Two conversations in turns; each prompt ends in tokens that the next one may not hold."""
+    engine = new_engine()
+    caches = [new_conversation(engine, unseen=unseen) for _ in range(2)]
+    texts = [[5, 9, 2], [7, 1]]
+    for turn in range(3):
+        asked = {'mode': mode, 'temperature': 0.7, 'max_new_tokens': 4}
+        prompts = [[*text, *[4] * unseen] for text in texts]
+        before = [
+            (cache.encoded, cache.held(text)) for cache, text in zip(caches, texts, strict=True)
+        ]
+        ids = [
+            engine.submit(prompt, rng=turn, conversation=cache, **asked)
+            for prompt, cache in zip(prompts, caches, strict=True)
+        ]
+        engine.submit(**REQUESTS[turn])
+        answers = results(engine, {id: n for n, id in enumerate(ids)})
+        for n, prompt in enumerate(prompts):
+            lone = new_engine()
+            expected = results(lone, {lone.submit(prompt, rng=turn, **asked): 0})[0]
+            assert answers[n].tokens == expected.tokens and answers[n].passes == expected.passes
+            encoded, held = before[n]
+            assert caches[n].encoded - encoded == len(prompt) - held
+            whole = prompt + expected.tokens
+            # All but a canvas or token that ends the response is cached.
+            short = {'diffusion': C, 'autoregressive': 1, 'lossless': 0}[mode]
+            assert caches[n].held(whole) >= len(whole) - short
+            texts[n] = (prompt if not unseen else texts[n]) + expected.tokens + [8]
+            assert caches[n].held(texts[n]) >= len(prompt) - unseen
+            caches[n].forget_but(texts[n])
+            assert len(caches[n]._kept) == 1
+
+
+def test_a_cancelled_request_leaves_no_more_than_its_prompt_in_its_conversation():
+    engine = new_engine()
+    cache = new_conversation(engine)
+    id = engine.submit([5, 9, 2], conversation=cache, mode='autoregressive')
+    engine.step()
+    assert engine.cancel(id) and cache.held([5, 9, 2]) == 3 and len(cache._kept) == 1
+    cache.forget_but([])
+    assert cache.held([5, 9, 2]) == 0 and not cache._kept
+
+
+def test_a_conversation_that_the_engine_cannot_go_on_from_is_one_clear_error():
+    engine = new_engine()
+    other = ConversationCache(*toy(C), capacity=12)
+    with pytest.raises(ValueError, match='has room for 12 tokens and the engine for 24'):
+        engine.submit([1], conversation=other)
+    together = new_engine(prefill_together=2)
+    with pytest.raises(ValueError, match='encoded one by one; make the engine without'):
+        together.submit([1], conversation=new_conversation(engine))
+    assert engine.waiting == together.waiting == 0

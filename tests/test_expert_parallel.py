@@ -1,5 +1,6 @@
 """Experts spread over devices: outputs and gradients are those of one device, no token dropped."""
 
+import dataclasses
 import functools
 
 import jax
@@ -89,7 +90,8 @@ def test_kernels_with_their_outputs_in_front_are_the_same_experts(axes):
     config, kernels, *given = problem('one')
     turned = {name: kernel.swapaxes(1, 2) for name, kernel in kernels.items()}
     execution = Execution(make_mesh(axes), LOGICAL_AXIS_RULES) if axes else Execution()
-    module = Experts(WIDTH, config, jnp.float32, True, execution)
+    execution = dataclasses.replace(execution, output_major=True)
+    module = Experts(WIDTH, config, jnp.float32, execution)
     found = jax.jit(module.apply)({'params': turned}, *given)
     expected = jax.jit(Experts(WIDTH, config, jnp.float32).apply)({'params': kernels}, *given)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)

@@ -139,7 +139,13 @@ def test_a_constraint_does_not_hide_them(mode):
     ]
 
 
-@pytest.mark.parametrize('poisoned, temperature', [('denoise_backbone', 0.0), ('serial', 1.0)])
+@pytest.mark.parametrize(
+    'poisoned, temperature',
+    [
+        pytest.param('denoise_backbone', 0.0, marks=pytest.mark.slow),
+        ('serial', 1.0),
+    ],
+)
 def test_a_light_denoiser_whose_drafts_are_not_finite_is_an_error(
     tiny_config, poisoned, temperature
 ):

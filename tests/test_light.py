@@ -224,8 +224,12 @@ def test_the_serial_correction_is_resolved_from_left_to_right(tiny_config):
     assert (found != alone).any()
 
 
-def test_quantized_teachers_and_the_layout_for_sampling_stay_lossless(tiny_moe_config):
-    model, params = light_student(tiny_moe_config, layers=(1, 2), teacher_state=True)
+@pytest.mark.parametrize(
+    'family', ['tiny_config', pytest.param('tiny_moe_config', marks=pytest.mark.slow)]
+)
+def test_quantized_teachers_and_the_layout_for_sampling_stay_lossless(family, request):
+    config = request.getfixturevalue(family)
+    model, params = light_student(config, layers=(1, 2), teacher_state=True)
     model, params = for_inference(model, params)
     params = quantize_weights(model, params, 'int8')
     sampling = SamplingConfig(max_new_tokens=10, stop_ids=(), temperature=0.0)

@@ -171,7 +171,7 @@ def loss_of(model, params, batch, name='stage1', teacher_params=None, **settings
         constants = Constants(None, frozen_params(model.config, teacher_params))
     stage = objective(name, model.config, **settings)
     rows = draw_rows(stage, jax.random.key(0), batch)
-    return distillation_loss(model, teacher, stage, 0.1, params, constants, rows)
+    return distillation_loss(model, teacher, stage, 0.1, constants, params, rows)
 
 
 @pytest.fixture(params=['stage1', 'stage2'])
@@ -277,7 +277,7 @@ def test_the_loss_of_a_stored_teacher_is_that_of_its_pass(student, batch, stage)
         constants = Constants(None, frozen)
         stage_objective = objective(stage, model.config)
         rows = draw_rows(stage_objective, jax.random.key(0), stored)
-        return distillation_loss(model, teacher, stage_objective, 0.1, params, constants, rows)
+        return distillation_loss(model, teacher, stage_objective, 0.1, constants, params, rows)
 
     loss, metrics = jax.jit(lambda p: loss_of(model, p, batch, stage, teacher_params))(params)
     stored_loss, stored_metrics = without_teacher(params)
@@ -387,7 +387,7 @@ def test_the_loss_of_stage_2_is_traced_with_every_rule(rule, masked, tiny_config
         rows = draw_rows(stage2, key, batch)
         trained = trained_params(model.config, params)
         return distillation_loss(
-            model, teacher, stage2, 0.1, trained, Constants(None, frozen), rows
+            model, teacher, stage2, 0.1, Constants(None, frozen), trained, rows
         )
 
     value, metrics = jax.eval_shape(loss, jax.random.key(0))

@@ -22,7 +22,9 @@ from diffusiongemma.models import DiffusionGemma, MoEConfig
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.models.execution import Execution, partition_spec
 from diffusiongemma.models.expert_parallel import KERNEL_AXES, TOKEN_AXES
+from diffusiongemma.models.layers import GatedMLP
 from diffusiongemma.models.moe import Experts
+from diffusiongemma.models.weights import WEIGHTS
 from diffusiongemma.parallel import MESH_AXES, make_mesh, on_mesh, rules_with
 from diffusiongemma.parallel.sharding import LOGICAL_AXIS_RULES
 from diffusiongemma.planning.compiler import _needed, advice, topology_devices
@@ -191,17 +193,15 @@ def test_experts_on_tpus_multiply_each_row_once_and_read_each_weight_once():
     config, width = MoEConfig(num_experts=32, top_k=2, expert_width=96 * 4), 128
     experts = Experts(width, config, jnp.bfloat16, execution=execution)
 
-    def placed(shape, dtype, names):
-        sharding = NamedSharding(mesh, partition_spec(execution.mesh_axes(shape, names)))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
     shapes = ((32, width, 384), (32, width, 384), (32, 384, width))
     kernels = {
-        name: placed(shape, jnp.bfloat16, axes)
+        name: placed(execution, shape, jnp.bfloat16, axes)
         for name, shape, axes in zip(('gate', 'up', 'down'), shapes, KERNEL_AXES, strict=True)
     }
-    x = placed((4, 1, 64, width), jnp.bfloat16, TOKEN_AXES)
-    routing = [placed((4, 1, 64, 2), dtype, TOKEN_AXES) for dtype in ('float32', 'int32')]
+    x = placed(execution, (4, 1, 64, width), jnp.bfloat16, TOKEN_AXES)
+    routing = [
+        placed(execution, (4, 1, 64, 2), dtype, TOKEN_AXES) for dtype in ('float32', 'int32')
+    ]
 
     def outputs(kernels, *given):
         return experts.apply({'params': kernels}, *given)
@@ -217,6 +217,39 @@ def test_experts_on_tpus_multiply_each_row_once_and_read_each_weight_once():
     kernel = 'bf16[32,96,128]'  # of a device; as [32, 128, 96] its lanes would be padded
     assert sum(shape.startswith(kernel) for shape in kernels_of(program, 'custom-call')) == 3
     assert kernel not in ''.join(results_of(program, ('copy', 'fusion', 'transpose')))
+
+
+@needs_compiler
+def test_kernels_split_along_64_chips_are_gathered_and_their_gradients_scattered():
+    devices, _ = topology_devices('v5e:8x8')
+    mesh = make_mesh({'fsdp': 8, 'expert': 8}, devices)
+    execution = Execution(mesh, LOGICAL_AXIS_RULES, platform='tpu')
+    width = 1024
+    mlp = GatedMLP(width, width, jnp.bfloat16, execution)
+    x = placed(execution, (mesh.size, 1, 128, width), jnp.bfloat16, TOKEN_AXES)
+    kernels = {
+        name: placed(execution, (width, width), jnp.float32, WEIGHTS[f'mlp/{name}'].axes)
+        for name in ('gate', 'up', 'down')
+    }
+
+    def loss(kernels, x):
+        kernels = jax.tree.map(lambda kernel: kernel.astype(jnp.bfloat16), kernels)
+        x = execution.constrain(mlp.apply({'params': kernels}, x), *TOKEN_AXES)
+        return jnp.sum(jnp.square(x.astype(jnp.float32)))
+
+    shardings = jax.tree.map(lambda kernel: kernel.sharding, kernels)
+    text = jax.jit(jax.grad(loss), out_shardings=shardings).lower(kernels, x).compile().as_text()
+    collectives = Program(text).collectives(mesh.shape)
+    along_all = [c for c in collectives if c.axes == 'fsdp+expert']
+    assert sum(c.sent_bytes for c in along_all) < 1e4  # the loss
+    # Three kernels are gathered in bfloat16, and their gradients summed and split in float32.
+    least = 3 * (2 + 4) * width * width * 63 / 64
+    assert sum(c.sent_bytes for c in collectives) < 1.1 * least
+
+
+def placed(execution, shape, dtype, names):
+    sharding = NamedSharding(execution.mesh, partition_spec(execution.mesh_axes(shape, names)))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def kernels_of(program, op):

@@ -258,7 +258,7 @@ def test_unmasking_one_token_a_step_takes_as_many_steps_as_tokens(rule):
 @settings(max_examples=80, deadline=None)
 def test_top_k_and_top_p_keep_the_likeliest_tokens(logits, k, p):
     logits = np.float32(logits)
-    kept = np.isfinite(np.asarray(keep_top(jnp.asarray(logits), k, p)))
+    kept = np.isfinite(np.asarray(keep_top(jnp.asarray(logits)[None], k, p))[0])
     assert kept[np.argmax(logits)]
     assert logits[kept].min() >= logits[~kept].max(initial=-np.inf)
     order = np.argsort(-logits, kind='stable')[:k]

@@ -356,6 +356,22 @@ def test_streamed_blocks_put_side_by_side_are_the_calls_output(mode):
     assert len(blocks) > 1 and blocks[-1].lengths[0] == 0
 
 
+@EVERY_MODE
+def test_a_stream_leaves_its_arguments_to_the_caller(mode):
+    """The buffers of a state, in which the arguments stand, become those of the next one."""
+    model, params = toy(C)
+    prompts = jax.tree.map(jnp.asarray, pad_prompts(PROMPTS, PAD, width=8))
+    keys, sets = jax.random.split(KEY, 3), jnp.ones((1, 23), bool)
+    controls = Controls(temperature=jnp.array([0.0, 0.5, 1.0]), allowed_sets=sets)
+    sampler = Sampler(model, config(max_new_tokens=8, max_denoising_steps=2), mode)
+    blocks = list(sampler.stream(params, *prompts, rng=keys, controls=controls))
+    whole = sampler(params, *prompts, rng=keys, controls=controls)
+    np.testing.assert_array_equal(sum(block.lengths for block in blocks), whole.lengths)
+    assert int(blocks[0].tokens[0, 0]) == int(
+        whole.tokens[0, 0]
+    )  # no block takes another's buffers
+
+
 # The autoregressive mode.
 
 

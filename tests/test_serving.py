@@ -326,6 +326,8 @@ def test_a_chat_request_that_is_wrong_is_one_clear_400(http, name):
     [
         ({'prompt': None}, 'prompt must be one text or one array'),
         ({'prompt': []}, 'prompt must be one text or one array'),
+        ({'prompt': ''}, 'prompt is empty; give a text to continue, or a suffix'),
+        ({'prompt': ['']}, 'prompt is empty; give a text to continue, or a suffix'),
         ({'prompt': ['a', 'b']}, 'send one request per prompt'),
         ({'prompt': [1024]}, 'token id 1024, outside of the vocabulary of 1024'),
         ({'prompt': [True]}, 'prompt must be one text or one array'),
@@ -416,18 +418,69 @@ def test_a_broken_connection_cancels_its_request(url, http, service):
     body = {'messages': user(PAUL), 'mode': 'autoregressive', 'seed': 0}
     asked(url, body)  # compiles
     answered = metrics(http)['answers_total{mode="autoregressive",reason="stop"}']
-    for stream in (True, False):
+    for path, changes in (
+        (CHAT, {'stream': True}), (CHAT, {'stream': False}), ('/v1/frames', {'mode': 'lossless'}),
+    ):  # fmt: skip
         gate = threading.Event()
         service.worker.call(lambda gate=gate: gate.wait(60))  # no step before the client left
         with httpx.Client(base_url=url) as leaving:
             with pytest.raises(httpx.ReadTimeout):
                 timeout = httpx.Timeout(600, read=0.3)
-                leaving.post(CHAT, json=body | {'stream': stream}, timeout=timeout)
+                leaving.post(path, json=body | changes, timeout=timeout)
         gate.set()
         until(lambda: service.open_calls == 0)
         service.worker.call(lambda: None).result()
         assert service.worker.engine.running == service.worker.engine.waiting == 0
     assert metrics(http)['answers_total{mode="autoregressive",reason="stop"}'] == answered
+
+
+def frames_of(lines):
+    """The frames of a live view, from the lines of its stream."""
+    events = [line.removeprefix('data: ') for line in lines if line]
+    assert events.pop() == '[DONE]'
+    return [json.loads(event) for event in events]
+
+
+def test_a_live_view_goes_on_beside_other_requests_and_shows_its_own_answer(url, http, service):
+    request = {'messages': user(PAUL), 'seed': 4, 'mode': 'lossless', 'temperature': 1.0}
+    alone = asked(url, request)['choices'][0]['message']['content']
+    other = asked(url, request | {'seed': 5})
+    with http.stream('POST', '/v1/frames', json=request) as view:
+        lines = view.iter_lines()
+        first = next(lines)
+        with ThreadPoolExecutor(2) as pool:
+            others = pool.map(lambda _: asked(url, request | {'seed': 5}), range(2))
+            shown = frames_of([first, *lines])
+            assert list(others) == [other] * 2
+    assert {state for frame in shown for _, state, _ in frame['cells']} >= {'noise', 'open'}
+    text = ''.join(text for text, _, _ in shown[-1]['cells'])
+    assert text.rstrip('·') == alone and shown[-1]['caption'].startswith('canvas ')
+    assert service.worker.engine.running == service.worker.engine.waiting == 0
+
+
+def test_a_live_view_is_cancelled_in_the_midst_of_a_canvas(url, http, service, monkeypatch):
+    gate, engine = threading.Event(), service.worker.engine
+    step, seen = engine.step, []
+
+    def held():
+        if seen:
+            gate.wait(60)  # until the client left
+        events = step()
+        seen.extend(events)
+        return events
+
+    monkeypatch.setattr(engine, 'step', held)
+    answers = 'answers_total{mode="lossless",reason="stop"}'
+    answered = metrics(http).get(answers, 0)
+    body = {'messages': user(PAUL), 'mode': 'lossless', 'seed': 0}
+    with httpx.Client(base_url=url, timeout=600) as leaving:
+        with leaving.stream('POST', '/v1/frames', json=body) as view:
+            assert next(view.iter_lines()).startswith('data: {"cells"')
+    until(lambda: service.open_calls == 0)
+    gate.set()
+    service.worker.call(lambda: None).result()
+    assert engine.running == engine.waiting == 0
+    assert metrics(http).get(answers, 0) == answered and len(seen) < 4
 
 
 def metrics(http):
@@ -613,9 +666,7 @@ def test_a_link_asks_and_what_is_wrong_is_said_in_red(tab, url):
 @pytest.mark.slow
 def test_frames_show_token_after_token_where_there_is_no_canvas(http):
     body = {'messages': user(PAUL), 'seed': 0, 'mode': 'autoregressive', 'max_tokens': 3}
-    lines = http.post('/v1/frames', json=body).text.strip().split('\n\n')
-    assert lines.pop() == 'data: [DONE]'
-    frames = [json.loads(line.removeprefix('data: ')) for line in lines]
+    frames = frames_of(http.post('/v1/frames', json=body).text.split('\n'))
     assert [len(frame['cells']) for frame in frames] == [1, 2, 3]
     assert frames[-1]['caption'] == '3 tokens, 3 passes'
 
@@ -639,12 +690,11 @@ def test_the_examples_of_the_page_on_serving_run(url, builtin):
 @pytest.mark.slow
 def test_frames_show_the_steps_of_a_canvas(http):
     body = {'messages': user(PAUL), 'seed': 0, 'mode': 'diffusion'}
-    lines = http.post('/v1/frames', json=body).text.strip().split('\n\n')
-    frames = [json.loads(line.removeprefix('data: ')) for line in lines[:-1]]
+    frames = frames_of(http.post('/v1/frames', json=body).text.split('\n'))
     assert {state for frame in frames for _, state, _ in frame['cells']} >= {'noise', 'open'}
     assert 'The answer is' in ''.join(text for text, _, _ in frames[-1]['cells'])
-    response = http.post('/v1/frames', json=body | {'messages': user('apple ' * 90)})
-    assert response.status_code == 400 and '256 positions' in response.text
+    response = http.post('/v1/frames', json=body | {'messages': user('apple ' * 300)})
+    assert response.status_code == 400 and 'capacity of 256' in response.text
 
 
 @pytest.mark.slow

@@ -239,6 +239,7 @@ def test_bad_arguments_are_named():
             sudoku.check(prompt, SOLVED_9)
 
 
+@pytest.mark.slow
 def test_the_shipped_student_solves_puzzles_that_its_teacher_does_not():
     puzzles = [sudoku.generate(index, 'test') for index in range(32)]
     solved = {}

@@ -70,7 +70,7 @@ def test_frames_follow_the_canvas_from_noise_to_commit():
     assert first.mean_entropy == pytest.approx(7.7 / 4) and last.mean_entropy is None
     assert last.text == TOKENIZER.decode(TEXT + TEXT)
     assert all(a.seconds < b.seconds for a, b in zip(shown[:3], shown[1:4], strict=True))
-    assert 'canvas 1: step 1, 1.92 nats | 0 tokens, 1 denoise passes' in first.caption
+    assert 'canvas 1: step 1, 1.92 nats | 0 tokens, 1 denoise pass' in first.caption
     assert first.rate == '- tokens/s' and float(last.rate.split()[0].replace(',', '')) > 0
 
 
@@ -88,6 +88,7 @@ def test_colors_go_from_certain_to_uncertain():
     certain, uncertain = (frames.Cell('a', 'open', entropy) for entropy in (0.0, 9.0))
     assert certain.color == green and uncertain.color[0] > 240
     assert frames.Cell('a', 'open', math.log(4)).certainty == pytest.approx(0.25)
+    assert frames.Cell('a', 'open', math.nan).color == red  # of a pass that gave NaN
 
 
 def test_letters_of_several_tokens_are_whole_and_nothing_steers_the_terminal():

@@ -7,7 +7,7 @@ import jax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from diffusiongemma.models import DenoiserConfig, DiffusionGemma, Gemma, LightConfig
+from diffusiongemma.models import DenoiserConfig, DiffusionGemma, LightConfig
 from diffusiongemma.models.inference import with_execution
 from diffusiongemma.models.transformer import init_boxed_params
 from diffusiongemma.models.weights import WEIGHTS, map_kernels, weight_at
@@ -21,18 +21,17 @@ LIGHT = LightConfig(layers=(0,), teacher_state=True, draft_vocab_size=11, serial
 
 @pytest.fixture(scope='module')
 def models(request):
-    """An autoregressive model of each family, and its denoisers of every kind."""
-    made = []
-    for name in TINY:
-        config = request.getfixturevalue(name)
-        made.append(Gemma(config.autoregressive))
-        for denoiser in (
-            DenoiserConfig(canvas_length=4),
-            DenoiserConfig(canvas_length=4, kind='separate'),
-            DenoiserConfig(canvas_length=4, kind='light', light=LIGHT, self_conditioning=False),
-        ):
-            made.append(DiffusionGemma(config.replace(denoiser=denoiser)))
-    return made
+    """A denoiser of each family, which contains its autoregressive model, and of every kind."""
+    shared, separate = (
+        DenoiserConfig(canvas_length=4, kind=kind) for kind in ('shared', 'separate')
+    )
+    light = DenoiserConfig(canvas_length=4, kind='light', light=LIGHT, self_conditioning=False)
+    kinds = dict.fromkeys(TINY, (shared,)) | {'tiny_e2b_config': (shared, separate, light)}
+    return [
+        DiffusionGemma(request.getfixturevalue(name).replace(denoiser=denoiser))
+        for name, denoisers in kinds.items()
+        for denoiser in denoisers
+    ]
 
 
 @functools.cache  # tracing a model takes a second

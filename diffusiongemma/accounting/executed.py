@@ -9,26 +9,34 @@ TPUs have them as `convolution`, CPUs as `dot`, and kernels bring an estimate of
 import math
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 
-from diffusiongemma.accounting.hlo import Instruction, Program, dimensions
+from diffusiongemma.accounting.flops import KernelShapes
+from diffusiongemma.accounting.hlo import Instruction, Program, arrays_of, dimensions
 
 _ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"?(\d+)')
 _WINDOW = re.compile(r'window=\{([^}]*)\}')
 _LABELS = re.compile(r'dim_labels=(\w+)_(\w+)->(\w+)')
 
 
-def executed_flops(program: Program, *, whole_tiles: bool = False) -> float:
+def executed_flops(
+    program: Program,
+    *,
+    whole_tiles: bool = False,
+    kernels: Mapping[KernelShapes, float] = MappingProxyType({}),
+) -> float:
     """Returns the FLOPs of one device; a multiplication and an addition are two.
 
     A loop whose end is not known counts once, and of a conditional the branch that costs most.
-    A kernel without an estimate counts nothing.
+    A kernel that has no estimate and is not in `kernels` counts nothing.
 
     Args:
       program: the compiled program.
       whole_tiles: counts grouped matmuls by the tiles that they visit at most, and not by rows.
         A tile of rows in which groups meet is multiplied once for each of them.
+      kernels: FLOPs of kernels without an estimate (`flops.kernel_flops`).
     """
     known: dict[str, float] = {}
 
@@ -45,6 +53,8 @@ def executed_flops(program: Program, *, whole_tiles: bool = False) -> float:
         if instruction.op == 'dot':
             return _dot_flops(instruction, shapes)
         if instruction.op == 'custom-call':
+            if not _ESTIMATE.search(instruction.rest):
+                return kernels.get(_kernel_shapes(instruction, shapes), 0.0)
             return _kernel_flops(instruction, shapes, whole_tiles)
         inner = [of_computation(name) for name in instruction.called()]
         if instruction.op == 'conditional':
@@ -106,6 +116,12 @@ def _meetings(size: int, kernel: int, result: int, window: Mapping[str, tuple[in
     places = np.arange(result)[:, None] * stride + np.arange(kernel) * spread - low
     inside = (places >= 0) & (places <= (size - 1) * holes)
     return float(np.count_nonzero(inside & (places % holes == 0)))
+
+
+def _kernel_shapes(instruction: Instruction, shapes: Mapping[str, str]) -> KernelShapes:
+    operands = [shapes.get(name, '') for name in instruction.operands]
+    arrays = (*operands, *arrays_of(instruction.shape))
+    return tuple(tuple(dimensions(array)) for array in arrays)
 
 
 def _kernel_flops(instruction: Instruction, shapes: Mapping[str, str], whole_tiles: bool) -> float:

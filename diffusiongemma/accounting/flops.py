@@ -17,6 +17,10 @@ from jax.extend import core
 _REPEATED_IN_KERNEL = {'splash_mha_dkv': 1 / 4, 'splash_mha_dq': 2 / 3}
 
 
+# Shapes of a kernel's operands and results.
+KernelShapes = tuple[tuple[int, ...], ...]
+
+
 class Flops(NamedTuple):
     """Operations of a function over all devices; a multiplication and an addition are two.
 
@@ -41,7 +45,36 @@ def count_flops(function: Callable[..., Any], *args: Any) -> Flops:
     The body of a while loop counts once, and of a conditional the branch that costs most. A Pallas
     kernel without an estimate of its own counts what it does at each place of its grid.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    return flops_of(jax.make_jaxpr(function)(*args))
+
+
+def flops_of(traced: core.ClosedJaxpr) -> Flops:
+    """FLOPs of what jax traced of a function, as `count_flops` counts them."""
+    return _of_jaxpr(traced.jaxpr)
+
+
+def kernel_flops(traced: core.ClosedJaxpr) -> dict[KernelShapes, float]:
+    """FLOPs of one call of each Pallas kernel without an estimate of its own.
+
+    The compiled text says nothing of what such a kernel computes (`executed.executed_flops`).
+
+    Args:
+      traced: what jax traced of a function.
+
+    Returns:
+      FLOPs by the shapes of the kernel's operands and then its results, on one device.
+    """
+    found: dict[KernelShapes, float] = {}
+    pending = [traced.jaxpr]
+    while pending:
+        for equation in pending.pop().eqns:
+            params = equation.params
+            if equation.primitive.name != 'pallas_call':
+                pending += _inner_jaxprs(params)
+            elif params.get('cost_estimate') is None:
+                shapes = (var.aval.shape for var in (*equation.invars, *equation.outvars))
+                found[tuple(shapes)] = sum(_kernel_flops(params, again=False))
+    return found
 
 
 def _of_jaxpr(jaxpr: Any, again: bool = False) -> Flops:

@@ -31,11 +31,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from absl import logging
+from jaxtyping import Int
 
 Features = dict[str, np.ndarray]
 
@@ -44,6 +45,7 @@ TEACHER_KEYS = ('teacher_ids', 'teacher_log_probs', 'teacher_log_rest')
 RESPONSE_IDS = 'response_ids'
 
 
+@runtime_checkable
 class PromptTokenizer(Protocol):
     """The part of `Tokenizer` that packing needs."""
 
@@ -103,12 +105,12 @@ class Document:
         of the R tokens of the response, [R, k] or [R].
     """
 
-    tokens: np.ndarray
+    tokens: Int[np.ndarray, ' T']
     prompt_length: int
     teacher: Features = dataclasses.field(default_factory=dict)
 
     @property
-    def response(self) -> np.ndarray:
+    def response(self) -> Int[np.ndarray, ' R']:
         """Returns the response with the token that stops it, [R] int32."""
         return self.tokens[self.prompt_length :]
 
@@ -127,7 +129,9 @@ def tokenize(example: Mapping[str, Any], tokenizer: PromptTokenizer) -> Document
     return Document(np.asarray(prompt + response, np.int32), len(prompt), teacher)
 
 
-def cut_canvases(response: np.ndarray, canvas_length: int, pad_id: int = 0) -> np.ndarray:
+def cut_canvases(
+    response: Int[np.ndarray, ' R'], canvas_length: int, pad_id: int = 0
+) -> Int[np.ndarray, 'n {canvas_length}']:
     """Returns a response [R] cut into canvases [ceil(R / C), C], the last padded with pad_id."""
     count = -(-len(response) // canvas_length)
     canvases = np.full((count * canvas_length,), pad_id, np.int32)

@@ -1,18 +1,20 @@
 """Forward processes on discrete tokens, and the noise levels of training."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
+@runtime_checkable
 class Corruption(Protocol):
     """A forward process, which maps clean tokens and noise levels to noisy tokens."""
 
     def corrupt(
-        self, key: jax.Array, tokens: jax.Array, noise_level: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, key: Key[Array, ''], tokens: Int[Array, '*B'], noise_level: Float[Array, '*#B']
+    ) -> tuple[Int[Array, '*B'], Bool[Array, '*B']]:
         """Corrupts each token independently with probability `noise_level`.
 
         Args:
@@ -37,8 +39,8 @@ class UniformCorruption:
     vocab_size: int
 
     def corrupt(
-        self, key: jax.Array, tokens: jax.Array, noise_level: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, key: Key[Array, ''], tokens: Int[Array, '*B'], noise_level: Float[Array, '*#B']
+    ) -> tuple[Int[Array, '*B'], Bool[Array, '*B']]:
         position_key, noise_key = jax.random.split(key)
         corrupted = jax.random.uniform(position_key, tokens.shape) < noise_level
         noise = jax.random.randint(noise_key, tokens.shape, 0, self.vocab_size, tokens.dtype)
@@ -52,13 +54,15 @@ class MaskedCorruption:
     mask_id: int
 
     def corrupt(
-        self, key: jax.Array, tokens: jax.Array, noise_level: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, key: Key[Array, ''], tokens: Int[Array, '*B'], noise_level: Float[Array, '*#B']
+    ) -> tuple[Int[Array, '*B'], Bool[Array, '*B']]:
         corrupted = jax.random.uniform(key, tokens.shape) < noise_level
         return jnp.where(corrupted, jnp.asarray(self.mask_id, tokens.dtype), tokens), corrupted
 
 
-def sample_noise_levels(key: jax.Array, shape: tuple[int, ...], minimum: float) -> jax.Array:
+def sample_noise_levels(
+    key: Key[Array, ''], shape: tuple[int, ...], minimum: float
+) -> Float[Array, '...']:
     """Returns noise levels t ~ U(minimum, 1), evenly spread over the batch.
 
     One uniform offset shifts an even grid (low-discrepancy sampling of VDM, Kingma et al.

@@ -12,7 +12,7 @@ from diffusiongemma.distillation.losses import (
     mean_weights,
     over_positions,
 )
-from diffusiongemma.distillation.microbatches import summed_gradients
+from diffusiongemma.distillation.microbatches import in_microbatches
 from diffusiongemma.distillation.state import TrainState, apply_gradients
 from diffusiongemma.models.transformer import Gemma
 
@@ -42,9 +42,11 @@ def make_ar_train_step(
         loss = jnp.sum(losses * weights)
         return loss, {'loss': loss, 'token_accuracy': jnp.sum(hits * weights)}
 
+    gradients = in_microbatches(jax.grad(loss_fn, has_aux=True), microbatches)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         rows = dict(batch) | {'target_weights': mean_weights(before(batch['target_mask']))}
-        grads, metrics = summed_gradients(loss_fn, state.params, rows, microbatches)
+        grads, metrics = gradients(state.params, rows)
         metrics['gradient_norm'] = optax.global_norm(grads)
         return apply_gradients(state, grads, optimizer, ema_decay), metrics
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from diffusiongemma.diffusion.corruption import Corruption, sample_noise_levels
 from diffusiongemma.models.arrays import Params
@@ -22,14 +23,14 @@ class NoisyCanvases(NamedTuple):
       noise_level: [B, N] float32, t of each canvas.
     """
 
-    tokens: jax.Array
-    corrupted: jax.Array
-    noise_level: jax.Array
+    tokens: Int[Array, 'B N C']
+    corrupted: Bool[Array, 'B N C']
+    noise_level: Float[Array, 'B N']
 
 
 def draw_noise(
-    key: jax.Array,
-    canvases: jax.Array,
+    key: Key[Array, ''],
+    canvases: Int[Array, 'B N C'],
     corruption: Corruption,
     *,
     min_noise_level: float,
@@ -58,9 +59,9 @@ def denoise(
     params: Params,
     batch: Batch,
     prefix: Prefix,
-    noisy: jax.Array,
-    soft_embeddings: jax.Array | None = None,
-) -> jax.Array:
+    noisy: Int[Array, 'B N C'],
+    soft_embeddings: Float[Array, 'B N C D'] | None = None,
+) -> Float[Array, 'B N C D']:
     """Returns hidden states [B, N, C, D] of noisy versions [B, N, C] of the batch's canvases."""
     starts, segment_ids = batch['canvas_starts'], batch['canvas_segment_ids']
     before = jnp.maximum(batch['canvas_offsets'] - 1, 0)
@@ -77,7 +78,7 @@ def denoise(
     )
 
 
-def canvas_teacher(values: Any, batch: Batch) -> tuple[Any, jax.Array]:
+def canvas_teacher(values: Any, batch: Batch) -> tuple[Any, Bool[Array, 'B N C']]:
     """Returns teacher conditionals p_T(x_i | x_<i, c) for every canvas position.
 
     Args:
@@ -100,13 +101,15 @@ def canvas_teacher(values: Any, batch: Batch) -> tuple[Any, jax.Array]:
     return conditionals, same_document & used & (index < row_length)
 
 
-def used_positions(batch: Batch) -> jax.Array:
+def used_positions(batch: Batch) -> Bool[Array, 'B N C']:
     """Returns which positions belong to a used canvas, [B, N, C] bool, padding included."""
     used = (batch['canvas_segment_ids'] > 0)[..., None]
     return jnp.broadcast_to(used, batch['canvas_tokens'].shape)
 
 
-def kl_weights(noisy: NoisyCanvases, has_target: jax.Array, kd_weight: float) -> jax.Array:
+def kl_weights(
+    noisy: NoisyCanvases, has_target: Bool[Array, 'B N C'], kd_weight: float
+) -> Float[Array, 'B N C']:
     """Returns w [B, N, C] of the loss (1 - w) CE(x | q_S) + w KL(p_T || q_S).
 
     w = kd_weight * t at corrupted positions of the document, 0 at clean positions and padding. At
@@ -122,6 +125,6 @@ def kl_weights(noisy: NoisyCanvases, has_target: jax.Array, kd_weight: float) ->
     return jnp.where(noisy.corrupted & has_target, weight, 0.0)
 
 
-def hits(logits: jax.Array, clean: jax.Array) -> jax.Array:
+def hits(logits: Float[Array, '*B V'], clean: Int[Array, '*B']) -> Float[Array, '*B']:
     """Returns 1.0 where the argmax of logits [..., V] is the clean token [...], else 0.0."""
     return (jnp.argmax(logits, axis=-1) == clean).astype(jnp.float32)

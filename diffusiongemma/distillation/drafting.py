@@ -22,15 +22,7 @@ from diffusiongemma.diffusion.corruption import Corruption
 from diffusiongemma.distillation.anchors import anchor_places, draw_anchors
 from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.losses import mean_weights, over_positions
-from diffusiongemma.distillation.position_weights import (
-    ACCEPTED_LENGTH,
-    DECAY,
-    EQUAL,
-    AcceptedLengthWeights,
-    DecayWeights,
-    EqualWeights,
-    PositionWeights,
-)
+from diffusiongemma.distillation.position_weights import PositionWeights, read_weights
 from diffusiongemma.distillation.teacher import FullDistribution, TeacherStates
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
@@ -81,8 +73,8 @@ class DraftingConfig:
     """Settings of the drafting objective (`config.drafting`).
 
     Attributes:
-      weights: the position weights: 'accepted_length', 'decay', 'equal', or in code any
-        `PositionWeights`.
+      weights: the position weights: 'accepted_length', 'decay', 'equal', or any other
+        `PositionWeights` or its text, such as 'my_losses.Mine(gamma=2)'.
       smoothing: the smoothing of the accepted-length weights.
       gamma: the decay constant of 'decay', in positions.
       anchors_per_row: A, the maximum number of canvases per row.
@@ -112,11 +104,6 @@ class DraftingConfig:
     held_out: int = 64
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights, str) and self.weights not in (ACCEPTED_LENGTH, DECAY, EQUAL):
-            raise ValueError(
-                f'drafting.weights must be {ACCEPTED_LENGTH!r}, {DECAY!r} or {EQUAL!r}, '
-                f'got {self.weights!r}.'
-            )
         if self.held_out < 1:
             raise ValueError(f'drafting.held_out must be >= 1 example, got {self.held_out}.')
         if self.anchors_per_row < 1:
@@ -130,11 +117,7 @@ class DraftingConfig:
 
     def position_weights(self) -> PositionWeights:
         """Returns the position weights of these settings."""
-        if not isinstance(self.weights, str):
-            return self.weights
-        if self.weights == ACCEPTED_LENGTH:
-            return AcceptedLengthWeights(self.smoothing)
-        return DecayWeights(self.gamma) if self.weights == DECAY else EqualWeights()
+        return read_weights(self.weights, self.smoothing, self.gamma)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from diffusiongemma.distillation.state import TrainState
 from diffusiongemma.distillation.throughput import PROFILE_DIR, Throughput, Trace
 from diffusiongemma.parallel import init_sharded, processes, state_shardings
 
-StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+StepFn = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 STEPS_AHEAD = 2  # the number of steps that are dispatched while one is running
 
 
@@ -85,12 +85,13 @@ def fit(
     description: str,
     batch_sharding: jax.sharding.Sharding,
     batch_size: int,
+    constants: tuple[Any, ...] = (),
     evaluate: Callable[[Any], dict[str, jax.Array]] | None = None,
 ) -> TrainState:
     """Trains until `config.num_steps`, starting from `state` and the position of `batches`.
 
     Args:
-      train_step: the compiled step: (state, batch) -> (state, metrics).
+      train_step: the compiled step: (state, *constants, batch) -> (state, metrics).
       state: the state to start from; it is donated.
       batches: the training batches; their position is saved in checkpoints.
       store: the store of checkpoints.
@@ -99,6 +100,7 @@ def fit(
       description: the text before the progress bar.
       batch_sharding: the sharding of batches.
       batch_size: the number of rows of a batch over all processes.
+      constants: arguments that every step reads and none changes.
       evaluate: returns additional metrics of the averaged parameters for every report.
 
     Returns:
@@ -118,9 +120,9 @@ def fit(
         for step in range(first_step + 1, config.num_steps + 1):
             with throughput.waiting_for_data():
                 batch = processes.global_batch(next(batches), batch_sharding, batch_size)
-            throughput.add(state, batch)
+            throughput.add(state, *constants, batch)
             with trace.step(step):
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, *constants, batch)
             steps_metrics.append(metrics)
             # A few queued steps keep the device busy; more would only delay a stop.
             jax.block_until_ready(steps_metrics[-STEPS_AHEAD - 1 : -STEPS_AHEAD])

@@ -9,10 +9,11 @@ of a batch add up to the loss of the whole batch.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from diffusiongemma.distillation.teacher import TeacherDistribution
 
@@ -67,29 +68,44 @@ def over_positions(score: Callable[..., Any], chunk: int, shape: Sequence[int], 
     return jax.tree.map(lambda leaf: restore(join(leaf)), results)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(logits: Float[Array, '*B V'], labels: Int[Array, '*B']) -> Float[Array, '*B']:
     """Returns -log softmax(logits)[labels] in nats: [..., V], [...] int32 -> [...] float32."""
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
 
 
-def mean_weights(mask: jax.Array) -> jax.Array:
+def mean_weights(mask: Shaped[Array, '*B']) -> Float[Array, '*B']:
     """Returns float32 weights that turn a sum into the mean over `mask`; 0 for an empty mask."""
     mask = mask.astype(jnp.float32)
     return mask / jnp.maximum(jnp.sum(mask), 1.0)
 
 
-def before(target_mask: jax.Array) -> jax.Array:
+def before(target_mask: Bool[Array, 'B L']) -> Bool[Array, 'B L']:
     """Returns the positions [B, L] whose next token is a target; the first token never is one."""
     return jnp.roll(target_mask, -1, axis=1)
 
 
+@runtime_checkable
+class TokenLoss(Protocol):
+    """The loss of each canvas position in stage 1, as `denoise_loss` is one; hashable."""
+
+    def __call__(
+        self,
+        logits: Float[Array, '*B V'],
+        canvas: Int[Array, '*B'],
+        teacher: TeacherDistribution,
+        kl_weight: Float[Array, '*B'],
+    ) -> Float[Array, '*B']:
+        """Returns the loss in nats; arguments as of `denoise_loss`."""
+        ...
+
+
 def denoise_loss(
-    logits: jax.Array,
-    canvas: jax.Array,
+    logits: Float[Array, '*B V'],
+    canvas: Int[Array, '*B'],
     teacher: TeacherDistribution,
-    kl_weight: jax.Array,
-) -> jax.Array:
+    kl_weight: Float[Array, '*B'],
+) -> Float[Array, '*B']:
     """Returns (1 - w) CE(x | q_S) + w KL(p_T || q_S) for each canvas position.
 
     Args:

@@ -1,5 +1,6 @@
 """Gradient accumulation: computes a batch in parts, one after another."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,37 +10,34 @@ import jax.numpy as jnp
 Metrics = dict[str, jax.Array]
 
 
-def summed_gradients(
-    loss_fn: Callable[[Any, Any], tuple[jax.Array, Metrics]],
-    params: Any,
-    rows: Any,
-    microbatches: int,
-) -> tuple[Any, Metrics]:
-    """Returns gradients and metrics of a batch whose loss is the sum of the losses of its parts.
+Gradients = Callable[[Any, Any], tuple[Any, Metrics]]
+
+
+def in_microbatches(gradients: Gradients, microbatches: int) -> Gradients:
+    """Returns a version of `gradients` that computes a batch in parts and sums over them.
 
     Activations exist for one part at a time, at the cost of a second copy of the gradients.
 
     Args:
-      loss_fn: a function from parameters and some rows to their share of loss and metrics.
-      params: the parameters, a tree of arrays.
-      rows: the batch, a tree with leaves [B, ...].
-      microbatches: the number of parts.
-
-    Returns:
-      Gradients with the structure of `params`, and metrics.
+      gradients: a function from parameters and rows, a tree with leaves [B, ...], to the gradients
+        and metrics that these rows contribute to the sums over the batch.
+      microbatches: the number of parts; with 1 `gradients` is returned unchanged.
 
     Raises:
-      ValueError: if the rows can't be divided into that many parts.
+      ValueError: if the rows of a call can't be divided into that many parts.
     """
-    gradients = jax.grad(loss_fn, has_aux=True)
+    if microbatches == 1:
+        return gradients
+    return functools.partial(_summed, gradients, microbatches)
+
+
+def _summed(gradients: Gradients, microbatches: int, params: Any, rows: Any) -> tuple[Any, Metrics]:
     batch_size = jax.tree.leaves(rows)[0].shape[0]
     if microbatches < 1 or batch_size % microbatches:
         raise ValueError(
             f'a batch of {batch_size} rows does not divide into microbatches={microbatches}; '
             f'use a divisor of {batch_size}.'
         )
-    if microbatches == 1:
-        return gradients(params, rows)
 
     def split(leaf: jax.Array) -> jax.Array:
         """Splits rows such that part i has rows i, i + parts, ..., which need not change device."""

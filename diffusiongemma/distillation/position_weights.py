@@ -1,18 +1,26 @@
 """Weights of the draft positions in the loss of `drafting.py`."""
 
 import dataclasses
-from typing import Protocol
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from diffusiongemma.sampling.rules import read_value
 
 ACCEPTED_LENGTH, DECAY, EQUAL = 'accepted_length', 'decay', 'equal'
 
 
+@runtime_checkable
 class PositionWeights(Protocol):
     """A weighting of the positions of a draft; hashable."""
 
-    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+    def weights(
+        self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
+    ) -> Float[Array, '*B K']:
         """Returns weights [..., K] float32 without gradient, 0 at positions that are not valid.
 
         Args:
@@ -26,7 +34,9 @@ class PositionWeights(Protocol):
 class EqualWeights:
     """Equal weights, as in plain cross-entropy."""
 
-    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+    def weights(
+        self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
+    ) -> Float[Array, '*B K']:
         """Returns the weights, see `PositionWeights`."""
         del probabilities
         return valid.astype(jnp.float32)
@@ -42,7 +52,9 @@ class DecayWeights:
         if self.gamma <= 0:
             raise ValueError(f'gamma must be > 0 places, got {self.gamma}.')
 
-    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+    def weights(
+        self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
+    ) -> Float[Array, '*B K']:
         """Returns the weights, see `PositionWeights`."""
         decay = jnp.exp(-jnp.arange(probabilities.shape[-1]) / self.gamma)
         return jnp.where(valid, decay, 0.0)
@@ -65,9 +77,38 @@ class AcceptedLengthWeights:
         if not 0 <= self.smoothing <= 1:
             raise ValueError(f'smoothing must lie in [0, 1], got {self.smoothing}.')
 
-    def weights(self, probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+    def weights(
+        self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
+    ) -> Float[Array, '*B K']:
         """Returns the weights, see `PositionWeights`."""
         smoothed = (1 - self.smoothing) * probabilities + self.smoothing
         smoothed = jnp.where(valid & (probabilities > 0), smoothed, 0.0)
         accepted = jnp.cumprod(jax.lax.stop_gradient(smoothed), axis=-1)  # [..., K]
         return jnp.flip(jnp.cumsum(jnp.flip(accepted, axis=-1), axis=-1), axis=-1)
+
+
+def read_weights(weights: Any, smoothing: float, gamma: float) -> PositionWeights:
+    """Returns the `PositionWeights` that `config.drafting.weights` asks for.
+
+    Args:
+      weights: 'accepted_length', 'decay' or 'equal', which take `smoothing` or `gamma`; the text of
+        any other with its module, such as 'my_losses.Mine(2)'; or an object.
+      smoothing: of the accepted-length weights.
+      gamma: of the decay.
+
+    Raises:
+      ValueError: there are no such weights.
+    """
+    named: dict[str, Callable[[], PositionWeights]] = {
+        ACCEPTED_LENGTH: functools.partial(AcceptedLengthWeights, smoothing),
+        DECAY: functools.partial(DecayWeights, gamma),
+        EQUAL: EqualWeights,
+    }
+    if isinstance(weights, str) and weights in named:
+        return named[weights]()
+    if isinstance(weights, str) and '.' not in weights:
+        raise ValueError(
+            f'drafting.weights must be {ACCEPTED_LENGTH!r}, {DECAY!r} or {EQUAL!r}, or weights of '
+            f"your own with their module, such as 'my_losses.Mine(2)', got {weights!r}."
+        )
+    return read_value('drafting.weights', weights, 'weights', noun='weights')

@@ -145,12 +145,11 @@ def run_stage(
 ) -> TrainState:
     """Trains one stage; returns the state after its last step."""
     objective, _, constants, held_out = stage
-    step = jax.jit(setup.step(objective), donate_argnums=0)
     evaluate = None
     if held_out is not None and isinstance(objective, Drafting):
         evaluate = held_out_metrics(setup.student, objective, constants, held_out)
     return fit(
-        lambda state, batch: step(state, constants, batch),
+        jax.jit(setup.step(objective), donate_argnums=0),
         state,
         batches,
         store,
@@ -159,6 +158,7 @@ def run_stage(
         description=type(objective).__name__.lower(),
         batch_sharding=setup.rows,
         batch_size=setup.experiment.data.batch_size,
+        constants=(constants,),
         evaluate=evaluate,
     )
 

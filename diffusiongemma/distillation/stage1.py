@@ -16,11 +16,17 @@ import jax.numpy as jnp
 from diffusiongemma.diffusion.corruption import Corruption
 from diffusiongemma.distillation import canvases
 from diffusiongemma.distillation.canvases import Batch, NoisyCanvases
-from diffusiongemma.distillation.losses import denoise_loss, mean_weights, over_positions
+from diffusiongemma.distillation.losses import (
+    TokenLoss,
+    denoise_loss,
+    mean_weights,
+    over_positions,
+)
 from diffusiongemma.distillation.teacher import TeacherStates
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.sampling.rules import read_value
 from diffusiongemma.sampling.schedule import TemperatureSchedule
 
 
@@ -48,17 +54,26 @@ class Stage1Config:
       kd_weight: the weight of the teacher's KL at t = 1; 0 trains only on hard labels.
       self_conditioning_rate: the probability that a row is conditioned on its first prediction.
       min_noise_level: the lowest noise level; t is drawn from (min_noise_level, 1).
+      token_loss: a `TokenLoss` that replaces the loss of a position, or its text, such as
+        'my_losses.Focal(gamma=2)'.
     """
 
     kd_weight: float = 1.0
     self_conditioning_rate: float = 0.5
     min_noise_level: float = 1e-3
+    token_loss: str | TokenLoss | None = None
 
     def __post_init__(self) -> None:
         for name in ('kd_weight', 'self_conditioning_rate', 'min_noise_level'):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f'{name} must lie in [0, 1], got {value}.')
+        self.position_loss()
+
+    def position_loss(self) -> TokenLoss:
+        """Returns the loss of a position."""
+        own = read_value('stage1.token_loss', self.token_loss, '__call__', noun='loss')
+        return denoise_loss if own is None else own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,10 +122,11 @@ class Stage1(Stage1Config):
         hidden = canvases.denoise(model, params, batch, prefix, noisy.tokens, soft)
         targets, has_target = canvases.canvas_teacher(teacher.values, batch)
         weight = canvases.kl_weights(noisy, has_target, self.kd_weight)
+        token_loss = self.position_loss()
 
         def score(hidden: jax.Array, clean: jax.Array, targets: Any, weight: jax.Array) -> tuple:
             logits = model.apply({'params': params}, hidden, method='unembed')
-            loss = denoise_loss(logits, clean, teacher.read(targets), weight)
+            loss = token_loss(logits, clean, teacher.read(targets), weight)
             return loss, canvases.hits(logits, clean)
 
         chunk = model.execution.logits_chunk

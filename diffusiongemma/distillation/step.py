@@ -1,5 +1,6 @@
 """The distillation step: batch -> encode -> objective -> gradients -> update."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -9,7 +10,7 @@ import optax
 
 from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.losses import before, mean_weights, over_positions
-from diffusiongemma.distillation.microbatches import summed_gradients
+from diffusiongemma.distillation.microbatches import in_microbatches
 from diffusiongemma.distillation.state import TrainState, apply_gradients
 from diffusiongemma.distillation.teacher import (
     FullDistribution,
@@ -166,8 +167,8 @@ def distillation_loss(
     teacher: Gemma,
     objective: Objective,
     ar_weight: float,
-    params: Params,
     constants: Constants,
+    params: Params,
     rows: Rows,
     combine: Combine = join_parts,
 ) -> tuple[jax.Array, Metrics]:
@@ -186,6 +187,8 @@ def distillation_loss(
     Returns:
       The loss [] and metrics; for some rows, their share of the values of the batch.
     """
+    if combine is join_parts:
+        params = kernels_in_compute_dtype(model, params)
     params = combine(constants.student, params)
     hidden, prefix = causal_pass(model, params, rows.batch)
     states = teacher_states(model, teacher, params, constants, rows.batch, hidden)
@@ -226,16 +229,11 @@ def make_distillation_step(
         state: TrainState, constants: Constants, batch: Batch
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-        def loss_fn(params: Params, rows: Rows) -> tuple[jax.Array, Metrics]:
-            if combine is join_parts:
-                params = kernels_in_compute_dtype(model, params)
-            return distillation_loss(
-                model, teacher, objective, ar_weight, params, constants, rows, combine
-            )
-
-        rows = draw_rows(objective, key, batch)
-        grads, metrics = summed_gradients(loss_fn, state.params, rows, microbatches)
+        loss = functools.partial(
+            distillation_loss, model, teacher, objective, ar_weight, constants, combine=combine
+        )
+        gradients = in_microbatches(jax.grad(loss, has_aux=True), microbatches)
+        grads, metrics = gradients(state.params, draw_rows(objective, key, batch))
         metrics['gradient_norm'] = optax.global_norm(grads)
         return apply_gradients(state, grads, optimizer, ema_decay), metrics
 

@@ -6,17 +6,19 @@ student.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
+@runtime_checkable
 class TeacherDistribution(Protocol):
     """p_T, a distribution over the next token at each position [...]."""
 
-    def kl(self, logits: jax.Array) -> jax.Array:
+    def kl(self, logits: Float[Array, '*B V']) -> Float[Array, '*B']:
         """Returns KL(p_T || softmax(logits)) in nats: [..., V] -> [...] float32."""
         ...
 
@@ -33,7 +35,7 @@ class TeacherStates:
 
     values: Any
     read: Callable[[Any], TeacherDistribution]
-    hidden: jax.Array
+    hidden: Float[Array, 'B L D']
 
 
 @flax.struct.dataclass
@@ -44,9 +46,9 @@ class FullDistribution:
       logits: [..., V], the logits of the teacher.
     """
 
-    logits: jax.Array
+    logits: Float[Array, '*B V']
 
-    def kl(self, logits: jax.Array) -> jax.Array:
+    def kl(self, logits: Float[Array, '*B V']) -> Float[Array, '*B']:
         """Returns the KL, see `TeacherDistribution`."""
         target = jax.nn.log_softmax(self.logits.astype(jnp.float32), axis=-1)
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
@@ -63,19 +65,19 @@ class TopKDistribution:
       log_rest: [...] float16, log of the total probability of all other tokens; -inf if k = V.
     """
 
-    ids: jax.Array
-    log_probs: jax.Array
-    log_rest: jax.Array
+    ids: Int[Array, '*B k']
+    log_probs: Float[Array, '*B k']
+    log_rest: Float[Array, '*B']
 
     @classmethod
-    def of(cls, logits: jax.Array, k: int) -> 'TopKDistribution':
+    def of(cls, logits: Float[Array, '*B V'], k: int) -> 'TopKDistribution':
         """Returns the distribution of logits [..., V], with k <= V."""
         all_log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         log_probs, ids = jax.lax.top_k(all_log_probs, k)
         log_rest = _log_sum_of_others(all_log_probs, ids)
         return cls(ids, log_probs.astype(jnp.float16), log_rest.astype(jnp.float16))
 
-    def kl(self, logits: jax.Array) -> jax.Array:
+    def kl(self, logits: Float[Array, '*B V']) -> Float[Array, '*B']:
         """Returns the KL over k + 1 outcomes: each of the k tokens, and "any other".
 
         Merging outcomes never increases a KL (log-sum inequality: Cover and Thomas, Elements of
@@ -95,7 +97,9 @@ class TopKDistribution:
         return jnp.sum(jnp.where(jnp.isneginf(target), 0.0, terms), axis=-1)
 
 
-def _log_sum_of_others(log_probs: jax.Array, ids: jax.Array) -> jax.Array:
+def _log_sum_of_others(
+    log_probs: Float[Array, '*B V'], ids: Int[Array, '*B k']
+) -> Float[Array, '*B']:
     """Returns the log of the total probability [...] of the tokens that are not in ids [..., k].
 
     It sums over these tokens, because 1 - (sum of the k) would be dominated by rounding errors if

@@ -43,11 +43,11 @@ class Throughput:
         yield
         self._waited += time.perf_counter() - start
 
-    def add(self, state: Any, batch: dict[str, jax.Array]) -> None:
+    def add(self, *arguments: Any) -> None:
         """Adds a step on this batch, before it starts."""
         if math.isnan(self._flops):
-            self._flops = self._count(state, batch).model
-        self._tokens += batch['tokens'].size
+            self._flops = self._count(*arguments).model
+        self._tokens += arguments[-1]['tokens'].size
         self._steps += 1
 
     def measure(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.execution import Execution
@@ -44,13 +45,13 @@ class Attention(nn.Module):
     def setup(self) -> None:
         config, attention = self.config, self.config.attention(self.kind)
         d, n, k, h = config.width, config.num_heads, attention.num_kv_heads, attention.head_dim
-        layout = self.execution.output_major
-        self.query = weight(self, 'attention/query', kernel_init(d), (d, n, h), layout)
+        execution = self.execution
+        self.query = weight(self, 'attention/query', kernel_init(d), (d, n, h), execution)
         if not self.shares_kv:
-            self.key = weight(self, 'attention/key', kernel_init(d), (d, k, h), layout)
+            self.key = weight(self, 'attention/key', kernel_init(d), (d, k, h), execution)
         if not (self.shares_kv or attention.value_is_key):
-            self.value = weight(self, 'attention/value', kernel_init(d), (d, k, h), layout)
-        self.output = weight(self, 'attention/output', kernel_init(n * h), (n, h, d), layout)
+            self.value = weight(self, 'attention/value', kernel_init(d), (d, k, h), execution)
+        self.output = weight(self, 'attention/output', kernel_init(n * h), (n, h, d), execution)
         # With this initial value, the scores of a new model have unit variance.
         init_value = (h * config.query_scale**2) ** -0.25
         norm: dict[str, Any] = {'eps': config.norm_eps, 'scale_offset': config.norm_scale_offset}
@@ -59,8 +60,10 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm(**norm, init_value=init_value)
 
     def keys_and_values(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        x: Float[Array, 'B M T D'],
+        rope: tuple[Float[Array, 'B M T h'], Float[Array, 'B M T h']],
+    ) -> tuple[Float[Array, 'B K M T H'], Float[Array, 'B K M T H']]:
         """Returns keys and values [B, K, M, T, H] of M blocks of T tokens x [B, M, T, D].
 
         It must not be called on a layer with `shares_kv`.
@@ -79,12 +82,12 @@ class Attention(nn.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        x: Float[Array, 'B M T D'],
+        rope: tuple[Float[Array, 'B M T h'], Float[Array, 'B M T h']],
         mask: AttentionMask | CausalMask,
-        prefix_kv: tuple[jax.Array, jax.Array],
-        block_kv: tuple[jax.Array, jax.Array],
-    ) -> jax.Array:
+        prefix_kv: tuple[Float[Array, 'B K S H'], Float[Array, 'B K S H']],
+        block_kv: tuple[Float[Array, 'B K M T H'], Float[Array, 'B K M T H']],
+    ) -> Float[Array, 'B M T D']:
         """Attends from M blocks of T tokens to the prefix and to their own block.
 
         Args:
@@ -109,18 +112,18 @@ class Attention(nn.Module):
         output = self._project('bmtnh,nhd->bmtd', context, self.output)
         return output.astype(self.dtype)
 
-    def _project(self, equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def _project(self, equation: str, x: Float[Array, '...'], kernel: Any) -> Float[Array, '...']:
         return project(equation, x, kernel, self.execution.output_major)
 
 
 def attend_in_blocks(
-    query: jax.Array,
-    block_kv: tuple[jax.Array, jax.Array],
-    prefix_kv: tuple[jax.Array, jax.Array],
+    query: Float[Array, 'B M T N H'],
+    block_kv: tuple[Float[Array, 'B K M L H'], Float[Array, 'B K M L H']],
+    prefix_kv: tuple[Float[Array, 'B K S H'], Float[Array, 'B K S H']],
     mask: AttentionMask | CausalMask,
     query_block: int,
     keys_first: bool = False,
-) -> jax.Array:
+) -> Float[Array, 'B M T N H']:
     """Computes `attend` for some queries at a time, to limit the memory of scores and masks.
 
     Each part has every n-th query, so that all devices of a sharded row work on each part. Scores
@@ -162,12 +165,12 @@ def in_parts(length: int, query_block: int) -> bool:
 
 
 def attend(
-    query: jax.Array,
-    block_kv: tuple[jax.Array, jax.Array],
-    prefix_kv: tuple[jax.Array, jax.Array],
+    query: Float[Array, 'B M T N H'],
+    block_kv: tuple[Float[Array, 'B K M L H'], Float[Array, 'B K M L H']],
+    prefix_kv: tuple[Float[Array, 'B K S H'], Float[Array, 'B K S H']],
     mask: AttentionMask,
     keys_first: bool = False,
-) -> jax.Array:
+) -> Float[Array, 'B M T N H']:
     """Returns softmax attention over prefix and block, without concatenating their keys.
 
     Args:
@@ -210,7 +213,9 @@ def attend(
     return context.astype(query.dtype).reshape(b, m, t, n, h)
 
 
-def _scores_keys_first(query: jax.Array, key: jax.Array) -> jax.Array:
+def _scores_keys_first(
+    query: Float[Array, 'B K M R H'], key: Float[Array, 'B K S H']
+) -> Float[Array, 'B K M R S']:
     """Returns scores: [B, K, M, R, H], [B, K, S, H] -> [B, K, M, R, S] float32."""
     b, k, m, r, h = query.shape
     # Without the barrier XLA swaps the operands of the matmul to avoid the transpose.

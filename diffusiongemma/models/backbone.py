@@ -84,12 +84,11 @@ class Layer(nn.Module):
         attended, block_kv = self._attend(norm('pre_attention_norm', x), given, context)
         x = x + norm('post_attention_norm', attended)
         ffn_width = config.ffn_width_of(self.shares_kv)
-        output_major = self.execution.output_major
-        mlp = GatedMLP(config.width, ffn_width, self.dtype, output_major, name='mlp')
+        mlp = GatedMLP(config.width, ffn_width, self.dtype, self.execution, name='mlp')
         update = mlp(norm('pre_ffn_norm', x))
         if config.moe is not None:
             fields = (config.width, config.moe, config.norm_eps, self.dtype)
-            moe = MoE(*fields, output_major, self.execution, name='moe')
+            moe = MoE(*fields, self.execution, name='moe')
             routed = moe(x, norm('pre_moe_norm', x))
             update = norm('post_mlp_norm', update) + norm('post_moe_norm', routed)
         x = x + norm('post_ffn_norm', update)

@@ -13,11 +13,13 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.masks import KeyTokens, canvas_prefix_window
 
-KV = tuple[tuple[tuple[jax.Array, jax.Array], ...], tuple[tuple[jax.Array, jax.Array], ...]]
+Heads = Float[Array, '... B _ _ _']  # [B, K, S, H], of scanned layers [G, B, K, S, H]
+KV = tuple[tuple[tuple[Heads, Heads], ...], tuple[tuple[Heads, Heads], ...]]
 
 
 def cache_slots(config: ModelConfig, capacity: int) -> dict[str, int]:
@@ -43,7 +45,7 @@ def zeros_kv(
     `scanned` is `Execution.scan_layers`.
     """
 
-    def pair(kind: str, *lead: int) -> tuple[jax.Array, jax.Array]:
+    def pair(kind: str, *lead: int) -> tuple[Heads, Heads]:
         attention = config.attention(kind)
         shape = (*lead, batch_size, attention.num_kv_heads, slots[kind], attention.head_dim)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
@@ -58,7 +60,7 @@ def kv_stack(config: ModelConfig, kv: KV) -> LayerStack:
     return config.kv_layers.as_loop(bool(kv[0]))
 
 
-def layer_kv(config: ModelConfig, kv: KV, layer: int) -> tuple[jax.Array, jax.Array]:
+def layer_kv(config: ModelConfig, kv: KV, layer: int) -> tuple[Heads, Heads]:
     """Returns the keys and values that a layer attends to, [B, K, ..., H] each."""
     (stacked, single), stack = kv, kv_stack(config, kv)
     layer = config.kv_source(layer)
@@ -70,13 +72,13 @@ def layer_kv(config: ModelConfig, kv: KV, layer: int) -> tuple[jax.Array, jax.Ar
     return key[group], value[group]
 
 
-def last_kv(config: ModelConfig, kv: KV, kind: str) -> tuple[jax.Array, jax.Array]:
+def last_kv(config: ModelConfig, kv: KV, kind: str) -> tuple[Heads, Heads]:
     """Returns keys and values of the last non-sharing layer of a type, [B, K, ..., H] each."""
     types = config.kv_layers.types
     return layer_kv(config, kv, max(i for i, layer in enumerate(types) if layer == kind))
 
 
-def ring_tokens(lengths: jax.Array, slots: int) -> KeyTokens:
+def ring_tokens(lengths: Int[Array, ' B'], slots: int) -> KeyTokens:
     """Returns the tokens in a ring of R slots for rows of `lengths` [B] tokens.
 
     These are the last R tokens, with position p in slot p mod R. Before a ring is full, the slot of
@@ -98,10 +100,10 @@ class Prefix:
       lengths: [B] int32, the number of tokens of each row of a cache; None for packed rows.
     """
 
-    kv: KV
-    positions: jax.Array
-    segment_ids: jax.Array
-    lengths: jax.Array | None = None
+    kv: Any
+    positions: Int[Array, 'B S']
+    segment_ids: Int[Array, 'B S']
+    lengths: Int[Array, ' B'] | None = None
 
     @classmethod
     def empty(
@@ -140,8 +142,8 @@ class KVCache:
       lengths: [B] int32, the number of tokens of each row.
     """
 
-    kv: KV
-    lengths: jax.Array
+    kv: Any
+    lengths: Int[Array, ' B']
 
     @classmethod
     def create(
@@ -156,7 +158,7 @@ class KVCache:
         kv = zeros_kv(config, batch_size, cache_slots(config, capacity), dtype, scanned)
         return cls(kv, jnp.zeros((batch_size,), jnp.int32))
 
-    def append(self, block_kv: KV, counts: jax.Array) -> 'KVCache':
+    def append(self, block_kv: Any, counts: Int[Array, ' B']) -> 'KVCache':
         """Returns the cache with the first `counts` of T tokens appended to each row.
 
         Args:

@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from diffusiongemma.models.backbone import ACTIVATION_AXES, Backbone, PassContext
 from diffusiongemma.models.cache import Prefix
@@ -34,7 +35,9 @@ class SelfConditioning(nn.Module):
     execution: Execution = Execution()
 
     @nn.compact
-    def __call__(self, embeddings: jax.Array, soft_embeddings: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, embeddings: Float[Array, '*B D'], soft_embeddings: Float[Array, '*B D'] | None
+    ) -> Float[Array, '*B D']:
         """Returns inputs [..., D] for embeddings [..., D] and soft embeddings [..., D] or None."""
         config = self.config
         if soft_embeddings is None:
@@ -44,7 +47,7 @@ class SelfConditioning(nn.Module):
             config.width,
             config.ffn_width,
             self.dtype,
-            self.execution.output_major,
+            self.execution,
             zero_init_output=True,
             name='mlp',
         )
@@ -102,14 +105,14 @@ class DiffusionGemma(Gemma):
 
     def denoise_hidden(
         self,
-        canvas: jax.Array,
-        starts: jax.Array,
-        segment_ids: jax.Array,
+        canvas: Int[Array, 'B M C'],
+        starts: Int[Array, 'B M'],
+        segment_ids: Int[Array, 'B M'],
         prefix: Prefix,
-        soft_embeddings: jax.Array | None = None,
-        previous: jax.Array | None = None,
-        teacher_state: jax.Array | None = None,
-    ) -> jax.Array:
+        soft_embeddings: Float[Array, 'B M C D'] | None = None,
+        previous: Int[Array, 'B M'] | None = None,
+        teacher_state: Float[Array, 'B M D'] | None = None,
+    ) -> Float[Array, 'B M C D']:
         """Runs the denoise pass over M canvases per row (sampling: M = 1), without the head.
 
         Args:
@@ -165,14 +168,14 @@ class DiffusionGemma(Gemma):
 
     def denoise(
         self,
-        canvas: jax.Array,
-        starts: jax.Array,
-        segment_ids: jax.Array,
+        canvas: Int[Array, 'B M C'],
+        starts: Int[Array, 'B M'],
+        segment_ids: Int[Array, 'B M'],
         prefix: Prefix,
-        soft_embeddings: jax.Array | None = None,
-        previous: jax.Array | None = None,
-        teacher_state: jax.Array | None = None,
-    ) -> jax.Array:
+        soft_embeddings: Float[Array, 'B M C D'] | None = None,
+        previous: Int[Array, 'B M'] | None = None,
+        teacher_state: Float[Array, 'B M D'] | None = None,
+    ) -> Float[Array, 'B M C V']:
         """Runs `denoise_hidden` and the head; returns float32 logits [B, M, C, V].
 
         Tokens outside of a draft vocabulary have logits of -inf. The serial correction is not
@@ -185,7 +188,7 @@ class DiffusionGemma(Gemma):
         whole = jnp.full((*logits.shape[:-1], self.config.vocab_size), -jnp.inf, logits.dtype)
         return whole.at[..., self.draft_ids].set(logits)
 
-    def draft_logits(self, hidden: jax.Array) -> jax.Array:
+    def draft_logits(self, hidden: Float[Array, '*B D']) -> Float[Array, '*B Vd']:
         """Returns float32 soft-capped logits of hidden states [..., D].
 
         Their shape is [..., Vd] with a draft vocabulary, else [..., V].
@@ -194,7 +197,9 @@ class DiffusionGemma(Gemma):
             return self.unembed(hidden)
         return self.embedder.decode(hidden, self.draft_table())
 
-    def score_tokens(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    def score_tokens(
+        self, hidden: Float[Array, 'B K D'], tokens: Int[Array, 'B P']
+    ) -> Float[Array, 'B K P']:
         """Returns the logits of some tokens: [B, K, D], [B, P] int32 -> float32 [B, K, P]."""
 
         def score_row(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -202,13 +207,13 @@ class DiffusionGemma(Gemma):
 
         return jax.vmap(score_row)(hidden, tokens)
 
-    def draft_table(self) -> jax.Array:
+    def draft_table(self) -> Float[Array, 'Vd D']:
         """Returns the embedding rows [Vd, D] of the draft vocabulary's tokens."""
         if self.execution.gather_draft_head:
             return self.draft_head
         return jnp.take(self.embedder.embedding, self.draft_ids, axis=0)
 
-    def draft_rows(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draft_rows(self, tokens: Int[Array, '*B']) -> tuple[Int[Array, '*B'], Bool[Array, '*B']]:
         """Returns the indices of tokens [...] in the draft vocabulary, and whether they are in it.
 
         The index is Vd for other tokens. Without a draft vocabulary the index is the token itself.
@@ -220,27 +225,27 @@ class DiffusionGemma(Gemma):
         known = jnp.take(self.draft_ids, jnp.minimum(place, size - 1)) == tokens
         return jnp.where(known, place, size), known
 
-    def draft_tokens(self, rows: jax.Array) -> jax.Array:
+    def draft_tokens(self, rows: Int[Array, '*B']) -> Int[Array, '*B']:
         """Returns the tokens at indices [...] of the draft vocabulary (inverse of `draft_rows`)."""
         if self.light is None or not self.light.draft_vocab_size:
             return rows
         return jnp.take(self.draft_ids, rows)
 
-    def serial_logits(self, previous: jax.Array) -> jax.Array:
+    def serial_logits(self, previous: Int[Array, '*B']) -> Float[Array, '*B Vd']:
         """Returns the serial correction for previous tokens: [...] int32 -> [..., Vd] float32.
 
         It is added to the logits of a draft; only for a light denoiser with `serial_rank` > 0.
         """
         return self.serial(self.draft_rows(previous)[0])
 
-    def soft_embed(self, logits: jax.Array) -> jax.Array:
+    def soft_embed(self, logits: Float[Array, '*B V']) -> Float[Array, '*B D']:
         """Returns softmax(logits) @ embedding * sqrt(D), [..., V] -> [..., D].
 
         This is the input of self-conditioning.
         """
         return self.embedder.soft_encode(logits, self.denoise_dtype)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Int[Array, 'B C']) -> Float[Array, 'B C V']:
         """Returns denoise logits [B, C, V] for tokens [B, C] as prefix and canvas; for `init`."""
         batch_size, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
@@ -258,7 +263,9 @@ class DiffusionGemma(Gemma):
         return logits[:, 0]
 
 
-def _behind(first: jax.Array, rest: jax.Array, axis: int) -> jax.Array:
+def _behind(
+    first: Shaped[Array, '...'], rest: Shaped[Array, '*B'], axis: int
+) -> Shaped[Array, '*B']:
     """Returns `first` followed by all but the last element of `rest` along `axis`."""
     kept = jax.lax.slice_in_dim(rest, 0, rest.shape[axis] - 1, axis=axis)
     return jnp.concatenate([first, kept], axis=axis)

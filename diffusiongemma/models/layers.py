@@ -15,13 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
+from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.vocabulary import (
     LARGE_VOCABULARY,
     expected_rows_by_parts,
     logits_by_parts,
 )
 from diffusiongemma.models.weights import WEIGHTS
+
+_ONE_DEVICE = Execution()
 
 
 def kernel_init(fan_in: int) -> nn.initializers.Initializer:
@@ -34,8 +39,8 @@ def weight(
     declared: str,
     init: nn.initializers.Initializer,
     shape: Sequence[int],
-    output_major: bool = False,
-) -> jax.Array:
+    execution: Execution = _ONE_DEVICE,
+) -> Any:
     """Creates a float32 parameter from its declaration in `models/weights.py`.
 
     Args:
@@ -43,22 +48,26 @@ def weight(
       declared: the key of the declaration, whose last part is the name in the module.
       init: the initializer.
       shape: the size of each axis, in the order of the declaration.
-      output_major: whether the output axes come first (`Execution.output_major`).
+      execution: whether the output axes come first (`output_major`), and the mesh on which a
+        large kernel is gathered.
 
     Returns:
-      [*maps, *inputs, *outputs], or [*maps, *outputs, *inputs].
+      [*maps, *inputs, *outputs], or [*maps, *outputs, *inputs]; a quantized kernel if the model
+      is applied to quantized parameters.
     """
     declaration = WEIGHTS[declared]
     axes, sizes = declaration.axes, tuple(shape)
-    if output_major:
+    if execution.output_major:
         axes, sizes = declaration.outputs_first(axes), declaration.outputs_first(sizes)
     partitioned = nn.with_logical_partitioning(init, axes)
     parameter: Any = module.param(declared.split('/')[-1], partitioned, sizes, jnp.float32)
+    if declaration.large and not declaration.maps and not is_quantized(parameter):
+        return execution.gathered_in_stages(parameter, *axes)
     return parameter
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def contract(equation: str, x: Float[Array, '...'], y: Float[Array, '...']) -> Float[Array, '...']:
     """Returns the einsum of two arrays, accumulated and returned in float32.
 
     Its gradients are also contractions of operands in the dtypes of x and y. So for bfloat16
@@ -74,11 +83,15 @@ def contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
-def _contract_forward(equation: str, x: jax.Array, y: jax.Array):
+def _contract_forward(equation: str, x: Float[Array, '...'], y: Float[Array, '...']):
     return contract(equation, x, y), (x, y)
 
 
-def _contract_backward(equation: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array):
+def _contract_backward(
+    equation: str,
+    operands: tuple[Float[Array, '*X'], Float[Array, '*Y']],
+    gradient: Float[Array, '...'],
+) -> tuple[Float[Array, '*X'], Float[Array, '*Y']]:
     x, y = operands
     of_x, of_y, of_result = re.split(',|->', equation)
     gradient = gradient.astype(x.dtype)
@@ -98,14 +111,14 @@ def is_quantized(kernel: Any) -> bool:
     return hasattr(kernel, 'qvalue')
 
 
-def as_operand(kernel: Any, dtype: jnp.dtype) -> Any:
+def as_operand(kernel: Any, dtype: DTypeLike) -> Any:
     """Returns a kernel as an operand of matmuls: cast to `dtype`, or unchanged if quantized."""
     return kernel if is_quantized(kernel) else kernel.astype(dtype)
 
 
 def project(
-    equation: str, x: jax.Array, kernel: jax.Array, output_major: bool = False
-) -> jax.Array:
+    equation: str, x: Float[Array, '...'], kernel: Any, output_major: bool = False
+) -> Float[Array, '...']:
     """Returns `contract` with a weight; rematerialization may keep it (`Execution.remat` 'dots').
 
     Args:
@@ -120,7 +133,7 @@ def project(
     return checkpoint_name(_multiply(equation, x, kernel), WEIGHT_PRODUCT)
 
 
-def _multiply(equation: str, x: jax.Array, kernel: Any) -> jax.Array:
+def _multiply(equation: str, x: Float[Array, '...'], kernel: Any) -> Float[Array, '...']:
     if is_quantized(kernel):
         import qwix  # the import takes a third of a second, and only quantized models need it
 
@@ -133,7 +146,9 @@ def _multiply(equation: str, x: jax.Array, kernel: Any) -> jax.Array:
 FEW_ROWS = 64
 
 
-def _project_output_major(equation: str, x: jax.Array, kernel: Any) -> jax.Array:
+def _project_output_major(
+    equation: str, x: Float[Array, '...'], kernel: Any
+) -> Float[Array, '...']:
     of_x, of_kernel, of_result = re.split(',|->', equation)
     inputs = ''.join(index for index in of_kernel if index in of_x)
     outputs = ''.join(index for index in of_kernel if index not in of_x)
@@ -153,7 +168,7 @@ def _project_output_major(equation: str, x: jax.Array, kernel: Any) -> jax.Array
     return product.transpose([(rows + outputs).index(index) for index in of_result])
 
 
-def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
+def rms_normalize(x: Float[Array, '*B D'], eps: float) -> Float[Array, '*B D']:
     """Returns x / rms(x) over the last axis, computed and returned in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
@@ -167,7 +182,7 @@ class RMSNorm(nn.Module):
     init_value: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
         init = nn.initializers.constant(self.init_value - self.scale_offset)
         scale = weight(self, 'norm/scale', init, x.shape[-1:])
         return (rms_normalize(x, self.eps) * (scale + self.scale_offset)).astype(x.dtype)
@@ -179,24 +194,24 @@ class GatedMLP(nn.Module):
     width: int
     ffn_width: int
     dtype: jnp.dtype
-    output_major: bool = False
+    execution: Execution = Execution()
     zero_init_output: bool = False
 
     def setup(self) -> None:
         d, f = self.width, self.ffn_width
-        self.gate = weight(self, 'mlp/gate', kernel_init(d), (d, f), self.output_major)
-        self.up = weight(self, 'mlp/up', kernel_init(d), (d, f), self.output_major)
+        self.gate = weight(self, 'mlp/gate', kernel_init(d), (d, f), self.execution)
+        self.up = weight(self, 'mlp/up', kernel_init(d), (d, f), self.execution)
         init = nn.initializers.zeros if self.zero_init_output else kernel_init(f)
-        self.down = weight(self, 'mlp/down', init, (f, d), self.output_major)
+        self.down = weight(self, 'mlp/down', init, (f, d), self.execution)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
         # Use one matrix of tokens: with several leading axes, the gradients of the kernels would
         # make XLA transpose the hidden layer on CPUs, which doubles the time.
-        tokens = x.reshape(-1, self.width)
-        gate = project('td,df->tf', tokens, self.gate, self.output_major)
-        up = project('td,df->tf', tokens, self.up, self.output_major)
+        tokens, output_major = x.reshape(-1, self.width), self.execution.output_major
+        gate = project('td,df->tf', tokens, self.gate, output_major)
+        up = project('td,df->tf', tokens, self.up, output_major)
         hidden = (nn.gelu(gate, approximate=True) * up).astype(self.dtype)
-        output = project('tf,fd->td', hidden, self.down, self.output_major)
+        output = project('tf,fd->td', hidden, self.down, output_major)
         return output.astype(self.dtype).reshape(x.shape)
 
 
@@ -207,48 +222,58 @@ class Embedder(nn.Module):
     width: int
     final_logit_softcap: float | None
     dtype: jnp.dtype
-    output_major: bool = False
+    execution: Execution = Execution()
 
     def setup(self) -> None:
         shape = (self.vocab_size, self.width)
         self.embedding = weight(self, 'embedder/embedding', kernel_init(self.width), shape)
 
-    def encode(self, tokens: jax.Array) -> jax.Array:
+    def encode(self, tokens: Int[Array, '*B']) -> Float[Array, '*B D']:
         """Returns embeddings scaled by sqrt(D): [...] int32 -> [..., D]."""
         scale = jnp.asarray(self.width**0.5, self.dtype)
         return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype) * scale
 
-    def soft_encode(self, logits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def soft_encode(self, logits: Float[Array, '*B V'], dtype: DTypeLike) -> Float[Array, '*B D']:
         """Returns softmax(logits) @ embedding * sqrt(D): [..., V] -> [..., D].
 
         The softmax is computed in float32, the matmul with the table in `dtype`.
         """
-        table = self.embedding.astype(dtype)
+        table = self._table(dtype)
         rows = logits.astype(jnp.float32).reshape(-1, self.vocab_size)
         product = functools.partial(contract, 'tv,vd->td')
-        if self.output_major and self.vocab_size > LARGE_VOCABULARY:
+        if self.execution.output_major and self.vocab_size > LARGE_VOCABULARY:
             soft = expected_rows_by_parts(rows, product, table)
         else:
             soft = product(jax.nn.softmax(rows, axis=-1).astype(dtype), table)
         return (soft * self.width**0.5).astype(dtype).reshape(*logits.shape[:-1], self.width)
 
-    def decode(self, hidden: jax.Array, table: jax.Array | None = None) -> jax.Array:
+    def decode(
+        self, hidden: Float[Array, '*B D'], table: Float[Array, 'V D'] | None = None
+    ) -> Float[Array, '*B V']:
         """Returns float32 logits, soft-capped by cap * tanh(logits / cap): [..., D] -> [..., V].
 
         `table` [n, D] replaces the whole embedding by the rows of some tokens.
         """
         tokens = hidden.reshape(-1, self.width)
-        embedding = (self.embedding if table is None else table).astype(hidden.dtype)
+        dtype = hidden.dtype
+        embedding = self._table(dtype) if table is None else table.astype(dtype)
         large = len(embedding) > LARGE_VOCABULARY
-        if self.output_major and large and FEW_ROWS // 2 < len(tokens) <= FEW_ROWS:
+        if self.execution.output_major and large and FEW_ROWS // 2 < len(tokens) <= FEW_ROWS:
             logits = logits_by_parts(tokens, self._logits, embedding)
         else:
             logits = self._logits(tokens, embedding)
         return logits.reshape(*hidden.shape[:-1], len(embedding))
 
-    def _logits(self, tokens: jax.Array, table: jax.Array) -> jax.Array:
+    def _table(self, dtype: DTypeLike) -> Float[Array, 'n D']:
+        """Returns the embedding as matmuls read it: in `dtype`, gathered along the mesh."""
+        axes = WEIGHTS['embedder/embedding'].axes
+        return self.execution.gathered_in_stages(self.embedding.astype(dtype), *axes)
+
+    def _logits(
+        self, tokens: Float[Array, 't D'], table: Float[Array, 'n D']
+    ) -> Float[Array, 't n']:
         """Returns the logits of tokens [t, D] for rows [n, D] of the table: [t, n]."""
-        if self.output_major:  # the table has the layout [out, in]
+        if self.execution.output_major:  # the table has the layout [out, in]
             logits = project('td,dv->tv', tokens, table, output_major=True)
         else:
             logits = contract('td,vd->tv', tokens, table)
@@ -258,8 +283,8 @@ class Embedder(nn.Module):
 
 
 def rope_tables(
-    positions: jax.Array, head_dim: int, theta: float, fraction: float, scale: float
-) -> tuple[jax.Array, jax.Array]:
+    positions: Int[Array, '*B'], head_dim: int, theta: float, fraction: float, scale: float
+) -> tuple[Float[Array, '*B h'], Float[Array, '*B h']]:
     """Returns cosine and sine of the rotary embedding, [..., H/2] float32 for positions [...].
 
     Frequency i is theta^(-2i/H) for i < fraction * H/2 and zero above ("proportional" RoPE of
@@ -275,7 +300,9 @@ def rope_tables(
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def apply_rope(
+    x: Float[Array, '*B heads H'], cos: Float[Array, '*B h'], sin: Float[Array, '*B h']
+) -> Float[Array, '*B heads H']:
     """Rotates pairs (i, i + H/2) of x [..., heads, H] by tables [..., H/2], in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]  # broadcast over heads

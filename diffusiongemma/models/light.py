@@ -9,8 +9,8 @@ cache for the draft.
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from diffusiongemma.models.backbone import KVPair, LayerInput, PassContext, rematerialized
 from diffusiongemma.models.cache import KV, layer_kv
@@ -45,8 +45,12 @@ class LightBackbone(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, prefix_kv: KV, context: PassContext, per_layer: jax.Array | None
-    ) -> jax.Array:
+        self,
+        x: Float[Array, 'B M T D'],
+        prefix_kv: KV,
+        context: PassContext,
+        per_layer: Float[Array, 'B M T layers P'] | None,
+    ) -> Float[Array, 'B M T D']:
         """Returns normed hidden states [B, M, T, D].
 
         Args:
@@ -88,7 +92,9 @@ class TeacherState(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, state: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, 'B M T D'], state: Float[Array, 'B M D']
+    ) -> Float[Array, 'B M T D']:
         """Returns x with the projection added: x [B, M, T, D], state [B, M, D] -> [B, M, T, D]."""
         width = self.config.width
         kernel = weight(self, 'teacher_state/kernel', nn.initializers.zeros, (width, width))
@@ -113,7 +119,7 @@ class SerialCorrection(nn.Module):
         self.previous = weight(self, 'serial/previous', kernel_init(rank), (rows, rank))
         self.following = weight(self, 'serial/following', nn.initializers.zeros, (rank, size))
 
-    def __call__(self, previous: jax.Array) -> jax.Array:
+    def __call__(self, previous: Int[Array, '*B']) -> Float[Array, '*B Vd']:
         """Returns the bigram term for previous tokens, as rows [...] int32 -> [..., Vd] float32."""
         rows = jnp.take(self.previous, previous.reshape(-1), axis=0).astype(jnp.float32)
         gain = project('tr,rv->tv', rows, self.following)

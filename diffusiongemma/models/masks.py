@@ -8,8 +8,8 @@ the block itself. True means visible.
 from typing import NamedTuple
 
 import flax.struct
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 
 class KeyTokens(NamedTuple):
@@ -20,8 +20,8 @@ class KeyTokens(NamedTuple):
       segment_ids: [B, S] int32, the document of each token; 0 for an empty slot.
     """
 
-    positions: jax.Array
-    segment_ids: jax.Array
+    positions: Int[Array, 'B S']
+    segment_ids: Int[Array, 'B S']
 
 
 @flax.struct.dataclass
@@ -33,13 +33,13 @@ class AttentionMask:
       block: [B, M, T or 1, T] bool.
     """
 
-    prefix: jax.Array
-    block: jax.Array
+    prefix: Bool[Array, 'B M Q S']
+    block: Bool[Array, 'B M Q T']
 
-    def rows(self, queries: jax.Array) -> 'AttentionMask':
+    def rows(self, queries: Int[Array, ' Q']) -> 'AttentionMask':
         """Returns the mask of some of the T queries, by their indices [Q] int32."""
 
-        def pick(mask: jax.Array) -> jax.Array:
+        def pick(mask: Bool[Array, 'B M T S']) -> Bool[Array, 'B M Q S']:
             return mask if mask.shape[2] == 1 else mask[:, :, queries]
 
         return AttentionMask(pick(self.prefix), pick(self.block))
@@ -62,12 +62,12 @@ class CausalMask:
       window: the number of keys that a query sees, including itself, or None.
     """
 
-    positions: jax.Array
-    segment_ids: jax.Array
+    positions: Int[Array, 'B T']
+    segment_ids: Int[Array, 'B T']
     prefix: KeyTokens
     window: int | None = flax.struct.field(pytree_node=False)
 
-    def rows(self, queries: jax.Array) -> AttentionMask:
+    def rows(self, queries: Int[Array, ' Q']) -> AttentionMask:
         """Returns the mask of some of the T queries, by their indices [Q] int32."""
         positions, segment_ids = self.positions[:, queries], self.segment_ids[:, queries]
         return self._of(positions, segment_ids)
@@ -76,8 +76,8 @@ class CausalMask:
         """Returns the mask of all T queries."""
         return self._of(self.positions, self.segment_ids)
 
-    def _of(self, positions: jax.Array, segment_ids: jax.Array) -> AttentionMask:
-        def visible(keys: KeyTokens) -> jax.Array:
+    def _of(self, positions: Int[Array, 'B Q'], segment_ids: Int[Array, 'B Q']) -> AttentionMask:
+        def visible(keys: KeyTokens) -> Bool[Array, 'B 1 Q S']:
             same = segment_ids[:, :, None] == keys.segment_ids[:, None, :]
             distance = positions[:, :, None] - keys.positions[:, None, :]
             near = distance >= 0
@@ -99,8 +99,8 @@ def canvas_prefix_window(window: int) -> int:
 
 
 def canvas_mask(
-    starts: jax.Array,
-    segment_ids: jax.Array,
+    starts: Int[Array, 'B M'],
+    segment_ids: Int[Array, 'B M'],
     canvas_length: int,
     prefix: KeyTokens,
     window: int | None,

@@ -49,14 +49,13 @@ class Experts(nn.Module):
     width: int
     config: MoEConfig
     dtype: jnp.dtype
-    output_major: bool = False
     execution: Execution = Execution()
 
     def setup(self) -> None:
         e, d, f = self.config.num_experts, self.width, self.config.expert_width
-        self.gate = weight(self, 'experts/gate', kernel_init(d), (e, d, f), self.output_major)
-        self.up = weight(self, 'experts/up', kernel_init(d), (e, d, f), self.output_major)
-        self.down = weight(self, 'experts/down', kernel_init(f), (e, f, d), self.output_major)
+        self.gate = weight(self, 'experts/gate', kernel_init(d), (e, d, f), self.execution)
+        self.up = weight(self, 'experts/up', kernel_init(d), (e, d, f), self.execution)
+        self.down = weight(self, 'experts/down', kernel_init(f), (e, f, d), self.execution)
 
     def __call__(self, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
         """Returns outputs [B, M, T, D] for x [B, M, T, D], weights and expert ids [B, M, T, k]."""
@@ -67,11 +66,11 @@ class Experts(nn.Module):
             of = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype)  # noqa: E731
             warn_of_fallback(of(x.reshape(-1, self.width)), of(kernels[0]), self.execution.platform)
         if self.execution.mesh is not None:
-            if self.output_major:
+            if self.execution.output_major:
                 kernels = tuple(kernel.swapaxes(1, 2) for kernel in kernels)
             return experts_on_mesh(x, weights, experts, kernels, self.execution)
         flat = x.reshape(-1, self.width)
-        if not self.output_major:
+        if not self.execution.output_major:
             top_k = experts.shape[-1]
             args = (flat, weights.reshape(-1, top_k), experts.reshape(-1, top_k), kernels)
             return routed_mlps(*args, every=True).astype(self.dtype).reshape(x.shape)
@@ -88,14 +87,11 @@ class MoE(nn.Module):
     config: MoEConfig
     norm_eps: float
     dtype: jnp.dtype
-    output_major: bool = False
     execution: Execution = Execution()
 
     def setup(self) -> None:
         self.router = Router(self.width, self.config, self.norm_eps)
-        self.experts = Experts(
-            self.width, self.config, self.dtype, self.output_major, self.execution
-        )
+        self.experts = Experts(self.width, self.config, self.dtype, self.execution)
 
     def __call__(self, residual: jax.Array, normed: jax.Array) -> jax.Array:
         """Returns [B, M, T, D] for the residual, which the router reads, and its normed values."""

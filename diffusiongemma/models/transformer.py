@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.attention import in_parts
@@ -26,7 +27,7 @@ from diffusiongemma.models.per_layer import PerLayerEmbedder
 CACHE_AXES = ('batch', 'kv_heads', 'slots', 'head_dim')  # logical axes of K/V [.., B, K, R, H]
 
 
-def rope_by_kind(config: ModelConfig, positions: jax.Array) -> dict:
+def rope_by_kind(config: ModelConfig, positions: Int[Array, '*B']) -> dict:
     """Returns the rotary tables [..., H/2] of each layer type for positions [...]."""
     tables = {}
     for kind in sorted(set(config.layer_types)):
@@ -65,7 +66,7 @@ class Gemma(nn.Module):
             config.width,
             config.final_logit_softcap,
             self.dtype,
-            self.execution.output_major,
+            self.execution,
         )
         if config.per_layer is not None:
             self.per_layer_embedder = PerLayerEmbedder(config, self.dtype)
@@ -74,11 +75,11 @@ class Gemma(nn.Module):
 
     def encode(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
+        tokens: Int[Array, 'B T'],
+        positions: Int[Array, 'B T'],
+        segment_ids: Int[Array, 'B T'],
         prefix: Prefix | None = None,
-    ) -> tuple[jax.Array, KV]:
+    ) -> tuple[Float[Array, 'B T D'], KV]:
         """Runs the causal pass: prefill, commit, verify, an AR step, or a packed training row.
 
         Args:
@@ -105,7 +106,11 @@ class Gemma(nn.Module):
         return hidden[:, 0], jax.tree.map(lambda a: a.squeeze(-3), block_kv)
 
     def _causal_mask(
-        self, kind: str, positions: jax.Array, segment_ids: jax.Array, prefix: KeyTokens
+        self,
+        kind: str,
+        positions: Int[Array, 'B T'],
+        segment_ids: Int[Array, 'B T'],
+        prefix: KeyTokens,
     ) -> AttentionMask | CausalMask:
         """Returns the mask of a layer type, expanded for all queries unless positions suffice."""
         attention, (batch_size, length) = self.config.attention(kind), positions.shape
@@ -118,7 +123,9 @@ class Gemma(nn.Module):
             return mask
         return mask.all_rows()
 
-    def per_layer_inputs(self, tokens: jax.Array, embeddings: jax.Array) -> jax.Array | None:
+    def per_layer_inputs(
+        self, tokens: Int[Array, '*B'], embeddings: Float[Array, '*B D']
+    ) -> Float[Array, '*B layers P'] | None:
         """Returns per-layer inputs [..., layers, P], or None for a model without them.
 
         Args:
@@ -139,11 +146,11 @@ class Gemma(nn.Module):
 
         return jax.tree.map(place, kv)
 
-    def unembed(self, hidden: jax.Array) -> jax.Array:
+    def unembed(self, hidden: Float[Array, '*B D']) -> Float[Array, '*B V']:
         """Returns float32 soft-capped logits [..., V] of hidden states [..., D]."""
         return self.embedder.decode(hidden)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T V']:
         """Returns AR logits [B, T, V] of one document per row; `init` also traces this method."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden, _ = self.encode(tokens, positions, jnp.ones_like(tokens))

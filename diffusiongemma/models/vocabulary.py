@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 Total = TypeVar('Total')
 
@@ -39,8 +40,8 @@ def fold_parts(
 
 
 def logits_by_parts(
-    hidden: jax.Array, product: Callable[..., jax.Array], table: jax.Array
-) -> jax.Array:
+    hidden: Float[Array, 't D'], product: Callable[..., jax.Array], table: Float[Array, 'V D']
+) -> Float[Array, 't V']:
     """Returns the logits [t, V] float32 of hidden states [t, D], see `Embedder.decode`.
 
     Args:
@@ -58,8 +59,8 @@ def logits_by_parts(
 
 
 def expected_rows_by_parts(
-    logits: jax.Array, product: Callable[..., jax.Array], table: jax.Array
-) -> jax.Array:
+    logits: Float[Array, 't V'], product: Callable[..., jax.Array], table: Float[Array, 'V D']
+) -> Float[Array, 't D']:
     """Returns softmax(logits) @ table in float32, without storing the softmax.
 
     Args:
@@ -82,7 +83,9 @@ def expected_rows_by_parts(
     return expected / total
 
 
-def log_partition_and_entropy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def log_partition_and_entropy(
+    logits: Float[Array, '*B V'],
+) -> tuple[Float[Array, '*B'], Float[Array, '*B']]:
     """Returns log z and the entropy in nats of softmax(logits): [..., V] -> [...] float32 each.
 
     The entropy is log z' - sum(e^x x) / z' with x = logits - max and z' their partition function.
@@ -108,7 +111,7 @@ def log_partition_and_entropy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return largest + jnp.log(total), jnp.log(total) - weighted / total
 
 
-def most_likely_tokens(logits: jax.Array) -> jax.Array:
+def most_likely_tokens(logits: Float[Array, '*B V']) -> Int[Array, '*B']:
     """Returns jnp.argmax over the last axis, the first one for ties: [..., V] -> [...] int32."""
     vocab_size = logits.shape[-1]
     size = max(n for n in range(1, math.isqrt(vocab_size) + 1) if vocab_size % n == 0)

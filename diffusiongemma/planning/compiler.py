@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from diffusiongemma.accounting.devices import GPUS, DeviceFigures, figures_named, figures_of
 from diffusiongemma.accounting.executed import executed_flops
-from diffusiongemma.accounting.flops import Flops, count_flops
+from diffusiongemma.accounting.flops import Flops, flops_of, kernel_flops
 from diffusiongemma.accounting.hlo import Collective, Program, dimensions
 from diffusiongemma.accounting.liveness import peak_bytes
 from diffusiongemma.planning.needed import Needed
@@ -184,17 +184,18 @@ def compile_program(
         the time and half of the host's memory, and finds a program that needs no less memory and
         moves more bytes.
     """
-    flops = count_flops(program.function, *program.arguments)
+    function = jax.jit(program.function, donate_argnums=program.donated)
+    traced = function.trace(*program.arguments)
     plan = functools.partial(
         Plan,
         name=program.name,
         kinds=dict(program.kinds),
-        flops=flops,
+        flops=flops_of(traced.jaxpr),
         tokens=program.tokens,
         least=program.needed,
     )
     start = time.monotonic()
-    lowered = jax.jit(program.function, donate_argnums=program.donated).lower(*program.arguments)
+    lowered = traced.lower()
     try:
         with _quiet(), _at_level(optimization_level):
             compiled = lowered.compile()
@@ -211,10 +212,11 @@ def compile_program(
     layout, text = _layout(compiled), Program(_text(compiled))
     # What a GPU's fusions read and write is not what those of a CPU do.
     is_tpu = mesh.devices.flat[0].platform != 'cpu'
+    kernels = kernel_flops(traced.jaxpr)
     return plan(
         layout=layout, needed=layout.needed, fits=layout.needed <= figures.hbm_bytes,
-        executed=executed_flops(text) if is_tpu else None,
-        executed_tiles=executed_flops(text, whole_tiles=True) if is_tpu else None,
+        executed=executed_flops(text, kernels=kernels) if is_tpu else None,
+        executed_tiles=executed_flops(text, whole_tiles=True, kernels=kernels) if is_tpu else None,
         hbm_traffic=text.hbm_bytes() if is_tpu else None,
         collectives=text.collectives(mesh.shape), compile_seconds=seconds,
         copies=float32_copies(text, program.layers) if is_tpu and program.layers else None,

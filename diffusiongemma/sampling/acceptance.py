@@ -11,6 +11,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+PerRow = Float[Array, ''] | Float[Array, 'B 1']  # one number, or one for each row
 
 
 @flax.struct.dataclass
@@ -40,23 +43,23 @@ class Proposal:
       greedy: bool, or [B, 1] bool, whether the candidates are the argmax tokens.
     """
 
-    canvas: jax.Array
-    candidates: jax.Array
-    noise: jax.Array
-    open: jax.Array
-    entropies: jax.Array
-    confidences: jax.Array
-    margins: jax.Array
-    noise_level: jax.Array
-    next_noise_level: jax.Array
-    keys: jax.Array
+    canvas: Int[Array, 'B C']
+    candidates: Int[Array, 'B C']
+    noise: Int[Array, 'B C']
+    open: Bool[Array, 'B C']
+    entropies: Float[Array, 'B C']
+    confidences: Float[Array, 'B C']
+    margins: Float[Array, 'B C']
+    noise_level: PerRow
+    next_noise_level: PerRow
+    keys: Key[Array, ' B']
     vocab_size: int | None = flax.struct.field(pytree_node=False)
-    pinned: jax.Array | None = None
-    logits: jax.Array | None = None
-    temperature: jax.Array | float = 1.0
-    greedy: jax.Array | bool = False
+    pinned: Bool[Array, 'B C'] | None = None
+    logits: Float[Array, 'B C V'] | None = None
+    temperature: PerRow | float = 1.0
+    greedy: Bool[Array, ''] | Bool[Array, 'B 1'] | bool = False
 
-    def take(self, accepted: jax.Array) -> jax.Array:
+    def take(self, accepted: Bool[Array, 'B C']) -> Int[Array, 'B C']:
         """Returns the canvas in which `accepted` [B, C] positions take their candidate.
 
         All other open positions become noise again.
@@ -64,10 +67,11 @@ class Proposal:
         return jnp.where(self.open, jnp.where(accepted, self.candidates, self.noise), self.canvas)
 
 
+@runtime_checkable
 class StatelessRule(Protocol):
     """A rule without state; hashable, because it is a static argument of compiled programs."""
 
-    def next_canvas(self, proposal: Proposal) -> jax.Array:
+    def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
         """Returns the canvas that the next denoise step reads, [B, C] int32."""
         ...
 
@@ -79,11 +83,11 @@ class StatefulRule(Protocol):
     The state of a row that has stopped no longer changes.
     """
 
-    def first_state(self, canvas: jax.Array) -> Any:
+    def first_state(self, canvas: Int[Array, 'B C']) -> Any:
         """Returns the state before the first step of canvases [B, C] int32."""
         ...
 
-    def next_canvas(self, proposal: Proposal, state: Any) -> tuple[jax.Array, Any]:
+    def next_canvas(self, proposal: Proposal, state: Any) -> tuple[Int[Array, 'B C'], Any]:
         """Returns the canvas that the next step reads, [B, C] int32, and the state after it."""
         ...
 
@@ -107,12 +111,14 @@ def reads_logits(rule: AcceptanceRule) -> bool:
     return rule.reads_logits if isinstance(rule, SaysWhatItReads) else True
 
 
-def first_state(rule: AcceptanceRule, canvas: jax.Array) -> Any:
+def first_state(rule: AcceptanceRule, canvas: Int[Array, 'B C']) -> Any:
     """Returns the state of a rule before the first step of canvases [B, C]; None if stateless."""
     return rule.first_state(canvas) if isinstance(rule, StatefulRule) else None
 
 
-def next_canvas(rule: AcceptanceRule, proposal: Proposal, state: Any) -> tuple[jax.Array, Any]:
+def next_canvas(
+    rule: AcceptanceRule, proposal: Proposal, state: Any
+) -> tuple[Int[Array, 'B C'], Any]:
     """Returns the canvas [B, C] int32 that a rule makes, and the new state of the rule."""
     if isinstance(rule, StatefulRule):
         return rule.next_canvas(proposal, state)
@@ -142,7 +148,7 @@ class EntropyBound:
                 'use 0.1, higher values accept more tokens per step.'
             )
 
-    def accept(self, entropies: jax.Array) -> jax.Array:
+    def accept(self, entropies: Float[Array, '*B C']) -> Bool[Array, '*B C']:
         """Returns the accepted positions for entropies: [..., C] float32 nats -> [..., C] bool."""
         order = jnp.argsort(entropies, axis=-1, stable=True)
         ascending = jnp.take_along_axis(entropies, order, axis=-1)
@@ -152,7 +158,7 @@ class EntropyBound:
         rank = jnp.argsort(order, axis=-1)
         return jnp.take_along_axis(sums_before <= self.entropy_bound, rank, axis=-1)
 
-    def next_canvas(self, proposal: Proposal) -> jax.Array:
+    def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
         """Accepted positions take their candidate, the others become noise: [B, C] int32."""
         return proposal.take(self.accept(proposal.entropies))
 
@@ -175,7 +181,9 @@ class TopK:
         if self.k < 1:
             raise ValueError(f'k must be >= 1 position per denoise step, got {self.k}.')
 
-    def accept(self, confidences: jax.Array, open_positions: jax.Array) -> jax.Array:
+    def accept(
+        self, confidences: Float[Array, '*B C'], open_positions: Bool[Array, '*B C']
+    ) -> Bool[Array, '*B C']:
         """Returns k of the open positions (or all if there are fewer), [..., C] bool.
 
         Args:
@@ -185,7 +193,7 @@ class TopK:
         order = jnp.argsort(jnp.where(open_positions, -confidences, jnp.inf), axis=-1, stable=True)
         return open_positions & (jnp.argsort(order, axis=-1) < self.k)
 
-    def next_canvas(self, proposal: Proposal) -> jax.Array:
+    def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
         """Accepted positions take their candidate, the others become noise: [B, C] int32."""
         return proposal.take(self.accept(proposal.confidences, proposal.open))
 
@@ -206,11 +214,13 @@ class ConfidenceThreshold:
     def __post_init__(self) -> None:
         _check_probability('threshold', self.threshold)
 
-    def accept(self, confidences: jax.Array, open_positions: jax.Array) -> jax.Array:
+    def accept(
+        self, confidences: Float[Array, '*B C'], open_positions: Bool[Array, '*B C']
+    ) -> Bool[Array, '*B C']:
         """[..., C] float32 and [..., C] bool -> [..., C] bool."""
         return _above(confidences, open_positions, self.threshold)
 
-    def next_canvas(self, proposal: Proposal) -> jax.Array:
+    def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
         """Accepted positions take their candidate, the others become noise: [B, C] int32."""
         return proposal.take(self.accept(proposal.confidences, proposal.open))
 
@@ -232,11 +242,13 @@ class Margin:
     def __post_init__(self) -> None:
         _check_probability('threshold', self.threshold)
 
-    def accept(self, margins: jax.Array, open_positions: jax.Array) -> jax.Array:
+    def accept(
+        self, margins: Float[Array, '*B C'], open_positions: Bool[Array, '*B C']
+    ) -> Bool[Array, '*B C']:
         """[..., C] float32 and [..., C] bool -> [..., C] bool."""
         return _above(margins, open_positions, self.threshold)
 
-    def next_canvas(self, proposal: Proposal) -> jax.Array:
+    def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
         """Accepted positions take their candidate, the others become noise: [B, C] int32."""
         return proposal.take(self.accept(proposal.margins, proposal.open))
 
@@ -260,7 +272,7 @@ class Ancestral:
 
     reads_logits: ClassVar[bool] = False
 
-    def next_canvas(self, proposal: Proposal) -> jax.Array:
+    def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
         """Returns the next canvas, [B, C] int32."""
         length = proposal.canvas.shape[-1]
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(proposal.keys)
@@ -279,7 +291,9 @@ class Ancestral:
         return jnp.where(proposal.open, drawn, proposal.canvas)
 
 
-def _above(values: jax.Array, open_positions: jax.Array, threshold: float) -> jax.Array:
+def _above(
+    values: Float[Array, '*B C'], open_positions: Bool[Array, '*B C'], threshold: float
+) -> Bool[Array, '*B C']:
     """Returns the open positions with a value >= threshold, and always the first largest one."""
     ranked = jnp.where(open_positions, values, -jnp.inf)
     best = jnp.arange(values.shape[-1]) == jnp.argmax(ranked, axis=-1, keepdims=True)

@@ -1,8 +1,6 @@
-"""A conversation whose K/V cache stays between turns: a turn encodes only what is new."""
+"""A conversation over an engine: a turn encodes only what is new."""
 
 import dataclasses
-import functools
-import itertools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -10,25 +8,12 @@ import numpy as np
 
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
-from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
-from diffusiongemma.sampling.controls import Controls
-from diffusiongemma.sampling.prompts import check_fits, pad_prompts
+from diffusiongemma.sampling.engine import Delta, Engine, Failed
+from diffusiongemma.sampling.prefixes import ConversationCache
+from diffusiongemma.sampling.prompts import check_fits
 from diffusiongemma.sampling.sampler import Sampler
 from diffusiongemma.sampling.text import check_stops
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'chunk'))
-def _encode(
-    model: passes.CausalModel,
-    params: Params,
-    cache: KVCache,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    chunk: int | None,
-) -> KVCache:
-    """Appends the first `lengths` [1] of tokens [1, T] to the cache."""
-    return passes.prefill(model, params, cache, tokens, lengths, chunk, is_empty=False)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +46,6 @@ class ChatSampler:
     Attributes:
       sampler: answers the next turn.
       tokens: ids of the conversation so far, as the next turn will see it.
-      cached: how many of them are in the cache.
     """
 
     def __init__(
@@ -89,7 +73,8 @@ class ChatSampler:
           thinking: asks for thoughts. Later turns do not see them.
           capacity: tokens of the whole conversation; the cache is made for so many. Where it is
             full, the model no longer sees the oldest turns.
-          multiple: what a turn encodes is padded to a multiple of it, so that few shapes compile.
+          multiple: what a turn encodes is padded to this number times a power of two, so that few
+            shapes compile.
           max_turns: turns that the model sees, the new one included; None for all that fit. 1 is
             for a model that was trained on single questions.
 
@@ -103,6 +88,14 @@ class ChatSampler:
         self.sampler, self._params, self._tokenizer, self._rng = sampler, params, tokenizer, rng
         self._system, self._thinking = system, thinking
         self._capacity, self._multiple, self._max_turns = capacity, multiple, max_turns
+        self._cache = ConversationCache(
+            sampler.model,
+            params,
+            capacity=min(passes.max_positions(sampler.model) or capacity, capacity),
+            unseen=len(tokenizer.response_prefix(thinking)),
+            multiple=multiple,
+            chunk=sampler.config.prefill_chunk,
+        )
         tokenizer.format_prompt('', system, thinking)  # raises if it can't
         self.reset()
 
@@ -110,8 +103,13 @@ class ChatSampler:
         """Forgets the conversation."""
         self.tokens: list[int] = []
         self._history: list[tuple[str, list[int]]] = []  # user texts and ended answers, all seen
-        self._cache: KVCache | None = None
-        self.cached, self._turns = 0, 0
+        self._turns = 0
+        self._cache.forget_but(self.tokens)
+
+    @property
+    def cached(self) -> int:
+        """How many of `tokens` are in the cache."""
+        return self._cache.held(self.tokens)
 
     def send(self, text: str) -> Reply:
         """Answers a user turn; arguments and errors as of `stream`."""
@@ -155,54 +153,36 @@ class ChatSampler:
     def _respond(
         self, seen: list[tuple[str, list[int]]], text: str, tokens: list[int]
     ) -> Iterator[Reply]:
-        sampler = self.sampler
-        model, config = sampler.model, sampler.config
-        cache, cached = self._cache, self.cached
-        if len(seen) < len(self._history):
-            cache, cached = None, 0
-        if cache is None:
-            cache = passes.empty_cache(model, self._params, 1, self._capacity)
-        # Later turns do not see an empty thought channel at the end of the prompt: what is before
-        # it is encoded by itself, so that they can go on from there.
-        unseen = self._tokenizer.response_prefix(self._thinking)
-        history = tokens[: len(tokens) - len(unseen)]
-        if unseen:
-            new, lengths = self._padded(history[cached:])
-            cache = _encode(model, self._params, cache, new, lengths, config.prefill_chunk)
-            cached = len(history)
-        history_cache = cache
-        new, lengths = self._padded(tokens[cached:])
+        # Of one turn: what lasts is in the conversation's cache.
+        engine = Engine(
+            self.sampler,
+            self._params,
+            slots=1,
+            capacity=self._cache.capacity,
+            multiple=self._multiple,
+        )
         rng = jax.random.fold_in(self._rng, self._turns)
-        states = sampler.states(self._params, new, lengths, rng[None], Controls(), cache)
-        first = next(states)
-        prompt_cache = first.cache
+        engine.submit(tokens, rng=rng, conversation=self._cache)
         response: list[int] = []
-        for state in itertools.chain((first,), states):
-            output = state.output()
-            response = np.asarray(output.tokens)[0, : int(output.lengths[0])].tolist()
-            if response:
-                yield self._reply(response, int(output.denoising_steps[0]), self._turns - len(seen))
-        answer = self._tokenizer.end_turn(response)
-        self.tokens, self._history = history + answer, [*seen, (text, answer)]
-        # Later turns go on from the longest cache that holds what they see: they see no thoughts,
-        # no untrimmed text, and always the same end of a turn.
-        for longest, encoded in (
-            (state.cache, tokens + response),
-            (prompt_cache, tokens),
-            (history_cache, history),
-        ):
-            self._cache, self.cached = longest, int(longest.lengths[0])
-            if encoded[: self.cached] == self.tokens[: self.cached]:
-                break
-        self._turns += 1
-
-    def _padded(self, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        return pad_prompts([tokens], self._tokenizer.pad_id, multiple=self._multiple)
+        try:
+            for event in engine.run():
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Delta):
+                    response += event.tokens
+                    steps, forgotten = event.denoising_steps, self._turns - len(seen)
+                    yield self._reply(list(response), steps, forgotten)
+            answer = self._tokenizer.end_turn(response)
+            history = tokens[: len(tokens) - len(self._tokenizer.response_prefix(self._thinking))]
+            self.tokens, self._history = history + answer, [*seen, (text, answer)]
+            self._turns += 1
+        finally:
+            # Later turns see no thoughts, no untrimmed text, and always the same end of a turn.
+            self._cache.forget_but(self.tokens)
 
     def _has_room(self, length: int) -> bool:
         """Whether a prompt and its longest response fit."""
-        limit = passes.max_positions(self.sampler.model) or self._capacity
-        return length + self.sampler.config.max_new_tokens <= min(limit, self._capacity)
+        return length + self.sampler.config.max_new_tokens <= self._cache.capacity
 
     def _check_room(self, tokens: list[int]) -> None:
         new = self.sampler.config.max_new_tokens

@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from diffusiongemma.constraints.automaton import START, TokenAutomaton
 from diffusiongemma.models.arrays import AnyArray
@@ -43,25 +44,25 @@ class Controls:
         a row without constraint. None means START for all rows.
     """
 
-    temperature: AnyArray | None = None
-    top_p: AnyArray | None = None
-    max_new_tokens: AnyArray | None = None
-    pinned: AnyArray | None = None
-    seed: AnyArray | None = None
-    allowed_sets: AnyArray | None = None
-    allowed_index: AnyArray | None = None
+    temperature: Float[AnyArray, ' B'] | None = None
+    top_p: Float[AnyArray, ' B'] | None = None
+    max_new_tokens: Int[AnyArray, ' B'] | None = None
+    pinned: Int[AnyArray, 'B T'] | None = None
+    seed: Int[AnyArray, 'B T'] | None = None
+    allowed_sets: Bool[AnyArray, 'G V'] | None = None
+    allowed_index: Int[AnyArray, 'B T'] | None = None
     automaton: TokenAutomaton | None = None
-    automaton_states: AnyArray | None = None
+    automaton_states: Int[AnyArray, ' B'] | None = None
 
-    def pinned_at(self, offsets: jax.Array, length: int) -> jax.Array | None:
+    def pinned_at(self, offsets: Int[Array, ' B'], length: int) -> Int[Array, 'B C'] | None:
         """Returns the pinned tokens [B, length] from position offsets [B] on, or None."""
         return None if self.pinned is None else _slice(self.pinned, offsets, length)
 
-    def seed_at(self, offsets: jax.Array, length: int) -> jax.Array | None:
+    def seed_at(self, offsets: Int[Array, ' B'], length: int) -> Int[Array, 'B C'] | None:
         """Returns the seed tokens [B, length] from position offsets [B] on, or None."""
         return None if self.seed is None else _slice(self.seed, offsets, length)
 
-    def allowed_at(self, offsets: jax.Array, length: int) -> jax.Array | None:
+    def allowed_at(self, offsets: Int[Array, ' B'], length: int) -> Bool[Array, '#B #C V'] | None:
         """Returns allowed tokens from position offsets [B] on, or None.
 
         Their shape is [B or 1, length or 1, V] bool.
@@ -75,7 +76,7 @@ class Controls:
         sets = sets[jnp.maximum(index, 0)]  # [B, length, V]
         return sets | (index == OPEN)[..., None]
 
-    def start_states(self, batch_size: int) -> jax.Array | None:
+    def start_states(self, batch_size: int) -> Int[Array, ' {batch_size}'] | None:
         """Returns the automaton's state before each response, [B] int32, or None."""
         if self.automaton is None or self.automaton_states is not None:
             return traced(self.automaton_states)
@@ -183,7 +184,11 @@ class Controls:
             )
 
 
-def restrict(logits: jax.Array, pinned: jax.Array | None, allowed: jax.Array | None) -> jax.Array:
+def restrict(
+    logits: Float[Array, 'B T V'],
+    pinned: Int[Array, 'B T'] | None,
+    allowed: Bool[Array, '#B #T V'] | None,
+) -> Float[Array, 'B T V']:
     """Returns the logits with -inf for all tokens that are not allowed.
 
     A set that bans every token is ignored (`Controls.check` refuses it if it can read the values).
@@ -203,7 +208,7 @@ def restrict(logits: jax.Array, pinned: jax.Array | None, allowed: jax.Array | N
     return logits
 
 
-def without_unknown(logits: jax.Array, vocab_size: int | None) -> jax.Array:
+def without_unknown(logits: Float[Array, '*B V'], vocab_size: int | None) -> Float[Array, '*B V']:
     """Returns the logits with -inf for all ids that the tokenizer does not have.
 
     A model can have more embedding rows than its tokenizer has tokens (Gemma 3 4B and larger:
@@ -218,7 +223,7 @@ def without_unknown(logits: jax.Array, vocab_size: int | None) -> jax.Array:
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 
-def pin(responses: Sequence[Sequence[int | None]]) -> jax.Array:
+def pin(responses: Sequence[Sequence[int | None]]) -> Int[Array, 'B T']:
     """Returns `Controls.pinned` for one list per row: token ids, or None for an open position."""
     width = max((len(row) for row in responses), default=0)
     pinned = np.full((len(responses), max(width, 1)), OPEN, np.int32)
@@ -227,12 +232,12 @@ def pin(responses: Sequence[Sequence[int | None]]) -> jax.Array:
     return jnp.asarray(pinned)
 
 
-def allow(tokens: Sequence[int], vocab_size: int) -> jax.Array:
+def allow(tokens: Sequence[int], vocab_size: int) -> Bool[Array, ' {vocab_size}']:
     """Returns a row [V] of `Controls.allowed_sets` that allows only these tokens."""
     return jnp.zeros(vocab_size, bool).at[jnp.asarray(list(tokens), jnp.int32)].set(True)
 
 
-def ban(tokens: Sequence[int], vocab_size: int) -> jax.Array:
+def ban(tokens: Sequence[int], vocab_size: int) -> Bool[Array, ' {vocab_size}']:
     """Returns a row [V] of `Controls.allowed_sets` that allows all tokens except these."""
     return ~allow(tokens, vocab_size)
 
@@ -273,7 +278,9 @@ def is_known(array: Any) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
-def _slice(table: AnyArray, offsets: jax.Array, length: int) -> jax.Array:
+def _slice(
+    table: Int[AnyArray, 'B T'], offsets: Int[Array, ' B'], length: int
+) -> Int[Array, 'B {length}']:
     """Returns columns of a table [B, T] -> [B, length] from offsets [B] on, OPEN after the end."""
     columns = offsets[:, None] + jnp.arange(length)
     return jnp.take_along_axis(table, columns, axis=1, mode='fill', fill_value=OPEN)

@@ -3,13 +3,14 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 from diffusiongemma.models.arrays import Params
-from diffusiongemma.sampling import diffusion, lossless, passes
+from diffusiongemma.sampling import autoregressive, diffusion, lossless, passes
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafter import LosslessState
 from diffusiongemma.sampling.passes import CausalModel
-from diffusiongemma.sampling.sampler import AUTOREGRESSIVE, MODES, Sampler
+from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.sampling.state import DenoiseState, GenerationState
 
 
@@ -45,8 +46,8 @@ class Decoder:
 
     def prefill(
         self,
-        tokens: jax.Array,
-        lengths: jax.Array,
+        tokens: Int[Array, 'B P'],
+        lengths: Int[Array, ' B'],
         rng: jax.Array,
         controls: Controls | None = None,
     ) -> GenerationState | LosslessState:
@@ -83,7 +84,7 @@ class Decoder:
         return diffusion.commit_canvas(*arguments)
 
     def draft(self, state: LosslessState) -> lossless.Drafted:
-        """Returns drafts of the tokens after the pending ones."""
+        """Returns drafts of the tokens after the pending ones; ignores `model_draft_length`."""
         config = self.sampler.config
         noise = lossless.text_noise(self.model, config, state)
         return lossless.draft(self.model, config, self.params, state, noise)
@@ -91,9 +92,9 @@ class Decoder:
     def verify(
         self,
         state: LosslessState,
-        tokens: jax.Array,
-        steps: jax.Array,
-        finite: jax.Array | None = None,
+        tokens: Int[Array, 'B K'],
+        steps: Int[Array, ' B'],
+        finite: Bool[Array, ' B'] | None = None,
     ) -> LosslessState:
         """Encodes pending tokens and drafts, and appends the accepted tokens and a new one.
 
@@ -112,4 +113,4 @@ class Decoder:
 
     def next_token(self, state: GenerationState) -> GenerationState:
         """Appends one token to every unfinished row, in the autoregressive mode."""
-        return AUTOREGRESSIVE.advance(self.model, self.sampler.config, self.params, state)
+        return autoregressive.next_token(self.model, self.sampler.config, self.params, state)

@@ -6,6 +6,7 @@ sampler), so everything compiles to one program that never waits for the host.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -141,12 +142,11 @@ def denoise_canvas(
     """
     limit = min(max_steps or config.max_denoising_steps, config.max_denoising_steps)
     noise = first_noise(model, config, params, task)
+    step = functools.partial(denoise_step, model, config, params, cache, task)
     if limit == 1:  # without a loop, XLA removes computations that only a next step would need
-        return denoise_step(model, config, params, cache, task, noise)
+        return step(noise)
     return jax.lax.while_loop(
-        lambda state: (state.step < limit) & ~jnp.all(state.stopped),
-        lambda state: denoise_step(model, config, params, cache, task, state),
-        noise,
+        lambda state: (state.step < limit) & ~jnp.all(state.stopped), step, noise
     )
 
 

@@ -1,7 +1,8 @@
 """Who drafts in the lossless mode: the text so far where it offers something, else the model."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import flax.struct
 import jax
@@ -26,6 +27,8 @@ from diffusiongemma.sampling.state import (
     GenerationState,
     SamplerOutput,
 )
+
+T = TypeVar('T')
 
 LONGEST_NGRAM = 6  # that a lookup tells from a shorter one
 
@@ -158,18 +161,45 @@ def draft(
     state: LosslessState,
     noise: jax.Array | None,
 ) -> Drafted:
-    """What may follow the pending tokens; `noise` is that of `text_noise`."""
-    text = text_draft(model, config, state)
+    """What may follow the pending tokens, of one length whoever drafts.
 
-    def with_model() -> Drafted:
-        drafted = model_draft(passes.denoising(model), config, params, state, noise)
-        return drafted if text is None else text.in_place_of(drafted)
+    Arguments as of `with_draft`; `model_draft_length` is of no effect.
+    """
+    config = dataclasses.replace(config, model_draft_length=None)
+    return with_draft(model, config, params, state, noise, lambda drafted: drafted)
+
+
+def with_draft(
+    model: CausalModel,
+    config: SamplingConfig,
+    params: Params,
+    state: LosslessState,
+    noise: jax.Array | None,
+    use: Callable[[Drafted], T],
+) -> T:
+    """What `use` makes of the text's draft where that is enough, else of the model's.
+
+    Args:
+      model: it drafts, unless the config has a source of drafts.
+      config: how to draft.
+      params: the model's parameters.
+      state: before the draft.
+      noise: of `text_noise`.
+      use: is traced for each of the two, so that they may differ in length.
+    """
+    text = text_draft(model, config, state)
+    short = config_of_model_drafts(config, state)
+
+    def of_model() -> T:
+        drafted = model_draft(passes.denoising(model), short or config, params, state, noise)
+        return use(drafted if text is None or short else text.in_place_of(drafted))
 
     if text is None:
-        return with_model()
+        return of_model()
     if text.found is None:
-        return text.drafted()
-    return jax.lax.cond(text.is_enough(state.finished), text.drafted, with_model)
+        return use(text.drafted())
+    of_text = text.drafted()
+    return jax.lax.cond(text.is_enough(state.finished), lambda: use(of_text), of_model)
 
 
 def text_draft(

@@ -17,15 +17,16 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import AnyArray, Params
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.controls import OPEN, Controls
-from diffusiongemma.sampling.events import Delta, Event, Failed, Finished, Result
-from diffusiongemma.sampling.groups import Group, Request
-from diffusiongemma.sampling.prefixes import PrefixCache
+from diffusiongemma.sampling.events import Delta, DenoiseStep, Event, Failed, Finished, Result
+from diffusiongemma.sampling.groups import Group, Request, WatchedGroup
+from diffusiongemma.sampling.prefixes import ConversationCache, PrefixCache
 from diffusiongemma.sampling.randomness import typed_key
 from diffusiongemma.sampling.sampler import Sampler
 from diffusiongemma.sampling.slots import Entry, Slots
 from diffusiongemma.sampling.text import check_stops
+from diffusiongemma.sampling.watch import check_has_canvas
 
-__all__ = ['Delta', 'Engine', 'Event', 'Failed', 'Finished', 'Result']
+__all__ = ['Delta', 'DenoiseStep', 'Engine', 'Event', 'Failed', 'Finished', 'Result']
 
 _DEFAULT_CAPACITY = 4096
 
@@ -39,9 +40,9 @@ class Engine:
 
     A response depends on its request alone: on the prompt, the key, the mode and the controls, not
     on what else is asked, when, or in which order. Requests whose programs differ are answered in
-    groups, each of which has slots and a K/V cache of its own: by mode, by whether they are greedy,
-    and by which controls they have. Those with an automaton or with allowed sets share a group
-    where these are the same object.
+    groups, each of which has slots and a K/V cache of its own: by mode, by whether they are greedy
+    or watched, and by which controls they have. Those with an automaton or with allowed sets share
+    a group where these are the same object.
 
     It is for one thread.
 
@@ -125,7 +126,7 @@ class Engine:
             Slots, params=params, slots=slots, capacity=self.capacity, multiple=multiple,
             together=prefill_together, prefixes=self.prefixes,
         )  # fmt: skip
-        self.slots, self._max_groups = slots, max_groups
+        self.slots, self._max_groups, self._together = slots, max_groups, prefill_together
         self._groups: dict[Any, Group] = {}
         self._ids = itertools.count()
 
@@ -141,6 +142,8 @@ class Engine:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         controls: Controls | None = None,
+        conversation: ConversationCache | None = None,
+        watch: bool = False,
     ) -> int:
         """Appends a request to the queue of its group and returns its number.
 
@@ -155,10 +158,15 @@ class Engine:
           logprobs: in place of the config's.
           controls: the other settings and constraints, of one row [1, ...]; it may hold the three
             numbers too, where they are not given above.
+          conversation: what the prompt goes on from, so that only what is new is encoded; the
+            response is the same up to the order of float sums. Not with `prefill_together`.
+          watch: shows every denoise step, each a program of its own, in a `DenoiseStep`. Other
+            requests take a block while this one takes a step.
 
         Raises:
           ValueError: as a call of the sampler; or the request does not fit into a slot, or says a
-            number twice, or names stop texts to an engine without a tokenizer.
+            number twice, or names stop texts to an engine without a tokenizer, or a conversation
+            that the engine cannot go on from.
         """
         controls = Controls() if controls is None else controls
         if stop and self._tokenizer is None:
@@ -170,6 +178,8 @@ class Engine:
             if number is not None and getattr(controls, name) is not None:
                 raise ValueError(f'{name}={number} is given beside controls.{name}; give one.')
         sampler = self._sampler(mode, temperature, logprobs)
+        if watch:
+            check_has_canvas(sampler)
         if temperature:
             drawn = np.full(1, temperature, np.float32)
             controls = dataclasses.replace(controls, temperature=drawn)
@@ -183,9 +193,12 @@ class Engine:
         tokens = np.asarray(prompt).reshape(1, -1)
         narrow = dataclasses.replace(sampler, config=config)
         narrow.checked(tokens, np.array([len(prompt)]), key, controls)
+        if conversation is not None:
+            self._check(conversation)
         controls = _widened(controls, self.sampler.config.max_new_tokens)
-        request = Request(next(self._ids), Entry(list(prompt), key, controls), tuple(stop), limit)
-        self._group(sampler, controls).waiting.append(request)
+        entry = Entry(list(prompt), key, controls, conversation)
+        request = Request(next(self._ids), entry, tuple(stop), limit)
+        self._group(sampler, controls, watch).waiting.append(request)
         return request.id
 
     def step(self, *, until_one_finishes: bool = False) -> list[Event]:
@@ -239,6 +252,18 @@ class Engine:
             sampler = dataclasses.replace(sampler, config=config)
         return sampler
 
+    def _check(self, conversation: ConversationCache) -> None:
+        if self._together > 1:
+            raise ValueError(
+                'A conversation is for prompts that are encoded one by one; make the engine '
+                f'without prefill_together={self._together}.'
+            )
+        if conversation.capacity != self.capacity:
+            raise ValueError(
+                f'The conversation has room for {conversation.capacity} tokens and the engine for '
+                f"{self.capacity}; make it with the engine's capacity."
+            )
+
     def _limit(self, prompt: Sequence[int], limit: int | None, controls: Controls) -> int:
         room, most = self.capacity - len(prompt), self.sampler.config.max_new_tokens
         if not len(prompt):
@@ -257,16 +282,17 @@ class Engine:
             )
         return limit
 
-    def _group(self, sampler: Sampler, controls: Controls) -> Group:
+    def _group(self, sampler: Sampler, controls: Controls, watch: bool) -> Group:
         shared = (controls.allowed_sets, controls.automaton)
         rows = dataclasses.replace(controls, allowed_sets=None, automaton=None)
         leaves, structure = jax.tree.flatten(rows)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        name = (sampler, structure, shapes, *map(id, shared))
+        name = (sampler, watch, structure, shapes, *map(id, shared))
         if name not in self._groups:
             used = {n: g for n, g in self._groups.items() if g.waiting or g.slots.allocated}
             self._groups = used
-            self._groups[name] = Group(self._new_slots(sampler), self._tokenizer, shared)
+            kind = WatchedGroup if watch else Group
+            self._groups[name] = kind(self._new_slots(sampler), self._tokenizer, shared)
         return self._groups[name]
 
     def _refillable(self) -> Iterator[Group]:
@@ -289,7 +315,7 @@ class Engine:
         idle = [group for group in allocated if not group.running]
         if not idle:
             return False
-        idle[0].slots.release()
+        idle[0].release()
         return True
 
 

@@ -3,8 +3,11 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from diffusiongemma.models.vocabulary import log_partition_and_entropy, most_likely_tokens
+
+NumberOrRows = float | Float[Array, ''] | Float[Array, ' B']  # one number, or one for each row
 
 
 @flax.struct.dataclass
@@ -12,28 +15,29 @@ class Prediction:
     """The predictions of one denoise pass at each position.
 
     Attributes:
-      candidates: [B, C] int32, a token drawn from the shaped distribution.
-      argmax: [B, C] int32, the most likely token.
-      entropies: [B, C] float32, entropy of the shaped distribution in nats.
-      confidences: [B, C] float32, probability of the candidate.
-      margins: [B, C] float32, probability of the argmax token minus that of the second most likely
-        one.
+      candidates: [..., C] int32, a token drawn from the shaped distribution.
+      argmax: [..., C] int32, the most likely token.
+      entropies: [..., C] float32, entropy of the shaped distribution in nats.
+      confidences: [..., C] float32, probability of the candidate.
+      margins: [..., C] float32, the argmax token's probability minus that of the second token.
     """
 
-    candidates: jax.Array
-    argmax: jax.Array
-    entropies: jax.Array
-    confidences: jax.Array
-    margins: jax.Array
+    candidates: Int[Array, '*B C']
+    argmax: Int[Array, '*B C']
+    entropies: Float[Array, '*B C']
+    confidences: Float[Array, '*B C']
+    margins: Float[Array, '*B C']
 
 
-def read_logits(shaped: jax.Array, candidates: jax.Array, argmax: jax.Array) -> Prediction:
+def read_logits(
+    shaped: Float[Array, '*B C V'], candidates: Int[Array, '*B C'], argmax: Int[Array, '*B C']
+) -> Prediction:
     """Returns the statistics of shaped logits; XLA removes those that are not used.
 
     Args:
-      shaped: [B, C, V] float32, logits divided by the temperature.
-      candidates: [B, C] int32, the drawn tokens.
-      argmax: [B, C] int32, the most likely tokens.
+      shaped: [..., C, V] float32, logits divided by the temperature.
+      candidates: [..., C] int32, the drawn tokens.
+      argmax: [..., C] int32, the most likely tokens.
     """
     log_z, entropies = log_partition_and_entropy(shaped)
     most_likely = jnp.exp(_pick(shaped, argmax) - log_z)
@@ -49,11 +53,11 @@ def read_logits(shaped: jax.Array, candidates: jax.Array, argmax: jax.Array) -> 
 
 
 def adjust(
-    logits: jax.Array,
-    temperature: float | jax.Array,
+    logits: Float[Array, 'B *T V'],
+    temperature: NumberOrRows,
     top_k: int | None,
-    top_p: float | jax.Array | None,
-) -> jax.Array:
+    top_p: NumberOrRows | None,
+) -> Float[Array, 'B *T V']:
     """Returns the logits [B, ..., V] of the distribution that tokens are drawn from.
 
     Args:
@@ -68,7 +72,9 @@ def adjust(
     return keep_top(scaled, top_k, top_p)
 
 
-def draw(adjusted: jax.Array, temperature: float | jax.Array, keys: jax.Array) -> jax.Array:
+def draw(
+    adjusted: Float[Array, 'B *T V'], temperature: NumberOrRows, keys: Key[Array, ' B']
+) -> Int[Array, ' B *T']:
     """Returns draws from softmax(adjusted), or the argmax in rows at temperature 0.
 
     Args:
@@ -85,7 +91,11 @@ def draw(adjusted: jax.Array, temperature: float | jax.Array, keys: jax.Array) -
     return jnp.where(greedy, most_likely_tokens(adjusted), draw_tokens(adjusted, keys))
 
 
-def pick(adjusted: jax.Array, temperature: float | jax.Array, noise: jax.Array | None) -> jax.Array:
+def pick(
+    adjusted: Float[Array, 'B *T V'],
+    temperature: NumberOrRows,
+    noise: Float[Array, 'B *T V'] | None,
+) -> Int[Array, ' B *T']:
     """Returns argmax(adjusted + noise), which is a draw from softmax(adjusted) for Gumbel noise.
 
     Args:
@@ -102,13 +112,13 @@ def pick(adjusted: jax.Array, temperature: float | jax.Array, noise: jax.Array |
     return most_likely_tokens(adjusted + jnp.where(greedy, 0.0, noise))
 
 
-def draw_tokens(logits: jax.Array, keys: jax.Array) -> jax.Array:
+def draw_tokens(logits: Float[Array, 'B *T V'], keys: Key[Array, ' B']) -> Int[Array, ' B *T']:
     """Returns draws from softmax(logits), one key per row: [B, ..., V] -> [B, ...] int32."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     return most_likely_tokens(logits + noise)
 
 
-def gumbel_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
+def gumbel_noise(keys: Key[Array, 'B T'], vocab_size: int) -> Float[Array, 'B T {vocab_size}']:
     """Returns standard Gumbel noise for each position: keys [B, T] -> [B, T, V] float32.
 
     For the same key it equals the noise of `draw` for one row of logits [V].
@@ -116,7 +126,7 @@ def gumbel_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
     return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,))))(keys)
 
 
-def always_greedy(temperature: float | jax.Array) -> bool:
+def always_greedy(temperature: NumberOrRows) -> bool:
     """Returns whether the temperature is known to be 0 at compile time."""
     return isinstance(temperature, (int, float)) and temperature == 0
 
@@ -126,7 +136,9 @@ def per_row(values: jax.Array, like: jax.Array) -> jax.Array:
     return values.reshape(-1, *[1] * (like.ndim - 1)) if values.ndim else values
 
 
-def keep_top(logits: jax.Array, top_k: int | None, top_p: float | jax.Array | None) -> jax.Array:
+def keep_top(
+    logits: Float[Array, 'B *T V'], top_k: int | None, top_p: NumberOrRows | None
+) -> Float[Array, 'B *T V']:
     """Returns logits with -inf for all but the most probable tokens: [B, ..., V] -> [B, ..., V].
 
     Args:
@@ -151,11 +163,11 @@ def keep_top(logits: jax.Array, top_k: int | None, top_p: float | jax.Array | No
     return logits
 
 
-def entropy(logits: jax.Array) -> jax.Array:
+def entropy(logits: Float[Array, '*B V']) -> Float[Array, '*B']:
     """Returns the entropy of softmax(logits) in nats, >= 0: [..., V] float32 -> [...] float32."""
     return log_partition_and_entropy(logits)[1]
 
 
-def _pick(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+def _pick(logits: Float[Array, '*B V'], tokens: Int[Array, '*B']) -> Float[Array, '*B']:
     """Returns the logits [...] of tokens [...] from logits [..., V]."""
     return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]

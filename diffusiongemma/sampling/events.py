@@ -1,10 +1,11 @@
-"""What an engine says of its requests: `Delta`s, and last `Finished` or `Failed`."""
+"""What an engine says of its requests: first `Delta`s and `DenoiseStep`s, last the end of each."""
 
 import dataclasses
 
 import numpy as np
 
 from diffusiongemma.sampling.scores import TokenScores
+from diffusiongemma.sampling.watch import Draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +44,34 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What the response of request `id` gained in a step: token ids, and text that is certain.
+    """What the response of request `id` gained in a step.
 
-    `scores` are those of the tokens, where the request asks for `logprobs`.
+    Attributes:
+      id: the request's number.
+      tokens: token ids.
+      text: what is certain of their text.
+      denoising_steps: denoise passes so far.
+      scores: of the tokens, where the request asks for `logprobs`.
     """
 
     id: int
     tokens: list[int]
     text: str
+    denoising_steps: int
     scores: TokenScores | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiseStep:
+    """The canvas of a watched request after a denoise step, or its noise before the first one.
+
+    Attributes:
+      id: the request's number.
+      draft: of one row, as numpy arrays.
+    """
+
+    id: int
+    draft: Draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,4 +90,5 @@ class Failed:
     error: Exception
 
 
-Event = Delta | Finished | Failed
+End = Finished | Failed
+Event = Delta | DenoiseStep | End

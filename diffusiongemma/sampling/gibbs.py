@@ -24,6 +24,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from diffusiongemma.models.vocabulary import most_likely_tokens
 from diffusiongemma.sampling import acceptance
@@ -43,9 +44,9 @@ class SweepState:
       predictor: the state of the predictor.
     """
 
-    phase: jax.Array
-    noise_level: jax.Array
-    corrected: jax.Array
+    phase: Int[Array, ' B']
+    noise_level: Float[Array, 'B 1']
+    corrected: Int[Array, ' B']
     predictor: Any
 
 
@@ -76,7 +77,7 @@ class GibbsSweep:
                 f'{self.positions}; without correctors, name the predictor alone.'
             )
 
-    def first_state(self, canvas: jax.Array) -> SweepState:
+    def first_state(self, canvas: Int[Array, 'B C']) -> SweepState:
         """See `StatefulRule`."""
         zeros = jnp.zeros(canvas.shape[0], jnp.int32)
         return SweepState(
@@ -86,7 +87,9 @@ class GibbsSweep:
             predictor=acceptance.first_state(self.predictor, canvas),
         )
 
-    def next_canvas(self, proposal: Proposal, state: SweepState) -> tuple[jax.Array, SweepState]:
+    def next_canvas(
+        self, proposal: Proposal, state: SweepState
+    ) -> tuple[Int[Array, 'B C'], SweepState]:
         """See `StatefulRule`."""
         if proposal.vocab_size is None:
             raise ValueError(
@@ -116,8 +119,8 @@ class GibbsSweep:
         )
 
     def correct(
-        self, proposal: Proposal, noise_level: jax.Array, corrected: jax.Array
-    ) -> jax.Array:
+        self, proposal: Proposal, noise_level: Float[Array, 'B 1'], corrected: Int[Array, ' B']
+    ) -> Int[Array, 'B C']:
         """Returns the canvas [B, C] with some positions redrawn.
 
         Args:

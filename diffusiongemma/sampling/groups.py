@@ -2,18 +2,19 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from absl import logging
 
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.sampling.events import Delta, Event, Failed, Finished, Result
+from diffusiongemma.sampling.events import Delta, DenoiseStep, End, Event, Failed, Finished, Result
 from diffusiongemma.sampling.finite import not_finite
 from diffusiongemma.sampling.slots import Entry, Slots
 from diffusiongemma.sampling.state import SamplerOutput
 from diffusiongemma.sampling.text import TextStream
+from diffusiongemma.sampling.watch import Draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Group:
         self._shared = shared  # kept, since the group is found by their ids
 
     def fill(self) -> list[Event]:
-        """Puts waiting requests into free slots."""
+        """Puts waiting requests into free slots; a prefill can give a first token."""
         free = [slot for slot in range(self.slots.size) if slot not in self.running]
         free = free[: len(self.waiting)]
         requests = [self.waiting.popleft() for _ in free]
@@ -55,7 +56,7 @@ class Group:
             stream = None if self._tokenizer is None else TextStream(self._tokenizer, request.stop)
             self.running[slot] = Row(request, stream)
         self.slots.insert([request.entry for request in requests], free)
-        return []
+        return self._read() if requests else []
 
     def advance(self, until_one_finishes: bool) -> list[Event]:
         """What is new after one more block, or after the blocks until a row is finished."""
@@ -63,13 +64,17 @@ class Group:
             self.slots.until_one_finishes()
         else:
             self.slots.advance()
+        return self._read()
+
+    def _read(self) -> list[Event]:
+        """What is new after a block."""
         output, finished = self.slots.read()
         events: list[Event] = []
         stopped = []
         for slot, row in list(self.running.items()):
             news = self._news(row, slot, output, bool(finished[slot]))
             events += news
-            if news and isinstance(news[-1], Finished | Failed):
+            if news and isinstance(news[-1], End):
                 del self.running[slot]
                 if not finished[slot]:
                     stopped.append(slot)
@@ -92,9 +97,11 @@ class Group:
         scores = output.scores
         if scores is not None:
             scores = jax.tree.map(lambda leaf: leaf[slot, before : before + len(new)], scores)
-        events: list[Event] = [Delta(id, new, text, scores)] if new else []
+        steps = int(output.denoising_steps[slot])
+        events: list[Event] = [Delta(id, new, text, steps, scores)] if new else []
         stopped = row.stream is not None and row.stream.stopped
         if finished or stopped:
+            self.slots.keep(slot, row.request.entry, row.tokens)
             events.append(Finished(id, self._result(row, slot, output, stopped)))
         return events
 
@@ -120,9 +127,13 @@ class Group:
         except Exception as error:  # whatever a program may raise: other groups go on
             logging.debug('a group of the engine failed', exc_info=True)
             failed: list[Event] = [Failed(row.request.id, error) for row in self.running.values()]
-            self.running = {}
-            self.slots.release()
+            self.release()
             return failed
+
+    def release(self) -> None:
+        """Gives the memory back; requests in slots are lost."""
+        self.running = {}
+        self.slots.release()
 
     def cancel(self, id: int) -> bool:
         """Whether there was a request of this number."""
@@ -133,6 +144,60 @@ class Group:
         for slot, row in list(self.running.items()):
             if row.request.id == id:
                 del self.running[slot]
-                self.slots.stop([slot])
+                self._stop([slot])
                 return True
         return False
+
+    def _stop(self, slots: Sequence[int]) -> None:
+        """Ends rows that nobody waits for."""
+        self.slots.stop(slots)
+
+
+class WatchedGroup(Group):
+    """Requests that are watched: their blocks are taken step by step, and shown."""
+
+    def __init__(self, slots: Slots, tokenizer: Tokenizer | None, shared: tuple) -> None:
+        super().__init__(slots, tokenizer, shared)
+        self._block: Iterator[Draft] | None = None  # what is left of the block on its way
+        self._stepped: set[int] = set()  # slots that took a step of it
+        self._left: list[int] = []  # slots to stop after it
+
+    def fill(self) -> list[Event]:
+        """Puts waiting requests into free slots, between two blocks."""
+        return super().fill() if self._block is None else []
+
+    def advance(self, until_one_finishes: bool) -> list[Event]:
+        """What the next denoise step shows; after the last one of a block, what is new."""
+        del until_one_finishes  # a step is the news
+        if self._block is None:
+            self._block, self._stepped = self.slots.steps(), set()
+        draft = next(self._block, None)
+        if draft is not None:
+            return self._shown(jax.device_get(draft))
+        self._block = None
+        self._stop([])
+        return self._read()
+
+    def release(self) -> None:
+        super().release()
+        self._block, self._left = None, []
+
+    def _shown(self, draft: Draft) -> list[Event]:
+        """The draft of each row that took the step, or whose noise it is."""
+        events: list[Event] = []
+        for slot, row in self.running.items():
+            is_noise = draft.step == 0 and slot not in self._stepped
+            if draft.changing[slot]:
+                self._stepped.add(slot)
+            if draft.changing[slot] or is_noise:
+                events.append(DenoiseStep(row.request.id, draft.row(slot)))
+        return events
+
+    def _stop(self, slots: Sequence[int]) -> None:
+        """Ends rows after the block that is on its way, which holds the state."""
+        self._left += slots
+        if not self.running:  # and nobody waits for its end
+            self._block = None
+        if self._block is None and self._left:
+            super()._stop(self._left)
+            self._left = []

@@ -29,8 +29,7 @@ from diffusiongemma.sampling.drafter import (
     config_of_model_drafts,
     draft,
     draft_length,
-    model_draft,
-    text_draft,
+    with_draft,
 )
 from diffusiongemma.sampling.epilogue import always_greedy, gumbel_noise, pick
 from diffusiongemma.sampling.finite import chosen_are_finite
@@ -80,21 +79,13 @@ def next_draft(
 ) -> LosslessState:
     """Drafts for every unfinished row, verifies the drafts, emits and caches what holds."""
     noise = text_noise(model, config, state)
-    short = config_of_model_drafts(config, state)
-    if short is None:
-        drafted = draft(model, config, params, state, noise)
-        return verify_draft(model, config, params, state, drafted, noise)
-    text = text_draft(model, config, state)
-    assert text is not None  # a config with such drafts looks up
 
-    def of_text() -> LosslessState:
-        return verify_draft(model, config, params, state, text.drafted(), noise)
-
-    def of_model() -> LosslessState:
-        drafted = model_draft(passes.denoising(model), short, params, state, noise)
+    def verified(drafted: Drafted) -> LosslessState:
         return verify_draft(model, config, params, state, drafted, noise)
 
-    return jax.lax.cond(text.is_enough(state.finished), of_text, of_model)
+    if config_of_model_drafts(config, state) is None:  # one length, and one verification
+        return verified(draft(model, config, params, state, noise))
+    return with_draft(model, config, params, state, noise, verified)
 
 
 def text_noise(

@@ -1,15 +1,17 @@
 """The interface of models for sampling, and their passes with the K/V cache."""
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache, Prefix
 from diffusiongemma.models.config import LightConfig
 
 
+@runtime_checkable
 class CausalModel(Protocol):
     """A flax module that can be sampled autoregressively.
 
@@ -27,19 +29,20 @@ class CausalModel(Protocol):
 
     def encode(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
+        tokens: Int[Array, 'B T'],
+        positions: Int[Array, 'B T'],
+        segment_ids: Int[Array, 'B T'],
         prefix: Prefix | None = None,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[Float[Array, 'B T D'], Any]:
         """Runs the causal pass over tokens [B, T]: hidden states [B, T, D], keys and values."""
         ...
 
-    def unembed(self, hidden: jax.Array) -> jax.Array:
+    def unembed(self, hidden: Float[Array, '*B D']) -> Float[Array, '*B V']:
         """Returns float32 logits [..., V] of hidden states [..., D]."""
         ...
 
 
+@runtime_checkable
 class DenoisingModel(CausalModel, Protocol):
     """A flax module that can also denoise; its `config` also has `canvas_length`.
 
@@ -49,12 +52,12 @@ class DenoisingModel(CausalModel, Protocol):
 
     def denoise(
         self,
-        canvas: jax.Array,
-        starts: jax.Array,
-        segment_ids: jax.Array,
+        canvas: Int[Array, 'B M C'],
+        starts: Int[Array, 'B M'],
+        segment_ids: Int[Array, 'B M'],
         prefix: Prefix,
-        soft_embeddings: jax.Array | None = None,
-    ) -> jax.Array:
+        soft_embeddings: Float[Array, 'B M C D'] | None = None,
+    ) -> Float[Array, 'B M C V']:
         """Returns float32 logits [B, N, C, V] of canvases [B, N, C] after a prefix.
 
         A model whose config sets `self_conditioning` to False ignores soft embeddings. A model
@@ -63,7 +66,7 @@ class DenoisingModel(CausalModel, Protocol):
         """
         ...
 
-    def soft_embed(self, logits: jax.Array) -> jax.Array:
+    def soft_embed(self, logits: Float[Array, '*B V']) -> Float[Array, '*B D']:
         """Returns expected embeddings [..., D] of logits [..., V], for self-conditioning."""
         ...
 
@@ -110,12 +113,12 @@ def prefill(
     model: CausalModel,
     params: Params,
     cache: KVCache,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    tokens: Int[Array, 'B P'],
+    lengths: Int[Array, ' B'],
     chunk: int | None = None,
     *,
     is_empty: bool = False,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[Float[Array, 'B D'], KVCache]:
     """Encodes prompts and appends them to the cache.
 
     Args:
@@ -137,14 +140,14 @@ def prefill(
     chunks = padded.reshape(batch_size, -1, chunk).swapaxes(0, 1)  # [chunks, B, T]
     ends = cache.lengths + lengths
 
-    def append(cache: KVCache, tokens: jax.Array, prefix: Prefix | None):
+    def append(cache: KVCache, tokens: Int[Array, 'B T'], prefix: Prefix | None):
         counts = jnp.clip(ends - cache.lengths, 0, chunk)
         hidden, kv = _encode(model, params, tokens, counts, cache.lengths, prefix)
         last = jnp.maximum(counts - 1, 0)[:, None, None]
         last = jnp.take_along_axis(hidden, last, axis=1)[:, 0]  # [B, D]
         return _append(cache, hidden, kv, counts), last, counts > 0
 
-    def next_chunk(carry: tuple[KVCache, jax.Array], tokens: jax.Array):
+    def next_chunk(carry: tuple[KVCache, Float[Array, 'B D']], tokens: Int[Array, 'B T']):
         cache, last = carry
         cache, latest, some = append(cache, tokens, cache.as_prefix())
         return (cache, jnp.where(some[:, None], latest, last)), None
@@ -168,11 +171,11 @@ def empty_cache(model: CausalModel, params: Params, batch_size: int, capacity: i
 def _encode(
     model: CausalModel,
     params: Params,
-    tokens: jax.Array,
-    counts: jax.Array,
-    starts: jax.Array,
+    tokens: Int[Array, 'B T'],
+    counts: Int[Array, ' B'],
+    starts: Int[Array, ' B'],
     prefix: Prefix | None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Float[Array, 'B T D'], Any]:
     """Runs the causal pass over the first `counts` [B] of tokens [B, T], from `starts` [B] on."""
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = starts[:, None] + index
@@ -181,7 +184,9 @@ def _encode(
     return model.apply({'params': params}, *args, method='encode')
 
 
-def _append(cache: KVCache, hidden: jax.Array, kv: Any, counts: jax.Array) -> KVCache:
+def _append(
+    cache: KVCache, hidden: Float[Array, 'B T D'], kv: Any, counts: Int[Array, ' B']
+) -> KVCache:
     """Appends the first `counts` [B] tokens of a block to the rows with finite hidden states.
 
     The write depends on the last hidden states, so XLA knows that it comes after all reads of the
@@ -192,8 +197,12 @@ def _append(cache: KVCache, hidden: jax.Array, kv: Any, counts: jax.Array) -> KV
 
 
 def extend(
-    model: CausalModel, params: Params, cache: KVCache, tokens: jax.Array, active: jax.Array
-) -> tuple[jax.Array, KVCache]:
+    model: CausalModel,
+    params: Params,
+    cache: KVCache,
+    tokens: Int[Array, 'B T'],
+    active: Bool[Array, ' B'],
+) -> tuple[Float[Array, 'B T D'], KVCache]:
     """Encodes T tokens of each active row and appends them to the cache (commit, AR step).
 
     The arguments are those of `encode_block`.
@@ -207,8 +216,12 @@ def extend(
 
 @jax.named_scope('encode')
 def encode_block(
-    model: CausalModel, params: Params, cache: KVCache, tokens: jax.Array, active: jax.Array
-) -> tuple[jax.Array, Any]:
+    model: CausalModel,
+    params: Params,
+    cache: KVCache,
+    tokens: Int[Array, 'B T'],
+    active: Bool[Array, ' B'],
+) -> tuple[Float[Array, 'B T D'], Any]:
     """Runs the causal pass over T tokens after the cached ones, without writing the cache.
 
     Args:
@@ -230,12 +243,12 @@ def denoise(
     model: DenoisingModel,
     params: Params,
     cache: KVCache,
-    canvas: jax.Array,
-    soft_embeddings: jax.Array,
-    last_token: jax.Array,
+    canvas: Int[Array, 'B C'],
+    soft_embeddings: Float[Array, 'B C D'],
+    last_token: Int[Array, ' B'],
     first: int = 0,
-    teacher_state: jax.Array | None = None,
-) -> jax.Array:
+    teacher_state: Float[Array, 'B D'] | None = None,
+) -> Float[Array, 'B C V']:
     """Runs one denoise pass over a canvas after the cached tokens; returns logits [B, C, V].
 
     Args:
@@ -268,10 +281,10 @@ def denoise_hidden(
     model: Any,
     params: Params,
     cache: KVCache,
-    canvas: jax.Array,
-    pending: jax.Array,
-    teacher_state: jax.Array,
-) -> jax.Array:
+    canvas: Int[Array, 'B C'],
+    pending: Int[Array, ' B'],
+    teacher_state: Float[Array, 'B D'],
+) -> Float[Array, 'B K D']:
     """Returns the hidden states [B, K, D] that predict the tokens after the pending ones.
 
     Args:
@@ -301,8 +314,10 @@ def denoise_hidden(
 
 
 def _more(
-    model: CausalModel, last_token: jax.Array, teacher_state: jax.Array | None
-) -> dict[str, jax.Array]:
+    model: CausalModel,
+    last_token: Int[Array, ' B'],
+    teacher_state: Float[Array, 'B D'] | None,
+) -> dict[str, Array]:
     """Returns the arguments of a denoise pass that only some models take."""
     more = {}
     if predicts_next(model):
@@ -313,14 +328,16 @@ def _more(
     return more
 
 
-def soft_embed(model: DenoisingModel, params: Params, logits: jax.Array) -> jax.Array:
+def soft_embed(
+    model: DenoisingModel, params: Params, logits: Float[Array, 'B C V']
+) -> Float[Array, 'B C D']:
     """Returns the self-conditioning input of the next denoise pass: [B, C, V] -> [B, C, D]."""
     return model.apply({'params': params}, logits, method='soft_embed')
 
 
 def no_soft_embeddings(
     model: DenoisingModel, params: Params, batch_size: int, canvas_length: int
-) -> jax.Array:
+) -> Float[Array, 'B C D']:
     """Returns the self-conditioning input of a first step: zeros [B, C, D] in the model's dtype."""
     logits = jax.ShapeDtypeStruct((batch_size, canvas_length, model.config.vocab_size), jnp.float32)
     out = jax.eval_shape(lambda p, x: soft_embed(model, p, x), params, logits)

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from diffusiongemma.sampling import acceptance
 from diffusiongemma.sampling.acceptance import AcceptanceRule, EntropyBound, Proposal
@@ -21,7 +21,7 @@ class RemaskState:
       rule: the state of the inner rule.
     """
 
-    confidences: jax.Array
+    confidences: Float[Array, 'B C']
     rule: Any
 
 
@@ -54,12 +54,14 @@ class Remask:
         """Returns whether the inner rule reads the logits."""
         return acceptance.reads_logits(self.rule)
 
-    def first_state(self, canvas: jax.Array) -> RemaskState:
+    def first_state(self, canvas: Int[Array, 'B C']) -> RemaskState:
         """See `StatefulRule`."""
         nothing = jnp.zeros(canvas.shape, jnp.float32)
         return RemaskState(nothing, acceptance.first_state(self.rule, canvas))
 
-    def next_canvas(self, proposal: Proposal, state: RemaskState) -> tuple[jax.Array, RemaskState]:
+    def next_canvas(
+        self, proposal: Proposal, state: RemaskState
+    ) -> tuple[Int[Array, 'B C'], RemaskState]:
         """See `StatefulRule`."""
         if proposal.vocab_size is not None:
             raise ValueError(

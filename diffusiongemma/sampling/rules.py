@@ -1,7 +1,13 @@
-"""Parses rules from text, for configs and command lines; the format is their repr, 'TopK(k=4)'."""
+"""Parses rules from text, for configs and command lines; the format is their repr, 'TopK(k=4)'.
+
+A user-defined rule needs no entry here: its text starts with its module, 'my_rules.Mine(k=4)'.
+"""
 
 import ast
+import dataclasses
+import importlib
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from diffusiongemma.sampling.acceptance import (
@@ -46,33 +52,56 @@ def read_rule(field: str, value: Any) -> Any:
     Raises:
       ValueError: if the text does not name a rule of this kind, or a number is invalid.
     """
-    method, classes = RULES[field]
+    return read_value(field, value, *RULES[field])
+
+
+def read_value(
+    field: str, value: Any, method: str, classes: Sequence[type] = (), noun: str = 'rule'
+) -> Any:
+    """Returns the object that a text in a config describes; other values are returned unchanged.
+
+    Args:
+      field: the name of the config field, for errors.
+      value: an object, None, or the text of a call that constructs a dataclass.
+      method: the name of a method that the object must have.
+      classes: the dataclasses that need no module in the text.
+      noun: the kind of value, for errors.
+
+    Raises:
+      ValueError: if the text does not describe such an object, or an argument is invalid.
+    """
     if isinstance(value, str):
         known = {cls.__name__: cls for cls in classes}
         try:
             value = _evaluate(ast.parse(value.strip(), mode='eval').body, known)
         except (SyntaxError, TypeError) as error:
             raise ValueError(
-                f'{field}={value!r} names no rule; write one of {", ".join(known)}, with its '
-                f'numbers in parentheses, as Python prints it ({error}).'
+                f'{field}={value!r} names no {noun}; write {_choice(known)}, with its numbers in '
+                f'parentheses, as Python prints it ({error}).'
             ) from error
     if value is not None and not hasattr(value, method):
-        names = ', '.join(cls.__name__ for cls in classes)
+        names = [cls.__name__ for cls in classes]
         raise ValueError(
-            f'{field}={value!r} has no method {method}, which such a rule needs; there are {names}.'
+            f'{field}={value!r} has no method {method}, which such a {noun} needs; write '
+            f'{_choice(names)}.'
         )
     return value
+
+
+def _choice(known: Iterable[str]) -> str:
+    own = "one of your own with its module, such as 'my_module.Mine(2)'"
+    names = ', '.join(known)
+    return f'one of {names}, or {own}' if names else own
 
 
 def _evaluate(node: ast.expr, known: dict[str, type]) -> Any:
     """Returns the value of a rule constructor or of its arguments; else raises TypeError."""
     match node:
-        case ast.Call(func=ast.Name(id=name)) if name in known:
+        case ast.Call(func=ast.Name() | ast.Attribute() as function):
+            cls = _class_of(function, known)
             arguments = [_evaluate(argument, known) for argument in node.args]
             by_name = dict(_named(word, known) for word in node.keywords)
-            return known[name](*arguments, **by_name)
-        case ast.Name(id=name) if name in known:
-            return known[name]()
+            return cls(*arguments, **by_name)
         case ast.Constant(value=bool() | int() | float()):
             return node.value
         case ast.UnaryOp(op=ast.USub()):
@@ -81,7 +110,24 @@ def _evaluate(node: ast.expr, known: dict[str, type]) -> Any:
             return math.inf
         case ast.Tuple() | ast.List():
             return tuple(_evaluate(element, known) for element in node.elts)
+        case ast.Name() | ast.Attribute():
+            return _class_of(node, known)()
     raise TypeError(f'{ast.unparse(node)!r} is neither a rule nor a number')
+
+
+def _class_of(node: ast.expr, known: dict[str, type]) -> type:
+    """Returns the dataclass of a name, imported if the name starts with a module."""
+    name = ast.unparse(node)
+    module, _, last = name.rpartition('.')
+    cls: Any = known.get(name)
+    if module:
+        try:
+            cls = getattr(importlib.import_module(module), last, None)
+        except ImportError as error:
+            raise TypeError(str(error)) from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise TypeError(f'{name!r} is neither a rule nor a number')
+    return cls
 
 
 def _named(word: ast.keyword, known: dict[str, type]) -> tuple[str, Any]:

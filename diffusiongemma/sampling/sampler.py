@@ -1,12 +1,14 @@
 """The sampler that other code imports: checks its input, then runs one compiled program."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from diffusiongemma.models.arrays import AnyArray, Params
 from diffusiongemma.models.cache import KVCache
@@ -23,10 +25,12 @@ from diffusiongemma.sampling.state import GenerationState, SamplerOutput
 
 _STATIC = ('model', 'config')
 
+State = GenerationState | LosslessState  # the outer loop's carry of a decode mode
 OneState = TypeVar('OneState', GenerationState, LosslessState)
 
 
-class Mode(NamedTuple, Generic[OneState]):
+@dataclasses.dataclass(frozen=True)
+class Mode(Generic[OneState]):
     """The compiled pieces of a decode mode.
 
     Attributes:
@@ -35,8 +39,9 @@ class Mode(NamedTuple, Generic[OneState]):
         a `capacity` states of prompts of any width are of equal shapes, so that rows of one can
         take the place of rows of another. `whole` are the prompts and their lengths together with
         what a given cache holds of them, for drafts that look something up.
-      advance: one more block of every unfinished row.
-      until_one_finishes: blocks until another row is finished.
+      advance: one more block of every unfinished row. The buffers of the state that it is given
+        are those of the new one (they are donated), so that no block copies the K/V cache.
+      until_one_finishes: blocks until another row is finished, as `advance`.
     """
 
     generate: Callable[..., SamplerOutput]
@@ -51,7 +56,7 @@ def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) 
         config: SamplingConfig,
         params: Params,
         *prompts: Any,
-        whole: tuple[jax.Array, jax.Array] | None = None,
+        whole: tuple[Int[Array, 'B P'], Int[Array, ' B']] | None = None,
         capacity: int | None = None,
     ) -> OneState:
         prepared = prefilled(model, config, params, *prompts, capacity=capacity)
@@ -66,7 +71,7 @@ def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) 
     ) -> SamplerOutput:
         state = jax.lax.while_loop(
             lambda state: state.running,
-            lambda state: advance(model, config, params, state),
+            functools.partial(advance, model, config, params),
             start(model, config, params, *prompts),
         )
         return state.output()
@@ -77,15 +82,17 @@ def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) 
         before = state.finished
         return jax.lax.while_loop(
             lambda state: state.running & jnp.all(state.finished == before),
-            lambda state: advance(model, config, params, state),
+            functools.partial(advance, model, config, params),
             state,
         )
 
     return Mode(
         generate=jax.jit(generate, static_argnames=_STATIC),
         start=jax.jit(start, static_argnames=(*_STATIC, 'capacity')),
-        advance=jax.jit(advance, static_argnames=_STATIC),
-        until_one_finishes=jax.jit(until_one_finishes, static_argnames=_STATIC),
+        advance=jax.jit(advance, static_argnames=_STATIC, donate_argnames='state'),
+        until_one_finishes=jax.jit(
+            until_one_finishes, static_argnames=_STATIC, donate_argnames='state'
+        ),
     )
 
 
@@ -93,14 +100,14 @@ def prefilled(
     model: CausalModel,
     config: SamplingConfig,
     params: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    tokens: Int[Array, 'B P'],
+    lengths: Int[Array, ' B'],
     rng: jax.Array,
     controls: Controls,
     cache: KVCache | None = None,
     *,
     capacity: int | None = None,
-) -> tuple[GenerationState, jax.Array]:
+) -> tuple[GenerationState, Float[Array, 'B D']]:
     """Caches the prompts; arguments as of a call of `Sampler`.
 
     With a `cache` they stand behind what it holds, and it must have room for the responses too.
@@ -169,14 +176,13 @@ class Sampler:
             raise ValueError(f'mode must be one of {sorted(MODES)}, got {self.mode!r}.')
         drafts = self.mode == 'lossless' and self.config.drafts is not None
         longest = passes.canvas_length(self.model)
-        has_canvas = longest > 0
-        if self.mode != 'autoregressive' and not (drafts or has_canvas):
+        if self.mode != 'autoregressive' and not (drafts or longest):
             raise ValueError(
                 f'mode {self.mode!r} needs a model with a canvas, but canvas_length of this '
                 f'{type(self.model).__name__} is 0. Use a DiffusionGemma, or '
                 "mode='autoregressive'."
             )
-        light = passes.light_config(self.model) if has_canvas else None
+        light = passes.light_config(self.model) if longest else None
         if self.mode == 'diffusion' and light is not None:
             raise ValueError(
                 'a light denoiser drafts for the teacher, which has to verify it: use '
@@ -258,37 +264,27 @@ class Sampler:
         """
         return self._stream(params, self.checked(tokens, lengths, rng, controls))
 
-    def states(self, params: Params, *prompts: Any) -> Iterator[GenerationState | LosslessState]:
-        """Yields the state before the first block and after every one; the last is finished.
-
-        Each block is a program of its own; arguments, which are not checked, as of `prefilled`.
-
-        Raises:
-          FloatingPointError: as a call.
-        """
-        mode = MODES[self.mode]
-        state = mode.start(self.model, self.config, params, *prompts)
-        while True:
-            check_finite(state.output().failed_pass)
-            yield state
-            if not state.running:
-                return
-            state = mode.advance(self.model, self.config, params, state)
-
     def _stream(self, params: Params, arguments: tuple) -> Iterator[SamplerOutput]:
         block = 1
         if self.mode == 'lossless':
             block = lossless.draft_length(self.model, self.config) + 1
         elif self.mode == 'diffusion':
             block = self.model.config.canvas_length
-        before = None
-        for state in self.states(params, *arguments):
-            after = state.output()
+        mode, before = MODES[self.mode], None
+        # A state is gone after its block; the arguments in it are the caller's.
+        arguments = jax.tree.map(jnp.copy, arguments)
+        state: State = mode.start(self.model, self.config, params, *arguments)
+        while True:
+            after = jax.tree.map(jnp.copy, state.output())
+            check_finite(after.failed_pass)
             if before is None:
                 before = jax.tree.map(jnp.zeros_like, after)
             if jnp.any(after.lengths > before.lengths):
                 yield self._news(before, after, block)
                 before = after
+            if not state.running:
+                return
+            state = mode.advance(self.model, self.config, params, state)
 
     def _news(self, before: SamplerOutput, after: SamplerOutput, block: int) -> SamplerOutput:
         """What each row gained between two outputs: [B, at most block] tokens, then the pad id."""
@@ -312,7 +308,7 @@ class Sampler:
 
     def checked(
         self, tokens: AnyArray, lengths: AnyArray, rng: jax.Array, controls: Controls | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array, Controls]:
+    ) -> tuple[Int[Array, 'B P'], Int[Array, ' B'], jax.Array, Controls]:
         """The arguments of a call, tokens and lengths as int32 arrays; raises ValueError."""
         shape = np.shape(tokens)
         if len(shape) != 2 or 0 in shape:
@@ -336,8 +332,7 @@ class Sampler:
         vocab_size, max_new_tokens = self.model.config.vocab_size, self.config.max_new_tokens
         if is_known(tokens) and is_known(lengths):
             check_prompts(np.asarray(tokens), np.asarray(lengths), vocab_size)
-            limit = passes.max_positions(self.model)
-            check_fits(np.asarray(lengths), max_new_tokens, limit)
+            check_fits(np.asarray(lengths), max_new_tokens, passes.max_positions(self.model))
         controls = Controls() if controls is None else controls
         controls.check(shape[0], vocab_size, max_new_tokens)
         limits = (self.config.top_k, self.config.top_p, controls.top_p)

@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,11 @@ from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafter import LosslessState
-from diffusiongemma.sampling.prefixes import PrefixCache
+from diffusiongemma.sampling.prefixes import ConversationCache, PrefixCache, padded_width
 from diffusiongemma.sampling.rows import map_but
-from diffusiongemma.sampling.sampler import MODES, OneState, Sampler
+from diffusiongemma.sampling.sampler import MODES, OneState, Sampler, State
 from diffusiongemma.sampling.state import GenerationState, SamplerOutput
-
-State = GenerationState | LosslessState  # the outer loop's carry of a decode mode
+from diffusiongemma.sampling.watch import Draft, block_by_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +27,13 @@ class Entry:
       prompt: token ids, at least one.
       key: [1] typed random key of the row.
       controls: of one row; the sets and the automaton in it are those of all slots.
+      conversation: what the prompt goes on from, and what is kept of it; None for neither.
     """
 
     prompt: Sequence[int]
     key: jax.Array
     controls: Controls
+    conversation: ConversationCache | None = None
 
 
 class Slots:
@@ -63,10 +63,11 @@ class Slots:
           capacity: tokens of a prompt and its response.
           multiple: a prompt is padded to this number times a power of two, at most the capacity,
             so that few shapes compile.
-          together: how many prompts one prefill pass may take; 1 with prefixes.
+          together: how many prompts one prefill pass may take; 1 with prefixes or conversations.
           prefixes: encodes the beginnings of prompts, and keeps some; None for neither.
         """
         self.sampler, self._params = sampler, params
+        self._bound = (sampler.model, sampler.config, params)
         self.size, self._capacity = slots, capacity
         self._multiple, self._together, self._prefixes = multiple, together, prefixes
         self._state: State | None = None
@@ -93,14 +94,18 @@ class Slots:
         keys = jnp.concatenate([entry.key for entry in entries])
         controls = _stacked([entry.controls for entry in entries])
         prompts = [entry.prompt for entry in entries]
-        cache, done = None, 0
-        if self._prefixes is not None:
-            cache, done = self._prefixes.before(prompts[0])
+        conversation, (cache, done) = entries[0].conversation, (None, 0)
+        before = self._prefixes if conversation is None else conversation
+        if before is not None:
+            cache, done = before.before(prompts[0])
         arguments: tuple = (*self._padded([prompt[done:] for prompt in prompts]), keys, controls)
         whole = None
         if cache is not None:
             arguments, whole = (*arguments, cache), self._padded(prompts, self._capacity)
-        new = _start(self.sampler, self._params, *arguments, whole=whole, capacity=self._capacity)
+        start = MODES[self.sampler.mode].start
+        new = start(*self._bound, *arguments, whole=whole, capacity=self._capacity)
+        if conversation is not None:
+            conversation.keep(prompts[0], new.cache)
         if self._state is None:
             self._state = _blank(new, self.size)
         self._state = _put(self._state, new, jnp.asarray(slots))
@@ -110,28 +115,35 @@ class Slots:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [rows, width] and lengths [rows]; a width that few prompts differ in, or this."""
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        width = width or self._width(int(lengths.max()))
+        width = width or padded_width(int(lengths.max()), self._multiple, self._capacity)
         tokens = np.full((len(prompts), width), self.sampler.config.pad_id, np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         return tokens, lengths
 
-    def _width(self, length: int) -> int:
-        blocks = -(-length // self._multiple)
-        return min(self._multiple * 2 ** int(np.ceil(np.log2(blocks))), self._capacity)
-
     def advance(self) -> None:
         """One more block of every unfinished row."""
-        self._state = _advance(self.sampler, self._params, self._state)
+        self._state = MODES[self.sampler.mode].advance(*self._bound, self._state)
+
+    def steps(self) -> Iterator[Draft]:
+        """One more block step by step; until its end nothing else may change the rows."""
+        assert self._state is not None  # rows run
+        self._state = yield from block_by_steps(self.sampler, self._params, self._state)
 
     def until_one_finishes(self) -> None:
         """Blocks until another row is finished, in one compiled program."""
-        self._state = _until_one_finishes(self.sampler, self._params, self._state)
+        self._state = MODES[self.sampler.mode].until_one_finishes(*self._bound, self._state)
 
     def stop(self, slots: Sequence[int]) -> None:
         """Ends rows where they are, so that they cost nothing more."""
         rows = np.isin(np.arange(self.size), list(slots))
         self._state = _stop(self._state, rows)
+
+    def keep(self, slot: int, entry: Entry, response: Sequence[int]) -> None:
+        """Leaves the text of a row that is finished in its conversation, if it is of one."""
+        if entry.conversation is not None:
+            assert self._state is not None  # the row is in it
+            entry.conversation.keep([*entry.prompt, *response], _row(self._state.cache, slot))
 
     def read(self) -> tuple[SamplerOutput, np.ndarray]:
         """The responses so far as numpy arrays, and which rows are finished [slots] bool."""
@@ -143,19 +155,6 @@ def _stacked(controls: Sequence[Controls]) -> Controls:
     """Controls of several rows out of those of one row each."""
     first, *others = controls
     return first.map_rows(lambda *rows: np.concatenate(rows), *others)
-
-
-@functools.partial(jax.jit, static_argnames=('sampler', 'capacity'))
-def _start(
-    sampler: Sampler,
-    params: Params,
-    *prompts: Any,
-    whole: tuple[jax.Array, jax.Array] | None,
-    capacity: int,
-) -> State:
-    start = MODES[sampler.mode].start
-    arguments = (sampler.model, sampler.config, params, *prompts)
-    return start(*arguments, whole=whole, capacity=capacity)
 
 
 @functools.partial(jax.jit, static_argnames='slots')
@@ -194,14 +193,15 @@ def _put(state: OneState, new: OneState, slots: jax.Array) -> OneState:
     return state.insert(new, slots)
 
 
-@functools.partial(jax.jit, static_argnames='sampler', donate_argnums=2)
-def _advance(sampler: Sampler, params: Params, state: State) -> State:
-    return MODES[sampler.mode].advance(sampler.model, sampler.config, params, state)
+@jax.jit
+def _row(cache: KVCache, row: int) -> KVCache:
+    """A copy of one row."""
 
+    def take_kv(leaf: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(leaf, row, 1, axis=leaf.ndim - 4)
 
-@functools.partial(jax.jit, static_argnames='sampler', donate_argnums=2)
-def _until_one_finishes(sampler: Sampler, params: Params, state: State) -> State:
-    return MODES[sampler.mode].until_one_finishes(sampler.model, sampler.config, params, state)
+    lengths = jax.lax.dynamic_slice_in_dim(cache.lengths, row, 1)
+    return KVCache(kv=jax.tree.map(take_kv, cache.kv), lengths=lengths)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

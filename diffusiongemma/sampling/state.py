@@ -6,6 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from diffusiongemma.constraints.automaton import TokenAutomaton, advance
 from diffusiongemma.models.arrays import AnyArray
@@ -38,22 +39,22 @@ class SamplerOutput:
         None.
     """
 
-    tokens: AnyArray
-    lengths: AnyArray
-    denoising_steps: AnyArray
-    canvases: AnyArray
-    causal_passes: AnyArray
-    failed_pass: AnyArray
-    accepted_lengths: AnyArray | None = None
+    tokens: Int[AnyArray, 'B T']
+    lengths: Int[AnyArray, ' B']
+    denoising_steps: Int[AnyArray, ' B']
+    canvases: Int[AnyArray, ' B']
+    causal_passes: Int[AnyArray, ' B']
+    failed_pass: Int[AnyArray, ' B']
+    accepted_lengths: Int[AnyArray, 'B K'] | None = None
     scores: TokenScores | None = None
 
     @property
-    def tokens_per_denoise_pass(self) -> AnyArray:
+    def tokens_per_denoise_pass(self) -> Float[AnyArray, ' B']:
         """Returns tokens per denoise pass, [B] float32; 1 in autoregressive mode."""
         return self.lengths / jnp.maximum(self.denoising_steps, 1)
 
     @property
-    def tokens_per_pass(self) -> AnyArray:
+    def tokens_per_pass(self) -> Float[AnyArray, ' B']:
         """Returns tokens per pass, [B] float32; all passes except the prefill are counted."""
         return self.lengths / jnp.maximum(self.denoising_steps + self.causal_passes, 1)
 
@@ -83,20 +84,20 @@ class CanvasTask:
         canvas is pending, that is, not cached yet.
     """
 
-    keys: jax.Array
-    active: jax.Array
-    last_token: jax.Array
-    pinned: jax.Array | None = None
-    seed: jax.Array | None = None
-    allowed: jax.Array | None = None
-    temperature: jax.Array | None = None
-    top_p: jax.Array | None = None
-    max_steps: jax.Array | None = None
+    keys: Key[Array, ' B']
+    active: Bool[Array, ' B']
+    last_token: Int[Array, ' B']
+    pinned: Int[Array, 'B C'] | None = None
+    seed: Int[Array, 'B C'] | None = None
+    allowed: Bool[Array, '#B #C V'] | None = None
+    temperature: Float[Array, ' B'] | None = None
+    top_p: Float[Array, ' B'] | None = None
+    max_steps: Int[Array, ' B'] | None = None
     automaton: TokenAutomaton | None = None
-    automaton_states: jax.Array | None = None
-    remaining: jax.Array | None = None
-    text_noise: jax.Array | None = None
-    teacher_state: jax.Array | None = None
+    automaton_states: Int[Array, ' B'] | None = None
+    remaining: Int[Array, ' B'] | None = None
+    text_noise: Float[Array, 'B C V'] | None = None
+    teacher_state: Float[Array, 'B D'] | None = None
     length: int | None = flax.struct.field(pytree_node=False, default=None)
     first: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -118,22 +119,22 @@ class DenoiseState:
       rule_state: the state of the acceptance rule; None for a stateless rule.
     """
 
-    step: jax.Array
-    canvas: jax.Array
-    argmax_history: jax.Array
-    entropies: jax.Array
-    soft_embeddings: jax.Array
-    stopped: jax.Array
-    steps: jax.Array
-    finite: jax.Array
+    step: Int[Array, '']
+    canvas: Int[Array, 'B C']
+    argmax_history: Int[Array, 'B W C']
+    entropies: Float[Array, 'B C']
+    soft_embeddings: Float[Array, 'B C D']
+    stopped: Bool[Array, ' B']
+    steps: Int[Array, ' B']
+    finite: Bool[Array, ' B']
     rule_state: Any = None
 
     @property
-    def argmax(self) -> jax.Array:
+    def argmax(self) -> Int[Array, 'B C']:
         """Returns the argmax canvas of the latest step, [B, C] int32."""
         return self.argmax_history[:, -1]
 
-    def result(self, config: SamplingConfig) -> jax.Array:
+    def result(self, config: SamplingConfig) -> Int[Array, 'B C']:
         """Returns the canvas to commit, [B, C] int32."""
         return self.argmax if config.commits == 'argmax' else self.canvas
 
@@ -160,18 +161,18 @@ class GenerationState:
     """
 
     cache: KVCache
-    keys: jax.Array
+    keys: Key[Array, ' B']
     controls: Controls
-    last_token: jax.Array
-    tokens: jax.Array
-    lengths: jax.Array
-    limits: jax.Array
-    finished: jax.Array
-    denoising_steps: jax.Array
-    canvases: jax.Array
-    causal_passes: jax.Array
-    failed_pass: jax.Array
-    automaton_states: jax.Array | None
+    last_token: Int[Array, ' B']
+    tokens: Int[Array, 'B T']
+    lengths: Int[Array, ' B']
+    limits: Int[Array, ' B']
+    finished: Bool[Array, ' B']
+    denoising_steps: Int[Array, ' B']
+    canvases: Int[Array, ' B']
+    causal_passes: Int[Array, ' B']
+    failed_pass: Int[Array, ' B']
+    automaton_states: Int[Array, ' B'] | None
     scores: TokenScores | None = None
 
     @classmethod
@@ -179,8 +180,8 @@ class GenerationState:
         cls,
         config: SamplingConfig,
         cache: KVCache,
-        last_token: jax.Array,
-        keys: jax.Array,
+        last_token: Int[Array, ' B'],
+        keys: Key[Array, ' B'],
         controls: Controls,
     ) -> 'GenerationState':
         """Returns a state with empty responses after cached prompts that end in last_token [B]."""
@@ -206,22 +207,22 @@ class GenerationState:
             scores=None if logprobs is None else TokenScores.empty(zeros.size, width, logprobs),
         )
 
-    def temperature(self, config: SamplingConfig) -> float | jax.Array:
+    def temperature(self, config: SamplingConfig) -> float | Float[Array, ' B']:
         """Returns the temperature of the config, or that of each row [B]."""
         temperature = traced(self.controls.temperature)
         return config.temperature if temperature is None else temperature
 
-    def top_p(self, config: SamplingConfig) -> float | jax.Array | None:
+    def top_p(self, config: SamplingConfig) -> float | Float[Array, ' B'] | None:
         """Returns top_p of the config, or that of each row [B]."""
         top_p = traced(self.controls.top_p)
         return config.top_p if top_p is None else top_p
 
     @property
-    def running(self) -> jax.Array:
+    def running(self) -> Bool[Array, '']:
         """Returns whether any row is unfinished, [] bool."""
         return ~jnp.all(self.finished)
 
-    def finish_unless(self, finite: jax.Array, name: str) -> 'GenerationState':
+    def finish_unless(self, finite: Bool[Array, ' B'], name: str) -> 'GenerationState':
         """Finishes the rows in which the logits of a pass are not `finite` [B] bool."""
         failed = first_failure(self.failed_pass, name, ~self.finished & ~finite)
         finished = self.finished | (failed > 0)
@@ -230,9 +231,9 @@ class GenerationState:
     def emit(
         self,
         config: SamplingConfig,
-        block: jax.Array,
-        passes: int | jax.Array,
-        counts: jax.Array | None = None,
+        block: Int[Array, 'B T'],
+        passes: int | Int[Array, ''] | Int[Array, ' B'],
+        counts: Int[Array, ' B'] | None = None,
         scores: TokenScores | None = None,
     ) -> 'GenerationState':
         """Appends a block of tokens to the responses of the unfinished rows.
@@ -277,7 +278,7 @@ class GenerationState:
             denoising_steps=self.denoising_steps + jnp.where(self.finished, 0, passes),
         )
 
-    def insert(self, new: 'GenerationState', slots: jax.Array) -> 'GenerationState':
+    def insert(self, new: 'GenerationState', slots: Int[Array, ' R']) -> 'GenerationState':
         """Replaces some rows by the rows of another state with the same capacity.
 
         Args:

@@ -1,12 +1,13 @@
 """Stopping rules, which end a canvas before its last denoise step."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 
+@runtime_checkable
 class StoppingRule(Protocol):
     """A rule that decides from the latest predictions whether a canvas is done."""
 
@@ -15,7 +16,9 @@ class StoppingRule(Protocol):
         """Returns W, the number of latest argmax canvases that the rule needs, at least 1."""
         ...
 
-    def should_stop(self, argmax_history: jax.Array, entropies: jax.Array) -> jax.Array:
+    def should_stop(
+        self, argmax_history: Int[Array, 'B W C'], entropies: Float[Array, 'B C']
+    ) -> Bool[Array, ' B']:
         """Returns which rows are done.
 
         Args:
@@ -59,7 +62,9 @@ class StableAndConfident:
     def history_length(self) -> int:
         return self.stability_threshold + 1
 
-    def should_stop(self, argmax_history: jax.Array, entropies: jax.Array) -> jax.Array:
+    def should_stop(
+        self, argmax_history: Int[Array, 'B W C'], entropies: Float[Array, 'B C']
+    ) -> Bool[Array, ' B']:
         """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool."""
         current = argmax_history[:, -1:]
         stable = jnp.all(argmax_history == current, axis=(1, 2))
@@ -85,7 +90,9 @@ class TokenStability:
     def history_length(self) -> int:
         return self.num_steps + 1
 
-    def should_stop(self, argmax_history: jax.Array, entropies: jax.Array) -> jax.Array:
+    def should_stop(
+        self, argmax_history: Int[Array, 'B W C'], entropies: Float[Array, 'B C']
+    ) -> Bool[Array, ' B']:
         """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool."""
         del entropies
         history = argmax_history[:, -self.history_length :]
@@ -107,7 +114,9 @@ class MeanEntropy:
         if not self.threshold >= 0:
             raise ValueError(f'threshold must be >= 0 nats, got {self.threshold}.')
 
-    def should_stop(self, argmax_history: jax.Array, entropies: jax.Array) -> jax.Array:
+    def should_stop(
+        self, argmax_history: Int[Array, 'B W C'], entropies: Float[Array, 'B C']
+    ) -> Bool[Array, ' B']:
         """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool."""
         del argmax_history
         return jnp.mean(entropies, axis=-1) < self.threshold
@@ -119,7 +128,9 @@ class Never:
 
     history_length = 1
 
-    def should_stop(self, argmax_history: jax.Array, entropies: jax.Array) -> jax.Array:
+    def should_stop(
+        self, argmax_history: Int[Array, 'B W C'], entropies: Float[Array, 'B C']
+    ) -> Bool[Array, ' B']:
         """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool, all False."""
         del argmax_history
         return jnp.zeros(entropies.shape[0], bool)
@@ -144,7 +155,9 @@ class AllOf:
     def history_length(self) -> int:
         return max(rule.history_length for rule in self.rules)
 
-    def should_stop(self, argmax_history: jax.Array, entropies: jax.Array) -> jax.Array:
+    def should_stop(
+        self, argmax_history: Int[Array, 'B W C'], entropies: Float[Array, 'B C']
+    ) -> Bool[Array, ' B']:
         """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool."""
         votes = [
             rule.should_stop(argmax_history[:, -rule.history_length :], entropies)

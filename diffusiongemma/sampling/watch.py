@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from diffusiongemma.models.arrays import AnyArray, Params
 from diffusiongemma.sampling import diffusion, drafter, lossless, passes
 from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.drafter import LosslessState
 from diffusiongemma.sampling.finite import check_finite
-from diffusiongemma.sampling.sampler import DIFFUSION, LOSSLESS, Sampler
-from diffusiongemma.sampling.state import CanvasTask, DenoiseState, GenerationState, SamplerOutput
+from diffusiongemma.sampling.rows import map_but
+from diffusiongemma.sampling.sampler import MODES, Sampler, State
+from diffusiongemma.sampling.state import CanvasTask, DenoiseState, SamplerOutput
 
 
 @flax.struct.dataclass
@@ -34,6 +36,10 @@ class Draft:
     canvas: jax.Array
     entropies: jax.Array
     changing: jax.Array
+
+    def row(self, row: int) -> 'Draft':
+        """The canvas of one row alone, [1, ...]."""
+        return map_but(lambda leaf: leaf[row : row + 1], self, step=self.step)
 
 
 _STATIC = ('model', 'config')
@@ -68,61 +74,70 @@ def watch(
       ValueError, FloatingPointError: as a call of the sampler; ValueError also for the
         autoregressive mode.
     """
+    check_has_canvas(sampler)
+    return _watch(sampler, params, sampler.checked(tokens, lengths, rng, controls))
+
+
+def check_has_canvas(sampler: Sampler) -> None:
+    """Raises ValueError where there is nothing to watch."""
     if sampler.mode == 'autoregressive':
         raise ValueError(
             "The mode 'autoregressive' has no canvas to watch: use 'diffusion' or 'lossless', or "
             'Sampler.stream, which yields token by token.'
         )
-    return _watch(sampler, params, sampler.checked(tokens, lengths, rng, controls))
 
 
 def _watch(sampler: Sampler, params: Params, arguments: tuple) -> Iterator[Draft | SamplerOutput]:
-    shown = _watch_canvases if sampler.mode == 'diffusion' else _watch_drafts
-    output = yield from shown(sampler, params, arguments)
+    start = MODES[sampler.mode].start
+    state: State = start(sampler.model, sampler.config, params, *arguments)
+    while state.running:
+        state = yield from block_by_steps(sampler, params, state)
+    output = state.output()
     check_finite(output.failed_pass)
     yield output
 
 
-def _watch_canvases(
-    sampler: Sampler, params: Params, arguments: tuple
-) -> Generator[Draft, None, SamplerOutput]:
-    """Every canvas of the diffusion mode; the output is returned."""
-    model, config = sampler.model, sampler.config
-    state = DIFFUSION.start(model, config, params, *arguments)
-    while state.running:
-        task = diffusion.canvas_task(model, state)
-        limit = config.max_denoising_steps
-        canvas = yield from _watch_canvas(sampler, params, state, task, limit)
-        state = _commit_canvas(model, config, params, state, canvas)
-    return state.output()
+def block_by_steps(sampler: Sampler, params: Params, state: State) -> Generator[Draft, None, State]:
+    """One more block of every unfinished row, as `Mode.advance`, each step a program of its own.
+
+    Yields a `Draft` of its noise and of every step, and returns the state after it. A draft that
+    is looked up in the text takes one step without noise.
+    """
+    if isinstance(state, LosslessState):
+        return (yield from _next_draft(sampler, params, state))
+    task = diffusion.canvas_task(sampler.model, state)
+    limit = sampler.config.max_denoising_steps
+    canvas = yield from _watch_canvas(sampler, params, state, task, limit)
+    return _commit_canvas(sampler.model, sampler.config, params, state, canvas)
 
 
-def _watch_drafts(
-    sampler: Sampler, params: Params, arguments: tuple
-) -> Generator[Draft, None, SamplerOutput]:
-    """Every draft of the lossless mode; the output is returned."""
+def _next_draft(
+    sampler: Sampler, params: Params, state: LosslessState
+) -> Generator[Draft, None, LosslessState]:
+    """A draft of every unfinished row, which is then verified."""
     model, config = sampler.model, sampler.config
-    state = LOSSLESS.start(model, config, params, *arguments)
-    while state.running:
-        noise = _text_noise(model, config, state)
-        text = _text_draft(model, config, state)
-        if text is not None and text.is_enough(state.finished):
-            drafted = text.drafted()
-            yield _shown(sampler, state, drafted, jnp.zeros(drafted.tokens.shape))
-        else:
-            short = drafter.config_of_model_drafts(config, state)
-            drafting = sampler if short is None else dataclasses.replace(sampler, config=short)
-            drafted = yield from _watch_model(drafting, params, state, noise)
-            if text is not None and short is None:
-                drafted = text.in_place_of(drafted)
-        state = _verify_draft(model, config, params, state, drafted, noise)
-    return state.output()
+    noise = _text_noise(model, config, state)
+    text = _text_draft(model, config, state)
+    found, drafted = jnp.zeros_like(state.finished), None
+    if text is not None:
+        found = jnp.ones_like(found) if text.found is None else text.found
+        drafted = text.drafted()
+        rows = found & ~state.finished
+        if jnp.any(rows):
+            yield _shown(sampler, state, drafted, jnp.zeros(drafted.tokens.shape), rows)
+    if drafted is None or not jnp.all(found | state.finished):
+        short = drafter.config_of_model_drafts(config, state)
+        drafting = sampler if short is None else dataclasses.replace(sampler, config=short)
+        drafted = yield from _watch_model(drafting, params, state, noise, ~(found | state.finished))
+        if text is not None and short is None:
+            drafted = text.in_place_of(drafted)
+    return _verify_draft(model, config, params, state, drafted, noise)
 
 
 def _watch_canvas(
     sampler: Sampler,
     params: Params,
-    state: GenerationState | drafter.LosslessState,
+    state: State,
     task: CanvasTask,
     limit: int,
     pending: jax.Array | None = None,
@@ -142,17 +157,21 @@ def _watch_canvas(
 
 
 def _watch_model(
-    sampler: Sampler, params: Params, state: drafter.LosslessState, noise: jax.Array | None
+    sampler: Sampler,
+    params: Params,
+    state: LosslessState,
+    noise: jax.Array | None,
+    rows: jax.Array,
 ) -> Generator[Draft, None, drafter.Drafted]:
-    """The model's draft after each of its steps; it is returned."""
+    """The model's draft of some `rows` [B] bool after each of its steps; it is returned."""
     model, config = sampler.model, sampler.config
     if drafter.drafts_in_one_pass(model, config, state):
         light = _one_pass_draft(model, config, params, state, noise)
         drafted = drafter.Drafted(light.tokens, jnp.ones_like(state.pending), light.finite)
-        yield _shown(sampler, state, drafted, None)
-        yield _shown(sampler, state, drafted, light.entropies)
+        yield _shown(sampler, state, drafted, None, rows)
+        yield _shown(sampler, state, drafted, light.entropies, rows)
         return drafted
-    task = drafter.draft_task(model, config, state, noise)
+    task = dataclasses.replace(drafter.draft_task(model, config, state, noise), active=rows)
     limit = min(config.max_denoising_steps, config.max_draft_steps)
     before = state.pending if passes.predicts_next(model) else None
     canvas = yield from _watch_canvas(sampler, params, state, task, limit, before)
@@ -161,11 +180,13 @@ def _watch_model(
 
 def _shown(
     sampler: Sampler,
-    state: drafter.LosslessState,
+    state: LosslessState,
     drafted: drafter.Drafted,
     entropies: jax.Array | None,
+    rows: jax.Array,
 ) -> Draft:
-    """A draft after its pending token; noise in its place while there are no entropies [B, K]."""
+    """A draft of some `rows` [B] bool after its pending token; noise in its place while there are
+    no entropies [B, K]."""
     tokens = jnp.concatenate([state.pending[:, None], drafted.tokens], axis=1)
     noise_id = passes.mask_id(sampler.model)
     noise = jnp.full_like(tokens, sampler.config.pad_id if noise_id is None else noise_id)
@@ -177,7 +198,7 @@ def _shown(
         argmax=tokens if is_known else jnp.full_like(tokens, -1),
         canvas=tokens if is_known else noise.at[:, 0].set(state.pending),
         entropies=jnp.pad(known, [(0, 0), (1, 0)]),
-        changing=is_known & ~state.finished,
+        changing=is_known & rows,
     )
 
 

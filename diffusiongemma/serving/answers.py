@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.sampling.engine import Delta, Finished, Result
+from diffusiongemma.sampling.events import Event
 from diffusiongemma.sampling.scores import TokenScores
 from diffusiongemma.sampling.text import AnswerTokens
 from diffusiongemma.serving.protocol import Ask
 from diffusiongemma.serving.service import Call, Service, failure
-from diffusiongemma.serving.worker import News
 
 
 class Form:
@@ -42,7 +42,7 @@ class Form:
         choice = {'index': 0, **content, 'finish_reason': self._reason(result), 'logprobs': scored}
         return self._head | {'choices': [choice]} | self._costs(result)
 
-    async def events(self, call: Call, news: News) -> AsyncIterator[str]:
+    async def events(self, call: Call, news: Event) -> AsyncIterator[str]:
         """Server-sent events of an answer, from its first news on."""
         if self._ask.chat:
             yield self._part({'role': 'assistant', 'content': ''}, None)

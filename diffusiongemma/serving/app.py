@@ -1,6 +1,7 @@
 """The HTTP side: routes, bodies, server-sent events."""
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.sampling.events import End, Event, Failed
 from diffusiongemma.serving.answers import Form, event
 from diffusiongemma.serving.fields import RequestError, parse_object
 from diffusiongemma.serving.page import page
@@ -26,8 +28,7 @@ from diffusiongemma.serving.protocol import (
     read_frames,
 )
 from diffusiongemma.serving.service import Call, Service, failure
-from diffusiongemma.serving.worker import News, Shown
-from diffusiongemma.view.frames import css
+from diffusiongemma.view.frames import EventFrames, css
 
 _GONE = 499  # the client left; nobody reads this
 _T = TypeVar('_T')
@@ -133,8 +134,9 @@ class _Endpoints:
         )  # fmt: skip
 
     async def frames(self, request: Request) -> Response:
-        call = self._service.open_frames(await self._read(request, read_frames))
-        return await self._stream(call, _frame_events)
+        ask = await self._read(request, read_frames)
+        frames = functools.partial(_frame_events, self._service.frames())
+        return await self._stream(self._service.open(ask, None), frames)
 
     async def _read(
         self, request: Request, read: Callable[[dict[str, Any], Tokenizer, Limits], _T]
@@ -208,7 +210,7 @@ class _Endpoints:
         return Response(status_code=_GONE) if result is None else JSONResponse(form.whole(result))
 
     async def _stream(
-        self, call: Call, events: Callable[[Call, News], AsyncIterator[str]]
+        self, call: Call, events: Callable[[Call, Event], AsyncIterator[str]]
     ) -> Response:
         """A stream of events; what the engine refuses at once is no stream but an error."""
         try:
@@ -219,14 +221,16 @@ class _Endpoints:
         return _EventStream(call, events(call, first))
 
 
-async def _frame_events(call: Call, news: News) -> AsyncIterator[str]:
+async def _frame_events(frames: EventFrames, call: Call, news: Event) -> AsyncIterator[str]:
     """Server-sent events of frames, from the first on."""
-    while isinstance(news, Shown):
-        frame = news.item
-        cells = [[cell.text, cell.state, css(cell.color)] for cell in frame.cells]
-        yield event({'cells': cells, 'caption': frame.caption, 'rate': frame.rate})
+    while True:
+        for frame in frames.of(news):
+            cells = [[cell.text, cell.state, css(cell.color)] for cell in frame.cells]
+            yield event({'cells': cells, 'caption': frame.caption, 'rate': frame.rate})
+        if isinstance(news, End):
+            break
         news = await call.next()
-    if getattr(news, 'error', None) is not None:
+    if isinstance(news, Failed):
         yield event(failure(news).body())
     yield 'data: [DONE]\n\n'
 

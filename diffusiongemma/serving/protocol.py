@@ -59,6 +59,7 @@ class Ask:
       schema: of JSON that the answer must be, None without.
       logprobs: how many of the most likely tokens are told at each place, beside the
         log-probability of the answer's own; None for neither.
+      watch: whether every denoise step is shown, in a mode that has some.
     """
 
     prompt: list[int]
@@ -74,6 +75,7 @@ class Ask:
     suffix: list[int] | None = None
     schema: Any = None
     logprobs: int | None = None
+    watch: bool = False
 
 
 def read_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> Ask:
@@ -82,6 +84,8 @@ def read_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> Ask:
     prompt = read_prompt(fields, tokenizer)
     text = fields.text('suffix')
     suffix = encode(fields, 'suffix', text, tokenizer) if text else []
+    if body['prompt'] in ('', ['']) and not suffix:
+        raise fields.error('prompt', 'prompt is empty; give a text to continue, or a suffix.')
     ask = _ask(fields, prompt, False, limits)
     fields.end()
     return _with_suffix(ask, suffix, limits) if suffix else ask
@@ -145,7 +149,7 @@ def read_frames(body: dict, tokenizer: Tokenizer, limits: Limits) -> Ask:
         prompt=prompt, chat=chat, mode=_mode(fields, limits),
         temperature=_temperature(fields, limits), top_p=None,
         max_new_tokens=fields.integer('max_tokens', 1, limits.max_new_tokens), stop=(),
-        seed=_seed(fields), stream=True, stream_usage=False,
+        seed=_seed(fields), stream=True, stream_usage=False, watch=True,
     )  # fmt: skip
     fields.any('model')
     fields.end()

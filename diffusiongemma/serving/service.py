@@ -7,7 +7,7 @@ import hmac
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,15 +20,15 @@ from diffusiongemma.models.arrays import Params
 from diffusiongemma.sampling.controls import OPEN, Controls, ban, pin
 from diffusiongemma.sampling.decide import decide
 from diffusiongemma.sampling.engine import Delta, Engine, Finished, Result
+from diffusiongemma.sampling.events import End, Event
 from diffusiongemma.sampling.passes import canvas_length
 from diffusiongemma.sampling.prompts import pad_prompts
 from diffusiongemma.sampling.sampler import MODES, Sampler
-from diffusiongemma.sampling.watch import watch
 from diffusiongemma.serving.fields import RequestError
 from diffusiongemma.serving.metrics import Metrics
 from diffusiongemma.serving.protocol import MAX_TOP_LOGPROBS, Ask, Decision, Limits
 from diffusiongemma.serving.worker import News, Refused, Ticket, Worker
-from diffusiongemma.view.frames import Frame, frames, token_frames
+from diffusiongemma.view.frames import EventFrames
 
 _MAX_SCHEMAS = 16  # compiled ones that are kept
 
@@ -140,6 +140,7 @@ class Service:
                 # One program for every number of them.
                 logprobs=MAX_TOP_LOGPROBS if ask.logprobs else ask.logprobs,
                 controls=controls,
+                watch=ask.watch and ask.mode != 'autoregressive',
             ),
             len(ask.prompt),
         )
@@ -152,30 +153,9 @@ class Service:
             allowed_index=np.array([[0] * gap + [OPEN] * len(suffix)], np.int32),
         )
 
-    def open_frames(self, ask: Ask) -> 'Call':
-        """A call that shows every step of a canvas; for the event loop."""
-        return Call(
-            self,
-            lambda tell: self.worker.watch(tell, lambda: self._frames(ask)),
-            len(ask.prompt),
-        )
-
-    def _frames(self, ask: Ask) -> Iterator[Frame]:
-        most = min(self.limits.max_new_tokens, max(self.capacity // 2, 1))
-        config = dataclasses.replace(
-            self._sampler.config, max_new_tokens=most, temperature=float(ask.temperature > 0)
-        )
-        sampler = dataclasses.replace(self._sampler, mode=ask.mode, config=config)
-        drawn = np.array([ask.temperature], np.float32) if ask.temperature else None
-        longest = np.array([min(ask.max_new_tokens or most, most)], np.int32)
-        controls = Controls(temperature=drawn, max_new_tokens=longest)
-        tokens, lengths = pad_prompts([ask.prompt], config.pad_id)
-        arguments, rng = (self._params, tokens, lengths), jax.random.key(ask.seed)[None]
-        if ask.mode == 'autoregressive':
-            outputs = sampler.stream(*arguments, rng=rng, controls=controls)
-            return token_frames(outputs, self.tokenizer)
-        drafts = watch(sampler, *arguments, rng=rng, controls=controls)
-        return frames(drafts, self.tokenizer, config.stop_ids)
+    def frames(self) -> EventFrames:
+        """Makes the frames of a watched request."""
+        return EventFrames(self.tokenizer, self._sampler.config.stop_ids)
 
     def decide(self, decision: Decision) -> list[float]:
         """Probabilities of the answers; for the worker's thread. Raises ValueError."""
@@ -275,7 +255,7 @@ class Call:
         except RuntimeError:  # the event loop has ended, and nobody waits
             pass
 
-    async def next(self) -> News:
+    async def next(self) -> Event:
         """The next news; raises RequestError when the engine refused the request."""
         news = await self._news.get()
         if isinstance(news, Refused):
@@ -292,7 +272,7 @@ class Call:
             news = await self.next()
             if isinstance(news, Finished):
                 return news.result
-            if not isinstance(news, Delta):
+            if isinstance(news, End):
                 raise failure(news)
 
     def close(self) -> None:

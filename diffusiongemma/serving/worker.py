@@ -3,12 +3,13 @@
 import concurrent.futures
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
 
-from diffusiongemma.sampling.engine import Delta, Engine, Event, Failed
+from diffusiongemma.sampling.engine import Engine, Failed
+from diffusiongemma.sampling.events import End, Event
 
 
 class Refused:
@@ -18,18 +19,7 @@ class Refused:
         self.error = error
 
 
-class Shown:
-    """One item of what `Worker.watch` shows."""
-
-    def __init__(self, item: Any) -> None:
-        self.item = item
-
-
-class Over:
-    """The last event of what `Worker.watch` shows."""
-
-
-News = Event | Refused | Shown | Over
+News = Event | Refused
 
 
 class Ticket:
@@ -43,7 +33,7 @@ class Ticket:
     def tell(self, news: News) -> None:
         """Passes news on, unless the last were told before."""
         if not self.over:
-            self.over = not isinstance(news, (Delta, Shown))
+            self.over = isinstance(news, End | Refused)
             self._tell(news)
 
 
@@ -61,7 +51,6 @@ class Worker:
         self.engine, self.load = engine, (0, 0)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}  # by the engine's number
-        self._shows: dict[Ticket, Iterator[Any]] = {}
         self._thread = threading.Thread(target=self.run, name='engine', daemon=True)
 
     def start(self) -> None:
@@ -81,12 +70,6 @@ class Worker:
         """Submits a request with the arguments of `Engine.submit`."""
         ticket = Ticket(tell)
         self._inbox.put(lambda: self._submit(ticket, request))
-        return ticket
-
-    def watch(self, tell: Callable[[News], None], make: Callable[[], Iterator[Any]]) -> Ticket:
-        """Shows the items of an iterator one by one, the work of each between two steps."""
-        ticket = Ticket(tell)
-        self._inbox.put(lambda: self._watch(ticket, make))
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -124,7 +107,7 @@ class Worker:
     def _do_what_came(self) -> bool:
         """Does what is in the inbox, and waits for something where there is nothing else to do."""
         while True:
-            idle = not (self.engine.waiting or self.engine.running or self._shows)
+            idle = not (self.engine.waiting or self.engine.running)
             try:
                 work = self._inbox.get(block=idle)
             except queue.Empty:
@@ -138,27 +121,13 @@ class Worker:
         self._measure()  # before anyone hears of the end of a request
         for event in events:
             ticket = self._tickets.get(event.id)
-            if not isinstance(event, Delta):
+            if isinstance(event, End):
                 self._tickets.pop(event.id, None)
             if ticket is not None:
                 ticket.tell(event)
-        for ticket, items in list(self._shows.items()):
-            try:
-                ticket.tell(Shown(next(items)))
-            except StopIteration:
-                self._end(ticket, Over())
-            except ValueError as error:
-                self._end(ticket, Refused(error))
-            except Exception as error:
-                logging.exception('a live view failed')
-                self._end(ticket, Failed(-1, error))
 
     def _measure(self) -> None:
         self.load = (self.engine.waiting, self.engine.running)
-
-    def _end(self, ticket: Ticket, news: News) -> None:
-        del self._shows[ticket]
-        ticket.tell(news)
 
     def _submit(self, ticket: Ticket, request: dict[str, Any]) -> None:
         try:
@@ -171,15 +140,8 @@ class Worker:
         else:
             self._tickets[ticket.id] = ticket
 
-    def _watch(self, ticket: Ticket, make: Callable[[], Iterator[Any]]) -> None:
-        try:
-            self._shows[ticket] = make()
-        except ValueError as error:
-            ticket.tell(Refused(error))
-
     def _cancel(self, ticket: Ticket) -> None:
         ticket.over = True
-        self._shows.pop(ticket, None)
         if ticket.id is not None and self._tickets.pop(ticket.id, None) is not None:
             self.engine.cancel(ticket.id)
 
@@ -187,6 +149,4 @@ class Worker:
         for id, ticket in list(self._tickets.items()):
             self.engine.cancel(id)
             ticket.tell(Failed(id, error))
-        for ticket in list(self._shows):
-            ticket.tell(Failed(-1, error))
-        self._tickets, self._shows = {}, {}
+        self._tickets = {}

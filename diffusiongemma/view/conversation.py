@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.sampler import MODES
-from diffusiongemma.view.frames import printable
+from diffusiongemma.view.frames import counted, printable
 from diffusiongemma.view.interrupt import interruptible
 
 HELP = """\
@@ -103,8 +103,9 @@ class Conversation:
             shown = max(shown, len(whole))
         self._write(printable(reply.text[shown:]))
         steps, seconds = reply.denoising_steps, time.perf_counter() - start
-        kind = 'passes' if self._chat.sampler.mode == 'autoregressive' else 'denoise passes'
-        self._write(f'\n[{len(reply.tokens)} tokens, {steps} {kind}, {seconds:.2f} s]\n')
+        kind = 'pass' if self._chat.sampler.mode == 'autoregressive' else 'denoise pass'
+        cost = f'{counted(len(reply.tokens), "token")}, {counted(steps, kind)}, {seconds:.2f} s'
+        self._write(f'\n[{cost}]\n')
 
 
 def _sees(forgotten: int) -> str:

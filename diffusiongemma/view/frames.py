@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.sampling.events import Delta, DenoiseStep, Event, Finished
 from diffusiongemma.sampling.state import SamplerOutput
 from diffusiongemma.sampling.watch import Draft
 
@@ -25,6 +26,13 @@ _COLORS: dict[State, Color] = {
     'noise': (110, 118, 129),
     'refused': (248, 81, 73),
 }
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns the number with its noun, in the plural unless there is one: '3 tokens', '1 pass'."""
+    if number == 1:
+        return f'1 {noun}'
+    return f'{number:,} {noun}{"es" if noun.endswith("s") else "s"}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +53,8 @@ class Cell:
 
     @property
     def certainty(self) -> float:
-        """Returns exp(-entropy): 1 if certain, 1/k if k tokens are equally likely."""
-        return math.exp(-self.entropy)
+        """Returns exp(-entropy): 1 if certain, 1/k if k tokens are equally likely, 0 if NaN."""
+        return 0.0 if math.isnan(self.entropy) else math.exp(-self.entropy)
 
     @property
     def color(self) -> Color:
@@ -113,7 +121,7 @@ class Frame:
     def caption(self) -> str:
         """Returns one line with the position and the number of passes."""
         if not self.canvas:  # autoregressive mode
-            return f'{self.tokens} tokens, {self.denoising_steps} passes'
+            return f'{counted(self.tokens, "token")}, {counted(self.denoising_steps, "pass")}'
         refused = sum(cell.state == 'refused' for cell in self.cells)
         entropy = self.mean_entropy
         if self.step is None:
@@ -123,8 +131,8 @@ class Frame:
         if entropy is not None:
             moment += f', {entropy:.2f} nats'
         return (
-            f'canvas {self.canvas}: {moment} | {self.tokens} tokens, '
-            f'{self.denoising_steps} denoise passes'
+            f'canvas {self.canvas}: {moment} | {counted(self.tokens, "token")}, '
+            f'{counted(self.denoising_steps, "denoise pass")}'
         )
 
     @property
@@ -144,8 +152,7 @@ def frames(
       tokenizer: the tokenizer of the model.
       stop_ids: ids of stop tokens; draft tokens after one of them do not count as refused.
     """
-    drafts, seconds = iter(drafts), 0.0
-    latest: _Moment | None = None
+    drafts, seconds, reel = iter(drafts), 0.0, _Reel(tokenizer, stop_ids)
     while True:
         start = time.perf_counter()
         draft = next(drafts, None)
@@ -153,36 +160,39 @@ def frames(
             return
         moment = _read(draft)
         seconds += time.perf_counter() - start
-        if latest is not None and moment.canvases > latest.canvases:
-            after = dataclasses.replace(moment, open=_refused(latest, moment, stop_ids))
-            yield _frame(tokenizer, after, moment.canvases, None, seconds)
-        if isinstance(draft, Draft):
-            yield _frame(tokenizer, moment, moment.canvases + 1, int(draft.step), seconds)
-        latest = moment
+        yield from reel.frames(
+            moment, int(draft.step) if isinstance(draft, Draft) else None, seconds
+        )
 
 
-def token_frames(blocks: Iterable[SamplerOutput], tokenizer: Tokenizer) -> Iterator[Frame]:
-    """Yields one frame for each committed block of `Sampler.stream` for one prompt.
+class EventFrames:
+    """Frames of what an engine says of one watched request, event by event.
 
-    Args:
-      blocks: the results of `stream`, in any mode. Only the time to compute them is counted, not
-        the time to process a frame.
-      tokenizer: the tokenizer of the model.
+    The time of a frame is that since this object was made, with whatever else the engine did.
     """
-    blocks, seconds = iter(blocks), 0.0
-    settled: list[int] = []
-    canvases = passes = 0
-    while True:
-        start = time.perf_counter()
-        block = next(blocks, None)
-        if block is None:
-            return
-        settled += np.asarray(block.tokens)[0, : int(block.lengths[0])].tolist()
-        canvases += int(block.canvases[0])
-        passes += int(block.denoising_steps[0])
-        seconds += time.perf_counter() - start
-        moment = _Moment(list(settled), [], canvases, passes, len(settled))
-        yield _frame(tokenizer, moment, canvases, None, seconds)
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> None:
+        """Starts before the first event; arguments as of `frames`."""
+        self._tokenizer, self._reel = tokenizer, _Reel(tokenizer, stop_ids)
+        self._start, self._tokens = time.perf_counter(), list[int]()
+        self._has_canvas = False
+
+    def of(self, event: Event) -> Iterator[Frame]:
+        """What is to be shown now; a mode without a canvas has a frame for every token."""
+        seconds = time.perf_counter() - self._start
+        if isinstance(event, DenoiseStep):
+            self._has_canvas = True
+            yield from self._reel.frames(_read(event.draft), int(event.draft.step), seconds)
+        elif isinstance(event, Delta) and not self._has_canvas:
+            self._tokens += event.tokens
+            steps, count = event.denoising_steps, len(self._tokens)
+            moment = _Moment(list(self._tokens), [], 0, steps, count)
+            yield _frame(self._tokenizer, moment, 0, None, seconds)
+        elif isinstance(event, Finished) and self._has_canvas:
+            result = event.result
+            count = len(result.tokens)
+            moment = _Moment(result.tokens, [], result.canvases, result.denoising_steps, count)
+            yield from self._reel.frames(moment, None, seconds)
 
 
 class _Token(NamedTuple):
@@ -219,6 +229,23 @@ def _read(draft: Draft | SamplerOutput) -> _Moment:
         denoising_steps=int(output.denoising_steps[0]) + step,
         limit=len(tokens),
     )
+
+
+class _Reel:
+    """Frames of one moment after the other."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> None:
+        self._tokenizer, self._stop_ids = tokenizer, stop_ids
+        self._latest: _Moment | None = None
+
+    def frames(self, moment: _Moment, step: int | None, seconds: float) -> Iterator[Frame]:
+        """What was committed since the latest moment, and the canvas if it is after a `step`."""
+        latest, self._latest = self._latest, moment
+        if latest is not None and moment.canvases > latest.canvases:
+            after = dataclasses.replace(moment, open=_refused(latest, moment, self._stop_ids))
+            yield _frame(self._tokenizer, after, moment.canvases, None, seconds)
+        if step is not None:
+            yield _frame(self._tokenizer, moment, moment.canvases + 1, step, seconds)
 
 
 def _refused(before: _Moment, after: _Moment, stop_ids: Sequence[int]) -> list[_Token]:

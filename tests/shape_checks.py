@@ -1,0 +1,67 @@
+"""Checks of the shapes, dtypes and types that signatures name, in the test run alone."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from beartype import BeartypeConf, beartype
+
+# Modules whose functions are checked. They have to be imported after `install`.
+CHECKED = (
+    'diffusiongemma.data.packing',
+    'diffusiongemma.diffusion.corruption',
+    'diffusiongemma.distillation.canvases',
+    'diffusiongemma.distillation.losses',
+    'diffusiongemma.distillation.position_weights',
+    'diffusiongemma.distillation.teacher',
+    'diffusiongemma.models.attention',
+    'diffusiongemma.models.cache',
+    'diffusiongemma.models.denoiser',
+    'diffusiongemma.models.layers',
+    'diffusiongemma.models.light',
+    'diffusiongemma.models.masks',
+    'diffusiongemma.models.transformer',
+    'diffusiongemma.models.vocabulary',
+    'diffusiongemma.sampling.acceptance',
+    'diffusiongemma.sampling.controls',
+    'diffusiongemma.sampling.decoder',
+    'diffusiongemma.sampling.epilogue',
+    'diffusiongemma.sampling.gibbs',
+    'diffusiongemma.sampling.passes',
+    'diffusiongemma.sampling.remasking',
+    'diffusiongemma.sampling.sampler',
+    'diffusiongemma.sampling.schedule',
+    'diffusiongemma.sampling.state',
+    'diffusiongemma.sampling.stopping',
+)
+
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+
+
+def typechecked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function` with checks of what it takes and returns, for jaxtyping's import hook.
+
+    Fields of a pytree are checked where this package makes one. JAX makes pytrees too, of leaves
+    that need not be arrays, and other dataclasses check their fields themselves.
+    """
+    if function.__name__ != '__init__':
+        return _check(function)
+    checked = _check(function)
+
+    @functools.wraps(function)
+    def where_made(self: object, *args: Any, **fields: Any) -> Any:
+        if hasattr(self, '_flax_dataclass') and _caller().startswith('diffusiongemma'):
+            checked(self, *args, **fields)
+        return None
+
+    return where_made
+
+
+def _caller() -> str:
+    """Returns the module that makes the dataclass whose `__init__` is being checked."""
+    frame = sys._getframe(2)
+    while frame.f_globals['__name__'].partition('.')[0] in ('jaxtyping', 'dataclasses'):
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return frame.f_globals['__name__']
