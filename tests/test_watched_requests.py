@@ -193,5 +193,6 @@ def test_without_a_canvas_there_is_nothing_to_watch_but_a_frame_for_every_token(
     engine.submit([1, 2], mode='autoregressive', controls=Controls(max_new_tokens=np.array([3])))
     shown = EventFrames(Tokenizer.load(), CONFIG.stop_ids)
     found = [frame for event in engine.run() for frame in shown.of(event)]
-    assert [frame.caption for frame in found] == [f'{n} tokens, {n} passes' for n in (1, 2, 3)]
+    captions = ['1 token, 1 pass', '2 tokens, 2 passes', '3 tokens, 3 passes']
+    assert [frame.caption for frame in found] == captions
     assert [len(frame.cells) for frame in found] == [1, 2, 3]

@@ -14,6 +14,9 @@ Record = TypeVar('Record', bound='DataclassInstance')
 
 def map_but(function: Callable[..., Any], *records: Record, **given: Any) -> Record:
     """Returns `jax.tree.map` over pytree dataclasses, except for fields with `given` results."""
-    nothing = dict.fromkeys(given)  # None is a pytree without leaves
-    mapped = jax.tree.map(function, *(dataclasses.replace(each, **nothing) for each in records))
-    return dataclasses.replace(mapped, **given)
+    fields = dataclasses.fields(records[0])
+    names = [f.name for f in fields if f.metadata.get('pytree_node', True) and f.name not in given]
+    mapped = jax.tree.map(
+        function, *({name: getattr(record, name) for name in names} for record in records)
+    )
+    return dataclasses.replace(records[0], **mapped, **given)
