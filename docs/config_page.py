@@ -1,4 +1,4 @@
-"""Writes configs.md, the page of every config key, from the dataclasses that read them.
+"""Writes configs.md, the table of all config keys, from the dataclasses that read them.
 
 python docs/config_page.py
 """
@@ -40,25 +40,25 @@ from diffusiongemma.sampling import SamplingConfig
 PAGE = Path(__file__).with_name('configs.md')
 INTRO = """# Configs
 
-A config is a Python file with `get_config()`, which returns an `ml_collections.ConfigDict`. Any key
-is overridden on the command line: `--config.train.num_steps=500`, tuples as
-`--config.eval.speed_batch_sizes='(1, 8)'`, also a key of this page that the file leaves out
-(`--config.targets.source.prompt_feature=question`). Sources in the tuple `data.sources` are changed
-in the file. An unknown key ends the program with the nearest known name. What a run was configured
-with, overrides included, is written to `config.json` in its workdir.
+A config is a Python file with `get_config()`, which returns an `ml_collections.ConfigDict`. Every
+key of this page can be set on the command line, whether or not the file has it:
+`--config.train.num_steps=500`, `--config.targets.source.prompt_feature=question`, and tuples as
+`--config.eval.speed_batch_sizes='(1, 8)'`. Only the sources in the tuple `data.sources` have to be
+changed in the file. An unknown key is an error that names the most similar key. The whole config of
+a run, including overrides, is written to `config.json` in its workdir.
 
-`configs/` has `tiny` (the README's main job, a light denoiser), `tiny_diffusion` (a separate one,
-for the diffusion mode), `tiny_teacher`, `jsonl` (prompts of your own), `sudoku`, and recipes for
-`gemma3_270m`, `gemma3_1b`, `gemma4_e2b` and `gemma4_26b_a4b` ([models.md](models.md)).
+`configs/` has `tiny` (the README's main job, a light denoiser), `tiny_diffusion` (a separate
+denoiser for the diffusion mode), `tiny_teacher`, `jsonl` (your own prompts), `sudoku`, and recipes
+for `gemma3_270m`, `gemma3_1b`, `gemma4_e2b` and `gemma4_26b_a4b` ([models.md](models.md)).
 
-A recipe holds what differs from the defaults below; `experiment_config` adds the others. A config
-is read once, into an `Experiment` (of `train` a `TeacherTraining`). This page is written by
-`python docs/config_page.py` from the dataclasses, and a test compares them. A key without a default
-must be in the config.
+A recipe has only the keys that differ from the defaults below; `experiment_config` adds the others.
+A config is read once, into an `Experiment` (for the command `train`, a `TeacherTraining`). This
+page is written by `python docs/config_page.py` from the dataclasses, and a test compares them. A
+key without a default must be in the config.
 """
 DISTILL = 'distill, generate_targets, evaluate, plan: top level'
 TRAIN = 'train: top level'
-# Title, what reads the section, keys that its docstring does not describe.
+# The title, the dataclass that reads the section, and descriptions that its docstring lacks.
 SECTIONS: tuple[tuple[str, type, dict[str, str]], ...] = (
     (DISTILL, Experiment, {}),
     (TRAIN, TeacherTraining, {}),
@@ -85,9 +85,9 @@ SECTIONS: tuple[tuple[str, type, dict[str, str]], ...] = (
         'model.moe',
         MoEConfig,
         {
-            'num_experts': 'E, experts of a layer',
-            'top_k': 'experts that a token is routed to',
-            'expert_width': 'F_e, FFN width of an expert',
+            'num_experts': 'E, the number of experts of a layer',
+            'top_k': 'the number of experts that a token is routed to',
+            'expert_width': 'F_e, the FFN width of an expert',
         },
     ),
     ('model.per_layer', PerLayerConfig, {}),
@@ -95,24 +95,24 @@ SECTIONS: tuple[tuple[str, type, dict[str, str]], ...] = (
 
 
 def attributes(cls: type) -> dict[str, str]:
-    """Returns name and text of what a class and its bases list under `Attributes:`."""
-    found: dict[str, str] = {}
+    """Returns the names and descriptions that a class and its bases list under `Attributes:`."""
+    texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, listed = inspect.cleandoc(base.__doc__ or '').partition('Attributes:\n')
         names: list[str] = []
         for line in listed.splitlines():
             if match := re.match(r'  ([a-z0-9_]+(?:, [a-z0-9_]+)*): (.*)', line):
                 names = match[1].split(', ')
-                found |= dict.fromkeys(names, match[2])
+                texts |= dict.fromkeys(names, match[2])
             elif line.startswith('   '):
-                found |= {name: f'{found[name]} {line.strip()}' for name in names}
+                texts |= {name: f'{texts[name]} {line.strip()}' for name in names}
             elif line.strip():
                 break
-    return found
+    return texts
 
 
 def default(cls: type, field: dataclasses.Field) -> str:
-    """Returns the default of a key as text; '' where it has none, or is a section."""
+    """Returns the default of a key as text; '' for a section or a key without a default."""
     if section_of(cls, field.name) is not None:
         return ''
     if field.default_factory is not dataclasses.MISSING:
@@ -120,22 +120,27 @@ def default(cls: type, field: dataclasses.Field) -> str:
     return '' if field.default is dataclasses.MISSING else f'`{field.default!r}`'
 
 
-def rows(cls: type, beside: dict[str, str]) -> list[tuple[str, str, str]]:
-    """Returns (key, default, meaning) of each; a field without a description is a KeyError."""
-    about = beside | attributes(cls)
-    return [(f.name, default(cls, f), about[f.name]) for f in dataclasses.fields(cls)]
+def rows(cls: type, others: dict[str, str]) -> list[tuple[str, str, str]]:
+    """Returns (key, default, meaning) of every field of a dataclass.
+
+    Raises:
+      KeyError: if a field has no description.
+    """
+    meanings = others | attributes(cls)
+    return [(f.name, default(cls, f), meanings[f.name]) for f in dataclasses.fields(cls)]
 
 
 def page() -> str:
+    """Returns the text of configs.md."""
     parts = [INTRO]
-    for title, cls, beside in SECTIONS:
+    for title, cls, others in SECTIONS:
         lines = [
             f'## {title} (`{cls.__name__}`)',
             '',
             '| key | default | meaning |',
             '|---|---|---|',
         ]
-        for row in rows(cls, beside):
+        for row in rows(cls, others):
             key, value, text = (cell.replace('|', '\\|') for cell in row)
             lines.append(f'| `{key}` | {value} | {text} |')
         parts.append('\n'.join(lines) + '\n')
