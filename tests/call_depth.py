@@ -2,9 +2,9 @@
 
     python tests/call_depth.py sample sampling.acceptance:EntropyBound.next_canvas --prompt=hi
 
-Each line is a file and a function of the package, `main` left out and the method last. The command
-really runs, until it traces the method. What a distillation does before its steps is cut short:
-its targets are the problems of its source, and no FLOPs are counted.
+Each line is a file and a function of the package, without `main` and with the method last. The
+command runs until it traces the method. The stages of a distillation before its steps are
+shortened: its targets are the problems of its source, and no FLOPs are counted.
 """
 
 import functools
@@ -20,11 +20,11 @@ PACKAGE = Path(__file__).parents[1] / 'diffusiongemma'
 
 
 class Reached(Exception):
-    """The method was called."""
+    """An exception that is raised when the method is called."""
 
 
 def calls_of_package(frame: Any) -> list[str]:
-    """Returns 'file function' of the frames of this package, from `main` (left out) to `frame`."""
+    """Returns 'file function' of the frames of this package, from `main` (excluded) to `frame`."""
     calls: list[str] = []
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -37,7 +37,7 @@ def calls_of_package(frame: Any) -> list[str]:
 
 
 def stop_at(owner: type, name: str) -> list[str]:
-    """Makes a method end the program; returns the list that then holds the calls up to it."""
+    """Makes a method end the program; returns a list that then contains the calls up to it."""
     method, calls = getattr(owner, name), []
 
     @functools.wraps(method)
@@ -51,7 +51,7 @@ def stop_at(owner: type, name: str) -> list[str]:
 
 
 def shorten_distillation() -> None:
-    """Leaves out what stands before a step and is no part of its path."""
+    """Skips the stages before a step that do not belong to its call path."""
     from diffusiongemma.distillation import loop, run
 
     run.write_targets = lambda *args, **kwargs: args[3].source

@@ -1,4 +1,4 @@
-"""What tests share: eight virtual CPU devices, compiled programs, tiny configs."""
+"""Sets up eight virtual CPU devices, the compilation cache and tiny configs for all tests."""
 
 import gc
 import os
@@ -6,8 +6,8 @@ import subprocess
 import sys
 import tempfile
 
-# Most of the time of these tests is XLA's, which compiles many small programs that run for
-# milliseconds. With simpler code it takes half of it, and the numbers stay within the same bounds.
+# XLA takes most of the time of these tests, because it compiles many small programs that run for
+# milliseconds. Without optimizations it takes half as long, and the errors have the same bounds.
 COMPILE_FAST = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 _OF_SOME_VERSIONS = (
     '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
@@ -17,14 +17,14 @@ _DEVICES = '--xla_force_host_platform_device_count=8'
 
 
 def _starts_with(xla_flags: str) -> bool:
-    """Returns whether the installed jaxlib knows the flags; it aborts where it does not."""
+    """Returns whether the installed jaxlib knows the flags; it aborts if it does not."""
     environment = os.environ | {'XLA_FLAGS': xla_flags, 'JAX_PLATFORMS': 'cpu'}
     command = [sys.executable, '-c', 'import jax; jax.devices()']
     return subprocess.run(command, env=environment, capture_output=True).returncode == 0
 
 
-# Before jax starts, and for the processes that tests start. Equal programs of different tests
-# and processes are compiled once; pytest's workers inherit the cache of the process above them.
+# This must be set before jax starts, also for processes that tests start. Equal programs of tests
+# and processes are compiled once; pytest's workers inherit the cache of their parent process.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
     _COMPILED = tempfile.TemporaryDirectory(prefix='diffusiongemma-tests-')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _COMPILED.name
@@ -35,7 +35,7 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
     if _starts_with(f'{COMPILE_FAST} {_OF_SOME_VERSIONS}'):
         COMPILE_FAST = f'{COMPILE_FAST} {_OF_SOME_VERSIONS}'
     os.environ['XLA_FLAGS'] = f'{COMPILE_FAST} {_DEVICES}'
-# For processes on one device, as users have it.
+# The environment of processes on one device, as users have it.
 COMPILE_FAST = os.environ['XLA_FLAGS'].removesuffix(_DEVICES).strip()
 
 import hypothesis  # noqa: E402
@@ -44,7 +44,7 @@ import pytest  # noqa: E402
 import shape_checks  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-# Before any of them is imported. Processes that tests start have no checks, as users have none.
+# This must precede their imports. Processes that tests start have no checks, like those of users.
 install_import_hook(shape_checks.CHECKED, 'shape_checks.typechecked')
 
 from diffusiongemma.models import (  # noqa: E402
@@ -55,19 +55,19 @@ from diffusiongemma.models import (  # noqa: E402
     PerLayerConfig,
 )
 
-# Tracing makes objects by the million, few of which are garbage: to look for it at Python's usual
-# rate, also among what imports left behind, takes an eighth of the time of tests.
+# Tracing creates millions of objects, few of which become garbage. Garbage collection at Python's
+# default rate, which also scans the objects of imports, takes an eighth of the time of tests.
 gc.set_threshold(200_000, 50, 100)
 
 
 def pytest_collection_finish() -> None:
-    """Keeps what imports and the collection left out of the search for garbage."""
+    """Excludes the objects of imports and of the test collection from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
-# The same examples in every run, so that what passes today passes tomorrow; new ones with
-# HYPOTHESIS_PROFILE=explore.
+# Every run has the same examples, so that results are reproducible. HYPOTHESIS_PROFILE=explore
+# generates new ones.
 hypothesis.settings.register_profile('repeatable', derandomize=True, deadline=None)
 hypothesis.settings.register_profile('explore', deadline=None)
 hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'repeatable'))
@@ -75,14 +75,14 @@ hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'repeatabl
 
 @pytest.fixture(autouse=True, scope='module')
 def _free_compiled_programs():
-    """A process that keeps the programs of every file runs out of memory maps, and crashes."""
+    """Frees programs after each file; otherwise a process runs out of memory maps and crashes."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(scope='session')
 def tiny_config() -> ModelConfig:
-    """A dense 3-layer denoiser: one scanned pattern and a tail, windows shorter than rows."""
+    """Returns a dense 3-layer denoiser with a scanned pattern, a tail, and short windows."""
     return ModelConfig(
         vocab_size=37,
         width=32,
@@ -99,13 +99,13 @@ def tiny_config() -> ModelConfig:
 
 @pytest.fixture(scope='session')
 def tiny_moe_config(tiny_config) -> ModelConfig:
-    """The same with routed experts."""
+    """Returns the same denoiser with routed experts."""
     return tiny_config.replace(moe=MoEConfig(num_experts=4, top_k=2, expert_width=16))
 
 
 @pytest.fixture(scope='session')
 def tiny_gemma3_config(tiny_config) -> ModelConfig:
-    """The differences of Gemma 3: (1 + w) norms, scaled queries and positions, no value norm."""
+    """Returns a Gemma 3: (1 + w) norms, scaled queries and positions, no value norm."""
     attention = {'num_kv_heads': 1, 'head_dim': 8}
     return tiny_config.replace(
         sliding=AttentionConfig(**attention, window=5),
@@ -120,7 +120,7 @@ def tiny_gemma3_config(tiny_config) -> ModelConfig:
 
 @pytest.fixture(scope='session')
 def tiny_e2b_config(tiny_config) -> ModelConfig:
-    """The differences of E2B: per-layer embeddings, and shared keys and values with a wide MLP.
+    """Returns an E2B: per-layer embeddings, shared keys and values, and a wide MLP.
 
     Both stacks have a scanned pattern and a tail, and a source of keys and values in each.
     """

@@ -1,4 +1,4 @@
-"""A dense denoiser with one set of layers, made of the shipped teacher."""
+"""Makes a dense denoiser with one set of layers from the shipped teacher."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ from diffusiongemma.models.lora import base_params
 
 
 def save_dense_student(directory):
-    """Writes its bundle; the self-conditioning is random."""
+    """Writes the bundle of the student; its self-conditioning is random."""
     teacher, params, tokenizer = load_model('builtin-teacher')
     config = teacher.config.replace(canvas_length=32)
     flat = flatten_dict(base_params(config, params), sep='/')

@@ -1,8 +1,8 @@
-"""Runs commands in forks of one process that has imported what they need.
+"""Runs commands in forks of one process that has already imported their modules.
 
-A command of this package takes seconds to import jax and the rest, which a test of a message need
-not spend again and again. Each command runs as `python -m` runs it: as `__main__`, with its own
-flags, output and exit code; it must not be one that has to find jax unused.
+A command of this package takes seconds for its imports, which tests of messages should not repeat.
+Each command runs as with `python -m`: as `__main__`, with its own flags, output and exit code. It
+must not be a command that needs to run before jax is initialized.
 
     echo '[["sample", "--prompt= "]]' | python tests/forked.py
 
@@ -21,13 +21,13 @@ from absl import flags
 
 
 def forget_flags(module: str) -> None:
-    """Lets another module define the flags of this one."""
+    """Removes the flags of a module, so that another module can define them."""
     for flag in flags.FLAGS.get_flags_for_module(module):
         delattr(flags.FLAGS, flag.name)
 
 
 def run(program: str, *arguments: str) -> tuple[int, str]:
-    """Exit code and standard error of `python -m diffusiongemma.<program>`."""
+    """Returns the exit code and standard error of `python -m diffusiongemma.<program>`."""
     sys.stdout.flush()
     with tempfile.TemporaryFile('w+') as output:
         child = os.fork()

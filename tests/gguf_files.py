@@ -1,7 +1,7 @@
-"""Tiny GGUF files for tests, written with llama.cpp's own package.
+"""Writes tiny GGUF files for tests with llama.cpp's package.
 
-Names of tensors come from the package's table and metadata is written as llama.cpp's converter
-does it, so that reading is tested against something that this project did not write.
+Tensor names come from the package's table and metadata follows llama.cpp's converter, so that the
+reader is tested against files that do not depend on this project's code.
 """
 
 from pathlib import Path
@@ -13,14 +13,14 @@ from safetensors.numpy import load_file
 from diffusiongemma.models.config import SLIDING, ModelConfig
 
 F32 = gguf.GGMLQuantizationType.F32
-# Special and user-defined pieces as in Gemma: runs of blanks and newlines, a tag.
+# These special and user-defined pieces are as in Gemma: runs of blanks and newlines, and a tag.
 SPECIALS = ('<pad>', '<eos>', '<bos>', '<unk>', '<mask>', '<start_of_turn>', '<end_of_turn>')
 USER_DEFINED = ('\n', '\n\n', '\n\n\n', '  ', '   ', '    ', '\t\t', '<table>')
 WORDS = ('\u2581t', 'he', '\u2581the', 'in', 'er', '\u2581a', 'on', '00', '\u2581\u2581x')
 
 
 def vocabulary(size: int) -> tuple[list[str], list[float], list[int]]:
-    """Pieces, scores and types: specials, user-defined ones, bytes, merges, characters."""
+    """Returns pieces, scores and types: specials, user-defined ones, bytes, merges, characters."""
     letters = [chr(i) for i in range(33, 127)] + ['\u2581', '\u00e9', '\u4e2d', '\U0001f600']
     groups = (
         (SPECIALS, 3), (USER_DEFINED, 4), ([f'<0x{b:02X}>' for b in range(256)], 6),
@@ -49,12 +49,12 @@ def write_gguf(
     """Writes the tensors of a published checkpoint as llama.cpp's converter does.
 
     Args:
-      path: of the new file.
-      published: directory with model.safetensors.
-      config: of the model, autoregressive.
-      types: quantization of tensors by their GGUF names; float32 where none is named.
-      leave_out: GGUF names of tensors and keys of metadata that the file does not get.
-      change: called with the writer at the end, to write more.
+      path: the path of the new file.
+      published: a directory with model.safetensors.
+      config: the config of the autoregressive model.
+      types: the quantization type of tensors by GGUF name; the default is float32.
+      leave_out: GGUF names of tensors and metadata keys that are not written.
+      change: a function that is called with the writer at the end, to write more.
     """
     gemma3 = config.norm_scale_offset == 1.0
     arch = 'gemma3' if gemma3 else 'gemma4'
@@ -153,7 +153,7 @@ def _write_vocabulary(writer, gemma3: bool, leave_out: tuple[str, ...]) -> None:
 
 
 def merges(pieces, scores, types) -> list[tuple[str, str]]:
-    """All pairs that become a normal piece, by its score, as transformers lists them."""
+    """Returns all pairs that merge into a normal piece, sorted by score, as in transformers."""
     id_of = {piece: i for i, piece in enumerate(pieces)}
     found = []
     for piece, score, kind in zip(pieces, scores, types, strict=True):

@@ -1,4 +1,4 @@
-"""Every mesh of eight devices; the default suite takes a few, `-m slow` all of them."""
+"""Lists all meshes of eight devices; the default suite uses a few, `-m slow` all of them."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ def name(axes):
 
 
 def meshes(*few):
-    """Parameters of a test: these meshes, and as slow ones all others."""
+    """Returns test parameters: these meshes, and all others marked as slow."""
     few = [dict.fromkeys(MESH_AXES, 1) | axes for axes in few]
     return [
         pytest.param(axes, id=name(axes), marks=() if axes in few else pytest.mark.slow)

@@ -1,6 +1,6 @@
-"""Random JSON schemas, values near them, and what they accept by the package jsonschema.
+"""Generates random JSON schemas and values, and validates values with the package jsonschema.
 
-Where docs/constraints.md documents a limit, the schema or the validator is made to have it: see
+If docs/constraints.md documents a limit, the schema or the validator has the same limit: see
 `validator`.
 """
 
@@ -54,7 +54,7 @@ def is_pattern(validator, pattern, instance, schema):
 
 
 def is_multiple(validator, divisor, instance, schema):
-    """Exact, where the package divides floats: 9007199254740995 is a multiple of 5.0."""
+    """Checks `multipleOf` exactly; the package divides floats (9007199254740995 and 5.0)."""
     if validator.is_type(instance, 'number') and Fraction(instance) % Fraction(divisor):
         yield jsonschema.ValidationError('multipleOf')
 
@@ -67,9 +67,9 @@ FormatValidator = jsonschema.validators.extend(Validator, {'format': is_format})
 
 
 def validator(schema, formats=False):
-    """Objects with properties or patternProperties alone have no other names; see `closed`.
+    """Returns a validator whose objects with only (pattern)properties have no other names.
 
-    `format` describes alone, as in JSON Schema, unless `formats` asks for it.
+    See `closed`. As in JSON Schema, `format` is only checked if `formats` is True.
     """
     return (FormatValidator if formats else Validator)(closed(schema))
 
@@ -95,7 +95,7 @@ def closed(schema):
 
 
 class Schemas:
-    """Draws schemas. `rng` is a `random.Random`."""
+    """A generator of random schemas; `rng` is a `random.Random`."""
 
     def __init__(self, rng):
         self.rng = rng
@@ -205,7 +205,7 @@ class Schemas:
         return self.rng.choice([True, {}, {'title': 'A title'}, {}])
 
     def bare(self):
-        """Keywords without a type."""
+        """Returns keywords without a type."""
         return self.rng.choice([self.bounds(), self.limits('Length', 3), {'pattern': 'b'}])
 
     def array(self, depth):
@@ -310,7 +310,7 @@ class Schemas:
         return {name: self.value(0) for name in names}
 
     def example(self, schema, root):
-        """A value that has a good chance to be valid."""
+        """Returns a value that is likely to be valid."""
         rng = self.rng
         if self.chance(0.07) or not isinstance(schema, dict):
             return self.value()
@@ -377,7 +377,7 @@ def _unquoted(token):
 
 
 def is_huge(value):
-    """Whether a number is beyond the digits of integers with bounds."""
+    """Returns whether a number has more digits than integers with bounds may have."""
     if isinstance(value, list):
         return any(map(is_huge, value))
     if isinstance(value, dict):
@@ -386,7 +386,7 @@ def is_huge(value):
 
 
 def spellings(value, limit):
-    """Texts of a value: every order of keys, and whole floats as integers too."""
+    """Returns the texts of a value, with every order of keys, and whole floats also as integers."""
     return itertools.islice(_spellings(value), limit)
 
 
@@ -411,7 +411,7 @@ def _rank(name):
 
 
 def distances(dfa):
-    """Fewest bytes from each state to an accepting one."""
+    """Returns the minimum number of bytes from each state to an accepting state."""
     result = np.where(dfa.accepting, 0, 10**6)
     while True:
         shorter = np.minimum(result, 1 + result[dfa.table].min(axis=1))
@@ -422,7 +422,7 @@ def distances(dfa):
 
 
 def walk(dfa, rng, to_end, budget):
-    """A random accepted text; after `budget` bytes it takes the shortest way to an end."""
+    """Returns a random accepted text, on the shortest path to an end after `budget` bytes."""
     state, text = 1, bytearray()
     while True:
         if dfa.accepting[state] and (len(text) >= budget or rng.random() < 0.1):

@@ -1,4 +1,4 @@
-"""Checks of the shapes, dtypes and types that signatures name, in the test run alone."""
+"""Checks the shapes, dtypes and types in signatures, only in test runs."""
 
 import functools
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 from beartype import BeartypeConf, beartype
 
-# Modules whose functions are checked. They have to be imported after `install`.
+# The modules whose functions are checked. They must be imported after `install`.
 CHECKED = (
     'diffusiongemma.data.packing',
     'diffusiongemma.diffusion.corruption',
@@ -40,10 +40,10 @@ _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 
 
 def typechecked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function` with checks of what it takes and returns, for jaxtyping's import hook.
+    """Returns `function` with checks of its arguments and result, for jaxtyping's import hook.
 
-    Fields of a pytree are checked where this package makes one. JAX makes pytrees too, of leaves
-    that need not be arrays, and other dataclasses check their fields themselves.
+    Fields of a pytree are checked if this package creates it. JAX also creates pytrees, whose
+    leaves need not be arrays, and other dataclasses check their fields themselves.
     """
     if function.__name__ != '__init__':
         return _check(function)
@@ -59,7 +59,7 @@ def typechecked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _caller() -> str:
-    """Returns the module that makes the dataclass whose `__init__` is being checked."""
+    """Returns the module that creates the dataclass whose `__init__` is being checked."""
     frame = sys._getframe(2)
     while frame.f_globals['__name__'].partition('.')[0] in ('jaxtyping', 'dataclasses'):
         assert frame.f_back is not None

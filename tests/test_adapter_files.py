@@ -1,4 +1,4 @@
-"""Adapters and bundles whose files do not fit together: one error that says what to do."""
+"""Tests that adapters and bundles with inconsistent files raise one error with a remedy."""
 
 import json
 
@@ -21,7 +21,7 @@ FACTOR = 'backbone/layers/layer_0/mlp/down/lora_b'
 
 @pytest.fixture
 def directory(tmp_path):
-    """A bundle, and adapters of it."""
+    """Returns a directory with a bundle and adapters of it."""
     params = init_params(Gemma(TINY), jax.random.key(0))
     save_bundle(tmp_path / 'bundle', TINY, params, Tokenizer.load())
     adapters = init_lora(LORA, params, jax.random.key(1))

@@ -1,4 +1,4 @@
-"""Posterior of a canvas under an automaton, against enumeration of every canvas."""
+"""Tests the posterior of a canvas under an automaton against an enumeration of all canvases."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ CANVASES = np.array(list(itertools.product(range(V), repeat=C)))
 
 
 def random_automaton(rng):
-    """Any arrows at all; the last class holds the stop token, which ends a response or kills it."""
+    """Returns random transitions; the last class is the stop token, which leads to END or DEAD."""
     classes = rng.integers(0, K, V)
     next_states = rng.choice([DEAD, *range(START, N)], (N, K))
     next_states[:, -1] = rng.choice([DEAD, END], N)
@@ -36,7 +36,7 @@ def random_logits(rng, rows, banned=0.1):
 
 
 def valid_canvases(automaton, state, remaining):
-    """[V^C] bool, by the definition, one token after the other."""
+    """Returns [V^C] bool, computed from the definition, one token after the other."""
     classes, next_states, distances = (np.asarray(x) for x in jax.tree.leaves(automaton))
     path = [np.full(len(CANVASES), state)]
     for tokens in CANVASES.T:
@@ -46,7 +46,7 @@ def valid_canvases(automaton, state, remaining):
 
 
 def enumerated(automaton, logits, state, remaining):
-    """Log-weights [V^C] of every canvas, -inf where it is not valid."""
+    """Returns log-weights [V^C] of all canvases, -inf for invalid ones."""
     weights = logits[np.arange(C), CANVASES].astype(np.float64).sum(axis=1)
     return np.where(valid_canvases(automaton, state, remaining), weights, -np.inf)
 
@@ -84,9 +84,9 @@ def test_marginals_are_those_of_all_valid_canvases(seed):
     for row in range(8):
         weights = enumerated(automaton, logits[row], states[row], remaining[row])
         assert feasible[row] == (weights.max() > -np.inf)
-        if not feasible[row]:  # as if it were free
+        if not feasible[row]:  # as if it were unconstrained
             weights = enumerated(automaton, logits[row], FREE, remaining[row])
-        if weights.max() == -np.inf:  # a position without any token
+        if weights.max() == -np.inf:  # a position at which every token is banned
             continue
         weights = np.exp(weights - weights.max())
         for position in range(C):
@@ -145,7 +145,7 @@ def test_draws_have_the_joint_distribution_of_the_posterior(seed):
     expected *= draws / expected.sum()
     counts = np.bincount(np.ravel_multi_index(canvases.T, (V,) * C), minlength=V**C)
     assert not counts[expected == 0].any()
-    rare = expected < 5  # pooled, as the chi-square approximation needs
+    rare = expected < 5  # rare cells are pooled, as the chi-square approximation requires
     pooled = [np.append(x[~rare], x[rare].sum()) for x in (counts, expected)]
     pooled = [x[pooled[1] > 0] for x in pooled]
     assert scipy.stats.chisquare(*pooled).pvalue > 1e-3
@@ -166,7 +166,7 @@ def test_a_free_row_is_drawn_as_without_an_automaton():
 
 
 def chain(length):
-    """The response 0 1 0 1 ... of `length` tokens, then the stop token 2."""
+    """Returns the automaton of the response 0 1 0 1 ... of `length` tokens and the stop token 2."""
     next_states = np.zeros((START + length + 1, 4), int)
     next_states[:START] = np.arange(START)[:, None]
     for i in range(length):
@@ -200,8 +200,8 @@ def test_a_row_is_feasible_only_while_its_response_can_end_in_time():
 def test_what_cannot_be_made_valid_is_read_as_unconstrained():
     automaton = chain(2)
     logits = np.random.default_rng(0).normal(0, 3, (4, C, V)).astype(np.float32)
-    logits[1, 1, 1] = -np.inf  # the only token that fits there
-    logits[2, 3] = -np.inf  # no token at all
+    logits[1, 1, 1] = -np.inf  # the only valid token there
+    logits[2, 3] = -np.inf  # no token is allowed
     rows = (logits, [DEAD, START, START, START], [9, 9, 9, 2])
     keys = row_keys(jax.random.key(0), 4)
     drawn, feasible = read('draw', automaton, *rows, keys)

@@ -1,4 +1,4 @@
-"""More prompts than rows, canvases watched as they settle, and typed decisions."""
+"""Tests more prompts than rows, live views of canvases, and decisions."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ CONTROLS = Controls(
 
 @functools.cache
 def together(mode):
-    """All prompts in one batch."""
+    """Returns the outputs of all prompts in one batch."""
     model, params = toy(C)
     tokens, lengths = pad_prompts(PROMPTS, PAD, width=8)
     output = Sampler(model, CONFIG, mode)(params, tokens, lengths, rng=KEY, controls=CONTROLS)
@@ -141,7 +141,7 @@ def test_probabilities_of_answers_are_those_of_their_tokens_made_to_sum_to_one()
 
 
 def test_the_toys_own_text_is_the_most_probable_answer():
-    """Its target at a position is a function of the tokens before the canvas."""
+    """The toy's target at a position is a function of the tokens before the canvas."""
     model, params = toy(C)
     config = SamplingConfig(max_new_tokens=C, temperature=0, stop_ids=(), pad_id=PAD)
     tokens, lengths = pad_prompts(PROMPTS[:1], PAD, width=8)

@@ -1,4 +1,4 @@
-"""Rings in place of full-length caches, and prompts in chunks, change no result."""
+"""Tests that ring caches and chunked prefill do not change results."""
 
 import functools
 import re
@@ -17,12 +17,12 @@ from diffusiongemma.models.cache import cache_slots, ring_tokens, zeros_kv
 from diffusiongemma.sampling import Sampler, SamplingConfig, pad_prompts, passes
 
 BATCH, CAPACITY, WIDTH = 3, 40, 11  # the widest block is more than twice the ring
-# Of a full-length cache three more slots, all empty, change a network of 6 layers by 2e-5.
+# Three more empty slots of a full-length cache change the outputs of 6 layers by 2e-5.
 TOLERANCE = 1e-4
 
 
 def prefill(model, params, tokens, lengths, capacity, chunk=None):
-    """Prompts in an empty cache, as the sampler encodes them."""
+    """Encodes prompts into an empty cache, as the sampler does."""
     cache = passes.empty_cache(model, params, tokens.shape[0], capacity)
     return passes.prefill(model, params, cache, tokens, lengths, chunk, is_empty=True)
 
@@ -36,7 +36,7 @@ def drawn_params(config):
 
 
 class FullLengthCache(DiffusionGemma):
-    """The same model, whose cache has no rings."""
+    """A copy of the model whose cache has no rings."""
 
     def empty_kv(self, batch_size, capacity):
         slots = dict.fromkeys(self.config.layer_types, capacity)
@@ -58,7 +58,7 @@ def config(request):
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_denoise_append(model, params, cache, tokens, counts):
-    """Hidden states, canvas logits behind what is cached so far, and the cache with the block."""
+    """Returns hidden states, canvas logits after the cached tokens, and the extended cache."""
     active = jnp.ones(tokens.shape[:1], bool)
     hidden, kv = passes.encode_block(model, params, cache, tokens, active)
     canvas = tokens[:, : model.config.canvas_length]
@@ -136,7 +136,7 @@ def test_sampling_is_the_same_with_rings_and_without(mode, tiny_config):
 @pytest.mark.parametrize('chunk', [4, 7])  # shorter than the window, and longer than the ring
 def test_a_prompt_in_chunks_is_encoded_as_in_one_pass(config, chunk):
     model, params, width = DiffusionGemma(config), drawn_params(config), 13
-    lengths = jnp.arange(1, width + 1)  # a row of each
+    lengths = jnp.arange(1, width + 1)  # one row of each kind
     tokens = tokens_of(model, 3, width, width)
     expected, whole = compiled_prefill(model, params, tokens, lengths, CAPACITY)
     last, cache = compiled_prefill(model, params, tokens, lengths, CAPACITY, chunk)
@@ -159,7 +159,7 @@ def test_a_model_of_another_make_may_prefill_in_chunks():
 
 
 def test_chunks_need_no_attention_over_the_square_of_a_prompt_nor_its_keys(tiny_config):
-    """Keys and masks of a model of sliding layers alone do not grow with the prompt."""
+    """Keys and masks of a model with only sliding layers do not grow with the prompt."""
     model = Gemma(tiny_config.replace(layer_types=('sliding',) * 2).autoregressive)
     params, width = random_params(model), 1013
 

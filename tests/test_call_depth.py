@@ -1,4 +1,4 @@
-"""The path of a token and the path of a gradient stay short enough to be read."""
+"""Tests that the call paths of a token and of a gradient are short."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def calls_to(command, method, *arguments):
-    """'file function' of each call of the package from the command's `main` to a method."""
+    """Returns 'file function' of each call of the package from a command's `main` to a method."""
     done = subprocess.run(
         [sys.executable, 'tests/call_depth.py', command, method, *arguments],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {'XLA_FLAGS': COMPILE_FAST},

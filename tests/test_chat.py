@@ -1,4 +1,4 @@
-"""Conversations on a cache that stays equal conversations that are encoded anew every turn."""
+"""Tests that conversations with a kept cache equal conversations that are encoded every turn."""
 
 import jax
 import numpy as np

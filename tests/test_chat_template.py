@@ -1,4 +1,4 @@
-"""Prompts as the checkpoint's own chat template writes them, and answers without thoughts."""
+"""Tests prompts that follow the checkpoint's chat template, and answers without thoughts."""
 
 import json
 import pickle
@@ -20,7 +20,7 @@ from diffusiongemma.sampling import SamplingConfig, decode_responses
 GEMMA4 = ['<mask>', '<|turn>', '<turn|>', *THINK_PIECES, '<|tool_response>', '\n']
 NAMES = {'pad_piece': '<pad>', 'eos_piece': '<eos>', 'bos_piece': '<bos>'}
 EMPTY = '<|channel>thought\n<channel|>'
-# In the shape of Google's Gemma 4 templates, with a habit of its own: it always has a system turn.
+# This template is like Google's for Gemma 4, except that it always has a system turn.
 TEMPLATE = (
     "{{- bos_token -}}{{- '<|turn>system\\n' -}}{%- if enable_thinking is defined and "
     "enable_thinking -%}{{- '<|think|>\\n' -}}{%- endif -%}{%- if messages[0]['role'] == 'system' "
@@ -48,7 +48,7 @@ def tokenizer():
 
 
 def text(tokenizer, ids):
-    """The prompt as it is read: special tokens by their names."""
+    """Returns the text of a prompt, with the names of special tokens."""
     special = tokenizer.special_ids
     pieces = (
         tokenizer.piece(i) if i in special else tokenizer.token_bytes(i).decode() for i in ids
@@ -80,7 +80,7 @@ def test_messages_are_trimmed_as_the_template_of_the_family_trims_them(gemma4, t
     )
     gemma3 = Tokenizer(_train(['<mask>', '<start_of_turn>', '<end_of_turn>', '\n']))
     assert gemma3.decode(gemma3.format_prompt(' a ', ' b ')) == 'user\n b \n\na\nmodel\n'
-    # The models that ship with the library keep what they are given.
+    # The models that ship with the library do not trim texts.
     assert tokenizer.decode(tokenizer.format_prompt(' a ')) == 'user\n a \nmodel\n'
 
 
@@ -89,7 +89,7 @@ def test_the_template_beside_the_tokenizer_decides(tmp_path, model_file, file):
     (tmp_path / 'tokenizer.model').write_bytes(model_file)
     if file.endswith('.jinja'):
         (tmp_path / file).write_text(TEMPLATE)
-        # transformers takes the file rather than the key.
+        # transformers prefers the file to the key.
         (tmp_path / 'tokenizer_config.json').write_text('{"chat_template": "{{ 1 }}"}')
     else:
         named = [{'name': 'tools', 'template': 'x'}, {'name': 'default', 'template': TEMPLATE}]
@@ -103,7 +103,7 @@ def test_the_template_beside_the_tokenizer_decides(tmp_path, model_file, file):
         assert text(t, t.format_prompt('a', 'b', True)) == prompt.format('<|think|>\nb')
         assert text(t, t.format_turn(' a ')) == '<|turn>user\na<turn|>\n<|turn>model\n'
     assert loaded.format_hash != Tokenizer(model_file).format_hash
-    # It goes where the tokenizer goes, and does not stay where another one comes.
+    # The template is saved with its tokenizer, and replaced with it.
     loaded.save(tmp_path / 'out.model')
     assert (tmp_path / 'chat_template.jinja').read_text() == TEMPLATE
     Tokenizer(model_file).save(tmp_path / 'out.model')
@@ -183,7 +183,7 @@ def _config(tokenizer, **fields):
 
 
 def test_e2b_and_e4b_have_no_empty_thought_channel(tmp_path, gemma4):
-    """Theirs are the Gemma 4 models with per-layer embeddings; seen where there is no template."""
+    """They are the Gemma 4 models with per-layer embeddings; this matters without a template."""
     for name, fields in (
         ('large', {}),
         ('e2b', {'per_layer': PerLayerConfig(4, gemma4.vocab_size)}),
@@ -193,7 +193,7 @@ def test_e2b_and_e4b_have_no_empty_thought_channel(tmp_path, gemma4):
         save_bundle(tmp_path / name, config, params, gemma4)
         t = load_model(tmp_path / name)[2]
         assert text(t, t.format_prompt('a')).endswith(EMPTY) == (name == 'large')
-        # The exported template says it for transformers.
+        # The exported template has the same format for transformers.
         save_hf(tmp_path / f'{name}_hf', config, params, t)
         again = load_model(tmp_path / f'{name}_hf')[2]
         assert again.format_prompt('a') == t.format_prompt('a')

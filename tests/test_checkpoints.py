@@ -1,4 +1,4 @@
-"""Training checkpoints, model bundles, and opening whatever holds a model."""
+"""Tests training checkpoints, model bundles, and `load_model` on all kinds of paths."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def about(config=CONFIG, tokenizer_hash='0123'):
 
 
 def save(workdir, *steps, **kwargs):
-    """Saves one state per step, made from the step as seed."""
+    """Saves one state per step, with the step as its seed."""
     store = CheckpointStore(workdir, about=about(), **kwargs)
     for step in steps:
         store.save(step, make_state(seed=step), DATA_STATE | {'step': step})
@@ -92,7 +92,7 @@ def test_a_checkpoint_from_before_a_field_of_the_config_has_its_default(tmp_path
     save(tmp_path, 3)
     path = tmp_path / 'checkpoints' / '3' / 'about' / 'metadata'
     saved = json.loads(path.read_text())
-    # The denoiser's fields stood among the others then, and there were fewer of them.
+    # In old versions the denoiser had fewer fields, which were fields of the model config.
     denoiser = saved['model'].pop('denoiser')
     saved['model'] |= {name: denoiser[name] for name in ('canvas_length', 'predict_next')}
     saved['model'] |= {'separate_denoiser': False, 'scan_layers': True, 'denoise_dtype': None}
@@ -160,13 +160,13 @@ def test_a_process_that_dies_while_saving_leaves_a_complete_checkpoint(tmp_path)
     done = subprocess.run([sys.executable, '-c', script, str(tmp_path)], env=environment)
     assert done.returncode == 9
     store = CheckpointStore(tmp_path)
-    # Step 2 may have got through in time; what counts is that the newest one is whole.
+    # Step 2 may have been completed; the newest checkpoint must be complete.
     size = {1: 64, 2: 2048}[store.latest_step]
     wanted = {'w': jax.ShapeDtypeStruct((size, size), np.float64)}
     state, data_state = store.restore(wanted)
     assert data_state == {'step': store.latest_step}
     np.testing.assert_array_equal(state['w'], store.latest_step)
-    store.save(3, {'w': np.zeros(2)}, {})  # and the run can go on
+    store.save(3, {'w': np.zeros(2)}, {})  # and the run can continue
     store.wait()
     assert store.latest_step == 3
 
@@ -204,7 +204,7 @@ def test_restoring_into_another_structure_names_what_is_missing(tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path, other, message):
-    """Neither shows in the shapes, so that nothing else would notice."""
+    """Neither changes the shapes, so no other check would detect it."""
     save(tmp_path, 1)
     with pytest.raises(ValueError, match=message):
         CheckpointStore(tmp_path, about=other).restore(abstract(make_state()))
@@ -247,7 +247,7 @@ def test_eight_bits_round_a_weight_by_at_most_half_a_step_of_its_block(more, odd
     back = int8_storage.from_int8(stored['w'], stored['w' + int8_storage.SCALE])
     steps = np.repeat(stored['w' + int8_storage.SCALE].astype(np.float32), int8_storage.BLOCK)
     steps = steps[: value.size].reshape(value.shape)
-    # The scale is rounded too, by at most one part in 256: the largest value may be clipped.
+    # The scale is rounded too, by at most one part in 256, so the largest value may be clipped.
     assert np.all(np.abs(back - value) <= steps * (0.5 + 127 / 256))
     assert np.all(back[0, :100] == 0) and stored['w'].dtype == np.int8
 

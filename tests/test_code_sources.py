@@ -1,4 +1,4 @@
-"""Code as data: the standard library split by file, and the problems of HumanEval."""
+"""Tests the code sources: the standard library, split by file, and HumanEval."""
 
 import pickle
 import sys

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and are stored without what they printed."""
+"""Tests that the notebooks run from top to bottom and are stored without outputs."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / 'colabs').glob('*.ipynb'))
-PRINTED = {  # a part of what each of them must show
+PRINTED = {  # a part of the output of each notebook
     'distill_your_own': 'tokens per draft pass',
     'gemma_to_diffusion': 'equal: True',
     'sample': 'canvas 1: step 1',
@@ -34,7 +34,7 @@ def test_a_notebook_is_valid_and_holds_no_outputs(path):
 @every_notebook
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', '')  # as users run it: on one device
-    # The package that is tested, whatever the kernel's own environment has.
+    # The kernel must import the tested package, even if another one is installed.
     monkeypatch.setenv('PYTHONPATH', f'{path.parents[1]}{os.pathsep}{os.getenv("PYTHONPATH", "")}')
     notebook = nbformat.read(path, as_version=4)
     resources = {'metadata': {'path': str(tmp_path)}}

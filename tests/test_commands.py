@@ -1,4 +1,4 @@
-"""The commands of the README, each in a process of its own, as a user runs them."""
+"""Tests the commands of the README, each in its own process, as a user runs them."""
 
 import glob
 import json
@@ -17,14 +17,16 @@ from diffusiongemma.checkpoints.load import about_model
 
 ROOT = Path(__file__).parents[1]
 TINY_MOE = 'tests/data/tiny_moe'
-# As users run them: on one device, with all of XLA's optimizations.
+# Commands run as for users: on one device, with all of XLA's optimizations.
 ENVIRONMENT = os.environ | {'XLA_FLAGS': ''}
-QUICK = os.environ | {'XLA_FLAGS': COMPILE_FAST}  # where much is compiled and little computed
+QUICK = os.environ | {
+    'XLA_FLAGS': COMPILE_FAST
+}  # for commands that compile much and compute little
 PROMPT = 'Paul is 17 years old. Omar is 4 years older than Paul. How old is Omar?'
 
 
 def run(program, *arguments, code=0, stdin='', environment=ENVIRONMENT):
-    """Standard output and error of `python -m diffusiongemma.<program>`."""
+    """Returns the standard output and error of `python -m diffusiongemma.<program>`."""
     done = subprocess.run(
         [sys.executable, '-m', f'diffusiongemma.{program}', *arguments],
         cwd=ROOT,
@@ -39,7 +41,7 @@ def run(program, *arguments, code=0, stdin='', environment=ENVIRONMENT):
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-    """The workdir of the main job, shortened to two steps."""
+    """Returns the workdir of the main job, shortened to two steps."""
     directory = tmp_path_factory.mktemp('run')
     out, _ = run(
         'distill',
@@ -232,7 +234,7 @@ BAD_INPUT = [
 
 @pytest.fixture(scope='module')
 def bad_input(tmp_path_factory):
-    """Exit code and output of each command of `BAD_INPUT`."""
+    """Returns the exit code and output of each command of `BAD_INPUT`."""
     tmp = str(tmp_path_factory.mktemp('bad'))
     commands = [
         [program, *(argument.format(tmp=tmp) for argument in arguments)]
@@ -258,7 +260,7 @@ def test_bad_input_ends_in_one_clear_message(number, bad_input):
     reason='this machine has an accelerator',
 )
 def test_a_tpu_that_is_not_there_is_not_looked_for():
-    """An installed libtpu writes a dozen lines of errors where there is no TPU."""
+    """Without a TPU, an installed libtpu writes a dozen lines of errors."""
     code = 'from diffusiongemma import run_config as r; r.without_missing_tpu(); r.say_devices()'
     environment = {name: value for name, value in ENVIRONMENT.items() if name != 'JAX_PLATFORMS'}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Student against teacher on a random tiny model: what the comparison holds."""
+"""Tests the comparison of a student with its teacher on a random tiny model."""
 
 import dataclasses
 import json

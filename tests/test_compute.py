@@ -1,4 +1,4 @@
-"""What saves memory changes nothing: chunked logits, microbatches, rematerialization, bfloat16."""
+"""Tests that chunked logits, microbatches, rematerialization and bfloat16 keep the results."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ def config(tiny_config):
 
 @pytest.fixture
 def batch():
-    """Four rows of 12 tokens; how many of them count differs from row to row."""
+    """Returns four rows of 12 tokens with different numbers of trained tokens."""
     rng = np.random.default_rng(0)
     lengths = np.array([[12], [9], [7], [10]])
     index = np.arange(12)
@@ -65,7 +65,7 @@ def objective(name):
 
 
 def step_and_state(config, name, microbatches=1, dtype=jnp.float32, **execution):
-    """A step, and what it takes besides the batch."""
+    """Returns a step and its arguments except the batch."""
     model = DiffusionGemma(config, dtype, Execution(**execution))
     teacher = Gemma(config.autoregressive, dtype)
     step = make_distillation_step(
@@ -113,7 +113,7 @@ def test_a_teachers_step_is_the_same_in_chunks_and_parts(config, batch):
 
 
 def shapes_in(jaxpr):
-    """Shapes of all arrays of a jaxpr, inner ones as well."""
+    """Returns the shapes of all arrays of a jaxpr and its inner jaxprs."""
     for equation in jaxpr.eqns:
         yield from (var.aval.shape for var in equation.outvars if hasattr(var.aval, 'shape'))
         for inner in jax.tree.leaves(
@@ -125,7 +125,7 @@ def shapes_in(jaxpr):
 
 
 def largest_logits(config, name, batch, **settings):
-    """Elements of the largest array with a vocabulary axis in a step."""
+    """Returns the size of the largest array with a vocabulary axis in a step."""
     step, *arguments = step_and_state(config.replace(vocab_size=VOCAB), name, **settings)
     shapes = shapes_in(jax.make_jaxpr(step)(*arguments, batch).jaxpr)
     return max(math.prod(shape) for shape in shapes if VOCAB in shape)
@@ -196,7 +196,9 @@ def test_a_bfloat16_step_updates_float32_masters_by_less_than_bfloat16_can_tell(
         functools.reduce(lambda tree, key: tree[key], name, s.params) for s in (state, after, exact)
     )
     tiny = np.abs(truth - before) < np.abs(before) * 2.0**-9
-    assert tiny.any() and np.any(moved != before, where=tiny)  # lost if masters were bfloat16
+    assert tiny.any() and np.any(
+        moved != before, where=tiny
+    )  # would be lost if the parameters were bfloat16
     difference = np.linalg.norm(moved - truth) / np.linalg.norm(truth - before)
     assert difference < 0.1
 

@@ -1,4 +1,4 @@
-"""Every config in configs/ is one that its program accepts, and a recipe's student fits."""
+"""Tests that programs accept every config in configs/, and that a recipe's student fits."""
 
 import dataclasses
 import importlib.util
@@ -39,7 +39,7 @@ import config_page  # noqa: E402
 CONFIGS = Path(__file__).parents[1] / 'configs'
 TEACHERS = ['tiny_teacher']
 STUDENTS = sorted({path.stem for path in CONFIGS.glob('*.py')} - set(TEACHERS))
-RECIPES = {  # bytes of a device, and devices
+RECIPES = {  # the bytes per device, and the number of devices
     'gemma3_270m': (24e9, 1),
     'gemma3_1b': (80e9, 8),
     'gemma4_e2b': (80e9, 8),
@@ -102,7 +102,7 @@ def test_a_students_config_builds_everything_of_its_run(name):
         assert stages[0][0].anchors_per_row < data.row_length
     else:
         assert 0 < stages[0][1]
-        # Sudoku has the first stage alone.
+        # The sudoku config has only the first stage.
         assert (stages[0][1] < stages[1][1]) == (name != 'sudoku')
         response = data.canvases_per_row * student.canvas_length
         assert student.targets.max_new_tokens <= response <= data.row_length
@@ -139,7 +139,7 @@ def test_a_config_that_says_little_has_defaults_for_the_rest():
 
 
 def test_a_config_with_all_keys_of_an_older_version_is_read():
-    """Every section and value of configs/tiny_diffusion.py as version 0.1 wrote it."""
+    """The config has all sections and values of configs/tiny_diffusion.py in version 0.1."""
     path = Path(__file__).parent / 'data' / 'config_of_0_1.json'
     old = Experiment.of(ConfigDict(json.loads(path.read_text(encoding='utf-8'))))
     new = experiment('tiny_diffusion')
@@ -158,7 +158,7 @@ def test_the_page_of_config_keys_is_what_the_dataclasses_say():
 
 
 def sections_of(cls, path=''):
-    """Path and dataclass of each section below a dataclass."""
+    """Returns the path and dataclass of each section of a dataclass."""
     for field in dataclasses.fields(cls):
         section = configuration.section_of(cls, field.name)
         if section is not None:
@@ -178,7 +178,7 @@ def test_every_section_of_a_config_is_on_the_page(cls):
 
 
 def parsed(name, *overrides):
-    """A config with overrides, as a program parses it."""
+    """Returns a config with overrides, parsed as by a program."""
     argv = ['program', f'--config={CONFIGS / name}.py', *overrides]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)

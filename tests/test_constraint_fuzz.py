@@ -1,4 +1,4 @@
-"""Any schema and any pattern compiles to what it says, or fails with a ValueError in one line."""
+"""Tests that random schemas and patterns compile correctly or raise a one-line ValueError."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Per-row settings and constraints, in every mode."""
+"""Tests settings and constraints per row in every mode."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-# Settings of a row.
+# Tests of settings per row.
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_the_likeliest_token_alone_is_greedy(mode, fields):
     np.testing.assert_array_equal(narrow.tokens, sample(mode, config=GREEDY).tokens)
 
 
-# What may stand where.
+# Tests of the tokens that may stand at a position.
 
 
 @EVERY_MODE
@@ -102,7 +102,9 @@ def test_pinned_tokens_stand_in_their_places_and_the_rest_follows_them(mode, con
     output, free = sample(mode, Controls(pinned=pinned), config), sample(mode, config=config)
     assert output.tokens[0, [1, 5, 6]].tolist() == [7, 20, 21] and output.tokens[2, 0] == 1
     np.testing.assert_array_equal(output.tokens[1], free.tokens[1])
-    assert (output.tokens[0, 7:] != free.tokens[0, 7:]).any()  # later tokens see the pinned ones
+    assert (
+        output.tokens[0, 7:] != free.tokens[0, 7:]
+    ).any()  # later tokens depend on the pinned ones
 
 
 @pytest.mark.slow
@@ -138,7 +140,7 @@ def test_responses_have_the_length_that_is_asked_for(mode):
 
 
 def test_a_seeded_canvas_starts_from_its_seed():
-    """With the right text to start from the toy is sure at once."""
+    """If it starts from the correct text, the toy is certain after one step."""
     many_steps = dataclasses.replace(GREEDY, max_denoising_steps=20, vocab_size=V)
     unseeded = sample('diffusion', config=many_steps)
     seeded = sample('diffusion', Controls(seed=jnp.asarray(unseeded.tokens)), many_steps)
@@ -146,7 +148,7 @@ def test_a_seeded_canvas_starts_from_its_seed():
     assert (seeded.denoising_steps < unseeded.denoising_steps).all()
 
 
-# A guarantee, and what does not happen.
+# The tests compare a guarantee with the behavior without it.
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
@@ -164,7 +166,7 @@ def test_lossless_equals_autoregression_under_constraints(temperature):
         allowed_index=jnp.asarray(rng.integers(-1, 2, (rows, LIMIT))),
         max_new_tokens=jnp.asarray(rng.integers(0, LIMIT + 1, rows)),
     )
-    # Both draw from one token, so that draws from the same distribution are the same.
+    # Both draw from a single token, so that equal distributions give equal draws.
     config = dataclasses.replace(CONFIG, top_k=1)
     expected, found = (
         sample(mode, controls, config, prompts) for mode in ('autoregressive', 'lossless')
@@ -266,7 +268,7 @@ def test_a_length_target_needs_a_length_and_a_stop_token():
         exact_lengths([3], (), V)
 
 
-# Valid responses.
+# Tests of valid responses.
 
 STOP = 1
 # Pairs (a, b) with a in {5, 6, 7} and b = a + 10, one or more of them, then the stop token.
@@ -297,7 +299,7 @@ def assert_valid(row, length):
 @EVERY_MODE
 @pytest.mark.parametrize('temperature', [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_every_response_is_one_that_the_automaton_accepts(mode, temperature):
-    """Whatever the model says, over several canvases, with limits of each row's own."""
+    """This holds for any model outputs, over several canvases, with limits per row."""
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, 22, rng.integers(1, 9)).tolist() for _ in range(60)]
     limits = rng.integers(3, 14, 60)

@@ -1,4 +1,4 @@
-"""A chat over lines of text: scripted input, commands, and Ctrl-C at any place."""
+"""Tests the chat in a terminal: scripted input, commands, and Ctrl-C at any time."""
 
 import pytest
 from test_chat import TURNS, make_chat, model, tokenizer  # noqa: F401  fixtures
@@ -9,7 +9,7 @@ INTERRUPT = KeyboardInterrupt()
 
 
 def talk(chat, *lines):
-    """What is written when these lines are read; an exception among them is raised instead."""
+    """Returns the output for these input lines; exceptions among them are raised when read."""
     script, written = iter(lines), []
 
     def read():
@@ -21,7 +21,7 @@ def talk(chat, *lines):
         return line
 
     Conversation(chat, read, written.append).run()
-    assert next(script, None) is None  # it read all of them
+    assert next(script, None) is None  # it has read all lines
     return ''.join(written)
 
 

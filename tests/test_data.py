@@ -1,4 +1,4 @@
-"""JSONL files, data specs, packing, and the resumable stream of batches."""
+"""Tests JSONL files, data specs, packing, and the resumable stream of batches."""
 
 import bz2
 import gzip
@@ -22,7 +22,7 @@ from diffusiongemma.data.tokenizer import Tokenizer
 
 
 class Letters:
-    """A tokenizer of one token a letter; the response ends with token 1."""
+    """A tokenizer with one token per letter, whose responses end with token 1."""
 
     pad_id = 0
 
@@ -87,7 +87,9 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     'convert',
     [
         gzip.compress,
-        lambda data: gzip.compress(data[:20]) + gzip.compress(data[20:]),  # as `cat a.gz b.gz`
+        lambda data: (
+            gzip.compress(data[:20]) + gzip.compress(data[20:])
+        ),  # as written by `cat a.gz b.gz`
         lambda data: data.decode().encode('utf-16'),
         lambda data: b'\xfe\xff' + data.decode().encode('utf-16-be'),
         lambda data: gzip.compress(data.decode().encode('utf-16')),
@@ -250,12 +252,12 @@ def test_two_workers_make_the_same_stream_again_and_go_on_where_its_state_was_ta
     with closing(stream(workers=2)) as again:
         for batch in start:
             assert_same(batch, next(again))
-    del first, resumed, again  # older grain ends its processes with the iterator
+    del first, resumed, again  # older versions of grain end their processes with the iterator
     assert not multiprocessing.active_children()
 
 
 def test_workers_are_part_of_a_streams_settings_where_there_are_any():
-    assert 'workers' not in stream().get_state()['fingerprint']  # as in older states
+    assert 'workers' not in stream().get_state()['fingerprint']  # as in states of older versions
     with pytest.raises(ValueError, match='workers: saved None, now 2'):
         stream(workers=2).set_state(stream().get_state())
     with pytest.raises(ValueError, match='workers must be >= 0, got -1'):
@@ -263,7 +265,7 @@ def test_workers_are_part_of_a_streams_settings_where_there_are_any():
 
 
 class Marked:
-    """Examples that are all alike."""
+    """A source of equal examples."""
 
     def __init__(self, letter, size=50):
         self._example = {'prompt': letter, 'response': letter}
@@ -293,21 +295,21 @@ def test_sources_are_mixed_by_weight():
 
 
 class Numbered(Marked):
-    """Examples that say which they are."""
+    """A source of examples that contain their index."""
 
     def __getitem__(self, index):
         return {'prompt': chr(100 + index), 'response': 'x'}
 
 
 class OnDevices(Marked):
-    """Examples that say whether JAX has started a backend in their process."""
+    """A source whose examples tell whether JAX has started a backend in their process."""
 
     def __getitem__(self, index):
         return {'prompt': str(int(xla_bridge.backends_are_initialized())), 'response': 'y'}
 
 
 def one_by_one(sources, **settings):
-    """A stream of one document a batch."""
+    """Returns a stream with one document per batch."""
     return make_train_iterator(
         sources,
         Letters(),
@@ -366,7 +368,7 @@ def test_canvases_of_some_documents_start_inside_the_response():
             inside = batch['segment_ids'][row] == batch['canvas_segment_ids'][row, slot]
             inside[:offset] = False
             held = batch['tokens'][row][inside][: len(canvas)]
-            np.testing.assert_array_equal(canvas[: len(held)], held)  # what really stands there
+            np.testing.assert_array_equal(canvas[: len(held)], held)  # the tokens before the canvas
             first = slot == 0 or (
                 batch['canvas_segment_ids'][row, slot - 1] != batch['canvas_segment_ids'][row, slot]
             )
@@ -395,4 +397,4 @@ def test_a_document_may_have_one_canvas_of_its_own_at_random():
             np.testing.assert_array_equal(np.sort(used[used > 0]), documents)
             offsets = batch['canvas_offsets'][row][used > 0]
             first += [not batch['target_mask'][row, offset - 1] for offset in offsets]
-    assert 0.1 < np.mean(first) < 0.9  # not always the response's first
+    assert 0.1 < np.mean(first) < 0.9  # not always the first token of the response

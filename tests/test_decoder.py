@@ -1,4 +1,4 @@
-"""The steps of a decode mode, called one by one from a program of one's own."""
+"""Tests the single steps of each decode mode in a custom program."""
 
 import functools
 
@@ -30,7 +30,7 @@ def decoder_of(mode):
 
 @jax.jit
 def generate(decoder, tokens, lengths, rng):
-    """As users would write it: the decoder is an argument like any other pytree."""
+    """Generates as user code would: the decoder is an argument like any other pytree."""
     step = functools.partial(STEPS[decoder.sampler.mode], decoder)
     state = decoder.prefill(tokens, lengths, rng)
     return jax.lax.while_loop(lambda state: state.running, step, state).output()
@@ -46,7 +46,7 @@ def test_a_loop_over_the_steps_is_a_call_of_the_sampler(mode):
 
 @jax.jit
 def with_drafts_from(decoder, tokens, lengths, rng, text):
-    """Drafts what `text` [B, L] says, whether it is right or not."""
+    """Decodes with `text` [B, L] as drafts, which may be wrong."""
 
     def step(state):
         places = state.generation.lengths[:, None] + 1 + jnp.arange(3)  # after the pending token

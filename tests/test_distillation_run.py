@@ -1,4 +1,4 @@
-"""Whole runs on tiny models: resume after a crash, and what a workdir then holds."""
+"""Tests whole runs on tiny models: resuming after a crash, and the contents of a workdir."""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ SMALL = {'width': 16, 'num_heads': 2, 'ffn_width': 16, 'layer_types': ('sliding'
 
 @pytest.fixture
 def teacher(tiny_config) -> Teacher:
-    """A random teacher with the vocabulary of the built-in tokenizer."""
+    """Returns a random teacher with the vocabulary of the built-in tokenizer."""
     tokenizer = Tokenizer.load('builtin')
     config = tiny_config.replace(vocab_size=tokenizer.vocab_size, canvas_length=0)
     model = Gemma(config)
@@ -66,7 +66,7 @@ def assert_equal(a, b):
 
 
 def crash_at(monkeypatch, step):
-    """The next run dies when it reports `step`."""
+    """Makes the next run raise an error when it reports `step`."""
     report = reporting.Reporter.report
 
     def report_or_die(self, at, *args, **kwargs):
@@ -146,7 +146,7 @@ def test_a_run_may_start_from_a_student(teacher, tmp_path):
         first.ema_params,
         second.ema_params,
     )
-    opened, _, tokenizer = load_model(tmp_path / 'second')  # says how it was trained
+    opened, _, tokenizer = load_model(tmp_path / 'second')  # describes its training
     assert (opened.config.mask_id, opened.config.self_conditioning) == (tokenizer.mask_id, False)
     with pytest.raises(ValueError, match='config.init: .* is not the student'):
         config = student_config(init=str(tmp_path / 'first'), denoiser='shared')
@@ -223,13 +223,13 @@ def test_a_run_on_stored_distributions_needs_no_teacher_and_has_its_losses(
     teacher, tmp_path, monkeypatch
 ):
     config = student_config(denoiser='shared')
-    config.train.num_steps = config.stage2.first_step = 2  # stage 1 alone
+    config.train.num_steps = config.stage2.first_step = 2  # only stage 1
     config.data.row_length, config.data.canvases_per_row = 64, 4
     config.targets.update(
         {
             'source': {'kind': 'wordmath', 'size': 60},
             'batch_size': 8,
-            'sequence_level': False,  # a random teacher's answers do not end
+            'sequence_level': False,  # the answers of a random teacher do not end
             'top_k_logits': teacher.tokenizer.vocab_size,
         }
     )

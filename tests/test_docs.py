@@ -1,4 +1,4 @@
-"""The examples of the documentation run as they are printed."""
+"""Tests that the examples of the documentation run and print what the pages show."""
 
 import doctest
 import pathlib

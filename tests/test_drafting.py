@@ -1,4 +1,4 @@
-"""The objective that trains a denoiser for what the teacher accepts of its drafts."""
+"""Tests the objective that trains a denoiser for the accepted length of its drafts."""
 
 import dataclasses
 import functools
@@ -146,7 +146,7 @@ def value_and_grad(model, teacher, objective):
 
 
 def test_the_loss_is_that_of_the_formula_over_the_drafts_of_the_sampler(student, batch):
-    """A draft sees the pending token, noise, and the state of the token before it."""
+    """A draft reads the pending token, noise, and the state of the token before it."""
     model, teacher, frozen, trained = student
     objective = Drafting(**PROCESS, weights=AcceptedLengthWeights(), anchors_per_row=8)
     (loss, metrics), _ = loss_of(student, batch, objective)
@@ -251,7 +251,7 @@ def test_in_prompts_the_draft_should_say_what_the_teacher_would_while_the_text_a
 ):
     model, teacher, frozen, trained = student
     params = frozen | trained
-    # A teacher of random weights likes to say the last token again: so does this text, in places.
+    # A teacher with random weights often repeats the last token, as this text does in places.
     tokens, is_response = np.array(batch['tokens']), np.asarray(batch['target_mask'])
     tokens[:, 1::3] = tokens[:, 0:-1:3]
     batch = batch | {'tokens': jnp.asarray(tokens)}

@@ -1,4 +1,4 @@
-"""Requests side by side: each is answered as if it were alone, and its text comes in parts."""
+"""Tests that concurrent requests get the same answers as alone, and that text is streamed."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What compiled programs execute and hold, and the least that they need, at known sizes."""
+"""Tests the FLOPs, memory and lower bounds of compiled programs of known sizes."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Experts spread over devices: outputs and gradients are those of one device, no token dropped."""
+"""Tests that sharded experts give the outputs and gradients of one device and drop no token."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ MESHES = [
 
 
 def problem(routing, rows=ROWS, dtype=jnp.float32):
-    """Experts, their kernels, tokens, and a routing: 'random', or 'one' for all to one device."""
+    """Returns experts, kernels, tokens, and a routing: 'random', or 'one' device for all."""
     config = MoEConfig(num_experts=8, top_k=3, expert_width=10)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((rows, 1, LENGTH, WIDTH), np.float32)

@@ -1,4 +1,4 @@
-"""Writing the published format: bit-identical to what was read, or an error that says why not."""
+"""Tests that export writes bitwise equal checkpoints, or an error with the reason."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ PLACEHOLDER = ('vision_tower.patch_embedder.', 'embed_vision.')
 
 
 def stored_tensors(directory):
-    """All tensors of a checkpoint directory, whatever its files are."""
+    """Returns all tensors of a checkpoint directory."""
     tensors = {}
     for path in directory.glob('*.safetensors'):
         tensors |= load_file(path)
@@ -41,7 +41,7 @@ def stored_tensors(directory):
 
 
 def text_tensors(directory):
-    """Those of an autoregressive model's text alone, under the names of a model without tower."""
+    """Returns the text tensors of an autoregressive model, named as without a vision tower."""
     return {
         name.replace('language_model.', ''): value
         for name, value in stored_tensors(directory).items()
@@ -63,7 +63,7 @@ def assert_same_tensors(directory, reference, *, allow=()):
 
 
 def bfloat16_copy(directory, target):
-    """A checkpoint with its tensors in bfloat16."""
+    """Writes a copy of a checkpoint with bfloat16 tensors."""
     shutil.copytree(directory, target)
     tensors = load_file(directory / 'model.safetensors')
     cast = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
@@ -77,7 +77,7 @@ def bfloat16_copy(directory, target):
 )
 def test_what_was_read_is_written_back_bit_for_bit(tmp_path, name):
     convert(DATA / name, tmp_path / 'out', 'hf')
-    # Denoisers without vision tower to take over get one of no layers.
+    # Denoisers without the vision tower of a base get one without layers.
     allow = PLACEHOLDER if name in ('tiny_heldout', 'tiny_padded') else ()
     assert_same_tensors(tmp_path / 'out', DATA / name, allow=allow)
     configs = [load_model(directory)[0].config for directory in (DATA / name, tmp_path / 'out')]
@@ -117,7 +117,7 @@ def test_the_config_says_what_the_reference_says(tmp_path, name):
     ours = json.loads((tmp_path / 'out' / 'config.json').read_text())
     theirs = json.loads((DATA / name / 'config.json').read_text())
     left_out = {'transformers_version', '_sliding_window_pattern'}
-    if name in AUTOREGRESSIVE:  # of a model beside a vision tower the text is written alone
+    if name in AUTOREGRESSIVE:  # only the text part of a model with a vision tower is written
         theirs = theirs.get('text_config', theirs)
     elif theirs['vision_config'] is None:  # transformers cannot load a model without vision tower
         left_out.add('vision_config')
@@ -128,7 +128,7 @@ def test_the_config_says_what_the_reference_says(tmp_path, name):
         for key, value in theirs.items()
         if ours.get(key) != value and key not in left_out
     }
-    # A denoiser has no per-layer embeddings; other configs may say 0, or how many tokens have none.
+    # A denoiser has no per-layer embeddings; other configs may have 0 or a number of tokens.
     unused = {'text_config.vocab_size_per_layer_input', 'text_config.hidden_size_per_layer_input'}
     if not ours.get('hidden_size_per_layer_input'):
         unused.add('vocab_size_per_layer_input')
@@ -158,7 +158,7 @@ def test_without_a_base_the_config_still_describes_the_same_model():
 
 
 def test_the_vision_tower_of_a_base_that_is_no_denoiser_is_not_taken_over():
-    """Its tensors have other names than a denoiser's."""
+    """Its tensors have other names than those of a denoiser."""
     config = load_model(DATA / 'tiny_moe')[0].config
     base = json.loads((DATA / 'tiny_moe' / 'config.json').read_text())
     for model_type, layers in (('diffusion_gemma', 1), ('gemma4', 0)):

@@ -1,4 +1,4 @@
-"""Logits that are NaN or infinite end in an error that names the pass and the row."""
+"""Tests that NaN or infinite logits raise an error that names the pass and the row."""
 
 import functools
 
@@ -26,7 +26,7 @@ CONFIG = SamplingConfig(
 
 
 class Poisoned(ToyModel):
-    """The toy with one value in the outputs of one pass, in rows whose prompt starts with MARK."""
+    """The toy with a bad value in the outputs of one pass if a row's prompt starts with MARK."""
 
     poisoned: str = ''
     value: float = float('nan')
@@ -77,7 +77,7 @@ def test_a_call_names_the_pass_and_the_row(poisoned, mode, name):
 
 @functools.cache
 def sample(poisoned, mode):
-    """The output inside another jit."""
+    """Returns the output of a call inside another jit."""
     params, prompts = toy()[1], pad_prompts(PROMPTS, PAD, width=8)
     sampler = sampler_of(poisoned, mode)
     return jax.jit(lambda params: sampler(params, *prompts, rng=KEY))(params)
@@ -91,7 +91,7 @@ def test_inside_a_jit_the_output_names_the_pass_and_other_rows_go_on(poisoned, m
     for name in ('tokens', 'lengths', 'denoising_steps'):
         found, expected = (np.asarray(getattr(o, name)) for o in (failed, healthy))
         np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
-    # What row 1 wrote before the pass is right, and nothing after it.
+    # The tokens of row 1 before the pass are correct, and there are none after it.
     length = int(failed.lengths[1])
     assert length < healthy.lengths[1]
     np.testing.assert_array_equal(failed.tokens[1, :length], healthy.tokens[1, :length])
@@ -120,7 +120,7 @@ def test_one_token_without_a_finite_logit_is_found_however_tokens_are_drawn(mode
 
 @EVERY_MODE
 def test_a_constraint_does_not_hide_them(mode):
-    """Neither in a greedy row nor in one that is drawn."""
+    """This holds in greedy rows and in sampled rows."""
     tokenizer = Tokenizer.load()
     model = Poisoned(ToyConfig(vocab_size=tokenizer.vocab_size, canvas_length=4))
     rows = jax.random.normal(KEY, (tokenizer.vocab_size,) * 2)
@@ -149,7 +149,7 @@ def test_a_constraint_does_not_hide_them(mode):
 def test_a_light_denoiser_whose_drafts_are_not_finite_is_an_error(
     tiny_config, poisoned, temperature
 ):
-    """The text would be right, but every draft would fail."""
+    """The text would be correct, but every draft would be rejected."""
     model, params = light_student(tiny_config.replace(predict_next=True), serial_rank=2)
     config = SamplingConfig(max_new_tokens=6, stop_ids=(), temperature=temperature)
     sampler = Sampler(model, config, 'lossless')

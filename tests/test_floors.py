@@ -1,4 +1,4 @@
-"""A file imports only from the floors below its own: docs/architecture.md, as a test."""
+"""Tests that a file imports only from the floors below its own (docs/architecture.md)."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / 'diffusiongemma'
-# From the top to the bottom; what shares a floor does not import each other.
+# Floors from top to bottom; parts of the same floor do not import each other.
 FLOORS = (
     {'train', 'distill', 'sample', 'serve', 'evaluate', 'convert', 'generate_targets', 'verify',
      'plan'},
@@ -26,13 +26,13 @@ FILES = [path for path in sorted(PACKAGE.rglob('*.py')) if 'assets' not in path.
 
 
 def part(path):
-    """The package of a file, or the module right below the root."""
+    """Returns the package of a file, or the module directly below the root."""
     relative = path.relative_to(PACKAGE)
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
 def imported(path):
-    """Parts of the package that a file imports, wherever in the file."""
+    """Returns the parts of the package that a file imports anywhere."""
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('diffusiongemma'):
             _, *inside = node.module.split('.')

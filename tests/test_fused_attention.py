@@ -1,4 +1,4 @@
-"""Splash attention computes what `attend` does: interpreted here, and compiled for TPUs."""
+"""Tests that splash attention equals `attend` in interpret mode, and compiles for TPUs."""
 
 import functools
 import importlib.util
@@ -28,7 +28,7 @@ interpreted = functools.partial(attend_fused, interpret=True)
 
 
 def causal_mask(rows, window):
-    """Two documents and padding, which divide in another place in every row."""
+    """Returns the mask of two documents and padding, with other borders in every row."""
     index = np.arange(LENGTH)
     first = 100 + 70 * np.arange(rows)[:, None] % 250
     last = np.minimum(first + 200, LENGTH - 20 * (np.arange(rows)[:, None] % 2))
@@ -48,7 +48,7 @@ def arrays(rows, kv_heads):
 
 @functools.partial(jax.jit, static_argnames=('execution',))
 def outputs_and_gradients(query, kv, out, mask, execution=None):
-    """Fused with an execution, else by `attend`."""
+    """Returns outputs and gradients, fused if there is an execution, else of `attend`."""
 
     def loss(query, kv):
         if execution is not None:
@@ -101,7 +101,13 @@ def test_rows_and_heads_on_eight_devices_are_those_on_one(axes, kv_heads):
     [
         ((8, 1, 256, 4, 128), 2, 0, {'data': 8}, True),
         ((8, 1, 256, 4, 128), 2, 0, {'data': 4, 'tensor': 2}, True),
-        ((8, 1, 256, 4, 128), 2, 0, {'data': 2, 'tensor': 4}, False),  # which of the two is whose
+        (
+            (8, 1, 256, 4, 128),
+            2,
+            0,
+            {'data': 2, 'tensor': 4},
+            False,
+        ),  # which kernel is the forward one
         ((8, 1, 256, 4, 128), 1, 0, {'data': 2, 'tensor': 4}, True),
         ((8, 1, 256, 4, 128), 2, 0, {'data': 4, 'sequence': 2}, False),
         ((8, 2, 256, 4, 128), 2, 0, {'data': 8}, False),  # canvases
@@ -159,7 +165,7 @@ def test_the_products_of_the_kernel_count_as_those_of_the_pass(remat):
     loss = jax.checkpoint(loss) if remat else loss
     assert count_flops(loss, query, kv) == (once, 0)
     counted = count_flops(jax.grad(loss, argnums=(0, 1)), query, kv)
-    again = 1.5 + remat  # in the backward kernels three products, and the forward kernel anew
+    again = 1.5 + remat  # three products in the backward kernels, and the repeated forward kernel
     assert counted == pytest.approx((3 * once, again * once), rel=1e-3)  # and sums over width
 
 
@@ -216,6 +222,6 @@ def test_the_causal_pass_is_compiled_with_the_kernel_for_tpus():
     )
     assert done.returncode == 0, done.stderr
     kernels = ['splash_mha_dkv', 'splash_mha_dq', 'splash_mha_fwd']
-    # The kernels bring no estimate of their FLOPs; those of the trace stand in.
+    # The kernels have no estimate of their FLOPs, so those of the trace are used.
     expected = [f'6 kernels {kernels}', 'scores False', 'executed 1.0']
     assert done.stdout.splitlines() == expected

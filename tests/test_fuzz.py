@@ -1,4 +1,4 @@
-"""Damaged and unusual files: each loads to exactly what it says, or is one error with a remedy."""
+"""Tests that damaged and unusual files are read exactly or raise one error with a remedy."""
 
 import copy
 import json
@@ -86,7 +86,7 @@ def fuzz(number):
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    """A directory with a bundle and adapters of it."""
+    """Returns a directory with a bundle and adapters of it."""
     directory = tmp_path_factory.mktemp('fuzz')
     params = init_params(Gemma(TINY), jax.random.key(0))
     save_bundle(directory / 'bundle', TINY, params, Tokenizer.load())
@@ -96,7 +96,7 @@ def files(tmp_path_factory):
 
 
 def refused(load, *arguments):
-    """What loads, or None where it is refused in one line that can be acted on."""
+    """Returns the loaded value, or None if it is rejected in one line with a remedy."""
     try:
         return load(*arguments)
     except (ValueError, FileNotFoundError) as error:
@@ -171,7 +171,7 @@ def check_a_config_json_is_read_as_it_is_or_refused(files, rng):
 
 
 def model_config_from_hf_in_a_file(files, content, rng):
-    """Half of the time through a file, whose text may be damaged as well."""
+    """Reads the config, half of the time from a file whose text may be damaged too."""
     if rng.random() < 0.5:
         return model_config_from_hf(content) if 'model_type' in content else None
     directory = files / 'config'
@@ -189,7 +189,7 @@ def check_a_safetensors_file_gives_its_tensors_or_is_refused(files, rng):
     original = path.read_bytes()
     size = int.from_bytes(original[:8], 'little')
     header, rest = original[8 : 8 + size], original[8 + size :]
-    if rng.random() < 0.6:  # other values in a header that is JSON still
+    if rng.random() < 0.6:  # other values in a header that is still JSON
         content = json.loads(header)
         names = sorted(content)
         name, other = rng.choice(names), rng.choice(names)
@@ -222,7 +222,7 @@ def check_a_safetensors_file_gives_its_tensors_or_is_refused(files, rng):
 
 
 def tensors_of(data):
-    """The tensors of a safetensors file, read without the library."""
+    """Returns the tensors of a safetensors file, read without the library."""
     size = int.from_bytes(data[:8], 'little')
     header, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
     dtypes = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'F64': np.float64}
@@ -236,7 +236,7 @@ def tensors_of(data):
 
 
 def with_other_config(path, rng, load):
-    """Loads with a mutated or damaged JSON file: what was loaded, and the parsed file."""
+    """Loads with a mutated or damaged JSON file; returns the loaded value and the parsed file."""
     original = path.read_bytes()
     content = json.loads(original)
     if rng.random() < 0.8:
@@ -290,7 +290,7 @@ def check_adapters_are_those_that_their_config_says_or_are_refused(files, rng):
 
 
 def same(config, content):
-    """Whether a config has the values that a file says, and defaults where it says none."""
+    """Returns whether a config has the values of a file, and defaults for missing keys."""
     return all(
         same(config[name], value) if isinstance(value, dict) else config[name] == value
         for name, value in content.items()
@@ -323,7 +323,7 @@ def check_jsonl_rows_are_what_the_file_says_or_are_refused(files, rng):
 
 
 def transformers_rope(content):
-    """Frequencies of both layer types as transformers computes them; None where it refuses."""
+    """Returns the frequencies of both layer types in transformers; None if it rejects them."""
     import transformers
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
@@ -343,7 +343,7 @@ def transformers_rope(content):
 @hypothesis.settings(max_examples=400, deadline=None)
 @hypothesis.given(seed=st.integers(0, 2**32 - 1))
 def test_rope_settings_are_those_of_transformers_or_are_refused(seed):
-    """Every layout at random: what we accept, transformers accepts with the same frequencies."""
+    """For random layouts: if this library accepts one, transformers has the same frequencies."""
     pytest.importorskip('transformers')
     rng = random.Random(seed)
     content = copy.deepcopy(rng.choice([c for c in CONFIGS if 'text_config' not in c]))

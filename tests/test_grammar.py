@@ -1,4 +1,4 @@
-"""Patterns, schemas and answers as token automata: the language, the tokens, the errors."""
+"""Tests automata of patterns, schemas and answers: their language, tokens and errors."""
 
 import functools
 import json
@@ -204,7 +204,7 @@ def test_marginals_of_a_long_canvas_are_distributions(tokenizer):
 
 
 def generate(automaton, rows, canvas_length, max_tokens, seed, greedy=False):
-    """Canvas after canvas from random logits: what a sampler does, without a model."""
+    """Generates canvas after canvas from random logits, like a sampler without a model."""
 
     def next_canvas(states, inputs):
         key, remaining = inputs

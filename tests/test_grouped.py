@@ -1,4 +1,4 @@
-"""The grouped product of routed experts, on the CPU path and the accelerators'."""
+"""Tests the grouped matmul of routed experts on CPUs and, interpreted, on accelerators."""
 
 import functools
 import logging
@@ -25,7 +25,7 @@ def drawn(num_groups, dtype=jnp.float32):
 
 
 def row_by_row(x, kernels, sizes):
-    """A kernel for each row; zeros for rows of no group."""
+    """Multiplies each row by its own kernel; rows of no group give zeros."""
     last = jnp.cumsum(sizes)
     group = jnp.searchsorted(last, jnp.arange(len(x)), side='right')
     products = jnp.einsum('nd,ndf->nf', x, kernels[jnp.minimum(group, len(kernels) - 1)])
@@ -116,7 +116,7 @@ def test_the_kernels_of_tpus_give_the_same_forward_and_for_both_gradients(
     weights = jax.random.normal(keys[2], (rows, widths[1])) / rows**0.5
     assert grouped.runs_kernel(x, kernels, 'tpu')
 
-    def masked(x, kernels, sizes):  # as rows of no group hold anything
+    def masked(x, kernels, sizes):  # because rows of no group may contain anything
         return jnp.where(inside[:, None], grouped_matmul(x, kernels, sizes), 0)
 
     _, expected = with_gradients(masked, x, kernels, group_sizes, weights)
@@ -150,7 +150,7 @@ def test_a_fallback_says_that_it_is_one(platform, width, multiple, caplog):
 
 
 def test_gpus_get_the_kernel_where_it_fits():
-    # Of which kind the GPU is a kernel asks its device, which is not there.
+    # A kernel asks its device for the kind of GPU, and there is no GPU here.
     device = jax.sharding.AbstractDevice('NVIDIA H100', num_cores=132, platform='gpu')
     gpu = jax.sharding.AbstractMesh((), (), abstract_device=device)
 

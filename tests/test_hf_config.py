@@ -1,4 +1,4 @@
-"""config.json: types that are wrong are named, and rope settings are read in every layout."""
+"""Tests that wrong types in config.json are named, and that all layouts of RoPE are read."""
 
 import json
 

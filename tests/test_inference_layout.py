@@ -1,4 +1,4 @@
-"""Layers one by one and kernels with their outputs in front are the same function."""
+"""Tests that unrolled layers and transposed kernels do not change the function."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Ctrl-C reaches the caller at once, whatever the computing thread does."""
+"""Tests that Ctrl-C reaches the caller at once, even while the computing thread is busy."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ def press_ctrl_c_when(event):
 
 @pytest.fixture
 def ctrl_c():
-    """Python's own handler, whatever the test runner has set."""
+    """Installs Python's default handler instead of that of the test runner."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -56,7 +56,7 @@ def test_ctrl_c_is_heard_while_a_value_is_computed_and_what_follows_waits_for_it
     def values():
         try:
             computing.set()
-            go_on.wait()  # as a compilation, which nothing interrupts
+            go_on.wait()  # like a compilation, which cannot be interrupted
             log.append('computed')
             yield 1
             log.append('asked for more')

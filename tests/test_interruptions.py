@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop, out of disk space, or find a damaged checkpoint."""
+"""Tests runs that are killed or preempted, a full disk, and damaged checkpoints."""
 
 import os
 import resource
@@ -35,7 +35,7 @@ SMALL_TEACHER = {
 
 
 def start(workdir, num_steps, checkpoint_every, *flags, limit=None):
-    """A training process; `limit` is the largest file that it may write, in bytes."""
+    """Starts a training process; `limit` is the maximum size of a file in bytes."""
 
     def set_limit():
         if limit is not None:
@@ -53,7 +53,7 @@ def start(workdir, num_steps, checkpoint_every, *flags, limit=None):
 
 
 def train_here(workdir, num_steps):
-    """The same training in this process, with a checkpoint at its end."""
+    """Runs the same training in this process, with a checkpoint at its end."""
     config = tiny_teacher.get_config()
     config.update_from_flattened_dict(SMALL_TEACHER)
     config.train.update({'num_steps': num_steps, 'checkpoint_every': 1000})
@@ -81,7 +81,7 @@ def test_a_run_survives_sigterm_and_a_kill_in_the_middle_of_a_save(tmp_path):
     whole, cut = tmp_path / 'whole', tmp_path / 'cut'
     train_here(whole, 30)
 
-    process = start(cut, 30, 1000)  # no checkpoint before the end, but for SIGTERM
+    process = start(cut, 30, 1000)  # no checkpoint before the end, except after SIGTERM
     wait_for(process, lambda: (cut / 'metrics.jsonl').exists() and read_metrics(cut))
     process.send_signal(signal.SIGTERM)
     assert 'stopped by SIGTERM' in finish(process)
@@ -105,7 +105,7 @@ def test_a_run_survives_sigterm_and_a_kill_in_the_middle_of_a_save(tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_without_room_is_one_clear_error_and_training_resumes_with_room(tmp_path):
-    """The room is a limit on the size of a file, below that of a checkpoint's arrays."""
+    """The full disk is simulated by a file size limit below the size of a checkpoint's arrays."""
     finish(start(tmp_path, 2, 2))
     error = finish(start(tmp_path, 6, 2, limit=40_000), code=1)
     lines = [line for line in error.splitlines() if line.startswith('error: ')]
@@ -138,7 +138,7 @@ def test_a_save_that_fails_keeps_what_is_there_and_names_it(tmp_path, monkeypatc
         with pytest.raises(CheckpointError, match='No space left on device.*is of step 1'):
             store.save(2, state(2), {})
             store.wait()
-    store = CheckpointStore(tmp_path)  # as a new run opens it
+    store = CheckpointStore(tmp_path)  # as a new run does
     assert store.latest_step == 1
     store.save(2, state(2), {})
     store.wait()

@@ -1,4 +1,4 @@
-"""What each launch script would run, and that shellcheck finds nothing in them."""
+"""Tests the commands of each launch script, and that shellcheck reports no problems."""
 
 import shlex
 import shutil
@@ -30,7 +30,7 @@ def run(name, *arguments, code=0, config='configs/gemma4_26b_a4b.py', first=(), 
 
 
 def innermost(line):
-    """The words of a command, those that another shell will read (--command, --wrap) unfolded."""
+    """Returns the words of a command, with nested shell commands (--command, --wrap) expanded."""
     words = shlex.split(line)
     for word in words:
         option, _, value = word.partition('=')

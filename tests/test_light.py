@@ -1,4 +1,4 @@
-"""A light denoiser: layers on the teacher's keys and values, its head, its serial correction."""
+"""Tests the light denoiser: its layers on the teacher's cache, head, and serial correction."""
 
 import functools
 
@@ -31,7 +31,7 @@ init_params = jax.jit(init_params_eagerly, static_argnums=0)
 
 
 def random_params(model, seed=0):
-    """Initialized parameters with every scale, scalar and zero moved."""
+    """Returns initialized parameters in which every scale, scalar and zero is changed."""
     params = init_params(model, jax.random.key(seed))
     leaves, tree = jax.tree.flatten(params)
     moved = [
@@ -49,7 +49,7 @@ def light_config(config, **fields):
 
 
 def light_student(config, seed=0, **fields):
-    """A student of random weights whose teacher part is that of a random teacher."""
+    """Returns a student with random weights whose teacher part is a random teacher."""
     model = DiffusionGemma(light_config(config, **fields))
     teacher = random_params(Gemma(config.autoregressive), seed + 1)
     params = random_params(model, seed)
@@ -120,7 +120,9 @@ def test_its_layers_start_from_the_dense_part_of_those_of_a_mixture(tiny_moe_con
 def test_a_layer_without_keys_of_its_own_gets_some_where_its_source_is_no_draft_layer(
     tiny_e2b_config,
 ):
-    config = light_config(tiny_e2b_config, layers=(0, 4))  # 4 shares those of layer 1
+    config = light_config(
+        tiny_e2b_config, layers=(0, 4)
+    )  # layer 4 shares the keys and values of layer 1
     teacher = random_params(Gemma(config.autoregressive))
     model = DiffusionGemma(config)
     params = student_params_from_teacher(init_params(model, jax.random.key(0)), teacher, config)

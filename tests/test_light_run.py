@@ -1,4 +1,4 @@
-"""Runs that train a light student: resumed, opened, exported on its teacher."""
+"""Tests runs that train a light student: resuming, loading, and export with its teacher."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ import tiny  # noqa: E402
 
 @pytest.fixture
 def teacher_directory(tiny_config, tmp_path):
-    """A random teacher with the vocabulary of the built-in tokenizer, as a bundle."""
+    """Returns the bundle of a random teacher with the built-in vocabulary."""
     tokenizer = Tokenizer.load('builtin')
     model = Gemma(tiny_config.replace(vocab_size=tokenizer.vocab_size, canvas_length=0))
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
@@ -52,7 +52,7 @@ def light_config(teacher_directory, **changes):
     config.drafting = {'anchors_per_row': 4, 'held_out': 8, 'refused_rate': 0.5}
     config.train = {'num_steps': 4, 'report_every': 1, 'checkpoint_every': 2}
     config.targets.source = {'kind': 'wordmath', 'size': 200}
-    config.targets.sequence_level = False  # a random teacher's answers do not end
+    config.targets.sequence_level = False  # the answers of a random teacher do not end
     config.eval = {
         'source': {'kind': 'wordmath', 'split': 'test', 'size': 2},
         'batch_size': 2,
@@ -82,7 +82,7 @@ def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
     assert model.light.draft_vocab_size == 700 and params['draft_ids'].shape == (700,)
     rows = reporting.read_metrics(workdir)
     assert {'held_out/accepted_length', 'held_out/acceptance/04'} <= set(rows[-1])
-    # The same architecture with other weights.
+    # This teacher has the same architecture and other weights.
     other, tokenizer = Gemma(model.config.autoregressive), Tokenizer.load('builtin')
     changed = init_params(other, jax.random.key(5))
     changed['backbone']['final_norm']['scale'] += 1.0
@@ -98,21 +98,21 @@ def test_a_light_student_goes_on_with_its_draft_vocabulary_and_can_be_small(
     workdir = tmp_path / 'run'
     distill(Experiment.of(light_config(teacher_directory)), workdir)
     model, params, _ = load_model(workdir)
-    # A resumed run reads its draft vocabulary, and has no step left.
+    # A resumed run reads its draft vocabulary and has no steps left.
     experiment = Experiment.of(light_config(teacher_directory))
     targets, teacher = experiment.targets.source, load_teacher(experiment)
     with monkeypatch.context() as patch:
         patch.delattr(run, 'draft_vocabulary')
         train_student(light_config(teacher_directory), teacher, targets, workdir)
     np.testing.assert_array_equal(np.load(workdir / 'draft_ids.npy'), params['draft_ids'])
-    # A student that goes on from it, on other data, has its draft vocabulary.
+    # A student that is initialized from it keeps its draft vocabulary on other data.
     more = light_config(teacher_directory, init=str(workdir))
     more.train = {'num_steps': 1, 'report_every': 1, 'checkpoint_every': 1}
     other_data = DataSpec(kind='wordmath', size=100, seed=5)
     train_student(more, teacher, other_data, tmp_path / 'more')
     continued = np.load(tmp_path / 'more' / 'draft_ids.npy')
     np.testing.assert_array_equal(continued, params['draft_ids'])
-    # Stored in eight bits it opens on the same teacher, close to what it was.
+    # Stored in eight bits, it loads with the same teacher and has similar outputs.
     convert(workdir, tmp_path / 'small', 'bundle', dtype='int8')
     small, small_params, _ = load_model(tmp_path / 'small')
     assert small == model

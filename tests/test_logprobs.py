@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of a response: those of one causal pass over the whole text."""
+"""Tests that the log-probabilities of a response equal those of one causal pass over it."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ CAUSAL = ('autoregressive', 'lossless')
 
 
 def judged(responses):
-    """Log-probabilities of responses by the judge of the evaluation, a pass over the text."""
+    """Returns log-probabilities of responses from one pass over the text, as in the evaluation."""
     return response_log_probs(MODEL, PARAMS, PROMPTS, responses, batch_size=2, multiple=16)
 
 
@@ -29,7 +29,7 @@ def cut(array, lengths):
 @pytest.mark.parametrize('mode', CAUSAL)
 @pytest.mark.parametrize('temperature', [0.0, 0.7])
 def test_a_token_has_the_log_probability_of_the_causal_pass(mode, temperature):
-    """At temperature 1, whatever it was drawn at."""
+    """It is computed at temperature 1, also if the token was drawn at another temperature."""
     config = dataclasses.replace(CONFIG, temperature=temperature)
     output = Sampler(MODEL, config, mode)(
         PARAMS, *pad_prompts(PROMPTS, 22, multiple=8), rng=jax.random.key(1)
@@ -55,7 +55,7 @@ def test_a_token_has_the_log_probability_of_the_causal_pass(mode, temperature):
 
 
 def test_what_a_constraint_bans_counts_all_the_same():
-    """A pinned token has the model's probability, not 1."""
+    """A pinned token has the probability of the model, not 1."""
     controls = Controls(pinned=pin([[None, 6]] * len(PROMPTS)))
     output = Sampler(MODEL, CONFIG, 'lossless')(
         PARAMS, *pad_prompts(PROMPTS, 22), rng=jax.random.key(1), controls=controls

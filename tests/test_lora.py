@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they change, what they leave alone, and how they travel."""
+"""Tests low-rank adapters: the passes that they change, training, saving and merging."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ DENOISE = dataclasses.replace(BOTH, passes='denoise')
 
 
 def random_params(model, seed=0):
-    """Parameters that are nowhere trivial; made by numpy, which needs no compiling."""
+    """Returns nontrivial parameters; numpy creates them, which needs no compilation."""
     rng = np.random.default_rng(seed)
     flat = {}
     for name, shape in param_shapes(model).items():
@@ -43,7 +43,7 @@ def random_params(model, seed=0):
 
 
 def trained_adapters(settings, params):
-    """Adapters in which no factor is zero."""
+    """Returns adapters in which no factor is zero."""
     rng = np.random.default_rng(5)
     shapes = jax.eval_shape(lambda: lora.init_lora(settings, params, jax.random.key(0)))
     return jax.tree.map(
@@ -58,7 +58,7 @@ def assert_trees_equal(a, b):
 
 
 def passes(config, params):
-    """Encode logits, and denoise logits of a canvas behind them."""
+    """Returns the encode logits, and the denoise logits of a canvas after the tokens."""
     model = DiffusionGemma(config)
 
     @jax.jit
@@ -78,7 +78,7 @@ def passes(config, params):
 
 @pytest.fixture
 def config(tiny_moe_config):
-    """Two layers of one kind, which are scanned, with experts."""
+    """Returns a config with two scanned layers of one kind, with experts."""
     return tiny_moe_config.replace(layer_types=('full', 'full'))
 
 
@@ -163,7 +163,7 @@ def test_gradients_reach_adapters_of_every_kernel(config, params):
 
     grads = flatten_dict(jax.jit(jax.grad(loss))(adapters), sep='/')
     moved = {name for name, value in grads.items() if float(jnp.max(jnp.abs(value))) > 0}
-    # B is zero, so that A has no gradient yet; and a first step feeds nothing back.
+    # B is zero, so A has no gradient yet, and a first step has no self-conditioning input.
     wanted = {name for name in grads if name.endswith('lora_b')}
     assert moved == {name for name in wanted if 'self_conditioning' not in name}
 

@@ -1,4 +1,4 @@
-"""Distillation that trains adapters alone: config.lora."""
+"""Tests distillation runs that train only adapters (`config.lora`)."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ DATA = DataSpec(kind='wordmath', size=100)
 
 @pytest.fixture
 def teacher(tiny_config) -> Teacher:
-    """A random teacher with the vocabulary of the built-in tokenizer."""
+    """Returns a random teacher with the vocabulary of the built-in tokenizer."""
     tokenizer = Tokenizer.load('builtin')
     config = tiny_config.replace(
         vocab_size=tokenizer.vocab_size, canvas_length=0, layer_types=('full', 'full')
@@ -41,7 +41,7 @@ def lora_config(**changes):
     config.canvas_length = 8
     config.data = {'batch_size': 4, 'row_length': 64, 'canvases_per_row': 4}
     config.train = {'num_steps': 2, 'report_every': 1, 'checkpoint_every': 2}
-    config.stage2.first_step = 2  # stage 1 alone
+    config.stage2.first_step = 2  # only stage 1
     config.lora.rank = 2
     config.update(changes)
     return config
@@ -59,7 +59,7 @@ def test_only_adapters_are_trained_and_the_encode_pass_stays_the_teachers(teache
     moved = [name for name, value in names.items() if name.endswith('lora_b') and value.any()]
     assert moved and all(name.startswith('denoise_backbone/') for name in moved)
 
-    # The run opens although nothing is exported yet, and its encode pass is the teacher's.
+    # The run can be loaded before its export, and its encode pass is the teacher's.
     _, params, tokenizer = load_model(tmp_path)
     assert tokenizer is not None
     for name in ('backbone', 'embedder'):
@@ -68,7 +68,7 @@ def test_only_adapters_are_trained_and_the_encode_pass_stays_the_teachers(teache
         ):
             np.testing.assert_array_equal(ours, theirs)
 
-    # The adapters alone, on the same teacher, are the same model.
+    # The adapters on the same teacher give the same model.
     student = setup.lora
     base = tmp_path / 'base'  # the run's copy of the teacher
     student.save(tmp_path, state.ema_params, teacher.params, str(base), {})

@@ -1,4 +1,4 @@
-"""The lossless mode writes what autoregressive decoding would have written."""
+"""Tests that the lossless mode writes the text of autoregressive decoding."""
 
 import dataclasses
 import itertools
@@ -28,8 +28,8 @@ DATA = pathlib.Path(__file__).parent / 'data'
 
 
 def both(model, params, config, tokens, lengths, rng):
-    """Outputs of the autoregressive and of the lossless mode, as numpy arrays."""
-    # What concerns drafts alone is left out, so that tests share one autoregressive program.
+    """Returns the outputs of the autoregressive and the lossless mode as numpy arrays."""
+    # Draft settings are removed, so that tests share one autoregressive program.
     nothing = {'drafts': None, 'lookup_ngram': 0, 'model_draft_length': None}
     plain = dataclasses.replace(config, **nothing, max_draft_steps=1)
     outputs = (
@@ -70,7 +70,7 @@ def test_greedy_text_is_that_of_autoregression_on_a_random_network(name):
 
 @pytest.mark.slow
 def test_a_draft_that_is_right_costs_one_pass_for_many_tokens():
-    """The shipped student drafts what its own encode pass, the teacher, would write."""
+    """The shipped student drafts the text that its encode pass, the teacher, would write."""
     model, params, tokenizer = load_model('builtin')
     examples = eval_examples(DataSpec(kind='wordmath', split='test', size=16))
     prompts = [tokenizer.format_prompt(example['prompt']) for example in examples]
@@ -100,7 +100,7 @@ def test_greedy_text_is_the_teachers_on_the_built_in_test_set():
 
 
 def autoregressive_distribution(model, params, prompt, count, temperature):
-    """Probability of each of the V^count responses, enumerated."""
+    """Returns the probability of each of the V^count responses by enumeration."""
     size = model.config.vocab_size
     responses = np.array(list(itertools.product(range(size), repeat=count)))
     tokens = np.concatenate([np.tile(prompt, (len(responses), 1)), responses], axis=1)
@@ -133,11 +133,11 @@ def test_sampled_text_has_the_distribution_of_autoregression(temperature):
     cells = [np.append(x[common], x[~common].sum()) for x in (observed, expected * draws)]
     cells = [x[cells[1] > 0] for x in cells]
     assert scipy.stats.chisquare(*cells, sum_check=False).pvalue > 1e-3
-    assert np.mean(np.asarray(output.canvases)) < count  # some drafts held
+    assert np.mean(np.asarray(output.canvases)) < count  # some drafts were accepted
 
 
 def test_the_test_of_the_distribution_can_fail():
-    """Drawing what follows with other noise after a refusal is noticed."""
+    """It detects that the tokens after a rejection are drawn with other noise."""
     logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
     drafted, draws = 0, 60_000
     keys = jax.random.split(jax.random.key(0), (draws, 2))
@@ -187,7 +187,7 @@ def test_sampled_text_is_that_of_autoregression_with_the_same_keys(fields):
     expected, found = both(model, params, config, tokens, lengths, jax.random.key(5))
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_array_equal(found.lengths, expected.lengths)
-    assert len(np.unique(found.tokens)) > 5  # it is sampled text
+    assert len(np.unique(found.tokens)) > 5  # the text is sampled
 
 
 def test_rows_with_temperatures_and_keys_of_their_own_are_written_as_by_autoregression():
@@ -278,7 +278,7 @@ def test_the_models_drafts_may_be_shorter_than_those_of_lookups(temperature):
         drafted_by_model += int(found.denoising_steps[0])
         verifications += int(found.canvases[0])
     assert 0 < drafted_by_model < verifications
-    alone = dataclasses.replace(config, lookup_ngram=5)  # five tokens seldom come again
+    alone = dataclasses.replace(config, lookup_ngram=5)  # five tokens seldom occur again
     _, found = both(*arguments[:2], alone, *arguments[3:])
     assert not found.accepted_lengths[0, 4:].any()
     for wrong, match in (

@@ -1,4 +1,4 @@
-"""The measures of sampled responses, by hand on small cases."""
+"""Tests the metrics of responses on small cases that are computed by hand."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_the_likelihood_is_per_token_and_not_per_response():
         ([[3, 3, 3, 3]], 0.0),
         ([[1, 2, 3, 4]], math.log(4)),
         ([[7, 7, 8, 8]], math.log(2)),
-        ([[3, 3], [1, 2]], math.log(2) / 2),  # of each response, then the mean
+        ([[3, 3], [1, 2]], math.log(2) / 2),  # per response, then the mean
     ],
 )
 def test_token_entropy_is_that_of_the_tokens_of_one_response(responses, entropy):
@@ -87,7 +87,7 @@ def test_aup_without_loss_of_accuracy_is_the_plain_area():
 
 
 def test_aup_weighs_points_down_that_fall_below_the_best():
-    points = [(1.0, 80.0), (3.0, 76.0), (9.0, 74.0)]  # the last one fell too far to count
+    points = [(1.0, 80.0), (3.0, 76.0), (9.0, 74.0)]  # the last one is too low to be included
     heights = 80.0, 76 * math.exp(-3 * (1 - 76 / 80))
     expected = 80 + 2 * sum(heights) / 2
     assert metrics.accuracy_under_parallelism(points, best=80) == pytest.approx(expected)

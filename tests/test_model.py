@@ -1,4 +1,4 @@
-"""Who sees whom in the three passes, and that the cache changes nothing."""
+"""Tests the masks of the three passes, and that the cache does not change results."""
 
 import functools
 
@@ -26,7 +26,7 @@ FAMILIES = [
 
 
 def random_params(model, seed=0):
-    """Parameters with every norm, scalar and output away from its initial value; not compiled."""
+    """Returns parameters in which no norm, scalar or output has its initial value; not compiled."""
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     rng = np.random.default_rng(seed)
 
@@ -148,7 +148,7 @@ def test_a_canvas_sees_all_of_itself_and_its_self_conditioning(model_and_params)
 
 @pytest.mark.slow
 def test_a_canvas_of_one_token_is_a_causal_step_where_embeddings_are_normed(model_and_params):
-    """Then only the scalars differ: prefix, window, shared K/V, per-layer embeddings are alike."""
+    """Only the scalars differ then: prefix, window, shared K/V, per-layer embeddings are equal."""
     model, params = model_and_params
     embedding = params['embedder']['embedding']
     normed = embedding / np.linalg.norm(embedding, axis=-1, keepdims=True)

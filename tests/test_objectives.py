@@ -1,4 +1,4 @@
-"""The distillation objectives: exact values, gradients, and the start from the teacher."""
+"""Tests the distillation objectives: exact values, gradients, and the initialization."""
 
 import itertools
 
@@ -68,7 +68,7 @@ def test_the_kl_of_the_likeliest_tokens_never_exceeds_the_full_one(k):
     assert np.isfinite(grad).all()
     if k < 10:
         assert (found >= 0).all() and (found < full).all()
-    else:  # nothing is lumped together; log-probabilities are rounded to float16
+    else:  # no tokens are merged; log-probabilities are rounded to float16
         np.testing.assert_allclose(found, full, atol=5e-3)
         np.testing.assert_allclose(grad, full_grad, atol=2e-3)
 
@@ -76,7 +76,7 @@ def test_the_kl_of_the_likeliest_tokens_never_exceeds_the_full_one(k):
 def test_the_kl_of_the_likeliest_tokens_has_its_enumerated_value():
     target = jnp.log(jnp.array([0.125, 0.5, 0.25, 0.125]))
     logits = jnp.log(jnp.array([0.25, 0.25, 0.25, 0.25]))
-    said = TopKDistribution.of(target, 1)  # 1/2 and 1/2 against 1/4 and 3/4
+    said = TopKDistribution.of(target, 1)  # the KL of (1/2, 1/2) and (1/4, 3/4)
     assert said.ids == 1
     expected = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
     np.testing.assert_allclose(said.kl(logits), expected, rtol=1e-3)
@@ -107,7 +107,7 @@ def test_corruption_keeps_what_it_does_not_mark(process):
 
 @pytest.fixture
 def batch():
-    """One row: a document of 4 prompt and 6 response tokens, in canvases of 4."""
+    """Returns one row: a document of 4 prompt and 6 response tokens, in canvases of 4."""
     tokens = jnp.array([[5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 0, 0]])
     return {
         'tokens': tokens,
@@ -122,8 +122,8 @@ def batch():
 
 
 def test_the_kl_at_full_noise_has_the_expectation_of_the_hard_label_and_less_variance():
-    """Two tokens, enumerated: a canvas of noise tells nothing of the first when the second is
-    predicted, the teacher's conditional knows it."""
+    """Two tokens are enumerated: the teacher's conditional of the second knows the first token,
+    about which a canvas of noise has no information."""
     rng = np.random.default_rng(0)
     first, second = rng.dirichlet(np.ones(3)), rng.dirichlet(np.ones(3), 3)  # p(x1), p(x2 | x1)
     logits = jnp.asarray(rng.normal(size=3), jnp.float32)
@@ -164,7 +164,7 @@ def objective(name, config, **settings):
 
 
 def loss_of(model, params, batch, name='stage1', teacher_params=None, **settings):
-    """The loss with a teacher of its own, or with the student's frozen encode pass as teacher."""
+    """Returns the loss with a separate teacher, or with the student's frozen encode pass."""
     teacher = Gemma(model.config.autoregressive)
     constants = Constants(teacher_params, {})
     if model.config.has_frozen_encoder:
@@ -181,7 +181,7 @@ def stage(request):
 
 @pytest.fixture(params=[False, True], ids=['shared', 'separate'])
 def student(request, tiny_config):
-    """A student off its teacher, its trained parameters, and its teacher's."""
+    """Returns a student that differs from its teacher, its trained and its teacher's parameters."""
     model = DiffusionGemma(tiny_config.replace(kind='separate' if request.param else 'shared'))
     teacher_params = init_params(Gemma(tiny_config.autoregressive), jax.random.key(3))
     params = trained_params(model.config, init_params(model, jax.random.key(0)))
@@ -239,7 +239,7 @@ def test_the_loss_reaches_every_trained_parameter(student, batch, stage):
         jax.grad(lambda p: loss_of(model, p, batch, stage, teacher_params, **settings)[0])
     )(params)
     flat, _ = jax.tree_util.tree_flatten_with_path(grads)
-    # The self-conditioning starts at a zero output: only its last matrix moves at first.
+    # The self-conditioning starts with zero outputs: only its last matrix changes at first.
     still = {
         jax.tree_util.keystr(path) for path, leaf in flat if float(jnp.max(jnp.abs(leaf))) == 0
     }
@@ -305,11 +305,11 @@ def test_the_next_canvas_of_stage_2_keeps_what_is_accepted_and_renoises_the_rest
     model = DiffusionGemma(tiny_config)
     params = init_params(model, jax.random.key(0))
     sure = 40.0 * jax.nn.one_hot(jnp.array([3, 9, 9, 3]), tiny_config.vocab_size)
-    logits = sure * jnp.array([1.0, 0.0, 1.0, 0.0])[:, None]  # sure of the first and the third
+    logits = sure * jnp.array([1.0, 0.0, 1.0, 0.0])[:, None]  # certain of the first and the third
     stage2 = objective('stage2', tiny_config)
     seen = stage2.look(model, params, logits[None, None], jnp.ones((1, 1, 4)))
     noise = jnp.array([[[20, 21, 22, 23]]])
-    # Of the two that nothing is known about, the bound lets the first one pass: its argmax.
+    # The bound also accepts the argmax of the first of the two uncertain positions.
     best = jnp.argmax(logits[1])
     keys = jax.random.split(jax.random.key(0), (1, 1))
     canvas, _ = stage2.next_canvas(seen, noise + 5, noise, keys, jnp.ones((1, 1)))
@@ -317,7 +317,7 @@ def test_the_next_canvas_of_stage_2_keeps_what_is_accepted_and_renoises_the_rest
 
 
 def said_of(entropies, confidences, margins):
-    """What a step says of one canvas whose candidates are 0, 1, 2, 3."""
+    """Returns the proposal of a step for one canvas with the candidates 0, 1, 2, 3."""
     numbers = (jnp.asarray(values)[None, None] for values in (entropies, confidences, margins))
     entropies, confidences, margins = numbers
     candidates = jnp.arange(4)[None, None]
@@ -334,7 +334,7 @@ def said_of(entropies, confidences, margins):
     ],
 )
 def test_stage_2_takes_its_steps_by_every_rule(rule, uniform, masked):
-    """Of a masked canvas positions that hold a token keep it, and count as certain."""
+    """Positions of a masked canvas that have a token keep it and count as certain."""
     said = said_of([0.1, 0.2, 0.9, 0.15], [0.5, 0.8, 0.9, 0.3], [0.1, 0.2, 0.6, 0.7])
     keys, ones = jax.random.split(jax.random.key(0), (1, 1)), jnp.ones((1, 1))
     shared = {'schedule': TemperatureSchedule(), 'acceptance': rule}
@@ -396,7 +396,7 @@ def test_the_loss_of_stage_2_is_traced_with_every_rule(rule, masked, tiny_config
 
 
 def test_stage_2_hands_a_rule_its_logits_and_its_state_from_step_to_step(tiny_config):
-    """Two tokens are settled, then the less certain one is taken back."""
+    """Two tokens are settled, then the less certain one is masked again."""
     stage2 = Stage2(
         corruption=MaskedCorruption(30),
         schedule=TemperatureSchedule(),
@@ -409,7 +409,7 @@ def test_stage_2_hands_a_rule_its_logits_and_its_state_from_step_to_step(tiny_co
     canvas, state = stage2.next_canvas(said, masks, masks, keys, ones, state)
     assert canvas[0, 0].tolist() == [0, 1, 2, 30]
     np.testing.assert_allclose(state.confidences, [[0.5, 0.8, 0.9, 0.3]], rtol=1e-6)
-    # A corrector of uniform noise reads the logits: what only stands there is drawn anew.
+    # A corrector for uniform noise reads the logits and redraws tokens.
     sweep = Stage2(
         corruption=UniformCorruption(37),
         schedule=TemperatureSchedule(),
@@ -442,7 +442,7 @@ def test_the_certainty_term_is_the_entropy_where_the_argmax_is_right(tiny_config
     teacher_params = init_params(Gemma(tiny_config.autoregressive), jax.random.key(3))
     one_step = {'num_steps': 1, 'all_noise_rate': 1.0}
 
-    # The canvases are all noise, whatever the clean tokens: so half of these can be right.
+    # The canvases are noise, independent of the clean tokens, so half of them can be correct.
     key = jax.random.split(jax.random.key(0))[0]
     noisy = draw_noise(
         key,

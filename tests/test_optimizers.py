@@ -1,4 +1,4 @@
-"""The optimizers that a config may name: what they change, what they keep, and where it lies."""
+"""Tests the optimizers of a config: their updates, their state and its sharding."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from diffusiongemma.parallel import make_mesh, on_mesh, param_shardings, state_s
 
 
 def drawn(shapes):
-    """Parameters by name of their module, and gradients like them."""
+    """Returns parameters by the names of their modules, and gradients."""
     keys = iter(jax.random.split(jax.random.key(0), 64))
     draw = lambda shape: jax.random.normal(next(keys), shape)  # noqa: E731
     is_shape = lambda leaf: isinstance(leaf, tuple)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Google's orbax layout, on checkpoints that are written here from the published tiny ones."""
+"""Tests Google's orbax layout on checkpoints that are written from tiny published ones."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ DATA = Path(__file__).parent / 'data'
 
 
 def google_layer(tensors, prefix, config, layer):
-    """One layer as the modules of google-deepmind/gemma name and shape it."""
+    """Returns one layer with the names and shapes of the modules of google-deepmind/gemma."""
     attention = config.attention(config.layer_types[layer])
     n, k, h, d = config.num_heads, attention.num_kv_heads, attention.head_dim, config.width
 
@@ -76,7 +76,7 @@ def google_layer(tensors, prefix, config, layer):
 
 
 def google_tree(name):
-    """The tiny checkpoint `name` in Google's nested layout."""
+    """Returns the tiny checkpoint `name` in Google's nested layout."""
     tensors = load_file(DATA / name / 'model.safetensors')
     config = load_model(DATA / name)[0].config
     prefix = 'model.decoder.' if config.is_diffusion else 'model.'
@@ -109,7 +109,7 @@ def write(directory, tree, config_of=None):
 
 
 def with_one_scalar(params):
-    """Google's layout has one scalar for both passes: the denoise pass's here."""
+    """Uses the denoise pass's scalar for both passes, since Google's layout has only one."""
     flat = flatten_dict(params)
     for path in flat:
         if path[-1] == 'encode_scalar' and (*path[:-1], 'denoise_scalar') in flat:
@@ -178,7 +178,7 @@ def test_sizes_of_no_released_model_ask_for_a_config(tmp_path):
 
 @pytest.mark.slow
 def test_sizes_of_a_released_model_need_no_config(tmp_path, monkeypatch):
-    """Shown on a tiny model that is declared to be released."""
+    """The test declares a tiny model as released."""
     numbers = {
         'sliding_window': 8,
         'max_position_embeddings': 512,

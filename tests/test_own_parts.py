@@ -1,4 +1,4 @@
-"""Rules and losses of one's own: one file, and any config can name them."""
+"""Tests that configs can name custom rules and losses by their modules."""
 
 import sys
 
@@ -48,7 +48,7 @@ def not_a_class():
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A module of the user's, in a folder that Python looks into."""
+    """Writes a user module into a folder on Python's import path."""
     (tmp_path / 'parts_of_mine.py').write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     yield 'parts_of_mine'

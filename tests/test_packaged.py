@@ -1,4 +1,4 @@
-"""Weights from optional packages: assembled once, checked, and one line where they are missing."""
+"""Tests weights from optional packages: assembly, checks, and the error if one is missing."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ CONTENT = (b'first part,', b' second part')
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package 'tiny' whose file has two parts, and an empty cache."""
+    """Makes a package 'tiny' whose file has two parts, and an empty cache."""
     parts = [tmp_path / f'part{i}' for i in range(len(CONTENT))]
     for path, content in zip(parts, CONTENT, strict=True):
         path.write_bytes(content)

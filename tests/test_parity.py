@@ -1,4 +1,4 @@
-"""Each Gemma family against the transformers library, on what tests/data/make_goldens.py wrote."""
+"""Tests each Gemma family against golden outputs that tests/data/make_goldens.py wrote."""
 
 import functools
 import importlib.util
@@ -32,7 +32,7 @@ def golden_of(name, file='golden.npz'):
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode(model, params, tokens, lengths, prefix):
-    """Logits and K/V of tokens behind `lengths` earlier ones."""
+    """Returns logits and K/V of tokens after `lengths` earlier ones."""
     with jax.default_matmul_precision('highest'):
         positions = lengths[:, None] + jnp.arange(tokens.shape[1])
         args = (tokens, positions, jnp.ones_like(tokens), prefix)

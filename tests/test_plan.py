@@ -1,4 +1,4 @@
-"""Compiling for TPU slices that are not there, and what is read from the compiled text."""
+"""Tests compilation for TPU slices without devices, and the analysis of compiled HLO."""
 
 import importlib.util
 import json

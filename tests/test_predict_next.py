@@ -1,4 +1,4 @@
-"""Canvas tokens predicted at the position before their own."""
+"""Tests the prediction of canvas tokens at the previous position."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from diffusiongemma.sampling import Sampler, SamplingConfig, passes
 
 
 def fresh_student(predict_next):
-    """A student of the shipped teacher before any training, its parameters and tokenizer."""
+    """Returns an untrained student of the shipped teacher, its parameters and tokenizer."""
     teacher, teacher_params, tokenizer = load_model('builtin-teacher')
     config = teacher.config.replace(canvas_length=16, kind='separate', predict_next=predict_next)
     model = DiffusionGemma(config)

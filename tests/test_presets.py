@@ -1,4 +1,4 @@
-"""The presets have the published sizes, and all can be teachers and students."""
+"""Tests that the presets have the published sizes and can be teachers and students."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ GEMMA3 = {
     'gemma3_12b': (1012, 10_759),
     'gemma3_27b': (1416, 25_600),
 }
-# Billions of parameters, total and active, of the model cards. They count no tower.
+# Billions of parameters, total and active, of the model cards, without towers.
 GEMMA4 = {
     'gemma4_31b': (30.7, 30.7),
     'gemma4_26b_a4b': (25.2, 3.8),
@@ -57,9 +57,9 @@ def test_large_gemma4_presets_have_the_parameters_of_their_model_cards(name):
 @pytest.mark.parametrize(('name', 'total', 'active'), [('e2b', 5.1, 2.3), ('e4b', 8.0, 4.5)])
 def test_small_gemma4_presets_fit_their_model_cards(name, total, active):
     counts = counts_of(f'gemma4_{name}')
-    # The cards' totals hold the towers too, about 0.15B for images and 0.3B for sound.
+    # The totals of the cards include towers, about 0.15B for images and 0.3B for audio.
     assert counts.total / 1e9 + 0.45 == pytest.approx(total, abs=0.1)
-    # E4B has 4.64B without per-layer embeddings where its card says 4.5B.
+    # E4B has 4.64B without per-layer embeddings; its card says 4.5B.
     assert counts.active / 1e9 == pytest.approx(active, abs=0.15)
 
 
@@ -134,7 +134,7 @@ def test_a_student_of_each_family_takes_all_weights_of_its_teacher(family, separ
     still = {path[0].key for path, leaf in flat if not jnp.any(leaf)}
     own = {'self_conditioning'}
     if not config.layer_scalar and not separate:
-        own |= {'backbone'}  # its denoise scalars, where the teacher has none
+        own |= {'backbone'}  # its denoise scalars, which the teacher does not have
     assert still == own
 
 

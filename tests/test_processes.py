@@ -1,4 +1,4 @@
-"""Several real processes train together, over gloo on the CPU of one machine."""
+"""Tests training with several processes, which communicate over gloo on one CPU."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def environment(program):
 
 
 def launch(count, workdir, *flags, program='train', config='tiny_teacher', code=0):
-    """Output of `count` processes of an entry point."""
+    """Returns the output of `count` processes of an entry point."""
     script = str(ROOT / 'launch' / 'local_multiprocess.sh')
     done = subprocess.run(
         [script, str(count), f'configs/{config}.py', str(workdir), *flags],
@@ -55,7 +55,7 @@ def train(count, workdir, num_steps):
 
 def check_training_and_resuming(count, tmp_path):
     train(count, tmp_path / 'whole', 4)
-    # As if another run had been cut after its first checkpoint.
+    # This simulates a run that was interrupted after its first checkpoint.
     shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
     shutil.rmtree(tmp_path / 'cut' / 'checkpoints' / '4')
     lines = (tmp_path / 'cut' / 'metrics.jsonl').read_text().splitlines(keepends=True)
@@ -65,7 +65,7 @@ def check_training_and_resuming(count, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
     rows = [read_metrics(tmp_path / name) for name in ('whole', 'cut')]
     assert [row['loss'] for row in rows[0]] == [row['loss'] for row in rows[1]]
-    # One process wrote: each step has one row, and one event file.
+    # Only one process wrote: each step has one row, and there is one event file.
     assert len((tmp_path / 'whole' / 'metrics.jsonl').read_text().splitlines()) == 4
     assert len(list((tmp_path / 'whole' / 'tensorboard').iterdir())) == 1
     assert load_model(tmp_path / 'whole')[2] is not None
@@ -93,7 +93,7 @@ def test_two_processes_distil_from_targets_to_evaluation(tmp_path):
         '--config.canvas_length=8',
         '--config.targets.source.size=32',
         '--config.targets.batch_size=16',
-        '--config.targets.sequence_level=False',  # a random teacher's answers do not end
+        '--config.targets.sequence_level=False',  # the answers of a random teacher do not end
         '--config.targets.top_k_logits=4',
         '--config.data.batch_size=4',
         '--config.data.row_length=128',

@@ -1,4 +1,4 @@
-"""Weights of eight bits: close to the float ones, the same in every layout."""
+"""Tests that eight-bit weights are close to the float weights and equal in every layout."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Every block of the README, and the sudoku of its notes, runs exactly as it is printed."""
+"""Tests that every block of the README, and the sudoku of the notes, runs as it is printed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ README, SUDOKU = (
     re.findall(r'^```(\w+)\n(.*?)^```$', page, re.MULTILINE | re.DOTALL) for page in PAGES
 )
 BLOCKS = [block for block in README if block[0] != 'text'] + SUDOKU[:1]
-# As users run them: on one device, with all of XLA's optimizations, python that of the tests.
+# Blocks run as for users: on one device with all of XLA's optimizations, and the tests' Python.
 ENVIRONMENT = os.environ | {
     'XLA_FLAGS': '',
     'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
@@ -29,14 +29,14 @@ ENVIRONMENT = os.environ | {
 
 
 def block(part):
-    """The only block that has `part` in it, and its language."""
+    """Returns the language and text of the only block that contains `part`."""
     ((language, text),) = [(language, text) for language, text in BLOCKS if part in text]
     return language, text
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the project, which is what a user has."""
+    """Returns a copy of the project, as a user has it."""
     ignored = shutil.ignore_patterns('.*', '__pycache__', '*.egg-info')
     return shutil.copytree(ROOT, tmp_path / 'checkout', ignore=ignored)
 

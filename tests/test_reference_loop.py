@@ -1,6 +1,6 @@
-"""The whole generation loop against the public transformers implementation.
+"""Tests the whole generation loop against the public transformers implementation.
 
-Both read the same tiny checkpoint, and the reference's random draws are replaced by ours.
+Both read the same tiny checkpoint, and the sampler's random draws replace the reference's.
 """
 
 import functools
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.slow
 TINY = pathlib.Path(__file__).parent / 'data' / 'tiny_moe'
 CANVAS = 16
 SEEDS = range(36)
-# A choice between two candidates or two experts that are closer than this depends on the order
-# of float32 sums: leads in nats, and in probability.
+# If two candidates or two experts are closer than this, the choice depends on the order of
+# float32 sums. The margins are in nats and in probability.
 NEAR_TIES = {'candidate': 1e-4, 'expert': 1.5e-7}
 STOP_ID = 37
 PROMPT = np.load(TINY / 'golden.npz')['prompt']
@@ -43,14 +43,14 @@ FIELDS = {
 
 
 class Draws:
-    """Stands in for torch's random functions with the draws of `Sampler` for the same key."""
+    """A replacement of torch's random functions with the draws of `Sampler` for the same key."""
 
     def __init__(self, key, batch_size, vocab_size):
         self.vocab_size = vocab_size
         self.rows = row_keys(key, batch_size)
         self.canvas = -1
         self.step = None
-        self.narrowest = dict.fromkeys(NEAR_TIES, np.inf)  # smallest leads so far
+        self.narrowest = dict.fromkeys(NEAR_TIES, np.inf)  # the smallest margins so far
 
     def randint(self, low, high, size, device=None):
         assert low == 0 and high == self.vocab_size
@@ -81,7 +81,7 @@ class Draws:
         self.narrowest[name] = min(self.narrowest[name], value)
 
     def watch_router(self, router, inputs, outputs):
-        """A forward hook: the lead of the last expert that is taken over the first that is not."""
+        """Records the margin between the last selected and the first other expert (a hook)."""
         probabilities, weights, _ = outputs
         ordered = probabilities.sort(dim=-1, descending=True).values
         taken = weights.shape[-1]
@@ -91,7 +91,7 @@ class Draws:
 def reference_generate(
     model, monkeypatch, key, prompt, stop_id, *, entropy_bound, pad_id, **fields
 ):
-    """The reference's new tokens, its tokens per forward, and its narrowest choices."""
+    """Returns the reference's new tokens, its tokens per forward, and its smallest margins."""
     from transformers.models.diffusion_gemma import generation_diffusion_gemma as reference
 
     draws = Draws(key, prompt.shape[0], model.config.text_config.vocab_size)
@@ -122,10 +122,10 @@ def reference_generate(
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    """The tiny checkpoint, damped.
+    """Returns the tiny checkpoint with small residual updates.
 
-    With its random weights every step multiplies rounding errors by ten, and no canvas ever
-    settles. With small residual updates both are tame and tokens still depend on each other.
+    With its random weights every step multiplies rounding errors by ten, and canvases do not
+    converge. With small residual updates they converge, and tokens still depend on each other.
     """
     directory = tmp_path_factory.mktemp('damped')
     tensors = safetensors.load_file(TINY / 'model.safetensors')
@@ -140,7 +140,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def ours(checkpoint):
-    """A function from a seed to the key and the sampler's output."""
+    """Returns a function from a seed to the key and the sampler's output."""
     model, params, _ = load_model(checkpoint)
     sampler = Sampler(model, SamplingConfig(stop_ids=(STOP_ID,), **FIELDS))
     lengths = np.full(len(PROMPT), PROMPT.shape[1])
@@ -174,7 +174,7 @@ def test_tokens_and_step_counts_equal_those_of_the_reference(seed, ours, referen
     width = theirs.shape[1]  # the reference ends with its last canvas
     np.testing.assert_array_equal(output.tokens[:, :width], theirs)
     assert (output.tokens[:, width:] == FIELDS['pad_id']).all()
-    # The reference counts what is no pad token, and the model may write that one too.
+    # The reference counts tokens other than pads, but the model may write pads too.
     counted = np.sum(theirs != FIELDS['pad_id'], axis=1)
     np.testing.assert_allclose(counted / output.denoising_steps, tokens_per_forward, rtol=1e-6)
 

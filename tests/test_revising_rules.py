@@ -1,4 +1,4 @@
-"""Rules that see logits and carry state: a predictor with a corrector, and remasking."""
+"""Tests rules that read logits and have state: a predictor with a corrector, and remasking."""
 
 import collections
 import dataclasses
@@ -39,7 +39,7 @@ CANVASES = np.array(list(itertools.product(range(V), repeat=C)))  # [V^C, C]
 
 @functools.cache
 def language(seed):
-    """Probabilities [V^C] of a toy language in which positions depend on each other."""
+    """Returns probabilities [V^C] of a toy language with dependent positions."""
     weights = np.random.default_rng(seed).gamma(0.4, size=len(CANVASES))
     return weights / weights.sum()
 
@@ -49,14 +49,14 @@ def number(canvas):
 
 
 def noised(level, seed=0):
-    """Joint distribution [x_0, x_t] of clean and noisy canvases under uniform noise."""
+    """Returns the joint distribution [x_0, x_t] of clean and noisy canvases under uniform noise."""
     kernel = (1 - level) * np.eye(V) + level / V
     rows = [kernel[CANVASES[:, None, i], CANVASES[None, :, i]] for i in range(C)]
     return language(seed)[:, None] * np.prod(rows, 0)
 
 
 def denoised(joint):
-    """[x_t, C, V] what the exact denoiser says, as logarithms."""
+    """Returns the log-probabilities [x_t, C, V] of the exact denoiser."""
     marginals = np.stack([[joint[CANVASES[:, i] == v].sum(0) for v in range(V)] for i in range(C)])
     return np.log(np.moveaxis(marginals, -1, 0) / joint.sum(0)[:, None, None])
 
@@ -79,10 +79,10 @@ def proposal_of(canvas, logits, key=0, **fields):
 @pytest.mark.parametrize('level', [0.8, 0.3])
 @pytest.mark.parametrize('temperature', [1.0, 0.6])
 def test_a_corrector_draws_a_token_given_the_others_at_the_same_noise_level(level, temperature):
-    """p(x_t^i | the others) by Bayes' rule from the joint distribution of noisy canvases alone.
+    """The draw is p(x_t^i | the others) by Bayes' rule from the joint of noisy canvases.
 
-    At another temperature than 1 it is that of the tempered prediction without its own token,
-    and noise as before.
+    At other temperatures than 1 it is that of the tempered prediction without the position's own
+    token, with the same noise.
     """
     draws, joint = 4_000, noised(level)
     marginal, logits = joint.sum(0), denoised(joint)
@@ -99,7 +99,9 @@ def test_a_corrector_draws_a_token_given_the_others_at_the_same_noise_level(leve
             others = np.delete(np.arange(C), place)
             assert (corrected[:, others] == CANVASES[canvas][others]).all()
             alike = (CANVASES[:, others] == CANVASES[canvas][others]).all(1)
-            expected = marginal[alike] / marginal[alike].sum()  # in the order of the token there
+            expected = (
+                marginal[alike] / marginal[alike].sum()
+            )  # in the order of the token at that position
             clean = (expected - level / V) / (1 - level)
             clean = clean ** (1 / temperature) / np.sum(clean ** (1 / temperature))
             expected = (1 - level) * clean + level / V
@@ -118,12 +120,12 @@ def test_a_sweep_comes_to_every_position_once_and_leaves_pinned_ones():
     closed = proposal.replace(open=jnp.array([[False] + [True] * (length - 1)]))
     assert not any(sweep.correct(closed, levels, jnp.array([n]))[0, 0] for n in range(3))
     clean = sweep.correct(proposal, jnp.zeros((1, 1)), jnp.array([0]))
-    assert (clean == canvas).all()  # without noise a token follows from itself alone
+    assert (clean == canvas).all()  # without noise a token depends only on itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-    """A predictor that notes the noise levels it is asked to go to."""
+    """A predictor that records the noise levels of its steps."""
 
     levels: list = dataclasses.field(default_factory=list, hash=False)
 
@@ -203,7 +205,7 @@ class MaskedLanguage(nn.Module):
 
 
 def masked_language(seed):
-    """The parameters of `MaskedLanguage`: [canvases with masks, C, V + 1] logits."""
+    """Returns the parameters of `MaskedLanguage`: [canvases with masks, C, V + 1] logits."""
     noisy = np.array(list(itertools.product(range(V + 1), repeat=C)))
     agrees = np.all((noisy[None] == V) | (noisy[None] == CANVASES[:, None]), axis=-1)
     with np.errstate(divide='ignore', invalid='ignore'):
@@ -222,8 +224,8 @@ def greedy(model, rule, steps, controls=None, seed=0):
 
 
 def test_tokens_that_are_taken_back_never_come_back_worse():
-    """Of the exact denoiser a token that is predicted anew is the most likely given the others, so
-    that the text never becomes less likely, and in some languages more."""
+    """With the exact denoiser, a token that is predicted again is the most likely given the others,
+    so the text never becomes less likely, and in some languages more likely."""
     gains = []
     for seed in range(12):
         plain, revised = (
@@ -246,7 +248,7 @@ def test_a_full_canvas_loses_the_tokens_that_were_settled_with_the_least_confide
     )  # fmt: skip
     canvas, state = rule.next_canvas(first, state)
     assert canvas.tolist() == [[9, 2, 9, 1]]
-    # Both are settled again, the first with more confidence: now others are the least certain.
+    # Both are settled again, the first with more confidence, so now others are the least certain.
     is_open = canvas == 9
     second = first.replace(
         canvas=canvas, open=is_open, confidences=jnp.array([[0.95, 1.0, 0.4, 1.0]]),
@@ -255,11 +257,11 @@ def test_a_full_canvas_loses_the_tokens_that_were_settled_with_the_least_confide
     canvas, state = rule.next_canvas(second, state)
     assert canvas.tolist() == [[2, 2, 9, 9]]
     np.testing.assert_allclose(state.confidences, [[0.95, 0.9, 0.4, 0.8]], rtol=1e-6)
-    # The last step takes nothing back.
+    # The last step does not mask any token.
     last = second.replace(next_noise_level=jnp.float32(0.0))
     canvas, _ = rule.next_canvas(last, state)
     assert canvas.tolist() == [[2, 2, 2, 1]]
-    # While a position is open nothing is taken back.
+    # While a position is masked, no settled token is masked again.
     waits = Remask(TopK(1), count=4)
     canvas, _ = waits.next_canvas(first, waits.first_state(mask))
     assert canvas.tolist() == [[9, 2, 9, 9]]
@@ -319,7 +321,7 @@ def test_they_are_read_from_what_python_prints_of_them(rule):
 
 @dataclasses.dataclass(frozen=True)
 class Counting:
-    """Accepts everything and counts its steps."""
+    """A rule that accepts everything and counts its steps."""
 
     def first_state(self, canvas: jax.Array) -> Any:
         return jnp.zeros(canvas.shape[0], jnp.int32)
@@ -361,7 +363,7 @@ def test_a_row_does_not_depend_on_its_neighbors_under_a_rule_with_state():
 
 
 def test_a_rule_without_state_carries_none_and_pays_for_nothing_that_it_does_not_read(monkeypatch):
-    """Its compiled program is the one of a step that offers no logits."""
+    """Its compiled program equals that of a step without logits for the rule."""
     assert not isinstance(EntropyBound(), StatefulRule) and isinstance(Remask(), StatefulRule)
     canvas = jnp.zeros((1, C), jnp.int32)
     assert first_state(EntropyBound(), canvas) is None
@@ -369,7 +371,7 @@ def test_a_rule_without_state_carries_none_and_pays_for_nothing_that_it_does_not
     assert next_canvas(EntropyBound(), offered, None)[1] is None
 
     def operations(config):
-        """How often each operation is in the compiled program."""
+        """Returns the number of each operation in the compiled program."""
         jax.clear_caches()
         text = jax.jit(lambda: canvas_of(config, 2)).lower().compile().as_text()
         return collections.Counter(re.findall(r'= \S+ ([a-z-]+)\(', text))

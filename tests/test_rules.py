@@ -1,4 +1,4 @@
-"""Acceptance rules beside the entropy bound, ancestral sampling, masked diffusion."""
+"""Tests other acceptance rules than the entropy bound, and masked diffusion."""
 
 import itertools
 
@@ -52,7 +52,7 @@ def proposal_of(canvas, candidates, noise, **fields):
 
 @st.composite
 def open_values(draw):
-    """Values in [0, 1] of a row of positions, and which of them are open."""
+    """Returns values in [0, 1] of a row of positions, and a mask of open positions."""
     length = draw(st.integers(1, 10))
     values = draw(st.lists(st.floats(0, 1, width=32), min_size=length, max_size=length))
     return np.float32(values), np.array(
@@ -111,13 +111,13 @@ def test_settings_out_of_range_are_refused(make):
 
 
 def forward(level, size):
-    """Transition matrix [x_0, x_t] of uniform corruption to a level."""
+    """Returns the transition matrix [x_0, x_t] of uniform corruption to a level."""
     return (1 - level) * np.eye(size) + level / size
 
 
 @pytest.mark.parametrize('t, s', [(1.0, 0.75), (0.75, 0.5), (0.25, 0.0)])
 def test_ancestral_draws_from_the_reverse_posterior(t, s):
-    """q(x_s | x_t, x_0) by Bayes' rule from the forward process alone."""
+    """The expected q(x_s | x_t, x_0) comes from the forward process by Bayes' rule."""
     draws = 40_000
     between = forward(1 - (1 - t) / (1 - s), V)  # from level s to level t
     for current, clean in itertools.product(range(V), range(V)):
@@ -140,20 +140,20 @@ def test_ancestral_draws_from_the_reverse_posterior(t, s):
 
 
 def language():
-    """Probabilities [V^C] of a toy language in which positions depend on each other."""
+    """Returns probabilities [V^C] of a toy language with dependent positions."""
     weights = np.random.default_rng(0).gamma(0.4, size=len(CANVASES))
     return weights / weights.sum()
 
 
 def clean_posteriors(likelihoods):
-    """[canvases, C, V] p(x_0 at a position | noisy canvas), of likelihoods [x_0, noisy]."""
+    """Returns [canvases, C, V] p(x_0^i | noisy canvas) from likelihoods [x_0, noisy]."""
     joint = language()[:, None] * likelihoods
     marginals = np.stack([[joint[CANVASES[:, i] == v].sum(0) for v in range(V)] for i in range(C)])
     return np.moveaxis(marginals, -1, 0) / joint.sum(0)[:, None, None]
 
 
 def assert_is_the_language(samples):
-    """[N, C] draws against the language by a chi-square test at 1e-3."""
+    """Compares draws [N, C] with the language by a chi-square test at 1e-3."""
     counts = np.bincount(np.asarray(samples) @ (V ** np.arange(C)[::-1]), minlength=V**C)
     expected = language() * len(samples)
     common = expected >= 5
@@ -230,7 +230,7 @@ def test_ancestral_sampling_of_masked_noise_gives_back_the_language():
 
 @pytest.mark.parametrize('rule', [TopK(1), ConfidenceThreshold(1.0), EntropyBound(0.0)])
 def test_unmasking_one_token_a_step_takes_as_many_steps_as_tokens(rule):
-    """And samples the language exactly: each token is drawn given those that are there."""
+    """It samples the language exactly: each token is drawn given the settled ones."""
     draws = 20_000
     config = SamplingConfig(
         max_new_tokens=C,
@@ -246,7 +246,7 @@ def test_unmasking_one_token_a_step_takes_as_many_steps_as_tokens(rule):
         assert set(output.denoising_steps.tolist()) == {C}
     assert (np.asarray(output.denoising_steps) <= C).all()
     assert np.asarray(output.tokens).max() < V
-    if not isinstance(rule, TopK | ConfidenceThreshold):  # those look at the candidate they take
+    if not isinstance(rule, TopK | ConfidenceThreshold):  # these rules read the candidate
         assert_is_the_language(output.tokens)
 
 

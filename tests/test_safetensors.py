@@ -1,4 +1,4 @@
-"""Reading the published format: files, index, config and the mapping to parameters."""
+"""Tests reading the published format: files, index, config and mapping to parameters."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def params():
 
 
 def write(directory, tensors, config=None):
-    """A checkpoint of one file."""
+    """Writes a checkpoint of one file."""
     directory.mkdir(exist_ok=True)
     shutil.copyfile(HELDOUT / 'config.json', directory / 'config.json')
     if config is not None:
@@ -44,7 +44,7 @@ def write(directory, tensors, config=None):
 
 
 def write_sharded(directory, tensors):
-    """A checkpoint of three files with an index; returns the index."""
+    """Writes a checkpoint of three files with an index; returns the index."""
     shutil.copyfile(HELDOUT / 'config.json', directory / 'config.json')
     names = sorted(tensors)
     weight_map = {}
@@ -58,7 +58,7 @@ def write_sharded(directory, tensors):
 
 
 def hf_config(**changes):
-    """The parsed config.json of the held-out checkpoint with other text values; None deletes."""
+    """Returns config.json of the held-out checkpoint with other text values; None deletes a key."""
     content = json.loads((HELDOUT / 'config.json').read_text())
     text = content['text_config'] | changes
     content['text_config'] = {
@@ -79,7 +79,7 @@ def test_shards_with_an_index_equal_the_single_file(tmp_path, tensors, params):
 
 
 def test_stacked_parameters_hold_the_tensors_of_their_layers(tensors, params):
-    # Layers 1 and 3 are the second place of the pattern in its two repetitions.
+    # Layers 1 and 3 are the second layer of the pattern in its two repetitions.
     down = params['backbone']['layers']['layer_1']['mlp']['down']
     np.testing.assert_array_equal(down[0], tensors[DOWN_PROJ].T)
     np.testing.assert_array_equal(down[1], tensors[DOWN_PROJ.replace('.1.', '.3.')].T)
@@ -351,7 +351,7 @@ def test_another_model_type_is_an_error_that_lists_the_known_ones(tmp_path):
         read_hf_config(tmp_path)
 
 
-# Values of the released models; that of Gemma 3 without what are the defaults of its format.
+# Values of the released models; the Gemma 3 case omits keys with default values.
 RELEASED = {
     'gemma3_4b': {
         'model_type': 'gemma3',
@@ -398,7 +398,7 @@ RELEASED = {
 @pytest.mark.parametrize('name', RELEASED)
 def test_a_released_config_is_the_preset(name):
     config = model_config_from_hf(RELEASED[name])
-    if name == 'gemma3_4b':  # 64 rows more, for images
+    if name == 'gemma3_4b':  # 64 additional rows for images
         assert config.vocab_size == 262_208
         config = config.replace(vocab_size=262_144)
     assert config == PRESETS[name]

@@ -20,17 +20,17 @@ EVERY_MODE = pytest.mark.parametrize('mode', ['diffusion', 'autoregressive', 'lo
 
 
 def config(**fields):
-    """Never stops unless told; pads with a token of its own."""
+    """Returns a config without stop tokens and with its own pad token."""
     fields = {'max_new_tokens': 16, 'stop_ids': (), 'pad_id': PAD, 'vocab_size': PAD} | fields
     return SamplingConfig(**fields)
 
 
-FEW_STEPS = config(max_denoising_steps=2)  # the draws still show in what is committed
+FEW_STEPS = config(max_denoising_steps=2)  # the committed tokens still depend on the draws
 
 
 @functools.cache
 def sample(sampling_config, mode='diffusion', prompts=3, width=8, seed=0):
-    """The sampler's output for the first `prompts` of PROMPTS, as numpy arrays."""
+    """Returns the sampler's output for the first `prompts` of PROMPTS, as numpy arrays."""
     model, params = toy(C)
     tokens, lengths = pad_prompts(PROMPTS[:prompts], PAD, width=width)
     sampler = Sampler(model, sampling_config, mode)
@@ -38,7 +38,7 @@ def sample(sampling_config, mode='diffusion', prompts=3, width=8, seed=0):
 
 
 def prompts_in_cache(sampling_config):
-    """The toy, its parameters and the state behind PROMPTS."""
+    """Returns the toy, its parameters and the state after PROMPTS."""
     model, params = toy(C)
     tokens, lengths = jax.tree.map(jnp.asarray, pad_prompts(PROMPTS, PAD, width=8))
     state, _ = prefilled(model, sampling_config, params, tokens, lengths, KEY, Controls())
@@ -46,7 +46,7 @@ def prompts_in_cache(sampling_config):
 
 
 def canvas_of_every_row(**fields):
-    """A task of three rows with the keys of KEY."""
+    """Returns a canvas task of three rows with the keys of KEY."""
     last_token = jnp.array([prompt[-1] for prompt in PROMPTS])
     active = jnp.ones(3, bool)
     return CanvasTask(
@@ -59,7 +59,7 @@ def assert_same(one, other):
 
 
 def config_that_stops_row_0(mode, index):
-    """A stop token that row 0 meets first at `index` of its response, other rows later or not."""
+    """Returns a config with a stop token that row 0 writes at `index`, and no row earlier."""
     tokens = sample(config(), mode).tokens
     stop = int(tokens[0, index])
     assert stop not in tokens[0, :index]
@@ -67,12 +67,12 @@ def config_that_stops_row_0(mode, index):
 
 
 def first_new_index(mode, minimum):
-    """The first index from `minimum` on where row 0 has a token that it had not before."""
+    """Returns the first index from `minimum` on at which row 0 has a new token."""
     row = sample(config(), mode).tokens[0].tolist()
     return next(i for i in range(minimum, len(row)) if row[i] not in row[:i])
 
 
-# The diffusion loop.
+# Tests of the diffusion loop.
 
 
 def test_canvases_follow_the_models_rule_at_temperature_zero():
@@ -136,7 +136,7 @@ def test_a_stopped_row_keeps_its_canvas_history_and_soft_embeddings():
 
 
 def test_denoise_steps_accept_candidates_and_renoise_the_rest():
-    """Bound 0 accepts one position a step; the others are drawn anew each time."""
+    """Bound 0 accepts one position per step; the others are redrawn in each step."""
     few = config(entropy_bound=0.0, confidence_threshold=0)
     model, params, state = prompts_in_cache(few)
     task = canvas_of_every_row()
@@ -211,7 +211,7 @@ def test_noise_stays_below_the_noise_vocabulary():
     assert (np.sum(np.asarray(canvas.canvas) < 3, axis=-1) >= C - 1).all()
 
 
-# What every mode promises.
+# Tests of properties of every mode.
 
 
 @EVERY_MODE
@@ -372,11 +372,11 @@ def test_a_stream_leaves_its_arguments_to_the_caller(mode):
     )  # no block takes another's buffers
 
 
-# The autoregressive mode.
+# Tests of the autoregressive mode.
 
 
 def naive_greedy(model, params, prompt, count):
-    """Token by token over the whole sequence, without a cache."""
+    """Decodes token by token over the whole sequence, without a cache."""
 
     @jax.jit
     def next_token(tokens, length):

@@ -1,4 +1,4 @@
-"""The sampler on a real network, with random weights, beside the rule-based one elsewhere."""
+"""Tests the sampler on a real network with random weights; other files use the toy model."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""JSON schemas against the package jsonschema, in both directions."""
+"""Tests JSON schemas against the package jsonschema in both directions."""
 
 import json
 import random
@@ -16,7 +16,7 @@ def accepts(dfa, value, limit=400):
 
 
 def check_case(seed):
-    """One schema: what is generated is valid, what is valid can be generated."""
+    """Checks that generated texts are valid and that valid texts can be generated."""
     rng = random.Random(seed)
     schemas = Schemas(rng)
     schema = schemas.schema()

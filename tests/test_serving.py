@@ -1,4 +1,4 @@
-"""The server: OpenAI's own client, bodies that are wrong, many clients, broken connections."""
+"""Tests the server with OpenAI's client, invalid bodies, many clients, broken connections."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Shapes in signatures are checked in the test run, and only there."""
+"""Tests that shapes in signatures are checked in test runs, and only there."""
 
 import importlib
 import subprocess
@@ -55,7 +55,7 @@ def test_a_wrong_shape_or_dtype_fails_a_test(call):
     with pytest.raises(TypeCheckError):
         call()
     with pytest.raises(TypeCheckError):
-        jax.eval_shape(call)  # so in a compiled program
+        jax.eval_shape(call)  # the same in a compiled program
 
 
 def test_a_wrong_result_fails_a_test(monkeypatch):
@@ -72,7 +72,7 @@ def test_fields_of_a_pytree_are_checked_where_the_package_makes_one():
     with pytest.raises(TypeCheckError, match='margins'):
         exec(make, own)
     exec(make, own | {'leaves': vars(values)})
-    # JAX makes them too, of whatever a function returns.
+    # JAX creates pytrees too, with leaves that need not be arrays.
     assert jax.tree.map(lambda leaf: leaf.shape, values).margins == (2, 3)
     mask = CausalMask(*ONE_KEY_OF_TWO, ONE_KEY_OF_TWO, window=None)
     assert jax.tree.map(lambda _: None, mask).positions is None

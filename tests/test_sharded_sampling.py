@@ -1,4 +1,4 @@
-"""Sampling with parameters, rows and cache spread over eight devices equals sampling on one."""
+"""Tests that sampling with arrays sharded over eight devices equals sampling on one."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from diffusiongemma.sampling.sampler import MODES, prefilled
 
 PROMPTS = [[5, 17, 20, 31, 8, 9, 3, 4, 6, 12, 7], [9, 14], [3, 3, 3], [1]] * 2
 FEW = ({'fsdp': 2, 'tensor': 2, 'expert': 2}, {'data': 2, 'tensor': 2, 'sequence': 2})
-# Prompts of width 16 and 16 new tokens: slots that the sequence axis divides.
+# Prompts of width 16 and 16 new tokens give slots that the sequence axis divides.
 CONFIG = SamplingConfig(
     max_new_tokens=16, max_denoising_steps=2, temperature=0, stop_ids=(), entropy_bound=2.0
 )
@@ -32,7 +32,7 @@ CONFIG = SamplingConfig(
 
 @pytest.fixture
 def model(tiny_moe_config):
-    # A vocabulary, canvases and experts that every mesh divides.
+    # Every mesh divides this vocabulary, these canvases and experts.
     moe = dataclasses.replace(tiny_moe_config.moe, num_experts=8)
     return DiffusionGemma(
         tiny_moe_config.replace(
@@ -42,7 +42,7 @@ def model(tiny_moe_config):
 
 
 def spread(model, axes):
-    """The model on a mesh; parameters and the prompts' tokens, lengths, keys in their shards."""
+    """Returns the model on a mesh, and sharded parameters, prompt tokens, lengths and keys."""
     mesh = make_mesh(axes, jax.devices()[:8])
     model = on_mesh(model, mesh)
     params = jax.device_put(random_params(model), param_shardings(model, mesh))
@@ -59,7 +59,7 @@ def alone(model):
 
 
 def first_step(model, params, tokens, lengths, keys):
-    """Logits, soft embeddings and canvas of the first denoise step, and the cache it reads."""
+    """Returns logits, soft embeddings and canvas of the first denoise step, and its cache."""
     state, _ = prefilled(model, CONFIG, params, tokens, lengths, keys, Controls())
     task = diffusion.canvas_task(model, state)
     noisy = diffusion.first_noise(model, CONFIG, params, task)
@@ -72,7 +72,7 @@ def first_step(model, params, tokens, lengths, keys):
 
 @pytest.fixture(scope='module')
 def cached():
-    """Results on one device, computed once for all meshes."""
+    """Returns results on one device, computed once for all meshes."""
     return functools.cache(lambda function, *args: function(*args))
 
 
@@ -88,8 +88,8 @@ def test_logits_soft_embeddings_and_canvas_of_a_step_are_those_of_one_device(axe
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         assert np.isfinite(np.asarray(other)).all()
         np.testing.assert_allclose(one, other, atol=1e-5)
-    # The cache is spread and not copied: its rows lie on the axes of the batch, its slots on that
-    # of the sequence.
+    # The cache is sharded, not replicated: its rows along the axes of the batch, its slots along
+    # `sequence`.
     full = found[3][0][1][0]
     split = axes['data'] * axes['fsdp'] * axes['expert'] * axes['sequence']
     assert len(full.sharding.device_set) == 8

@@ -1,4 +1,4 @@
-"""The distillation step on a mesh of eight devices equals the step on one."""
+"""Tests that the distillation step on a mesh of eight devices equals the step on one."""
 
 import functools
 
@@ -64,7 +64,7 @@ def optimizer():
 
 
 def step_on(config, axes, batch, compute=None):
-    """State and metrics after one step of stage 1 on a mesh of `axes`."""
+    """Returns the state and metrics after one step of stage 1 on a mesh of `axes`."""
     devices = jax.devices()[: np.prod(list(axes.values()))]
     mesh, compute = make_mesh(axes, devices), compute or ComputeConfig()
     model = compute.place(DiffusionGemma(config), mesh)
@@ -93,7 +93,7 @@ def step_on(config, axes, batch, compute=None):
 
 @pytest.fixture(scope='module')
 def alone(batch):
-    """The step on one device, computed once for all meshes."""
+    """Returns the step on one device, computed once for all meshes."""
     return functools.cache(lambda config: step_on(config, {'data': 1}, batch))
 
 
@@ -116,7 +116,7 @@ def test_a_step_is_the_same_on_one_device_and_on_eight(axes, config, batch, alon
     split = axes['expert'] * axes['fsdp'] * axes['tensor']
     for leaf in (experts, found[0].opt_state[0].trace['backbone']['layers']['layer_0']['moe'][
         'experts']['up']):  # fmt: skip
-        assert leaf.addressable_shards[0].data.size * split == leaf.size  # spread, not copied
+        assert leaf.addressable_shards[0].data.size * split == leaf.size  # sharded, not replicated
 
 
 @pytest.mark.slow

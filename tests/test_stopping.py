@@ -15,7 +15,7 @@ SURE, UNSURE = 0.001, 0.02
 
 
 def should_stop(rule, history, mean_entropy):
-    """One row: its argmax canvases, oldest first, and the same entropy at every position."""
+    """Applies a rule to one row with argmax canvases, oldest first, and equal entropies."""
     history = jnp.asarray(history, jnp.int32)[None]
     entropies = jnp.full((1, history.shape[-1]), mean_entropy, jnp.float32)
     return bool(rule.should_stop(history, entropies)[0])

@@ -1,4 +1,4 @@
-"""Weights go from files straight into their shards: the same values, little memory on the way."""
+"""Tests that weights are loaded into their shards with exact values and little host memory."""
 
 import json
 import os
@@ -112,7 +112,7 @@ MEASURE = """
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads /proc')
 def test_the_host_needs_less_than_a_layer_group_above_what_the_devices_hold(tmp_path):
-    """On CPU devices are the host, so that their share is subtracted from the peak."""
+    """On a CPU the devices use host memory, so their part is subtracted from the peak."""
 
     def run(what):
         command = [sys.executable, '-c', textwrap.dedent(MEASURE), what, str(tmp_path / 'model')]

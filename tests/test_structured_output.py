@@ -1,4 +1,4 @@
-"""Structured output through the sampler: valid by construction, and free where text is valid."""
+"""Tests that constrained sampling gives valid text and leaves valid text unchanged."""
 
 import json
 
@@ -43,7 +43,7 @@ SCHEMA = {
 
 
 class Babbler(nn.Module):
-    """Says something that depends on everything before it, and never anything valid."""
+    """A model whose predictions depend on all previous tokens and are never valid."""
 
     config: ToyConfig = ToyConfig(vocab_size=TOKENIZER.vocab_size, canvas_length=16)
 
@@ -80,7 +80,7 @@ class Babbler(nn.Module):
     ],
 )
 def test_every_generation_under_a_schema_parses_and_validates(mode, temperature, rows):
-    """1,000 in all of the slow ones, over several canvases, from a model that knows no JSON."""
+    """The slow tests generate 1,000 texts over several canvases from an untrained model."""
     config = SamplingConfig.for_tokenizer(
         TOKENIZER, max_new_tokens=100, max_denoising_steps=2, temperature=temperature
     )

@@ -1,4 +1,4 @@
-"""`sample` and `serve` sample a student as it was evaluated, unless a flag says otherwise."""
+"""Tests that `sample` and `serve` use the settings of a student's evaluation by default."""
 
 import pytest
 

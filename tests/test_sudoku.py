@@ -1,4 +1,4 @@
-"""The sudoku task: one solution per puzzle, reproducible, and never in both splits."""
+"""Tests the sudoku task: unique solutions, reproducibility, and disjoint splits."""
 
 import itertools
 import pickle
@@ -101,7 +101,7 @@ def test_every_4x4_puzzle_has_exactly_one_solution_among_all_grids(puzzles, all_
 
 
 def test_no_9x9_puzzle_has_a_solution_that_differs_anywhere(puzzles):
-    # Independent of the generator's own check: forbid each blank's digit in turn.
+    # This check is independent of the generator's: it forbids each blank's digit in turn.
     for example in puzzles[9, 'train'][:5]:
         cells, box = sudoku.parse_prompt(example['prompt'])
         solution = [int(c) for c in example['response'].replace('\n', '')]

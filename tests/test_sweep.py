@@ -1,4 +1,4 @@
-"""The sweep over sampling settings: its grid, its numbers, and a whole one."""
+"""Tests the sweep over sampling settings: its grid, its numbers, and a whole sweep."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""Stage 0: what the teacher's answers are, and that they are written once, whatever happens."""
+"""Tests stage 0: the teacher's answers, and that each is written once after interruptions."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def one_device():
 
 @pytest.fixture
 def random_teacher(tiny_config):
-    """A model, its parameters and the built-in tokenizer; its answers hardly ever end."""
+    """Returns a random model, its parameters and tokenizer; its answers rarely end."""
     tokenizer = Tokenizer.load('builtin')
     model = Gemma(
         tiny_config.replace(
@@ -44,7 +44,7 @@ def teacher():
 
 
 def given(source, **changes):
-    """Of responses that the source gives, so that a random teacher will do."""
+    """Returns targets with the responses of the source, so that a random teacher suffices."""
     settings = {'batch_size': 2, 'top_k_logits': 3, 'sequence_level': False}
     return TargetsConfig(source, **settings | changes)
 
@@ -88,7 +88,7 @@ def test_answers_are_the_same_on_eight_devices_and_are_written_once(
             np.exp(theirs['teacher_log_probs'].astype(np.float32)),
             atol=2e-3,
         )
-        # Greedy answers: each token is the most likely after those before it.
+        # Each token of a greedy answer is the most likely one after the previous tokens.
         document = tokenize(ours, teacher[2])
         np.testing.assert_array_equal(ours['teacher_ids'][:, 0], document.response)
 
@@ -118,7 +118,7 @@ def test_the_stored_tokens_are_the_likeliest_of_a_causal_pass(random_teacher, on
 
 
 class _DyingWriter(target_files.ArrayRecordWriter):
-    """Writes five examples, then the process is killed."""
+    """A writer that raises an error after five examples, as if the process were killed."""
 
     written = 0
 
@@ -182,7 +182,7 @@ def test_targets_that_were_made_otherwise_are_refused(random_teacher, one_device
         )
 
     write()
-    write(batch_size=1)  # it changes nothing that is written
+    write(batch_size=1)  # it does not change the written targets
     with pytest.raises(ValueError, match='made with another seed'):
         write(seed=1)
     with pytest.raises(ValueError, match='made with another top_k_logits; use another workdir'):
@@ -223,7 +223,7 @@ def test_answers_that_do_not_end_can_be_kept_as_the_tokens_that_they_are(
         document = tokenize(row, tokenizer)
         assert len(row['response_ids']) == 3  # no stop token after them
         np.testing.assert_array_equal(document.response, row['response_ids'])
-        # Greedy, each after those before it.
+        # Each token is the greedy one after the previous tokens.
         logits = model.apply({'params': params}, document.tokens[None])[0]
         expected = np.argmax(logits[len(prompt) - 1 : -1], axis=-1)
         np.testing.assert_array_equal(document.response, expected)

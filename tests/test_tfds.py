@@ -1,4 +1,4 @@
-"""The built-in tasks as TFDS datasets, and TFDS datasets as sources."""
+"""Tests the built-in tasks as TFDS datasets, and TFDS datasets as sources."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ NAME = 'diffusiongemma_wordmath/small'
 
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
-    """A data directory that holds the small word problems."""
+    """Returns a data directory with the small word problems."""
     from diffusiongemma.data import tfds_builders
 
     directory = tmp_path_factory.mktemp('tfds')
@@ -69,7 +69,7 @@ def test_what_a_dataset_does_not_have_is_named(data_dir, changes, message):
 
 
 def test_tfds_load_prepares_and_reads_a_built_in_dataset(tmp_path):
-    """As TFRecord files; of ArrayRecord files TFDS makes data sources alone."""
+    """It uses TFRecord files, because TFDS reads ArrayRecord files only as data sources."""
     pytest.importorskip('tensorflow')
     script = (
         'import sys, tensorflow_datasets as tfds\n'

@@ -1,4 +1,4 @@
-"""FLOPs counted from a trace, what is measured of a run, and the trace of a few of its steps."""
+"""Tests FLOPs counted from a trace, throughput metrics, and the profile of a run."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def test_devices_are_known_by_their_kind(kind, name):
 
 
 def test_utilisation_is_the_share_of_the_peak_of_all_devices(monkeypatch):
-    clock = iter([0.0, 0.0, 1.0, 2.0])  # made, a wait of one second, measured
+    clock = iter([0.0, 0.0, 1.0, 2.0])  # batch, a wait of one second, measured time
     monkeypatch.setattr(throughput.time, 'perf_counter', lambda: next(clock))
     monkeypatch.setattr(throughput, 'figures_of', lambda kind: figures_of('TPU v5 lite'))
     measure = Throughput(lambda state, batch: Flops(3e12, 1e12))
@@ -93,7 +93,7 @@ def test_utilisation_is_the_share_of_the_peak_of_all_devices(monkeypatch):
 
 
 class Batches:
-    """An endless stream of the same rows."""
+    """An endless stream of equal batches."""
 
     def __next__(self):
         return {'tokens': np.ones((8, 4), np.float32)}

@@ -1,4 +1,4 @@
-"""Vocabularies of GGUF files and of tokenizer.json split text as sentencepiece does."""
+"""Tests that vocabularies of GGUF files and tokenizer.json split text like sentencepiece."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.data.vocabulary import scores_of_merges, sentencepiece_model
 
-# Runs of white space and a tag, as Gemma has them; the letters of _train's text are merged.
+# Runs of white space and a tag, as in Gemma; the letters of _train's text are merged.
 RUNS = ['\n', '\n\n', '\n\n\n', '\u2581\u2581', '\u2581\u2581\u2581', '\t\t', '<table>']
 PIECES = ['<', '|', '>', 'turn', ' ', '  ', '\n', '\n\n\n\n', '\t', 'a', 'user and', 'model', 'the']
 PIECES += ['\u00e9', '\u4e2d\u6587', '\U0001f600', '\u2581', '\x00', '<0x41>', '<table>', *SPECIALS]
@@ -23,14 +23,14 @@ TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=30).map(
 
 
 def parts(model: bytes):
-    """Pieces, scores and types of a sentencepiece model, as GGUF stores them."""
+    """Returns the pieces, scores and types of a sentencepiece model, as stored in GGUF."""
     content = sentencepiece_model_pb2.ModelProto.FromString(model)
     pieces = [p.piece.replace('\u2581', ' ') if p.type == 4 else p.piece for p in content.pieces]
     return pieces, [p.score for p in content.pieces], [p.type for p in content.pieces]
 
 
 def tokenizer_json(model: bytes) -> dict:
-    """The tokenizer.json of a sentencepiece model, in the form of Gemma's published ones."""
+    """Returns the tokenizer.json of a sentencepiece model in the form of Gemma's."""
     content = sentencepiece_model_pb2.ModelProto.FromString(model)
     id_of = {p.piece: i for i, p in enumerate(content.pieces)}
     found = []
@@ -78,7 +78,7 @@ def model(request):
 
 @pytest.fixture(scope='module')
 def readers(model, tmp_path_factory):
-    """The tokenizer of a model's own file, of its GGUF vocabulary, and of its tokenizer.json."""
+    """Returns the tokenizers of a model file, its GGUF vocabulary, and its tokenizer.json."""
     file = tmp_path_factory.mktemp('json') / 'tokenizer.json'
     file.write_text(json.dumps(tokenizer_json(model)))
     gguf = sentencepiece_model(*parts(model), 'a test')
@@ -143,10 +143,10 @@ def test_a_checkpoint_with_tokenizer_json_alone_has_its_tokenizer(tmp_path):
     expected = Tokenizer(model)
     assert tokenizer.chat_turns
     assert tokenizer.format_prompt('12 apples') == expected.format_prompt('12 apples')
-    # Without a chat template beside it the checkpoint is a pretrained model.
+    # Without a chat template the checkpoint is a pretrained model.
     (tmp_path / 'hf/chat_template.jinja').unlink()
     assert not load_model(tmp_path / 'hf')[2].chat_turns
-    # What it exports is a pretrained model again.
+    # Its export is a pretrained model too.
     convert(tmp_path / 'hf', tmp_path / 'bundle', 'bundle')
     convert(tmp_path / 'bundle', tmp_path / 'again', 'hf')
     assert not load_model(tmp_path / 'again')[2].chat_turns

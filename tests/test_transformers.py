@@ -1,4 +1,4 @@
-"""Exported checkpoints in transformers: it loads them whole and computes what we compute."""
+"""Tests that transformers loads exported checkpoints completely and computes equal logits."""
 
 import functools
 from pathlib import Path
@@ -35,7 +35,7 @@ def export(source, directory):
 
 
 def load_whole(cls, directory):
-    """The transformers model in float32; every weight must come from the checkpoint."""
+    """Returns the transformers model in float32, with every weight from the checkpoint."""
     model, info = cls.from_pretrained(
         directory, dtype=torch.float32, attn_implementation='eager', output_loading_info=True
     )
@@ -44,7 +44,7 @@ def load_whole(cls, directory):
 
 
 def their_passes(model, tokens, canvas):
-    """Encoder logits and denoise logits of transformers."""
+    """Returns the encoder logits and denoise logits of transformers."""
     with torch.no_grad():
         encoded = model.model.encoder(input_ids=torch.from_numpy(tokens).long())
         cap = model.final_logit_softcapping
@@ -58,7 +58,7 @@ def their_passes(model, tokens, canvas):
 
 @functools.partial(jax.jit, static_argnums=0)
 def our_passes(model, params, tokens, canvas):
-    """The same of ours."""
+    """Returns the same logits of this library."""
 
     def apply(*args, method):
         return model.apply({'params': params}, *args, method=method)
@@ -75,7 +75,7 @@ def our_passes(model, params, tokens, canvas):
 
 @pytest.fixture(scope='module')
 def dense(tmp_path_factory):
-    """A dense denoiser of ours, and its export."""
+    """Returns a dense denoiser and its export."""
     directory = tmp_path_factory.mktemp('dense')
     student = save_dense_student(directory / 'student')
     return student, export(student, directory / 'out')

@@ -1,4 +1,4 @@
-"""Rows of a model that its tokenizer has no token for are never drawn, in any mode."""
+"""Tests that no mode draws ids of the model that its tokenizer does not have."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from diffusiongemma.models import DiffusionGemma
 from diffusiongemma.sampling import Controls, Sampler, SamplingConfig
 from diffusiongemma.sampling.controls import allow, without_unknown
 
-KNOWN = 30  # of the 37 rows of the tiny model
+KNOWN = 30  # out of 37 rows of the tiny model
 PROMPTS = jnp.ones((8, 4), jnp.int32), jnp.full((8,), 4, jnp.int32)
 
 
 @pytest.fixture
 def drawn_to_unknown(tiny_config):
-    """A model whose argmax tokens are ids that its tokenizer does not have."""
+    """Returns a model whose argmax tokens are ids that its tokenizer does not have."""
     model = DiffusionGemma(tiny_config)
     params = random_params(model)
     rows = jnp.asarray(params['embedder']['embedding'])
@@ -24,7 +24,7 @@ def drawn_to_unknown(tiny_config):
 
 
 def tokens(model, params, mode, vocab_size, **controls):
-    """Greedy rows and drawn rows [8, 6]."""
+    """Returns greedy and sampled rows [8, 6]."""
     config = SamplingConfig(
         max_new_tokens=6, max_denoising_steps=2, stop_ids=(), vocab_size=vocab_size
     )

@@ -1,4 +1,4 @@
-"""Parity with the public implementation, from its golden outputs on tiny random checkpoints."""
+"""Tests parity with golden outputs of the public implementation on tiny checkpoints."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def load_golden(name):
 
 @pytest.fixture(scope='module')
 def heldout():
-    """Model, parameters, golden arrays and our outputs of the held-out checkpoint."""
+    """Returns model, parameters, golden arrays and outputs of the held-out checkpoint."""
     model, params, _ = load_model(DATA / 'tiny_heldout')
     golden = load_golden('tiny_heldout')
     return model, params, golden, verify.golden_passes(model, params, golden)
@@ -58,7 +58,7 @@ def test_padding_on_the_left_of_some_rows_changes_nothing(heldout):
     extra, width = 4, golden['prompt'].shape[1]
 
     def shift(row, values, fill):
-        """Row 1 keeps its place at the right; the others move to the left end of the padding."""
+        """Keeps row 1 right-aligned and moves the others to the left end of the padding."""
         padding = np.full((extra, *values.shape[1:]), fill, values.dtype)
         return np.concatenate([padding, values] if row == 1 else [values, padding])
 
@@ -90,7 +90,7 @@ def test_one_accepted_position_more_fails(heldout):
 
 
 def run_main(checkpoint, golden, capsys):
-    """Exit code and last printed line of the program."""
+    """Returns the exit code and the last printed line of the program."""
     flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(checkpoint=str(checkpoint), golden=str(golden)):
         with pytest.raises(SystemExit) as exit_info:
@@ -107,7 +107,7 @@ def test_the_program_prints_differences_as_json_and_exits_with_0(capsys):
 @pytest.mark.parametrize(
     ('tensor', 'untouched'),
     [
-        # Only what the tensor is for may change: a mix-up of the two scalars would show here.
+        # Only outputs that use the tensor may change; confusing the two scalars would fail here.
         ('model.decoder.layers.2.layer_scalar', ['encoder_logits', 'next_encoder_logits']),
         ('model.decoder.self_conditioning.pre_norm.weight', ['encoder_logits', 'logits_step0']),
         ('model.decoder.layers.1.experts.down_proj', []),

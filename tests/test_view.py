@@ -1,4 +1,4 @@
-"""Frames of a canvas, and what draws them: a terminal, lines of text, a GIF, a web page."""
+"""Tests the frames of a canvas and their display: terminal, text lines, GIF and web page."""
 
 import dataclasses
 import io
@@ -42,7 +42,7 @@ def draft(before, step, tokens, entropies):
 
 
 def watched(second, last):
-    """A canvas of two steps, then one of a single step of which `last` is committed."""
+    """Yields a canvas of two steps, then one of a single step whose `last` is committed."""
     nothing, one = output([], 0, 0), output(TEXT, 1, 2)
     newline = TOKENIZER.encode('\n')[0]
     yield draft(nothing, 0, [newline, TOKENIZER.pad_id, *TEXT[:2]], [math.inf] * 4)
@@ -88,7 +88,7 @@ def test_colors_go_from_certain_to_uncertain():
     certain, uncertain = (frames.Cell('a', 'open', entropy) for entropy in (0.0, 9.0))
     assert certain.color == green and uncertain.color[0] > 240
     assert frames.Cell('a', 'open', math.log(4)).certainty == pytest.approx(0.25)
-    assert frames.Cell('a', 'open', math.nan).color == red  # of a pass that gave NaN
+    assert frames.Cell('a', 'open', math.nan).color == red  # of a pass with NaN
 
 
 def test_letters_of_several_tokens_are_whole_and_nothing_steers_the_terminal():

@@ -1,4 +1,4 @@
-"""A large vocabulary part by part: the same as the whole."""
+"""Tests that operations on a vocabulary in blocks equal those on the whole vocabulary."""
 
 import functools
 
@@ -20,7 +20,7 @@ from diffusiongemma.models.vocabulary import (
 )
 
 PARTLY = 3 * VOCABULARY_PART + 5
-LARGE = LARGE_VOCABULARY + 64  # a multiple of 64, not of a part
+LARGE = LARGE_VOCABULARY + 64  # a multiple of 64, but not of a block
 
 
 def normal(seed, *shape):
@@ -53,7 +53,7 @@ def test_reductions_of_a_large_vocabulary_are_those_of_the_whole(vocabulary):
 
 
 def test_the_gradient_of_the_entropy_is_the_same_by_parts():
-    def by_large(logits):  # the added logits have no probability
+    def by_large(logits):  # the added logits have probability 0
         padded = jnp.pad(logits, [(0, 0), (0, LARGE)], constant_values=-1e9)
         return jnp.sum(log_partition_and_entropy(padded)[1])
 
@@ -66,7 +66,7 @@ def test_the_gradient_of_the_entropy_is_the_same_by_parts():
 
 @pytest.mark.parametrize('vocabulary', [23, 1_024, LARGE, LARGE_VOCABULARY + 1])
 def test_the_likeliest_token_is_the_first_of_the_largest(vocabulary):
-    rounded = jnp.round(normal(0, 4, vocabulary))  # the largest stands in many places
+    rounded = jnp.round(normal(0, 4, vocabulary))  # the maximum occurs at many positions
     rounded = rounded.at[1].set(-jnp.inf)
     found = jax.jit(most_likely_tokens)(rounded)
     assert found.dtype == jnp.int32

@@ -1,4 +1,4 @@
-"""Requests that are watched: every denoise step is shown, and nothing else changes."""
+"""Tests that a watched request shows every denoise step and changes nothing else."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Every parameter of every kind of model is declared once, and has the axes that it declares."""
+"""Tests that every parameter of all models is declared once, with its axes."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ LIGHT = LightConfig(layers=(0,), teacher_state=True, draft_vocab_size=11, serial
 
 @pytest.fixture(scope='module')
 def models(request):
-    """A denoiser of each family, which contains its autoregressive model, and of every kind."""
+    """Returns denoisers of each family, which contain an autoregressive model, and each kind."""
     shared, separate = (
         DenoiserConfig(canvas_length=4, kind=kind) for kind in ('shared', 'separate')
     )
@@ -36,7 +36,7 @@ def models(request):
 
 @functools.cache  # tracing a model takes a second
 def boxed(model):
-    """Shape and axis names of every parameter that is a weight, by its path."""
+    """Returns the shape and axis names of every weight by its path."""
     shapes = jax.eval_shape(lambda key: init_boxed_params(model, key), jax.random.key(0))
     return {path: box for path, box in flatten_dict(shapes).items() if path[-1] != 'draft_ids'}
 

@@ -1,4 +1,4 @@
-"""The word problems: right, varied, bounded, reproducible, and never in both splits."""
+"""Tests the word problems: correctness, variety, bounds, reproducibility, disjoint splits."""
 
 import collections
 import itertools
@@ -54,7 +54,7 @@ def test_every_equation_holds_and_the_last_result_is_the_answer(examples):
 def test_all_numbers_and_factors_stay_within_the_documented_bounds(examples):
     for example in _all(examples):
         text = f'{example["prompt"]} {example["response"]}'
-        # 1 is never printed, so that every noun after a number is a plural.
+        # 1 is never printed, so every noun after a number is a plural.
         assert all(2 <= int(number) <= MAX_NUMBER for number in re.findall(r'\d+', text)), text
         for left, op, right in re.findall(r'(\d+) ([*/]) (\d+)', text):
             small, large = sorted((int(left), int(right)))
@@ -111,7 +111,7 @@ def test_every_wording_and_every_word_of_the_lexicon_is_used(examples):
 
 
 def test_no_combination_of_template_and_numbers_is_in_both_splits(examples):
-    def problems(split):  # what is left of a text when its words are taken out
+    def problems(split):  # the remaining text when all words are removed
         return {
             (
                 e['template'],
@@ -123,7 +123,7 @@ def test_no_combination_of_template_and_numbers_is_in_both_splits(examples):
 
     train, test = problems('train'), problems('test')
     assert min(len(train), len(test)) > 2000
-    # A wording may show the same numbers in another order; the split follows what they mean.
+    # A wording may show the same numbers in another order; the split depends on their meaning.
     assert not train & test
 
 

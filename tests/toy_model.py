@@ -1,7 +1,7 @@
-"""A small model with the passes that sampling needs and a rule in place of a network.
+"""Defines a small model with the passes of sampling and a fixed rule instead of a network.
 
-Its K/V cache holds one number per token. Every prediction depends on all tokens before it, on
-their positions and on the token itself, so that a wrong mask, position or cache slot shows.
+Its K/V cache holds one number per token. Every prediction depends on all previous tokens, their
+positions and the token itself, so that a wrong mask, position or cache slot changes it.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ class ToyConfig:
 
 
 class ToyModel(nn.Module):
-    """Denoising turns from a decoy, which follows the noise, to its target the more of the canvas
-    is right; how soon depends on the draws."""
+    """A model whose denoiser predicts a decoy that depends on the noise, and its target when
+    enough of the canvas is correct; the number of steps depends on the draws."""
 
     config: ToyConfig = ToyConfig()
 
@@ -74,6 +74,6 @@ class ToyModel(nn.Module):
 
 
 def toy(canvas_length: int = 4):
-    """A toy model and its parameters."""
+    """Returns a toy model and its parameters."""
     model = ToyModel(ToyConfig(canvas_length=canvas_length))
     return model, model.init(jax.random.key(7))['params']

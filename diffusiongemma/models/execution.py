@@ -85,7 +85,7 @@ class Execution:
         an all-reduce, and along all devices of a slice it splits no gradient while it sums it.
 
         Args:
-          kernel: laid out as the table says.
+          kernel: an array that is sharded by the axis rules.
           *names: the logical name of each dimension.
         """
         axes = self.mesh_axes(kernel.shape, names)

@@ -166,19 +166,20 @@ def frames(
 
 
 class EventFrames:
-    """Frames of what an engine says of one watched request, event by event.
+    """A converter from the events of a watched request to frames.
 
-    The time of a frame is that since this object was made, with whatever else the engine did.
+    The time of a frame counts from the creation of this object and includes all other work of the
+    engine.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> None:
-        """Starts before the first event; arguments as of `frames`."""
+        """Takes the arguments of `frames`; must be called before the first event."""
         self._tokenizer, self._reel = tokenizer, _Reel(tokenizer, stop_ids)
         self._start, self._tokens = time.perf_counter(), list[int]()
         self._has_canvas = False
 
     def of(self, event: Event) -> Iterator[Frame]:
-        """What is to be shown now; a mode without a canvas has a frame for every token."""
+        """Yields the frames of an event; a mode without a canvas has a frame for every token."""
         seconds = time.perf_counter() - self._start
         if isinstance(event, DenoiseStep):
             self._has_canvas = True
