@@ -55,6 +55,15 @@ stage() {
   fi
 }
 
+# The command of each TPU host, with LIBTPU_INIT_ARGS, flags of the TPU compiler, where that is set.
+on_tpu() {
+  if [[ -n "${LIBTPU_INIT_ARGS:-}" ]]; then
+    quoted env "LIBTPU_INIT_ARGS=$LIBTPU_INIT_ARGS" "$@"
+  else
+    quoted "$@"
+  fi
+}
+
 # The arguments as one line that a shell reads as these arguments.
 quoted() {
   local line
