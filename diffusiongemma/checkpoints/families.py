@@ -1,6 +1,7 @@
-"""The families of published models: what config.json means in each. A new one is an entry here.
+"""The families of published models: how to read and write the config.json of each.
 
-What a family's files may leave out takes the default of the public transformers code (5.17.0).
+To add a family, add an entry here. Keys that a config.json may omit take the defaults of the public
+transformers code (5.17.0).
 """
 
 import dataclasses
@@ -21,29 +22,30 @@ _GEMMA4_FIELDS = {'value_norm': True, 'layer_scalar': True, 'norm_scale_offset':
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """How the config.json of a family is read and written.
+    """Describes how the config.json of a family is read and written.
 
     Attributes:
-      model_types: its names in config.json; by the last of them it is exported.
-      architecture: its class in transformers; '' for a family that is not exported.
-      fields: of `ModelConfig`, the same in all its models.
-      defaults: of keys of the text config that a file may leave out.
-      canvas_length: where a denoiser's file does not say; None for autoregressive models.
-      final_logit_softcap: where a file does not say.
-      max_positions: where a file does not say.
-      rope: rotary settings of each layer type, where a file has none.
-      rope_at_top: `rope_theta`, `rope_local_base_freq` and `rope_scaling` beside the layer types'
-        settings complete them.
-      scales_queries: by `query_pre_attn_scalar`.
-      value_is_key: in full layers; None where `attention_k_eq_v` says so.
-      free_pattern: a file may have any pattern of layers. Otherwise it ends in a full one.
-      full_sizes: full layers may have heads of their own number and size.
-      experts: layers may have some, and `experts_by_flag` whether `enable_moe_block` says so.
-      experts_by_flag: see `experts`.
-      per_layer: there may be per-layer embeddings.
-      shared_kv: layers may share the keys and values of earlier ones.
-      sees_images: 'vision' attention is fine, which is causal in text.
-      heads_divide_width: as transformers wants it.
+      model_types: the values of `model_type`; the last one is written on export.
+      architecture: the class name in transformers; '' if the family cannot be exported.
+      fields: the fields of `ModelConfig` that are the same for all models of the family.
+      defaults: the defaults of keys that the text config may omit.
+      canvas_length: the default canvas length; None for autoregressive models.
+      final_logit_softcap: the default soft cap of the logits.
+      max_positions: the default number of positions.
+      rope: the default rotary settings of each layer type.
+      rope_at_top: whether the top-level keys `rope_theta`, `rope_local_base_freq` and
+        `rope_scaling` complete the rotary settings of the layer types.
+      scales_queries: whether `query_pre_attn_scalar` sets the scale of queries.
+      value_is_key: whether full layers use their keys as values; None if `attention_k_eq_v`
+        decides.
+      free_pattern: whether any layer pattern is allowed; otherwise the last layer is a full one.
+      full_sizes: whether full layers may have a different number and size of heads.
+      experts: whether layers may have experts.
+      experts_by_flag: whether `enable_moe_block`, not the number of experts, enables them.
+      per_layer: whether a model may have per-layer embeddings.
+      shared_kv: whether layers may share the keys and values of earlier layers.
+      sees_images: whether 'vision' attention is allowed, which is causal for text.
+      heads_divide_width: whether the number of heads must divide the width, as in transformers.
     """
 
     model_types: tuple[str, ...]
@@ -96,7 +98,7 @@ FAMILIES = (
         model_types=('gemma3', 'gemma3_text'),
         architecture='Gemma3ForCausalLM',
         fields={'value_norm': False, 'layer_scalar': False, 'norm_scale_offset': 1.0},
-        defaults={  # multimodal files may say only what differs from it
+        defaults={  # multimodal files may omit equal values
             'vocab_size': 262_208,
             'num_attention_heads': 8,
             'num_key_value_heads': 4,
