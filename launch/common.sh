@@ -55,6 +55,15 @@ stage() {
   fi
 }
 
+# Prints the command of each TPU host, with LIBTPU_INIT_ARGS (flags of the TPU compiler) if that is set.
+on_tpu() {
+  if [[ -n "${LIBTPU_INIT_ARGS:-}" ]]; then
+    quoted env "LIBTPU_INIT_ARGS=$LIBTPU_INIT_ARGS" "$@"
+  else
+    quoted "$@"
+  fi
+}
+
 # Prints the arguments as one line, quoted so that a shell reads them back as the same arguments.
 quoted() {
   local line

@@ -6,6 +6,8 @@
 # Environment, with defaults:
 #   CLUSTER=diffusiongemma  WORKLOAD=distill  ZONE=us-east5-a  PROJECT=(that of gcloud)
 #   TPU_TYPE=v5p-128 (64 chips, topology 4x4x4)  IMAGE=python:3.12  base image of the container
+#   LIBTPU_INIT_ARGS=(none)  flags of the TPU compiler for all hosts; docs/launch.md has a set for slices
+#     of more than 32 chips along one mesh axis
 #   CREATE=yes  creates the cluster first
 #
 # XPK puts the project's files into the image. WORKDIR has to be one directory that all pods see (a
@@ -28,7 +30,7 @@ if [[ "${CREATE:-}" == yes ]]; then
   run xpk cluster create "${where[@]}" "--tpu-type=$type" --num-slices=1
 fi
 stage
-command=$(quoted python -m diffusiongemma.distill "--config=$config" "--workdir=$workdir" \
+command=$(on_tpu python -m diffusiongemma.distill "--config=$config" "--workdir=$workdir" \
   --distributed "${flags[@]}")
 run xpk workload create "${where[@]}" "--workload=${WORKLOAD:-distill}" "--tpu-type=$type" \
   --num-slices=1 "--base-docker-image=${IMAGE:-python:3.12}" "--script-dir=$staged" \

@@ -8,6 +8,8 @@
 #   ACCELERATOR_TYPE=v5p-128 (64 chips, topology 4x4x4)  RUNTIME=v2-alpha-tpuv5
 #   REPOSITORY=~/diffusiongemma  where the project's files are copied to on each worker
 #   PYTHON=python3  the workers' Python, 3.11 or newer; the default of a runtime may be older
+#   LIBTPU_INIT_ARGS=(none)  flags of the TPU compiler for all hosts; docs/launch.md has a set for slices
+#     of more than 32 chips along one mesh axis
 #   CREATE=yes  creates the slice first; otherwise it has to exist
 #
 # WORKDIR has to be one directory that all workers see (Filestore, a mounted bucket). When it is
@@ -35,7 +37,7 @@ fi
 stage
 run "${tpu[@]}" scp --recurse "$staged" "$name:$repository" "${where[@]}" --worker=all
 python=${PYTHON:-python3}
-command=$(quoted "$python" -m diffusiongemma.distill "--config=$config" "--workdir=$workdir" \
+command=$(on_tpu "$python" -m diffusiongemma.distill "--config=$config" "--workdir=$workdir" \
   --distributed "${flags[@]}")
 old='error: the workers need Python 3.11 or newer: name one with PYTHON=python3.12, or take another RUNTIME'
 check="{ $python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo '$old' >&2; exit 1; }; }"

@@ -47,8 +47,9 @@ def test_every_turn_answers_as_if_the_conversation_were_encoded_anew(model, toke
     for turn, text in enumerate(TURNS):
         before = chat.tokens
         prompt = tokenizer.format_turn(text) if turn else tokenizer.format_prompt(text, 'Be kind.')
-        cached = chat.cached
+        cached, encoded = chat.cached, chat._cache.encoded
         reply = chat.send(text)
+        assert chat._cache.encoded - encoded == len(before + prompt) - cached
         prompts = pad_prompts([before + prompt], width=300)
         rng = jax.random.fold_in(KEY, turn)[None]
         alone = chat.sampler(random_params(model), *prompts, rng=rng)
@@ -71,7 +72,10 @@ def test_streaming_shows_the_reply_grow_and_an_abandoned_turn_leaves_no_trace(mo
     assert 0 < len(first.tokens) < 10 and not first.finished
     abandoned.close()
     assert (chat.tokens, chat.cached) == (tokens, cached)
+    encoded = chat._cache.encoded
     parts = list(chat.stream(TURNS[1]))
+    prompt = tokens + tokenizer.format_turn(TURNS[1])
+    assert chat._cache.encoded - encoded == len(prompt) - cached and cached > 0
     assert parts[0].tokens == first.tokens and len(parts) == 3
     for one, other in zip(parts, parts[1:], strict=False):
         assert other.tokens[: len(one.tokens)] == one.tokens

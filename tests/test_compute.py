@@ -207,8 +207,8 @@ def test_a_bfloat16_step_updates_float32_masters_by_less_than_bfloat16_can_tell(
 def test_queries_in_blocks_of_any_size_attend_as_all_at_once(query_block):
     keys = jax.random.split(jax.random.key(0), 5)
     query = jax.random.normal(keys[0], (2, 1, 13, 4, 8))
-    kv = [jax.random.normal(key, (2, 2, 1, 13, 8)) for key in keys[1:3]]
-    prefix_kv = [jax.random.normal(key, (2, 2, 3, 8)) for key in keys[3:]]
+    kv = tuple(jax.random.normal(key, (2, 2, 1, 13, 8)) for key in keys[1:3])
+    prefix_kv = tuple(jax.random.normal(key, (2, 2, 3, 8)) for key in keys[3:])
     positions = jnp.array([[*range(3, 11), *range(5)]] * 2)
     segments = jnp.array([[1] * 8 + [2] * 5, [1] * 8 + [2] * 3 + [0] * 2])
     prefix = KeyTokens(jnp.array([[0, 1, 2]] * 2), jnp.array([[1, 1, 1], [0, 1, 1]]))

@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.distillation import reporting, setup
+from diffusiongemma.distillation import loading, reporting, setup
 from diffusiongemma.distillation.experiment import Experiment, TeacherTraining
 from diffusiongemma.distillation.loading import Teacher, load_teacher
 from diffusiongemma.distillation.run import distill
 from diffusiongemma.distillation.run import train_student as train_experiment
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
 from diffusiongemma.distillation.targets import write_targets
-from diffusiongemma.models import Gemma, init_params
+from diffusiongemma.models import DiffusionGemma, Gemma, init_params
 from diffusiongemma.train import train as train_teacher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
@@ -100,6 +100,19 @@ def test_a_file_that_is_not_there_is_named_before_the_run_starts(tmp_path, lacki
 def test_a_recipe_without_its_teacher_says_how_to_give_it():
     with pytest.raises(ValueError, match='config.teacher is empty: give the directory'):
         load_teacher(Experiment.of(student_config(teacher='')))
+
+
+def test_a_student_on_a_frozen_teacher_gives_that_teacher_and_another_is_refused(
+    tiny_config, monkeypatch
+):
+    teacher = load_teacher(Experiment.of(student_config(teacher='builtin')))
+    expected = load_teacher(Experiment.of(student_config(teacher='builtin-teacher')))
+    assert teacher.model.config == expected.model.config
+    assert_equal(teacher.params, expected.params)
+    shared = DiffusionGemma(tiny_config), {}, teacher.tokenizer
+    monkeypatch.setattr(loading, '_load', lambda *_: shared)
+    with pytest.raises(ValueError, match='is a student whose passes share their weights'):
+        load_teacher(Experiment.of(student_config(teacher='somewhere')))
 
 
 @pytest.mark.slow

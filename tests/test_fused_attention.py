@@ -204,8 +204,9 @@ text = traced.lower().compile().as_text()
 calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
 print(len(calls), 'kernels', sorted(set(re.findall('splash_mha_[a-z]+', ' '.join(calls)))))
 print('scores', bool(re.search(r'\\[[^\\]]*384,384\\]', text)))
-executed = executed_flops(Program(text), kernels=kernel_flops(traced.jaxpr))
-print('executed', round(executed * mesh.size / sum(flops_of(traced.jaxpr)), 2))
+for kernels in ({}, kernel_flops(traced.jaxpr)):
+    executed = executed_flops(Program(text), kernels=kernels) * mesh.size
+    print(executed / sum(flops_of(traced.jaxpr)))
 """
 
 
@@ -222,6 +223,7 @@ def test_the_causal_pass_is_compiled_with_the_kernel_for_tpus():
     )
     assert done.returncode == 0, done.stderr
     kernels = ['splash_mha_dkv', 'splash_mha_dq', 'splash_mha_fwd']
+    *found, without, executed = done.stdout.splitlines()
+    assert found == [f'6 kernels {kernels}', 'scores False']
     # The kernels have no estimate of their FLOPs, so those of the trace are used.
-    expected = [f'6 kernels {kernels}', 'scores False', 'executed 1.0']
-    assert done.stdout.splitlines() == expected
+    assert float(without) < 0.9 < 0.95 < float(executed) < 1.05

@@ -1,5 +1,7 @@
 """Tests the commands of each launch script, and that shellcheck reports no problems."""
 
+import importlib.util
+import os
 import shlex
 import shutil
 import subprocess
@@ -64,6 +66,43 @@ def test_a_slice_is_created_only_when_asked_for(name):
     out = run(name, '--dry_run', CREATE='yes', PROJECT='mine').stdout
     assert 'v5p-128' in out and '--project=mine' in out
     assert len(out.splitlines()) == len(run(name, '--dry_run').stdout.splitlines()) + 1
+
+
+@pytest.mark.parametrize('name', ['tpu_vm', 'gke_xpk'])
+def test_flags_of_the_tpu_compiler_reach_every_host(name):
+    line = run(name, '--dry_run', LIBTPU_INIT_ARGS='--one=true --two=3').stdout.splitlines()[-1]
+    words = innermost(line)
+    start = words.index('env')
+    assert words[start + 1] == 'LIBTPU_INIT_ARGS=--one=true --two=3'
+    assert words[start + 3 : start + 5] == ['-m', 'diffusiongemma.distill']
+    assert 'LIBTPU_INIT_ARGS' not in run(name, '--dry_run').stdout
+
+
+COMPILE = """
+import jax
+from diffusiongemma.planning.compiler import topology_devices
+(device, *_), _ = topology_devices('v5p:2x2x1')
+x = jax.ShapeDtypeStruct((8, 128), 'float32', sharding=jax.sharding.SingleDeviceSharding(device))
+jax.jit(lambda x: x + 1).lower(x).compile()
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install -e '.[plan]'"
+)
+def test_the_installed_compiler_knows_the_flags_of_the_launch_page():
+    page = (ROOT / 'docs' / 'launch.md').read_text(encoding='utf-8')
+    flags = page.partition("export LIBTPU_INIT_ARGS='")[2].partition("'")[0]
+    assert len(flags.split()) == 5
+
+    def compiled(flags):
+        environment = os.environ | {'XLA_FLAGS': '', 'LIBTPU_INIT_ARGS': flags}
+        command = [sys.executable, '-c', COMPILE]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    done = compiled(flags)
+    assert done.returncode == 0, done.stderr
+    assert 'Unknown command line flag' in compiled('--xla_tpu_no_such_flag=true').stderr
 
 
 @pytest.mark.parametrize('name', SCRIPTS)

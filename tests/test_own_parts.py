@@ -1,5 +1,6 @@
-"""Tests that configs can name custom rules and losses by their modules."""
+"""Tests that a rule, a loss, a model family or a checkpoint format can be added in one file."""
 
+import dataclasses
 import sys
 
 import jax
@@ -7,6 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from diffusiongemma import configuration
+from diffusiongemma.checkpoints import families, load
+from diffusiongemma.checkpoints.hf_config import model_config_from_hf
+from diffusiongemma.checkpoints.hf_config_export import TokenIds, hf_config
 from diffusiongemma.distillation.drafting import DraftingConfig
 from diffusiongemma.distillation.losses import denoise_loss
 from diffusiongemma.distillation.stage1 import Stage1Config
@@ -108,3 +112,45 @@ def test_what_cannot_be_named_is_refused_in_one_line(own, make, message):
     with pytest.raises(ValueError, match=message) as caught:
         make(own)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_family_of_models_is_one_entry(monkeypatch):
+    """Gemma 3's norms with Gemma 4's sharing of keys and values, under a name of its own."""
+    gemma3 = families.BY_MODEL_TYPE['gemma3_text']
+    family = dataclasses.replace(
+        gemma3,
+        model_types=('mine',),
+        architecture='MineForCausalLM',
+        fields=gemma3.fields | {'norm_scale_offset': 0.5},
+        final_logit_softcap=20.0,
+        shared_kv=True,
+    )
+    monkeypatch.setattr(families, 'FAMILIES', (*families.FAMILIES, family))
+    monkeypatch.setitem(families.BY_MODEL_TYPE, 'mine', family)
+    content = {
+        'model_type': 'mine', 'vocab_size': 300, 'hidden_size': 64, 'intermediate_size': 128,
+        'num_hidden_layers': 12, 'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 16,
+        'sliding_window': 8, 'num_kv_shared_layers': 2,
+    }  # fmt: skip
+    config = model_config_from_hf(content)
+    assert config.norm_scale_offset == 0.5 and config.final_logit_softcap == 20.0
+    assert config.num_kv_shared_layers == 2 and not config.value_norm
+    written = hf_config(config, 'float32', TokenIds())
+    assert written['architectures'] == ['MineForCausalLM']
+    assert model_config_from_hf(written) == config
+
+
+def test_a_checkpoint_format_is_one_entry(monkeypatch, tmp_path):
+    (tmp_path / 'weights.mine').touch()
+    model = object()
+
+    def is_mine(directory):
+        return (directory / 'weights.mine').exists()
+
+    def open_mine(directory, dtype, mesh):
+        return model, {'directory': directory, 'dtype': dtype, 'mesh': mesh}, None
+
+    monkeypatch.setattr(load, 'FORMATS', ((is_mine, open_mine), *load.FORMATS))
+    opened, params, tokenizer = load.load_model(tmp_path)
+    assert opened is model and tokenizer is None
+    assert params == {'directory': tmp_path, 'dtype': jnp.float32, 'mesh': None}

@@ -94,6 +94,24 @@ def test_memory_traffic_leaves_out_what_is_on_the_chip():
     assert program.hbm_bytes() == 5 * (gather + reduce + condition) + once
 
 
+SLICED = """
+%async (p: s8[4096]) -> s8[1024] {
+  %p = s8[4096]{0} parameter(0)
+  ROOT %part = s8[1024]{0:S(1)} slice(%p), slice={[0:1024]}
+}
+
+ENTRY %main (w: s8[4096]) -> s8[1024] {
+  %w = s8[4096]{0} parameter(0)
+  %start = ((s8[4096]{0}), s8[1024]{0:S(1)}, s32[]{:S(2)}) async-start(%w), calls=%async
+  ROOT %done = s8[1024]{0:S(1)} async-done(%start)
+}
+"""
+
+
+def test_a_slice_that_is_fetched_ahead_counts_once_and_not_what_it_is_cut_out_of():
+    assert Program(SLICED).hbm_bytes() == 1024
+
+
 @pytest.mark.parametrize(
     ('message', 'needed'),
     [

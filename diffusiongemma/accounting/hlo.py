@@ -32,8 +32,7 @@ _COLLECTIVES = (
 # Ops that move nothing themselves.
 _FREE = {
     'parameter', 'tuple', 'get-tuple-element', 'bitcast', 'constant', 'while', 'conditional',
-    'call', 'after-all', 'iota', 'copy-done', 'slice-done', 'partition-id', 'replica-id',
-    'opt-barrier',
+    'call', 'after-all', 'iota', 'partition-id', 'replica-id', 'opt-barrier', 'async-update',
 }  # fmt: skip
 
 
@@ -173,7 +172,7 @@ class Program:
                 if name not in fused
                 for shapes in [{i.name: i.shape for i in instructions}]
                 for instruction in instructions
-                if instruction.op not in _FREE
+                if instruction.op not in _FREE and not instruction.op.endswith('-done')
             )
         )
 
@@ -189,6 +188,9 @@ class Program:
         if instruction.op == 'copy-start':  # (destination, source, context)
             return sum(_bytes(part, hbm=True) for part in arrays_of(instruction.shape)[:2])
         inner = self.computations.get((instruction.called() or [''])[0], [])
+        if instruction.op == 'async-start':  # its result holds its operands too
+            own = {i.name: i.shape for i in inner}
+            return sum(self._traffic(i, own) for i in inner if i.op not in _FREE)
         if instruction.op != 'fusion' or not inner:
             operands = sum(_bytes(shapes.get(x, ''), hbm=True) for x in instruction.operands)
             return operands + _bytes(instruction.shape, hbm=True)

@@ -1,8 +1,9 @@
 """Converts a config.json of the published format to a ModelConfig.
 
 Supported are DiffusionGemma and the text backbones of autoregressive Gemma 3 and Gemma 4 models,
-which can be its teacher. Missing keys take the defaults of the public transformers code. Features
-that the backbone does not implement are errors, because ignoring them would change the model.
+which can be its teacher; `families.py` lists their differences. Missing keys take the defaults of
+the public transformers code. Features that the backbone does not implement are errors, because
+ignoring them would change the model.
 """
 
 import json
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusiongemma.checkpoints.families import BY_MODEL_TYPE, FULL_NAME, SLIDING_NAME, Family
 from diffusiongemma.checkpoints.hf_rope import rope_of
 from diffusiongemma.checkpoints.hf_schema import check_types
 from diffusiongemma.checkpoints.json_file import read_json
@@ -23,22 +25,7 @@ from diffusiongemma.models.config import (
     PerLayerConfig,
 )
 
-DIFFUSION_TYPES = ('diffusion_gemma',)
-GEMMA4_E_TYPES = ('gemma4', 'gemma4_text')  # types that may have per-layer embeddings
-UNIFIED_TYPES = ('gemma4_unified', 'gemma4_unified_text')
-GEMMA4_TYPES = GEMMA4_E_TYPES + UNIFIED_TYPES
-GEMMA3_TYPES = ('gemma3', 'gemma3_text')
-MODEL_TYPES = DIFFUSION_TYPES + GEMMA4_TYPES + GEMMA3_TYPES
-
-_LAYER_TYPES = {'sliding_attention': SLIDING, 'full_attention': FULL}
-# Defaults of Gemma3TextConfig in transformers 5.17.0; multimodal files may omit equal values.
-_GEMMA3_DEFAULTS = {
-    'vocab_size': 262_208,
-    'num_attention_heads': 8,
-    'num_key_value_heads': 4,
-    'head_dim': 256,
-    'sliding_window': 4096,
-}
+_LAYER_TYPES = {SLIDING_NAME: SLIDING, FULL_NAME: FULL}
 _EVERY = 6  # by default every sixth layer is a full one
 _GLOBAL_HEAD_DIM = 512  # the default without per_layer_config and global_head_dim
 
@@ -51,7 +38,7 @@ def is_published(directory: Path) -> bool:
         content = json.loads((directory / 'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and content.get('model_type') in MODEL_TYPES
+    return isinstance(content, dict) and str(content.get('model_type')) in BY_MODEL_TYPE
 
 
 def read_hf_config(directory: Path) -> ModelConfig:
@@ -89,66 +76,59 @@ def model_config_from_hf(content: Mapping[str, Any]) -> ModelConfig:
 def _model_config(content: Mapping[str, Any]) -> ModelConfig:
     """Returns the `ModelConfig` of a type-checked config.json; KeyError if a key is missing."""
     model_type = content.get('model_type')
-    if model_type not in MODEL_TYPES:
-        raise ValueError(f'model_type {model_type!r} cannot be read; supported: {MODEL_TYPES}.')
-    if model_type in DIFFUSION_TYPES:
+    family = BY_MODEL_TYPE.get(str(model_type))
+    if family is None:
+        supported = tuple(BY_MODEL_TYPE)
+        raise ValueError(f'model_type {model_type!r} cannot be read; supported: {supported}.')
+    fields = dict(family.fields)
+    if family.canvas_length is not None:
         text = content['text_config']
-        family: dict[str, Any] = {
-            'denoiser': DenoiserConfig(content.get('canvas_length', 256)),
-            'final_logit_softcap': text.get('final_logit_softcapping', 30.0),
-        }
+        fields['denoiser'] = DenoiserConfig(content.get('canvas_length', family.canvas_length))
     else:
         text = content.get('text_config', content)
-        family = {'final_logit_softcap': text.get('final_logit_softcapping')}
-    if model_type in GEMMA3_TYPES:
-        text = _GEMMA3_DEFAULTS | text
-        family |= {
-            'query_scale': float(text.get('query_pre_attn_scalar', 256)) ** -0.5,
-            'value_norm': False,
-            'layer_scalar': False,
-            'norm_scale_offset': 1.0,
-        }
-    _check_supported(content, text, model_type)
-    kinds = _layer_kinds(text, model_type)
+    text = family.defaults | text
+    if family.scales_queries:
+        fields['query_scale'] = float(text['query_pre_attn_scalar']) ** -0.5
+    _check_supported(content, text, family)
+    kinds = _layer_kinds(text, family, str(model_type))
     return ModelConfig(
         vocab_size=text['vocab_size'],
         width=text['hidden_size'],
         num_heads=text['num_attention_heads'],
         ffn_width=text['intermediate_size'],
         layer_types=kinds,
-        sliding=_attention(text, kinds, SLIDING, model_type),
-        full=_attention(text, kinds, FULL, model_type),
-        max_positions=text.get(
-            'max_position_embeddings', 262_144 if model_type in UNIFIED_TYPES else 131_072
-        ),
-        moe=_moe(text, model_type),
-        per_layer=_per_layer(text, model_type),
+        sliding=_attention(text, kinds, SLIDING, family),
+        full=_attention(text, kinds, FULL, family),
+        final_logit_softcap=text.get('final_logit_softcapping', family.final_logit_softcap),
+        max_positions=text.get('max_position_embeddings', family.max_positions),
+        moe=_moe(text, family),
+        per_layer=_per_layer(text, family),
         **_kv_sharing(text),
         norm_eps=text.get('rms_norm_eps', 1e-6),
-        **family,
+        **fields,
     )
 
 
-def _check_supported(content: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -> None:
+def _check_supported(content: Mapping[str, Any], text: Mapping[str, Any], family: Family) -> None:
     """Raises ValueError for settings that are not implemented and would change the model."""
     used = {
         'attention_bias': text.get('attention_bias'),
         'attn_logit_softcapping': text.get('attn_logit_softcapping'),
         # With "vision" only the vision tokens of Gemma 4 are bidirectional; text stays causal.
         'use_bidirectional_attention': text.get('use_bidirectional_attention')
-        not in (None, False, *(['vision'] if model_type not in GEMMA3_TYPES else [])),
+        not in (None, False, *(['vision'] if family.sees_images else [])),
         'tie_word_embeddings=false': not (
             text.get('tie_word_embeddings', True) and content.get('tie_word_embeddings', True)
         ),
         'quantization_config': content.get('quantization_config'),
     }
-    if model_type not in GEMMA4_TYPES:
+    if not family.shared_kv:
         used |= {name: text.get(name) for name in ('num_kv_shared_layers', 'use_double_wide_mlp')}
-    if model_type not in GEMMA4_E_TYPES:
+    if not family.per_layer:
         used['hidden_size_per_layer_input'] = text.get('hidden_size_per_layer_input')
     unsupported = [name for name, value in used.items() if value]
-    if model_type in GEMMA3_TYPES:
-        unsupported += [name for name in ('per_layer_config', 'num_experts') if text.get(name)]
+    has = {'per_layer_config': family.full_sizes, 'num_experts': family.experts}
+    unsupported += [name for name, allowed in has.items() if text.get(name) and not allowed]
     activation = text.get('hidden_activation', 'gelu_pytorch_tanh')
     if activation != 'gelu_pytorch_tanh':
         unsupported.append(f'hidden_activation={activation}')
@@ -156,19 +136,18 @@ def _check_supported(content: Mapping[str, Any], text: Mapping[str, Any], model_
         raise ValueError(f'{", ".join(unsupported)} is set, which is not supported.')
 
 
-def _layer_kinds(text: Mapping[str, Any], model_type: str) -> tuple[str, ...]:
+def _layer_kinds(text: Mapping[str, Any], family: Family, model_type: str) -> tuple[str, ...]:
     names = text.get('layer_types')
-    gemma3 = model_type in GEMMA3_TYPES
     if names is None:
         every = text.get('sliding_window_pattern', _EVERY)
-        if every != _EVERY and not gemma3:
+        if every != _EVERY and not family.free_pattern:
             raise ValueError(
                 f'sliding_window_pattern={every} has no effect on a {model_type}, which has '
                 f'{_EVERY}; write layer_types.'
             )
         count = text['num_hidden_layers']
         kinds = [SLIDING if (i + 1) % every else FULL for i in range(count)]
-        if not gemma3:
+        if not family.free_pattern:
             kinds[-1] = FULL  # as in transformers, for any number of layers
         return tuple(kinds)
     unknown = sorted(set(names) - set(_LAYER_TYPES))
@@ -178,7 +157,7 @@ def _layer_kinds(text: Mapping[str, Any], model_type: str) -> tuple[str, ...]:
         raise ValueError(
             f'num_hidden_layers is {text["num_hidden_layers"]}, but layer_types has {len(names)}.'
         )
-    if not gemma3 and _LAYER_TYPES[names[-1]] != FULL:
+    if not family.free_pattern and _LAYER_TYPES[names[-1]] != FULL:
         raise ValueError(
             f'the last of layer_types is {names[-1]}, and transformers makes it full_attention in '
             f'a {model_type}; write that.'
@@ -186,10 +165,10 @@ def _layer_kinds(text: Mapping[str, Any], model_type: str) -> tuple[str, ...]:
     return tuple(_LAYER_TYPES[name] for name in names)
 
 
-def _moe(text: Mapping[str, Any], model_type: str) -> MoEConfig | None:
-    # Gemma 4 enables experts by a flag, DiffusionGemma by the number of experts.
-    enabled = text.get('enable_moe_block', model_type not in GEMMA4_TYPES)
-    if not enabled or (model_type not in GEMMA4_TYPES and not text.get('num_experts')):
+def _moe(text: Mapping[str, Any], family: Family) -> MoEConfig | None:
+    by_flag = family.experts_by_flag
+    enabled = text.get('enable_moe_block', not by_flag)
+    if not enabled or not (by_flag or text.get('num_experts')):
         return None
     for name in ('num_experts', 'top_k_experts', 'moe_intermediate_size'):
         if not text[name]:
@@ -201,8 +180,8 @@ def _moe(text: Mapping[str, Any], model_type: str) -> MoEConfig | None:
     )
 
 
-def _per_layer(text: Mapping[str, Any], model_type: str) -> PerLayerConfig | None:
-    if model_type not in GEMMA4_E_TYPES:
+def _per_layer(text: Mapping[str, Any], family: Family) -> PerLayerConfig | None:
+    if not family.per_layer:
         return None
     # transformers assumes per-layer embeddings if the key is missing.
     width = text.get('hidden_size_per_layer_input', 256)
@@ -219,16 +198,17 @@ def _kv_sharing(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attention(
-    text: Mapping[str, Any], kinds: tuple[str, ...], kind: str, model_type: str
+    text: Mapping[str, Any], kinds: tuple[str, ...], kind: str, family: Family
 ) -> AttentionConfig:
-    full, gemma3 = kind == FULL, model_type in GEMMA3_TYPES
-    value_is_key = full and (
-        model_type in DIFFUSION_TYPES or (not gemma3 and text.get('attention_k_eq_v', False))
-    )
+    full, value_is_key = kind == FULL, family.value_is_key
+    if value_is_key is None:
+        value_is_key = text.get('attention_k_eq_v', False)
+    value_is_key = full and value_is_key
     sizes = {name: text[name] for name in ('head_dim', 'num_key_value_heads')}
-    sizes |= _overrides(text, kinds, kind, separate_kv_heads=value_is_key) if not gemma3 else {}
+    if family.full_sizes:
+        sizes |= _overrides(text, kinds, kind, separate_kv_heads=value_is_key)
     name = next(name for name, ours in _LAYER_TYPES.items() if ours == kind)
-    rope = rope_of(text, name, gemma3, used=kind in kinds)
+    rope = rope_of(text, name, family, used=kind in kinds)
     window = None if full else text['sliding_window']
     if window is None and not full and kind in kinds:
         raise ValueError('sliding_window is null, but some layers slide; write their window.')

@@ -10,15 +10,17 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from diffusiongemma.checkpoints.hf_config import DIFFUSION_TYPES, model_config_from_hf
+from diffusiongemma.checkpoints.families import (
+    FULL_NAME,
+    SLIDING_NAME,
+    Family,
+    family_of,
+    is_denoiser,
+)
+from diffusiongemma.checkpoints.hf_config import model_config_from_hf
 from diffusiongemma.models.config import FULL, SLIDING, AttentionConfig, ModelConfig
 
-_ARCHITECTURES = {
-    'diffusion_gemma': 'DiffusionGemmaForBlockDiffusion',
-    'gemma4_text': 'Gemma4ForCausalLM',
-    'gemma3_text': 'Gemma3ForCausalLM',
-}
-_LAYER_TYPES = {SLIDING: 'sliding_attention', FULL: 'full_attention'}
+_LAYER_TYPES = {SLIDING: SLIDING_NAME, FULL: FULL_NAME}
 # Settings that a ModelConfig does not have, unless the base checkpoint sets them. The values are
 # those of the public transformers configs.
 _TEXT_DEFAULTS = {
@@ -82,12 +84,13 @@ def hf_config(
       ValueError: if the format cannot represent this model; the message names the setting.
     """
     base = dict(base or {})
-    model_type = _model_type(config)
+    family = family_of(config)
+    model_type = family.model_types[-1]
     base_text = base | base.get('text_config', {})  # token ids may be outside of text_config
     text = _TEXT_DEFAULTS | tokens.to_hf()
     text |= {name: base_text[name] for name in text if name in base_text}
-    text |= _text_config(config, model_type)
-    head = {'architectures': [_ARCHITECTURES[model_type]], 'dtype': dtype}
+    text |= _text_config(config, family)
+    head = {'architectures': [family.architecture], 'dtype': dtype}
     if config.is_diffusion:
         text |= {'model_type': 'diffusion_gemma_text'}
         content = _DIFFUSION_DEFAULTS | {
@@ -103,22 +106,16 @@ def hf_config(
     else:
         content = text | {'model_type': model_type, 'use_cache': True}
     content = head | content
-    _check_faithful(config, content, model_type)
+    _check_faithful(config, content, family)
     return content
 
 
 def vision_config(base: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the vision tower config of a DiffusionGemma base, or None for other bases."""
-    return base.get('vision_config') if base.get('model_type') in DIFFUSION_TYPES else None
+    return base.get('vision_config') if is_denoiser(base) else None
 
 
-def _model_type(config: ModelConfig) -> str:
-    if config.is_diffusion:
-        return 'diffusion_gemma'
-    return 'gemma3_text' if config.norm_scale_offset else 'gemma4_text'
-
-
-def _text_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
+def _text_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Returns the keys of the text config that the `ModelConfig` determines."""
     text = {
         'vocab_size': config.vocab_size,
@@ -139,29 +136,39 @@ def _text_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
     }
     if config.max_positions is not None:
         text['max_position_embeddings'] = config.max_positions
-    if model_type == 'gemma3_text':
-        return text | {
+    if family.scales_queries:
+        text |= {
             'query_pre_attn_scalar': round(config.query_scale**-2),
             'attn_logit_softcapping': None,
             'use_bidirectional_attention': False,
         }
+    if family.full_sizes:
+        text['per_layer_config'] = _full_sizes(config)
+    if family.experts:
+        text |= _experts(config)
+        if family.experts_by_flag:
+            text['enable_moe_block'] = config.moe is not None
+    if family.value_is_key is None:
+        text['attention_k_eq_v'] = config.full.value_is_key
+    if family.per_layer:
+        text |= _per_layer(config)
+    if family.shared_kv:
+        text |= _kv_sharing(config)
+    return text
+
+
+def _full_sizes(config: ModelConfig) -> dict[str, Any]:
     full = {'head_dim': config.full.head_dim, 'num_key_value_heads': config.full.num_kv_heads}
-    text['per_layer_config'] = {
-        str(layer): dict(full) for layer, kind in enumerate(config.layer_types) if kind == FULL
-    }
+    return {str(layer): dict(full) for layer, kind in enumerate(config.layer_types) if kind == FULL}
+
+
+def _experts(config: ModelConfig) -> dict[str, Any]:
     moe = config.moe
-    text |= {
+    return {
         'num_experts': moe.num_experts if moe else None,
         'top_k_experts': moe.top_k if moe else None,
         'moe_intermediate_size': moe.expert_width if moe else None,
     }
-    if model_type == 'gemma4_text':
-        text |= {
-            'enable_moe_block': moe is not None,
-            'attention_k_eq_v': config.full.value_is_key,
-        }
-        text |= _per_layer(config) | _kv_sharing(config)
-    return text
 
 
 def _per_layer(config: ModelConfig) -> dict[str, Any]:
@@ -189,7 +196,7 @@ def _rope(attention: AttentionConfig) -> dict[str, Any]:
     return rope
 
 
-def _check_faithful(config: ModelConfig, content: Mapping[str, Any], model_type: str) -> None:
+def _check_faithful(config: ModelConfig, content: Mapping[str, Any], family: Family) -> None:
     """Raises ValueError unless this library and transformers read `content` as `config`."""
     problems = []
     if config.has_frozen_encoder:
@@ -199,9 +206,9 @@ def _check_faithful(config: ModelConfig, content: Mapping[str, Any], model_type:
         )
     else:
         problems += _differences(config, content)
-    if model_type != 'gemma3_text' and config.layer_types[-1] != FULL:
+    if not family.free_pattern and config.layer_types[-1] != FULL:
         problems.append('transformers makes the last layer a full one, and here it is sliding')
-    if model_type == 'gemma3_text' and config.width % config.num_heads:
+    if family.heads_divide_width and config.width % config.num_heads:
         problems.append(f'transformers wants {config.num_heads} heads to divide {config.width}')
     if config.is_diffusion and config.final_logit_softcap is None:
         problems.append('final_logit_softcap is None')
@@ -209,7 +216,7 @@ def _check_faithful(config: ModelConfig, content: Mapping[str, Any], model_type:
         problems.append('every layer needs experts, and moe is None')
     if problems:
         raise ValueError(
-            f'the published format ({model_type}) cannot hold this model: '
+            f'the published format ({family.model_types[-1]}) cannot hold this model: '
             f'{"; ".join(problems)}. Keep it as a bundle (--format=bundle).'
         )
 

@@ -11,9 +11,9 @@ implement are errors. transformers is less strict: of two contradictory values i
 from collections.abc import Mapping
 from typing import Any
 
+from diffusiongemma.checkpoints.families import FULL_NAME, SLIDING_NAME, Family
 from diffusiongemma.checkpoints.hf_schema import is_number
 
-FULL_NAME, SLIDING_NAME = 'full_attention', 'sliding_attention'
 _NAMES = (FULL_NAME, SLIDING_NAME)
 # `original_max_position_embeddings` has no effect on the supported types.
 _KEYS = (
@@ -24,25 +24,16 @@ _KEYS = (
     'partial_rotary_factor',
     'original_max_position_embeddings',
 )
-_GEMMA3_THETA = {FULL_NAME: 1_000_000.0, SLIDING_NAME: 10_000.0}
-_GEMMA4_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    FULL_NAME: {
-        'rope_type': 'proportional',
-        'partial_rotary_factor': 0.25,
-        'rope_theta': 1_000_000.0,
-    },
-    SLIDING_NAME: {'rope_type': 'default', 'rope_theta': 10_000.0},
-}
 _OLD_THETA = {FULL_NAME: 'rope_theta', SLIDING_NAME: 'rope_local_base_freq'}
 
 
-def rope_of(text: Mapping[str, Any], name: str, gemma3: bool, used: bool) -> dict[str, Any]:
+def rope_of(text: Mapping[str, Any], name: str, family: Family, used: bool) -> dict[str, Any]:
     """Returns the rotary settings of one layer type.
 
     Args:
       text: the type-checked config of the text model.
       name: 'full_attention' or 'sliding_attention'.
-      gemma3: whether the model is a Gemma 3.
+      family: the family of the model.
       used: whether any layer has this type; if not, missing settings take the defaults.
 
     Returns:
@@ -52,7 +43,11 @@ def rope_of(text: Mapping[str, Any], name: str, gemma3: bool, used: bool) -> dic
     Raises:
       ValueError: if other frequencies are requested, or the layout is contradictory or unknown.
     """
-    rope = _gemma3(text, name) if gemma3 else _gemma4(text, name, used)
+    defaults = family.rope[name]
+    if family.rope_at_top:
+        rope = _completed(text, name, defaults)
+    else:
+        rope = _by_layer_type(text, name, defaults, used)
     _check(rope, name)
     top = text.get(_OLD_THETA[name])
     if top is not None and top != rope['rope_theta']:
@@ -73,7 +68,8 @@ def rope_of(text: Mapping[str, Any], name: str, gemma3: bool, used: bool) -> dic
     }
 
 
-def _gemma3(text: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _completed(text: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a layer type, completed by those at the top."""
     rope = dict(_nested(text.get('rope_parameters'), 'rope_parameters').get(name) or {})
     _check_keys(rope, name)
     scaling = text.get('rope_scaling') or {}
@@ -99,17 +95,20 @@ def _gemma3(text: Mapping[str, Any], name: str) -> dict[str, Any]:
                 f'are {rope["rope_type"]!r}; keep one of them.'
             )
         rope |= scaling
-    return {'rope_theta': text.get(_OLD_THETA[name], _GEMMA3_THETA[name])} | rope
+    return {'rope_theta': text.get(_OLD_THETA[name], defaults['rope_theta'])} | rope
 
 
-def _gemma4(text: Mapping[str, Any], name: str, used: bool) -> dict[str, Any]:
+def _by_layer_type(
+    text: Mapping[str, Any], name: str, defaults: Mapping[str, Any], used: bool
+) -> dict[str, Any]:
+    """Returns the settings of a layer type, which stand in `rope_parameters` alone."""
     parameters = text.get('rope_parameters')
     if text.get('rope_scaling') is not None:  # transformers replaces rope_parameters with it
         if parameters is not None and parameters != text['rope_scaling']:
             raise ValueError('rope_scaling contradicts rope_parameters; keep the latter.')
         parameters = text['rope_scaling']
     if parameters is None:
-        return dict(_GEMMA4_DEFAULTS[name])
+        return dict(defaults)
     rope = _nested(parameters, 'rope_parameters').get(name)
     if rope is None:
         if used:
@@ -117,7 +116,7 @@ def _gemma4(text: Mapping[str, Any], name: str, used: bool) -> dict[str, Any]:
                 f'rope_parameters has nothing for the {name} layers; write their rope_type and '
                 'rope_theta.'
             )
-        return dict(_GEMMA4_DEFAULTS[name])
+        return dict(defaults)
     if 'rope_theta' not in rope:
         raise ValueError(f'rope_parameters.{name} lacks the key rope_theta; write it there.')
     return dict(rope)

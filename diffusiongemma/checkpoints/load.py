@@ -12,13 +12,11 @@ from flax.traverse_util import flatten_dict
 
 from diffusiongemma.checkpoints import adapters, bundle, gguf_import, hf_import, orbax_import
 from diffusiongemma.checkpoints.fields import read_fields, read_model_config
-from diffusiongemma.checkpoints.hf_config import read_hf_config
-from diffusiongemma.checkpoints.json_file import read_json
+from diffusiongemma.checkpoints.hf_tokenizer import has_empty_thought, published_tokenizer
 from diffusiongemma.checkpoints.packaged import PACKAGED, packaged_file
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
-from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DRAFT_IDS
 from diffusiongemma.models.inference import for_inference, with_execution
 from diffusiongemma.models.lora import LoraConfig, base_params, merge_lora
@@ -40,7 +38,6 @@ EXPORT_DIR = 'model'  # in a workdir: the model that the run exports
 BASE_DIR = 'base'  # in a workdir: the model with the frozen parameters
 BASE_PARAMS = ('embedder', 'backbone', 'per_layer_embedder')  # a light student takes these from it
 DRAFT_IDS_FILE = 'draft_ids.npy'  # in a workdir: the draft vocabulary of a light student
-TOKENIZER_JSON = 'tokenizer.json'  # in a published checkpoint without tokenizer.model
 
 Opened = tuple[Gemma, dict, Tokenizer | None]  # model, parameters and tokenizer
 
@@ -76,15 +73,6 @@ def load_model(
     directory = model_directory(path)
     open_it = next(open_it for detects, open_it in FORMATS if detects(directory))
     return open_it(directory, dtype, mesh)
-
-
-def has_empty_thought(config: ModelConfig) -> bool:
-    """Returns whether a prompt without thoughts ends in an empty thought channel.
-
-    It does not for the Gemma 4 models with per-layer embeddings (E2B, E4B). A chat template, if
-    there is one, takes precedence.
-    """
-    return config.per_layer is None
 
 
 def load_for_sampling(
@@ -216,33 +204,6 @@ def saved_draft_ids(workdir: Path) -> jax.Array | None:
     return jnp.asarray(np.load(path)) if path.exists() else None
 
 
-def _published_tokenizer(directory: Path) -> Tokenizer | None:
-    """Returns the tokenizer of a published checkpoint, or None if it has none.
-
-    A checkpoint with a tokenizer_config.json but no chat template is a pretrained model.
-
-    Raises:
-      ValueError: if the tokenizer has more tokens than the model.
-    """
-    names = (bundle.TOKENIZER_FILE, TOKENIZER_JSON)
-    files = [directory / name for name in names if (directory / name).exists()]
-    if not files:
-        return None
-    model_config = read_hf_config(directory)
-    tokenizer = Tokenizer.load(str(files[0]), has_empty_thought(model_config))
-    vocab_size = model_config.vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f'{files[0]} has {tokenizer.vocab_size} tokens, the model {vocab_size}; '
-            'they are not of one checkpoint.'
-        )
-    config = directory / 'tokenizer_config.json'
-    if config.exists() and not any(directory.glob('chat_template.*')):
-        if not read_json(config).get('chat_template'):
-            return tokenizer.without_chat_turns()
-    return tokenizer
-
-
 def _load_gguf(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
     """Loads a GGUF file, or the one in a directory."""
     file = gguf_import.find_gguf(directory)
@@ -257,7 +218,7 @@ def _load_orbax(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> 
 
 def _load_published(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
     """Loads a published checkpoint; the tokenizer is checked before the weights are read."""
-    tokenizer = _published_tokenizer(directory)
+    tokenizer = published_tokenizer(directory)
     return *hf_import.load_hf(directory, dtype, mesh), tokenizer
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from diffusiongemma import configuration
-from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.checkpoints.load import BASE_PARAMS, load_model
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.models.arrays import Params
@@ -39,7 +39,11 @@ class Teacher:
 
 
 def load_teacher(experiment: Experiment) -> Teacher:
-    """Opens `config.teacher`; raises ValueError if it is empty or has no tokenizer."""
+    """Opens `config.teacher`; for a student with a frozen encode pass, its teacher.
+
+    Raises:
+      ValueError: if it is empty, has no tokenizer, or is a student with shared weights.
+    """
     if not experiment.teacher:
         raise ValueError(
             'config.teacher is empty: give the directory of the downloaded checkpoint with '
@@ -48,6 +52,13 @@ def load_teacher(experiment: Experiment) -> Teacher:
     model, params, tokenizer = _load(experiment, experiment.teacher)
     if tokenizer is None:
         raise ValueError(f'{experiment.teacher} has no tokenizer.model; copy it there.')
+    if model.config.is_diffusion:
+        if not model.config.has_frozen_encoder:
+            raise ValueError(
+                f'config.teacher={experiment.teacher} is a student whose passes share their '
+                'weights; give the autoregressive model that it was distilled from.'
+            )
+        params = {name: params[name] for name in BASE_PARAMS if name in params}
     gemma = placed(experiment, Gemma(model.config.autoregressive, model.dtype))
     return Teacher(gemma, params, tokenizer)
 

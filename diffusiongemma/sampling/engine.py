@@ -204,9 +204,11 @@ class Engine:
     def step(self, *, until_one_finishes: bool = False) -> list[Event]:
         """Fills free slots, takes one block of every row, and says what came of it.
 
+        Of rows that are watched it takes one denoise step, or after the last one what ends a block.
+
         Args:
           until_one_finishes: takes as many blocks in one program as it needs until a row of each
-            group is finished: fewer waits for the device, and later news.
+            group is finished: fewer waits for the device, and later news. Not of watched rows.
         """
         events: list[Event] = []
         for group in self._refillable():

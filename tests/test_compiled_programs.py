@@ -1,0 +1,73 @@
+"""A small step and a small denoise step, compiled for TPUs, do little more than is needed."""
+
+import importlib.util
+
+import pytest
+
+from diffusiongemma.distillation.experiment import Experiment, experiment_config
+from diffusiongemma.models import AttentionConfig, ModelConfig, MoEConfig
+from diffusiongemma.planning.compiler import compile_program, topology_devices
+from diffusiongemma.planning.programs import training_step
+from diffusiongemma.planning.sampler_programs import sampler_programs
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install -e '.[plan]'"
+)
+# One layer with enough experts that their weights, and not activations, are most of the traffic.
+MODEL = ModelConfig(
+    vocab_size=512,
+    width=256,
+    num_heads=4,
+    ffn_width=512,
+    layer_types=('full',),
+    sliding=AttentionConfig(num_kv_heads=4, head_dim=128, window=64),
+    full=AttentionConfig(num_kv_heads=4, head_dim=128),
+    moe=MoEConfig(num_experts=16, top_k=4, expert_width=512),
+)
+
+
+def experiment(axes, remat):
+    return Experiment.of(
+        experiment_config(
+            {
+                'dtype': 'bfloat16',
+                'mesh': axes,
+                'compute': {'remat': remat},
+                'canvas_length': 64,
+                'predict_next': False,
+                'targets': {'source': {'kind': 'wordmath', 'size': 8}, 'max_new_tokens': 64},
+                'data': {'batch_size': 4, 'row_length': 128, 'canvases_per_row': 1},
+                'stage1': {'self_conditioning_rate': 0.0},
+                'stage2': {'num_steps': 1},
+                'train': {'num_steps': 2},
+                'sampling': {'max_new_tokens': 64},
+            }
+        )
+    )
+
+
+def compiled(program, mesh, figures, level):
+    plan = compile_program(program, mesh, figures, level)
+    return plan, plan.ratios(mesh.size)
+
+
+def test_a_denoise_step_multiplies_each_row_once_and_reads_each_weight_once():
+    planned = experiment({'tensor': 4}, 'none')
+    devices, figures = topology_devices('v5e:2x2')
+    mesh = planned.mesh.make(devices)
+    programs = sampler_programs(planned, MODEL, mesh, batch_size=4, prompt_length=64)
+    (step,) = (program for program in programs if program.name == 'denoise step')
+    _, ratios = compiled(step, mesh, figures, 'O2')
+    assert 0.95 < ratios['executed FLOPs'] < 1.25
+    assert 1 < ratios['HBM bytes'] < 1.6
+
+
+@pytest.mark.slow
+def test_a_step_computes_what_the_model_asks_for_and_holds_few_copies_of_its_gradients():
+    planned = experiment({'fsdp': 2, 'expert': 2}, 'full')
+    devices, figures = topology_devices('v5e:2x2')
+    mesh = planned.mesh.make(devices)
+    plan, ratios = compiled(training_step(planned, MODEL, mesh), mesh, figures, 'O1')
+    assert 0.95 < ratios['executed FLOPs'] - ratios['recomputed FLOPs'] < 1.25
+    assert 0 < plan.copies <= 4
+    assert ratios['bytes sent'] < 1.5
