@@ -1,11 +1,11 @@
-"""What each part of the distillation is worth: the same short run without it, row by row.
+"""Measures the effect of each part of the distillation by short runs without it.
 
     python benchmarks/ablations.py --output=/tmp/ablations --rows=main,no_kl
 
 Every row is one `distill` command, a short run from the weights of the shipped teacher, evaluated
-with up to 16 denoise steps per canvas. Rows with the same targets write them once. Rows that are
-done already are read from --output, so that an interrupted call goes on. Prints the table, writes
-ablations.csv and draws ablations.png.
+with up to 16 denoise steps per canvas. Rows with the same targets write them once. Finished rows
+are read from --output, so that an interrupted call can be continued. The script prints the table,
+writes ablations.csv and draws ablations.png.
 """
 
 import csv
@@ -23,7 +23,7 @@ from diffusiongemma import run_config
 
 matplotlib.use('Agg')
 
-# What all rows share, then what each row changes of it.
+# The keys that all rows share, then the changes of each row.
 BASE = {
     'sampling.max_denoising_steps': 16,
     'data.batch_size': 8,
@@ -59,7 +59,7 @@ _ROWS = flags.DEFINE_list('rows', list(ROWS), 'Which rows, in this order.')
 
 
 def command(row: str, workdir: Path) -> list[str]:
-    """The command of a row."""
+    """Returns the command of a row."""
     overrides = BASE | ROWS[row]
     return [
         sys.executable, '-m', 'diffusiongemma.distill', '--config=configs/tiny_diffusion.py',
@@ -68,10 +68,10 @@ def command(row: str, workdir: Path) -> list[str]:
 
 
 def run_row(row: str, output: Path) -> dict:
-    """Runs a row unless it is done; its evaluation.
+    """Runs a row unless it is finished, and returns its evaluation.
 
     Raises:
-      RuntimeError: the command failed; the message ends with what it printed last.
+      RuntimeError: if the command failed; the message contains the end of its output.
     """
     result = output / row / 'evaluation.json'
     if not result.exists():
@@ -83,7 +83,7 @@ def run_row(row: str, output: Path) -> dict:
 
 
 def share_targets(row: str, output: Path) -> None:
-    """Points the row's targets at those of all rows that ask the teacher the same."""
+    """Lets rows with the same targets share one directory of them."""
     asked = {k: v for k, v in ROWS[row].items() if k.startswith('targets.') or k == 'seed'}
     shared = output / '_'.join(['targets', *(f'{k}_{v}' for k, v in sorted(asked.items()))])
     own = output / row / 'targets'
@@ -94,7 +94,7 @@ def share_targets(row: str, output: Path) -> None:
 
 
 def plot(evaluations: dict[str, dict], path: Path) -> None:
-    """Accuracy and tokens per lossless pass of each row."""
+    """Plots the accuracy and the tokens per lossless pass of each row."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(evaluations) + 1.5), sharey=True)

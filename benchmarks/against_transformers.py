@@ -1,14 +1,14 @@
-"""Our passes against those of transformers: same weights, same shapes, same threads, one run.
+"""Compares the passes with those of transformers, with equal weights, shapes and threads.
 
     pip install torch==2.13.0 transformers==5.17.0
     python benchmarks/against_transformers.py --models=dense,moe --canvases=64,256 --prefixes=256
 
-A random DiffusionGemma is made by transformers and read by ours; both are float32. The four passes
-take turns: prefill of a prompt, a denoise step (self-conditioning on the logits of the step before,
-then the token of highest logit and the entropy at each position), a commit (the causal pass over a
-canvas, appended to the cache) and an autoregressive token (causal pass and next token). Rows of the
-table: milliseconds (medians), and the ratio transformers / ours with its quartiles over the turns.
-The last line is JSON. `--compile` lets torch compile its passes first.
+Transformers creates a random DiffusionGemma, which this library reads; both compute in float32.
+Four passes are measured in turns: prefill of a prompt, a denoise step (self-conditioning on the
+previous logits, then the argmax and the entropy at each position), a commit (the causal pass over a
+canvas, appended to the cache) and an autoregressive token (causal pass and next token). The table
+has median milliseconds, and the ratio transformers / this library with its quartiles over the
+turns. The last line is JSON. With `--compile`, torch compiles its passes first.
 """
 
 import functools
@@ -41,12 +41,14 @@ _MODELS = flags.DEFINE_list('models', ['dense', 'moe', 'gemma'], 'Of dense, moe,
 _CANVASES = flags.DEFINE_list('canvases', ['64', '256'], 'Canvas lengths.')
 _PREFIXES = flags.DEFINE_list('prefixes', ['256'], 'Prompt lengths, >= 1.')
 _TURNS = flags.DEFINE_integer('turns', 7, 'Timed turns of each pass.', lower_bound=2)
-_COMPILE = flags.DEFINE_bool('compile', False, 'torch.compile the passes of transformers.')
+_COMPILE = flags.DEFINE_bool(
+    'compile', False, 'Compile the passes of transformers with torch.compile.'
+)
 _SCALE = flags.DEFINE_float('scale', 1.0, 'Factor on the widths.', lower_bound=0.05)
 
-# About 270M parameters each; sliding layers and every sixth full. The class of transformers has
-# experts in every layer: nearest to a dense model is one small expert. 'gemma' has width, depth and
-# vocabulary of Gemma 3 270M.
+# Each has about 270M parameters; every sixth layer is full, the others are sliding. The class of
+# transformers has experts in every layer, so a dense model has one small expert. 'gemma' has the
+# width, depth and vocabulary of Gemma 3 270M.
 SIZES = {
     'dense': {
         'hidden_size': 1024,
@@ -74,13 +76,13 @@ SIZES = {
     },
 }
 VOCAB_SIZES = {'dense': 16_384, 'moe': 16_384, 'gemma': 262_144}
-PREFILL_CHUNK = 512  # as long as the window of sliding layers (`SamplingConfig.prefill_chunk`)
+PREFILL_CHUNK = 512  # the window of sliding layers (`SamplingConfig.prefill_chunk`)
 Passes = dict[str, Callable]
 PASSES = ('prefill', 'denoise step', 'commit', 'autoregressive token')
 
 
 def their_model(name: str, canvas_length: int):
-    """A random DiffusionGemma of transformers, float32."""
+    """Returns a random DiffusionGemma of transformers in float32."""
     import torch
     from transformers import (
         DiffusionGemmaConfig,
@@ -128,12 +130,12 @@ def their_model(name: str, canvas_length: int):
     model = DiffusionGemmaForBlockDiffusion(config).float().eval()
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith('router.proj.weight'):
-            parameter.data.mul_(50)  # as drawn, experts are near ties that rounding decides
+            parameter.data.mul_(50)  # otherwise experts are near ties that rounding decides
     return model
 
 
 def their_passes(model, prompt: np.ndarray, canvas: np.ndarray, logits: np.ndarray) -> Passes:
-    """For each pass a function that sets it up; what that returns runs it."""
+    """Returns, for each pass, a function that prepares it and returns a function that runs it."""
     import copy
 
     import torch
@@ -178,7 +180,7 @@ def _their_head(model, hidden):
 
 
 def our_passes(model, params, prompt: np.ndarray, canvas: np.ndarray, logits: np.ndarray) -> Passes:
-    """As `their_passes`; each pass is one compiled program."""
+    """Returns the same as `their_passes` for this library; each pass is one compiled program."""
     batch_size, length = canvas.shape
     capacity = prompt.shape[1] + length
     prompt, canvas = jnp.asarray(prompt, jnp.int32), jnp.asarray(canvas, jnp.int32)
@@ -223,7 +225,7 @@ def our_passes(model, params, prompt: np.ndarray, canvas: np.ndarray, logits: np
 
 
 def seconds(set_up: Callable) -> tuple[float, np.ndarray]:
-    """Time of one run, and the first array that it returns."""
+    """Returns the seconds of one run, and the first array that it returns."""
     run = set_up()
     start = time.perf_counter()
     result = jax.block_until_ready(run())
@@ -232,7 +234,7 @@ def seconds(set_up: Callable) -> tuple[float, np.ndarray]:
 
 
 def compare(ours: Passes, theirs: Passes) -> dict[str, dict]:
-    """Milliseconds of either, the ratio and its quartiles, and the share of equal tokens."""
+    """Returns milliseconds of both, the ratio, its quartiles, and the fraction of equal tokens."""
     rows = {}
     for name in PASSES:
         tokens = [seconds(side[name])[1] for side in (ours, theirs)]  # compiles
@@ -277,7 +279,7 @@ def main(argv: list[str]) -> None:
                         f'{row["ours_ms"]:.1f}', f'{row["theirs_ms"]:.1f}',
                         f'{row["ratio"]:.2f}x', '{:.2f}-{:.2f}'.format(*row['quartiles']),
                     )  # fmt: skip
-                    print(*cells, flush=True)  # the table comes when all are measured
+                    print(*cells, flush=True)  # the table is printed when all are measured
                     table.add_row(*cells)
     Console().print(table)
     print(json.dumps({'threads': int(_THREADS), 'compiled': _COMPILE.value, 'rows': results}))

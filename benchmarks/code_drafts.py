@@ -1,15 +1,15 @@
-r"""What a light student of a pretrained model drafts on code: accepted lengths and the clock.
+r"""Measures accepted lengths and speed of a light student of a pretrained model on code.
 
     python benchmarks/code_drafts.py --checkpoint=gemma3-270m-student --output=/tmp/code_drafts
 
-The teacher continues prompts greedily, 96 tokens each: HumanEval's, and windows of held-out files
-of the Python standard library. Accepted lengths (tokens per verification, the one after the draft
-counted) of that text follow from what would be drafted at each of its places: by the student, by
-its untrained start, by lookups in the text so far, and by lookups where --lookup_ngram tokens match
-and the student elsewhere. Then the sampler itself writes --prompts of them, and its text has to be
-the teacher's. With --turns the clock: whole responses at batch 1, autoregressive and lossless in
-turns, ratios with their spread; with --others also transformers (float32, torch) and llama.cpp (the
-GGUF file as it is quantized), where they are installed. Writes code_drafts.json.
+The teacher continues prompts greedily with 96 tokens each: HumanEval's, and windows of held-out
+files of the Python standard library. The accepted lengths (tokens per verification, including the
+one after the draft) are computed from the drafts at each position of this text: by the student, by
+the untrained student, by lookups in the text so far, and by lookups if --lookup_ngram tokens match
+and otherwise by the student. Then the sampler continues --prompts of the prompts, and its text must
+equal the teacher's. --turns measures the speed of whole responses at batch 1, autoregressive and
+lossless in turns, with the spread of the ratios; --others adds transformers (float32, torch) and
+llama.cpp (the quantized GGUF file), if they are installed. The script writes code_drafts.json.
 """
 
 import dataclasses
@@ -42,17 +42,27 @@ from diffusiongemma.sampling.drafter import LONGEST_NGRAM
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'gemma3-270m-student', 'A light student.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory of the texts and the table.')
-_TEACHER = flags.DEFINE_string('teacher', 'gemma3-270m', 'For the untrained start; empty: without.')
+_TEACHER = flags.DEFINE_string(
+    'teacher', 'gemma3-270m', 'The teacher, to measure the untrained student; empty to skip it.'
+)
 _ROWS = flags.DEFINE_integer('rows', 164, 'Prompts of each source.', lower_bound=1)
-_PROMPTS = flags.DEFINE_integer('prompts', 164, 'That the sampler itself writes.', lower_bound=0)
-_NGRAM = flags.DEFINE_integer('lookup_ngram', 2, 'Tokens that a lookup needs.', lower_bound=1)
+_PROMPTS = flags.DEFINE_integer(
+    'prompts', 164, 'Number of prompts that the sampler continues.', lower_bound=0
+)
+_NGRAM = flags.DEFINE_integer(
+    'lookup_ngram', 2, 'Number of matching tokens that a lookup needs.', lower_bound=1
+)
 _LENGTH = flags.DEFINE_integer('draft_length', 7, 'Tokens of a draft.', lower_bound=2)
 _SHORT = flags.DEFINE_integer(
-    'model_draft_length', 4, "Of the student's drafts beside lookups, timed too; 0: without."
+    'model_draft_length',
+    4,
+    "Length of the student's drafts with lookups, which is timed too; 0 to skip it.",
 )
-_TURNS = flags.DEFINE_integer('turns', 0, 'Prompts that are timed at batch 1.', lower_bound=0)
+_TURNS = flags.DEFINE_integer(
+    'turns', 0, 'Number of prompts that are timed at batch 1.', lower_bound=0
+)
 _OTHERS = flags.DEFINE_bool('others', False, 'Time transformers and llama.cpp too.')
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Of what the sampler writes.', 0.0)
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Batch size of the sampler.', 0.0)
 
 TOKENS = 96
 BATCH = 41
@@ -63,7 +73,7 @@ SOURCES = {
 
 
 def teacher_texts(model, params, tokenizer, prompts: list[list[int]], path: Path) -> np.ndarray:
-    """Greedy responses, as `written` gives them; kept in a file."""
+    """Returns greedy responses in the form of `written`, which a file caches."""
     if not path.exists():
         config = SamplingConfig.for_tokenizer(tokenizer, max_new_tokens=TOKENS, temperature=0.0)
         sampler = Sampler(model, config, 'autoregressive')
@@ -72,10 +82,10 @@ def teacher_texts(model, params, tokenizer, prompts: list[list[int]], path: Path
 
 
 def student_hits(model, params, prompts, texts, length: int, pad_id: int) -> np.ndarray:
-    """Where the student's drafts hold, [rows, TOKENS, length] bool.
+    """Returns which draft tokens of the student are accepted, [rows, TOKENS, length] bool.
 
-    At [r, i, k]: with token i of the text pending, draft token k is the text's, given that the
-    draft tokens before it are.
+    The value at [r, i, k] tells whether, with token i of the text pending, draft token k equals
+    the text's, given that the previous draft tokens do.
     """
     objective = Drafting(corruption=MaskedCorruption(model.config.mask_id), canvas_length=length)
 
@@ -109,7 +119,7 @@ def student_hits(model, params, prompts, texts, length: int, pad_id: int) -> np.
 
 
 def lookup_hits(prompts, texts, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `student_hits` for lookups; and how many last tokens they continue, [rows, TOKENS]."""
+    """Returns `student_hits` for lookups, and the numbers of matching tokens [rows, TOKENS]."""
     source = PromptLookup(length, LONGEST_NGRAM)
     width = max(map(len, prompts)) + TOKENS
     find = jax.jit(source.find)
@@ -127,7 +137,7 @@ def lookup_hits(prompts, texts, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def accepted_length(hits: np.ndarray, texts: np.ndarray) -> float:
-    """Tokens per verification when the texts are written with drafts that hold at `hits`."""
+    """Returns tokens per verification if the texts are written with drafts accepted at `hits`."""
     tokens = verifications = 0
     for row, text in zip(np.cumprod(hits, axis=-1).sum(axis=-1), texts, strict=True):
         place, end = 0, int((text >= 0).sum())
@@ -138,7 +148,7 @@ def accepted_length(hits: np.ndarray, texts: np.ndarray) -> float:
 
 
 def written(sampler: Sampler, params, tokenizer, prompts, seed: int) -> tuple[np.ndarray, Any]:
-    """Responses [rows, TOKENS], -1 after their end, and the sum of the accepted lengths' counts."""
+    """Returns responses [rows, TOKENS], -1 after their end, and summed accepted-length counts."""
     texts, counts = [], 0
     for first in range(0, len(prompts), BATCH):
         rows = prompts[first : first + BATCH]
@@ -157,9 +167,9 @@ def written(sampler: Sampler, params, tokenizer, prompts, seed: int) -> tuple[np
 def timed(
     samplers: dict[str, tuple[Sampler, Any]], others: dict[str, Any], tokenizer, prompts
 ) -> dict[str, list[float]]:
-    """Seconds per token of whole responses at batch 1, in turns."""
+    """Measures seconds per token of whole responses at batch 1, in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in (*samplers, *others)}
-    for number, prompt in enumerate([prompts[0], *prompts]):  # the first one compiles
+    for number, prompt in enumerate([prompts[0], *prompts]):  # the first run compiles
         tokens, lengths = pad_prompts([prompt], tokenizer.pad_id, multiple=256)
         for name, (sampler, params) in samplers.items():
             start = time.perf_counter()
@@ -176,7 +186,7 @@ def timed(
 
 
 def other_writers(directory: Path) -> dict[str, Any]:
-    """Functions from a prompt's tokens to their greedy continuation, of what is installed."""
+    """Returns functions from prompt tokens to a greedy continuation, for installed libraries."""
     writers, name = {}, _TEACHER.value or _TEACHER.default
     if importlib.util.find_spec('transformers') is not None:
         import torch

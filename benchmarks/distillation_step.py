@@ -1,12 +1,12 @@
-"""What a distillation step costs: all canvases or one, a loop over layers or none.
+"""Measures a distillation step with all canvases or one, and with or without a layer loop.
 
     python benchmarks/distillation_step.py --depths=6,30
 
-Random students of the shipped teacher's width on packed rows of word problems, stage 1. Rows of the
-table: seconds to trace and compile (the less of two times), milliseconds of a step (median),
-response tokens trained per second, and the ratio of that to the row before with its quartiles.
-First all canvases of every response against one canvas of each (the rest of the row is encoded all
-the same), then layers in a loop against layers one by one, at each depth. The last line is JSON.
+It uses random students of the shipped teacher's width on packed rows of word problems in stage 1.
+The table has seconds to trace and compile (the minimum of two measurements), median milliseconds of
+a step, response tokens trained per second, and their ratio to the previous row with quartiles. It
+compares all canvases of every response with one canvas of each (with the same encode pass), then
+layers in a loop with unrolled layers, at each depth. The last line is JSON.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ _CANVAS = flags.DEFINE_integer('canvas', 16, 'Canvas length.', lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Rows of 256 tokens.', lower_bound=1)
 _REPETITIONS = flags.DEFINE_integer('repetitions', 7, 'Timed steps.', lower_bound=2)
 
-PATTERN = ('sliding',) * 5 + ('full',)  # of the published models
+PATTERN = ('sliding',) * 5 + ('full',)  # the layer pattern of the published models
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One row of the table."""
+    """A row of the table."""
 
     depth: int
     one_canvas: bool
@@ -51,7 +51,7 @@ class Setting:
 
 
 def batch_of(tokenizer: Any, one_canvas: bool) -> dict[str, np.ndarray]:
-    """A packed batch; with one canvas a document as many slots as rows have documents."""
+    """Returns a packed batch; with one canvas per document it has one slot per document."""
     return next(
         make_train_iterator(
             DataSpec(kind='wordmath', size=1000),
@@ -67,7 +67,7 @@ def batch_of(tokenizer: Any, one_canvas: bool) -> dict[str, np.ndarray]:
 
 
 def measure(base: ModelConfig, tokenizer: Any, setting: Setting) -> dict[str, Any]:
-    """Seconds to compile, seconds of each step [repetitions], response tokens of the batch."""
+    """Returns compile seconds, seconds of each step [repetitions], and response tokens."""
     config = base.replace(
         layer_types=PATTERN * (setting.depth // len(PATTERN)),
         canvas_length=_CANVAS.value,
@@ -90,7 +90,7 @@ def measure(base: ModelConfig, tokenizer: Any, setting: Setting) -> dict[str, An
     constants = Constants(init_params(teacher, jax.random.key(1)), {})
     compile_seconds = []
     for _ in range(2):
-        jax.clear_caches()  # else the second time finds what the first has made
+        jax.clear_caches()  # otherwise the second measurement would use the cache of the first
         start = time.perf_counter()
         compiled = jax.jit(step).lower(state, constants, batch).compile()
         compile_seconds.append(time.perf_counter() - start)
@@ -102,7 +102,7 @@ def measure(base: ModelConfig, tokenizer: Any, setting: Setting) -> dict[str, An
 
 def main(argv: list[str]) -> None:
     del argv
-    jax.config.update('jax_enable_compilation_cache', False)  # compile times are asked for
+    jax.config.update('jax_enable_compilation_cache', False)  # compile times are measured
     teacher, _, tokenizer = load_model('builtin-teacher')
     depths = [int(value) for value in _DEPTHS.value]
     if any(depth <= 0 or depth % len(PATTERN) for depth in depths):

@@ -1,8 +1,8 @@
-"""Objectives and denoisers at equal training tokens: accepted lengths on held-out text.
+"""Compares accepted lengths of objectives and denoisers after equal training tokens.
 
-Every run trains on the same teacher-written targets of configs/tiny.py; its length is that of the
-command line. Writes drafting.csv and drafting.png to the output directory, where each run has its
-own workdir and an interrupted benchmark goes on.
+Every run trains on the same teacher-written targets of configs/tiny.py for --steps steps. The
+script writes drafting.csv and drafting.png to the output directory, where each run has its own
+workdir, so that an interrupted benchmark can be continued.
 
 python benchmarks/drafting.py --output=/tmp/drafting
 """
@@ -28,7 +28,9 @@ from diffusiongemma.evaluation.report import ACCEPTED_LENGTH
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory of the runs, the table and the plot.')
 _STEPS = flags.DEFINE_integer('steps', 200, 'Steps of each run.', lower_bound=10)
-_ONLY = flags.DEFINE_list('only', [], 'Names of runs, such as light_3-accepted_length-0; all.')
+_ONLY = flags.DEFINE_list(
+    'only', [], 'Names of runs, such as light_3-accepted_length-0; the default is all.'
+)
 
 TINY = Path(__file__).parents[1] / 'configs' / 'tiny.py'
 DENOISERS: dict[str, dict[str, Any]] = {
@@ -48,14 +50,14 @@ ADDITIONS: dict[str, dict[str, Any]] = {
 
 
 def runs() -> list[tuple[str, str, int]]:
-    """Denoiser, objective and seed of each run, the main row first."""
+    """Returns the denoiser, objective and seed of each run, with the main row first."""
     every = [(denoiser, objective, 0) for denoiser in DENOISERS for objective in OBJECTIVES]
     additions = [(MAIN[0], objective, 0) for objective in ADDITIONS]
     return sorted([*every, (*MAIN, 1), *additions], key=lambda run: run[:2] != MAIN)
 
 
 def config_of(denoiser: str, objective: str, seed: int) -> ConfigDict:
-    """The config of a run: the main job's, for as many steps as the flag says."""
+    """Returns the config of a run: that of the main job with --steps steps."""
     spec = importlib.util.spec_from_file_location('tiny', TINY)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -76,13 +78,13 @@ def config_of(denoiser: str, objective: str, seed: int) -> ConfigDict:
 
 
 def curve(config: ConfigDict, workdir: Path) -> list[tuple[int, float]]:
-    """Canvas tokens trained on, and the accepted length after them."""
+    """Returns numbers of trained canvas tokens and the accepted lengths after them."""
     tokens = config.data.batch_size * config.drafting.anchors_per_row * config.canvas_length
     return [(int(row['step']) * tokens, row[ACCEPTED_LENGTH]) for row in read_metrics(workdir)]
 
 
 def plot(path: Path, curves: dict[tuple[str, str, int], list[tuple[int, float]]]) -> None:
-    """Accepted length over canvas tokens, one panel for each denoiser."""
+    """Plots the accepted length over canvas tokens, with a panel for each denoiser."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.4), layout='constrained')

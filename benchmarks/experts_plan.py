@@ -1,13 +1,14 @@
-r"""Compiles the routed experts of 26B-A4B alone for a TPU slice, and counts what they do.
+r"""Compiles only the routed experts of 26B-A4B for a TPU slice and counts their operations.
 
-It needs the TPU compiler (pip install -e '.[plan]') and no TPU. Compiling takes some ten seconds.
+It needs the TPU compiler (pip install -e '.[plan]') and no TPU. Compilation takes about ten
+seconds.
 
   python benchmarks/experts_plan.py --topology=v5p:2x2x2 --mesh=fsdp:8 --rows=8 --tokens=1792
   python benchmarks/experts_plan.py --topology=v6e:2x2 --mesh=tensor:4 --rows=8 --tokens=256 \
     --layers=4
 
-With `--layers` it is the forward pass of so many layers without a loop, as when sampling; else the
-gradients of one layer.
+With `--layers` it compiles the forward pass of that many unrolled layers, as in sampling, and
+otherwise the gradients of one layer.
 """
 
 import json

@@ -1,12 +1,12 @@
-"""How the time of a denoise step grows with each size, and the fitted exponents.
+"""Measures how the time of a denoise step grows with each size, and fits exponents.
 
     python benchmarks/growth.py --sizes=canvas,prefix,batch
 
-One size at a time is doubled from a small random model on; the others stay. A row for each size:
-milliseconds (least of the repetitions) at every value, and the exponent p of time ~ size^p, fitted
-by least squares to the logarithms of all values and of the last three, where fixed costs weigh
-less. 1 is proportional; attention makes canvas and prefix more than that in the long run. The last
-line is JSON.
+Starting from a small random model, one size at a time is doubled. The table has a row for each
+size: milliseconds (minimum of the repetitions) at every value, and the exponent p of time ~ size^p,
+fitted by least squares to the logarithms of all values and of the last three, where fixed costs
+matter less. p = 1 is proportional; attention makes p larger for long canvases and prefixes. The
+last line is JSON.
 """
 
 import json
@@ -32,7 +32,7 @@ from diffusiongemma.models import (
 from diffusiongemma.models.vocabulary import most_likely_tokens
 from diffusiongemma.sampling import passes
 
-# Default of each size, and how often it is doubled.
+# The default of each size, and the number of doublings.
 SIZES = {
     'canvas': (32, 4),
     'prefix': (256, 4),
@@ -48,7 +48,7 @@ _REPETITIONS = flags.DEFINE_integer('repetitions', 9, 'Of each timed step.', low
 
 
 def config_of(sizes: dict[str, int], routed: bool) -> ModelConfig:
-    """A denoiser of these sizes: five sliding layers to a full one."""
+    """Returns the config of a denoiser with five sliding layers for each full one."""
     width = sizes['width']
     attention = {'num_kv_heads': 2, 'head_dim': width // 4}
     moe = MoEConfig(num_experts=sizes['experts'], top_k=2, expert_width=width) if routed else None
@@ -66,7 +66,7 @@ def config_of(sizes: dict[str, int], routed: bool) -> ModelConfig:
 
 
 def denoise_milliseconds(sizes: dict[str, int], routed: bool) -> float:
-    """Least time of a denoise step with its epilogue, on a model of random weights."""
+    """Returns the minimum time of a denoise step with its epilogue, with random weights."""
     model = DiffusionGemma(config_of(sizes, routed))
     model, params = for_inference(model, init_params(model, jax.random.key(0)))
     batch, prefix = sizes['batch'], sizes['prefix']
@@ -85,7 +85,7 @@ def denoise_milliseconds(sizes: dict[str, int], routed: bool) -> float:
 
 
 def exponent(values: list[int], times: list[float]) -> float:
-    """p of times ~ values^p, by least squares on the logarithms."""
+    """Returns p of times ~ values^p, by least squares on the logarithms."""
     return float(np.polyfit(np.log(values), np.log(times), 1)[0])
 
 

@@ -1,12 +1,13 @@
-"""What weights of eight bits change: logits, answers, bytes, and time on the devices at hand.
+"""Measures the effect of eight-bit weights on logits, answers, bytes and time.
 
     python benchmarks/quantization.py --checkpoint=builtin
 
-Weight-only, `quantize_weights`: a row for the float weights, for int8 and for fp8. Bytes of all
-parameters; of the causal pass over held-out word problems with their answers the largest difference
-of a logit, the mean KL in nats from the float model's prediction and how often the most likely
-token is the same; share of the problems that autoregressive and diffusion decoding solve;
-milliseconds of a denoise step and of an autoregressive token.
+The weights are quantized by `quantize_weights` (weight-only); the table has a row for float, int8
+and fp8 weights. It has the bytes of all parameters; for the causal pass over held-out word problems
+with their answers, the largest difference of a logit, the mean KL in nats from the float model's
+prediction, and the fraction of equal most likely tokens; the fraction of problems that
+autoregressive and diffusion decoding solve; and the milliseconds of a denoise step and an
+autoregressive token.
 """
 
 import jax
@@ -34,7 +35,7 @@ PASSES = 32  # in one timed program
 
 
 def causal_log_probs(model, params, tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
-    """Log-probabilities [B, L, V] of the causal pass."""
+    """Returns the log-probabilities [B, L, V] of the causal pass."""
     index = jnp.arange(tokens.shape[1])
     positions = jnp.broadcast_to(index, tokens.shape)
     segments = (index < lengths[:, None]).astype(jnp.int32)
@@ -44,7 +45,7 @@ def causal_log_probs(model, params, tokens: np.ndarray, lengths: np.ndarray) -> 
 
 
 def solved(model, params, tokenizer, examples, mode: str) -> float:
-    """Share of the examples that a decode mode solves."""
+    """Returns the fraction of the examples that a decode mode solves."""
     config = SamplingConfig.for_tokenizer(
         tokenizer,
         max_new_tokens=96,
@@ -60,7 +61,7 @@ def solved(model, params, tokenizer, examples, mode: str) -> float:
 
 
 def pass_times(model, params, tokenizer, prompt: list[int]) -> dict[str, float]:
-    """Median milliseconds of each pass at batch 1."""
+    """Returns the median milliseconds of each pass at batch 1."""
     config = SamplingConfig.for_tokenizer(tokenizer, temperature=0.0)
     first = pad_prompts([prompt], tokenizer.pad_id)
     programs = pass_programs(model, params, config, *first, PASSES)

@@ -1,20 +1,20 @@
-r"""The least time that each pass can take on a device, and here what it does take.
+r"""Computes a lower bound of the time of each pass on a device, and measures the passes here.
 
     python benchmarks/roofline.py --preset=diffusiongemma_26b_a4b --device=H200 --prefix=4096
     python benchmarks/roofline.py --checkpoint=builtin
 
-For every pass of the sampler: floating-point operations of its matrix products, bytes that it must
-move between memory and processor (weights once, experts only as far as tokens are routed to them,
-K/V cache, logits), and the longer of the two times at the device's peaks. With `--preset` that is
-all, unless `--random_weights` makes it; that model or a checkpoint is also run on the first local
-device, and the time measured divided by the limit. On one H200, the full 26B-A4B:
+For every pass of the sampler it counts the FLOPs of matrix products and the bytes that must be
+moved between memory and processor (weights once, only those experts that tokens are routed to, the
+K/V cache, logits), and prints the longer of the two times at the device's peaks. A checkpoint, or a
+`--preset` with `--random_weights`, is also run on the first local device, and the measured time is
+divided by the bound. For the full 26B-A4B on one H200:
 
     python benchmarks/roofline.py --preset=diffusiongemma_26b_a4b --random_weights --device=H200 \
         --prefix=4096
 
-The peaks of a CPU are measured: the rate of a large product, and how fast the product of a matrix
-as large as the weights (small ones stay in its cache) with one vector reads it. Peaks are the best
-of several times, passes the median; they take turns.
+The peaks of a CPU are measured: the speed of a large product, and the bandwidth of the product of a
+vector with a matrix as large as the weights (small matrices stay in the cache). Peaks are the best
+of several measurements, passes the median; they are measured in turns.
 """
 
 import dataclasses
@@ -54,25 +54,34 @@ _PRESET = flags.DEFINE_string('preset', None, 'A model of diffusiongemma.models.
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A diffusion student to measure.')
 _RANDOM_WEIGHTS = flags.DEFINE_bool('random_weights', False, 'Measure the preset too.')
 _DEVICE = flags.DEFINE_string(
-    'device', None, 'v5e, v5p, v6e, H100, ...; default: the local one, measured.'
+    'device',
+    None,
+    'v5e, v5p, v6e, H100, ...; the default is the local device, whose peaks are measured.',
 )
 _DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of weights and products.')
 _WEIGHTS = flags.DEFINE_enum(
-    'weights', None, sorted(WEIGHT_DTYPES), 'Layers in eight bits, products in --dtype.'
+    'weights',
+    None,
+    sorted(WEIGHT_DTYPES),
+    'Store the weights of layers in eight bits; products use --dtype.',
 )
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 1, 'Rows.', lower_bound=1)
-_PREFIX = flags.DEFINE_integer('prefix', 128, 'Cached tokens before the canvas.', lower_bound=1)
-_CANVAS = flags.DEFINE_integer('canvas', 0, "Canvas length; 0: the model's own.", lower_bound=0)
+_PREFIX = flags.DEFINE_integer(
+    'prefix', 128, 'Number of cached tokens before the canvas.', lower_bound=1
+)
+_CANVAS = flags.DEFINE_integer(
+    'canvas', 0, 'Canvas length; 0 for that of the model.', lower_bound=0
+)
 _STEPS = flags.DEFINE_integer('steps', 16, 'Denoise steps per canvas.', lower_bound=1)
 
 
 PASSES = 8  # in one timed program
-LARGEST_READING = 2**31  # bytes; no cache holds as much
+LARGEST_READING = 2**31  # bytes, more than any CPU cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Peak rates of one device: FLOP/s of matrix products, bytes/s of its memory."""
+    """The peak rates of a device: FLOP/s of matrix products, and bytes/s of its memory."""
 
     flops: float
     bandwidth: float
@@ -80,19 +89,19 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one pass needs: floating-point operations, and bytes moved."""
+    """The cost of a pass: FLOPs and bytes moved."""
 
     flops: float
     bytes: float
 
     def seconds(self, device: Device) -> float:
-        """The least time on a device."""
+        """Returns the lower bound of the time on a device."""
         return max(self.flops / device.flops, self.bytes / device.bandwidth)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Parameters of one pass: of the layers, of routed experts among them, of the embedding."""
+    """Parameter counts of a pass: layers, routed experts among them, and the embedding."""
 
     layers: int
     experts: int
@@ -122,15 +131,15 @@ def pass_cost(
     dtype: jnp.dtype,
     kind: str,
 ) -> Cost:
-    """Cost of one pass over `block` tokens a row behind `prefix` cached ones.
+    """Returns the cost of a pass over `block` tokens per row after `prefix` cached tokens.
 
     Args:
-      config: of the model.
-      weights: of that model.
-      batch: rows.
-      block: tokens of a row.
-      prefix: cached tokens of a row.
-      dtype: of weights and activations.
+      config: the config of the model.
+      weights: its parameter counts.
+      batch: the number of rows.
+      block: the number of tokens per row.
+      prefix: the number of cached tokens per row.
+      dtype: the dtype of weights and activations.
       kind: 'encode' (the causal pass), 'token' (the same with logits of its last token) or
         'denoise' (self-conditioning, logits of all tokens, entropies and the next soft
         embeddings).
@@ -138,7 +147,9 @@ def pass_cost(
     tokens, moe, itemsize = batch * block, config.moe, dtype.itemsize
     used, touched = weights.layers, weights.layers
     if moe is not None:
-        missed = (1 - moe.top_k / moe.num_experts) ** tokens  # by all, if evenly routed
+        missed = (
+            1 - moe.top_k / moe.num_experts
+        ) ** tokens  # experts in use if tokens are evenly routed
         used -= weights.experts * (1 - moe.top_k / moe.num_experts)
         touched -= weights.experts * missed
     flops = 2.0 * used * tokens
@@ -161,7 +172,7 @@ def pass_cost(
 
 
 def costs(config: ModelConfig, batch: int, prefix: int, dtype: jnp.dtype) -> dict[str, Cost]:
-    """Cost of each pass of the sampler."""
+    """Returns the cost of each pass of the sampler."""
     make = functools.partial(pass_cost, config, Weights.of(config), batch, dtype=dtype)
     canvas = config.canvas_length
     return {
@@ -173,17 +184,17 @@ def costs(config: ModelConfig, batch: int, prefix: int, dtype: jnp.dtype) -> dic
 
 
 def named_device(name: str) -> Device:
-    """Published peaks, bfloat16 (`accounting.devices` names the sources)."""
+    """Returns published bfloat16 peaks (`accounting.devices` names the sources)."""
     figures = figures_named(name)
     return Device(figures.peak_flops, figures.hbm_bandwidth)
 
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """Programs for the peaks of the first local device: of products, of reading weights once.
+    """Programs that measure the peaks of the first local device: products and reading weights.
 
-    Passes read weights and do not write them, so that neither a copy nor a change in place, which
-    writes as much as it reads, measures what bounds them.
+    Passes only read weights, so their bound is not the bandwidth of a copy or of an in-place
+    update, which writes as much as it reads.
     """
 
     dtype: jnp.dtype
@@ -205,7 +216,7 @@ class Peaks:
 
 
 def programs_to_measure(model, params, batch: int, prefix: int) -> dict[str, Callable]:
-    """A program for each pass: one prefill, `PASSES` of every other."""
+    """Returns a program for each pass, with one prefill or `PASSES` runs of the pass."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, model.config.vocab_size, (batch, prefix), np.int32)
     lengths = np.full((batch,), prefix, np.int32)
@@ -219,7 +230,7 @@ def programs_to_measure(model, params, batch: int, prefix: int) -> dict[str, Cal
 
 
 def random_model(config: ModelConfig, dtype: jnp.dtype) -> tuple[DiffusionGemma, dict]:
-    """A model of random weights, made one by one on the device in the layout for inference."""
+    """Returns a random model, whose weights are created on the device in the inference layout."""
     on_cpu = jax.default_backend() == 'cpu'
     execution = Execution(scan_layers=False, output_major=on_cpu)
     model = DiffusionGemma(config, dtype, execution)
@@ -234,7 +245,7 @@ def random_model(config: ModelConfig, dtype: jnp.dtype) -> tuple[DiffusionGemma,
 
 
 def open_model(dtype: jnp.dtype) -> tuple[ModelConfig, tuple[DiffusionGemma, dict] | None]:
-    """The config that the flags ask for, and what is to be measured, if anything."""
+    """Returns the config that the flags select, and the model to be measured or None."""
     canvas = {'canvas_length': _CANVAS.value} if _CANVAS.value else {}
     if _CHECKPOINT.value is not None:
         model, params, _ = load_model(_CHECKPOINT.value, dtype)
@@ -248,7 +259,7 @@ def open_model(dtype: jnp.dtype) -> tuple[ModelConfig, tuple[DiffusionGemma, dic
 
 
 def print_speeds(milliseconds: dict[str, float], canvas_length: int, which: str) -> dict:
-    """What the passes' times come to, printed and as numbers."""
+    """Prints and returns the decoding speeds that result from the times of the passes."""
     steps = _STEPS.value * milliseconds['denoise step']
     per_canvas = steps + milliseconds['commit']
     tokens = _BATCH_SIZE.value * canvas_length
@@ -268,7 +279,7 @@ def print_speeds(milliseconds: dict[str, float], canvas_length: int, which: str)
 def main(argv: list[str]) -> None:
     del argv
     if (_PRESET.value is None) == (_CHECKPOINT.value is None):
-        raise ValueError('Give --preset or --checkpoint, one of them.')
+        raise ValueError('Give either --preset or --checkpoint.')
     dtype = jnp.dtype(_DTYPE.value or ('bfloat16' if _DEVICE.value else 'float32'))
     batch, prefix = _BATCH_SIZE.value, _PREFIX.value
     config, found = open_model(dtype)

@@ -1,11 +1,11 @@
-"""Acceptance rules on the tasks of the shipped students: problems solved, and the passes it takes.
+"""Measures the problems solved and the passes taken by acceptance rules on shipped students.
 
     python benchmarks/rules.py --checkpoint=builtin-sudoku --problems=64 \\
         --acceptance='EntropyBound(0.01)' --acceptance='Remask(EntropyBound(0.1), 8)'
 
-A row for each rule, on held-out problems of the student's own evaluation and with its settings but
-for the rule and what the flags say. With --sampled the candidates are drawn at temperature 1, all
-steps are taken and the canvas itself is committed, as of `SamplingConfig.ancestral`.
+The table has a row for each rule, on held-out problems of the student's evaluation and with its
+settings except for the rule and the flags. With --sampled the candidates are drawn at temperature
+1, all steps are taken and the canvas itself is committed, as with `SamplingConfig.ancestral`.
 """
 
 import dataclasses
@@ -31,10 +31,13 @@ _PROBLEMS = flags.DEFINE_integer('problems', 64, 'Held-out problems.', lower_bou
 _BATCH = flags.DEFINE_integer('batch_size', 64, 'Rows at once.', lower_bound=1)
 _RULES = flags.DEFINE_multi_string('acceptance', ['EntropyBound(0.1)'], 'A rule; may be repeated.')
 _STEPS = flags.DEFINE_integer(
-    'max_denoising_steps', None, 'Most steps per canvas; None: as evaluated.', lower_bound=1
+    'max_denoising_steps',
+    None,
+    'Maximum of steps per canvas; None for that of the evaluation.',
+    lower_bound=1,
 )
-_SAMPLED = flags.DEFINE_bool('sampled', False, 'Draws at temperature 1, and takes all steps.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the noise and the draws.')
+_SAMPLED = flags.DEFINE_bool('sampled', False, 'Draw at temperature 1 and take all steps.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the noise and the draws.')
 
 SOURCES = {
     'builtin': DataSpec(kind='wordmath', split='test'),

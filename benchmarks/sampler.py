@@ -1,12 +1,12 @@
-"""What the passes of the sampler cost, and the decode modes against each other.
+"""Measures the passes of the sampler and compares the decode modes.
 
     python benchmarks/sampler.py --checkpoint=builtin --batch_sizes=1,8
 
-Same weights, same prompts, one process. A row for each batch size: milliseconds of a denoise step,
-of a commit (the causal pass over a canvas) and of an autoregressive token, medians over
-repetitions, many of them in one program; then a row for each mode: tokens/s (median over
-batches, prefill included, compilation not), the ratio to autoregressive decoding and its quartiles
-over batches.
+All measurements have the same weights and prompts in one process. The first table has a row for
+each batch size: median milliseconds of a denoise step, of a commit (the causal pass over a canvas)
+and of an autoregressive token, with many repetitions in one program. The second has a row for each
+mode: tokens/s (median over batches, with prefill and without compilation), and the ratio to
+autoregressive decoding with its quartiles over batches.
 """
 
 import time
@@ -38,7 +38,7 @@ PASSES = 32  # in one timed program
 
 
 def tokens_per_second(samplers, params, prompts, tokenizer) -> np.ndarray:
-    """[modes, batches]: the modes take turns on every batch, after one run to compile."""
+    """Measures [modes, batches]: the modes take turns on every batch, after a run to compile."""
     speeds = np.zeros((len(samplers), len(prompts)))
     for i, batch in enumerate([prompts[0], *prompts]):
         tokens, lengths = pad_prompts(batch, tokenizer.pad_id, multiple=PROMPT_WIDTH)

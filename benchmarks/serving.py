@@ -1,13 +1,13 @@
-"""A server under load: are its answers those of the same requests alone, how long do they take?
+"""Measures a server under load and compares its answers with those of single requests.
 
     python benchmarks/serving.py --checkpoint=builtin --clients=32 --requests=20
 
-Starts `python -m diffusiongemma.serve`, asks each of a set of requests alone, and then all of them
-by many clients at once, beside clients that send malformed bodies and clients that leave. Every
-answer is compared with that of the request alone. Last, SIGTERM comes while requests are open: each
-of them is answered or refused. Prints latencies of the compared answers, the resident memory of the
-server at the beginning, in the middle and at the end, and the load of the machine; the exit status
-is 1 where anything went wrong.
+It starts `python -m diffusiongemma.serve` and sends a set of requests one at a time. Then many
+clients send them concurrently, while other clients send malformed bodies or close their
+connections. Every answer is compared with that of the single request. At the end the server gets
+SIGTERM while requests are open, each of which must be answered or rejected. The script prints
+latencies of the compared answers, the resident memory of the server at the beginning, in the middle
+and at the end, and the load of the machine. The exit status is 1 if anything went wrong.
 """
 
 import json
@@ -64,7 +64,7 @@ WRONG = (
 
 
 def start() -> tuple[subprocess.Popen, str]:
-    """The server's process, and its address."""
+    """Starts a server; returns its process and its address."""
     command = [sys.executable, '-m', 'diffusiongemma.serve', f'--checkpoint={_CHECKPOINT.value}']
     process = subprocess.Popen([*command, '--port=0'], stdout=subprocess.PIPE, text=True)
     line = process.stdout.readline() if process.stdout else ''
@@ -74,7 +74,7 @@ def start() -> tuple[subprocess.Popen, str]:
 
 
 def resident_mb(process: subprocess.Popen) -> float:
-    """Resident memory of a process."""
+    """Returns the resident memory of a process in MB."""
     status = Path(f'/proc/{process.pid}/status').read_text()
     kilobytes = re.search(r'VmRSS:\s+(\d+) kB', status)
     assert kilobytes is not None
@@ -82,7 +82,7 @@ def resident_mb(process: subprocess.Popen) -> float:
 
 
 def requests_to_compare() -> list[dict]:
-    """Bodies with seeds, so that each has one answer."""
+    """Returns bodies with seeds, so that each has only one answer."""
     problems = eval_examples(DataSpec(kind='wordmath', split='test', size=_PROBLEMS.value))
     return [
         {'messages': [{'role': 'user', 'content': problem['prompt']}], 'seed': seed} | way
@@ -92,7 +92,7 @@ def requests_to_compare() -> list[dict]:
 
 
 def ask(client: httpx.Client, body: dict) -> dict:
-    """An answer without its id and time."""
+    """Sends a request; returns the answer without its id and time."""
     response = client.post(CHAT, json=body)
     if response.status_code != 200:
         raise AssertionError(f'{response.status_code}: {response.text[:200]}')
@@ -100,12 +100,12 @@ def ask(client: httpx.Client, body: dict) -> dict:
 
 
 class Load:
-    """What clients meet, all of them at once.
+    """The results of all concurrent clients.
 
     Attributes:
-      seconds: of the compared answers.
-      wrong: what went wrong, in words.
-      counts: what else was sent.
+      seconds: the latencies of the compared answers.
+      wrong: descriptions of all failures.
+      counts: the numbers of other requests.
     """
 
     def __init__(self, url: str, bodies: list[dict], alone: list[dict]):
@@ -120,7 +120,7 @@ class Load:
             self.wrong.append(problem)
 
     def compare(self, number: int) -> None:
-        """One client: so many requests after each other, each compared."""
+        """Runs a client that sends a number of requests in sequence and compares each answer."""
         order = random.Random(number)
         with httpx.Client(base_url=self._url, timeout=3600) as client:
             for _ in range(_REQUESTS.value):
@@ -137,7 +137,7 @@ class Load:
                     self._note(f'request {place} got another answer than alone')
 
     def malform(self) -> None:
-        """One client that sends what is wrong."""
+        """Runs a client that sends malformed bodies."""
         headers = {'content-type': 'application/json'}
         with httpx.Client(base_url=self._url, timeout=3600) as client:
             for number in range(_MALFORMED.value):
@@ -153,7 +153,7 @@ class Load:
                 self.counts['malformed bodies'] += 1
 
     def leave(self) -> None:
-        """Clients that close their connection: in a body, before the answer, in a stream."""
+        """Runs clients that close their connection in a body, before the answer, or in a stream."""
         host, port = self._url.removeprefix('http://').split(':')
         for number in range(_LEAVING.value):
             body = json.dumps(self._bodies[number % len(self._bodies)] | {'stream': True})
@@ -167,7 +167,7 @@ class Load:
             time.sleep(0.05)
 
     def run(self) -> None:
-        """All of them at once."""
+        """Runs all clients concurrently."""
         with ThreadPoolExecutor(_CLIENTS.value + 2) as pool:
             work = [pool.submit(self.malform), pool.submit(self.leave)]
             work += [pool.submit(self.compare, number) for number in range(_CLIENTS.value)]
@@ -176,7 +176,7 @@ class Load:
 
 
 def terminate(process: subprocess.Popen, url: str, bodies: list[dict]) -> Counter:
-    """How requests fare that are open, or come, when SIGTERM does."""
+    """Returns the results of requests that are open or arrive during SIGTERM."""
     outcomes: Counter[str] = Counter()
     lock, begun = threading.Lock(), threading.Semaphore(0)
 

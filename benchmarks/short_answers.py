@@ -1,12 +1,12 @@
-"""Do stopping rules swallow very short answers?
+"""Tests whether stopping rules suppress very short answers.
 
     python benchmarks/short_answers.py --checkpoint=builtin
 
-Nearly all of a canvas that holds a short answer is padding, of which a model is sure at once, so
-that a mean over the canvas can call an uncertain answer certain. Prompts here are held-out word
-problems with the teacher's answer but for its last few tokens; what is left to say is that short.
-A row for each number of tokens left and each stopping rule: how many rests equal the teacher's, how
-many are empty (the stop token alone), and denoise steps per canvas.
+A canvas with a short answer is mostly padding, which a model predicts with certainty, so a mean
+over the canvas can be low although the answer is uncertain. The prompts are held-out word problems
+with the teacher's answer except its last few tokens, so that only a short answer is left. The table
+has a row for each number of remaining tokens and each stopping rule: how many continuations equal
+the teacher's, how many are empty (only the stop token), and the denoise steps per canvas.
 """
 
 import dataclasses
@@ -35,7 +35,9 @@ from diffusiongemma.sampling import (
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'builtin', 'A diffusion student.')
 _PROBLEMS = flags.DEFINE_integer('problems', 256, 'Held-out word problems.', lower_bound=1)
 _BATCH = flags.DEFINE_integer('batch_size', 64, 'Rows at once.', lower_bound=1)
-_LEFT = flags.DEFINE_list('tokens_left', ['2', '3', '5'], 'Of the answer, the stop token included.')
+_LEFT = flags.DEFINE_list(
+    'tokens_left', ['2', '3', '5'], 'Numbers of remaining answer tokens, including the stop token.'
+)
 
 WIDTH = 192
 RULES = {
@@ -48,7 +50,7 @@ RULES = {
 
 
 def responses(sampler, params, prompts, pad_id):
-    """Token lists of the responses, and denoise steps per canvas."""
+    """Returns token lists of the responses, and denoise steps per canvas."""
     rows, steps, canvases = [], 0, 0
     for first in range(0, len(prompts), _BATCH.value):
         tokens, lengths = pad_prompts(prompts[first : first + _BATCH.value], pad_id, width=WIDTH)

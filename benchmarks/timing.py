@@ -1,4 +1,4 @@
-"""How the benchmarks take times, and the passes of the sampler as programs to take them of."""
+"""Measures times for the benchmarks, and builds programs of the sampler's passes."""
 
 import functools
 import time
@@ -13,14 +13,14 @@ from diffusiongemma.sampling.sampler import prefilled
 
 
 def seconds(run: Callable, repetitions: int = 9) -> np.ndarray:
-    """Times [repetitions] of `run()`, until its result is ready; one run before compiles."""
+    """Returns seconds [repetitions] of `run()` until its result is ready, after a warm-up run."""
     return seconds_in_turns({'': run}, repetitions)['']
 
 
 def seconds_in_turns(
     programs: Mapping[str, Callable], repetitions: int = 9
 ) -> dict[str, np.ndarray]:
-    """`seconds` of each program; they take turns, so that a slow spell of the machine hits all."""
+    """Returns `seconds` of programs that take turns, so that a slow period affects all of them."""
     for run in programs.values():
         jax.block_until_ready(run())
     times = {name: [] for name in programs}
@@ -35,13 +35,13 @@ def seconds_in_turns(
 def pass_milliseconds(
     programs: Mapping[str, Callable], count: int, repetitions: int = 9
 ) -> dict[str, float]:
-    """Median time of one of the `count` passes of each program (`pass_programs`)."""
+    """Returns the median time of one of the `count` passes of each program."""
     times = seconds_in_turns(programs, repetitions)
     return {name: 1e3 * float(np.median(taken)) / count for name, taken in times.items()}
 
 
 def spread(ratios: np.ndarray) -> str:
-    """Median of ratios and their quartiles: '1.52x (1.49-1.60)'."""
+    """Returns the median of ratios and their quartiles as text: '1.52x (1.49-1.60)'."""
     low, middle, high = np.percentile(ratios, [25, 50, 75])
     return f'{middle:.2f}x ({low:.2f}-{high:.2f})'
 
@@ -49,17 +49,17 @@ def spread(ratios: np.ndarray) -> str:
 def pass_programs(
     model, params, config: SamplingConfig, tokens: np.ndarray, lengths: np.ndarray, count: int
 ) -> dict[str, Callable]:
-    """Programs of `count` passes each of the sampler, behind prompts that are cached before.
+    """Returns programs of `count` passes each of the sampler, after cached prompts.
 
-    A denoise step is the whole of it: pass, epilogue, acceptance, the next soft embeddings.
+    A denoise step includes the pass, the epilogue, acceptance, and the next soft embeddings.
 
     Args:
       model: the denoiser.
       params: its parameters.
-      config: how to sample.
-      tokens: [B, P] prompts.
-      lengths: [B] their lengths.
-      count: passes of a program.
+      config: the sampling config.
+      tokens: [B, P] the prompts.
+      lengths: [B] the lengths of the prompts.
+      count: the number of passes per program.
     """
     rng = jax.random.key(0)
     free = config.__class__(**(vars(config) | {'stop_ids': (), 'max_new_tokens': count + 1}))
@@ -84,7 +84,7 @@ def pass_programs(
     def commit(params):
         def step(_, tokens):
             hidden, _ = passes.encode_block(model, params, state.cache, tokens, task.active)
-            return tokens + (hidden[..., 0] > 1e9)  # so that no pass can be left out
+            return tokens + (hidden[..., 0] > 1e9)  # so that the compiler cannot remove a pass
 
         return step
 

@@ -3,9 +3,9 @@
   pip install torch==2.13.0 transformers==5.17.0
   python tests/data/make_goldens.py [--out tests/data] [--only NAME ...]
 
-Each directory then holds a checkpoint in the published format and golden files. All outputs are
-float32 on the CPU; every norm, scale and scalar is away from its trivial value. The same seed
-gives the same weights and tokens; outputs agree up to rounding.
+Each directory then has a checkpoint in the published format and golden files. All outputs are
+float32 on the CPU; no norm, scale or scalar has its trivial value. The same seed gives the same
+weights and tokens; outputs are equal up to rounding.
 
 golden.npz of an autoregressive model:
   tokens         [B, T] int32
@@ -60,7 +60,7 @@ EXPERTS = {'num_experts': 5, 'top_k_experts': 2, 'moe_intermediate_size': 12}
 PADDED = GEMMA4 | KEYS_AS_VALUES | EXPERTS | {'sliding_window': 16}
 AUTOREGRESSIVE = {
     'tiny_gemma3': lambda: hf.Gemma3TextConfig(**GEMMA3, rope_parameters=ROPE3),
-    # As the releases from 4B on: the text beside a vision tower, positions scaled by 8.
+    # As in the releases from 4B on, there is a vision tower, and positions are scaled by 8.
     'tiny_gemma3_scaled': lambda: hf.Gemma3Config(
         text_config=GEMMA3 | {'rope_parameters': LINEAR},
         vision_config={
@@ -79,7 +79,7 @@ AUTOREGRESSIVE = {
     'tiny_gemma4_moe': lambda: hf.Gemma4TextConfig(
         **GEMMA4 | KEYS_AS_VALUES | EXPERTS, enable_moe_block=True
     ),
-    # Two repetitions and a leftover layer with keys and values, one and a leftover without.
+    # Two repetitions and a single layer have keys and values; one repetition and a layer do not.
     'tiny_gemma4_e2b': lambda: hf.Gemma4TextConfig(
         **GEMMA4
         | {
@@ -98,22 +98,22 @@ CANVAS_LENGTH = 6
 ENTROPY_BOUND = 10.0
 PROMPT_LENGTHS = {
     'left': (19, 24, 11),  # longer than the window
-    # transformers drops what the window of its slots, padding included, has passed: so that
-    # nothing is dropped, prompt and canvas together stay shorter than the window.
+    # transformers drops slots, including padding, that are outside the window. Prompt and canvas
+    # together are shorter than the window, so that nothing is dropped.
     'right': (5, 8, 3),
 }
 
 
 def randomize(model: torch.nn.Module, rng: np.random.Generator) -> None:
-    """Random weights, with no norm, scale or scalar at its trivial value."""
+    """Sets random weights, with no norm, scale or scalar at its trivial value."""
     gemma3 = model.config.model_type.startswith('gemma3')
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             if 'inv_freq' in name or 'embed_scale' in name:
                 continue
             noise = torch.from_numpy(rng.standard_normal(tuple(value.shape))).to(value.dtype)
-            # Gemma 4 does not scale scores down: with norms near 1, the softmax of random queries
-            # and keys is so sharp that it amplifies rounding by a hundred.
+            # Gemma 4 does not scale scores: with norms near 1, the softmax of random queries and
+            # keys is so sharp that it amplifies rounding errors by a factor of one hundred.
             center = 0.0 if gemma3 else 0.6 if '_norm.' in name else 1.0
             vector = value.ndim <= 1
             value.copy_(center + 0.2 * noise if vector else noise / np.sqrt(value.shape[-1]))
@@ -125,7 +125,7 @@ def long(values: np.ndarray) -> torch.Tensor:
 
 
 def autoregressive_golden(config: hf.PreTrainedConfig, rng: np.random.Generator) -> tuple:
-    """A random model of `config` and what it gives on random tokens."""
+    """Writes a random model of `config` and its outputs on random tokens."""
     model = hf.AutoModelForImageTextToText if hasattr(config, 'vision_config') else None
     model = (model or hf.AutoModelForCausalLM).from_config(config).float().eval()
     randomize(model, rng)
@@ -171,7 +171,7 @@ def padded_model(rng: np.random.Generator) -> torch.nn.Module:
 
 
 def padded_golden(model: torch.nn.Module, side: str, rng: np.random.Generator) -> dict:
-    """All passes on a batch of prompts that are padded on one side."""
+    """Writes the outputs of all passes on a batch of prompts that are padded on one side."""
     lengths = np.array(PROMPT_LENGTHS[side])
     batch, width = len(lengths), lengths.max()
     slots = np.arange(width)
