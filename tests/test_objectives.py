@@ -16,7 +16,7 @@ from diffusiongemma.distillation.canvases import (
 )
 from diffusiongemma.distillation.losses import cross_entropy, denoise_loss
 from diffusiongemma.distillation.stage1 import Stage1
-from diffusiongemma.distillation.stage2 import Seen, Stage2
+from diffusiongemma.distillation.stage2 import Stage2, StepStatistics
 from diffusiongemma.distillation.step import (
     Constants,
     causal_pass,
@@ -60,11 +60,11 @@ def test_losses_have_their_enumerated_values():
 def test_the_kl_of_the_likeliest_tokens_never_exceeds_the_full_one(k):
     keys = jax.random.split(jax.random.key(0))
     target, logits = (3 * jax.random.normal(key, (64, 11)) for key in keys)
-    said = TopKDistribution.of(target, k)
+    stored = TopKDistribution.of(target, k)
     full, full_grad = jax.vmap(jax.value_and_grad(lambda x, y: FullDistribution(y).kl(x)))(
         logits, target
     )
-    found, grad = jax.vmap(jax.value_and_grad(lambda x, y: y.kl(x)))(logits, said)
+    found, grad = jax.vmap(jax.value_and_grad(lambda x, y: y.kl(x)))(logits, stored)
     assert np.isfinite(grad).all()
     if k < 10:
         assert (found >= 0).all() and (found < full).all()
@@ -76,16 +76,16 @@ def test_the_kl_of_the_likeliest_tokens_never_exceeds_the_full_one(k):
 def test_the_kl_of_the_likeliest_tokens_has_its_enumerated_value():
     target = jnp.log(jnp.array([0.125, 0.5, 0.25, 0.125]))
     logits = jnp.log(jnp.array([0.25, 0.25, 0.25, 0.25]))
-    said = TopKDistribution.of(target, 1)  # the KL of (1/2, 1/2) and (1/4, 3/4)
-    assert said.ids == 1
+    stored = TopKDistribution.of(target, 1)  # the KL of (1/2, 1/2) and (1/4, 3/4)
+    assert stored.ids == 1
     expected = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
-    np.testing.assert_allclose(said.kl(logits), expected, rtol=1e-3)
+    np.testing.assert_allclose(stored.kl(logits), expected, rtol=1e-3)
 
 
 def test_a_student_that_is_sure_of_the_likeliest_tokens_still_has_a_gradient():
-    said = TopKDistribution.of(jnp.zeros(5), 2)
+    stored = TopKDistribution.of(jnp.zeros(5), 2)
     sure = jnp.array([90.0, 90.0, 0.0, 0.0, 0.0])  # the others have probability e^-90
-    loss, grad = jax.value_and_grad(said.kl)(sure)
+    loss, grad = jax.value_and_grad(stored.kl)(sure)
     np.testing.assert_allclose(loss, 0.6 * 90, rtol=0.02)
     np.testing.assert_allclose(grad, [0.3, 0.3, -0.2, -0.2, -0.2], atol=1e-3)
 
@@ -264,11 +264,11 @@ def test_the_loss_of_a_stored_teacher_is_that_of_its_pass(student, batch, stage)
     teacher = Gemma(model.config.autoregressive)
     hidden, _ = causal_pass(teacher, teacher_params, batch)
     logits = teacher.apply({'params': teacher_params}, hidden, method='unembed')
-    said = TopKDistribution.of(logits, model.config.vocab_size)
+    stored = TopKDistribution.of(logits, model.config.vocab_size)
     stored = batch | {
-        'teacher_ids': said.ids,
-        'teacher_log_probs': said.log_probs,
-        'teacher_log_rest': said.log_rest,
+        'teacher_ids': stored.ids,
+        'teacher_log_probs': stored.log_probs,
+        'teacher_log_rest': stored.log_rest,
     }
     frozen = frozen_params(model.config, teacher_params)
 
@@ -292,10 +292,10 @@ def test_no_gradient_flows_from_one_step_to_the_next(student, batch):
 
     def what_is_fed_back(params, logits):
         stage2 = objective('stage2', model.config)
-        seen = stage2.look(model, params, logits, jnp.ones((1, 3, 4)))
+        statistics = stage2.step_statistics(model, params, logits, jnp.ones((1, 3, 4)))
         tokens, keys = batch['canvas_tokens'], jax.random.split(jax.random.key(0), (1, 3))
-        canvas, _ = stage2.next_canvas(seen, tokens, tokens, keys, jnp.ones((1, 3)))
-        return jnp.sum(seen.soft_embeddings) + jnp.sum(canvas)
+        canvas, _ = stage2.next_canvas(statistics, tokens, tokens, keys, jnp.ones((1, 3)))
+        return jnp.sum(statistics.soft_embeddings) + jnp.sum(canvas)
 
     grads = jax.jit(jax.grad(what_is_fed_back, argnums=(0, 1)))(full, logits)
     assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
@@ -307,21 +307,21 @@ def test_the_next_canvas_of_stage_2_keeps_what_is_accepted_and_renoises_the_rest
     sure = 40.0 * jax.nn.one_hot(jnp.array([3, 9, 9, 3]), tiny_config.vocab_size)
     logits = sure * jnp.array([1.0, 0.0, 1.0, 0.0])[:, None]  # certain of the first and the third
     stage2 = objective('stage2', tiny_config)
-    seen = stage2.look(model, params, logits[None, None], jnp.ones((1, 1, 4)))
+    statistics = stage2.step_statistics(model, params, logits[None, None], jnp.ones((1, 1, 4)))
     noise = jnp.array([[[20, 21, 22, 23]]])
     # The bound also accepts the argmax of the first of the two uncertain positions.
     best = jnp.argmax(logits[1])
     keys = jax.random.split(jax.random.key(0), (1, 1))
-    canvas, _ = stage2.next_canvas(seen, noise + 5, noise, keys, jnp.ones((1, 1)))
+    canvas, _ = stage2.next_canvas(statistics, noise + 5, noise, keys, jnp.ones((1, 1)))
     np.testing.assert_array_equal(canvas[0, 0], [3, best, 9, 23])
 
 
-def said_of(entropies, confidences, margins):
+def statistics_of(entropies, confidences, margins):
     """Returns the proposal of a step for one canvas with the candidates 0, 1, 2, 3."""
     numbers = (jnp.asarray(values)[None, None] for values in (entropies, confidences, margins))
     entropies, confidences, margins = numbers
     candidates = jnp.arange(4)[None, None]
-    return Seen(entropies, candidates, confidences, margins, jnp.zeros((1, 1, 4, 2)))
+    return StepStatistics(entropies, candidates, confidences, margins, jnp.zeros((1, 1, 4, 2)))
 
 
 @pytest.mark.parametrize(
@@ -335,15 +335,15 @@ def said_of(entropies, confidences, margins):
 )
 def test_stage_2_takes_its_steps_by_every_rule(rule, uniform, masked):
     """Positions of a masked canvas that have a token keep it and count as certain."""
-    said = said_of([0.1, 0.2, 0.9, 0.15], [0.5, 0.8, 0.9, 0.3], [0.1, 0.2, 0.6, 0.7])
+    statistics = statistics_of([0.1, 0.2, 0.9, 0.15], [0.5, 0.8, 0.9, 0.3], [0.1, 0.2, 0.6, 0.7])
     keys, ones = jax.random.split(jax.random.key(0), (1, 1)), jnp.ones((1, 1))
     shared = {'schedule': TemperatureSchedule(), 'acceptance': rule}
     noise, canvas = jnp.array([[[20, 21, 22, 23]]]), jnp.array([[[30, 7, 30, 30]]])
     stage2 = Stage2(corruption=UniformCorruption(37), **shared)
-    assert stage2.next_canvas(said, canvas, noise, keys, ones)[0][0, 0].tolist() == uniform
+    assert stage2.next_canvas(statistics, canvas, noise, keys, ones)[0][0, 0].tolist() == uniform
     stage2 = Stage2(corruption=MaskedCorruption(30), **shared)
     masks = jnp.full_like(canvas, 30)
-    assert stage2.next_canvas(said, canvas, masks, keys, ones)[0][0, 0].tolist() == masked
+    assert stage2.next_canvas(statistics, canvas, masks, keys, ones)[0][0, 0].tolist() == masked
 
 
 def test_ancestral_steps_of_stage_2_unmask_as_many_positions_as_the_noise_level_falls():
@@ -354,10 +354,10 @@ def test_ancestral_steps_of_stage_2_unmask_as_many_positions_as_the_noise_level_
     )
     shape = (50, 2, 40)
     zeros, masks = jnp.zeros(shape), jnp.full(shape, 30)
-    said = Seen(zeros, jnp.ones(shape, jnp.int32), zeros, zeros, zeros)
+    statistics = StepStatistics(zeros, jnp.ones(shape, jnp.int32), zeros, zeros, zeros)
     keys = jax.random.split(jax.random.key(0), shape[:2])
     levels = jnp.broadcast_to(jnp.array([1.0, 0.5]), shape[:2])
-    canvas, _ = stage2.next_canvas(said, masks, masks, keys, levels)
+    canvas, _ = stage2.next_canvas(statistics, masks, masks, keys, levels)
     # (t - s) / t with s = t - 1/4.
     np.testing.assert_allclose(jnp.mean(canvas == 1, axis=(0, 2)), [0.25, 0.5], atol=0.03)
 
@@ -402,11 +402,11 @@ def test_stage_2_hands_a_rule_its_logits_and_its_state_from_step_to_step(tiny_co
         schedule=TemperatureSchedule(),
         acceptance=Remask(TopK(4), count=1),
     )
-    said = said_of([0.1, 0.2, 0.9, 0.15], [0.5, 0.8, 0.9, 0.3], [0.1, 0.2, 0.6, 0.7])
+    statistics = statistics_of([0.1, 0.2, 0.9, 0.15], [0.5, 0.8, 0.9, 0.3], [0.1, 0.2, 0.6, 0.7])
     keys, ones = jax.random.split(jax.random.key(0), (1, 1)), jnp.ones((1, 1))
     masks = jnp.full((1, 1, 4), 30)
     state = Remask().first_state(masks[0])
-    canvas, state = stage2.next_canvas(said, masks, masks, keys, ones, state)
+    canvas, state = stage2.next_canvas(statistics, masks, masks, keys, ones, state)
     assert canvas[0, 0].tolist() == [0, 1, 2, 30]
     np.testing.assert_allclose(state.confidences, [[0.5, 0.8, 0.9, 0.3]], rtol=1e-6)
     # A corrector for uniform noise reads the logits and redraws tokens.
@@ -417,13 +417,13 @@ def test_stage_2_hands_a_rule_its_logits_and_its_state_from_step_to_step(tiny_co
     )
     here = jnp.array([[[5, 6, 7, 8]]])
     logits = 3.0 * jax.nn.one_hot(here, 37) + 1.0 * jax.nn.one_hot(here + 10, 37)
-    said = said._replace(logits=logits)
+    statistics = statistics._replace(logits=logits)
     state = (
         GibbsSweep()
         .first_state(here[0])
         .replace(phase=jnp.array([1]), noise_level=jnp.full((1, 1), 0.5))
     )
-    canvas, _ = sweep.next_canvas(said, here, here, keys, ones, state)
+    canvas, _ = sweep.next_canvas(statistics, here, here, keys, ones, state)
     assert canvas[0, 0].tolist() == [15, 16, 17, 18]
 
 

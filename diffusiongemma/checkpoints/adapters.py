@@ -136,10 +136,10 @@ def _check_shapes(reader: TensorReader, lora: LoraConfig, model: ModelConfig, pa
     }
     params = unflatten_dict(params, sep='/')
     try:
-        wanted = jax.eval_shape(lambda p: init_lora(lora, p, jax.random.key(0)), params)
+        expected = jax.eval_shape(lambda p: init_lora(lora, p, jax.random.key(0)), params)
     except ValueError as error:  # for example if no kernel matches
         raise ValueError(f'{path}: {error}') from error
-    shapes = {name: value.shape for name, value in flatten_dict(wanted, sep='/').items()}
+    shapes = {name: value.shape for name, value in flatten_dict(expected, sep='/').items()}
     problems = [f'{name} is missing' for name in sorted(set(shapes) - set(reader.shapes))]
     problems += [f'{name} is unknown' for name in sorted(set(reader.shapes) - set(shapes))]
     problems += [

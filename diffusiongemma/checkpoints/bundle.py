@@ -76,7 +76,7 @@ def save_bundle(
     """
     flat = flatten_dict(processes.on_host(params), sep='/')
     if not processes.is_writer():
-        processes.as_writer_says(None)  # waits until process 0 has written the files
+        processes.broadcast_from_writer(None)  # waits until process 0 has written the files
         return
     directory.mkdir(parents=True, exist_ok=True)
     if dtype == INT8:
@@ -98,7 +98,7 @@ def save_bundle(
     if tokenizer is not None:
         tokenizer.save(directory / TOKENIZER_FILE)
     partial.replace(directory / PARAMS_FILE)
-    processes.as_writer_says(None)
+    processes.broadcast_from_writer(None)
 
 
 def load_bundle(
@@ -147,9 +147,11 @@ def load_own_params(
       ValueError: if a file is damaged, or a parameter is unknown to `model` or has a wrong shape.
     """
     reader = _BundleReader(directory)
-    wanted = param_shapes(model)
-    others = {name: shape for name, shape in wanted.items() if name not in reader.shapes}
-    check_shapes(model, {**others, **reader.shapes}, str(directory))
+    expected_shapes = param_shapes(model)
+    missing_shapes = {
+        name: shape for name, shape in expected_shapes.items() if name not in reader.shapes
+    }
+    check_shapes(model, {**missing_shapes, **reader.shapes}, str(directory))
     return _read(model, dict.fromkeys(reader.shapes, reader), dtype, mesh)
 
 
@@ -195,9 +197,9 @@ def read_content(directory: Path) -> dict[str, Any]:
     return content
 
 
-def cast_to(dtype: Any, own: Any) -> Any:
-    """Returns the dtype to cast a parameter to; `own`, its present dtype, if it is not floating."""
-    return own if dtype is None or not jnp.issubdtype(own, jnp.floating) else dtype
+def cast_to(dtype: Any, present: Any) -> Any:
+    """Returns the dtype to cast a parameter to; its `present` dtype, if that is not floating."""
+    return present if dtype is None or not jnp.issubdtype(present, jnp.floating) else dtype
 
 
 def _read(

@@ -136,5 +136,5 @@ def family_of(config: ModelConfig) -> Family:
         if family.architecture and (family.canvas_length is not None) == config.is_diffusion
     ]
     offset = config.norm_scale_offset
-    alike = (family for family in candidates if family.fields['norm_scale_offset'] == offset)
-    return next(alike, candidates[-1])
+    matches = (family for family in candidates if family.fields['norm_scale_offset'] == offset)
+    return next(matches, candidates[-1])

@@ -162,8 +162,8 @@ def _text_tensors(config: ModelConfig, params: Mapping[str, Any], dtype: Any) ->
             view[...] = jax.device_get(params[name][index])
         return array
 
-    for tensor, held in parts.items():
-        name, _, source = held[0]
+    for tensor, pieces in parts.items():
+        name, _, source = pieces[0]
         yield _Tensor(
             tensor,
             source.shape,

@@ -172,8 +172,8 @@ class CheckpointStore:
         try:
             yield
         except Exception as error:  # orbax raises various errors for damaged files
-            others = [other for other in self._manager.all_steps() if other < step]
-            then = f'go on from step {max(others)}' if others else 'start afresh'
+            earlier = [other for other in self._manager.all_steps() if other < step]
+            then = f'go on from step {max(earlier)}' if earlier else 'start afresh'
             raise CheckpointError(
                 f'the checkpoint {self.directory / str(step)} is damaged: {_in_short(error)} '
                 f'Delete that directory to {then}.'

@@ -255,8 +255,8 @@ def _prune(
     Returns:
       [V] token classes and [N, K] next states.
     """
-    kept = reached & (shortest_distances(table) < UNREACHABLE)
-    kept[: START + 1] = True
-    numbers = np.where(kept, np.cumsum(kept) - 1, DEAD)
-    columns, classes = np.unique(numbers[table[kept]], axis=1, return_inverse=True)
+    is_useful = reached & (shortest_distances(table) < UNREACHABLE)
+    is_useful[: START + 1] = True
+    numbers = np.where(is_useful, np.cumsum(is_useful) - 1, DEAD)
+    columns, classes = np.unique(numbers[table[is_useful]], axis=1, return_inverse=True)
     return classes.ravel()[token_columns], columns

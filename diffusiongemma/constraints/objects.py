@@ -110,9 +110,9 @@ def _counted(
                 _where(branch, 'minProperties'),
                 'not beside optional properties. Make one more required, or leave it out.',
             )
-        whole = compile_expression(result, compiler.max_states)
+        automaton = compile_expression(result, compiler.max_states)
         empty = compile_shared(Literal('{}'), compiler.max_states)
-        return accepted(product(whole, empty, compiler.max_states, difference=True))
+        return accepted(product(automaton, empty, compiler.max_states, difference=True))
     return result
 
 

@@ -187,9 +187,9 @@ def document_features(
         canvases = cut_canvases(document.response[offset:], layout.canvas_length, layout.pad_id)
         first = document.prompt_length + offset
         starts = first + layout.canvas_length * np.arange(len(canvases))
-        kept = slice(None) if canvas is None else slice(canvas, canvas + 1)
-        features['canvas_tokens'] = canvases[kept]  # [n, C]
-        features['canvas_starts'] = starts.astype(np.int32)[kept]  # [n]
+        selection = slice(None) if canvas is None else slice(canvas, canvas + 1)
+        features['canvas_tokens'] = canvases[selection]  # [n, C]
+        features['canvas_starts'] = starts.astype(np.int32)[selection]  # [n]
     return features
 
 

@@ -175,8 +175,10 @@ def split_source(data: DataSpec | Source, count: int) -> tuple[Source, list[dict
         raise ValueError(
             f'{len(source)} examples are too few to hold a tenth out; give at least 10.'
         )
-    kept = len(source) - count
-    return _First(source, kept), [source[index] for index in range(kept, len(source))]
+    first_held_out = len(source) - count
+    return _First(source, first_held_out), [
+        source[index] for index in range(first_held_out, len(source))
+    ]
 
 
 def load_source(spec: DataSpec) -> Source:

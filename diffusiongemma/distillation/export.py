@@ -27,7 +27,7 @@ def save_frozen(constants: Constants, teacher: Teacher, workdir: Path) -> None:
         save_bundle(workdir / BASE_DIR, teacher.model.config, teacher.params, teacher.tokenizer)
         if DRAFT_IDS in constants.student and processes.is_writer():
             np.save(workdir / DRAFT_IDS_FILE, np.asarray(constants.student[DRAFT_IDS]))
-        processes.as_writer_says(None)  # waits until process 0 has written the files
+        processes.broadcast_from_writer(None)  # waits until process 0 has written the files
 
 
 def export_student(setup: Setup, state: TrainState, teacher: Teacher, workdir: Path) -> None:

@@ -174,9 +174,9 @@ def count_draft_ids(
     light = setup.student.light
     if light is None or not light.draft_vocab_size:
         return None
-    whole = load_source(dataclasses.replace(setup.experiment.targets.source, size=None))
+    full_source = load_source(dataclasses.replace(setup.experiment.targets.source, size=None))
     answers = load_source(targets) if isinstance(targets, DataSpec) else targets
-    documents = tokenized((answers, whole), tokenizer)
+    documents = tokenized((answers, full_source), tokenizer)
     return jnp.asarray(draft_vocabulary(documents, tokenizer, light.draft_vocab_size))
 
 

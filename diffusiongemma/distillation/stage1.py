@@ -72,8 +72,8 @@ class Stage1Config:
 
     def position_loss(self) -> TokenLoss:
         """Returns the loss of a position."""
-        own = read_value('stage1.token_loss', self.token_loss, '__call__', noun='loss')
-        return denoise_loss if own is None else own
+        custom_loss = read_value('stage1.token_loss', self.token_loss, '__call__', noun='loss')
+        return denoise_loss if custom_loss is None else custom_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ class Draw(NamedTuple):
     from_noise: jax.Array
 
 
-class Seen(NamedTuple):
+class StepStatistics(NamedTuple):
     """The statistics that a sampler computes from a prediction, without gradient.
 
     Attributes:
@@ -186,11 +186,13 @@ class Stage2(Stage2Config):
                     loss = cross_entropy(logits, clean)
                 if self.certainty_weight:
                     loss += self.certainty_weight * hits * entropy(logits)
-                return loss, hits, None if is_last else self.look(model, params, logits, levels)
+                if is_last:
+                    return loss, hits, None
+                return loss, hits, self.step_statistics(model, params, logits, levels)
 
             mix = () if n else (targets, weight)
             chunk = model.execution.logits_chunk
-            loss, hits, seen = over_positions(
+            loss, hits, statistics = over_positions(
                 score, chunk, clean.shape, hidden, clean, levels, *mix
             )
             loss = jnp.sum(loss * draw.used)
@@ -200,11 +202,11 @@ class Stage2(Stage2Config):
             if not is_last:
                 if acceptance.reads_logits(self.acceptance):
                     logits = model.apply({'params': params}, hidden, method='unembed')
-                    seen = seen._replace(logits=self.shape(logits, levels))
+                    statistics = statistics._replace(logits=self.shape(logits, levels))
                 canvas, rule_state = self.next_canvas(
-                    seen, canvas, draw.renoise[n], draw.keys[n], level, rule_state
+                    statistics, canvas, draw.renoise[n], draw.keys[n], level, rule_state
                 )
-                soft = seen.soft_embeddings
+                soft = statistics.soft_embeddings
         return total, metrics
 
     def shape(self, logits: jax.Array, level: jax.Array) -> jax.Array:
@@ -215,14 +217,14 @@ class Stage2(Stage2Config):
             shaped = shaped.at[..., self.corruption.mask_id].set(-jnp.inf)
         return shaped
 
-    def look(
+    def step_statistics(
         self, model: DiffusionGemma, params: Params, logits: jax.Array, level: jax.Array
-    ) -> Seen:
+    ) -> StepStatistics:
         """Returns the statistics of a greedy sampler step for logits [..., V], levels [...]."""
         params, shaped = jax.lax.stop_gradient(params), self.shape(logits, level)
         candidates = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
         prediction = read_logits(shaped, candidates, candidates)
-        return Seen(
+        return StepStatistics(
             prediction.entropies,
             candidates,
             prediction.confidences,
@@ -232,7 +234,7 @@ class Stage2(Stage2Config):
 
     def next_canvas(
         self,
-        seen: Seen,
+        statistics: StepStatistics,
         canvas: jax.Array,
         noise: jax.Array,
         keys: jax.Array,
@@ -242,7 +244,7 @@ class Stage2(Stage2Config):
         """Returns the canvas that the acceptance rule makes after a step, and the rule's state.
 
         Args:
-          seen: the statistics of the step.
+          statistics: the statistics of the step.
           canvas: [B, N, C] int32, the input of the step.
           noise: [B, N, C] int32, the noise of rejected positions.
           keys: [B, N] keys.
@@ -258,17 +260,17 @@ class Stage2(Stage2Config):
         level = noise_level[..., None]
         proposal = Proposal(
             canvas=_rows(canvas),
-            candidates=_rows(seen.candidates),
+            candidates=_rows(statistics.candidates),
             noise=_rows(noise),
             open=_rows(is_open),
-            entropies=_rows(jnp.where(is_open, seen.entropies, 0.0)),
-            confidences=_rows(jnp.where(is_open, seen.confidences, 1.0)),
-            margins=_rows(jnp.where(is_open, seen.margins, 1.0)),
+            entropies=_rows(jnp.where(is_open, statistics.entropies, 0.0)),
+            confidences=_rows(jnp.where(is_open, statistics.confidences, 1.0)),
+            margins=_rows(jnp.where(is_open, statistics.margins, 1.0)),
             noise_level=_rows(level),
             next_noise_level=_rows(jnp.maximum(level - 1 / self.schedule.num_steps, 0.0)),
             keys=keys.reshape(-1),
             vocab_size=corruption.vocab_size if isinstance(corruption, UniformCorruption) else None,
-            logits=None if seen.logits is None else _rows(seen.logits),
+            logits=None if statistics.logits is None else _rows(statistics.logits),
             temperature=_rows(jnp.asarray(self.schedule.temperature(level))),
             greedy=True,
         )

@@ -67,9 +67,11 @@ def write_targets(
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     name = f'targets_{digest[:16]}'  # the name identifies the data of a training run
     counts_file = directory / COUNTS_FILE
-    if not processes.as_writer_says(counts_file.exists()):
-        kept = _distinct(source) if config.sequence_level else list(range(len(source)))
-        shards = [kept[first : first + SHARD_SIZE] for first in range(0, len(kept), SHARD_SIZE)]
+    if not processes.broadcast_from_writer(counts_file.exists()):
+        indices = _distinct(source) if config.sequence_level else list(range(len(source)))
+        shards = [
+            indices[first : first + SHARD_SIZE] for first in range(0, len(indices), SHARD_SIZE)
+        ]
         files = TargetFiles(
             directory,
             name,
@@ -78,11 +80,11 @@ def write_targets(
             response_ids=config.keep_unfinished,
         )
         missing = [number for number in range(len(shards)) if not files.has(number)]
-        missing = processes.as_writer_says(missing)  # other processes may see new files late
+        missing = processes.broadcast_from_writer(missing)  # other processes may see new files late
         if missing:
             answer = Answerer(model, params, tokenizer, config, mesh, seed)
             _write_shards(files, shards, missing, source, answer, config.batch_size)
-        answers = processes.as_writer_says(files.finish() if processes.is_writer() else None)
+        answers = processes.broadcast_from_writer(files.finish() if processes.is_writer() else None)
         if not answers:
             raise ValueError(
                 f'no answer of the teacher ended within max_new_tokens={config.max_new_tokens}; '
@@ -90,13 +92,13 @@ def write_targets(
             )
         counts = {
             'prompts': len(source),
-            'duplicates': len(source) - len(kept),
+            'duplicates': len(source) - len(indices),
             'answers': answers,
-            'left_out': len(kept) - answers,  # answers that are too long
+            'left_out': len(indices) - answers,  # answers that are too long
         }
         logging.info('targets: %s', ', '.join(f'{n} {key}' for key, n in counts.items()))
         _write_atomically(counts_file, json.dumps(counts) + '\n')
-        processes.as_writer_says(None)  # waits until process 0 has written the file
+        processes.broadcast_from_writer(None)  # waits until process 0 has written the file
     return DataSpec(kind='tfds', name=name, path=str(directory))
 
 
@@ -165,7 +167,9 @@ def _made_from(
 
 
 def _check_made_alike(path: Path, made_from: dict[str, Any]) -> None:
-    before = processes.as_writer_says(json.loads(path.read_text()) if path.exists() else None)
+    before = processes.broadcast_from_writer(
+        json.loads(path.read_text()) if path.exists() else None
+    )
     if before is None:
         _write_atomically(path, json.dumps(made_from, indent=2) + '\n')
         return

@@ -89,10 +89,10 @@ class TopKDistribution:
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         top = jnp.take_along_axis(log_probs, self.ids, axis=-1)  # [..., k]
         if self.ids.shape[-1] < logits.shape[-1]:
-            rest = _log_sum_of_others(log_probs, self.ids)
+            log_rest = _log_sum_of_others(log_probs, self.ids)
         else:  # no other tokens: the target probability is 0, and log 0 has no gradient
-            rest = jnp.zeros(top.shape[:-1])
-        log_probs = jnp.concatenate([top, rest[..., None]], axis=-1)  # [..., k + 1]
+            log_rest = jnp.zeros(top.shape[:-1])
+        log_probs = jnp.concatenate([top, log_rest[..., None]], axis=-1)  # [..., k + 1]
         terms = jnp.exp(target) * (target - log_probs)
         return jnp.sum(jnp.where(jnp.isneginf(target), 0.0, terms), axis=-1)
 

@@ -159,11 +159,11 @@ def implausible_pairs(
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Returns the Pareto frontier (larger is better in both), sorted by the first coordinate."""
-    kept: list[tuple[float, float]] = []
+    best: list[tuple[float, float]] = []
     for point in sorted(set(points), reverse=True):
-        if not kept or point[1] > kept[-1][1]:
-            kept.append(point)
-    return kept[::-1]
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return best[::-1]
 
 
 def accuracy_under_parallelism(

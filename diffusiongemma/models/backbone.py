@@ -73,7 +73,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, given: LayerInput, context: PassContext
+        self, x: jax.Array, inputs: LayerInput, context: PassContext
     ) -> tuple[jax.Array, KVPair | None]:
         """Returns the output for x, [B, M, T, D], and the keys and values of the block, if any."""
         config = self.config
@@ -81,7 +81,7 @@ class Layer(nn.Module):
         def norm(name: str, value: jax.Array) -> jax.Array:
             return RMSNorm(config.norm_eps, config.norm_scale_offset, name=name)(value)
 
-        attended, block_kv = self._attend(norm('pre_attention_norm', x), given, context)
+        attended, block_kv = self._attend(norm('pre_attention_norm', x), inputs, context)
         x = x + norm('post_attention_norm', attended)
         ffn_width = config.ffn_width_of(self.shares_kv)
         mlp = GatedMLP(config.width, ffn_width, self.dtype, self.execution, name='mlp')
@@ -93,14 +93,14 @@ class Layer(nn.Module):
             update = norm('post_mlp_norm', update) + norm('post_moe_norm', routed)
         x = x + norm('post_ffn_norm', update)
         if config.per_layer is not None:
-            assert given.per_layer is not None  # set for every layer of such a model
-            update = PerLayerUpdate(config, self.dtype, name='per_layer')(x, given.per_layer)
+            assert inputs.per_layer is not None  # set for every layer of such a model
+            update = PerLayerUpdate(config, self.dtype, name='per_layer')(x, inputs.per_layer)
             x = x + norm('post_per_layer_norm', update)
         x = x * self._output_scalar().astype(self.dtype)
         return self.execution.constrain(x, *ACTIVATION_AXES), block_kv
 
     def _attend(
-        self, x: jax.Array, given: LayerInput, context: PassContext
+        self, x: jax.Array, inputs: LayerInput, context: PassContext
     ) -> tuple[jax.Array, KVPair | None]:
         fields = (self.config, self.kind, self.dtype, self.shares_kv, self.execution)
         attention = Attention(*fields, name='attention')
@@ -109,8 +109,8 @@ class Layer(nn.Module):
             prefix_kv, block_kv = context.shared_kv[self.kind]
             return attention(x, rope, mask, prefix_kv, block_kv), None
         block_kv = attention.keys_and_values(x, rope)
-        assert given.prefix_kv is not None  # None only for shared keys and values
-        return attention(x, rope, mask, given.prefix_kv, block_kv), block_kv
+        assert inputs.prefix_kv is not None  # None only for shared keys and values
+        return attention(x, rope, mask, inputs.prefix_kv, block_kv), block_kv
 
     def _output_scalar(self) -> jax.Array:
         scalars = {'encode': jnp.ones(())}
@@ -144,14 +144,14 @@ class LayerGroup(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, given: tuple[LayerInput, ...], context: PassContext
+        self, x: jax.Array, inputs: tuple[LayerInput, ...], context: PassContext
     ) -> tuple[jax.Array, tuple]:
         block_kv = []
         fields = (self.which, self.dtype, self.execution, self.shares_kv)
         make_layer = rematerialized(self.execution.remat)
         for i, kind in enumerate(self.kinds):
             layer = make_layer(self.config, kind, *fields, name=f'layer_{i}')
-            x, kv = layer(x, given[i], context)
+            x, kv = layer(x, inputs[i], context)
             block_kv.append(kv)
         return x, tuple(block_kv)
 
@@ -215,16 +215,16 @@ class Backbone(nn.Module):
         config = self.config
         scanned = self.execution.scan_layers
         stack, shared = (s.as_loop(scanned) for s in (config.kv_layers, config.kv_shared_layers))
-        given = layer_inputs(stack, prefix_kv, per_layer)
-        x, block_kv = self._run(stack, which, x, given, context)
+        inputs = layer_inputs(stack, prefix_kv, per_layer)
+        x, block_kv = self._run(stack, which, x, inputs, context)
         if shared.types:
             sources = {
                 kind: (last_kv(config, prefix_kv, kind), last_kv(config, block_kv, kind))
                 for kind in sorted(set(shared.types))
             }
-            given = layer_inputs(shared, None, per_layer)
+            inputs = layer_inputs(shared, None, per_layer)
             context = dataclasses.replace(context, shared_kv=sources)
-            x, _ = self._run(shared, which, x, given, context)
+            x, _ = self._run(shared, which, x, inputs, context)
         x = RMSNorm(config.norm_eps, config.norm_scale_offset, name='final_norm')(x)
         return x, block_kv
 
@@ -233,14 +233,14 @@ class Backbone(nn.Module):
         stack: LayerStack,
         which: Pass,
         x: jax.Array,
-        given: tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]],
+        inputs: tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]],
         context: PassContext,
     ) -> tuple[jax.Array, tuple]:
         """Runs the layers of one stack; returns hidden states, keys and values."""
         fields: dict[str, Any] = {'config': self.config, 'which': which, 'dtype': self.dtype}
         fields |= {'execution': self.execution, 'shares_kv': stack.shares_kv}
         name = 'shared_{}' if stack.shares_kv else '{}'
-        stacked, single = given
+        stacked, single = inputs
         stacked_kv: tuple = ()
         single_kv: list[KVPair] = []
         if stack.scanned:

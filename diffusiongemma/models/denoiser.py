@@ -185,8 +185,8 @@ class DiffusionGemma(Gemma):
         logits = self.draft_logits(self.denoise_hidden(*args))
         if self.light is None or not self.light.draft_vocab_size:
             return logits
-        whole = jnp.full((*logits.shape[:-1], self.config.vocab_size), -jnp.inf, logits.dtype)
-        return whole.at[..., self.draft_ids].set(logits)
+        all_logits = jnp.full((*logits.shape[:-1], self.config.vocab_size), -jnp.inf, logits.dtype)
+        return all_logits.at[..., self.draft_ids].set(logits)
 
     def draft_logits(self, hidden: Float[Array, '*B D']) -> Float[Array, '*B Vd']:
         """Returns float32 soft-capped logits of hidden states [..., D].
@@ -264,8 +264,8 @@ class DiffusionGemma(Gemma):
 
 
 def _behind(
-    first: Shaped[Array, '...'], rest: Shaped[Array, '*B'], axis: int
+    first: Shaped[Array, '...'], sequence: Shaped[Array, '*B'], axis: int
 ) -> Shaped[Array, '*B']:
     """Returns `first` followed by all but the last element of `rest` along `axis`."""
-    kept = jax.lax.slice_in_dim(rest, 0, rest.shape[axis] - 1, axis=axis)
-    return jnp.concatenate([first, kept], axis=axis)
+    without_last = jax.lax.slice_in_dim(sequence, 0, sequence.shape[axis] - 1, axis=axis)
+    return jnp.concatenate([first, without_last], axis=axis)

@@ -120,13 +120,13 @@ def spread(
     for size, name in zip(shape, names, strict=True):
         if name is not None and name not in table:
             raise ValueError(f'no rule for the logical axis {name!r}; there are {sorted(table)}.')
-        taken: tuple[str, ...] = ()
+        axes: tuple[str, ...] = ()
         for axis in table[name] if name is not None else ():
             ways = mesh.shape[axis]
-            if ways > 1 and axis not in used and size % (product(taken, mesh) * ways) == 0:
-                taken += (axis,)
+            if ways > 1 and axis not in used and size % (product(axes, mesh) * ways) == 0:
+                axes += (axis,)
                 used.add(axis)
-        result.append(taken)
+        result.append(axes)
     return result
 
 

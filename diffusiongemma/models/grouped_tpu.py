@@ -54,7 +54,7 @@ def grouped_matmul_tpu(
     Returns:
       [N, F] in `dtype`.
     """
-    transposed = stored_turned(kernels.shape[1:])
+    transposed = is_stored_transposed(kernels.shape[1:])
     rhs = kernels.swapaxes(1, 2) if transposed else kernels
     inner = _side(kernels.shape[1], 4096)
     outer = _side(kernels.shape[2], WEIGHT_TILE_BYTES // (inner * kernels.dtype.itemsize))
@@ -91,7 +91,7 @@ def grouped_outer_tpu(
     Returns:
       [E, D, F] in `dtype`; zeros for empty groups.
     """
-    transposed = stored_turned((x.shape[1], y.shape[1]))
+    transposed = is_stored_transposed((x.shape[1], y.shape[1]))
     left, right = (y, x) if transposed else (x, y)
     inner = _side(left.shape[1], 1024)
     outer = _side(right.shape[1], GRADIENT_TILE_BYTES // (inner * 4))
@@ -102,7 +102,7 @@ def grouped_outer_tpu(
     return out.swapaxes(1, 2) if transposed else out
 
 
-def stored_turned(widths: tuple[int, ...]) -> bool:
+def is_stored_transposed(widths: tuple[int, ...]) -> bool:
     """Returns whether TPUs store [.., D, F] transposed: if only F would need padding to lanes."""
     return widths[1] % LANES != 0 and widths[0] % LANES == 0
 

@@ -181,8 +181,10 @@ def adapter_shardings(adapters: Mapping[str, Any], shardings: Mapping[str, Any])
             factor = (inner[0] if axes.inputs == 1 else None, None)
         else:
             factor = (None, inner[-1] if axes.outputs == 1 else None)
-        kept = _divisible((*outer, *factor), value.shape, sharding.mesh)
-        placed[name] = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*kept))
+        divisible_axes = _divisible((*outer, *factor), value.shape, sharding.mesh)
+        placed[name] = jax.sharding.NamedSharding(
+            sharding.mesh, jax.sharding.PartitionSpec(*divisible_axes)
+        )
     return unflatten_dict(placed, sep='/')
 
 

@@ -46,9 +46,9 @@ def quantize_weights(model: Gemma, params: Params, weights: str) -> Params:
             raise ValueError('the weights are quantized already.')
         last = kernel.ndim - (0 if model.execution.output_major else len(weight.outputs))
         summed = range(last - len(weight.inputs), last)
-        kept = tuple(axis for axis in range(kernel.ndim) if axis not in summed)
+        output_axes = tuple(axis for axis in range(kernel.ndim) if axis not in summed)
         return quantize(
-            kernel.astype(jnp.float32), qtype=WEIGHT_DTYPES[weights], channelwise_axes=kept
+            kernel.astype(jnp.float32), qtype=WEIGHT_DTYPES[weights], channelwise_axes=output_axes
         )
 
     return map_kernels(quantized, params)

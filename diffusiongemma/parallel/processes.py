@@ -107,7 +107,7 @@ def gather_json(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def as_writer_says(value: Any) -> Any:
+def broadcast_from_writer(value: Any) -> Any:
     """Returns in every process the JSON value that process 0 passed (a broadcast)."""
     return gather_json(value)[0]
 
@@ -117,7 +117,7 @@ def check_shared(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if jax.process_count() == 1:
         return
-    token = as_writer_says(secrets.token_hex(8))
+    token = broadcast_from_writer(secrets.token_hex(8))
     marker = directory / f'.shared-{token}'
     if is_writer():
         marker.touch()

@@ -280,11 +280,11 @@ class Ancestral:
         if proposal.vocab_size is None:
             return proposal.take(uniform < (t - s) / t)
         size = proposal.vocab_size
-        kept = (1 - t) / (1 - s)  # s < 1
+        keep_rate = (1 - t) / (1 - s)  # s < 1
         same = proposal.canvas == proposal.candidates
-        stays = kept * (1 - s) * same + kept * s / size
-        takes = jnp.broadcast_to((1 - kept) * (1 - s) / size, stays.shape)
-        becomes_noise = jnp.broadcast_to((1 - kept) * s / size, stays.shape)
+        stays = keep_rate * (1 - s) * same + keep_rate * s / size
+        takes = jnp.broadcast_to((1 - keep_rate) * (1 - s) / size, stays.shape)
+        becomes_noise = jnp.broadcast_to((1 - keep_rate) * s / size, stays.shape)
         threshold = uniform * (stays + takes + becomes_noise)
         drawn = jnp.where(threshold < stays + takes, proposal.candidates, proposal.noise)
         drawn = jnp.where(threshold < stays, proposal.canvas, drawn)

@@ -203,8 +203,8 @@ def restrict(
         logits = jnp.where(allowed | ~jnp.any(allowed, -1, keepdims=True), logits, -jnp.inf)
     if pinned is not None:
         # The pinned token gets probability 1, even if the model gives it probability 0.
-        here = tokens == pinned[..., None]
-        logits = jnp.where(pinned[..., None] == OPEN, logits, jnp.where(here, 0.0, -jnp.inf))
+        is_pinned = tokens == pinned[..., None]
+        logits = jnp.where(pinned[..., None] == OPEN, logits, jnp.where(is_pinned, 0.0, -jnp.inf))
     return logits
 
 

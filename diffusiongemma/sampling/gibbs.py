@@ -106,16 +106,16 @@ class GibbsSweep:
         corrected = self.correct(proposal, state.noise_level, state.corrected)
         predicts = state.phase == 0  # [B]
 
-        def either(predicted: jax.Array, corrected: jax.Array) -> jax.Array:
+        def select(predicted: jax.Array, corrected: jax.Array) -> jax.Array:
             return jnp.where(per_row(predicts, predicted), predicted, corrected)
 
-        return either(predicted, corrected), SweepState(
+        return select(predicted, corrected), SweepState(
             phase=(state.phase + 1) % (1 + self.correctors),
-            noise_level=either(
+            noise_level=select(
                 jnp.broadcast_to(reached, state.noise_level.shape), state.noise_level
             ),
             corrected=state.corrected + ~predicts,
-            predictor=jax.tree.map(either, predictor, state.predictor),
+            predictor=jax.tree.map(select, predictor, state.predictor),
         )
 
     def correct(
@@ -135,8 +135,8 @@ class GibbsSweep:
         assert logits is not None  # always set for a rule that reads them
         level = jnp.maximum(noise_level, jnp.finfo(jnp.float32).tiny)
         gain = jnp.log1p(size * (1 - level) / level) / proposal.temperature  # [B, 1]
-        here = jnp.arange(logits.shape[-1]) == proposal.canvas[..., None]
-        others = logits - jnp.where(here, gain[..., None], 0.0)  # [B, C, V]
+        is_current = jnp.arange(logits.shape[-1]) == proposal.canvas[..., None]
+        others = logits - jnp.where(is_current, gain[..., None], 0.0)  # [B, C, V]
         uniform_keys, token_keys = (fold_in_rows(proposal.keys, n) for n in (1, 2))
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(uniform_keys)
         drawn = jnp.where(uniform < level, proposal.noise, draw_tokens(others, token_keys))

@@ -89,9 +89,9 @@ def read_value(
 
 
 def _choice(known: Iterable[str]) -> str:
-    own = "one of your own with its module, such as 'my_module.Mine(2)'"
+    custom_hint = "one of your own with its module, such as 'my_module.Mine(2)'"
     names = ', '.join(known)
-    return f'one of {names}, or {own}' if names else own
+    return f'one of {names}, or {custom_hint}' if names else custom_hint
 
 
 def _evaluate(node: ast.expr, known: dict[str, type]) -> Any:

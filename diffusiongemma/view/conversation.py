@@ -98,9 +98,9 @@ class Conversation:
                 self._write(f'[{_sees(reply.forgotten)}]\n')
                 self._forgotten = reply.forgotten
             # A character can span several tokens; an incomplete one is not shown yet.
-            whole = reply.text if reply.finished else reply.text.rstrip('\ufffd')
-            self._write(printable(whole[shown:]))
-            shown = max(shown, len(whole))
+            complete = reply.text if reply.finished else reply.text.rstrip('\ufffd')
+            self._write(printable(complete[shown:]))
+            shown = max(shown, len(complete))
         self._write(printable(reply.text[shown:]))
         steps, seconds = reply.denoising_steps, time.perf_counter() - start
         kind = 'pass' if self._chat.sampler.mode == 'autoregressive' else 'denoise pass'

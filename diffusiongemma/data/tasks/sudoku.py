@@ -162,7 +162,7 @@ def _dig(solution: Sequence[int], clues: int, rng: np.random.Generator, box: int
     """Removes clues in random order while the solution stays unique, until `clues` are left."""
     cells = list(solution)
     left = len(cells)
-    kept = []
+    clue_cells = []
     for cell in rng.permutation(len(cells)).tolist():
         if left == clues:
             return cells
@@ -172,8 +172,8 @@ def _dig(solution: Sequence[int], clues: int, rng: np.random.Generator, box: int
             left -= 1
         else:
             cells[cell] = digit
-            kept.append(cell)
-    for cell in kept:
+            clue_cells.append(cell)
+    for cell in clue_cells:
         if left == clues:
             break
         digit, cells[cell] = cells[cell], 0
