@@ -36,8 +36,8 @@ CHECKED = (
     'diffusiongemma.sampling.stopping',
 )
 
-# Its pytrees are None where a field is left out, until they have what takes its place.
-LEAVES_OUT = 'diffusiongemma.sampling.rows'
+# These make pytrees of other things: None where a field is left out, shapes in place of arrays.
+NOT_OF_ARRAYS = ('diffusiongemma.sampling.rows', 'diffusiongemma.planning')
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 
@@ -55,7 +55,7 @@ def typechecked(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def where_made(self: object, *args: Any, **fields: Any) -> Any:
         caller = _caller() if hasattr(self, '_flax_dataclass') else ''
-        if caller.startswith('diffusiongemma') and caller != LEAVES_OUT:
+        if caller.startswith('diffusiongemma') and not caller.startswith(NOT_OF_ARRAYS):
             checked(self, *args, **fields)
 
     return where_made
