@@ -43,8 +43,8 @@ def interruptible(values: Iterator[T]) -> Iterator[T]:
             if error is not None:
                 raise error
             if value is _END:
-                asked.put(False)
-                thread.join()  # at once: it has nothing left to compute
+                requests.put(False)
+                thread.join()  # immediate: nothing is left to compute
                 return
             yield value
     finally:
