@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import test_tokenizer
+from test_light import light_student
 from test_model import random_params
 
 from diffusiongemma.data.tokenizer import THINK_PIECES, Tokenizer
@@ -61,6 +62,21 @@ def test_every_turn_answers_as_if_the_conversation_were_encoded_anew(model, toke
         history = before + prompt[: len(prompt) - len(tokenizer.response_prefix())]
         assert chat.tokens == history + tokenizer.end_turn(reply.tokens)
     assert cached > 0
+
+
+@pytest.mark.slow
+def test_a_light_denoisers_lossless_chat_is_the_autoregressive_one(tiny_config, tokenizer):
+    """Its drafts read the hidden state of the last token, which is encoded anew in every turn."""
+    tokenizer = Tokenizer(tokenizer._model, empty_thought=False)
+    config = tiny_config.replace(predict_next=True, vocab_size=tokenizer.vocab_size)
+    model, params = light_student(config, serial_rank=2, teacher_state=True)
+    sampling = SamplingConfig.for_tokenizer(tokenizer, max_new_tokens=10, temperature=1.0)
+    replies = []
+    for mode in ('lossless', 'autoregressive'):
+        chat = ChatSampler(Sampler(model, sampling, mode), params, tokenizer, rng=KEY, capacity=400)
+        replies.append([chat.send(text).tokens for text in TURNS])
+        assert chat._cache.reused > 0
+    assert replies[0] == replies[1]
 
 
 def test_streaming_shows_the_reply_grow_and_an_abandoned_turn_leaves_no_trace(model, tokenizer):

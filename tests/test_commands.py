@@ -146,7 +146,7 @@ def test_the_denoise_steps_are_shown_and_written(tmp_path):
 @pytest.mark.slow
 def test_without_a_prompt_it_is_a_chat():
     out, _ = run('sample', '--mode=autoregressive', stdin=f'{PROMPT}\n/mode\n/stop\n/quit\n')
-    answer, cost, mode, error, _ = out.splitlines()
+    answer, cost, mode, error = out.splitlines()
     assert 'The answer is ' in answer and ' passes, ' in cost
     assert mode == '[mode autoregressive]' and error.startswith('error: no command /stop')
 

@@ -2,10 +2,20 @@
 
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import pytest
+from test_plan import placed
 
+from diffusiongemma.accounting.hlo import Program
 from diffusiongemma.distillation.experiment import Experiment, experiment_config
 from diffusiongemma.models import AttentionConfig, ModelConfig, MoEConfig
+from diffusiongemma.models.execution import Execution
+from diffusiongemma.models.expert_parallel import TOKEN_AXES
+from diffusiongemma.models.layers import GatedMLP
+from diffusiongemma.models.weights import WEIGHTS
+from diffusiongemma.parallel import make_mesh
+from diffusiongemma.parallel.sharding import LOGICAL_AXIS_RULES
 from diffusiongemma.planning.compiler import compile_program, topology_devices
 from diffusiongemma.planning.programs import training_step
 from diffusiongemma.planning.sampler_programs import sampler_programs
@@ -71,3 +81,30 @@ def test_a_step_computes_what_the_model_asks_for_and_holds_few_copies_of_its_gra
     assert 0.95 < ratios['executed FLOPs'] - ratios['recomputed FLOPs'] < 1.25
     assert 0 < plan.copies <= 4
     assert ratios['bytes sent'] < 1.5
+
+
+def test_kernels_split_along_64_chips_are_gathered_and_their_gradients_scattered():
+    devices, _ = topology_devices('v5e:8x8')
+    mesh = make_mesh({'fsdp': 8, 'expert': 8}, devices)
+    execution = Execution(mesh, LOGICAL_AXIS_RULES, platform='tpu')
+    width = 1024
+    mlp = GatedMLP(width, width, jnp.bfloat16, execution)
+    x = placed(execution, (mesh.size, 1, 128, width), jnp.bfloat16, TOKEN_AXES)
+    kernels = {
+        name: placed(execution, (width, width), jnp.float32, WEIGHTS[f'mlp/{name}'].axes)
+        for name in ('gate', 'up', 'down')
+    }
+
+    def loss(kernels, x):
+        kernels = jax.tree.map(lambda kernel: kernel.astype(jnp.bfloat16), kernels)
+        x = execution.constrain(mlp.apply({'params': kernels}, x), *TOKEN_AXES)
+        return jnp.sum(jnp.square(x.astype(jnp.float32)))
+
+    shardings = jax.tree.map(lambda kernel: kernel.sharding, kernels)
+    text = jax.jit(jax.grad(loss), out_shardings=shardings).lower(kernels, x).compile().as_text()
+    collectives = Program(text).collectives(mesh.shape)
+    along_all = [c for c in collectives if c.axes == 'fsdp+expert']
+    assert sum(c.sent_bytes for c in along_all) < 1e4  # the loss
+    # Three kernels are gathered in bfloat16, and their gradients summed and split in float32.
+    least = 3 * (2 + 4) * width * width * 63 / 64
+    assert sum(c.sent_bytes for c in collectives) < 1.1 * least

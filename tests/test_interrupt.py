@@ -48,6 +48,7 @@ def test_an_error_of_the_values_is_raised_where_they_are_read():
     with pytest.raises(ValueError, match='no more'):
         next(found)
     assert call_interruptibly(lambda: 5) == 5
+    assert not is_busy()
 
 
 def test_ctrl_c_is_heard_while_a_value_is_computed_and_what_follows_waits_for_its_end(ctrl_c):

@@ -57,6 +57,12 @@ class Instruction(NamedTuple):
             names += re.findall(r'%([\w.\-]+)', group)
         return names
 
+    @property
+    def channel(self) -> str:
+        """The channel of a collective; empty where it has none."""
+        match = re.search(r'channel_id=(\d+)', self.rest)
+        return match[1] if match else ''
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -127,18 +133,18 @@ class Program:
         Args:
           mesh_shape: axes of the mesh and their sizes, in its order.
         """
-        seen = set()
+        seen, shared = set(), self._shared_channels()
         totals: dict[tuple, list] = collections.defaultdict(lambda: [0, 0.0])
         for name, instructions in self.computations.items():
             if not self.runs.get(name):
                 continue
             for instruction in instructions:
-                kind = instruction.op.removesuffix('-start')
-                channel = re.search(r'channel_id=(\d+)', instruction.rest)
+                kind, channel = instruction.op.removesuffix('-start'), instruction.channel
                 # Overlapped with other work, one collective stands in several computations.
-                if kind not in _COLLECTIVES or (channel and channel[1] in seen):
+                if kind not in _COLLECTIVES or channel in seen:
                     continue
-                seen.add(channel[1] if channel else instruction.name)
+                if channel and channel not in shared:
+                    seen.add(channel)
                 axes, size = _group_axes(instruction.rest, mesh_shape)
                 if size == 1:
                     continue
@@ -155,6 +161,14 @@ class Program:
                 total[1] += self.runs[name] * sent
         found = [Collective(*key, *total) for key, total in totals.items()]
         return sorted(found, key=lambda collective: -collective.sent_bytes)
+
+    def _shared_channels(self) -> set[str]:
+        """Channels that several collectives of one computation use, as those of a shard_map do."""
+        shared = set()
+        for instructions in self.computations.values():
+            used = [i.channel for i in instructions if not i.op.endswith('-done')]
+            shared |= {channel for channel in used if channel and used.count(channel) > 1}
+        return shared
 
     def hbm_bytes(self) -> float:
         """Bytes read from and written to HBM, each operand and result of each operation once."""

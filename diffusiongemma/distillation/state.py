@@ -139,10 +139,8 @@ def _kernel_axes(params: Any) -> Any:
         weight = weight_at([getattr(key, 'key', '') for key in path])
         if weight is None or not weight.large:
             return None
-        middle = leaf.ndim - len(weight.outputs)
-        return optax.contrib.MuonDimensionNumbers(
-            tuple(range(middle - len(weight.inputs), middle)), tuple(range(middle, leaf.ndim))
-        )
+        outputs = tuple(range(leaf.ndim - len(weight.outputs), leaf.ndim))
+        return optax.contrib.MuonDimensionNumbers(weight.input_axes(leaf.ndim), outputs)
 
     return jax.tree_util.tree_map_with_path(axes, params)
 

@@ -149,8 +149,8 @@ def kernels_in_compute_dtype(model: DiffusionGemma, params: Params) -> Params:
 
 def _outputs_first(kernel: Any, weight: Weight) -> jax.Array:
     """Transposes [..., *inputs, *outputs] to [..., *outputs, *inputs]."""
-    inputs, outputs = len(weight.inputs), len(weight.outputs)
-    return jnp.moveaxis(kernel, range(-outputs, 0), range(-inputs - outputs, -inputs))
+    last = weight.input_axes(kernel.ndim, output_major=True)
+    return jnp.moveaxis(kernel, weight.input_axes(kernel.ndim), last)
 
 
 def _in_denoise_dtype(model: Gemma, params: Params) -> Params:

@@ -44,8 +44,8 @@ def quantize_weights(model: Gemma, params: Params, weights: str) -> Params:
     def quantized(kernel: Any, weight: Weight) -> Any:
         if is_quantized(kernel):
             raise ValueError('the weights are quantized already.')
-        last = kernel.ndim - (0 if model.execution.output_major else len(weight.outputs))
-        summed = range(last - len(weight.inputs), last)
+        output_major = model.execution.output_major
+        summed = weight.input_axes(kernel.ndim, output_major=output_major)
         output_axes = tuple(axis for axis in range(kernel.ndim) if axis not in summed)
         return quantize(
             kernel.astype(jnp.float32), qtype=WEIGHT_DTYPES[weights], channelwise_axes=output_axes

@@ -53,6 +53,16 @@ class Weight:
         first, last = len(self.maps), len(self.maps) + len(self.inputs)
         return (*of_axes[:first], *of_axes[last:], *of_axes[first:last])
 
+    def input_axes(self, ndim: int, *, output_major: bool = False) -> tuple[int, ...]:
+        """Its input axes in an array of `ndim` dimensions, whatever is stacked before its own.
+
+        Args:
+          ndim: of the array, stacked layers included.
+          output_major: the array has its output axes first (`Execution.output_major`).
+        """
+        last = ndim - (0 if output_major else len(self.outputs))
+        return tuple(range(last - len(self.inputs), last))
+
 
 def _scale(published: str) -> Weight:
     return Weight(('norm',), published=published)

@@ -277,7 +277,7 @@ def advice(
     if state > 0.8 * figures.hbm_bytes:
         least = -(-int(state * mesh.size) // int(0.7 * figures.hbm_bytes))
         return (
-            f'parameters and what goes with them take {state / 1e9:.1f} GB of the '
+            f'parameters, optimizer state and cache take {state / 1e9:.1f} GB of the '
             f'{figures.hbm_bytes / 1e9:.0f} GB of a device: use a topology of at least {least} '
             f'such devices and raise {splits}'
             + ('; or train adapters alone (--config.lora.rank=16).' if what == 'step' else '.')
@@ -288,8 +288,8 @@ def advice(
         else ('--batch_size, --prompt_length or config.sampling.max_new_tokens')
     )
     return (
-        f'parameters and what goes with them fit ({state / 1e9:.1f} GB), the work does not: lower '
-        f'{rows}, or use a topology with more devices and raise {splits}.'
+        f'parameters, optimizer state and cache fit ({state / 1e9:.1f} GB), activations do not: '
+        f'lower {rows}, or use a topology with more devices and raise {splits}.'
     )
 
 

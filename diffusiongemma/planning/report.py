@@ -17,19 +17,21 @@ def print_plan(
     """Prints memory, traffic, ratios and times; `change` says what would make it fit."""
     axes = ', '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1)
     table = Table(title=f'{plan.name}: {title}, {mesh.size} x {figures.name} ({axes or "alone"})')
-    table.add_column('of one device')
+    table.add_column('per device')
     table.add_column('', justify='right')
     for kind, size in plan.kinds.items():
-        table.add_row(f'{kind}, by shapes', _gigabytes(size))
+        table.add_row(f'{kind}, from shapes', _gigabytes(size))
     if (layout := plan.layout) is not None:
-        table.add_row('arguments, laid out', _gigabytes(layout.arguments))
-        table.add_row('outputs beside them', _gigabytes(layout.outputs - layout.aliased))
+        table.add_row('arguments, as compiled', _gigabytes(layout.arguments))
+        table.add_row('outputs that reuse no argument', _gigabytes(layout.outputs - layout.aliased))
         table.add_row('temporaries', _gigabytes(layout.temporaries))
         table.add_row('code', _gigabytes(layout.code))
-    table.add_row('needed', _gigabytes(plan.needed))
-    table.add_row('there is', _gigabytes(figures.hbm_bytes))
+    table.add_row('memory needed', _gigabytes(plan.needed))
+    table.add_row('memory available', _gigabytes(figures.hbm_bytes))
     table.add_section()
-    table.add_row('TFLOPs', f'{sum(plan.flops) / mesh.size / 1e12:.3f}')
+    table.add_row(
+        'TFLOPs of the model, with recomputation', f'{sum(plan.flops) / mesh.size / 1e12:.3f}'
+    )
     if plan.hbm_traffic is not None:
         table.add_row('HBM traffic', _gigabytes(plan.hbm_traffic))
     for collective in plan.collectives:
@@ -37,11 +39,11 @@ def print_plan(
         table.add_row(label, _gigabytes(collective.sent_bytes))
     table.add_section()
     for name, ratio in plan.ratios(mesh.size).items():
-        table.add_row(f'{name} / needed', f'{ratio:.3f}')
+        table.add_row(_ratio_label(name), f'{ratio:.3f}')
     if plan.copies is not None:
-        table.add_row('float32 copies of the layers besides the state', f'{plan.copies:.2f}')
+        table.add_row('float32 copies of the layers, besides the state', f'{plan.copies:.2f}')
     for resource, seconds in plan.times(figures, mesh.size).items():
-        table.add_row(f'time of {resource} at best', f'{1e3 * seconds:.3f} ms')
+        table.add_row(f'least time for {resource}', f'{1e3 * seconds:.3f} ms')
     Console(width=100).print(table)
     if mesh.devices.flat[0].platform == 'cpu':
         print(
@@ -53,6 +55,10 @@ def print_plan(
         print(f'{plan.name} fits {mesh.size} x {figures.name}.', flush=True)
     else:
         print(f'{plan.name} does not fit {mesh.size} x {figures.name}: {change}', flush=True)
+
+
+def _ratio_label(name: str) -> str:
+    return f'{name} / {"FLOPs of the model" if "FLOPs" in name else "needed"}'
 
 
 def as_json(plan: Plan, figures: DeviceFigures, num_devices: int) -> dict[str, Any]:

@@ -47,10 +47,10 @@ class Controls:
     temperature: Float[AnyArray, ' B'] | None = None
     top_p: Float[AnyArray, ' B'] | None = None
     max_new_tokens: Int[AnyArray, ' B'] | None = None
-    pinned: Int[AnyArray, 'B T'] | None = None
-    seed: Int[AnyArray, 'B T'] | None = None
+    pinned: Int[AnyArray, 'B _'] | None = None  # tables may differ in their width T
+    seed: Int[AnyArray, 'B _'] | None = None
     allowed_sets: Bool[AnyArray, 'G V'] | None = None
-    allowed_index: Int[AnyArray, 'B T'] | None = None
+    allowed_index: Int[AnyArray, 'B _'] | None = None
     automaton: TokenAutomaton | None = None
     automaton_states: Int[AnyArray, ' B'] | None = None
 

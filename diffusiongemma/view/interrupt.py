@@ -43,6 +43,8 @@ def interruptible(values: Iterator[T]) -> Iterator[T]:
             if error is not None:
                 raise error
             if value is _END:
+                requests.put(False)
+                thread.join()  # immediate: nothing is left to compute
                 return
             yield value
     finally:
