@@ -1,4 +1,4 @@
-"""The families of published models: how to read and write the config.json of each.
+"""Defines the families of published models and how their config.json is read and written.
 
 To add a family, add an entry here. Keys that a config.json may omit take the defaults of the public
 transformers code (5.17.0).
@@ -22,7 +22,7 @@ _GEMMA4_FIELDS = {'value_norm': True, 'layer_scalar': True, 'norm_scale_offset':
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """Describes how the config.json of a family is read and written.
+    """A description of how the config.json of a family is read and written.
 
     Attributes:
       model_types: the values of `model_type`; the last one is written on export.
@@ -129,7 +129,7 @@ def is_denoiser(content: Mapping[str, Any]) -> bool:
 
 
 def family_of(config: ModelConfig) -> Family:
-    """Returns the family that a model is exported as; whether it fits is another question."""
+    """Returns the family that a model is exported as, without a check that the family fits it."""
     candidates = [
         family
         for family in FAMILIES

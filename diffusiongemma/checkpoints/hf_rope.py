@@ -101,7 +101,7 @@ def _completed(text: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) 
 def _by_layer_type(
     text: Mapping[str, Any], name: str, defaults: Mapping[str, Any], used: bool
 ) -> dict[str, Any]:
-    """Returns the settings of a layer type, which stand in `rope_parameters` alone."""
+    """Returns the settings of a layer type, which only `rope_parameters` contains."""
     parameters = text.get('rope_parameters')
     if text.get('rope_scaling') is not None:  # transformers replaces rope_parameters with it
         if parameters is not None and parameters != text['rope_scaling']:

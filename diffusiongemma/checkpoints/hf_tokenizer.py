@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint in the published format."""
+"""Reads the tokenizer of a checkpoint in the published format."""
 
 from pathlib import Path
 
@@ -12,21 +12,21 @@ TOKENIZER_JSON = 'tokenizer.json'  # in a published checkpoint without tokenizer
 
 
 def has_empty_thought(config: ModelConfig) -> bool:
-    """Whether a prompt without thoughts ends in an empty thought channel.
+    """Returns whether a prompt without thoughts ends in an empty thought channel.
 
-    Of the Gemma 4 models those with per-layer embeddings (E2B, E4B) do without. A chat template,
-    where there is one, says so itself.
+    It does not for the Gemma 4 models with per-layer embeddings (E2B, E4B). A chat template, if
+    there is one, takes precedence.
     """
     return config.per_layer is None
 
 
 def published_tokenizer(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a published checkpoint, or None where it has none.
+    """Returns the tokenizer of a published checkpoint, or None if it has none.
 
-    A checkpoint whose tokenizer_config.json comes without a chat template is a pretrained model.
+    A checkpoint with a tokenizer_config.json but no chat template is a pretrained model.
 
     Raises:
-      ValueError: it has more tokens than the model.
+      ValueError: if the tokenizer has more tokens than the model.
     """
     names = (TOKENIZER_FILE, TOKENIZER_JSON)
     files = [directory / name for name in names if (directory / name).exists()]

@@ -54,11 +54,11 @@ class Weight:
         return (*of_axes[:first], *of_axes[last:], *of_axes[first:last])
 
     def input_axes(self, ndim: int, *, output_major: bool = False) -> tuple[int, ...]:
-        """Its input axes in an array of `ndim` dimensions, whatever is stacked before its own.
+        """Returns the input axes of this weight in an array that may have stacked axes before them.
 
         Args:
-          ndim: of the array, stacked layers included.
-          output_major: the array has its output axes first (`Execution.output_major`).
+          ndim: the number of dimensions of the array, including stacked axes.
+          output_major: whether the array has its output axes first (`Execution.output_major`).
         """
         last = ndim - (0 if output_major else len(self.outputs))
         return tuple(range(last - len(self.inputs), last))
