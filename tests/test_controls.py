@@ -360,7 +360,7 @@ def test_pinned_tokens_and_sets_hold_beside_an_automaton():
             VALID,
             'automaton is of 5 tokens and the model of 23',
         ),
-        (Controls(automaton=PAIRS), dataclasses.replace(VALID, top_k=3), 'do not go with an autom'),
+        (Controls(automaton=PAIRS), dataclasses.replace(VALID, top_k=3), 'cannot be combined'),
     ],
     ids=['states alone', 'too short a limit', 'another vocabulary', 'top_k'],
 )

@@ -285,7 +285,7 @@ def test_of_too_many_beginnings_the_one_unused_for_longest_is_encoded_again():
         reused.append(engine.prefixes.reused)
     # Kept from the second time on, until another takes its place.
     assert np.diff([0, *reused]).tolist() == [0, 0, 8, 0, 0, 0, 0]
-    assert len(engine.prefixes._kept) == 1
+    assert len(engine.prefixes._caches) == 1
 
 
 def test_a_lookup_sees_what_a_kept_beginning_holds():
@@ -345,7 +345,7 @@ def test_a_prompt_goes_on_from_its_conversation_beside_others_and_changes_no_res
             texts[n] = (prompt if not unseen else texts[n]) + expected.tokens + [8]
             assert caches[n].held(texts[n]) >= len(prompt) - unseen
             caches[n].forget_but(texts[n])
-            assert len(caches[n]._kept) == 1
+            assert len(caches[n]._caches) == 1
 
 
 def test_a_cancelled_request_leaves_no_more_than_its_prompt_in_its_conversation():
@@ -353,9 +353,9 @@ def test_a_cancelled_request_leaves_no_more_than_its_prompt_in_its_conversation(
     cache = new_conversation(engine)
     id = engine.submit([5, 9, 2], conversation=cache, mode='autoregressive')
     engine.step()
-    assert engine.cancel(id) and cache.held([5, 9, 2]) == 3 and len(cache._kept) == 1
+    assert engine.cancel(id) and cache.held([5, 9, 2]) == 3 and len(cache._caches) == 1
     cache.forget_but([])
-    assert cache.held([5, 9, 2]) == 0 and not cache._kept
+    assert cache.held([5, 9, 2]) == 0 and not cache._caches
 
 
 def test_a_conversation_that_the_engine_cannot_go_on_from_is_one_clear_error():

@@ -1,4 +1,4 @@
-"""A conversation over an engine: a turn encodes only what is new."""
+"""A multi-turn conversation that reuses its K/V cache: each turn only encodes its new tokens."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -18,15 +18,15 @@ from diffusiongemma.sampling.text import check_stops
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the model said, so far while it is streamed.
+    """An answer of the model, or its beginning while it is streamed.
 
     Attributes:
-      text: the answer.
-      thoughts: what it wrote into its thought channel.
+      text: the answer without thoughts.
+      thoughts: the text of the thought channel.
       tokens: all token ids of the response.
-      denoising_steps: denoise passes that it took.
-      finished: whether it ended with a stop token.
-      forgotten: earlier turns of the conversation that the model did not see.
+      denoising_steps: the number of denoise passes.
+      finished: whether the response ended with a stop token.
+      forgotten: the number of earlier turns of the conversation that the model did not see.
     """
 
     text: str
@@ -38,14 +38,14 @@ class Reply:
 
 
 class ChatSampler:
-    """Holds one conversation.
+    """A sampler for one conversation, which remembers earlier turns.
 
         chat = ChatSampler(sampler, params, tokenizer, rng=jax.random.key(0))
         chat.send('Mia has 3 apples and buys 4. How many has she?').text
 
     Attributes:
-      sampler: answers the next turn.
-      tokens: ids of the conversation so far, as the next turn will see it.
+      sampler: the sampler of the next turn.
+      tokens: the token ids of the conversation so far, which precede the next turn.
     """
 
     def __init__(
@@ -64,23 +64,24 @@ class ChatSampler:
         """Starts an empty conversation.
 
         Args:
-          sampler: made with `SamplingConfig.for_tokenizer(tokenizer)`; `max_new_tokens` limits
-            each response. The attribute `sampler` may be replaced between turns.
-          params: the model's parameters.
-          tokenizer: the model's tokenizer.
-          rng: one key; every turn draws from a stream of its own.
-          system: system text.
-          thinking: asks for thoughts. Later turns do not see them.
-          capacity: tokens of the whole conversation; the cache is made for so many. Where it is
+          sampler: a sampler with a config from `SamplingConfig.for_tokenizer(tokenizer)`;
+            `max_new_tokens` limits each response. The attribute `sampler` may be replaced between
+            turns.
+          params: the parameters of the model.
+          tokenizer: the tokenizer of the model.
+          rng: one key, from which every turn derives an independent key.
+          system: the system text.
+          thinking: whether the model is asked to write thoughts. Later turns do not see them.
+          capacity: the number of tokens of the conversation that the cache has room for. If it is
             full, the model no longer sees the oldest turns.
-          multiple: what a turn encodes is padded to this number times a power of two, so that few
-            shapes compile.
-          max_turns: turns that the model sees, the new one included; None for all that fit. 1 is
-            for a model that was trained on single questions.
+          multiple: the new tokens of a turn are padded to this length times a power of two, so
+            that few shapes are compiled.
+          max_turns: the number of turns that the model sees, including the new one; None for all
+            that fit. Use 1 for a model that was trained on single questions.
 
         Raises:
-          ValueError: when the sampler would not stop at the end of a turn, or thoughts are asked
-            for of a tokenizer that has no tokens for them.
+          ValueError: if max_turns < 1, if the sampler does not stop at the tokenizer's end of
+            turn, or if `thinking` is True and the tokenizer has no thought tokens.
         """
         check_stops(sampler, tokenizer)
         if max_turns is not None and max_turns < 1:
@@ -96,52 +97,57 @@ class ChatSampler:
             multiple=multiple,
             chunk=sampler.config.prefill_chunk,
         )
-        tokenizer.format_prompt('', system, thinking)  # raises if it can't
+        tokenizer.format_prompt('', system, thinking)  # raises early if this is not supported
         self.reset()
 
     def reset(self) -> None:
         """Forgets the conversation."""
         self.tokens: list[int] = []
-        self._history: list[tuple[str, list[int]]] = []  # user texts and ended answers, all seen
+        # The turns that the model still sees: user texts, and answers with their end of turn.
+        self._history: list[tuple[str, list[int]]] = []
         self._turns = 0
         self._cache.forget_but(self.tokens)
 
     @property
     def cached(self) -> int:
-        """How many of `tokens` are in the cache."""
+        """Returns the number of first tokens of `tokens` that are in the cache."""
         return self._cache.held(self.tokens)
 
     def send(self, text: str) -> Reply:
-        """Answers a user turn; arguments and errors as of `stream`."""
+        """Returns the complete answer to a user turn, see `stream`."""
         *_, reply = self.stream(text)
         return reply
 
     def stream(self, text: str) -> Iterator[Reply]:
         """Answers a user turn and yields the reply after every canvas (or token).
 
-        A turn that is not read to its end leaves the conversation as it was before it. Oldest
-        turns that do not fit beside this one and its longest response are forgotten as a whole.
+        If the iterator is not consumed to its end, the conversation is not changed. The oldest
+        turns are forgotten as a whole if they do not fit together with this turn and a response
+        of max_new_tokens.
+
+        Args:
+          text: the text of the user.
 
         Raises:
-          ValueError: when this turn alone, with its longest response, exceeds the capacity or the
-            model's positions.
+          ValueError: if this turn alone, with a response of max_new_tokens, exceeds the capacity
+            or the positions of the model.
         """
-        seen = self._history
+        history = self._history
         if self._max_turns is not None:
-            seen = seen[len(seen) - min(len(seen), self._max_turns - 1) :]
-        tokens = self._prompt(seen, text)
-        while seen and not self._has_room(len(tokens)):
-            seen = seen[1:]
-            tokens = self._prompt(seen, text)
+            history = history[len(history) - min(len(history), self._max_turns - 1) :]
+        tokens = self._prompt(history, text)
+        while history and not self._has_room(len(tokens)):
+            history = history[1:]
+            tokens = self._prompt(history, text)
         self._check_room(tokens)
-        return self._respond(seen, text, tokens)
+        return self._respond(history, text, tokens)
 
-    def _prompt(self, seen: Sequence[tuple[str, list[int]]], text: str) -> list[int]:
-        """Token ids of some turns and of a new one, up to where its response starts."""
+    def _prompt(self, history: Sequence[tuple[str, list[int]]], text: str) -> list[int]:
+        """Returns the token ids of earlier turns and a new one, up to the start of its response."""
         unseen = len(self._tokenizer.response_prefix(self._thinking))
         tokens: list[int] = []
-        for said, answer in seen:
-            tokens += self._turn(said, not tokens)
+        for question, answer in history:
+            tokens += self._turn(question, not tokens)
             tokens = tokens[: len(tokens) - unseen] + answer
         return tokens + self._turn(text, not tokens)
 
@@ -151,9 +157,9 @@ class ChatSampler:
         return self._tokenizer.format_turn(text, self._thinking)
 
     def _respond(
-        self, seen: list[tuple[str, list[int]]], text: str, tokens: list[int]
+        self, history: list[tuple[str, list[int]]], text: str, tokens: list[int]
     ) -> Iterator[Reply]:
-        # Of one turn: what lasts is in the conversation's cache.
+        # The engine lives for one turn; only the cache of the conversation is reused.
         engine = Engine(
             self.sampler,
             self._params,
@@ -170,18 +176,19 @@ class ChatSampler:
                     raise event.error
                 if isinstance(event, Delta):
                     response += event.tokens
-                    steps, forgotten = event.denoising_steps, self._turns - len(seen)
+                    steps, forgotten = event.denoising_steps, self._turns - len(history)
                     yield self._reply(list(response), steps, forgotten)
             answer = self._tokenizer.end_turn(response)
-            history = tokens[: len(tokens) - len(self._tokenizer.response_prefix(self._thinking))]
-            self.tokens, self._history = history + answer, [*seen, (text, answer)]
+            unseen = len(self._tokenizer.response_prefix(self._thinking))
+            self.tokens = tokens[: len(tokens) - unseen] + answer
+            self._history = [*history, (text, answer)]
             self._turns += 1
         finally:
-            # Later turns see no thoughts, no untrimmed text, and always the same end of a turn.
+            # Later turns see the trimmed answer without thoughts, and always the same end of turn.
             self._cache.forget_but(self.tokens)
 
     def _has_room(self, length: int) -> bool:
-        """Whether a prompt and its longest response fit."""
+        """Returns whether a prompt of this length and a response of max_new_tokens fit."""
         return length + self.sampler.config.max_new_tokens <= self._cache.capacity
 
     def _check_room(self, tokens: list[int]) -> None:
@@ -191,7 +198,7 @@ class ChatSampler:
             raise ValueError(
                 f'The question has {len(tokens)} tokens; with max_new_tokens={new} that is more '
                 f'than the capacity of {self._capacity} tokens of this conversation. Shorten the '
-                'question, or make the ChatSampler with a larger capacity.'
+                'question, or create the ChatSampler with a larger capacity.'
             )
 
     def _reply(self, response: list[int], denoising_steps: int, forgotten: int = 0) -> Reply:

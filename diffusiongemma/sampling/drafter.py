@@ -1,4 +1,4 @@
-"""Who drafts in the lossless mode: the text so far where it offers something, else the model."""
+"""Drafts of the lossless mode: copied from the text so far if it has a match, else the model's."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,22 +30,23 @@ from diffusiongemma.sampling.state import (
 
 T = TypeVar('T')
 
-LONGEST_NGRAM = 6  # that a lookup tells from a shorter one
+LONGEST_NGRAM = 6  # the longest match that a lookup searches for, in tokens
 
 
 @flax.struct.dataclass
 class LosslessState:
-    """The carry of the lossless mode's loop.
+    """The state of the loop of the lossless mode.
 
     Attributes:
-      generation: what has been emitted and cached.
-      pending: [B] int32, each row's next token, drawn but neither emitted nor cached.
-      hidden: [B, D], final hidden state of each row's last encoded token.
-      prompt: [B, P] int32, right-padded.
-      prompt_lengths: [B] int32.
-      draft_steps: [B] int32, denoise steps that each row's next draft may take.
-      accepted_lengths: [B, K + 2] int32, verifications after which so many tokens were emitted.
-      pending_scores: of the pending tokens, [B, 1], where the config asks for them.
+      generation: the emitted tokens and the K/V cache.
+      pending: [B] int32, the next token of each row, drawn but neither emitted nor cached.
+      hidden: [B, D], the final hidden state of the last encoded token of each row.
+      prompt: [B, P] int32 prompts, right-padded.
+      prompt_lengths: [B] int32, the number of tokens of each prompt.
+      draft_steps: [B] int32, the maximum number of denoise steps of the next draft of each row.
+      accepted_lengths: [B, K + 2] int32, entry n counts the verifications that emitted n tokens.
+      pending_scores: [B, 1], the scores of the pending tokens; None unless the config has
+        logprobs.
     """
 
     generation: GenerationState
@@ -70,7 +71,7 @@ class LosslessState:
         return self.generation.finished
 
     def insert(self, new: 'LosslessState', slots: jax.Array) -> 'LosslessState':
-        """As `GenerationState.insert`."""
+        """Replaces the rows in `slots` by those of `new`, see `GenerationState.insert`."""
 
         def put(old: jax.Array, rows: jax.Array) -> jax.Array:
             return old.at[slots].set(rows, mode='drop')
@@ -84,12 +85,12 @@ class LosslessState:
 
 
 class Drafted(NamedTuple):
-    """What is verified.
+    """A draft of every row to verify.
 
     Attributes:
-      tokens: [B, K] int32, what may follow the pending tokens.
-      steps: [B] int32, denoise passes that the draft took.
-      finite: [B] bool, whether the logits of these passes were finite.
+      tokens: [B, K] int32, the draft tokens after the pending tokens.
+      steps: [B] int32, the number of denoise passes of the draft.
+      finite: [B] bool, whether the logits of these passes are finite.
     """
 
     tokens: jax.Array
@@ -98,22 +99,22 @@ class Drafted(NamedTuple):
 
 
 def draft_length(model: CausalModel, config: SamplingConfig) -> int:
-    """K, tokens of a draft; the pending token is not one of them."""
+    """Returns K, the number of tokens of a draft without the pending token."""
     if config.drafts is not None:
         return config.drafts.length
     return canvas_length(model, config) - (0 if passes.predicts_next(model) else 1)
 
 
 def canvas_length(model: CausalModel, config: SamplingConfig) -> int:
-    """Tokens of a canvas that is a draft."""
+    """Returns the number of tokens of the canvas that a draft is denoised in."""
     return config.draft_length or model.config.canvas_length
 
 
 def config_of_model_drafts(config: SamplingConfig, state: LosslessState) -> SamplingConfig | None:
-    """The config with the length of the model's drafts, where that is one of its own.
+    """Returns a config with `model_draft_length` as its draft length, or None if not applicable.
 
-    A verification is as wide as its drafts, so that this needs a single row: in a batch some rows
-    have a lookup's draft where others have the model's.
+    All drafts that are verified together have the same length. In a batch, some rows can have a
+    draft of a lookup while others have one of the model, so a separate length needs a single row.
     """
     if config.model_draft_length is None or state.pending.shape[0] > 1:
         return None
@@ -123,34 +124,33 @@ def config_of_model_drafts(config: SamplingConfig, state: LosslessState) -> Samp
 
 
 class TextDraft(NamedTuple):
-    """What the text so far offers.
+    """A draft of every row that is copied from the text so far.
 
     Attributes:
-      tokens: [B, K] int32, what may follow the pending tokens.
-      found: [B] bool, rows in which it takes the place of the model's draft; None where it does
-        in every row, whatever it holds.
+      tokens: [B, K] int32, the draft tokens after the pending tokens.
+      matches: [B] bool, the rows that use this draft instead of the model's; None if all rows do.
     """
 
     tokens: jax.Array
-    found: jax.Array | None
+    matches: jax.Array | None
 
     def is_enough(self, finished: jax.Array) -> jax.Array | bool:
-        """Whether no unfinished row [B] needs the model's draft."""
-        return True if self.found is None else jnp.all(self.found | finished)
+        """Returns whether no row needs a draft of the model, except for `finished` rows [B]."""
+        return True if self.matches is None else jnp.all(self.matches | finished)
 
     def drafted(self) -> Drafted:
-        """It alone, without a denoise pass."""
+        """Returns this draft for all rows, without denoise passes."""
         rows = self.tokens.shape[0]
         return Drafted(self.tokens, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool))
 
     def in_place_of(self, drafted: Drafted) -> Drafted:
-        """The model's drafts, but for the rows in which the text's take their place."""
-        if self.found is None:
+        """Returns the drafts of the model, replaced by this draft in the rows that match."""
+        if self.matches is None:
             return self.drafted()
         return Drafted(
-            tokens=jnp.where(self.found[:, None], self.tokens, drafted.tokens),
-            steps=jnp.where(self.found, 0, drafted.steps),
-            finite=self.found | drafted.finite,
+            tokens=jnp.where(self.matches[:, None], self.tokens, drafted.tokens),
+            steps=jnp.where(self.matches, 0, drafted.steps),
+            finite=self.matches | drafted.finite,
         )
 
 
@@ -161,9 +161,10 @@ def draft(
     state: LosslessState,
     noise: jax.Array | None,
 ) -> Drafted:
-    """What may follow the pending tokens, of one length whoever drafts.
+    """Returns drafts [B, K] after the pending tokens; `model_draft_length` is ignored.
 
-    Arguments as of `with_draft`; `model_draft_length` is of no effect.
+    Args:
+      model, config, params, state, noise: see `with_draft`.
     """
     config = dataclasses.replace(config, model_draft_length=None)
     return with_draft(model, config, params, state, noise, lambda drafted: drafted)
@@ -177,36 +178,36 @@ def with_draft(
     noise: jax.Array | None,
     use: Callable[[Drafted], T],
 ) -> T:
-    """What `use` makes of the text's draft where that is enough, else of the model's.
+    """Returns the result of `use` for a draft from the text, or from the model where needed.
 
     Args:
-      model: it drafts, unless the config has a source of drafts.
-      config: how to draft.
-      params: the model's parameters.
-      state: before the draft.
-      noise: of `text_noise`.
-      use: is traced for each of the two, so that they may differ in length.
+      model: the model that drafts, unless the config has a source of drafts.
+      config: the sampling settings.
+      params: the parameters of the model.
+      state: the state before the draft.
+      noise: the result of `text_noise`.
+      use: a function of the draft. It is traced separately for both kinds of draft, so their
+        lengths may differ.
     """
     text = text_draft(model, config, state)
     short = config_of_model_drafts(config, state)
 
-    def of_model() -> T:
+    def use_model() -> T:
         drafted = model_draft(passes.denoising(model), short or config, params, state, noise)
         return use(drafted if text is None or short else text.in_place_of(drafted))
 
     if text is None:
-        return of_model()
-    if text.found is None:
-        return use(text.drafted())
-    of_text = text.drafted()
-    return jax.lax.cond(text.is_enough(state.finished), lambda: use(of_text), of_model)
+        return use_model()
+    copied = text.drafted()
+    if text.matches is None:
+        return use(copied)
+    return jax.lax.cond(text.is_enough(state.finished), lambda: use(copied), use_model)
 
 
 def text_draft(
     model: CausalModel, config: SamplingConfig, state: LosslessState
 ) -> TextDraft | None:
-    """What the config's source, or a lookup, offers out of the text; None where only the model
-    drafts."""
+    """Returns the draft of the config's source or lookup; None if only the model drafts."""
     if config.drafts is not None:
         return TextDraft(config.drafts.draft(*text_so_far(state)), None)
     if not config.lookup_ngram:
@@ -223,7 +224,7 @@ def model_draft(
     state: LosslessState,
     noise: jax.Array | None,
 ) -> Drafted:
-    """The denoiser's draft; arguments as of `draft`."""
+    """Returns the draft of the denoiser; the arguments are those of `draft`."""
     if drafts_in_one_pass(model, config, state):
         light = one_pass_draft(model, config, params, state, noise)
         return Drafted(light.tokens, jnp.ones_like(state.draft_steps), light.finite)
@@ -233,7 +234,7 @@ def model_draft(
 
 
 def text_so_far(state: LosslessState) -> tuple[jax.Array, jax.Array]:
-    """Prompts, responses and pending tokens as one text a row, see `history_of`."""
+    """Returns prompts, responses and pending tokens as one text per row, see `history_of`."""
     generation = state.generation
     rows = jnp.arange(len(state.pending))
     response = jnp.pad(generation.tokens, [(0, 0), (0, 1)])
@@ -242,7 +243,7 @@ def text_so_far(state: LosslessState) -> tuple[jax.Array, jax.Array]:
 
 
 def drafts_in_one_pass(model: CausalModel, config: SamplingConfig, state: LosslessState) -> bool:
-    """Whether a light denoiser drafts, and nothing is asked that takes a canvas to obey."""
+    """Returns whether a light denoiser drafts in one pass, without constraints on the canvas."""
     controls = state.generation.controls
     constrained = (controls.pinned, controls.seed, controls.allowed_sets, controls.automaton)
     is_light = passes.light_config(model) is not None
@@ -256,7 +257,7 @@ def one_pass_draft(
     state: LosslessState,
     noise: jax.Array | None,
 ) -> LightDraft:
-    """What a light denoiser drafts after the pending tokens, see `drafts.light_draft`."""
+    """Returns the draft of a light denoiser after the pending tokens, see `drafts.light_draft`."""
     before = state.generation
     keys = split_rows(fold_in_rows(before.keys, before.canvases))[0]
     canvas = first_canvas(model, config, keys, canvas_length(model, config))
@@ -279,10 +280,10 @@ def one_pass_draft(
 def draft_task(
     model: CausalModel, config: SamplingConfig, state: LosslessState, noise: jax.Array | None
 ) -> CanvasTask:
-    """The next draft of every row as a canvas to denoise.
+    """Returns the task of the canvas that is the next draft of every row.
 
-    The pending token is the first of the canvas and pinned there; of a model that predicts next
-    tokens it is the token before the canvas.
+    The pending token is pinned at the first position of the canvas. For a denoiser with
+    `predict_next` it is the token before the canvas instead.
     """
     before, length = state.generation, canvas_length(model, config)
     if passes.predicts_next(model):
@@ -292,8 +293,8 @@ def draft_task(
         text_noise = None if noise is None else noise[:, :length]
     else:
         task = canvas_task(model, before, length)
-        nothing = jnp.full((before.lengths.shape[0], length), OPEN, jnp.int32)
-        pinned = hold(task.pinned, nothing).at[:, 0].set(state.pending)
+        unpinned = jnp.full((before.lengths.shape[0], length), OPEN, jnp.int32)
+        pinned = hold(task.pinned, unpinned).at[:, 0].set(state.pending)
         task = dataclasses.replace(task, pinned=pinned)
         text_noise = None if noise is None else jnp.roll(noise, 1, axis=1)[:, :length]
     return dataclasses.replace(
@@ -306,6 +307,7 @@ def draft_task(
 
 
 def _after_pending(state: LosslessState) -> jax.Array | None:
+    """Returns the automaton's states [B] after the pending tokens, or None without automaton."""
     states, automaton = state.generation.automaton_states, state.generation.controls.automaton
     if states is None or automaton is None:
         return None
@@ -313,5 +315,5 @@ def _after_pending(state: LosslessState) -> jax.Array | None:
 
 
 def drafted_tokens(model: CausalModel, denoised: DenoiseState) -> jax.Array:
-    """The draft [B, K] out of a denoised canvas: what follows the pending token."""
+    """Returns the draft [B, K] from a denoised canvas: the tokens after the pending token."""
     return denoised.argmax if passes.predicts_next(model) else denoised.argmax[:, 1:]

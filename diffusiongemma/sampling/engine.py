@@ -1,7 +1,7 @@
-"""Requests that come at any time, answered side by side in a fixed number of rows.
+"""An engine with continuous batching: it decodes requests in a fixed number of batch rows.
 
-submit -> while requests are there { step: fill free slots -> one block of every row -> events }.
-A block is a canvas, a token or a verified draft; between blocks rows are refilled and cancelled.
+submit -> while requests are unanswered { step: fill free slots -> one block per row -> events }.
+A block is a canvas, a token or a verified draft; rows are refilled and cancelled between blocks.
 """
 
 import dataclasses
@@ -32,25 +32,25 @@ _DEFAULT_CAPACITY = 4096
 
 
 class Engine:
-    """Answers requests of every mode, side by side.
+    """An engine that answers requests in all decode modes concurrently.
 
         engine = Engine(sampler, params, tokenizer, slots=8)
         ids = [engine.submit(tokenizer.format_prompt(text), rng=7) for text in texts]
         results = {e.id: e.result for e in engine.run() if isinstance(e, Finished)}
 
-    A response depends on its request alone: on the prompt, the key, the mode and the controls, not
-    on what else is asked, when, or in which order. Requests whose programs differ are answered in
-    groups, each of which has slots and a K/V cache of its own: by mode, by whether they are greedy
-    or watched, and by which controls they have. Those with an automaton or with allowed sets share
-    a group where these are the same object.
+    A response depends only on the prompt, the key, the mode and the controls of its request, not
+    on other requests, their time or their order. Requests that need different programs are
+    answered in separate groups, each with its own slots and K/V cache. Groups differ in the mode,
+    in whether their requests are greedy or watched, and in the controls that are set. Requests
+    with an automaton or allowed sets share a group if these are the same objects.
 
-    It is for one thread.
+    The engine is not thread-safe.
 
     Attributes:
-      sampler: what a request does not say otherwise.
-      capacity: most tokens of a prompt and its response.
-      slots: rows of a group.
-      prefixes: what is kept of prompts, or None.
+      sampler: the sampler whose mode and config are the defaults of all requests.
+      capacity: the maximum number of tokens of a prompt and its response.
+      slots: the number of rows of a group.
+      prefixes: the cache of shared prompt prefixes, or None.
     """
 
     def __init__(
@@ -67,29 +67,31 @@ class Engine:
         prefixes: int = 0,
         prefix_block: int = 128,
     ) -> None:
-        """Compiles and allocates nothing before the first request.
+        """Creates an engine; nothing is compiled or allocated before the first request.
 
         Args:
-          sampler: what a request does not say otherwise; `max_new_tokens` is the longest response.
-          params: the model's parameters.
-          tokenizer: for texts in the events; None for token ids alone.
-          slots: rows of a group.
-          capacity: most tokens of a prompt and its response; None for the model's positions, at
-            most 4,096.
-          multiple: prompts are padded to this number times a power of two.
-          max_groups: groups that have a K/V cache at one time.
-          prefill_together: how many prompts of a group one pass may encode. With 1 a response is
-            computed by the same programs whatever else is asked; with more it is the same up to
-            the order of float sums.
-          prefixes: K/V caches, of one row each, that are kept of what prompts begin with alike, so
-            that it is encoded once. Prompts longer than `prefix_block` are then encoded block by
-            block, whether anything is kept or not, and responses are the same in both cases. Not
-            with `prefill_together`.
-          prefix_block: tokens of a block.
+          sampler: the sampler whose mode and config are the defaults of all requests; its
+            `max_new_tokens` limits every response.
+          params: the parameters of the model.
+          tokenizer: the tokenizer of the model, which decodes the texts of the events; with None,
+            events only contain token ids.
+          slots: the number of rows of a group.
+          capacity: the maximum number of tokens of a prompt and its response; None for the number
+            of positions of the model, at most 4,096.
+          multiple: prompts are padded to this length times a power of two.
+          max_groups: the maximum number of groups that have a K/V cache at the same time.
+          prefill_together: the maximum number of prompts of a group that one pass encodes. With 1,
+            other requests do not change the programs that compute a response; with more, responses
+            are equal up to the order of float sums.
+          prefixes: the maximum number of prompt prefixes, shared by several prompts, whose K/V
+            caches (one row each) are kept for reuse. If it is not 0, prompts longer than
+            `prefix_block` are always encoded block by block, so reuse does not change responses.
+            It requires `prefill_together=1`.
+          prefix_block: the number of tokens of a block.
 
         Raises:
-          ValueError: a number is out of range, or the sampler would not stop at the tokenizer's
-            end of turn.
+          ValueError: if a number is out of range, or if the sampler does not stop at the
+            tokenizer's end of turn.
         """
         positions = passes.max_positions(sampler.model)
         self.capacity = capacity or min(positions or _DEFAULT_CAPACITY, _DEFAULT_CAPACITY)
@@ -113,7 +115,7 @@ class Engine:
             )
         if tokenizer is not None:
             check_stops(sampler, tokenizer)
-        # No response can be longer than its slot: what it may hold is made no wider.
+        # A response cannot be longer than its slot, so its arrays need not be wider.
         limit = min(sampler.config.max_new_tokens, self.capacity)
         config = dataclasses.replace(sampler.config, max_new_tokens=limit)
         self.sampler = dataclasses.replace(sampler, config=config)
@@ -148,25 +150,27 @@ class Engine:
         """Appends a request to the queue of its group and returns its number.
 
         Args:
-          prompt: token ids.
-          rng: a key, or the number of one.
-          mode: in place of the sampler's.
-          temperature, top_p: in place of the config's.
-          max_new_tokens: longest response; None for the config's, or less where the slot has no
-            room for so many.
-          stop: texts of which the first to come ends the response.
-          logprobs: in place of the config's.
-          controls: the other settings and constraints, of one row [1, ...]; it may hold the three
-            numbers too, where they are not given above.
-          conversation: what the prompt goes on from, so that only what is new is encoded; the
-            response is the same up to the order of float sums. Not with `prefill_together`.
-          watch: shows every denoise step, each a program of its own, in a `DenoiseStep`. Other
-            requests take a block while this one takes a step.
+          prompt: the token ids of the prompt.
+          rng: a key, or the seed of one.
+          mode: the decode mode; None for the mode of the sampler.
+          temperature, top_p: the sampling settings; None for those of the config.
+          max_new_tokens: the maximum length of the response; None for that of the config, or less
+            if the slot has less room.
+          stop: stop texts; the first one that occurs ends the response.
+          logprobs: the number of most likely tokens with log-probabilities; None for the setting
+            of the config.
+          controls: the other settings and constraints of this row [1, ...]. They may include
+            temperature, top_p and max_new_tokens if these are not passed as arguments.
+          conversation: the cached conversation that the prompt continues, so that only its new
+            tokens are encoded; the response is equal up to the order of float sums. It requires
+            `prefill_together=1`.
+          watch: whether every denoise step runs as a separate program and produces a
+            `DenoiseStep`. During one such step, other requests decode a whole block.
 
         Raises:
-          ValueError: as a call of the sampler; or the request does not fit into a slot, or says a
-            number twice, or names stop texts to an engine without a tokenizer, or a conversation
-            that the engine cannot go on from.
+          ValueError: in the cases of a call of the sampler, and if the request does not fit into a
+            slot, sets a number twice, has stop texts without a tokenizer, or has a conversation
+            that does not match the engine.
         """
         controls = Controls() if controls is None else controls
         if stop and self._tokenizer is None:
@@ -181,18 +185,18 @@ class Engine:
         if watch:
             check_has_canvas(sampler)
         if temperature:
-            drawn = np.full(1, temperature, np.float32)
-            controls = dataclasses.replace(controls, temperature=drawn)
+            row_temperature = np.full(1, temperature, np.float32)
+            controls = dataclasses.replace(controls, temperature=row_temperature)
         if top_p is not None and sampler.config.temperature > 0:
             controls = dataclasses.replace(controls, top_p=np.full(1, top_p, np.float32))
         limit = self._limit(prompt, max_new_tokens, controls)
         controls = dataclasses.replace(controls, max_new_tokens=np.full(1, limit, np.int32))
         key = typed_key(jax.random.key(rng) if isinstance(rng, int) else rng).reshape(1)
-        # Checked as a call that has no more room than this request takes.
+        # The check is that of a call whose max_new_tokens is the limit of this request.
         config = dataclasses.replace(sampler.config, max_new_tokens=max(limit, 1))
         tokens = np.asarray(prompt).reshape(1, -1)
-        narrow = dataclasses.replace(sampler, config=config)
-        narrow.checked(tokens, np.array([len(prompt)]), key, controls)
+        limited = dataclasses.replace(sampler, config=config)
+        limited.checked(tokens, np.array([len(prompt)]), key, controls)
         if conversation is not None:
             self._check(conversation)
         controls = _widened(controls, self.sampler.config.max_new_tokens)
@@ -202,13 +206,14 @@ class Engine:
         return request.id
 
     def step(self, *, until_one_finishes: bool = False) -> list[Event]:
-        """Fills free slots, takes one block of every row, and says what came of it.
+        """Fills free slots, decodes one block of every row and returns the events.
 
-        Of rows that are watched it takes one denoise step, or after the last one what ends a block.
+        Watched rows only run one denoise step, or, after the last one, complete their block.
 
         Args:
-          until_one_finishes: takes as many blocks in one program as it needs until a row of each
-            group is finished: fewer waits for the device, and later news. Not of watched rows.
+          until_one_finishes: whether each group runs blocks in one program until one of its rows
+            has finished, with fewer waits for the device but later events. It does not affect
+            watched rows.
         """
         events: list[Event] = []
         for group in self._refillable():
@@ -219,28 +224,28 @@ class Engine:
         return events
 
     def run(self, *, until_one_finishes: bool = False) -> Iterator[Event]:
-        """Yields the events of steps until every request is answered."""
+        """Runs steps and yields their events until every request is answered."""
         while self.waiting or self.running:
             yield from self.step(until_one_finishes=until_one_finishes)
 
     def cancel(self, id: int) -> bool:
-        """Drops a request, of which no event follows; False where there is none of this number."""
+        """Drops a request, so no more events follow; returns False if the number is unknown."""
         return any(group.cancel(id) for group in self._groups.values())
 
     @property
     def waiting(self) -> int:
-        """Requests without a slot."""
+        """Returns the number of requests without a slot."""
         return sum(len(group.waiting) for group in self._groups.values())
 
     @property
     def running(self) -> int:
-        """Requests in slots."""
+        """Returns the number of requests in slots."""
         return sum(len(group.running) for group in self._groups.values())
 
     def _sampler(
         self, mode: str | None, temperature: float | None, logprobs: int | None
     ) -> Sampler:
-        """The sampler of a request; a greedy one is known to be so when it is compiled."""
+        """Returns the sampler of a request; temperature 0 becomes a constant of its program."""
         sampler = self.sampler
         if mode is not None:
             sampler = dataclasses.replace(sampler, mode=mode)
@@ -248,16 +253,16 @@ class Engine:
             config = dataclasses.replace(sampler.config, logprobs=logprobs)
             sampler = dataclasses.replace(sampler, config=config)
         if temperature is not None:
-            # Of another temperature than 0 the row's number counts, and one program serves all.
-            known = 0.0 if temperature == 0 else 1.0
-            config = dataclasses.replace(sampler.config, temperature=known)
+            # Other temperatures come from the controls of the row, so they share one program.
+            static = 0.0 if temperature == 0 else 1.0
+            config = dataclasses.replace(sampler.config, temperature=static)
             sampler = dataclasses.replace(sampler, config=config)
         return sampler
 
     def _check(self, conversation: ConversationCache) -> None:
         if self._together > 1:
             raise ValueError(
-                'A conversation is for prompts that are encoded one by one; make the engine '
+                'A conversation needs prompts that are encoded one by one; make the engine '
                 f'without prefill_together={self._together}.'
             )
         if conversation.capacity != self.capacity:
@@ -291,17 +296,17 @@ class Engine:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         name = (sampler, watch, structure, shapes, *map(id, shared))
         if name not in self._groups:
-            used = {n: g for n, g in self._groups.items() if g.waiting or g.slots.allocated}
-            self._groups = used
+            groups = self._groups.items()
+            self._groups = {n: g for n, g in groups if g.waiting or g.slots.allocated}
             kind = WatchedGroup if watch else Group
             self._groups[name] = kind(self._new_slots(sampler), self._tokenizer, shared)
         return self._groups[name]
 
     def _refillable(self) -> Iterator[Group]:
-        """Groups with waiting requests, the longest waiting one first.
+        """Yields the groups with waiting requests that have a K/V cache or may allocate one.
 
-        Where there is no room for one more K/V cache, no later request goes first, so that the
-        groups that have one run empty.
+        Groups are ordered by their oldest waiting request. If a group cannot get a cache, younger
+        requests are not served before it, so that the groups with a cache become idle.
         """
         waiting = [group for group in self._groups.values() if group.waiting]
         for group in sorted(waiting, key=lambda group: group.waiting[0].id):
@@ -310,7 +315,7 @@ class Engine:
             yield group
 
     def _make_room(self) -> bool:
-        """Whether one more group may have a K/V cache, after an idle one gave its own back."""
+        """Returns whether one more group may allocate a K/V cache; releases an idle one."""
         allocated = [group for group in self._groups.values() if group.slots.allocated]
         if len(allocated) < self._max_groups:
             return True
@@ -322,13 +327,14 @@ class Engine:
 
 
 def _widened(controls: Controls, width: int) -> Controls:
-    """The same controls with the same number of positions in all requests."""
+    """Returns the controls with tables of `width` positions, the same in all requests."""
 
     def widen(table: AnyArray | None) -> np.ndarray | None:
         if table is None:
             return None
-        kept = np.asarray(table, np.int32)[:, :width]
-        return np.pad(kept, ((0, 0), (0, width - kept.shape[1])), constant_values=OPEN)
+        positions = np.asarray(table, np.int32)[:, :width]
+        missing = width - positions.shape[1]
+        return np.pad(positions, ((0, 0), (0, missing)), constant_values=OPEN)
 
     return dataclasses.replace(
         controls,

@@ -1,4 +1,4 @@
-"""What an engine says of its requests: first `Delta`s and `DenoiseStep`s, last the end of each."""
+"""The events of an engine: `Delta`, `DenoiseStep`, and one `Finished` or `Failed` per request."""
 
 import dataclasses
 
@@ -10,16 +10,16 @@ from diffusiongemma.sampling.watch import Draft
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A response and what it cost.
+    """A response and the number of passes that it took.
 
     Attributes:
-      tokens: all token ids, the stop token included.
-      text: the answer; '' for an engine without a tokenizer.
-      reason: 'stop', a stop token or stop text came, or 'length'.
+      tokens: all token ids, including the stop token.
+      text: the answer; '' if the engine has no tokenizer.
+      reason: 'stop' if a stop token or a stop text occurred, else 'length'.
       mode: the decode mode.
-      denoising_steps, canvases, causal_passes: as in SamplerOutput, of this row.
-      accepted_lengths: [K + 2] int32 in the lossless mode, as in SamplerOutput, else None.
-      scores: of the tokens [n], where the request asks for `logprobs`, else None.
+      denoising_steps, canvases, causal_passes: the counts of this row, see `SamplerOutput`.
+      accepted_lengths: [K + 2] int32 in the lossless mode, see `SamplerOutput`, else None.
+      scores: the scores of the tokens [n] if the request has `logprobs`, else None.
     """
 
     tokens: list[int]
@@ -34,24 +34,25 @@ class Result:
 
     @property
     def passes(self) -> int:
-        """Denoise passes, commits and verifications; the prefill is not counted."""
+        """Returns the number of denoise, commit and verify passes, without the prefill."""
         return self.denoising_steps + self.causal_passes
 
     @property
     def tokens_per_pass(self) -> float:
+        """Returns the tokens of the response per pass."""
         return len(self.tokens) / max(self.passes, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What the response of request `id` gained in a step.
+    """The tokens that a step of the engine appended to a response.
 
     Attributes:
-      id: the request's number.
-      tokens: token ids.
-      text: what is certain of their text.
-      denoising_steps: denoise passes so far.
-      scores: of the tokens, where the request asks for `logprobs`.
+      id: the number of the request.
+      tokens: the new token ids.
+      text: the additional text that later tokens cannot change.
+      denoising_steps: the number of denoise passes of the request so far.
+      scores: the scores of the new tokens if the request has `logprobs`, else None.
     """
 
     id: int
@@ -66,8 +67,8 @@ class DenoiseStep:
     """The canvas of a watched request after a denoise step, or its noise before the first one.
 
     Attributes:
-      id: the request's number.
-      draft: of one row, as numpy arrays.
+      id: the number of the request.
+      draft: the canvas of its row, as numpy arrays.
     """
 
     id: int
@@ -76,7 +77,12 @@ class DenoiseStep:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """The last event of a request that was answered."""
+    """The last event of a request that was answered.
+
+    Attributes:
+      id: the number of the request.
+      result: the response.
+    """
 
     id: int
     result: Result
@@ -84,7 +90,12 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """The last event of a request whose program failed, such as for lack of memory."""
+    """The last event of a request whose program failed, for example because memory ran out.
+
+    Attributes:
+      id: the number of the request.
+      error: the exception of the program.
+    """
 
     id: int
     error: Exception

@@ -1,4 +1,4 @@
-"""Requests of one kind: those that wait, and those in the slots of one program."""
+"""A group of requests that share one compiled program: a queue and the slots of a batch."""
 
 import collections
 import dataclasses
@@ -19,7 +19,14 @@ from diffusiongemma.sampling.watch import Draft
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A request on its way: what it asks, and where its text ends."""
+    """A request in the engine.
+
+    Attributes:
+      id: the number of the request.
+      entry: the prompt, the key and the controls of its row.
+      stop: stop texts; the first one that occurs ends the response.
+      limit: the maximum number of tokens of the response.
+    """
 
     id: int
     entry: Entry
@@ -29,7 +36,14 @@ class Request:
 
 @dataclasses.dataclass
 class Row:
-    """A request in a slot: what its events have told."""
+    """A request in a slot, with the tokens and texts that its events have reported.
+
+    Attributes:
+      request: the request in the slot.
+      stream: the incremental decoder of its text; None without a tokenizer.
+      tokens: all reported token ids.
+      texts: the reported parts of the text.
+    """
 
     request: Request
     stream: TextStream | None
@@ -38,17 +52,23 @@ class Row:
 
 
 class Group:
-    """Requests that one program serves: those in slots, and those that wait."""
+    """A queue of requests and the slots in which one compiled program answers them.
+
+    Attributes:
+      slots: the batch of the running requests.
+      waiting: the requests without a slot, oldest first.
+      running: the requests in slots, by slot.
+    """
 
     def __init__(self, slots: Slots, tokenizer: Tokenizer | None, shared: tuple) -> None:
         self.slots = slots
         self.waiting: collections.deque[Request] = collections.deque()
-        self.running: dict[int, Row] = {}  # by slot
+        self.running: dict[int, Row] = {}
         self._tokenizer = tokenizer
-        self._shared = shared  # kept, since the group is found by their ids
+        self._shared = shared  # keeps the objects alive, because their ids identify the group
 
     def fill(self) -> list[Event]:
-        """Puts waiting requests into free slots; a prefill can give a first token."""
+        """Moves waiting requests into free slots; returns events, as a prefill may emit a token."""
         free = [slot for slot in range(self.slots.size) if slot not in self.running]
         free = free[: len(self.waiting)]
         requests = [self.waiting.popleft() for _ in free]
@@ -59,7 +79,7 @@ class Group:
         return self._read() if requests else []
 
     def advance(self, until_one_finishes: bool) -> list[Event]:
-        """What is new after one more block, or after the blocks until a row is finished."""
+        """Decodes one block, or blocks until a row finishes, and returns the events."""
         if until_one_finishes:
             self.slots.until_one_finishes()
         else:
@@ -67,14 +87,14 @@ class Group:
         return self._read()
 
     def _read(self) -> list[Event]:
-        """What is new after a block."""
+        """Returns the events of the latest block; frees slots whose requests have ended."""
         output, finished = self.slots.read()
         events: list[Event] = []
         stopped = []
         for slot, row in list(self.running.items()):
-            news = self._news(row, slot, output, bool(finished[slot]))
-            events += news
-            if news and isinstance(news[-1], End):
+            row_events = self._row_events(row, slot, output, bool(finished[slot]))
+            events += row_events
+            if row_events and isinstance(row_events[-1], End):
                 del self.running[slot]
                 if not finished[slot]:
                     stopped.append(slot)
@@ -82,7 +102,10 @@ class Group:
             self.slots.stop(stopped)
         return events
 
-    def _news(self, row: Row, slot: int, output: SamplerOutput, finished: bool) -> list[Event]:
+    def _row_events(
+        self, row: Row, slot: int, output: SamplerOutput, finished: bool
+    ) -> list[Event]:
+        """Returns the events of one row since it was last read, and updates the row."""
         id, before = row.request.id, len(row.tokens)
         if output.failed_pass[slot]:
             return [Failed(id, not_finite(int(output.failed_pass[slot]), f'row {id}'))]
@@ -121,22 +144,22 @@ class Group:
         )
 
     def guarded(self, work: Callable[[], list[Event]]) -> list[Event]:
-        """The events of `work`; where it fails, the failures of all requests in slots."""
+        """Returns the events of `work`; if it raises, `Failed` events of all running requests."""
         try:
             return work()
-        except Exception as error:  # whatever a program may raise: other groups go on
+        except Exception as error:  # any error of a program; other groups continue
             logging.debug('a group of the engine failed', exc_info=True)
             failed: list[Event] = [Failed(row.request.id, error) for row in self.running.values()]
             self.release()
             return failed
 
     def release(self) -> None:
-        """Gives the memory back; requests in slots are lost."""
+        """Frees the memory and drops the requests in slots."""
         self.running = {}
         self.slots.release()
 
     def cancel(self, id: int) -> bool:
-        """Whether there was a request of this number."""
+        """Drops the request with this number; returns whether the group had it."""
         for request in self.waiting:
             if request.id == id:
                 self.waiting.remove(request)
@@ -149,41 +172,41 @@ class Group:
         return False
 
     def _stop(self, slots: Sequence[int]) -> None:
-        """Ends rows that nobody waits for."""
+        """Stops the rows of cancelled requests."""
         self.slots.stop(slots)
 
 
 class WatchedGroup(Group):
-    """Requests that are watched: their blocks are taken step by step, and shown."""
+    """A group of watched requests, whose blocks run one denoise step at a time."""
 
     def __init__(self, slots: Slots, tokenizer: Tokenizer | None, shared: tuple) -> None:
         super().__init__(slots, tokenizer, shared)
-        self._block: Iterator[Draft] | None = None  # what is left of the block on its way
-        self._stepped: set[int] = set()  # slots that took a step of it
-        self._left: list[int] = []  # slots to stop after it
+        self._block: Iterator[Draft] | None = None  # remaining steps of the current block
+        self._stepped: set[int] = set()  # slots that took part in a step of the block
+        self._cancelled: list[int] = []  # slots to stop after the block
 
     def fill(self) -> list[Event]:
-        """Puts waiting requests into free slots, between two blocks."""
+        """Moves waiting requests into free slots, only between two blocks."""
         return super().fill() if self._block is None else []
 
     def advance(self, until_one_finishes: bool) -> list[Event]:
-        """What the next denoise step shows; after the last one of a block, what is new."""
-        del until_one_finishes  # a step is the news
+        """Runs one denoise step, or completes the block after the last one; returns the events."""
+        del until_one_finishes  # watched rows report every step
         if self._block is None:
             self._block, self._stepped = self.slots.steps(), set()
         draft = next(self._block, None)
         if draft is not None:
-            return self._shown(jax.device_get(draft))
+            return self._step_events(jax.device_get(draft))
         self._block = None
         self._stop([])
         return self._read()
 
     def release(self) -> None:
         super().release()
-        self._block, self._left = None, []
+        self._block, self._cancelled = None, []
 
-    def _shown(self, draft: Draft) -> list[Event]:
-        """The draft of each row that took the step, or whose noise it is."""
+    def _step_events(self, draft: Draft) -> list[Event]:
+        """Returns the events of the rows that took the step, or that start with this noise."""
         events: list[Event] = []
         for slot, row in self.running.items():
             is_noise = draft.step == 0 and slot not in self._stepped
@@ -194,10 +217,10 @@ class WatchedGroup(Group):
         return events
 
     def _stop(self, slots: Sequence[int]) -> None:
-        """Ends rows after the block that is on its way, which holds the state."""
-        self._left += slots
-        if not self.running:  # and nobody waits for its end
+        """Stops rows after the current block, which owns the state."""
+        self._cancelled += slots
+        if not self.running:  # the rest of the block is not needed
             self._block = None
-        if self._block is None and self._left:
-            super()._stop(self._left)
-            self._left = []
+        if self._block is None and self._cancelled:
+            super()._stop(self._cancelled)
+            self._cancelled = []

@@ -1,16 +1,16 @@
-"""Lossless generation: a draft is verified by the causal pass that commits it.
+"""Lossless generation: the causal pass that commits a draft also verifies it.
 
 prefill -> while rows are unfinished { draft -> encode it -> accept its longest valid prefix ->
 cache and emit that prefix }. The causal logits come with the commit at no extra cost.
 
-A draft token is accepted while it is the one that autoregressive decoding draws at its place. Draws
-are argmax(log p + g) with Gumbel noise g that depends on the row's key and the place in the
-response alone (`epilogue.gumbel_noise`), so the text is token for token that of the autoregressive
-mode with the same key, greedy or sampled. A draft that is drawn with the same noise is accepted
-with a probability near 1 - TV(p, q) (shared Gumbel noise: Daliri et al. 2024, arXiv:2408.07978).
+Draft tokens are accepted up to the first one that differs from the token that autoregressive
+decoding draws at the same position. A draw is argmax(log p + g), with Gumbel noise g that only
+depends on the key of the row and the position in the response (`epilogue.gumbel_noise`). The text
+therefore equals that of the autoregressive mode with the same key, token for token, greedy or
+sampled. A draft that is drawn with the same noise is accepted with a probability near 1 - TV(p, q)
+(shared Gumbel noise: Daliri et al. 2024, arXiv:2408.07978).
 
-The token that is known for certain but not yet encoded, the "pending" one, is the first of the
-block that is verified.
+The pending token, which is final but not encoded yet, is the first token of the verified block.
 """
 
 import dataclasses
@@ -48,16 +48,16 @@ def start(
     prompt: jax.Array,
     prompt_lengths: jax.Array,
 ) -> LosslessState:
-    """Draws the first tokens.
+    """Draws the first token of each row, which becomes its pending token.
 
     Args:
-      model: it drafts too, unless the config has a source of drafts.
-      config: how to sample.
-      params: the model's parameters.
-      state: the prompts, cached.
-      hidden: [B, D], hidden states of their last tokens.
-      prompt: [B, P] int32, their tokens, right-padded.
-      prompt_lengths: [B] int32.
+      model: the model.
+      config: the sampling settings.
+      params: the parameters of the model.
+      state: the state after the prefill.
+      hidden: [B, D], hidden states of the last prompt tokens.
+      prompt: [B, P] int32 prompts, right-padded.
+      prompt_lengths: [B] int32, the number of tokens of each prompt.
     """
     sizes = (prompt.shape[0], draft_length(model, config) + 2)
     keys = fold_in_rows(state.keys, 0)
@@ -77,7 +77,7 @@ def start(
 def next_draft(
     model: CausalModel, config: SamplingConfig, params: Params, state: LosslessState
 ) -> LosslessState:
-    """Drafts for every unfinished row, verifies the drafts, emits and caches what holds."""
+    """Drafts for every unfinished row, verifies the drafts, emits and caches accepted tokens."""
     noise = text_noise(model, config, state)
 
     def verified(drafted: Drafted) -> LosslessState:
@@ -91,7 +91,10 @@ def next_draft(
 def text_noise(
     model: CausalModel, config: SamplingConfig, state: LosslessState
 ) -> jax.Array | None:
-    """Gumbel noise [B, K + 1, V] of the tokens after the pending ones; None for greedy text."""
+    """Returns the Gumbel noise [B, K + 1, V] of the tokens after the pending one, or None.
+
+    Greedy text has no noise.
+    """
     before = state.generation
     if always_greedy(before.temperature(config)):
         return None
@@ -108,40 +111,40 @@ def verify_draft(
     drafted: Drafted,
     noise: jax.Array | None,
 ) -> LosslessState:
-    """Encodes pending tokens and drafts, emits and caches what holds.
+    """Encodes pending tokens and drafts, and emits and caches the accepted tokens.
 
     Args:
       model: the model.
-      config: how to sample.
-      params: its parameters.
-      state: before the draft.
-      drafted: what may follow the pending tokens, [B, K].
-      noise: [B, >= K + 1, V] from `text_noise`.
+      config: the sampling settings.
+      params: the parameters of the model.
+      state: the state before the draft.
+      drafted: the draft tokens [B, K] after the pending tokens.
+      noise: [B, >= K + 1, V] float32, the result of `text_noise`.
     """
     active = ~state.finished
     before = state.generation.finish_unless(drafted.finite, 'denoise')
     block = jnp.concatenate([state.pending[:, None], drafted.tokens], axis=1)  # [B, K + 1]
     length = block.shape[1]
     hidden, block_kv = passes.encode_block(model, params, before.cache, block, active)
-    said = model.apply({'params': params}, hidden, method='unembed')  # [B, K + 1, V]
+    unembedded = model.apply({'params': params}, hidden, method='unembed')  # [B, K + 1, V]
     states, automaton = before.automaton_states, before.controls.automaton
     if states is not None and automaton is not None:
         states = trace(automaton, states, block)[:, 1:]  # [B, K + 1]
-    logits = next_token_logits(config, before, said, before.lengths + 1, states)
+    logits = next_token_logits(config, before, unembedded, before.lengths + 1, states)
     if noise is not None:
         noise = noise[:, :length]
     counts, pending, finite = verify(logits, block, before.temperature(config), noise)
     before = before.finish_unless(finite, 'verify')
     following = jnp.concatenate([drafted.tokens, pending[:, None]], axis=1)
     following = following.at[jnp.arange(len(counts)), counts - 1].set(pending)
-    scores = scores_of(config, said, following)  # [B, K + 1], each a token later than the block's
+    scores = scores_of(config, unembedded, following)  # [B, K + 1], one token after the block's
     emitted_scores, pending_scores = _shifted(state.pending_scores, scores, counts)
     after = before.emit(config, block, drafted.steps, counts, emitted_scores)
     emitted = after.lengths - before.lengths
     cache = before.cache.append(block_kv, emitted)
     last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
     rows = jnp.arange(len(counts))
-    # A draft that held wholly was worth fewer steps, one that fell early is worth more.
+    # After a fully accepted draft, fewer steps suffice; after an early mismatch, take more.
     draft_steps = state.draft_steps - (counts == length) + (counts < length // 4)
     return dataclasses.replace(
         state,
@@ -162,12 +165,12 @@ def verify_draft(
 def _shifted(
     first: TokenScores | None, following: TokenScores | None, counts: jax.Array
 ) -> tuple[TokenScores | None, TokenScores | None]:
-    """Scores of a block [B, T], and of the tokens [B, 1] that come after its first counts [B].
+    """Returns the scores [B, T] of a block and [B, 1] of the token after its accepted tokens.
 
     Args:
-      first: of the first token of the block, [B, 1].
-      following: of the tokens after each token of the block, [B, T].
-      counts: [B] int32, at least 1.
+      first: [B, 1], the scores of the first token of the block.
+      following: [B, T], the scores of the token after each token of the block.
+      counts: [B] int32, the number of accepted tokens, at least 1.
     """
 
     def shift(first: jax.Array, following: jax.Array) -> jax.Array:
@@ -185,21 +188,23 @@ def verify(
     temperature: float | jax.Array,
     noise: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """How much of each block autoregressive decoding would have written, and what comes next.
+    """Compares each block with autoregressive decoding.
 
     Args:
-      logits: [B, T, V] of the autoregressive distributions; those at i predict token i + 1.
-      block: [B, T] int32; its first token is known to be right.
-      temperature: a number or [B]; where it is 0, greedily.
-      noise: [B, T, V] float32, the Gumbel noise that the tokens are drawn with; None for greedy.
+      logits: [B, T, V], logits of the autoregressive distributions; those at i predict token
+        i + 1.
+      block: [B, T] int32; its first token is final.
+      temperature: a number or [B]; 0 means greedy.
+      noise: [B, T, V] float32, the Gumbel noise of the draws; None for greedy text.
 
     Returns:
-      [B] int32, tokens of the block that hold, at least 1; [B] int32, the token after them; and
-      [B] bool, whether the logits that both follow from are finite.
+      The number of accepted tokens of each block, at least 1, [B] int32; the token that
+      autoregressive decoding draws after them, [B] int32; and whether the logits that determine
+      both are finite, [B] bool.
     """
-    drawn = pick(logits, temperature, noise)  # [B, T]
-    holds = drawn[:, :-1] == block[:, 1:]
-    counts = 1 + jnp.sum(jnp.cumprod(holds.astype(jnp.int32), axis=-1), axis=-1)  # [B]
-    unused = jnp.arange(drawn.shape[1]) >= counts[:, None]
-    finite = jnp.all(chosen_are_finite(logits, drawn) | unused, axis=-1)
-    return counts, jnp.take_along_axis(drawn, (counts - 1)[:, None], axis=1)[:, 0], finite
+    tokens = pick(logits, temperature, noise)  # [B, T]
+    is_equal = tokens[:, :-1] == block[:, 1:]
+    counts = 1 + jnp.sum(jnp.cumprod(is_equal.astype(jnp.int32), axis=-1), axis=-1)  # [B]
+    unused = jnp.arange(tokens.shape[1]) >= counts[:, None]
+    finite = jnp.all(chosen_are_finite(logits, tokens) | unused, axis=-1)
+    return counts, jnp.take_along_axis(tokens, (counts - 1)[:, None], axis=1)[:, 0], finite

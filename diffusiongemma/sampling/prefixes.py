@@ -1,7 +1,7 @@
-"""K/V caches that are kept, so that later prompts which begin with the same tokens go on from them.
+"""K/V caches of prompt prefixes, which later prompts with the same prefix reuse.
 
-`PrefixCache` keeps what the prompts of an engine share, `ConversationCache` the turns of one
-conversation.
+`PrefixCache` stores prefixes that the prompts of an engine share, `ConversationCache` the turns of
+one conversation.
 """
 
 import collections
@@ -16,63 +16,65 @@ from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.passes import CausalModel
 
-_SEEN = 4096  # beginnings that are remembered, as hashes
+_MAX_HASHES = 4096  # the number of recent prefixes whose hashes are stored
 
 
 class PrefixCache:
-    """The K/V caches of some beginnings of prompts, each of whole blocks of tokens.
+    """A store of the K/V caches of prompt prefixes that consist of whole blocks of tokens.
 
-    A prompt that is longer than a block is always encoded block by block, by one program, whether
-    its beginning is kept or not: so what is kept changes no response. Kept is the longest
-    beginning that a prompt shares with an earlier one; of too many, the one unused for longest
-    goes.
+    A prompt that is longer than a block is always encoded block by block with the same program, so
+    the stored prefixes do not change responses. For each prompt, the longest prefix that it shares
+    with an earlier prompt is stored; if there are too many, the least recently used one is
+    removed.
 
     Attributes:
-      block: tokens of a block.
-      encoded: tokens of blocks that were encoded so far.
-      reused: tokens of blocks that were not, since they were kept.
+      block: the number of tokens of a block.
+      encoded: the number of tokens that were encoded in blocks so far.
+      reused: the number of tokens that were taken from stored caches so far.
     """
 
     def __init__(
         self, model: CausalModel, params: Params, *, block: int, entries: int, capacity: int
     ) -> None:
-        """Allocates nothing before the first prompt.
+        """Creates an empty store; nothing is allocated before the first prompt.
 
         Args:
-          model: its causal pass encodes.
-          params: its parameters.
-          block: tokens of a block.
-          entries: caches to keep.
-          capacity: tokens that each of them has room for.
+          model: the model whose causal pass encodes the prompts.
+          params: the parameters of the model.
+          block: the number of tokens of a block.
+          entries: the maximum number of stored caches.
+          capacity: the number of tokens that each cache has room for.
         """
         self.block, self.encoded, self.reused = block, 0, 0
         self._model, self._params = model, params
         self._entries, self._capacity = entries, capacity
-        self._kept: collections.OrderedDict[tuple[int, ...], KVCache] = collections.OrderedDict()
-        self._seen: collections.OrderedDict[int, None] = collections.OrderedDict()
+        self._caches: collections.OrderedDict[tuple[int, ...], KVCache] = collections.OrderedDict()
+        self._hashes: collections.OrderedDict[int, None] = collections.OrderedDict()
 
     def before(self, prompt: Sequence[int]) -> tuple[KVCache | None, int]:
-        """The cache of one row with all blocks of a prompt but the last tokens, at least one.
+        """Encodes the leading blocks of a prompt, except for those in a stored cache.
+
+        The last token of the prompt is never included.
 
         Returns:
-          The cache, which others read too, and how many tokens it holds; None and 0 where the
-          prompt is no longer than a block.
+          The cache of one row, which must not be modified because it may be stored, and the number
+          of tokens in it; None and 0 if the prompt is not longer than a block.
         """
         prompt = tuple(prompt)
         ends = range(self.block, len(prompt), self.block)
-        shared = max((end for end in ends if hash(prompt[:end]) in self._seen), default=0)
+        shared = max((end for end in ends if hash(prompt[:end]) in self._hashes), default=0)
         for end in ends:
-            self._seen[hash(prompt[:end])] = None
-        while len(self._seen) > _SEEN:
-            self._seen.popitem(last=False)
-        done = max((end for end in ends if prompt[:end] in self._kept), default=0)
+            self._hashes[hash(prompt[:end])] = None
+        while len(self._hashes) > _MAX_HASHES:
+            self._hashes.popitem(last=False)
+        cached = max((end for end in ends if prompt[:end] in self._caches), default=0)
         cache = None
-        if done:
-            self._kept.move_to_end(prompt[:done])
-            cache = self._kept[prompt[:done]]
-            self.reused += done
+        if cached:
+            self._caches.move_to_end(prompt[:cached])
+            cache = self._caches[prompt[:cached]]
+            self.reused += cached
         for end in ends:
-            if end <= done:
+            if end <= cached:
                 continue
             if cache is None:
                 cache = _empty(self._model, self._params, self._capacity)
@@ -85,26 +87,26 @@ class PrefixCache:
         return cache, ends[-1] if len(ends) else 0
 
     def _keep(self, prefix: tuple[int, ...], cache: KVCache) -> None:
-        self._kept[prefix] = cache
-        if len(self._kept) > self._entries:
-            self._kept.popitem(last=False)
+        self._caches[prefix] = cache
+        if len(self._caches) > self._entries:
+            self._caches.popitem(last=False)
 
 
 class ConversationCache:
-    """The K/V caches of one conversation, from which its next prompt goes on.
+    """A store of the K/V caches of one conversation, which its next prompt continues.
 
         cache = ConversationCache(model, params, capacity=engine.capacity)
         engine.submit(prompt, conversation=cache)
 
-    A request that names it goes on from the longest text in it that its prompt begins with, and
-    leaves its prompt and its whole text in it. What is encoded in other pieces is the same up to
-    the order of float sums. A cache with windows can't be shortened (`KVCache`), hence a text for
-    each place where a later prompt may go on.
+    A request with this store reuses the longest stored text that its prompt starts with, and adds
+    its prompt and its complete text. Responses are equal up to the order of float sums, because
+    the tokens are encoded in different pieces. A cache with sliding windows cannot be shortened
+    (see `KVCache`), so one text is stored for each position that a later prompt may continue.
 
     Attributes:
-      capacity: tokens that each text has room for, that of the engine.
-      encoded: tokens of prompts that were encoded so far.
-      reused: tokens of prompts that were not, since they were kept.
+      capacity: the number of tokens that each cache has room for, equal to that of the engine.
+      encoded: the number of prompt tokens that were encoded so far.
+      reused: the number of prompt tokens that were taken from stored caches so far.
     """
 
     def __init__(
@@ -117,70 +119,77 @@ class ConversationCache:
         multiple: int = 64,
         chunk: int | None = None,
     ) -> None:
-        """Allocates nothing before the first prompt.
+        """Creates an empty store; nothing is allocated before the first prompt.
 
         Args:
-          model: its causal pass encodes.
-          params: its parameters.
-          capacity: tokens of a prompt and its response.
-          unseen: tokens at the end of each prompt that later prompts do not hold, such as an empty
-            thought channel: what is before them is encoded by itself, and kept.
-          multiple: what is encoded by itself is padded to this number times a power of two.
-          chunk: as `SamplingConfig.prefill_chunk`.
+          model: the model whose causal pass encodes the prompts.
+          params: the parameters of the model.
+          capacity: the maximum number of tokens of a prompt and its response.
+          unseen: the number of tokens at the end of each prompt that later prompts do not contain,
+            such as an empty thought channel. The tokens before them are encoded separately, and
+            their cache is stored.
+          multiple: separately encoded tokens are padded to this length times a power of two.
+          chunk: the maximum number of tokens per pass, see `SamplingConfig.prefill_chunk`.
         """
         self.capacity, self.encoded, self.reused = capacity, 0, 0
         self._model, self._params, self._unseen = model, params, unseen
         self._multiple, self._chunk = multiple, chunk
-        self._kept: dict[tuple[int, ...], KVCache] = {}
+        self._caches: dict[tuple[int, ...], KVCache] = {}
 
     def before(self, prompt: Sequence[int]) -> tuple[KVCache | None, int]:
-        """The cache of one row with a beginning of a prompt that lacks at least the last token.
+        """Returns a cache of the longest stored prefix of a prompt.
+
+        The last token of the prompt is never included. With `unseen`, the tokens before the last
+        `unseen` ones are encoded and stored first.
 
         Returns:
-          The cache, which others read too, and how many tokens it holds; None and 0 where nothing
-          is kept that the prompt begins with.
+          The cache of one row, which must not be modified because it is stored, and the number of
+          tokens in it; None and 0 if there is no stored prefix.
         """
-        done, cache = self._longest(prompt[:-1])
-        self.reused += done
-        self.encoded += len(prompt) - done
+        cached, cache = self._longest(prompt[:-1])
+        self.reused += cached
+        self.encoded += len(prompt) - cached
         end = len(prompt) - self._unseen
-        if self._unseen and end > done:
+        if self._unseen and end > cached:
             if cache is None:
                 cache = _empty(self._model, self._params, self.capacity)
-            width = padded_width(end - done, self._multiple, self.capacity)
+            width = padded_width(end - cached, self._multiple, self.capacity)
             tokens = np.zeros((1, width), np.int32)
-            tokens[0, : end - done] = prompt[done:end]
-            lengths = np.array([end - done], np.int32)
+            tokens[0, : end - cached] = prompt[cached:end]
+            lengths = np.array([end - cached], np.int32)
             cache = _encode(self._model, self._params, cache, tokens, lengths, self._chunk)
             self.keep(prompt[:end], cache)
-            done = end
-        return cache, done
+            cached = end
+        return cache, cached
 
     def keep(self, text: Sequence[int], cache: KVCache) -> None:
-        """Keeps the cache of one row, which holds a text or its first tokens."""
-        self._kept[tuple(text[: int(cache.lengths[0])])] = cache
+        """Stores the cache of one row, which contains a text or its first tokens."""
+        self._caches[tuple(text[: int(cache.lengths[0])])] = cache
 
     def held(self, text: Sequence[int]) -> int:
-        """How many of the first tokens of a text are kept."""
+        """Returns the number of first tokens of a text that are stored."""
         return self._longest(text)[0]
 
     def forget_but(self, text: Sequence[int]) -> None:
-        """Forgets all but the longest beginning of a text."""
-        done, cache = self._longest(text)
-        self._kept = {} if cache is None else {tuple(text[:done]): cache}
+        """Removes all caches except for the one of the longest stored prefix of a text."""
+        length, cache = self._longest(text)
+        self._caches = {} if cache is None else {tuple(text[:length]): cache}
 
     def _longest(self, text: Sequence[int]) -> tuple[int, KVCache | None]:
-        """The longest kept text that another begins with: its length and its cache."""
+        """Returns the length and the cache of the longest stored prefix of a text."""
         text = tuple(text)
-        found = [kept for kept in self._kept if kept == text[: len(kept)]]
-        if not found:
+        prefixes = [prefix for prefix in self._caches if prefix == text[: len(prefix)]]
+        if not prefixes:
             return 0, None
-        longest = max(found, key=len)
-        return len(longest), self._kept[longest]
+        longest = max(prefixes, key=len)
+        return len(longest), self._caches[longest]
 
 
 def padded_width(length: int, multiple: int, most: int) -> int:
-    """`multiple` times a power of two, at least `length` and at most `most`: few shapes compile."""
+    """Returns the smallest `multiple` times a power of two that is >= length, at most `most`.
+
+    With few different widths, few shapes are compiled.
+    """
     blocks = -(-length // multiple)
     return min(multiple * 2 ** int(np.ceil(np.log2(blocks))), most)
 

@@ -1,4 +1,4 @@
-"""The sampler that other code imports: checks its input, then runs one compiled program."""
+"""The sampler: checks its arguments and runs one compiled program for each decode mode."""
 
 import dataclasses
 import functools
@@ -25,23 +25,23 @@ from diffusiongemma.sampling.state import GenerationState, SamplerOutput
 
 _STATIC = ('model', 'config')
 
-State = GenerationState | LosslessState  # the outer loop's carry of a decode mode
+State = GenerationState | LosslessState  # the carry of the outer loop
 OneState = TypeVar('OneState', GenerationState, LosslessState)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mode(Generic[OneState]):
-    """The compiled pieces of a decode mode.
+    """The compiled functions of a decode mode.
 
     Attributes:
-      generate: the whole of it, from prompts to the output.
-      start: from prompts to the state before the first block; arguments as of `prefilled`. With
-        a `capacity` states of prompts of any width are of equal shapes, so that rows of one can
-        take the place of rows of another. `whole` are the prompts and their lengths together with
-        what a given cache holds of them, for drafts that look something up.
-      advance: one more block of every unfinished row. The buffers of the state that it is given
-        are those of the new one (they are donated), so that no block copies the K/V cache.
-      until_one_finishes: blocks until another row is finished, as `advance`.
+      generate: computes the output from prompts.
+      start: computes the state before the first block, with the arguments of `prefilled`. With a
+        `capacity`, the shapes of the state do not depend on the width of the prompts, so rows of
+        one state can replace rows of another. If a cache is passed, `whole` contains the prompts
+        [B, P] and lengths [B] including the cached tokens, which draft lookups search.
+      advance: decodes one block of every unfinished row. It donates the buffers of the state, so
+        the K/V cache is not copied.
+      until_one_finishes: decodes blocks until another row has finished; it also donates the state.
     """
 
     generate: Callable[..., SamplerOutput]
@@ -51,6 +51,8 @@ class Mode(Generic[OneState]):
 
 
 def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) -> Mode[OneState]:
+    """Compiles a mode: `first` takes the results of `prefilled`, `advance` decodes one block."""
+
     def start(
         model: CausalModel,
         config: SamplingConfig,
@@ -108,14 +110,16 @@ def prefilled(
     *,
     capacity: int | None = None,
 ) -> tuple[GenerationState, Float[Array, 'B D']]:
-    """Caches the prompts; arguments as of a call of `Sampler`.
+    """Encodes the prompts.
 
-    With a `cache` they stand behind what it holds, and it must have room for the responses too.
-    Without one, a cache of `capacity` tokens a row is made; None for as many as the width of the
-    prompts and max_new_tokens.
+    Args:
+      model, config: those of the sampler.
+      params, tokens, lengths, rng, controls: the arguments of a call of the sampler.
+      cache: a cache to append the prompts to, with room for the responses; None for a new one.
+      capacity: the number of tokens per row of a new cache; None for P + max_new_tokens.
 
     Returns:
-      Empty responses behind them, and the hidden states [B, D] of the prompts' last tokens.
+      The state with empty responses, and the hidden states [B, D] of the last prompt tokens.
     """
     is_empty = cache is None
     if cache is None:
@@ -141,7 +145,7 @@ MODES: dict[str, Mode[GenerationState] | Mode[LosslessState]] = {
 
 
 def main_mode(model: CausalModel) -> str:
-    """The mode that a model is made for."""
+    """Returns the decode mode that a model was trained for."""
     if not passes.canvas_length(model):
         return 'autoregressive'
     return 'diffusion' if passes.light_config(model) is None else 'lossless'
@@ -149,21 +153,21 @@ def main_mode(model: CausalModel) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Generates responses to a batch of prompts.
+    """A sampler that generates responses to a batch of prompts.
 
         sampler = Sampler(model, SamplingConfig.for_tokenizer(tokenizer, max_new_tokens=512))
         tokens, lengths = pad_prompts([tokenizer.format_prompt('Hello')], tokenizer.pad_id)
         output = sampler(params, tokens, lengths, rng=jax.random.key(0))
 
     It compiles once for each shape of `tokens` and may be called inside another `jax.jit`.
-    A row's tokens depend on its prompt and its key alone, not on the rows beside it.
+    The tokens of a row only depend on its prompt and its key, not on other rows.
 
     Attributes:
-      model: a flax module with the passes of `DenoisingModel`; those of `CausalModel` do for
-        the autoregressive mode.
-      config: how to sample.
-      mode: 'diffusion'; 'autoregressive', the baseline on the encode pass; or 'lossless', whose
-        output is distributed exactly as the autoregressive one: canvases are drafts that the
+      model: a flax module with the passes of `DenoisingModel`; for the autoregressive mode, those
+        of `CausalModel` are sufficient.
+      config: the sampling settings.
+      mode: 'diffusion'; 'autoregressive', the baseline with the encode pass; or 'lossless', with
+        exactly the output distribution of the autoregressive mode: canvases are drafts that the
         causal pass verifies.
     """
 
@@ -203,7 +207,7 @@ class Sampler:
         vocab_size = self.model.config.vocab_size
         if (self.config.logprobs or 0) > vocab_size:
             raise ValueError(
-                f'logprobs={self.config.logprobs} asks for more tokens at a place than the '
+                f'logprobs={self.config.logprobs} asks for more tokens per position than the '
                 f'{vocab_size} of the model; lower it.'
             )
         ids = (self.config.pad_id, *self.config.stop_ids)
@@ -211,7 +215,7 @@ class Sampler:
             raise ValueError(
                 f'The model knows {vocab_size} tokens, but the sampling config has '
                 f'pad_id={self.config.pad_id}, stop_ids={self.config.stop_ids}, '
-                f'vocab_size={self.config.vocab_size}. Is it made for another tokenizer?'
+                f'vocab_size={self.config.vocab_size}. Is it for another tokenizer?'
             )
 
     def __call__(
@@ -223,23 +227,23 @@ class Sampler:
         rng: jax.Array,
         controls: Controls | None = None,
     ) -> SamplerOutput:
-        """Generates until every row met a stop token or has max_new_tokens tokens.
+        """Generates until every row has a stop token or max_new_tokens tokens.
 
         Args:
-          params: the model's parameters.
+          params: the parameters of the model.
           tokens: [B, P] integer prompts, right-padded (see `pad_prompts`).
-          lengths: [B] integer, tokens of each prompt.
+          lengths: [B] integer, the prompt lengths.
           rng: one key, of which row r uses `fold_in(rng, r)`, or one key per row [B].
-          controls: settings and constraints of the rows; None for none.
+          controls: settings and constraints of the rows, or None.
 
         Returns:
-          Tokens [B, max_new_tokens], lengths and costs.
+          The tokens [B, max_new_tokens], their lengths and the number of passes.
 
         Raises:
-          ValueError: when shapes, types, lengths, token ids, keys or controls are unfit. Values
-            are checked where they are known, which inside another jit they are not.
-          FloatingPointError: when logits are NaN or infinite; it names the pass and the row.
-            Inside another jit `failed_pass` of the output says so.
+          ValueError: if shapes, types, lengths, token ids, keys or controls are invalid. Inside
+            another jit, values of traced arrays are not checked.
+          FloatingPointError: if logits are NaN or infinite; the message names the pass and the
+            row. Inside another jit, `failed_pass` of the output contains this instead.
         """
         arguments = self.checked(tokens, lengths, rng, controls)
         output = MODES[self.mode].generate(self.model, self.config, params, *arguments)
@@ -255,12 +259,12 @@ class Sampler:
         rng: jax.Array,
         controls: Controls | None = None,
     ) -> Iterator[SamplerOutput]:
-        """Yields every canvas as soon as it is done; arguments and errors as of a call.
+        """Yields the output of every canvas immediately, with the arguments and errors of a call.
 
-        In each, `tokens` is [B, C] ([B, 1] in the autoregressive mode; narrower where
-        max_new_tokens leaves less room), and `lengths` is how many of them belong to the response:
-        0 in rows that have finished before. Put behind each other a row's tokens are those of a
-        call with the same arguments, and the numbers add up to its numbers.
+        In each output, `tokens` is [B, C] ([B, 1] in the autoregressive mode; narrower if
+        max_new_tokens leaves less room), and `lengths` is the number of them that belong to the
+        response: 0 for rows that finished earlier. The concatenated tokens of a row equal those of
+        a call with the same arguments, and the counts add up to its counts.
         """
         return self._stream(params, self.checked(tokens, lengths, rng, controls))
 
@@ -271,7 +275,7 @@ class Sampler:
         elif self.mode == 'diffusion':
             block = self.model.config.canvas_length
         mode, before = MODES[self.mode], None
-        # A state is gone after its block; the arguments in it are the caller's.
+        # `advance` donates the state, which would otherwise contain arrays of the caller.
         arguments = jax.tree.map(jnp.copy, arguments)
         state: State = mode.start(self.model, self.config, params, *arguments)
         while True:
@@ -280,17 +284,17 @@ class Sampler:
             if before is None:
                 before = jax.tree.map(jnp.zeros_like, after)
             if jnp.any(after.lengths > before.lengths):
-                yield self._news(before, after, block)
+                yield self._difference(before, after, block)
                 before = after
             if not state.running:
                 return
             state = mode.advance(self.model, self.config, params, state)
 
-    def _news(self, before: SamplerOutput, after: SamplerOutput, block: int) -> SamplerOutput:
-        """What each row gained between two outputs: [B, at most block] tokens, then the pad id."""
+    def _difference(self, before: SamplerOutput, after: SamplerOutput, block: int) -> SamplerOutput:
+        """Returns the new tokens [B, <= block], right-padded, and the increase of all counts."""
         limit = after.tokens.shape[1]
-        gained = after.lengths > before.lengths
-        width = min(block, limit - int(jnp.min(jnp.where(gained, before.lengths, limit - 1))))
+        has_more = after.lengths > before.lengths
+        width = min(block, limit - int(jnp.min(jnp.where(has_more, before.lengths, limit - 1))))
         slots = before.lengths[:, None] + jnp.arange(width)  # [B, width]
         rows = jnp.arange(len(slots))[:, None]
 
@@ -309,12 +313,12 @@ class Sampler:
     def checked(
         self, tokens: AnyArray, lengths: AnyArray, rng: jax.Array, controls: Controls | None
     ) -> tuple[Int[Array, 'B P'], Int[Array, ' B'], jax.Array, Controls]:
-        """The arguments of a call, tokens and lengths as int32 arrays; raises ValueError."""
+        """Returns the arguments of a call, tokens and lengths as int32; raises ValueError."""
         shape = np.shape(tokens)
         if len(shape) != 2 or 0 in shape:
             raise ValueError(
                 f'tokens must be [batch, prompt width], neither of them 0, got shape {shape}. '
-                'pad_prompts makes them from lists of ids.'
+                'pad_prompts creates them from lists of ids.'
             )
         if np.shape(lengths) != shape[:1]:
             raise ValueError(
@@ -336,10 +340,10 @@ class Sampler:
         controls = Controls() if controls is None else controls
         controls.check(shape[0], vocab_size, max_new_tokens)
         limits = (self.config.top_k, self.config.top_p, controls.top_p)
-        cut = any(limit is not None for limit in limits)
-        if controls.automaton is not None and cut and self.mode == 'diffusion':
+        is_truncated = any(limit is not None for limit in limits)
+        if controls.automaton is not None and is_truncated and self.mode == 'diffusion':
             raise ValueError(
-                'top_k and top_p do not go with an automaton in the diffusion mode: they could '
-                'rule out every valid canvas. Leave them out, or use another mode.'
+                'top_k and top_p cannot be combined with an automaton in the diffusion mode: they '
+                'could exclude every valid canvas. Leave them out, or use another mode.'
             )
         return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), rng, controls

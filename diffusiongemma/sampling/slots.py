@@ -1,4 +1,4 @@
-"""A batch of few rows, the slots, whose rows start and end apart from each other."""
+"""A batch with a fixed number of rows, the slots, that start and end independently."""
 
 import dataclasses
 import functools
@@ -21,13 +21,13 @@ from diffusiongemma.sampling.watch import Draft, block_by_steps
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What a slot starts with.
+    """The input of one row.
 
     Attributes:
-      prompt: token ids, at least one.
-      key: [1] typed random key of the row.
-      controls: of one row; the sets and the automaton in it are those of all slots.
-      conversation: what the prompt goes on from, and what is kept of it; None for neither.
+      prompt: the token ids of the prompt, at least one.
+      key: the typed random key of the row, [1].
+      controls: the controls of the row; all slots share its allowed sets and its automaton.
+      conversation: the cached conversation that the prompt continues, or None.
     """
 
     prompt: Sequence[int]
@@ -39,8 +39,8 @@ class Entry:
 class Slots:
     """A generation state of fixed shape in which rows are replaced.
 
-    A row's tokens depend on its entry alone. With prompts prefilled one by one (`together` = 1)
-    the programs that compute them are the same ones whatever else is there.
+    The tokens of a row only depend on its entry. If prompts are prefilled one by one
+    (`together` = 1), other rows do not change the programs that compute them.
     """
 
     def __init__(
@@ -54,17 +54,18 @@ class Slots:
         together: int,
         prefixes: PrefixCache | None = None,
     ) -> None:
-        """Allocates nothing before the first entry.
+        """Creates the slots; nothing is allocated before the first entry.
 
         Args:
-          sampler: any mode.
-          params: the model's parameters.
-          slots: rows.
-          capacity: tokens of a prompt and its response.
-          multiple: a prompt is padded to this number times a power of two, at most the capacity,
-            so that few shapes compile.
-          together: how many prompts one prefill pass may take; 1 with prefixes or conversations.
-          prefixes: encodes the beginnings of prompts, and keeps some; None for neither.
+          sampler: a sampler in any mode.
+          params: the parameters of the model.
+          slots: the number of rows.
+          capacity: the maximum number of tokens of a prompt and its response.
+          multiple: a prompt is padded to this length times a power of two, at most the capacity,
+            so that few shapes are compiled.
+          together: the maximum number of prompts of a prefill pass; it must be 1 with prefixes or
+            conversations.
+          prefixes: the cache of shared prompt prefixes, or None.
         """
         self.sampler, self._params = sampler, params
         self._bound = (sampler.model, sampler.config, params)
@@ -74,31 +75,31 @@ class Slots:
 
     @property
     def allocated(self) -> bool:
-        """Whether there is a K/V cache."""
+        """Returns whether the slots have a K/V cache."""
         return self._state is not None
 
     def release(self) -> None:
-        """Gives the memory back; what was in the slots is lost."""
+        """Frees the memory and drops the rows in the slots."""
         self._state = None
 
     def insert(self, entries: Sequence[Entry], slots: Sequence[int]) -> None:
-        """Puts entries, at the beginning of their responses, in the place of some rows."""
+        """Prefills entries and replaces the rows in the given slots by them."""
         for first in range(0, len(entries), self._together):
-            some = slice(first, first + self._together)
-            self._insert(list(entries[some]), list(slots[some]))
+            part = slice(first, first + self._together)
+            self._insert(list(entries[part]), list(slots[part]))
 
     def _insert(self, entries: list[Entry], slots: list[int]) -> None:
         extra = 2 ** int(np.ceil(np.log2(len(entries)))) - len(entries)
-        entries = entries + entries[:1] * extra  # as many as a power of two: few shapes compile
-        slots = slots + [self.size] * extra  # which is no slot
+        entries = entries + entries[:1] * extra  # pads to a power of two, to compile few shapes
+        slots = slots + [self.size] * extra  # not a slot, so these rows are dropped
         keys = jnp.concatenate([entry.key for entry in entries])
         controls = _stacked([entry.controls for entry in entries])
         prompts = [entry.prompt for entry in entries]
-        conversation, (cache, done) = entries[0].conversation, (None, 0)
-        before = self._prefixes if conversation is None else conversation
-        if before is not None:
-            cache, done = before.before(prompts[0])
-        arguments: tuple = (*self._padded([prompt[done:] for prompt in prompts]), keys, controls)
+        conversation, (cache, cached) = entries[0].conversation, (None, 0)
+        source = self._prefixes if conversation is None else conversation
+        if source is not None:
+            cache, cached = source.before(prompts[0])
+        arguments: tuple = (*self._padded([prompt[cached:] for prompt in prompts]), keys, controls)
         whole = None
         if cache is not None:
             arguments, whole = (*arguments, cache), self._padded(prompts, self._capacity)
@@ -113,7 +114,7 @@ class Slots:
     def _padded(
         self, prompts: Sequence[Sequence[int]], width: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [rows, width] and lengths [rows]; a width that few prompts differ in, or this."""
+        """Returns tokens [rows, width] and lengths [rows]; the default is a `padded_width`."""
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         width = width or padded_width(int(lengths.max()), self._multiple, self._capacity)
         tokens = np.full((len(prompts), width), self.sampler.config.pad_id, np.int32)
@@ -122,47 +123,47 @@ class Slots:
         return tokens, lengths
 
     def advance(self) -> None:
-        """One more block of every unfinished row."""
+        """Decodes one block of every unfinished row."""
         self._state = MODES[self.sampler.mode].advance(*self._bound, self._state)
 
     def steps(self) -> Iterator[Draft]:
-        """One more block step by step; until its end nothing else may change the rows."""
-        assert self._state is not None  # rows run
+        """Decodes one block and yields its steps; no other method may change rows meanwhile."""
+        assert self._state is not None  # a row is running
         self._state = yield from block_by_steps(self.sampler, self._params, self._state)
 
     def until_one_finishes(self) -> None:
-        """Blocks until another row is finished, in one compiled program."""
+        """Decodes blocks in one compiled program until another row has finished."""
         self._state = MODES[self.sampler.mode].until_one_finishes(*self._bound, self._state)
 
     def stop(self, slots: Sequence[int]) -> None:
-        """Ends rows where they are, so that they cost nothing more."""
+        """Marks rows as finished, so that later blocks skip them."""
         rows = np.isin(np.arange(self.size), list(slots))
         self._state = _stop(self._state, rows)
 
     def keep(self, slot: int, entry: Entry, response: Sequence[int]) -> None:
-        """Leaves the text of a row that is finished in its conversation, if it is of one."""
+        """Adds the K/V cache of a finished row to its conversation, if it has one."""
         if entry.conversation is not None:
-            assert self._state is not None  # the row is in it
+            assert self._state is not None  # it contains the row
             entry.conversation.keep([*entry.prompt, *response], _row(self._state.cache, slot))
 
     def read(self) -> tuple[SamplerOutput, np.ndarray]:
-        """The responses so far as numpy arrays, and which rows are finished [slots] bool."""
-        assert self._state is not None  # rows run
+        """Returns the responses so far as numpy arrays, and which rows finished, [slots] bool."""
+        assert self._state is not None  # a row is running
         return jax.device_get((self._state.output(), self._state.finished))
 
 
 def _stacked(controls: Sequence[Controls]) -> Controls:
-    """Controls of several rows out of those of one row each."""
+    """Concatenates the controls of single rows."""
     first, *others = controls
     return first.map_rows(lambda *rows: np.concatenate(rows), *others)
 
 
 @functools.partial(jax.jit, static_argnames='slots')
 def _blank(new: State, slots: int) -> State:
-    """Finished rows of the shapes of another state's.
+    """Returns a state of finished rows with the row shapes of `new`.
 
-    The sets and the automaton are copied: the state is donated from program to program, and
-    whoever asked for them keeps them.
+    The allowed sets and the automaton are copied: programs donate the buffers of the state, but
+    the caller continues to use the originals.
     """
     first = jnp.zeros(slots, jnp.int32)
 
@@ -195,7 +196,7 @@ def _put(state: OneState, new: OneState, slots: jax.Array) -> OneState:
 
 @jax.jit
 def _row(cache: KVCache, row: int) -> KVCache:
-    """A copy of one row."""
+    """Returns a copy of one row of the cache."""
 
     def take_kv(leaf: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(leaf, row, 1, axis=leaf.ndim - 4)
@@ -214,5 +215,5 @@ def _stop(state: State, rows: jax.Array) -> State:
 
 
 def _generation(state: State) -> GenerationState:
-    """The `GenerationState` of a mode's state."""
+    """Returns the `GenerationState` within the state of any mode."""
     return state.generation if isinstance(state, LosslessState) else state

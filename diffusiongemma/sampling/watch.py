@@ -1,4 +1,4 @@
-"""A canvas as it settles, for a live view: the state after every denoise step."""
+"""Step-by-step generation for a live view: yields the canvas after every denoise step."""
 
 import dataclasses
 from collections.abc import Generator, Iterator
@@ -19,15 +19,15 @@ from diffusiongemma.sampling.state import CanvasTask, DenoiseState, SamplerOutpu
 
 @flax.struct.dataclass
 class Draft:
-    """A canvas of every row after a denoise step, or before its first one.
+    """The canvas of every row after a denoise step, or before the first one.
 
     Attributes:
-      output: what was committed before it.
-      step: [] int32, denoise steps taken; at 0 the canvas is noise and nothing is predicted.
-      argmax: [B, C] int32, the most likely tokens; -1 at step 0.
-      canvas: [B, C] int32, accepted candidates and noise, what the next step reads.
-      entropies: [B, C] float32 in nats; infinite at step 0.
-      changing: [B] bool, rows that took this step.
+      output: the responses without this canvas.
+      step: [] int32, the number of denoise steps; at 0 the canvas is noise without a prediction.
+      argmax: [B, C] int32, the argmax tokens; -1 at step 0.
+      canvas: [B, C] int32, the accepted candidates and noise that the next step reads.
+      entropies: [B, C] float32, the entropy of each position in nats; infinite at step 0.
+      changing: [B] bool, the rows that took this step.
     """
 
     output: SamplerOutput
@@ -38,7 +38,7 @@ class Draft:
     changing: jax.Array
 
     def row(self, row: int) -> 'Draft':
-        """The canvas of one row alone, [1, ...]."""
+        """Returns the canvas of one row, [1, ...]."""
         return map_but(lambda leaf: leaf[row : row + 1], self, step=self.step)
 
 
@@ -61,17 +61,17 @@ def watch(
     rng: jax.Array,
     controls: Controls | None = None,
 ) -> Iterator[Draft | SamplerOutput]:
-    """Yields a `Draft` of every canvas's noise and of every denoise step, and last the output.
+    """Yields a `Draft` for the noise and every denoise step of each canvas, and then the output.
 
-    The steps are those of a call with the same arguments, but each is a program of its own and
-    waits for the host: slower than a call, which stays as it is.
+    The results equal those of a call of the sampler with the same arguments. Every step is a
+    separate program that waits for the host, which is slower than a call.
 
     Args:
-      sampler: of mode 'diffusion' or 'lossless'.
-      params, tokens, lengths, rng, controls: as of a call of the sampler.
+      sampler: a sampler in mode 'diffusion' or 'lossless'.
+      params, tokens, lengths, rng, controls: the arguments of a call of the sampler.
 
     Raises:
-      ValueError, FloatingPointError: as a call of the sampler; ValueError also for the
+      ValueError, FloatingPointError: the errors of a call of the sampler; ValueError also in the
         autoregressive mode.
     """
     check_has_canvas(sampler)
@@ -79,7 +79,7 @@ def watch(
 
 
 def check_has_canvas(sampler: Sampler) -> None:
-    """Raises ValueError where there is nothing to watch."""
+    """Raises ValueError if the mode of the sampler has no canvas."""
     if sampler.mode == 'autoregressive':
         raise ValueError(
             "The mode 'autoregressive' has no canvas to watch: use 'diffusion' or 'lossless', or "
@@ -98,10 +98,10 @@ def _watch(sampler: Sampler, params: Params, arguments: tuple) -> Iterator[Draft
 
 
 def block_by_steps(sampler: Sampler, params: Params, state: State) -> Generator[Draft, None, State]:
-    """One more block of every unfinished row, as `Mode.advance`, each step a program of its own.
+    """Decodes one block of every unfinished row like `Mode.advance`, one program per step.
 
-    Yields a `Draft` of its noise and of every step, and returns the state after it. A draft that
-    is looked up in the text takes one step without noise.
+    It yields a `Draft` for the noise and every step, and returns the state after the block. A
+    draft that is copied from earlier text has one step and no noise.
     """
     if isinstance(state, LosslessState):
         return (yield from _next_draft(sampler, params, state))
@@ -114,24 +114,25 @@ def block_by_steps(sampler: Sampler, params: Params, state: State) -> Generator[
 def _next_draft(
     sampler: Sampler, params: Params, state: LosslessState
 ) -> Generator[Draft, None, LosslessState]:
-    """A draft of every unfinished row, which is then verified."""
+    """Drafts for every unfinished row, verifies the drafts and returns the state."""
     model, config = sampler.model, sampler.config
     noise = _text_noise(model, config, state)
     text = _text_draft(model, config, state)
-    found, drafted = jnp.zeros_like(state.finished), None
+    has_text_draft, draft = jnp.zeros_like(state.finished), None
     if text is not None:
-        found = jnp.ones_like(found) if text.found is None else text.found
-        drafted = text.drafted()
-        rows = found & ~state.finished
+        has_text_draft = jnp.ones_like(state.finished) if text.matches is None else text.matches
+        draft = text.drafted()
+        rows = has_text_draft & ~state.finished
         if jnp.any(rows):
-            yield _shown(sampler, state, drafted, jnp.zeros(drafted.tokens.shape), rows)
-    if drafted is None or not jnp.all(found | state.finished):
+            yield _view_of(sampler, state, draft, jnp.zeros(draft.tokens.shape), rows)
+    rows = ~(has_text_draft | state.finished)
+    if draft is None or jnp.any(rows):
         short = drafter.config_of_model_drafts(config, state)
-        drafting = sampler if short is None else dataclasses.replace(sampler, config=short)
-        drafted = yield from _watch_model(drafting, params, state, noise, ~(found | state.finished))
+        model_sampler = sampler if short is None else dataclasses.replace(sampler, config=short)
+        draft = yield from _watch_model(model_sampler, params, state, noise, rows)
         if text is not None and short is None:
-            drafted = text.in_place_of(drafted)
-    return _verify_draft(model, config, params, state, drafted, noise)
+            draft = text.in_place_of(draft)
+    return _verify_draft(model, config, params, state, draft, noise)
 
 
 def _watch_canvas(
@@ -142,9 +143,9 @@ def _watch_canvas(
     limit: int,
     pending: jax.Array | None = None,
 ) -> Generator[Draft, None, DenoiseState]:
-    """The canvas after each of its steps, after a `pending` token [B] if there is one.
+    """Yields a canvas before and after each step, and returns its state after the last one.
 
-    Returns it after the last step.
+    If `pending` tokens [B] are passed, they are prepended to the canvas that is shown.
     """
     model, config = sampler.model, sampler.config
     canvas = _first_noise(model, config, params, task)
@@ -163,14 +164,14 @@ def _watch_model(
     noise: jax.Array | None,
     rows: jax.Array,
 ) -> Generator[Draft, None, drafter.Drafted]:
-    """The model's draft of some `rows` [B] bool after each of its steps; it is returned."""
+    """Yields the draft of the model for `rows` [B] bool after each step, and returns it."""
     model, config = sampler.model, sampler.config
     if drafter.drafts_in_one_pass(model, config, state):
         light = _one_pass_draft(model, config, params, state, noise)
-        drafted = drafter.Drafted(light.tokens, jnp.ones_like(state.pending), light.finite)
-        yield _shown(sampler, state, drafted, None, rows)
-        yield _shown(sampler, state, drafted, light.entropies, rows)
-        return drafted
+        draft = drafter.Drafted(light.tokens, jnp.ones_like(state.pending), light.finite)
+        yield _view_of(sampler, state, draft, None, rows)
+        yield _view_of(sampler, state, draft, light.entropies, rows)
+        return draft
     task = dataclasses.replace(drafter.draft_task(model, config, state, noise), active=rows)
     limit = min(config.max_denoising_steps, config.max_draft_steps)
     before = state.pending if passes.predicts_next(model) else None
@@ -178,27 +179,36 @@ def _watch_model(
     return drafter.Drafted(drafter.drafted_tokens(model, canvas), canvas.steps, canvas.finite)
 
 
-def _shown(
+def _view_of(
     sampler: Sampler,
     state: LosslessState,
-    drafted: drafter.Drafted,
+    draft: drafter.Drafted,
     entropies: jax.Array | None,
     rows: jax.Array,
 ) -> Draft:
-    """A draft of some `rows` [B] bool after its pending token; noise in its place while there are
-    no entropies [B, K]."""
-    tokens = jnp.concatenate([state.pending[:, None], drafted.tokens], axis=1)
+    """Returns the view of a draft that one pass or a lookup has computed.
+
+    Args:
+      sampler: the sampler.
+      state: the state before the draft.
+      draft: the draft tokens [B, K], which are shown after the pending tokens.
+      entropies: [B, K] float32 in nats; None for the view before the pass, with noise instead of
+        the draft.
+      rows: [B] bool, the rows that this draft is for.
+    """
+    tokens = jnp.concatenate([state.pending[:, None], draft.tokens], axis=1)
     noise_id = passes.mask_id(sampler.model)
     noise = jnp.full_like(tokens, sampler.config.pad_id if noise_id is None else noise_id)
-    is_known = entropies is not None
-    known = jnp.full(drafted.tokens.shape, jnp.inf) if entropies is None else entropies
+    is_predicted = entropies is not None
+    if entropies is None:
+        entropies = jnp.full(draft.tokens.shape, jnp.inf)
     return Draft(
         output=state.output(),
-        step=jnp.asarray(int(is_known), jnp.int32),
-        argmax=tokens if is_known else jnp.full_like(tokens, -1),
-        canvas=tokens if is_known else noise.at[:, 0].set(state.pending),
-        entropies=jnp.pad(known, [(0, 0), (1, 0)]),
-        changing=is_known & rows,
+        step=jnp.asarray(int(is_predicted), jnp.int32),
+        argmax=tokens if is_predicted else jnp.full_like(tokens, -1),
+        canvas=tokens if is_predicted else noise.at[:, 0].set(state.pending),
+        entropies=jnp.pad(entropies, [(0, 0), (1, 0)]),
+        changing=is_predicted & rows,
     )
 
 
