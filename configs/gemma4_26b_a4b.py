@@ -9,13 +9,11 @@ are JSONL files with {"prompt": "...", "response": "..."} in each line.
     --config=configs/gemma4_26b_a4b.py --workdir=DIR --config.teacher=TEACHER \
     --config.targets.source.path=TRAIN --config.eval.source.path=TEST
 
-Memory of a chip: state, gradients and teacher computed from shapes, all of it by the TPU compiler
-(docs/scaling_plan.md has the command; 64 chips with fsdp 64 need 36.4 GB, 32 chips 50.8 GB, and
-eight are too few at 164 GB):
+Memory of a chip, computed from shapes, and all of it by the TPU compiler (docs/scaling_plan.md):
 
   25.25B trained x 16 bytes (float32 parameters, EMA, two Adam moments) / 64 6.3 GB
-  gradients in float32 and the teacher in bfloat16, x 6 bytes / 64           2.4 GB
-  together with all else that a step takes                                29.8 GB
+  the teacher in bfloat16 / 64                                               0.8 GB
+  together with gradients, activations and all else                         17.8 GB
 
 A step takes at least 0.77 s of products and, in part beside them, 0.51 s of the interconnect, by
 the same plan at published peaks; not measured. It reads 64 rows of 1,024 tokens, of which at most
