@@ -9,13 +9,12 @@ are JSONL files with {"prompt": "...", "response": "..."} in each line.
     --config=configs/gemma4_26b_a4b.py --workdir=DIR --config.teacher=TEACHER \
     --config.targets.source.path=TRAIN --config.eval.source.path=TEST
 
-Memory per chip. State, gradients and teacher are computed from shapes; the total comes from the TPU
-compiler (docs/scaling_plan.md has the command). 64 chips with fsdp=64 need 36.4 GB each and 32
-chips 50.8 GB; eight chips are too few, because each would need 164 GB:
+Memory per chip. State and teacher are computed from shapes; the total comes from the TPU compiler
+(docs/scaling_plan.md has the command):
 
   25.25B trained x 16 bytes (float32 parameters, EMA, two Adam moments) / 64 6.3 GB
-  gradients in float32 and the teacher in bfloat16, x 6 bytes / 64           2.4 GB
-  together with everything else in a step                                 29.8 GB
+  the teacher in bfloat16 / 64                                               0.8 GB
+  together with gradients, activations and everything else                17.8 GB
 
 By the same plan, at published peak rates and not measured, a step takes at least 0.77 s of matrix
 products and 0.51 s of communication, which partly overlap. It reads 64 rows of 1,024 tokens, of
