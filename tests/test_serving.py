@@ -333,7 +333,7 @@ def test_a_chat_request_that_is_wrong_is_one_clear_400(http, name):
         ({'prompt': [True]}, 'prompt must be one text or one array'),
         ({'messages': []}, 'messages is not known here'),
         ({'suffix': 'x' * 300, 'mode': 'diffusion'}, 'must have less than the canvas, 32'),
-        ({'suffix': 'x', 'mode': 'diffusion', 'stop': 'a'}, 'suffix does not go with stop'),
+        ({'suffix': 'x', 'mode': 'diffusion', 'stop': 'a'}, 'suffix cannot be combined with stop'),
         ({'echo': True}, 'echo is not supported'),
         ({'logprobs': True}, 'logprobs must be an integer, got a boolean'),
     ],
@@ -755,4 +755,4 @@ def test_what_serve_cannot_do_is_one_line():
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
     assert done.returncode == 1 and done.stdout == ''
-    assert f'127.0.0.1:{port} cannot be listened on' in done.stderr.splitlines()[-1]
+    assert f'Cannot listen on 127.0.0.1:{port}' in done.stderr.splitlines()[-1]
