@@ -280,15 +280,16 @@ class Ancestral:
         if proposal.vocab_size is None:
             return proposal.take(uniform < (t - s) / t)
         size = proposal.vocab_size
-        kept = (1 - t) / (1 - s)  # s < 1
-        same = proposal.canvas == proposal.candidates
-        stays = kept * (1 - s) * same + kept * s / size
-        takes = jnp.broadcast_to((1 - kept) * (1 - s) / size, stays.shape)
-        becomes_noise = jnp.broadcast_to((1 - kept) * s / size, stays.shape)
-        threshold = uniform * (stays + takes + becomes_noise)
-        drawn = jnp.where(threshold < stays + takes, proposal.candidates, proposal.noise)
-        drawn = jnp.where(threshold < stays, proposal.canvas, drawn)
-        return jnp.where(proposal.open, drawn, proposal.canvas)
+        a = (1 - t) / (1 - s)  # s < 1
+        is_equal = proposal.canvas == proposal.candidates
+        # Unnormalized probabilities of the three terms of the mixture.
+        p_canvas = a * (1 - s) * is_equal + a * s / size
+        p_candidate = jnp.broadcast_to((1 - a) * (1 - s) / size, p_canvas.shape)
+        p_noise = jnp.broadcast_to((1 - a) * s / size, p_canvas.shape)
+        threshold = uniform * (p_canvas + p_candidate + p_noise)
+        draws = jnp.where(threshold < p_canvas + p_candidate, proposal.candidates, proposal.noise)
+        draws = jnp.where(threshold < p_canvas, proposal.canvas, draws)
+        return jnp.where(proposal.open, draws, proposal.canvas)
 
 
 def _above(
