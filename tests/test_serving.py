@@ -81,7 +81,7 @@ def user(text):
     return [{'role': 'user', 'content': text}]
 
 
-def asked(url, request):
+def answer_to(url, request):
     """Returns the body of the answer to a chat request without its id and time."""
     body = {'model': 'builtin'} | request
     response = httpx.post(url + CHAT, json=body, timeout=600)
@@ -143,7 +143,7 @@ def test_a_completion_continues_text_up_to_a_stop_text_or_its_limit(client, buil
 def test_lossless_text_is_autoregressive_text_of_the_same_seed(url):
     request = {'messages': user(PAUL), 'temperature': 5.0, 'max_tokens': 40}
     texts = {
-        (mode, seed): asked(url, request | {'mode': mode, 'seed': seed})['choices']
+        (mode, seed): answer_to(url, request | {'mode': mode, 'seed': seed})['choices']
         for mode in ('lossless', 'autoregressive')
         for seed in (1, 2)
     }
@@ -155,8 +155,8 @@ def test_lossless_text_is_autoregressive_text_of_the_same_seed(url):
 @pytest.mark.slow  # compiles another program
 def test_a_narrow_top_p_gives_the_greedy_text(url):
     request = {'messages': user(PAUL), 'seed': 1, 'max_tokens': 40, 'mode': 'autoregressive'}
-    narrow = asked(url, request | {'temperature': 1.0, 'top_p': 1e-6})
-    assert narrow['choices'] == asked(url, request | {'temperature': 0})['choices']
+    narrow = answer_to(url, request | {'temperature': 1.0, 'top_p': 1e-6})
+    assert narrow['choices'] == answer_to(url, request | {'temperature': 0})['choices']
 
 
 @pytest.mark.parametrize('mode', ['lossless', 'autoregressive'])
@@ -416,7 +416,7 @@ def test_a_server_that_ends_refuses_what_is_new(http, service, monkeypatch):
 
 def test_a_broken_connection_cancels_its_request(url, http, service):
     body = {'messages': user(PAUL), 'mode': 'autoregressive', 'seed': 0}
-    asked(url, body)  # compiles
+    answer_to(url, body)  # compiles
     answered = metrics(http)['answers_total{mode="autoregressive",reason="stop"}']
     for path, changes in (
         (CHAT, {'stream': True}), (CHAT, {'stream': False}), ('/v1/frames', {'mode': 'lossless'}),
@@ -443,13 +443,13 @@ def frames_of(lines):
 
 def test_a_live_view_goes_on_beside_other_requests_and_shows_its_own_answer(url, http, service):
     request = {'messages': user(PAUL), 'seed': 4, 'mode': 'lossless', 'temperature': 1.0}
-    alone = asked(url, request)['choices'][0]['message']['content']
-    other = asked(url, request | {'seed': 5})
+    alone = answer_to(url, request)['choices'][0]['message']['content']
+    other = answer_to(url, request | {'seed': 5})
     with http.stream('POST', '/v1/frames', json=request) as view:
         lines = view.iter_lines()
         first = next(lines)
         with ThreadPoolExecutor(2) as pool:
-            others = pool.map(lambda _: asked(url, request | {'seed': 5}), range(2))
+            others = pool.map(lambda _: answer_to(url, request | {'seed': 5}), range(2))
             shown = frames_of([first, *lines])
             assert list(others) == [other] * 2
     assert {state for frame in shown for _, state, _ in frame['cells']} >= {'noise', 'open'}
@@ -496,7 +496,7 @@ def metrics(http):
 
 def test_metrics_count_tokens_passes_and_accepted_lengths(url, http):
     before = metrics(http)
-    answer = asked(url, {'messages': user(PAUL), 'seed': 3})
+    answer = answer_to(url, {'messages': user(PAUL), 'seed': 3})
     after = metrics(http)
 
     def gained(name):
@@ -525,11 +525,11 @@ def clients(url, count, each):
             for kind in (('lossless', 0), ('lossless', 1.0), ('autoregressive', 1.0))
         )
     ]
-    alone = [asked(url, request) for request in requests]
+    alone = [answer_to(url, request) for request in requests]
 
     def ask(place):
         number = place % len(requests)
-        return number, asked(url, requests[number])
+        return number, answer_to(url, requests[number])
 
     with ThreadPoolExecutor(count) as pool:
         answers = list(pool.map(ask, range(count * each)))
@@ -709,7 +709,7 @@ def test_sigterm_under_load_finishes_or_refuses_every_request(grace):
     )  # fmt: skip
     url = process.stdout.readline().split()[-1]
     request = {'messages': user(PAUL), 'seed': 1}
-    expected = asked(url, request)
+    expected = answer_to(url, request)
     begun = threading.Semaphore(0)
 
     def ask(number):
