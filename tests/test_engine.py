@@ -188,7 +188,7 @@ def test_an_automaton_of_the_caller_survives_its_requests():
         ({'prompt': [1], 'stop': ['.']}, 'need an engine with a tokenizer'),
         (
             {'prompt': [1], 'temperature': 1.0, 'controls': Controls(temperature=jnp.ones(1))},
-            'is given beside controls.temperature',
+            'or controls.temperature, not both',
         ),
     ],
 )

@@ -159,7 +159,7 @@ class EntropyBound:
         return jnp.take_along_axis(sums_before <= self.entropy_bound, rank, axis=-1)
 
     def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
-        """Accepted positions take their candidate, the others become noise: [B, C] int32."""
+        """Returns the next canvas [B, C] int32, with noise at positions that are not accepted."""
         return proposal.take(self.accept(proposal.entropies))
 
 
@@ -194,7 +194,7 @@ class TopK:
         return open_positions & (jnp.argsort(order, axis=-1) < self.k)
 
     def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
-        """Accepted positions take their candidate, the others become noise: [B, C] int32."""
+        """Returns the next canvas [B, C] int32, with noise at positions that are not accepted."""
         return proposal.take(self.accept(proposal.confidences, proposal.open))
 
 
@@ -217,11 +217,11 @@ class ConfidenceThreshold:
     def accept(
         self, confidences: Float[Array, '*B C'], open_positions: Bool[Array, '*B C']
     ) -> Bool[Array, '*B C']:
-        """[..., C] float32 and [..., C] bool -> [..., C] bool."""
+        """Returns the accepted positions, [..., C] bool."""
         return _above(confidences, open_positions, self.threshold)
 
     def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
-        """Accepted positions take their candidate, the others become noise: [B, C] int32."""
+        """Returns the next canvas [B, C] int32, with noise at positions that are not accepted."""
         return proposal.take(self.accept(proposal.confidences, proposal.open))
 
 
@@ -245,11 +245,11 @@ class Margin:
     def accept(
         self, margins: Float[Array, '*B C'], open_positions: Bool[Array, '*B C']
     ) -> Bool[Array, '*B C']:
-        """[..., C] float32 and [..., C] bool -> [..., C] bool."""
+        """Returns the accepted positions, [..., C] bool."""
         return _above(margins, open_positions, self.threshold)
 
     def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
-        """Accepted positions take their candidate, the others become noise: [B, C] int32."""
+        """Returns the next canvas [B, C] int32, with noise at positions that are not accepted."""
         return proposal.take(self.accept(proposal.margins, proposal.open))
 
 

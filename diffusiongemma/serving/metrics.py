@@ -20,7 +20,7 @@ _HELP = {
 
 
 class Metrics:
-    """Counters, a histogram of accepted lengths, and a token rate; thread-safe."""
+    """A thread-safe collection of counters, a histogram of accepted lengths and a token rate."""
 
     def __init__(self) -> None:
         """Sets all counters to zero."""

@@ -53,7 +53,7 @@ class Settings:
 
 
 class Service:
-    """The model behind a server, with its worker thread, limits and metrics.
+    """The model of a server, with its worker thread, limits and metrics.
 
     Attributes:
       settings: the settings of the server.
@@ -126,7 +126,7 @@ class Service:
             )
 
     def open(self, task: GenerationTask, automaton: TokenAutomaton | None) -> 'Call':
-        """Submits a request to the engine; must be called in the event loop.
+        """Submits a request and returns its call; must be called in the event loop.
 
         Args:
           task: the parsed request.

@@ -37,7 +37,7 @@ def counted(number: int, noun: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One token in a frame.
+    """A token in a frame.
 
     Attributes:
       text: the text of the token; line breaks occur only in 'settled' tokens.
