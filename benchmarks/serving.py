@@ -1,13 +1,13 @@
-"""Measures a server under load and compares its answers with those of single requests.
+"""Tests a server under load: compares its answers with those of single requests, and times them.
 
     python benchmarks/serving.py --checkpoint=builtin --clients=32 --requests=20
 
 It starts `python -m diffusiongemma.serve` and sends a set of requests one at a time. Then many
-clients send them concurrently, while other clients send malformed bodies or close their
-connections. Every answer is compared with that of the single request. At the end the server gets
-SIGTERM while requests are open, each of which must be answered or rejected. The script prints
-latencies of the compared answers, the resident memory of the server at the beginning, in the middle
-and at the end, and the load of the machine. The exit status is 1 if anything went wrong.
+clients send them concurrently, while other clients send malformed bodies or disconnect early. Every
+answer is compared with that of the single request. At the end, SIGTERM is sent while requests are
+open, each of which must be answered or rejected. It prints the latencies of the compared answers,
+the resident memory of the server at the beginning, in the middle and at the end, and the load of
+the machine; the exit status is 1 if any check fails.
 """
 
 import json
@@ -35,21 +35,25 @@ from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'builtin', 'A diffusion student of word problems.')
-_CLIENTS = flags.DEFINE_integer('clients', 32, 'That ask at once.', lower_bound=1)
-_REQUESTS = flags.DEFINE_integer('requests', 20, 'Of each client.', lower_bound=1)
-_MALFORMED = flags.DEFINE_integer('malformed', 200, 'Bodies that are wrong.', lower_bound=0)
-_LEAVING = flags.DEFINE_integer('leaving', 20, 'Clients that close.', lower_bound=0)
-_PROBLEMS = flags.DEFINE_integer('problems', 10, 'Word problems, each in 5 ways.', lower_bound=1)
+_CLIENTS = flags.DEFINE_integer('clients', 32, 'Number of concurrent clients.', lower_bound=1)
+_REQUESTS = flags.DEFINE_integer('requests', 20, 'Requests of each client.', lower_bound=1)
+_MALFORMED = flags.DEFINE_integer('malformed', 200, 'Number of invalid bodies.', lower_bound=0)
+_LEAVING = flags.DEFINE_integer(
+    'leaving', 20, 'Number of clients that disconnect early.', lower_bound=0
+)
+_PROBLEMS = flags.DEFINE_integer(
+    'problems', 10, 'Number of word problems, each with 5 settings.', lower_bound=1
+)
 
 CHAT, COMPLETIONS = '/v1/chat/completions', '/v1/completions'
-WAYS = (
+SETTINGS = (
     {'mode': 'lossless', 'temperature': 0},
     {'mode': 'lossless', 'temperature': 1.0},
     {'mode': 'diffusion', 'temperature': 0},
     {'mode': 'autoregressive', 'temperature': 0, 'max_tokens': 24},
     {'mode': 'lossless', 'temperature': 0, 'stop': [' is']},
 )
-WRONG = (
+INVALID_BODIES = (  # bodies and the expected status
     ('{', 400), ('[]', 400), ('\ufffd', 400), ('{"messages": []}', 400), ('{"messages": 3}', 400),
     ('{"messages": [{"role": "cat", "content": "x"}]}', 400),
     ('{"messages": [{"role": "user", "content": "x"}], "temperature": -1}', 400),
@@ -64,7 +68,7 @@ WRONG = (
 
 
 def start() -> tuple[subprocess.Popen, str]:
-    """Starts a server; returns its process and its address."""
+    """Starts a server and returns its process and its address."""
     command = [sys.executable, '-m', 'diffusiongemma.serve', f'--checkpoint={_CHECKPOINT.value}']
     process = subprocess.Popen([*command, '--port=0'], stdout=subprocess.PIPE, text=True)
     line = process.stdout.readline() if process.stdout else ''
@@ -74,7 +78,7 @@ def start() -> tuple[subprocess.Popen, str]:
 
 
 def resident_mb(process: subprocess.Popen) -> float:
-    """Returns the resident memory of a process in MB."""
+    """Returns the resident memory of a process in MB of 1,024 kB."""
     status = Path(f'/proc/{process.pid}/status').read_text()
     kilobytes = re.search(r'VmRSS:\s+(\d+) kB', status)
     assert kilobytes is not None
@@ -82,17 +86,17 @@ def resident_mb(process: subprocess.Popen) -> float:
 
 
 def requests_to_compare() -> list[dict]:
-    """Returns bodies with seeds, so that each has only one answer."""
+    """Returns request bodies with seeds, which determine the answers."""
     problems = eval_examples(DataSpec(kind='wordmath', split='test', size=_PROBLEMS.value))
     return [
-        {'messages': [{'role': 'user', 'content': problem['prompt']}], 'seed': seed} | way
+        {'messages': [{'role': 'user', 'content': problem['prompt']}], 'seed': seed} | settings
         for seed, problem in enumerate(problems)
-        for way in WAYS
+        for settings in SETTINGS
     ]
 
 
 def ask(client: httpx.Client, body: dict) -> dict:
-    """Sends a request; returns the answer without its id and time."""
+    """Returns the answer to a request without its id and time."""
     response = client.post(CHAT, json=body)
     if response.status_code != 200:
         raise AssertionError(f'{response.status_code}: {response.text[:200]}')
@@ -100,48 +104,48 @@ def ask(client: httpx.Client, body: dict) -> dict:
 
 
 class Load:
-    """The results of all concurrent clients.
+    """The clients that use the server concurrently, and their results.
 
     Attributes:
       seconds: the latencies of the compared answers.
-      wrong: descriptions of all failures.
-      counts: the numbers of other requests.
+      problems: descriptions of failed checks.
+      counts: the numbers of malformed bodies and early disconnects.
     """
 
     def __init__(self, url: str, bodies: list[dict], alone: list[dict]):
         self._url, self._bodies, self._alone = url, bodies, alone
         self.seconds: list[float] = []
-        self.wrong: list[str] = []
+        self.problems: list[str] = []
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def _note(self, problem: str) -> None:
         with self._lock:
-            self.wrong.append(problem)
+            self.problems.append(problem)
 
     def compare(self, number: int) -> None:
-        """Runs a client that sends a number of requests in sequence and compares each answer."""
+        """Runs one client that sends requests in sequence and compares their answers."""
         order = random.Random(number)
         with httpx.Client(base_url=self._url, timeout=3600) as client:
             for _ in range(_REQUESTS.value):
                 place = order.randrange(len(self._bodies))
-                begun = time.perf_counter()
+                start_time = time.perf_counter()
                 try:
                     answer = ask(client, self._bodies[place])
                 except (AssertionError, httpx.HTTPError) as error:
                     self._note(f'request {place}: {error!r}')
                     continue
                 with self._lock:
-                    self.seconds.append(time.perf_counter() - begun)
+                    self.seconds.append(time.perf_counter() - start_time)
                 if answer != self._alone[place]:
-                    self._note(f'request {place} got another answer than alone')
+                    self._note(f'request {place} got another answer than the single request')
 
     def malform(self) -> None:
-        """Runs a client that sends malformed bodies."""
+        """Runs one client that sends invalid bodies and checks the errors."""
         headers = {'content-type': 'application/json'}
         with httpx.Client(base_url=self._url, timeout=3600) as client:
             for number in range(_MALFORMED.value):
-                content, status = WRONG[number % len(WRONG)]
+                content, status = INVALID_BODIES[number % len(INVALID_BODIES)]
                 try:
                     response = client.post(CHAT, content=content.encode(), headers=headers)
                     message = response.json()['error']['message']
@@ -153,7 +157,7 @@ class Load:
                 self.counts['malformed bodies'] += 1
 
     def leave(self) -> None:
-        """Runs clients that close their connection in a body, before the answer, or in a stream."""
+        """Disconnects in the middle of a body, before the answer, and in a stream."""
         host, port = self._url.removeprefix('http://').split(':')
         for number in range(_LEAVING.value):
             body = json.dumps(self._bodies[number % len(self._bodies)] | {'stream': True})
@@ -176,13 +180,13 @@ class Load:
 
 
 def terminate(process: subprocess.Popen, url: str, bodies: list[dict]) -> Counter:
-    """Returns the results of requests that are open or arrive during SIGTERM."""
+    """Sends SIGTERM while requests are open, and counts their outcomes."""
     outcomes: Counter[str] = Counter()
-    lock, begun = threading.Lock(), threading.Semaphore(0)
+    lock, requests_sent = threading.Lock(), threading.Semaphore(0)
 
     def client(number: int) -> None:
         while True:
-            begun.release()
+            requests_sent.release()
             try:
                 response = httpx.post(url + CHAT, json=bodies[number % len(bodies)], timeout=3600)
             except httpx.ConnectError:
@@ -199,7 +203,7 @@ def terminate(process: subprocess.Popen, url: str, bodies: list[dict]) -> Counte
     with ThreadPoolExecutor(8) as pool:
         work = [pool.submit(client, number) for number in range(8)]
         for _ in range(16):
-            begun.acquire()
+            requests_sent.acquire()
         process.send_signal(signal.SIGTERM)
         for future in work:
             future.result()
@@ -216,7 +220,7 @@ def main(argv: list[str]) -> None:
         with httpx.Client(base_url=url, timeout=3600) as client:
             alone = [ask(client, body) for body in bodies]
         memory, load = [resident_mb(process)], Load(url, bodies, alone)
-        begun, middle = time.perf_counter(), threading.Event()
+        start_time, middle = time.perf_counter(), threading.Event()
 
         def watch() -> None:
             half = _CLIENTS.value * _REQUESTS.value / 2
@@ -227,7 +231,7 @@ def main(argv: list[str]) -> None:
         watcher = threading.Thread(target=watch)
         watcher.start()
         load.run()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start_time
         middle.set()
         watcher.join()
         memory.append(resident_mb(process))
@@ -247,16 +251,16 @@ def main(argv: list[str]) -> None:
         ),
         'SIGTERM under load': ', '.join(f'{k}: {v}' for k, v in sorted(outcomes.items())),
     } | {name: str(count) for name, count in load.counts.items()}  # fmt: skip
-    table = Table('what', 'measured')
+    table = Table('quantity', 'measured')
     for row in rows.items():
         table.add_row(*row)
     console.print(table)
-    wrong = [*load.wrong, *(name for name in outcomes if 'cut off' in name)]
+    problems = [*load.problems, *(name for name in outcomes if 'cut off' in name)]
     if outcomes['exit status 0'] != 1 or len(load.seconds) != _CLIENTS.value * _REQUESTS.value:
-        wrong.append('the server did not end well, or an answer is missing')
-    for problem in wrong[:20]:
+        problems.append('the server did not exit with status 0, or an answer is missing')
+    for problem in problems[:20]:
         console.print(problem)
-    raise SystemExit(bool(wrong))
+    raise SystemExit(bool(problems))
 
 
 if __name__ == '__main__':

@@ -122,7 +122,7 @@ _CHAT_TOKENS = 8192  # the maximum length of a conversation, for which its cache
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer and its cost; `seconds` is the time of a second run, without compilation."""
+    """An answer, the number of its passes, and the time of a second run without compilation."""
 
     text: str
     tokens: list[int]
@@ -142,12 +142,12 @@ class Loaded:
 
     @classmethod
     def from_flags(cls) -> 'Loaded':
-        """Loads them; raises ValueError or FileNotFoundError if the checkpoint is not usable."""
+        """Loads the model; raises ValueError or FileNotFoundError if this is not possible."""
         model, params, tokenizer = load_for_sampling(_CHECKPOINT.value, _WEIGHTS.value)
         if _PROMPT.value is None and not tokenizer.chat_turns:
             raise ValueError(
-                f'{_CHECKPOINT.value} is a pretrained model, which cannot talk: give it a --prompt '
-                'to continue.'
+                f'{_CHECKPOINT.value} is a pretrained model, which cannot chat: pass a --prompt to '
+                'continue.'
             )
         config = run_config.student_sampling(
             _CHECKPOINT.value,
@@ -179,7 +179,7 @@ def answer(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls | Non
     """Answers `prompt` twice, first to compile and then to measure the time."""
     sampler, tokenizer = loaded.sampler, loaded.tokenizer
     tokens, lengths = pad_prompts([tokenizer.format_prompt(prompt)], tokenizer.pad_id, multiple=64)
-    for _ in range(2):  # the first time it compiles
+    for _ in range(2):  # the first run includes the compilation
         start = time.perf_counter()
         output = sampler(loaded.params, tokens, lengths, rng=rng, controls=controls)
         jax.block_until_ready(output)
@@ -290,5 +290,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    # A chat hears Ctrl-C itself: it stops the answer, not the program.
+    # A chat handles Ctrl-C itself: it stops the answer, not the program.
     run_config.run_main(main, is_interruptible=lambda: _PROMPT.value is not None)

@@ -28,11 +28,11 @@ _MODE = flags.DEFINE_enum(
     'mode',
     None,
     sorted(MODES),
-    "Decode mode of requests that name none; by default 'diffusion', 'lossless' for a light "
+    "Decode mode of requests without one; by default 'diffusion', 'lossless' for a light "
     "student, 'autoregressive' for a model without a canvas.",
 )
 _TEMPERATURE = flags.DEFINE_float(
-    'temperature', 0.0, 'Temperature of requests that name none; 0 is greedy.', lower_bound=0.0
+    'temperature', 0.0, 'Temperature of requests without one; 0 is greedy.', lower_bound=0.0
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     'max_new_tokens', 128, 'Maximum number of tokens of an answer.', lower_bound=1
@@ -44,7 +44,9 @@ _CAPACITY = flags.DEFINE_integer(
     'the model, at most 4096.',
     lower_bound=2,
 )
-_SLOTS = flags.DEFINE_integer('slots', 8, 'Requests that are answered at once.', lower_bound=1)
+_SLOTS = flags.DEFINE_integer(
+    'slots', 8, 'Maximum number of requests that a program decodes concurrently.', lower_bound=1
+)
 _PREFIXES = flags.DEFINE_integer(
     'prefixes',
     4,
@@ -53,16 +55,22 @@ _PREFIXES = flags.DEFINE_integer(
     lower_bound=0,
 )
 _MAX_QUEUE = flags.DEFINE_integer(
-    'max_queue', 64, 'Requests that may wait for a slot; more are refused.', lower_bound=0
+    'max_queue',
+    64,
+    'Maximum number of requests that wait for a slot; more are rejected.',
+    lower_bound=0,
 )
 _MAX_BODY_BYTES = flags.DEFINE_integer(
-    'max_body_bytes', 2**20, 'Maximum size of the body of a request.', lower_bound=1
+    'max_body_bytes', 2**20, 'Maximum size of the body of a request in bytes.', lower_bound=1
 )
 _API_KEY = flags.DEFINE_string(
     'api_key', None, 'Key that clients must send; by default the variable DIFFUSIONGEMMA_API_KEY.'
 )
 _GRACE_SECONDS = flags.DEFINE_float(
-    'grace_seconds', 60.0, 'How long open requests may take after SIGTERM.', lower_bound=0.0
+    'grace_seconds',
+    60.0,
+    'Maximum time for open requests after SIGTERM, in seconds.',
+    lower_bound=0.0,
 )
 _MAX_STEPS = flags.DEFINE_integer(
     'max_denoising_steps',
@@ -89,7 +97,7 @@ _WARM_UP = flags.DEFINE_bool('warm_up', True, 'Compile before the first request.
 
 
 def main(argv: list[str]) -> None:
-    """Serves until SIGTERM."""
+    """Loads the model and serves it until SIGTERM or SIGINT."""
     del argv
     with run_config.extra_named(__name__):
         from diffusiongemma.serving.server import listen, serve
@@ -99,7 +107,7 @@ def main(argv: list[str]) -> None:
     config = run_config.student_sampling(
         _CHECKPOINT.value,
         tokenizer,
-        temperature=1.0,  # of the engine's programs; each request sets its own temperature
+        temperature=1.0,  # a nonzero default; every request sets its own temperature
         max_new_tokens=_MAX_NEW_TOKENS.value,
         max_denoising_steps=_MAX_STEPS.value,
         entropy_bound=_ENTROPY_BOUND.value,

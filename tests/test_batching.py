@@ -1,4 +1,4 @@
-"""Tests more prompts than rows, live views of canvases, and decisions."""
+"""Tests `generate_many`, `watch` and `decide`."""
 
 import dataclasses
 import functools

@@ -38,8 +38,8 @@ def make_chat(model, tokenizer, mode='diffusion', chat=None, **fields):
 @pytest.mark.slow
 @EVERY_MODE
 def test_every_turn_answers_as_if_the_conversation_were_encoded_anew(model, tokenizer, mode):
-    """With windows shorter than the turns, and responses that end at their limit or before."""
-    if mode != 'diffusion':  # which has an empty thought channel in its prompts
+    """The windows are shorter than the turns; responses end at their limit or at a stop token."""
+    if mode != 'diffusion':  # the prompts of 'diffusion' end in an empty thought channel
         tokenizer = Tokenizer(tokenizer._model, empty_thought=False)
     first = make_chat(model, tokenizer, mode).send(TURNS[0]).tokens
     stop_ids = (*tokenizer.stop_ids, first[6])
@@ -55,9 +55,9 @@ def test_every_turn_answers_as_if_the_conversation_were_encoded_anew(model, toke
         rng = jax.random.fold_in(KEY, turn)[None]
         alone = chat.sampler(random_params(model), *prompts, rng=rng)
         assert reply.tokens == alone.tokens[0, : int(alone.lengths[0])].tolist()
-        if mode == 'diffusion':  # what followed an empty thought channel is encoded anew
+        if mode == 'diffusion':  # tokens after an empty thought channel are encoded again
             assert cached == len(history)
-        else:  # at most the last canvas and the end of the turn are new
+        else:  # at most the last canvas and the end of the turn are not cached
             assert cached >= len(before) - model.config.canvas_length - 3
         history = before + prompt[: len(prompt) - len(tokenizer.response_prefix())]
         assert chat.tokens == history + tokenizer.end_turn(reply.tokens)
@@ -66,7 +66,7 @@ def test_every_turn_answers_as_if_the_conversation_were_encoded_anew(model, toke
 
 @pytest.mark.slow
 def test_a_light_denoisers_lossless_chat_is_the_autoregressive_one(tiny_config, tokenizer):
-    """Its drafts read the hidden state of the last token, which is encoded anew in every turn."""
+    """Drafts read the hidden state of the last token, which every turn encodes again."""
     tokenizer = Tokenizer(tokenizer._model, empty_thought=False)
     config = tiny_config.replace(predict_next=True, vocab_size=tokenizer.vocab_size)
     model, params = light_student(config, serial_rank=2, teacher_state=True)
@@ -123,7 +123,7 @@ def test_thoughts_are_told_apart_and_later_turns_do_not_see_them(model, tokenize
     chat = make_chat(model, tokenizer, chat={'thinking': True})
     reply = chat._reply(response, 3)
     assert (reply.text, reply.thoughts, reply.finished) == ('Yes.', 'hm', True)
-    # The model is made to think: the cache goes on from before its response.
+    # With thoughts, only the tokens before the response remain in the cache.
     chat._tokenizer = ThinkingOutLoud(tokenizer)
     reply = chat.send('Why?')
     assert reply.thoughts and chat.cached == len(tokenizer.format_prompt('Why?', thinking=True))
@@ -138,7 +138,7 @@ def test_thoughts_are_told_apart_and_later_turns_do_not_see_them(model, tokenize
 
 
 class ThinkingOutLoud:
-    """A tokenizer to which the first half of a response is thought."""
+    """A tokenizer that treats the first half of a response as thoughts."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
@@ -173,7 +173,7 @@ def test_what_cannot_be_is_one_clear_error(model, tokenizer):
     ],
 )
 def test_a_full_conversation_forgets_its_oldest_turns_as_a_whole(model, tokenizer, limit):
-    """The third turn is answered as the second of a conversation that began with the second."""
+    """The third turn gets the answer of a conversation that starts with the second turn."""
     long = make_chat(model, tokenizer)
     for text in TURNS[:2]:
         long.send(text)
@@ -195,7 +195,7 @@ def test_a_full_conversation_forgets_its_oldest_turns_as_a_whole(model, tokenize
     abandoned = chat.stream(TURNS[2])
     next(abandoned)
     abandoned.close()
-    assert len(chat._history) == 2  # nothing is forgotten for an answer that is not read
+    assert len(chat._history) == 2  # an abandoned answer does not forget any turns
     reply = chat.send(TURNS[2])
     assert reply.forgotten == 1
     assert reply.tokens == alone.tokens[0, : int(alone.lengths[0])].tolist()

@@ -358,7 +358,7 @@ def test_pinned_tokens_and_sets_hold_beside_an_automaton():
         (
             Controls(automaton=PAIRS.replace(token_classes=jnp.zeros(5, int))),
             VALID,
-            'automaton is of 5 tokens and the model of 23',
+            'automaton has 5 tokens and the model has 23',
         ),
         (Controls(automaton=PAIRS), dataclasses.replace(VALID, top_k=3), 'cannot be combined'),
     ],

@@ -57,7 +57,7 @@ def new_engine(**changes):
 
 
 def results(engine, submitted):
-    """What came of the submitted requests, by what they were submitted as."""
+    """Runs the engine and returns the results by the values of `submitted`, {id: value}."""
     by_id = {event.id: event.result for event in engine.run() if isinstance(event, Finished)}
     return {n: by_id[id] for id, n in submitted.items() if id in by_id}
 
@@ -162,7 +162,7 @@ def test_a_program_that_fails_fails_its_requests_and_no_others(monkeypatch):
 
 
 def test_an_automaton_of_the_caller_survives_its_requests():
-    """The engine's states are donated from program to program."""
+    """The engine donates the buffers of its state to the next program."""
     table = np.tile(np.arange(5)[:, None], (1, 2))
     table[3], table[4] = [4, 0], [0, 2]  # one token of class 0, then a stop token
     classes = np.where(np.isin(np.arange(V), CONFIG.stop_ids), 1, 0)
@@ -188,7 +188,7 @@ def test_an_automaton_of_the_caller_survives_its_requests():
         ({'prompt': [1], 'stop': ['.']}, 'need an engine with a tokenizer'),
         (
             {'prompt': [1], 'temperature': 1.0, 'controls': Controls(temperature=jnp.ones(1))},
-            'is given beside controls.temperature',
+            'or controls.temperature, not both',
         ),
     ],
 )
@@ -212,7 +212,7 @@ TEXT = st.text(st.characters(codec='utf-8'), max_size=12) | st.sampled_from(['að
 def test_parts_of_a_text_join_to_what_the_tokenizer_decodes(text, cuts, junk):
     ids = TOKENIZER.encode(text)
     byte_ids = {TOKENIZER.token_bytes(i): i for i in range(TOKENIZER.vocab_size)}
-    for place, broken in enumerate(junk):  # bytes that are no UTF-8, and special tokens between
+    for place, broken in enumerate(junk):  # bytes that are not valid UTF-8, and special tokens
         ids[place:place] = [byte_ids.get(bytes([b]), TOKENIZER.eos_id) for b in broken]
     stream, parts, before = TextStream(TOKENIZER), [], 0
     for cut in sorted({min(cut, len(ids)) for cut in cuts} | {len(ids)}):
@@ -243,7 +243,7 @@ def test_a_text_ends_where_a_stop_text_begins_however_it_comes(text, stop):
 
 
 def shared_prompts():
-    """Nine prompts: some with a common beginning of 8 and of 13 tokens, a short one, one alone."""
+    """Returns nine prompts; some share a prefix of 8 or of 13 tokens."""
     tokens = np.random.default_rng(5).integers(0, 22, (6, 16)).tolist()
     long, short = tokens[0][:13], tokens[0][:8]
     return [
@@ -270,8 +270,8 @@ def test_what_prompts_begin_with_alike_is_encoded_once_and_changes_no_response(m
         assert answers[n].tokens == expected[n].tokens and answers[n].passes == expected[n].passes
     whole = sum((len(prompt) - 1) // 4 * 4 for prompt in prompts)
     assert engine.prefixes.encoded + engine.prefixes.reused == whole
-    # The fifth prompt finds 12 tokens, the sixth 8; the eighth's 4 then take the place of the 12,
-    # so that the last one finds 8.
+    # The fifth prompt reuses 12 tokens and the sixth 8. The eighth one then stores 4 tokens, which
+    # removes the entry of 12, so the last one reuses 8.
     assert engine.prefixes.reused == 12 + 8 + 8
 
 
@@ -283,13 +283,13 @@ def test_of_too_many_beginnings_the_one_unused_for_longest_is_encoded_again():
         engine.submit(prompt, mode='autoregressive', max_new_tokens=1)
         list(engine.run())
         reused.append(engine.prefixes.reused)
-    # Kept from the second time on, until another takes its place.
+    # A prefix is stored when it occurs for the second time, until another one replaces it.
     assert np.diff([0, *reused]).tolist() == [0, 0, 8, 0, 0, 0, 0]
     assert len(engine.prefixes._caches) == 1
 
 
 def test_a_lookup_sees_what_a_kept_beginning_holds():
-    """Drafts copy from the whole prompt: as many passes as without."""
+    """Drafts are copied from the whole prompt, so the number of passes does not change."""
     model, params = toy(C)
     config = dataclasses.replace(CONFIG, drafts=PromptLookup(length=3), stop_ids=())
     sampler, prompt = Sampler(model, config, 'lossless'), [5, 6, 7, 8] * 3 + [5]
@@ -316,30 +316,30 @@ def new_conversation(engine, **options):
 @pytest.mark.parametrize('unseen', [0, 2])
 @pytest.mark.parametrize('mode', MODES)
 def test_a_prompt_goes_on_from_its_conversation_beside_others_and_changes_no_response(mode, unseen):
-    """Two conversations in turns; each prompt ends in tokens that the next one may not hold."""
+    """With `unseen`, each prompt ends in tokens that the next one does not contain."""
     engine = new_engine()
     caches = [new_conversation(engine, unseen=unseen) for _ in range(2)]
     texts = [[5, 9, 2], [7, 1]]
     for turn in range(3):
-        asked = {'mode': mode, 'temperature': 0.7, 'max_new_tokens': 4}
+        settings = {'mode': mode, 'temperature': 0.7, 'max_new_tokens': 4}
         prompts = [[*text, *[4] * unseen] for text in texts]
         before = [
             (cache.encoded, cache.held(text)) for cache, text in zip(caches, texts, strict=True)
         ]
         ids = [
-            engine.submit(prompt, rng=turn, conversation=cache, **asked)
+            engine.submit(prompt, rng=turn, conversation=cache, **settings)
             for prompt, cache in zip(prompts, caches, strict=True)
         ]
         engine.submit(**REQUESTS[turn])
         answers = results(engine, {id: n for n, id in enumerate(ids)})
         for n, prompt in enumerate(prompts):
             lone = new_engine()
-            expected = results(lone, {lone.submit(prompt, rng=turn, **asked): 0})[0]
+            expected = results(lone, {lone.submit(prompt, rng=turn, **settings): 0})[0]
             assert answers[n].tokens == expected.tokens and answers[n].passes == expected.passes
             encoded, held = before[n]
             assert caches[n].encoded - encoded == len(prompt) - held
             whole = prompt + expected.tokens
-            # All but a canvas or token that ends the response is cached.
+            # The cache contains everything except for the last canvas or token.
             short = {'diffusion': C, 'autoregressive': 1, 'lossless': 0}[mode]
             assert caches[n].held(whole) >= len(whole) - short
             texts[n] = (prompt if not unseen else texts[n]) + expected.tokens + [8]

@@ -216,7 +216,7 @@ def test_the_sample_command_continues_text_and_does_not_talk(gemma3_file):
     assert answer['denoising_steps'] == len(answer['tokens']) <= 3  # autoregressive by default
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, input='')
     assert done.returncode == 1
-    assert 'is a pretrained model, which cannot talk: give it a --prompt' in done.stderr
+    assert 'is a pretrained model, which cannot chat: pass a --prompt' in done.stderr
 
 
 def test_towers_beside_the_text_are_left_out(gemma3, tmp_path, caplog):

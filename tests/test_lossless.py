@@ -256,7 +256,7 @@ def test_a_text_that_repeats_itself_needs_fewer_passes_with_lookups():
     )
     np.testing.assert_array_equal(alone.tokens, helped.tokens)
     assert helped.denoising_steps.sum() < alone.denoising_steps.sum()
-    with pytest.raises(ValueError, match='drafts and lookup_ngram are both given'):
+    with pytest.raises(ValueError, match='drafts and lookup_ngram are both set'):
         greedy(lookup_ngram=1, drafts=PromptLookup())
     with pytest.raises(ValueError, match='lookup_ngram must be >= 0 tokens, got -1'):
         greedy(lookup_ngram=-1)
@@ -282,7 +282,7 @@ def test_the_models_drafts_may_be_shorter_than_those_of_lookups(temperature):
     _, found = both(*arguments[:2], alone, *arguments[3:])
     assert not found.accepted_lengths[0, 4:].any()
     for wrong, match in (
-        ({'lookup_ngram': 0}, 'model_draft_length=3 is for drafts beside lookups'),
+        ({'lookup_ngram': 0}, 'model_draft_length=3 needs lookup_ngram > 0'),
         ({'draft_length': 2}, 'model_draft_length=3 is more than draft_length=2'),
         ({'model_draft_length': 1}, 'model_draft_length must be a whole number >= 2'),
     ):

@@ -81,8 +81,8 @@ def proposal_of(canvas, logits, key=0, **fields):
 def test_a_corrector_draws_a_token_given_the_others_at_the_same_noise_level(level, temperature):
     """The draw is p(x_t^i | the others) by Bayes' rule from the joint of noisy canvases.
 
-    At other temperatures than 1 it is that of the tempered prediction without the position's own
-    token, with the same noise.
+    At other temperatures than 1, the clean token is drawn from the tempered prediction that does
+    not depend on the current token of the position, with the same noise.
     """
     draws, joint = 4_000, noised(level)
     marginal, logits = joint.sum(0), denoised(joint)

@@ -358,7 +358,7 @@ def test_streamed_blocks_put_side_by_side_are_the_calls_output(mode):
 
 @EVERY_MODE
 def test_a_stream_leaves_its_arguments_to_the_caller(mode):
-    """The buffers of a state, in which the arguments stand, become those of the next one."""
+    """The state contains the arguments, and its buffers are donated to the next block."""
     model, params = toy(C)
     prompts = jax.tree.map(jnp.asarray, pad_prompts(PROMPTS, PAD, width=8))
     keys, sets = jax.random.split(KEY, 3), jnp.ones((1, 23), bool)
@@ -367,9 +367,8 @@ def test_a_stream_leaves_its_arguments_to_the_caller(mode):
     blocks = list(sampler.stream(params, *prompts, rng=keys, controls=controls))
     whole = sampler(params, *prompts, rng=keys, controls=controls)
     np.testing.assert_array_equal(sum(block.lengths for block in blocks), whole.lengths)
-    assert int(blocks[0].tokens[0, 0]) == int(
-        whole.tokens[0, 0]
-    )  # no block takes another's buffers
+    # The first block is still readable, so its buffers were not donated.
+    assert int(blocks[0].tokens[0, 0]) == int(whole.tokens[0, 0])
 
 
 # Tests of the autoregressive mode.

@@ -81,8 +81,8 @@ def user(text):
     return [{'role': 'user', 'content': text}]
 
 
-def asked(url, request):
-    """The body of an answer to a chat request, its id and time left out."""
+def answer_to(url, request):
+    """Returns the body of the answer to a chat request without its id and time."""
     body = {'model': 'builtin'} | request
     response = httpx.post(url + CHAT, json=body, timeout=600)
     assert response.status_code == 200, response.text
@@ -90,7 +90,7 @@ def asked(url, request):
 
 
 def until(condition):
-    """Waits for what must come; pytest's costs time limit is that of the test run."""
+    """Waits until the condition holds; the only time limit is that of the test run."""
     while not condition():
         time.sleep(0.02)
 
@@ -111,7 +111,7 @@ def test_a_chat_answer_is_what_the_sampler_writes(client, builtin):
 
 def test_a_stream_joins_to_the_answer_and_ends_with_its_cost(client):
     request = {'model': 'builtin', 'messages': user(PAUL), 'seed': 5, 'max_tokens': 60}
-    request |= {'extra_body': {'mode': 'autoregressive'}}  # the others take a canvas or two
+    request |= {'extra_body': {'mode': 'autoregressive'}}  # other modes only need 1 or 2 canvases
     whole = client.chat.completions.create(**request)
     parts = list(
         client.chat.completions.create(
@@ -143,7 +143,7 @@ def test_a_completion_continues_text_up_to_a_stop_text_or_its_limit(client, buil
 def test_lossless_text_is_autoregressive_text_of_the_same_seed(url):
     request = {'messages': user(PAUL), 'temperature': 5.0, 'max_tokens': 40}
     texts = {
-        (mode, seed): asked(url, request | {'mode': mode, 'seed': seed})['choices']
+        (mode, seed): answer_to(url, request | {'mode': mode, 'seed': seed})['choices']
         for mode in ('lossless', 'autoregressive')
         for seed in (1, 2)
     }
@@ -152,11 +152,11 @@ def test_lossless_text_is_autoregressive_text_of_the_same_seed(url):
     assert texts['lossless', 1] != texts['lossless', 2]
 
 
-@pytest.mark.slow  # a program of its costs
+@pytest.mark.slow  # compiles another program
 def test_a_narrow_top_p_gives_the_greedy_text(url):
     request = {'messages': user(PAUL), 'seed': 1, 'max_tokens': 40, 'mode': 'autoregressive'}
-    narrow = asked(url, request | {'temperature': 1.0, 'top_p': 1e-6})
-    assert narrow['choices'] == asked(url, request | {'temperature': 0})['choices']
+    narrow = answer_to(url, request | {'temperature': 1.0, 'top_p': 1e-6})
+    assert narrow['choices'] == answer_to(url, request | {'temperature': 0})['choices']
 
 
 @pytest.mark.parametrize('mode', ['lossless', 'autoregressive'])
@@ -165,18 +165,18 @@ def test_log_probabilities_are_those_of_the_tokens_of_the_answer(client, builtin
     request = {'model': 'builtin', 'messages': user(PAUL), 'seed': 5, 'max_tokens': 60}
     request |= {'extra_body': {'mode': mode}, 'logprobs': True, 'top_logprobs': 2}
     choice = client.chat.completions.create(**request).choices[0]
-    told = choice.logprobs.content
-    assert b''.join(bytes(entry.bytes) for entry in told).decode() == choice.message.content
-    assert all(entry.top_logprobs[0].token == entry.token for entry in told)  # a greedy answer
-    assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in told)
-    assert all(len(entry.top_logprobs) == 2 for entry in told)
+    entries = choice.logprobs.content
+    assert b''.join(bytes(entry.bytes) for entry in entries).decode() == choice.message.content
+    assert all(entry.top_logprobs[0].token == entry.token for entry in entries)  # greedy
+    assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in entries)
+    assert all(len(entry.top_logprobs) == 2 for entry in entries)
     prompt = tokenizer.format_prompt(PAUL)
     answer = tokenizer.encode(choice.message.content)
     (expected,) = response_log_probs(model, params, [prompt], [answer], batch_size=1)
-    np.testing.assert_allclose([entry.logprob for entry in told], expected, atol=2e-4)
+    np.testing.assert_allclose([entry.logprob for entry in entries], expected, atol=2e-4)
     streamed = client.chat.completions.create(**request, stream=True)
     parts = [part.choices[0].logprobs for part in streamed if part.choices]
-    assert [entry for part in parts if part for entry in part.content] == told
+    assert [entry for part in parts if part for entry in part.content] == entries
 
 
 def test_log_probabilities_of_a_completion_end_where_a_stop_text_begins(client, builtin):
@@ -214,7 +214,7 @@ def test_a_response_format_makes_json_of_the_schema(client):
     assert set(value) == {'age'} and 0 <= value['age'] <= 99
 
 
-@pytest.mark.slow  # a program of its costs
+@pytest.mark.slow  # compiles another program
 def test_a_suffix_is_kept_and_what_comes_before_it_is_filled_in(client, builtin):
     _, _, tokenizer = builtin
     prompt, suffix = tokenizer.format_prompt(PAUL), ' The answer is 21.'
@@ -293,7 +293,7 @@ BAD_CHATS = {
     'mode': ({'mode': 'fast'}, "mode must be one of .*got 'fast'"),
     'stream': ({'stream': 'yes'}, 'stream must be true or false'),
     'stream_options': ({'stream_options': {}}, 'stream_options needs stream=true'),
-    'logprobs': ({'logprobs': True, 'mode': 'diffusion'}, 'logprobs are those of the causal pass'),
+    'logprobs': ({'logprobs': True, 'mode': 'diffusion'}, 'logprobs come from a causal pass'),
     'logprobs type': ({'logprobs': 2}, 'logprobs must be true or false, got a number'),
     'top_logprobs': ({'top_logprobs': 2}, 'top_logprobs needs logprobs=true'),
     'large top_logprobs': ({'logprobs': True, 'top_logprobs': 21}, r'must lie in \[0, 20\]'),
@@ -333,7 +333,7 @@ def test_a_chat_request_that_is_wrong_is_one_clear_400(http, name):
         ({'prompt': [True]}, 'prompt must be one text or one array'),
         ({'messages': []}, 'messages is not known here'),
         ({'suffix': 'x' * 300, 'mode': 'diffusion'}, 'must have less than the canvas, 32'),
-        ({'suffix': 'x', 'mode': 'diffusion', 'stop': 'a'}, 'suffix does not go with stop'),
+        ({'suffix': 'x', 'mode': 'diffusion', 'stop': 'a'}, 'suffix cannot be combined with stop'),
         ({'echo': True}, 'echo is not supported'),
         ({'logprobs': True}, 'logprobs must be an integer, got a boolean'),
     ],
@@ -416,13 +416,13 @@ def test_a_server_that_ends_refuses_what_is_new(http, service, monkeypatch):
 
 def test_a_broken_connection_cancels_its_request(url, http, service):
     body = {'messages': user(PAUL), 'mode': 'autoregressive', 'seed': 0}
-    asked(url, body)  # compiles
+    answer_to(url, body)  # compiles
     answered = metrics(http)['answers_total{mode="autoregressive",reason="stop"}']
     for path, changes in (
         (CHAT, {'stream': True}), (CHAT, {'stream': False}), ('/v1/frames', {'mode': 'lossless'}),
     ):  # fmt: skip
         gate = threading.Event()
-        service.worker.call(lambda gate=gate: gate.wait(60))  # no step before the client left
+        service.worker.call(lambda gate=gate: gate.wait(60))  # delays all steps
         with httpx.Client(base_url=url) as leaving:
             with pytest.raises(httpx.ReadTimeout):
                 timeout = httpx.Timeout(600, read=0.3)
@@ -435,7 +435,7 @@ def test_a_broken_connection_cancels_its_request(url, http, service):
 
 
 def frames_of(lines):
-    """The frames of a live view, from the lines of its stream."""
+    """Returns the frames of a live view from the lines of its stream."""
     events = [line.removeprefix('data: ') for line in lines if line]
     assert events.pop() == '[DONE]'
     return [json.loads(event) for event in events]
@@ -443,13 +443,13 @@ def frames_of(lines):
 
 def test_a_live_view_goes_on_beside_other_requests_and_shows_its_own_answer(url, http, service):
     request = {'messages': user(PAUL), 'seed': 4, 'mode': 'lossless', 'temperature': 1.0}
-    alone = asked(url, request)['choices'][0]['message']['content']
-    other = asked(url, request | {'seed': 5})
+    alone = answer_to(url, request)['choices'][0]['message']['content']
+    other = answer_to(url, request | {'seed': 5})
     with http.stream('POST', '/v1/frames', json=request) as view:
         lines = view.iter_lines()
         first = next(lines)
         with ThreadPoolExecutor(2) as pool:
-            others = pool.map(lambda _: asked(url, request | {'seed': 5}), range(2))
+            others = pool.map(lambda _: answer_to(url, request | {'seed': 5}), range(2))
             shown = frames_of([first, *lines])
             assert list(others) == [other] * 2
     assert {state for frame in shown for _, state, _ in frame['cells']} >= {'noise', 'open'}
@@ -460,16 +460,16 @@ def test_a_live_view_goes_on_beside_other_requests_and_shows_its_own_answer(url,
 
 def test_a_live_view_is_cancelled_in_the_midst_of_a_canvas(url, http, service, monkeypatch):
     gate, engine = threading.Event(), service.worker.engine
-    step, seen = engine.step, []
+    step, all_events = engine.step, []
 
-    def held():
-        if seen:
-            gate.wait(60)  # until the client left
+    def delayed_step():
+        if all_events:
+            gate.wait(60)  # until the client has disconnected
         events = step()
-        seen.extend(events)
+        all_events.extend(events)
         return events
 
-    monkeypatch.setattr(engine, 'step', held)
+    monkeypatch.setattr(engine, 'step', delayed_step)
     answers = 'answers_total{mode="lossless",reason="stop"}'
     answered = metrics(http).get(answers, 0)
     body = {'messages': user(PAUL), 'mode': 'lossless', 'seed': 0}
@@ -480,11 +480,11 @@ def test_a_live_view_is_cancelled_in_the_midst_of_a_canvas(url, http, service, m
     gate.set()
     service.worker.call(lambda: None).result()
     assert engine.running == engine.waiting == 0
-    assert metrics(http).get(answers, 0) == answered and len(seen) < 4
+    assert metrics(http).get(answers, 0) == answered and len(all_events) < 4
 
 
 def metrics(http):
-    """The samples of /metrics, without the prefix of their names."""
+    """Returns the samples of /metrics by name, without the prefix of the names."""
     response = http.get('/metrics')
     assert response.headers['content-type'].startswith('text/plain; version=0.0.4')
     lines = [line for line in response.text.splitlines() if not line.startswith('#')]
@@ -496,7 +496,7 @@ def metrics(http):
 
 def test_metrics_count_tokens_passes_and_accepted_lengths(url, http):
     before = metrics(http)
-    answer = asked(url, {'messages': user(PAUL), 'seed': 3})
+    answer = answer_to(url, {'messages': user(PAUL), 'seed': 3})
     after = metrics(http)
 
     def gained(name):
@@ -516,7 +516,7 @@ def test_metrics_count_tokens_passes_and_accepted_lengths(url, http):
 
 
 def clients(url, count, each):
-    """Many clients at once; every answer is that of the same request alone."""
+    """Checks that many concurrent clients get the answers of single requests."""
     requests = [
         {'messages': user(question), 'mode': mode, 'seed': seed, 'temperature': temperature}
         for seed, (question, (mode, temperature)) in enumerate(
@@ -525,11 +525,11 @@ def clients(url, count, each):
             for kind in (('lossless', 0), ('lossless', 1.0), ('autoregressive', 1.0))
         )
     ]
-    alone = [asked(url, request) for request in requests]
+    alone = [answer_to(url, request) for request in requests]
 
     def ask(place):
         number = place % len(requests)
-        return number, asked(url, requests[number])
+        return number, answer_to(url, requests[number])
 
     with ThreadPoolExecutor(count) as pool:
         answers = list(pool.map(ask, range(count * each)))
@@ -553,7 +553,7 @@ def test_the_page_needs_nothing_from_elsewhere(http):
     assert '@' not in page and all(f'>{mode}</option>' in page for mode in MODES)
 
 
-# What the page's script needs of a browser: elements, and a server with one answer, in two pieces.
+# A minimal browser for the script of the page: elements, and a server with one answer in two parts.
 BROWSER = """
 const element = () => ({style: {}, kids: [], replaceChildren(...kids) { this.kids = kids; }});
 const page = {mode: {value: 'lossless'}, temperature: {value: '0'}, seed: {value: '1'},
@@ -600,7 +600,7 @@ def test_the_script_of_the_page_draws_the_frames_of_a_stream(http):
 
 @pytest.fixture(scope='module')
 def browser():
-    """Chromium without a window."""
+    """Yields a headless Chromium."""
     playwright = pytest.importorskip('playwright.sync_api', reason='needs pip install playwright')
     program = shutil.which('chromium') or shutil.which('google-chrome')
     if program is None:
@@ -611,9 +611,9 @@ def browser():
 
 @pytest.fixture
 def tab(browser, url):
-    """A tab with the page in it; a test in which a script fails fails."""
+    """Yields a tab with the page; the test fails if the script of the page raises an error."""
     tab = browser.new_page()
-    tab.set_default_timeout(300_000)  # the first answer of a mode compiles
+    tab.set_default_timeout(300_000)  # the first answer of a mode waits for the compilation
     errors: list = []
     tab.on('pageerror', lambda error: errors.append(error))
     tab.goto(url)
@@ -639,8 +639,8 @@ def test_a_browser_shows_the_answer_of_the_api(tab, client):
         tab.select_option('#mode', mode)
         tab.click('#go')
         more = {'seed': 0, 'temperature': 0, 'extra_body': {'mode': mode}}
-        said = client.chat.completions.create(model='builtin', messages=user(PAUL), **more)
-        assert answer_in(tab) == said.choices[0].message.content
+        answer = client.chat.completions.create(model='builtin', messages=user(PAUL), **more)
+        assert answer_in(tab) == answer.choices[0].message.content
         assert tab.inner_text('#caption').startswith('canvas ')
         by_entropy = colors_in(tab)
         tab.select_option('#colors', 'runs')
@@ -654,8 +654,8 @@ def test_a_link_asks_and_what_is_wrong_is_said_in_red(tab, url):
     assert 'The answer is' in answer_in(tab)
     assert tab.input_value('#prompt') == QUESTIONS[1]
     tab.goto(f'{url}/?prompt=Hi&mode=foo&temperature=9&promt=x')
-    wrong = tab.wait_for_selector('#caption.error').inner_text()
-    assert wrong.endswith('mode=foo, temperature=9, promt=x')
+    error = tab.wait_for_selector('#caption.error').inner_text()
+    assert error.endswith('mode=foo, temperature=9, promt=x')
     assert tab.input_value('#mode') in MODES
     tab.set_default_timeout(30_000)
     tab.fill('#prompt', 'x' * 30_000)
@@ -676,10 +676,10 @@ def test_the_examples_of_the_page_on_serving_run(url, builtin):
         r'```(\w+)\n(.*?)```', (ROOT / 'docs' / 'serving.md').read_text(), re.DOTALL
     )
     (_, start), (python, client), (bash, curl), (_, measures) = blocks
-    assert 'benchmarks/serving.py' in measures  # slow, and has a test of its own
+    assert 'benchmarks/serving.py' in measures  # slow; another test runs it
     assert (python, bash) == ('python', 'bash') and start.count('\n') == 2
     shown = [([sys.executable, '-c'], client)]
-    if shutil.which('curl'):  # a machine with Python alone may lack it
+    if shutil.which('curl'):  # not installed on every machine
         shown.append((['bash', '-c'], curl))
     for command, block in shown:
         text = block.replace('http://127.0.0.1:8000', url)
@@ -709,7 +709,7 @@ def test_sigterm_under_load_finishes_or_refuses_every_request(grace):
     )  # fmt: skip
     url = process.stdout.readline().split()[-1]
     request = {'messages': user(PAUL), 'seed': 1}
-    expected = asked(url, request)
+    expected = answer_to(url, request)
     begun = threading.Semaphore(0)
 
     def ask(number):
@@ -739,7 +739,7 @@ def test_sigterm_under_load_finishes_or_refuses_every_request(grace):
 
 @pytest.mark.slow
 def test_a_server_under_load_answers_each_request_as_if_it_were_alone():
-    """Beside malformed bodies and clients that leave, and until SIGTERM."""
+    """The load includes malformed bodies and clients that disconnect; it ends with SIGTERM."""
     command = [sys.executable, 'benchmarks/serving.py', '--clients=32', '--requests=20']
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''}, capture_output=True, text=True
@@ -755,4 +755,4 @@ def test_what_serve_cannot_do_is_one_line():
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
     assert done.returncode == 1 and done.stdout == ''
-    assert f'127.0.0.1:{port} cannot be listened on' in done.stderr.splitlines()[-1]
+    assert f'Cannot listen on 127.0.0.1:{port}' in done.stderr.splitlines()[-1]

@@ -36,7 +36,7 @@ def test_what_rematerialisation_computes_again_is_counted_apart():
     gradient = jax.grad(lambda *a: layers(*a, wrap=jax.checkpoint), argnums=(0, 1))
     counted = count_flops(gradient, *arguments)
     assert counted.model == 3 * FORWARD
-    assert counted.recomputed == FORWARD / 2  # the second product has no use again
+    assert counted.recomputed == FORWARD / 2  # recomputing the second matmul is dead code
 
 
 def test_each_row_of_a_ragged_product_meets_one_matrix():
@@ -93,7 +93,7 @@ def test_utilisation_is_the_share_of_the_peak_of_all_devices(monkeypatch):
 
 
 class Batches:
-    """An endless stream of equal batches."""
+    """An endless iterator of equal batches."""
 
     def __next__(self):
         return {'tokens': np.ones((8, 4), np.float32)}

@@ -50,13 +50,13 @@ def result_of(events, id):
 
 
 def answered(engine, prompt):
-    """The events of an unwatched request."""
+    """Returns the events of an unwatched request."""
     engine.submit(prompt, rng=3)
     return list(engine.run())
 
 
 def same_drafts(shown, alone):
-    """Whether two views show the same canvases after the same tokens."""
+    """Checks that two views show the same canvases after the same tokens."""
     assert len(shown) == len(alone)
     for one, other in zip(shown, alone, strict=True):
         for name in ('step', 'argmax', 'canvas', 'changing'):
@@ -70,7 +70,7 @@ def same_drafts(shown, alone):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_watched_request_shows_what_a_view_of_it_alone_shows_and_changes_no_response(kind):
-    """Beside others that are watched, which start and end at other times, and some that are not."""
+    """Other watched and unwatched requests run concurrently and start and end at other times."""
     sampler = sampler_of(kind)
     engine, plain = new_engine(sampler), new_engine(sampler)
     ids, expected = [], []
@@ -91,7 +91,7 @@ def test_a_watched_request_shows_what_a_view_of_it_alone_shows_and_changes_no_re
         assert not steps_of(events, unwatched)
 
 
-@pytest.mark.slow  # a model's programs
+@pytest.mark.slow  # compiles the programs of a model
 def test_a_light_denoiser_is_watched_in_its_one_pass(tiny_config):
     model, params = light_student(tiny_config.replace(predict_next=True), serial_rank=2)
     config = SamplingConfig(max_new_tokens=6, stop_ids=(), temperature=0.0)
@@ -118,7 +118,7 @@ def test_other_requests_take_a_block_while_a_watched_one_takes_a_step():
 @pytest.mark.parametrize('kind', ['diffusion', 'lossless'])
 @pytest.mark.parametrize('steps', [1, 2, 3, 4])
 def test_cancelled_in_the_midst_of_a_canvas_it_is_not_seen_again(kind, steps):
-    """One beside it goes on, one that waits takes its place after the canvas."""
+    """A concurrent request continues, and a waiting one takes the slot after the canvas."""
     sampler, key = sampler_of(kind), {'rng': 3, 'watch': True}
     engine = new_engine(sampler)
     gone = engine.submit(PROMPTS[0], rng=1, watch=True)

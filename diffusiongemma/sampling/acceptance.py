@@ -159,7 +159,7 @@ class EntropyBound:
         return jnp.take_along_axis(sums_before <= self.entropy_bound, rank, axis=-1)
 
     def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
-        """Accepted positions take their candidate, the others become noise: [B, C] int32."""
+        """Returns the next canvas [B, C] int32, with noise at positions that are not accepted."""
         return proposal.take(self.accept(proposal.entropies))
 
 
@@ -194,7 +194,7 @@ class TopK:
         return open_positions & (jnp.argsort(order, axis=-1) < self.k)
 
     def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
-        """Accepted positions take their candidate, the others become noise: [B, C] int32."""
+        """Returns the next canvas [B, C] int32, with noise at positions that are not accepted."""
         return proposal.take(self.accept(proposal.confidences, proposal.open))
 
 
@@ -217,11 +217,11 @@ class ConfidenceThreshold:
     def accept(
         self, confidences: Float[Array, '*B C'], open_positions: Bool[Array, '*B C']
     ) -> Bool[Array, '*B C']:
-        """[..., C] float32 and [..., C] bool -> [..., C] bool."""
+        """Returns the accepted positions, [..., C] bool."""
         return _above(confidences, open_positions, self.threshold)
 
     def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
-        """Accepted positions take their candidate, the others become noise: [B, C] int32."""
+        """Returns the next canvas [B, C] int32, with noise at positions that are not accepted."""
         return proposal.take(self.accept(proposal.confidences, proposal.open))
 
 
@@ -245,11 +245,11 @@ class Margin:
     def accept(
         self, margins: Float[Array, '*B C'], open_positions: Bool[Array, '*B C']
     ) -> Bool[Array, '*B C']:
-        """[..., C] float32 and [..., C] bool -> [..., C] bool."""
+        """Returns the accepted positions, [..., C] bool."""
         return _above(margins, open_positions, self.threshold)
 
     def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
-        """Accepted positions take their candidate, the others become noise: [B, C] int32."""
+        """Returns the next canvas [B, C] int32, with noise at positions that are not accepted."""
         return proposal.take(self.accept(proposal.margins, proposal.open))
 
 
@@ -280,15 +280,16 @@ class Ancestral:
         if proposal.vocab_size is None:
             return proposal.take(uniform < (t - s) / t)
         size = proposal.vocab_size
-        keep_rate = (1 - t) / (1 - s)  # s < 1
-        same = proposal.canvas == proposal.candidates
-        stays = keep_rate * (1 - s) * same + keep_rate * s / size
-        takes = jnp.broadcast_to((1 - keep_rate) * (1 - s) / size, stays.shape)
-        becomes_noise = jnp.broadcast_to((1 - keep_rate) * s / size, stays.shape)
-        threshold = uniform * (stays + takes + becomes_noise)
-        drawn = jnp.where(threshold < stays + takes, proposal.candidates, proposal.noise)
-        drawn = jnp.where(threshold < stays, proposal.canvas, drawn)
-        return jnp.where(proposal.open, drawn, proposal.canvas)
+        a = (1 - t) / (1 - s)  # s < 1
+        is_equal = proposal.canvas == proposal.candidates
+        # Unnormalized probabilities of the three terms of the mixture.
+        p_canvas = a * (1 - s) * is_equal + a * s / size
+        p_candidate = jnp.broadcast_to((1 - a) * (1 - s) / size, p_canvas.shape)
+        p_noise = jnp.broadcast_to((1 - a) * s / size, p_canvas.shape)
+        threshold = uniform * (p_canvas + p_candidate + p_noise)
+        draws = jnp.where(threshold < p_canvas + p_candidate, proposal.candidates, proposal.noise)
+        draws = jnp.where(threshold < p_canvas, proposal.canvas, draws)
+        return jnp.where(proposal.open, draws, proposal.canvas)
 
 
 def _above(

@@ -144,12 +144,12 @@ class SamplingConfig:
             raise ValueError(f'max_draft_steps must be >= 1, got {self.max_draft_steps}.')
         if self.lookup_ngram < 0:
             raise ValueError(
-                f'lookup_ngram must be >= 0 tokens, got {self.lookup_ngram}; 0 looks nothing up.'
+                f'lookup_ngram must be >= 0 tokens, got {self.lookup_ngram}; 0 disables lookups.'
             )
         if self.lookup_ngram and self.drafts is not None:
             raise ValueError(
-                'drafts and lookup_ngram are both given: use one of them; lookup_ngram drafts with '
-                'the model where nothing is found.'
+                'drafts and lookup_ngram are both set: use one of them. With lookup_ngram, the '
+                'model drafts if the text has no match.'
             )
         for name, other in (
             ('draft_length', "the model's canvas length"),
@@ -163,8 +163,8 @@ class SamplingConfig:
                 )
         if self.model_draft_length is not None and not self.lookup_ngram:
             raise ValueError(
-                f'model_draft_length={self.model_draft_length} is for drafts beside lookups, but '
-                'lookup_ngram is 0: draft_length says how long drafts are.'
+                f'model_draft_length={self.model_draft_length} needs lookup_ngram > 0; without '
+                'lookups, set draft_length instead.'
             )
         if self.draft_length and (self.model_draft_length or 0) > self.draft_length:
             raise ValueError(

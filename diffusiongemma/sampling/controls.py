@@ -21,7 +21,7 @@ OPEN = -1  # marks a position without a pinned token, a seed or a set
 
 @flax.struct.dataclass
 class Controls:
-    """Settings and constraints of the rows of a batch; None means no setting or constraint.
+    """The settings and constraints of the rows of a batch; None means no setting or constraint.
 
     They apply in every mode: the autoregressive distribution is renormalized over the allowed
     tokens, and the lossless mode follows it.
@@ -118,12 +118,12 @@ class Controls:
                 f'controls.allowed_sets must be [sets, {vocab_size}] bool, got shape {sets}.'
             )
         if self.allowed_sets is None and self.allowed_index is not None:
-            raise ValueError('controls.allowed_index needs allowed_sets, the sets that it names.')
+            raise ValueError('controls.allowed_index needs allowed_sets, which it indexes.')
         if self.automaton is None and self.automaton_states is not None:
-            raise ValueError('controls.automaton_states needs the automaton that they are of.')
+            raise ValueError('controls.automaton_states needs the automaton of these states.')
         if self.automaton is not None and self.automaton.vocab_size != vocab_size:
             raise ValueError(
-                f'controls.automaton is of {self.automaton.vocab_size} tokens and the model of '
+                f'controls.automaton has {self.automaton.vocab_size} tokens and the model has '
                 f"{vocab_size}; compile it with vocab_size set to the model's."
             )
         if all(is_known(array) for array in jax.tree.leaves(self)):
@@ -254,7 +254,7 @@ def exact_lengths(lengths: Sequence[int], stop_ids: Sequence[int], vocab_size: i
       ValueError: if a length is < 1 or there is no stop token.
     """
     if min(lengths, default=0) < 1:
-        raise ValueError(f'lengths must be >= 1, the stop token, got {list(lengths)}.')
+        raise ValueError(f'lengths must be >= 1, with the stop token, got {list(lengths)}.')
     if not stop_ids:
         raise ValueError('A length target needs a stop token that ends the response.')
     positions = np.arange(max(lengths))

@@ -59,8 +59,8 @@ def decide(
         raise ValueError(f'answers must be token ids, at least one each, got {list(answers)}.')
     if len(widths) > 1 and not after:
         raise ValueError(
-            'The answers differ in length: give the tokens behind them as `after`, for instance '
-            'the stop token, so that a short answer is not a part of a long one.'
+            'The answers differ in length: pass the tokens that follow them as `after`, for '
+            'example the stop token, so that no answer is a prefix of another one.'
         )
     if len(before) + max(map(len, options)) > length:
         raise ValueError(

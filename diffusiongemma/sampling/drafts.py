@@ -92,12 +92,12 @@ def history_of(
     """
     index = jnp.arange(prompt.shape[1] + response.shape[1])
     in_response = index - prompt_lengths[:, None]
-    both = jnp.where(
+    text = jnp.where(
         in_response < 0,
         jnp.take_along_axis(prompt, jnp.minimum(index, prompt.shape[1] - 1)[None], axis=1),
         jnp.take_along_axis(response, jnp.clip(in_response, 0, response.shape[1] - 1), axis=1),
     )
-    return both, prompt_lengths + lengths
+    return text, prompt_lengths + lengths
 
 
 class LightDraft(NamedTuple):
@@ -195,20 +195,21 @@ def _resolve(
     nothing changes: position i is right after at most i rounds, usually after two or three.
     """
 
-    def once(drafted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def apply(drafted: jax.Array) -> tuple[jax.Array, jax.Array]:
         before = jnp.concatenate([pending[:, None], drafted[:, :-1]], axis=1)
         gain = model.apply(variables, before, method='serial_logits')  # [B, K, Vd]
         gain = jnp.pad(gain, [(0, 0), (0, 0), (0, logits.shape[-1] - size)])
         return choose(logits + gain)
 
-    def go_on(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    # The carry: the previous draft, the current draft, and whether its logits are finite.
+    def has_changed(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return jnp.any(carry[0] != carry[1])
 
-    def again(
+    def next_round(
         carry: tuple[jax.Array, jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return carry[1], *once(carry[1])
+        return carry[1], *apply(carry[1])
 
-    unresolved = jnp.full_like(drafted, -1), drafted, jnp.ones(drafted.shape[0], bool)
-    _, drafted, finite = jax.lax.while_loop(go_on, again, unresolved)
+    first = jnp.full_like(drafted, -1), drafted, jnp.ones(drafted.shape[0], bool)
+    _, drafted, finite = jax.lax.while_loop(has_changed, next_round, first)
     return drafted, finite

@@ -180,7 +180,7 @@ class Engine:
         numbers = {'temperature': temperature, 'top_p': top_p, 'max_new_tokens': max_new_tokens}
         for name, number in numbers.items():
             if number is not None and getattr(controls, name) is not None:
-                raise ValueError(f'{name}={number} is given beside controls.{name}; give one.')
+                raise ValueError(f'Set {name}={number} or controls.{name}, not both.')
         sampler = self._sampler(mode, temperature, logprobs)
         if watch:
             check_has_canvas(sampler)

@@ -139,8 +139,8 @@ class GibbsSweep:
         others = logits - jnp.where(is_current, gain[..., None], 0.0)  # [B, C, V]
         uniform_keys, token_keys = (fold_in_rows(proposal.keys, n) for n in (1, 2))
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(uniform_keys)
-        drawn = jnp.where(uniform < level, proposal.noise, draw_tokens(others, token_keys))
-        drawn = jnp.where(proposal.greedy, most_likely_tokens(others), drawn)
+        draws = jnp.where(uniform < level, proposal.noise, draw_tokens(others, token_keys))
+        draws = jnp.where(proposal.greedy, most_likely_tokens(others), draws)
         parts = -(-length // self.positions)
         turn = jnp.arange(length) % parts == (corrected % parts)[:, None]  # [B, C]
-        return jnp.where(turn & proposal.open & (noise_level > 0), drawn, proposal.canvas)
+        return jnp.where(turn & proposal.open & (noise_level > 0), draws, proposal.canvas)

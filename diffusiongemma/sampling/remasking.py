@@ -47,7 +47,7 @@ class Remask:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ValueError(f'count must be >= 1 token to take back, got {self.count}.')
+            raise ValueError(f'count must be >= 1 token to reopen, got {self.count}.')
 
     @property
     def reads_logits(self) -> bool:

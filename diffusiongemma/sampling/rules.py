@@ -71,12 +71,12 @@ def read_value(
       ValueError: if the text does not describe such an object, or an argument is invalid.
     """
     if isinstance(value, str):
-        known = {cls.__name__: cls for cls in classes}
+        by_name = {cls.__name__: cls for cls in classes}
         try:
-            value = _evaluate(ast.parse(value.strip(), mode='eval').body, known)
+            value = _evaluate(ast.parse(value.strip(), mode='eval').body, by_name)
         except (SyntaxError, TypeError) as error:
             raise ValueError(
-                f'{field}={value!r} names no {noun}; write {_choice(known)}, with its numbers in '
+                f'{field}={value!r} names no {noun}; write {_choice(by_name)}, with its numbers in '
                 f'parentheses, as Python prints it ({error}).'
             ) from error
     if value is not None and not hasattr(value, method):
@@ -88,10 +88,11 @@ def read_value(
     return value
 
 
-def _choice(known: Iterable[str]) -> str:
-    custom_hint = "one of your own with its module, such as 'my_module.Mine(2)'"
-    names = ', '.join(known)
-    return f'one of {names}, or {custom_hint}' if names else custom_hint
+def _choice(class_names: Iterable[str]) -> str:
+    """Returns the possible values for an error message."""
+    custom = "one of your own with its module, such as 'my_module.Mine(2)'"
+    names = ', '.join(class_names)
+    return f'one of {names}, or {custom}' if names else custom
 
 
 def _evaluate(node: ast.expr, known: dict[str, type]) -> Any:

@@ -65,7 +65,7 @@ class StableAndConfident:
     def should_stop(
         self, argmax_history: Int[Array, 'B W C'], entropies: Float[Array, 'B C']
     ) -> Bool[Array, ' B']:
-        """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool."""
+        """Returns which rows are done, [B] bool, see `StoppingRule`."""
         current = argmax_history[:, -1:]
         stable = jnp.all(argmax_history == current, axis=(1, 2))
         confident = jnp.mean(entropies, axis=-1) < self.confidence_threshold
@@ -93,7 +93,7 @@ class TokenStability:
     def should_stop(
         self, argmax_history: Int[Array, 'B W C'], entropies: Float[Array, 'B C']
     ) -> Bool[Array, ' B']:
-        """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool."""
+        """Returns which rows are done, [B] bool, see `StoppingRule`."""
         del entropies
         history = argmax_history[:, -self.history_length :]
         return jnp.all(history == history[:, -1:], axis=(1, 2))
@@ -117,7 +117,7 @@ class MeanEntropy:
     def should_stop(
         self, argmax_history: Int[Array, 'B W C'], entropies: Float[Array, 'B C']
     ) -> Bool[Array, ' B']:
-        """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool."""
+        """Returns which rows are done, [B] bool, see `StoppingRule`."""
         del argmax_history
         return jnp.mean(entropies, axis=-1) < self.threshold
 
@@ -131,7 +131,7 @@ class Never:
     def should_stop(
         self, argmax_history: Int[Array, 'B W C'], entropies: Float[Array, 'B C']
     ) -> Bool[Array, ' B']:
-        """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool, all False."""
+        """Returns False for every row, [B] bool."""
         del argmax_history
         return jnp.zeros(entropies.shape[0], bool)
 
@@ -158,7 +158,7 @@ class AllOf:
     def should_stop(
         self, argmax_history: Int[Array, 'B W C'], entropies: Float[Array, 'B C']
     ) -> Bool[Array, ' B']:
-        """[B, W, C] argmax canvases, [B, C] entropies -> [B] bool."""
+        """Returns which rows are done, [B] bool, see `StoppingRule`."""
         votes = [
             rule.should_stop(argmax_history[:, -rule.history_length :], entropies)
             for rule in self.rules

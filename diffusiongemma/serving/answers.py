@@ -1,4 +1,4 @@
-"""Answers as OpenAI's clients read them: bodies, server-sent events, log-probabilities."""
+"""Formats responses in OpenAI's protocol: JSON bodies, server-sent events, log-probabilities."""
 
 import codecs
 import json
@@ -12,55 +12,62 @@ from diffusiongemma.sampling.engine import Delta, Finished, Result
 from diffusiongemma.sampling.events import Event
 from diffusiongemma.sampling.scores import TokenScores
 from diffusiongemma.sampling.text import AnswerTokens
-from diffusiongemma.serving.protocol import Ask
+from diffusiongemma.serving.protocol import GenerationTask
 from diffusiongemma.serving.service import Call, Service, failure
 
 
 class Form:
-    """The answer to a request as OpenAI's clients read it."""
+    """A formatter of the answer to one request in OpenAI's protocol."""
 
-    def __init__(self, service: Service, ask: Ask) -> None:
-        self._ask, self._tokenizer = ask, service.tokenizer
+    def __init__(self, service: Service, task: GenerationTask) -> None:
+        self._task, self._tokenizer = task, service.tokenizer
         self._head = {
-            'id': f'{"chatcmpl" if ask.chat else "cmpl"}-{uuid.uuid4().hex}',
-            'object': 'chat.completion' if ask.chat else 'text_completion',
+            'id': f'{"chatcmpl" if task.chat else "cmpl"}-{uuid.uuid4().hex}',
+            'object': 'chat.completion' if task.chat else 'text_completion',
             'created': int(time.time()),
             'model': service.settings.name,
         }
 
     def whole(self, result: Result) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+        """Returns the body of a response that is not streamed."""
         text = self._text(result)
-        content = {'message': {'role': 'assistant', 'content': text}} if self._ask.chat else {
+        content = {'message': {'role': 'assistant', 'content': text}} if self._task.chat else {
             'text': text
         }  # fmt: skip
-        scored = None
-        if self._ask.logprobs is not None:
-            scores = _Scores(self._tokenizer, self._ask)
+        logprobs = None
+        if self._task.logprobs is not None:
+            scores = _Scores(self._tokenizer, self._task)
             scores.push(result.tokens, result.scores)
-            scored = scores.until(len(text))
-        choice = {'index': 0, **content, 'finish_reason': self._reason(result), 'logprobs': scored}
+            logprobs = scores.until(len(text))
+        reason = self._reason(result)
+        choice = {'index': 0, **content, 'finish_reason': reason, 'logprobs': logprobs}
         return self._head | {'choices': [choice]} | self._costs(result)
 
-    async def events(self, call: Call, news: Event) -> AsyncIterator[str]:
-        """Server-sent events of an answer, from its first news on."""
-        if self._ask.chat:
+    async def events(self, call: Call, first: Event) -> AsyncIterator[str]:
+        """Yields the server-sent events of a streamed response.
+
+        Args:
+          call: the call, which returns the further events of the engine.
+          first: the first event of the engine.
+        """
+        if self._task.chat:
             yield self._part({'role': 'assistant', 'content': ''}, None)
-        scores, sent = _Scores(self._tokenizer, self._ask), 0
-        while isinstance(news, Delta):
-            scores.push(news.tokens, news.scores)
-            if news.text and self._ask.suffix is None:
-                sent += len(news.text)
-                yield self._part(news.text, None, scored=scores.until(sent))
-            news = await call.next()
-        if not isinstance(news, Finished):
-            yield event(failure(news).body())
+        scores, length, latest = _Scores(self._tokenizer, self._task), 0, first
+        while isinstance(latest, Delta):
+            scores.push(latest.tokens, latest.scores)
+            if latest.text and self._task.suffix is None:
+                length += len(latest.text)
+                yield self._part(latest.text, None, logprobs=scores.until(length))
+            latest = await call.next()
+        if not isinstance(latest, Finished):
+            yield event(failure(latest).body())
             return
-        if self._ask.suffix is not None:
-            yield self._part(self._text(news.result), None)
-        yield self._part('', self._reason(news.result), self._costs(news.result))
-        if self._ask.stream_usage:
-            yield event(self._part_head() | {'choices': []} | self._costs(news.result))
+        result = latest.result
+        if self._task.suffix is not None:
+            yield self._part(self._text(result), None)
+        yield self._part('', self._reason(result), self._costs(result))
+        if self._task.stream_usage:
+            yield event(self._part_head() | {'choices': []} | self._costs(result))
         yield 'data: [DONE]\n\n'
 
     def _part(
@@ -68,10 +75,10 @@ class Form:
         content: str | dict[str, str],
         reason: str | None,
         costs: dict[str, Any] | None = None,
-        scored: dict[str, Any] | None = None,
+        logprobs: dict[str, Any] | None = None,
     ) -> str:
-        choice: dict[str, Any] = {'index': 0, 'finish_reason': reason, 'logprobs': scored}
-        if not self._ask.chat:
+        choice: dict[str, Any] = {'index': 0, 'finish_reason': reason, 'logprobs': logprobs}
+        if not self._task.chat:
             choice['text'] = content
         elif isinstance(content, dict):
             choice['delta'] = content
@@ -81,24 +88,24 @@ class Form:
         return event(self._part_head() | {'choices': [choice]} | extra)
 
     def _part_head(self) -> dict[str, Any]:
-        return self._head | ({'object': 'chat.completion.chunk'} if self._ask.chat else {})
+        return self._head | ({'object': 'chat.completion.chunk'} if self._task.chat else {})
 
     def _text(self, result: Result) -> str:
-        if self._ask.suffix is None:
+        if self._task.suffix is None:
             return result.text
-        return self._tokenizer.decode(result.tokens[: self._ask.max_new_tokens])
+        return self._tokenizer.decode(result.tokens[: self._task.max_new_tokens])
 
     def _reason(self, result: Result) -> str:
-        return result.reason if self._ask.suffix is None else 'stop'
+        return result.reason if self._task.suffix is None else 'stop'
 
     def _costs(self, result: Result) -> dict[str, Any]:
-        prompt, answer = len(self._ask.prompt), len(result.tokens)
-        if self._ask.suffix is not None:
-            answer = self._ask.max_new_tokens or 0
+        prompt, answer = len(self._task.prompt), len(result.tokens)
+        if self._task.suffix is not None:
+            answer = self._task.max_new_tokens or 0
         accepted = result.accepted_lengths
         costs: dict[str, Any] = {
             'mode': result.mode,
-            'seed': self._ask.seed,
+            'seed': self._task.seed,
             'denoise_passes': result.denoising_steps,
             'causal_passes': result.causal_passes,
             'tokens_per_pass': round(result.tokens_per_pass, 3),
@@ -112,14 +119,14 @@ class Form:
         return {'usage': usage, 'diffusiongemma': costs}
 
 
-class _Scored(NamedTuple):
-    """A token of an answer: where its text starts, and what the causal pass gave to it.
+class _TokenScore(NamedTuple):
+    """A token of an answer with its log-probability under the causal pass.
 
     Attributes:
-      offset: characters of the answer before it.
-      token: its id.
-      logprob: in nats.
-      top: the most likely tokens at its place with their log-probabilities.
+      offset: the number of characters of the answer before the token.
+      token: the token id.
+      logprob: the log-probability of the token in nats.
+      top: the most likely tokens at this position with their log-probabilities.
     """
 
     offset: int
@@ -129,61 +136,65 @@ class _Scored(NamedTuple):
 
 
 class _Scores:
-    """The log-probabilities of an answer's tokens, which come bit by bit."""
+    """A buffer for the log-probabilities of answer tokens that arrive in parts."""
 
-    def __init__(self, tokenizer: Tokenizer, ask: Ask) -> None:
-        self._tokenizer, self._ask = tokenizer, ask
+    def __init__(self, tokenizer: Tokenizer, task: GenerationTask) -> None:
+        self._tokenizer, self._task = tokenizer, task
         self._in_answer = AnswerTokens(tokenizer)
         self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
         self._offset = 0
-        self._waiting: list[_Scored] = []
+        self._waiting: list[_TokenScore] = []
 
     def push(self, tokens: list[int], scores: TokenScores | None) -> None:
-        """Takes more tokens; those without text in the answer are left out."""
+        """Adds tokens, except for special tokens and thoughts, which are not answer text."""
         if scores is None:
             return
         for place, token in enumerate(tokens):
             if not self._in_answer(token):
                 continue
             ids, numbers = scores.top_tokens[place].tolist(), scores.top[place].tolist()
-            top = tuple(zip(ids, numbers, strict=True))[: self._ask.logprobs]
+            top = tuple(zip(ids, numbers, strict=True))[: self._task.logprobs]
             logprob = float(scores.chosen[place])
-            self._waiting.append(_Scored(self._offset, token, logprob, top))
+            self._waiting.append(_TokenScore(self._offset, token, logprob, top))
             self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
 
     def until(self, length: int) -> dict[str, Any] | None:
-        """`logprobs` of the tokens not yet told that begin in the first `length` characters."""
-        if self._ask.logprobs is None:
+        """Removes and returns the scores of tokens that start in the first `length` characters.
+
+        Returns:
+          The value of the field `logprobs`; None if the request has no `logprobs`.
+        """
+        if self._task.logprobs is None:
             return None
-        told = [scored for scored in self._waiting if scored.offset < length]
-        self._waiting = self._waiting[len(told) :]
-        if self._ask.chat:
-            return {'content': [self._entry(scored) for scored in told], 'refusal': None}
+        scores = [score for score in self._waiting if score.offset < length]
+        self._waiting = self._waiting[len(scores) :]
+        if self._task.chat:
+            return {'content': [self._entry(score) for score in scores], 'refusal': None}
         return {
-            'tokens': [self._text(scored.token) for scored in told],
-            'token_logprobs': [scored.logprob for scored in told],
+            'tokens': [self._text(score.token) for score in scores],
+            'token_logprobs': [score.logprob for score in scores],
             'top_logprobs': [
-                {self._text(token): logprob for token, logprob in scored.top} for scored in told
+                {self._text(token): logprob for token, logprob in score.top} for score in scores
             ]
-            if self._ask.logprobs
+            if self._task.logprobs
             else None,
-            'text_offset': [scored.offset for scored in told],
+            'text_offset': [score.offset for score in scores],
         }
 
-    def _entry(self, scored: _Scored) -> dict[str, Any]:
-        top = [self._named(token, logprob) for token, logprob in scored.top]
-        return self._named(scored.token, scored.logprob) | {'top_logprobs': top}
+    def _entry(self, score: _TokenScore) -> dict[str, Any]:
+        top = [self._token_entry(token, logprob) for token, logprob in score.top]
+        return self._token_entry(score.token, score.logprob) | {'top_logprobs': top}
 
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+    def _token_entry(self, token: int, logprob: float) -> dict[str, Any]:
         parts = list(self._tokenizer.token_bytes(token)) or None
         return {'token': self._text(token), 'logprob': logprob, 'bytes': parts}
 
     def _text(self, token: int) -> str:
-        """The text of a token, or the name of one that stands for none."""
+        """Returns the text of a token, or its piece in the vocabulary if it has no text."""
         text = self._tokenizer.token_bytes(token).decode('utf-8', 'replace')
         return text or self._tokenizer.piece(token)
 
 
 def event(value: dict[str, Any]) -> str:
-    """A server-sent event that holds a JSON value."""
+    """Returns a server-sent event with a JSON value."""
     return f'data: {json.dumps(value)}\n\n'

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, bodies, server-sent events."""
+"""The HTTP routes of a server: reads request bodies and sends JSON or server-sent events."""
 
 import asyncio
 import functools
@@ -20,7 +20,7 @@ from diffusiongemma.serving.answers import Form, event
 from diffusiongemma.serving.fields import RequestError, parse_object
 from diffusiongemma.serving.page import page
 from diffusiongemma.serving.protocol import (
-    Ask,
+    GenerationTask,
     Limits,
     read_chat,
     read_completion,
@@ -30,12 +30,12 @@ from diffusiongemma.serving.protocol import (
 from diffusiongemma.serving.service import Call, Service, failure
 from diffusiongemma.view.frames import EventFrames, css
 
-_GONE = 499  # the client left; nobody reads this
+_DISCONNECTED = 499  # the client has disconnected; the status only appears in metrics
 _T = TypeVar('_T')
 
 
 def make_app(service: Service) -> Starlette:
-    """The ASGI application of a service."""
+    """Returns the ASGI application of a service."""
     endpoints = _Endpoints(service)
     guarded = endpoints.guarded
     routes = [
@@ -53,7 +53,7 @@ def make_app(service: Service) -> Starlette:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """A path or method that does not exist."""
+    """Returns the response to an unknown path or method."""
     assert isinstance(error, HTTPException)
     message = f'{request.method} {request.url.path[:100]}: {error.detail}.'
     body = RequestError(error.status_code, message).body()
@@ -61,7 +61,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 class _Endpoints:
-    """One method for each route."""
+    """The request handlers, one method per route."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -70,7 +70,7 @@ class _Endpoints:
     def guarded(
         self, endpoint: Callable[[Request], Awaitable[Response]], needs_key: bool = True
     ) -> Callable[[Request], Awaitable[Response]]:
-        """The endpoint after a check of the API key; errors become counted responses too."""
+        """Returns a handler that checks the API key, formats errors and counts responses."""
         name = endpoint.__name__
 
         async def handle(request: Request) -> Response:
@@ -82,7 +82,7 @@ class _Endpoints:
             except RequestError as error:
                 response = JSONResponse(error.body(), error.status, _headers(error.status))
             except ClientDisconnect:
-                response = Response(status_code=_GONE)
+                response = Response(status_code=_DISCONNECTED)
             self._service.metrics.request(name, response.status_code)
             return response
 
@@ -117,14 +117,14 @@ class _Endpoints:
         service.open_calls += 1
         try:
             work = service.worker.call(lambda: service.decide(decision))
-            chances = await asyncio.wrap_future(work)
+            probabilities = await asyncio.wrap_future(work)
         except ValueError as error:
             raise RequestError(400, str(error)) from None
         finally:
             service.open_calls -= 1
         answers = [
-            {'text': text, 'probability': chance}
-            for text, chance in zip(decision.texts, chances, strict=True)
+            {'text': text, 'probability': probability}
+            for text, probability in zip(decision.texts, probabilities, strict=True)
         ]
         return JSONResponse(
             {
@@ -134,20 +134,20 @@ class _Endpoints:
         )  # fmt: skip
 
     async def frames(self, request: Request) -> Response:
-        ask = await self._read(request, read_frames)
+        task = await self._read(request, read_frames)
         frames = functools.partial(_frame_events, self._service.frames())
-        return await self._stream(self._service.open(ask, None), frames)
+        return await self._stream(self._service.open(task, None), frames)
 
     async def _read(
         self, request: Request, read: Callable[[dict[str, Any], Tokenizer, Limits], _T]
     ) -> _T:
-        """What a body asks for; in a thread, since long texts take a while to tokenize."""
+        """Parses the body of a request, in a thread because long texts are slow to tokenize."""
         body = await self._body(request)
         service = self._service
         return await anyio.to_thread.run_sync(read, body, service.tokenizer, service.limits)
 
     async def _body(self, request: Request) -> dict[str, Any]:
-        """The JSON object of a body, of which `model` is checked."""
+        """Returns the JSON object of a body, after a check of its type, size and `model`."""
         kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
         if kind != 'application/json':
             raise RequestError(
@@ -193,26 +193,28 @@ class _Endpoints:
             'max_context': self._service.capacity,
         }
 
-    async def _answer(self, request: Request, ask: Ask) -> Response:
+    async def _answer(self, request: Request, task: GenerationTask) -> Response:
         service = self._service
         service.check_room()  # before a schema is compiled
         automaton = None
-        if ask.schema is not None:
-            automaton = await anyio.to_thread.run_sync(service.automaton, ask.schema)
-        form = Form(service, ask)
-        call = service.open(ask, automaton)
-        if ask.stream:
+        if task.schema is not None:
+            automaton = await anyio.to_thread.run_sync(service.automaton, task.schema)
+        form = Form(service, task)
+        call = service.open(task, automaton)
+        if task.stream:
             return await self._stream(call, form.events)
         try:
-            result = await _unless_gone(request, call.result())
+            result = await _unless_disconnected(request, call.result())
         finally:
             call.close()
-        return Response(status_code=_GONE) if result is None else JSONResponse(form.whole(result))
+        if result is None:
+            return Response(status_code=_DISCONNECTED)
+        return JSONResponse(form.whole(result))
 
     async def _stream(
         self, call: Call, events: Callable[[Call, Event], AsyncIterator[str]]
     ) -> Response:
-        """A stream of events; what the engine refuses at once is no stream but an error."""
+        """Returns a stream of events, or raises RequestError if the engine rejects the request."""
         try:
             first = await call.next()
         except BaseException:
@@ -221,17 +223,18 @@ class _Endpoints:
         return _EventStream(call, events(call, first))
 
 
-async def _frame_events(frames: EventFrames, call: Call, news: Event) -> AsyncIterator[str]:
-    """Server-sent events of frames, from the first on."""
+async def _frame_events(frames: EventFrames, call: Call, first: Event) -> AsyncIterator[str]:
+    """Yields the server-sent events of all frames; `first` is the first event of the engine."""
+    latest = first
     while True:
-        for frame in frames.of(news):
+        for frame in frames.of(latest):
             cells = [[cell.text, cell.state, css(cell.color)] for cell in frame.cells]
             yield event({'cells': cells, 'caption': frame.caption, 'rate': frame.rate})
-        if isinstance(news, End):
+        if isinstance(latest, End):
             break
-        news = await call.next()
-    if isinstance(news, Failed):
-        yield event(failure(news).body())
+        latest = await call.next()
+    if isinstance(latest, Failed):
+        yield event(failure(latest).body())
     yield 'data: [DONE]\n\n'
 
 
@@ -241,38 +244,38 @@ def _too_long(limit: int) -> RequestError:
 
 def _headers(status: int) -> dict[str, str]:
     headers = {'retry-after': '1'} if status in (429, 503) else {}
-    # What is left of a body that was not read, or a server that ends, would spoil the connection.
+    # A connection with unread body bytes, or to a server that shuts down, cannot be reused.
     return headers | ({'connection': 'close'} if status in (408, 413, 415, 503) else {})
 
 
-async def _unless_gone(request: Request, work: Awaitable[_T]) -> _T | None:
-    """What the work gives; None where the client leaves before."""
+async def _unless_disconnected(request: Request, work: Awaitable[_T]) -> _T | None:
+    """Returns the result of `work`, or None if the client disconnects first."""
     result: _T | None = None
     error: Exception | None = None
     async with anyio.create_task_group() as group:
 
         async def listen() -> None:
-            await _until_gone(request.receive)
+            await _until_disconnect(request.receive)
             group.cancel_scope.cancel()
 
         group.start_soon(listen)
         try:
             result = await work
-        except Exception as raised:  # outside of the group, so that it is not one of several
-            error = raised
+        except Exception as exception:  # raised after the group, which would wrap it
+            error = exception
         group.cancel_scope.cancel()
     if error is not None:
         raise error
     return result
 
 
-async def _until_gone(receive: Receive) -> None:
+async def _until_disconnect(receive: Receive) -> None:
     while (await receive())['type'] != 'http.disconnect':
         pass
 
 
 class _EventStream(Response):
-    """Sends events as they come and closes their call, also where the client leaves."""
+    """A response that sends events immediately and closes their call, even if the client leaves."""
 
     media_type = 'text/event-stream'
 
@@ -286,7 +289,7 @@ class _EventStream(Response):
             async with anyio.create_task_group() as group:
 
                 async def listen() -> None:
-                    await _until_gone(receive)
+                    await _until_disconnect(receive)
                     group.cancel_scope.cancel()
 
                 group.start_soon(listen)

@@ -5,12 +5,12 @@ from typing import Any
 
 
 class RequestError(Exception):
-    """What a client can mend: an HTTP status from 400 to 499, or 503, and one message.
+    """An error response: an HTTP status from 400 to 499, or 503, and a one-line message.
 
     Attributes:
       status: the HTTP status.
-      param: name of the field that is wrong, or None.
-      code: OpenAI's short name of what is wrong, or None.
+      param: the name of the invalid field, or None.
+      code: OpenAI's short name of the error, or None.
     """
 
     def __init__(
@@ -20,14 +20,14 @@ class RequestError(Exception):
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> dict[str, Any]:
-        """The error as OpenAI writes it."""
+        """Returns the JSON body of the error in OpenAI's format."""
         kind = 'invalid_request_error' if self.status < 500 else 'server_error'
         error = {'message': str(self), 'type': kind, 'param': self.param, 'code': self.code}
         return {'error': error}
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that a body holds; raises RequestError."""
+    """Parses a request body as a JSON object; raises RequestError if it is not one."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f'{constant} is not JSON')
@@ -36,7 +36,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         value = json.loads(body, parse_constant=refuse)
     except RecursionError:
         raise RequestError(400, 'The body is nested too deeply.') from None
-    except ValueError as error:  # bytes that are not UTF-8 too
+    except ValueError as error:  # includes bytes that are not valid UTF-8
         raise RequestError(400, f'The body is not valid JSON: {error}.') from None
     if not isinstance(value, dict):
         raise RequestError(400, f'The body must be a JSON object, got {name_of(value)}.')
@@ -44,42 +44,42 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def name_of(value: Any) -> str:
-    """What JSON calls the type of a value."""
+    """Returns the JSON name of the type of a value."""
     names = {dict: 'an object', list: 'an array', str: 'a string', bool: 'a boolean'}
     return names.get(type(value), 'null' if value is None else 'a number')
 
 
 def brief(number: float) -> str:
-    """A number for a message, of which the first digits do."""
+    """Returns a number as text for a message, with at most 40 characters."""
     text = str(number)
     return text if len(text) <= 40 else f'{text[:37]}...'
 
 
 class Fields:
-    """The fields of an object; `null` stands for a field that is not there.
+    """A parser of the fields of a JSON object; `null` counts as a missing field.
 
-    Every field is taken once, and `end` refuses those that nobody took.
+    Every method removes the field that it returns; `end` raises an error if fields remain.
     """
 
     def __init__(self, values: dict[str, Any], where: str = '') -> None:
-        """Holds the values of an object that is at `where` in the body, '' for the body itself."""
+        """Takes an object and its path in the body, such as 'messages[0].'; '' for the body."""
         self._values = {name: value for name, value in values.items() if value is not None}
         self._where = where
 
     def end(self) -> None:
-        """Raises RequestError when there are fields that were not taken."""
+        """Raises RequestError if there are fields that no method has read."""
         for name in self._values:
             raise self.error(name, f'{self._where}{name} is not known here; leave it out.')
 
     def error(self, name: str, message: str, code: str | None = None) -> RequestError:
-        """An error of status 400 on one of the fields."""
+        """Returns an error with status 400 for one of the fields."""
         return RequestError(400, message, self._where + name, code)
 
     def has(self, name: str) -> bool:
         return name in self._values
 
     def any(self, name: str) -> Any:
-        """A value of any type, or None."""
+        """Returns the value of a field, of any type, or None if it is missing."""
         return self._values.pop(name, None)
 
     def text(self, name: str) -> str | None:
@@ -104,7 +104,7 @@ class Fields:
         return value
 
     def number(self, name: str, low: float, high: float, above: bool = False) -> float | None:
-        """A number in [low, high], or in (low, high] with `above`."""
+        """Returns a number in [low, high], or in (low, high] if `above`; None if missing."""
         value = self._of(name, (int, float), 'a number')
         if value is None:
             return None
@@ -117,7 +117,7 @@ class Fields:
         return float(value)
 
     def only(self, name: str, allowed: tuple, reason: str) -> None:
-        """Refuses a field by name unless it has one of the values that ask for nothing."""
+        """Raises RequestError unless the field is missing or has one of the `allowed` values."""
         value = self.any(name)
         if value is not None and not any(value == a and type(value) is type(a) for a in allowed):
             raise self.error(name, f'{self._where}{name} is not supported: {reason}')

@@ -1,4 +1,4 @@
-"""Counts of what a server does, in the text format of Prometheus."""
+"""Counters of a server's requests, tokens and passes, in the text format of Prometheus."""
 
 import collections
 import threading
@@ -11,19 +11,19 @@ _WINDOW_SECONDS = 10.0
 _PREFIX = 'diffusiongemma_'
 _HELP = {
     'requests_total': 'HTTP requests by endpoint and status.',
-    'answers_total': 'Answers by decode mode and reason of their end.',
+    'answers_total': 'Answers by decode mode and finish reason.',
     'prompt_tokens_total': 'Tokens of the prompts of answered requests.',
-    'tokens_total': 'Tokens of answers, the stop token included, by decode mode.',
-    'denoise_passes_total': 'Denoise passes by decode mode; autoregressive: passes.',
-    'causal_passes_total': 'Commits and verifications by decode mode.',
+    'tokens_total': 'Tokens of answers by decode mode, including the stop token.',
+    'denoise_passes_total': 'Denoise passes by decode mode; all passes of the autoregressive mode.',
+    'causal_passes_total': 'Commit and verify passes by decode mode.',
 }
 
 
 class Metrics:
-    """Counters, a histogram of accepted lengths, and a rate; for any thread."""
+    """A thread-safe collection of counters, a histogram of accepted lengths and a token rate."""
 
     def __init__(self) -> None:
-        """Starts at zero."""
+        """Sets all counters to zero."""
         self._lock = threading.Lock()
         self._counts: dict[str, collections.Counter] = {
             name: collections.Counter() for name in _HELP
@@ -32,12 +32,12 @@ class Metrics:
         self._recent: collections.deque[tuple[float, int]] = collections.deque()
 
     def request(self, endpoint: str, status: int) -> None:
-        """Counts a response."""
+        """Counts an HTTP response by endpoint and status."""
         with self._lock:
             self._counts['requests_total'][('endpoint', endpoint), ('status', str(status))] += 1
 
     def answer(self, prompt_tokens: int, result: Result) -> None:
-        """Counts an answer and what it cost."""
+        """Counts an answer, its tokens and its passes."""
         mode = (('mode', result.mode),)
         with self._lock:
             self._counts['answers_total'][(*mode, ('reason', result.reason))] += 1
@@ -50,13 +50,13 @@ class Metrics:
                     self._accepted[length] += count
 
     def tokens(self, count: int) -> None:
-        """Counts tokens that came just now, for the rate."""
+        """Counts tokens that were just generated, for the rate."""
         with self._lock:
             self._recent.append((time.monotonic(), count))
             self._forget()
 
     def rate(self) -> float:
-        """Tokens per second over the last ten seconds."""
+        """Returns the tokens per second over the last ten seconds."""
         with self._lock:
             self._forget()
             return sum(count for _, count in self._recent) / _WINDOW_SECONDS
@@ -67,7 +67,11 @@ class Metrics:
             self._recent.popleft()
 
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
-        """All of it; `gauges` are further numbers by name, each with its help."""
+        """Returns all metrics in the text format of Prometheus.
+
+        Args:
+          gauges: additional values by metric name, each with its help text.
+        """
         gauges = dict(gauges)
         gauges['tokens_per_second'] = (
             'Tokens of answers per second, over the last ten seconds.', self.rate(),
@@ -102,6 +106,6 @@ def _family(name: str, kind: str, about: str) -> list[str]:
 
 
 def _sample(name: str, labels: Iterable[tuple[str, str]], value: float) -> str:
-    """One line; the values of labels are names of ours and need no escapes."""
+    """Returns one line; label values are names in this package, which need no escaping."""
     inside = ','.join(f'{key}="{text}"' for key, text in labels)
     return f'{_PREFIX}{name}{{{inside}}} {value}' if inside else f'{_PREFIX}{name} {value}'

@@ -1,4 +1,4 @@
-"""The page at a server's root: a canvas that settles live. It needs no other file."""
+"""The web page at the root of a server, which shows a canvas live; it needs no other files."""
 
 import html
 import json
@@ -8,7 +8,7 @@ from diffusiongemma.view.frames import css, legend
 
 
 def page(name: str, limits: Limits) -> str:
-    """The page of a model, with the decode modes that it has."""
+    """Returns the HTML page of a model, with the decode modes that it supports."""
     scale = ''.join(
         f'<span style="color:{css(color) if color else "inherit"}">{html.escape(words)}</span>'
         for words, color in legend()
@@ -142,20 +142,20 @@ form.onsubmit = async (event) => {
 document.getElementById('colors').onchange = () => last && draw(last);
 
 // A link such as /?prompt=Hello&mode=lossless fills in the form and runs it.
-const asked = new URLSearchParams(location.search);
-const wrong = [];
-for (const [id, text] of asked) {
+const parameters = new URLSearchParams(location.search);
+const invalid = [];
+for (const [id, text] of parameters) {
   const field = ['prompt', 'mode', 'temperature', 'seed', 'colors'].includes(id)
     ? document.getElementById(id) : null;
   const before = field && field.value;
   if (field) field.value = text;
   if (!field || !field.value || !field.checkValidity()) {
-    wrong.push(`${id}=${text}`);
+    invalid.push(`${id}=${text}`);
     if (field) field.value = before;
   }
 }
-if (wrong.length) fail(`the link asks for what cannot be: ${wrong.join(', ')}`);
-else if (asked.has('prompt')) form.requestSubmit();
+if (invalid.length) fail(`the link has invalid values: ${invalid.join(', ')}`);
+else if (parameters.has('prompt')) form.requestSubmit();
 </script>
 </html>
 """

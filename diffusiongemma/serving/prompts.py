@@ -1,4 +1,4 @@
-"""From `prompt` or `messages` of a body to token ids."""
+"""Converts the fields `prompt` and `messages` of a request body to token ids."""
 
 import json
 from typing import Any
@@ -37,18 +37,18 @@ def encode(fields: Fields, name: str, text: str, tokenizer: Tokenizer) -> list[i
 
 
 def read_conversation(fields: Fields, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of `messages`, up to where the answer starts."""
+    """Returns the token ids of the field `messages`, up to the start of the answer."""
     messages = fields.array('messages')
     if not messages:
-        raise fields.error('messages', 'messages must hold one message at least.')
+        raise fields.error('messages', 'messages must hold one message or more.')
     turns = [_message(fields, n, message) for n, message in enumerate(messages)]
     system = turns.pop(0)[1] if turns[0][0] in ('system', 'developer') else None
     roles = [role for role, _ in turns]
     if roles != ['user', 'assistant'] * (len(turns) // 2) + ['user']:
         raise fields.error(
             'messages',
-            'messages must be a system text or none, then user and assistant in turns, the user '
-            f'first and last; got {", ".join(role for role, _ in turns) or "no user"}.'[:300],
+            'messages must be an optional system text, then user and assistant in turns, starting '
+            f'and ending with the user; got {", ".join(roles) or "no user"}.'[:300],
         )
     texts = [text for _, text in turns]
     try:
@@ -58,7 +58,7 @@ def read_conversation(fields: Fields, tokenizer: Tokenizer) -> list[int]:
 
 
 def _message(fields: Fields, number: int, message: Any) -> tuple[str, str]:
-    """Role and text of a message."""
+    """Returns the role and the text of a message."""
     where = f'messages[{number}]'
     if not isinstance(message, dict):
         raise fields.error(where, f'{where} must be an object, got {name_of(message)}.')
@@ -79,7 +79,7 @@ def _message(fields: Fields, number: int, message: Any) -> tuple[str, str]:
 
 
 def _joined(parts: list[Any]) -> str | None:
-    """The text of the parts of a message; None where one of them is no text."""
+    """Returns the joined text of the parts of a message; None if a part is not text."""
     texts: list[str] = []
     for part in parts:
         text = part.get('text') if isinstance(part, dict) and part.get('type') == 'text' else None
@@ -90,9 +90,14 @@ def _joined(parts: list[Any]) -> str | None:
 
 
 def conversation_tokens(tokenizer: Tokenizer, texts: list[str], system: str | None) -> list[int]:
-    """Token ids of user and assistant texts in turns, up to where the next answer starts.
+    """Returns the token ids of a conversation, up to the start of the next answer.
 
-    As `ChatSampler` has them when the assistant's texts are its answers.
+    They equal those of a `ChatSampler` whose answers are the texts of the assistant.
+
+    Args:
+      tokenizer: the tokenizer of the model.
+      texts: the texts of the user and the assistant in turns; the first and last are the user's.
+      system: the system text, or None.
     """
     question, *others = texts
     tokens = tokenizer.format_prompt(question, system)

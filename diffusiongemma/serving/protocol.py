@@ -1,4 +1,4 @@
-"""From the bodies of OpenAI's protocol to requests of an engine."""
+"""Parses request bodies of OpenAI's protocol into arguments of an engine."""
 
 import dataclasses
 import json
@@ -13,11 +13,11 @@ from diffusiongemma.serving.prompts import encode, read_conversation, read_promp
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 _MAX_STOPS, _MAX_STOP_LENGTH = 4, 256
-# Fields of OpenAI's that are taken where they ask for nothing, and why they are refused elsewhere.
+# OpenAI's fields that are only accepted with values without effect, and the reason for an error.
 _NEUTRAL: dict[str, tuple[tuple, str]] = {
     'n': ((1,), 'send one request per answer, each with a seed of its own.'),
     'best_of': ((1,), 'send one request per answer, each with a seed of its own.'),
-    'logit_bias': (({},), 'only whole sets of tokens can be banned, in the library.'),
+    'logit_bias': (({},), 'the server has no token biases; the library can ban sets of tokens.'),
     'presence_penalty': ((0, 0.0), 'there is no penalty on repetition.'),
     'frequency_penalty': ((0, 0.0), 'there is no penalty on repetition.'),
     'echo': ((False,), 'put the prompt before the answer yourself.'),
@@ -28,14 +28,14 @@ _NEUTRAL: dict[str, tuple[tuple, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a server lets a request ask for.
+    """The limits and defaults of requests to a server.
 
     Attributes:
-      max_new_tokens: most tokens of an answer.
-      canvas_length: of the model, 0 without a canvas.
-      modes: why a decode mode cannot be had, by its name; None where it can.
-      default_mode: the mode of requests that name none.
-      temperature: of requests that name none.
+      max_new_tokens: the maximum number of tokens of an answer.
+      canvas_length: the canvas length of the model; 0 if it has no canvas.
+      modes: for each decode mode, the reason why the model does not support it, or None.
+      default_mode: the mode of requests without one.
+      temperature: the temperature of requests without one.
     """
 
     max_new_tokens: int
@@ -46,20 +46,21 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
-    """What a body asks for.
+class GenerationTask:
+    """A parsed request for generated text.
 
     Attributes:
-      prompt: token ids.
+      prompt: the token ids of the prompt.
       chat: whether the answer is a message of a conversation.
-      mode, temperature, top_p, max_new_tokens, stop, seed: as of `Engine.submit`.
-      stream: whether parts of the answer are sent as they come.
-      stream_usage: whether the stream ends with the costs.
-      suffix: tokens that follow the answer in the same canvas, None without.
-      schema: of JSON that the answer must be, None without.
-      logprobs: how many of the most likely tokens are told at each place, beside the
-        log-probability of the answer's own; None for neither.
-      watch: whether every denoise step is shown, in a mode that has some.
+      mode, temperature, top_p, max_new_tokens, stop: the arguments of `Engine.submit`.
+      seed: the seed of the random key.
+      stream: whether parts of the answer are sent immediately.
+      stream_usage: whether the stream ends with the token counts.
+      suffix: the tokens that follow the answer in the same canvas, or None.
+      schema: the JSON schema of the answer, or None.
+      logprobs: the number of most likely tokens to return per position, in addition to the
+        log-probability of the token of the answer; None for no log-probabilities.
+      watch: whether every denoise step is sent, in modes with denoise steps.
     """
 
     prompt: list[int]
@@ -78,31 +79,40 @@ class Ask:
     watch: bool = False
 
 
-def read_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> Ask:
-    """A body of /v1/completions; raises RequestError."""
+def read_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> GenerationTask:
+    """Parses a body of /v1/completions; raises RequestError."""
     fields = Fields(body)
     prompt = read_prompt(fields, tokenizer)
     text = fields.text('suffix')
     suffix = encode(fields, 'suffix', text, tokenizer) if text else []
     if body['prompt'] in ('', ['']) and not suffix:
         raise fields.error('prompt', 'prompt is empty; give a text to continue, or a suffix.')
-    ask = _ask(fields, prompt, False, limits)
+    task = _task(fields, prompt, False, limits)
     fields.end()
-    return _with_suffix(ask, suffix, limits) if suffix else ask
+    return _with_suffix(task, suffix, limits) if suffix else task
 
 
-def read_chat(body: dict, tokenizer: Tokenizer, limits: Limits) -> Ask:
-    """A body of /v1/chat/completions; raises RequestError."""
+def read_chat(body: dict, tokenizer: Tokenizer, limits: Limits) -> GenerationTask:
+    """Parses a body of /v1/chat/completions; raises RequestError."""
     fields = Fields(body)
     prompt = read_conversation(fields, tokenizer)
-    ask = _ask(fields, prompt, True, limits)
+    task = _task(fields, prompt, True, limits)
     fields.end()
-    return ask
+    return task
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What a body of /v1/decisions asks for; see `sampling.decide.decide`."""
+    """A parsed request for the probabilities of answers, see `sampling.decide.decide`.
+
+    Attributes:
+      prompt: the token ids of the prompt.
+      texts: the texts of the answers.
+      answers: the token ids of the answers.
+      before, after: the token ids before and after the answer.
+      draws: the number of passes that are averaged.
+      seed: the seed of the random key.
+    """
 
     prompt: list[int]
     texts: list[str]
@@ -114,7 +124,7 @@ class Decision:
 
 
 def read_decision(body: dict, tokenizer: Tokenizer, limits: Limits) -> Decision:
-    """A body of /v1/decisions; raises RequestError."""
+    """Parses a body of /v1/decisions; raises RequestError."""
     del limits
     fields = Fields(body)
     fields.any('model')
@@ -140,12 +150,12 @@ def read_decision(body: dict, tokenizer: Tokenizer, limits: Limits) -> Decision:
     return decision
 
 
-def read_frames(body: dict, tokenizer: Tokenizer, limits: Limits) -> Ask:
-    """A body of /v1/frames: a prompt or messages, and how to decode; raises RequestError."""
+def read_frames(body: dict, tokenizer: Tokenizer, limits: Limits) -> GenerationTask:
+    """Parses a body of /v1/frames; raises RequestError."""
     fields = Fields(body)
     chat = fields.has('messages')
     prompt = read_conversation(fields, tokenizer) if chat else read_prompt(fields, tokenizer)
-    ask = Ask(
+    task = GenerationTask(
         prompt=prompt, chat=chat, mode=_mode(fields, limits),
         temperature=_temperature(fields, limits), top_p=None,
         max_new_tokens=fields.integer('max_tokens', 1, limits.max_new_tokens), stop=(),
@@ -153,16 +163,16 @@ def read_frames(body: dict, tokenizer: Tokenizer, limits: Limits) -> Ask:
     )  # fmt: skip
     fields.any('model')
     fields.end()
-    return ask
+    return task
 
 
-def _ask(fields: Fields, prompt: list[int], chat: bool, limits: Limits) -> Ask:
+def _task(fields: Fields, prompt: list[int], chat: bool, limits: Limits) -> GenerationTask:
     for name, (allowed, reason) in _NEUTRAL.items():
         fields.only(name, allowed, reason)
     for name in ('user', 'model'):
         fields.text(name)
     longest = fields.integer('max_tokens', 1, limits.max_new_tokens)
-    if chat:  # the newer name of it
+    if chat:  # OpenAI's newer name of max_tokens
         newer = fields.integer('max_completion_tokens', 1, limits.max_new_tokens)
         longest = longest if newer is None else newer
     stream = fields.flag('stream')
@@ -174,7 +184,7 @@ def _ask(fields: Fields, prompt: list[int], chat: bool, limits: Limits) -> Ask:
         stream_usage = options.flag('include_usage')
         options.end()
     mode = _mode(fields, limits)
-    return Ask(
+    return GenerationTask(
         prompt=prompt,
         chat=chat,
         mode=mode,
@@ -191,20 +201,20 @@ def _ask(fields: Fields, prompt: list[int], chat: bool, limits: Limits) -> Ask:
 
 
 def _logprobs(fields: Fields, chat: bool, mode: str) -> int | None:
-    """How many of the most likely tokens are asked for, or None where no log-probabilities are."""
+    """Returns the number of most likely tokens to report, or None for no log-probabilities."""
     if chat:
-        asked = fields.flag('logprobs')
+        has_logprobs = fields.flag('logprobs')
         count = fields.integer('top_logprobs', 0, MAX_TOP_LOGPROBS)
-        if count and not asked:
+        if count and not has_logprobs:
             raise fields.error('top_logprobs', 'top_logprobs needs logprobs=true.')
-        count = (count or 0) if asked else None
+        count = (count or 0) if has_logprobs else None
     else:
         count = fields.integer('logprobs', 0, MAX_TOP_LOGPROBS)
     if count is not None and mode == 'diffusion':
         raise fields.error(
             'logprobs',
-            "logprobs are those of the causal pass, which mode 'diffusion' does not take over the "
-            "answer: ask with mode 'lossless' or 'autoregressive'.",
+            "logprobs come from a causal pass over the answer, which mode 'diffusion' does not "
+            "run: use mode 'lossless' or 'autoregressive'.",
         )
     return count
 
@@ -227,7 +237,7 @@ def _mode(fields: Fields, limits: Limits) -> str:
         raise fields.error('mode', f'mode must be one of {sorted(MODES)}, got {mode[:40]!r}.')
     reason = limits.modes[mode]
     if reason is not None:
-        raise fields.error('mode', f'mode {mode!r} cannot be had: {reason}')
+        raise fields.error('mode', f'mode {mode!r} is not available: {reason}')
     return mode
 
 
@@ -276,27 +286,30 @@ def _schema(fields: Fields) -> Any:
     return schema
 
 
-def _with_suffix(ask: Ask, suffix: list[int], limits: Limits) -> Ask:
-    """Fill-in-the-middle: the answer and its suffix lie in one canvas."""
-    if ask.mode != 'diffusion':
+def _with_suffix(task: GenerationTask, suffix: list[int], limits: Limits) -> GenerationTask:
+    """Returns a fill-in-the-middle task: the answer and the suffix are in one canvas."""
+    if task.mode != 'diffusion':
         raise RequestError(
             400,
-            f"suffix needs mode='diffusion', where a canvas sees what follows; got {ask.mode!r}.",
+            "suffix needs mode='diffusion', where the answer can attend to the suffix; got "
+            f'{task.mode!r}.',
             'suffix',
         )
-    for name, value in (('stop', ask.stop), ('response_format', ask.schema)):
+    for name, value in (('stop', task.stop), ('response_format', task.schema)):
         if value:
-            raise RequestError(400, f'suffix does not go with {name}; leave one out.', 'suffix')
+            raise RequestError(
+                400, f'suffix cannot be combined with {name}; leave one out.', 'suffix'
+            )
     room = min(limits.canvas_length, limits.max_new_tokens) - len(suffix)
-    gap = room if ask.max_new_tokens is None else ask.max_new_tokens
+    gap = room if task.max_new_tokens is None else task.max_new_tokens
     if not 1 <= gap <= room:
         raise RequestError(
             400,
-            f'suffix has {len(suffix)} tokens, and the canvas {limits.canvas_length} for the '
+            f'suffix has {len(suffix)} tokens, and the canvas has {limits.canvas_length} for the '
             f'answer and the suffix: max_tokens must lie in [1, {room}].'
             if room >= 1
             else f'suffix has {len(suffix)} tokens; it must have less than the canvas, '
             f'{min(limits.canvas_length, limits.max_new_tokens)}.',
             'suffix',
         )
-    return dataclasses.replace(ask, suffix=suffix, max_new_tokens=gap)
+    return dataclasses.replace(task, suffix=suffix, max_new_tokens=gap)

@@ -1,4 +1,4 @@
-"""Runs a service until it is told to end, and ends it without dropping what was begun."""
+"""Runs a service until a signal, and then shuts down gracefully."""
 
 import signal
 import socket
@@ -10,23 +10,24 @@ import uvicorn
 from diffusiongemma.serving.app import make_app
 from diffusiongemma.serving.service import Service
 
-# Clients that were just answered and ask again are told to go elsewhere, not cut off.
+# After the last answer the server stays up, so that clients which send another request receive
+# status 503 instead of a connection error.
 _LINGER_TICKS = 5
-_KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection in their pools
+_KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections in their pools
 
 
 class Server(uvicorn.Server):
-    """Answers what is open when it is told to end, and refuses the rest with 503.
+    """A server that, after a signal, answers open requests and rejects new ones with status 503.
 
-    A second signal ends it at once: what is open then hears that the server stopped.
+    A second signal stops it immediately; open requests then receive an error.
     """
 
     def __init__(self, service: Service, grace_seconds: float = 60.0) -> None:
-        """Opens no socket.
+        """Creates the server without opening a socket.
 
         Args:
-          service: answers.
-          grace_seconds: how long open requests may take after the first signal.
+          service: the service that answers requests.
+          grace_seconds: the time that open requests may take after the first signal, in seconds.
         """
         config = uvicorn.Config(
             make_app(service),
@@ -43,12 +44,12 @@ class Server(uvicorn.Server):
         self._idle_ticks = 0
 
     def end(self) -> None:
-        """Begins to end; for any thread."""
+        """Starts the graceful shutdown; thread-safe."""
         self._service.draining = True
         self._deadline = time.monotonic() + self._grace_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The handler of SIGTERM and SIGINT."""
+        """Handles SIGTERM and SIGINT."""
         del sig, frame
         if self._deadline is None:
             self.end()
@@ -56,7 +57,7 @@ class Server(uvicorn.Server):
             self._deadline = 0.0
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether the loop of the server is over; called ten times a second."""
+        """Returns whether the server loop must end; uvicorn calls it ten times per second."""
         if self._deadline is not None and not self.should_exit:
             if time.monotonic() >= self._deadline:
                 self._service.worker.stop_soon()
@@ -68,24 +69,28 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that clients can connect to; port 0 for any free one.
+    """Returns a socket that clients can connect to.
+
+    Args:
+      host: the host name or IP address.
+      port: the port; 0 for any free one.
 
     Raises:
-      ValueError: the address cannot be had.
+      ValueError: if the address is not available.
     """
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
         raise ValueError(
-            f'{host}:{port} cannot be listened on: {error}. Choose another --port or --host.'
+            f'Cannot listen on {host}:{port}: {error}. Choose another --port or --host.'
         ) from None
 
 
 def serve(service: Service, sock: socket.socket, grace_seconds: float = 60.0) -> None:
-    """Serves until SIGTERM or SIGINT, and ends the service."""
+    """Serves until SIGTERM or SIGINT, and then stops the service."""
     server = Server(service, grace_seconds)
-    # A signal before uvicorn listens for them, while it starts, is not lost either.
+    # These handlers also cover the time before uvicorn has installed its own.
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, server.handle_exit)
     try:

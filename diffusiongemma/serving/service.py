@@ -1,4 +1,4 @@
-"""What a server knows: the model, the worker, limits, who may ask, and how many ask now."""
+"""The state of a server: model, engine worker, limits, API key, metrics and open requests."""
 
 import asyncio
 import collections
@@ -19,30 +19,30 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.sampling.controls import OPEN, Controls, ban, pin
 from diffusiongemma.sampling.decide import decide
-from diffusiongemma.sampling.engine import Delta, Engine, Finished, Result
+from diffusiongemma.sampling.engine import Delta, Engine, Failed, Finished, Result
 from diffusiongemma.sampling.events import End, Event
 from diffusiongemma.sampling.passes import canvas_length
 from diffusiongemma.sampling.prompts import pad_prompts
 from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.serving.fields import RequestError
 from diffusiongemma.serving.metrics import Metrics
-from diffusiongemma.serving.protocol import MAX_TOP_LOGPROBS, Ask, Decision, Limits
-from diffusiongemma.serving.worker import News, Refused, Ticket, Worker
+from diffusiongemma.serving.protocol import MAX_TOP_LOGPROBS, Decision, GenerationTask, Limits
+from diffusiongemma.serving.worker import Refused, Ticket, Worker, WorkerEvent
 from diffusiongemma.view.frames import EventFrames
 
-_MAX_SCHEMAS = 16  # compiled ones that are kept
+_MAX_SCHEMAS = 16  # the number of compiled JSON schemas that are kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a server is run.
+    """The settings of a server.
 
     Attributes:
-      name: of the model, in requests and answers.
-      max_queue: requests that may wait while all slots are taken.
-      api_key: what clients must send; None lets everyone in.
-      max_body_bytes: longest body of a request.
-      body_seconds: how long a body may take to arrive.
+      name: the name of the model in requests and answers.
+      max_queue: the maximum number of requests that wait while all slots are in use.
+      api_key: the key that clients must send; None accepts all clients.
+      max_body_bytes: the maximum length of a request body in bytes.
+      body_seconds: the maximum time for a body to arrive, in seconds.
     """
 
     name: str
@@ -53,12 +53,17 @@ class Settings:
 
 
 class Service:
-    """Opens calls on a worker.
+    """The model of a server, with its worker thread, limits and metrics.
 
     Attributes:
-      limits: what a request may ask for.
-      draining: whether new requests are refused since the server is about to end.
-      open_calls: requests that are not answered yet.
+      settings: the settings of the server.
+      tokenizer: the tokenizer of the model.
+      metrics: counters of requests, tokens and passes.
+      capacity: the maximum number of tokens of a prompt and its response.
+      limits: the limits and defaults of requests.
+      worker: the thread that owns the engine.
+      draining: whether new requests are rejected because the server shuts down.
+      open_calls: the number of unanswered requests.
     """
 
     def __init__(
@@ -72,11 +77,11 @@ class Service:
         """Starts the thread of the engine.
 
         Args:
-          engine: with this tokenizer.
-          params: the model's parameters.
-          tokenizer: the model's tokenizer.
-          settings: how the server is run.
-          temperature: of requests that name none.
+          engine: an engine that was created with this tokenizer.
+          params: the parameters of the model.
+          tokenizer: the tokenizer of the model.
+          settings: the settings of the server.
+          temperature: the temperature of requests without one.
         """
         self.settings, self.tokenizer, self.metrics = settings, tokenizer, Metrics()
         self._params, self._sampler, self.capacity = params, engine.sampler, engine.capacity
@@ -100,7 +105,7 @@ class Service:
         return self._sampler.model.config.vocab_size
 
     def admit(self, key: str | None) -> None:
-        """Raises RequestError when a request with this API key may not come in now."""
+        """Raises RequestError if the API key is wrong or the server shuts down."""
         secret = self.settings.api_key
         if secret is not None and not hmac.compare_digest((key or '').encode(), secret.encode()):
             raise RequestError(
@@ -111,42 +116,50 @@ class Service:
             raise RequestError(503, 'The server is shutting down; ask another one.')
 
     def check_room(self) -> None:
-        """Raises RequestError when too many requests wait."""
+        """Raises RequestError if too many requests are open."""
         if self.open_calls >= self._max_open:
             raise RequestError(
                 429,
-                f'{self.open_calls} requests are open, of which {self.settings.max_queue} may wait '
-                'for a slot; try again later.',
+                f'{self.open_calls} requests are open, and at most {self.settings.max_queue} may '
+                'wait for a slot; try again later.',
                 code='rate_limit_exceeded',
             )
 
-    def open(self, ask: Ask, automaton: TokenAutomaton | None) -> 'Call':
-        """A call that is answered by the engine; for the event loop."""
-        controls, longest = Controls(automaton=automaton), ask.max_new_tokens
-        if ask.suffix is not None:
-            gap = ask.max_new_tokens or 0
-            longest, controls = gap + len(ask.suffix), self._around(gap, ask.suffix)
+    def open(self, task: GenerationTask, automaton: TokenAutomaton | None) -> 'Call':
+        """Submits a request and returns its call; must be called in the event loop.
+
+        Args:
+          task: the parsed request.
+          automaton: the automaton of valid answers, or None.
+
+        Raises:
+          RequestError: if too many requests are open.
+        """
+        controls, longest = Controls(automaton=automaton), task.max_new_tokens
+        if task.suffix is not None:
+            gap = task.max_new_tokens or 0
+            longest, controls = gap + len(task.suffix), self._suffix_controls(gap, task.suffix)
         return Call(
             self,
-            lambda tell: self.worker.submit(
-                tell,
-                prompt=ask.prompt,
-                rng=ask.seed,
-                mode=ask.mode,
-                temperature=ask.temperature,
-                top_p=ask.top_p,
+            lambda callback: self.worker.submit(
+                callback,
+                prompt=task.prompt,
+                rng=task.seed,
+                mode=task.mode,
+                temperature=task.temperature,
+                top_p=task.top_p,
                 max_new_tokens=longest,
-                stop=ask.stop,
-                # One program for every number of them.
-                logprobs=MAX_TOP_LOGPROBS if ask.logprobs else ask.logprobs,
+                stop=task.stop,
+                # All positive numbers share the program with the maximum.
+                logprobs=MAX_TOP_LOGPROBS if task.logprobs else task.logprobs,
                 controls=controls,
-                watch=ask.watch and ask.mode != 'autoregressive',
+                watch=task.watch and task.mode != 'autoregressive',
             ),
-            len(ask.prompt),
+            len(task.prompt),
         )
 
-    def _around(self, gap: int, suffix: list[int]) -> Controls:
-        """Controls of a response of `gap` tokens, none of which ends it, and then the suffix."""
+    def _suffix_controls(self, gap: int, suffix: list[int]) -> Controls:
+        """Returns controls for `gap` tokens without stop tokens, followed by the suffix."""
         return Controls(
             pinned=pin([[*[None] * gap, *suffix]]),
             allowed_sets=self._no_stops,
@@ -154,18 +167,22 @@ class Service:
         )
 
     def frames(self) -> EventFrames:
-        """Makes the frames of a watched request."""
+        """Returns a converter from the events of a watched request to frames."""
         return EventFrames(self.tokenizer, self._sampler.config.stop_ids)
 
     def decide(self, decision: Decision) -> list[float]:
-        """Probabilities of the answers; for the worker's thread. Raises ValueError."""
+        """Returns the probabilities of the answers; must run in the thread of the worker.
+
+        Raises:
+          ValueError: if the model has no diffusion mode, or in the cases of `decide`.
+        """
         reason = self.limits.modes['diffusion']
         if reason is not None:
             raise ValueError(f'decisions need a diffusion model: {reason}')
         sampler = dataclasses.replace(self._sampler, mode='diffusion')
-        # A decision takes one canvas after the prompt, however long answers may be.
+        # A decision only needs one canvas after the prompt, independent of max_new_tokens.
         config = dataclasses.replace(sampler.config, max_new_tokens=1)
-        chances = decide(
+        probabilities = decide(
             dataclasses.replace(sampler, config=config),
             self._params,
             *pad_prompts([decision.prompt], sampler.config.pad_id),
@@ -175,13 +192,15 @@ class Service:
             after=decision.after,
             num_draws=decision.draws,
         )
-        return np.asarray(chances)[0].tolist()
+        return np.asarray(probabilities)[0].tolist()
 
     def automaton(self, schema: Any) -> TokenAutomaton:
-        """The automaton of a JSON schema, the same object for the same text; for any thread.
+        """Returns the automaton of a JSON schema, from a cache if possible; thread-safe.
+
+        The same object for equal schemas lets their requests share a group of the engine.
 
         Raises:
-          RequestError: the schema is not supported.
+          RequestError: if the schema is not supported.
         """
         text = json.dumps(schema)
         with self._compiling:
@@ -202,7 +221,7 @@ class Service:
             return self._schemas[text]
 
     def gauges(self) -> dict[str, tuple[str, float]]:
-        """Numbers of this moment, each with its help."""
+        """Returns current values by metric name, each with its help text."""
         waiting, running = self.worker.load
         prefixes = self.worker.engine.prefixes
         reused = 0 if prefixes is None else prefixes.reused
@@ -216,81 +235,90 @@ class Service:
         }
 
     def warm_up(self) -> Result:
-        """Answers a short prompt, so that the first client does not wait for the compiler."""
+        """Answers a short prompt, so that the first client does not wait for the compilation."""
         prompt = self.tokenizer.format_prompt('Hello')
-        answered: queue.SimpleQueue[News] = queue.SimpleQueue()
+        events: queue.SimpleQueue[WorkerEvent] = queue.SimpleQueue()
         temperature = self.limits.temperature
-        self.worker.submit(answered.put, prompt=prompt, temperature=temperature)
-        while isinstance(news := answered.get(), Delta):
+        self.worker.submit(events.put, prompt=prompt, temperature=temperature)
+        while isinstance(event := events.get(), Delta):
             pass
-        if not isinstance(news, Finished):
-            raise RuntimeError(str(failure(news)))
-        return news.result
+        if not isinstance(event, Finished):
+            raise RuntimeError(str(failure(event)))
+        return event.result
 
 
 class Call:
-    """A request of a client: it waits for news and tells the worker when it is given up.
+    """A request of a client in the event loop, with a queue of its events.
 
-    Each call must be closed.
+    Every call must be closed, which also cancels a request that is not answered yet.
     """
 
     def __init__(
         self,
         service: Service,
-        start: Callable[[Callable[[News], None]], Ticket],
+        start: Callable[[Callable[[WorkerEvent], None]], Ticket],
         prompt_tokens: int,
     ) -> None:
-        """Starts the work; raises RequestError when too many requests wait."""
+        """Starts the request.
+
+        Args:
+          service: the service.
+          start: submits the request; its argument is a callback for events.
+          prompt_tokens: the number of tokens of the prompt, for the metrics.
+
+        Raises:
+          RequestError: if too many requests are open.
+        """
         service.check_room()
         self._service, self._prompt_tokens = service, prompt_tokens
-        self._news: asyncio.Queue[News] = asyncio.Queue()
+        self._events: asyncio.Queue[WorkerEvent] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._closed = False
         service.open_calls += 1
-        self._ticket = start(self._tell)
+        self._ticket = start(self._receive)
 
-    def _tell(self, news: News) -> None:
+    def _receive(self, event: WorkerEvent) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._news.put_nowait, news)
-        except RuntimeError:  # the event loop has ended, and nobody waits
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the event loop has ended, so no client is waiting
             pass
 
     async def next(self) -> Event:
-        """The next news; raises RequestError when the engine refused the request."""
-        news = await self._news.get()
-        if isinstance(news, Refused):
-            raise RequestError(400, str(news.error))
-        if isinstance(news, Delta):
-            self._service.metrics.tokens(len(news.tokens))
-        if isinstance(news, Finished):
-            self._service.metrics.answer(self._prompt_tokens, news.result)
-        return news
+        """Returns the next event; raises RequestError if the engine rejected the request."""
+        event = await self._events.get()
+        if isinstance(event, Refused):
+            raise RequestError(400, str(event.error))
+        if isinstance(event, Delta):
+            self._service.metrics.tokens(len(event.tokens))
+        if isinstance(event, Finished):
+            self._service.metrics.answer(self._prompt_tokens, event.result)
+        return event
 
     async def result(self) -> Result:
-        """The whole answer; raises RequestError when there is none."""
+        """Returns the complete answer; raises RequestError if the request fails."""
         while True:
-            news = await self.next()
-            if isinstance(news, Finished):
-                return news.result
-            if isinstance(news, End):
-                raise failure(news)
+            event = await self.next()
+            if isinstance(event, Finished):
+                return event.result
+            if isinstance(event, End):
+                raise failure(event)
 
     def close(self) -> None:
-        """Gives the request up where it is not answered; may be called twice."""
+        """Cancels the request if it is not answered; later calls have no effect."""
         if not self._closed:
             self._closed = True
             self._service.open_calls -= 1
             self._service.worker.cancel(self._ticket)
 
 
-def failure(news: News) -> RequestError:
-    """What a client is told of a request whose program failed."""
-    error = getattr(news, 'error', None)
+def failure(event: WorkerEvent) -> RequestError:
+    """Returns the error response for a request whose program failed."""
+    error = event.error if isinstance(event, Failed | Refused) else None
     return RequestError(503, f'The request failed: {error}'[:500])
 
 
 def _refusal(sampler: Sampler, mode: str) -> str | None:
-    """Why a model has no such mode; None where it has."""
+    """Returns the reason why the model does not support a mode, or None if it does."""
     try:
         dataclasses.replace(sampler, mode=mode)
     except ValueError as error:

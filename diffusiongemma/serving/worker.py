@@ -1,4 +1,4 @@
-"""The thread that owns an engine; other threads send it work and hear of events."""
+"""A worker thread that owns an engine; other threads send it work and receive events."""
 
 import concurrent.futures
 import queue
@@ -13,99 +13,113 @@ from diffusiongemma.sampling.events import End, Event
 
 
 class Refused:
-    """The only event of a request that the engine refused; `error` says why."""
+    """The only event of a request that `Engine.submit` rejected.
+
+    Attributes:
+      error: the exception, whose message is for the client.
+    """
 
     def __init__(self, error: ValueError) -> None:
         self.error = error
 
 
-News = Event | Refused
+WorkerEvent = Event | Refused
 
 
 class Ticket:
-    """A request in the hands of a worker."""
+    """A handle of a request that was sent to a worker.
 
-    def __init__(self, tell: Callable[[News], None]) -> None:
-        self._tell = tell
-        self.id: int | None = None  # the engine's number
-        self.over = False
+    Attributes:
+      id: the number of the request in the engine; None before its submission.
+      ended: whether the last event was delivered, or the request was cancelled.
+    """
 
-    def tell(self, news: News) -> None:
-        """Passes news on, unless the last were told before."""
-        if not self.over:
-            self.over = isinstance(news, End | Refused)
-            self._tell(news)
+    def __init__(self, callback: Callable[[WorkerEvent], None]) -> None:
+        self._callback = callback
+        self.id: int | None = None
+        self.ended = False
+
+    def deliver(self, event: WorkerEvent) -> None:
+        """Passes an event to the callback, unless the request has ended."""
+        if not self.ended:
+            self.ended = isinstance(event, End | Refused)
+            self._callback(event)
 
 
 class Worker:
-    """Steps an engine while there is work, and does one piece of other work between steps.
+    """A thread that steps an engine while it has requests, and runs other work between steps.
 
-    All methods but `run` may be called from any thread; `tell` functions are called in its own.
+    All methods except for `run` are thread-safe; callbacks run in the thread of the worker.
 
     Attributes:
-      load: requests without a slot, and requests in slots, after the latest step.
+      engine: the engine, which only this thread may use.
+      load: the number of requests without a slot and in slots, after the latest step.
     """
 
     def __init__(self, engine: Engine) -> None:
-        """Starts no thread before `start`."""
+        """Creates the worker; `start` starts its thread."""
         self.engine, self.load = engine, (0, 0)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._tickets: dict[int, Ticket] = {}  # by the engine's number
+        self._tickets: dict[int, Ticket] = {}  # by the number of the request in the engine
         self._thread = threading.Thread(target=self.run, name='engine', daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop_soon(self) -> None:
-        """Ends the thread after its step; requests that are not answered hear of a failure."""
+        """Stops the thread after its current step; unanswered requests fail."""
         self._inbox.put(None)
 
     def stop(self) -> None:
-        """Ends the thread and waits for its end."""
+        """Stops the thread and waits until it has ended."""
         self.stop_soon()
         if self._thread.is_alive():
             self._thread.join()
 
-    def submit(self, tell: Callable[[News], None], **request: Any) -> Ticket:
-        """Submits a request with the arguments of `Engine.submit`."""
-        ticket = Ticket(tell)
+    def submit(self, callback: Callable[[WorkerEvent], None], **request: Any) -> Ticket:
+        """Submits a request with the arguments of `Engine.submit`; `callback` gets its events."""
+        ticket = Ticket(callback)
         self._inbox.put(lambda: self._submit(ticket, request))
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Drops what a ticket is for; without effect where that is over."""
+        """Cancels the request of a ticket, unless it has ended."""
         self._inbox.put(lambda: self._cancel(ticket))
 
     def call(self, function: Callable[[], Any]) -> concurrent.futures.Future:
-        """Runs a function between two steps."""
+        """Runs a function in the thread of the worker, between two steps of the engine."""
         future: concurrent.futures.Future = concurrent.futures.Future()
 
         def work() -> None:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function())
-                except Exception as error:  # whatever it may raise is for whoever waits
+                except Exception as error:  # any error is raised where the future is awaited
                     future.set_exception(error)
 
         self._inbox.put(work)
         return future
 
     def run(self) -> None:
-        """The thread's loop."""
-        while self._do_what_came():
+        """Runs the loop of the thread."""
+        while self._process_inbox():
             self._measure()
             try:
                 self._step()
             except Exception as error:  # a defect must not leave clients without an answer
                 logging.exception('a step of the engine failed')
                 self._fail_all(error)
-        while not self._inbox.empty():  # what came too late is told so too
+        while not self._inbox.empty():  # requests that arrived after the stop also fail
             if (work := self._inbox.get()) is not None:
                 work()
         self._fail_all(RuntimeError('The server stopped before the request was answered.'))
 
-    def _do_what_came(self) -> bool:
-        """Does what is in the inbox, and waits for something where there is nothing else to do."""
+    def _process_inbox(self) -> bool:
+        """Runs the work in the inbox, and waits for work if the engine is idle.
+
+        Returns:
+          False if the thread must stop.
+        """
         while True:
             idle = not (self.engine.waiting or self.engine.running)
             try:
@@ -118,13 +132,13 @@ class Worker:
 
     def _step(self) -> None:
         events = self.engine.step() if self.engine.waiting or self.engine.running else ()
-        self._measure()  # before anyone hears of the end of a request
+        self._measure()  # before the last event of a request is delivered
         for event in events:
             ticket = self._tickets.get(event.id)
             if isinstance(event, End):
                 self._tickets.pop(event.id, None)
             if ticket is not None:
-                ticket.tell(event)
+                ticket.deliver(event)
 
     def _measure(self) -> None:
         self.load = (self.engine.waiting, self.engine.running)
@@ -133,20 +147,20 @@ class Worker:
         try:
             ticket.id = self.engine.submit(**request)
         except ValueError as error:
-            ticket.tell(Refused(error))
+            ticket.deliver(Refused(error))
         except Exception as error:
             logging.exception('a request could not be submitted')
-            ticket.tell(Failed(-1, error))
+            ticket.deliver(Failed(-1, error))
         else:
             self._tickets[ticket.id] = ticket
 
     def _cancel(self, ticket: Ticket) -> None:
-        ticket.over = True
+        ticket.ended = True
         if ticket.id is not None and self._tickets.pop(ticket.id, None) is not None:
             self.engine.cancel(ticket.id)
 
     def _fail_all(self, error: Exception) -> None:
         for id, ticket in list(self._tickets.items()):
             self.engine.cancel(id)
-            ticket.tell(Failed(id, error))
+            ticket.deliver(Failed(id, error))
         self._tickets = {}

@@ -11,17 +11,17 @@ from diffusiongemma.view.frames import counted, printable
 from diffusiongemma.view.interrupt import interruptible
 
 HELP = """\
-/mode [diffusion|autoregressive|lossless]  how to decode; alone: says which
-/steps [N]  most denoise steps per canvas, or per draft in lossless mode; alone: says how many
+/mode [diffusion|autoregressive|lossless]  sets the decode mode, or prints it without an argument
+/steps [N]  sets the most denoise steps per canvas (lossless mode: per draft), or prints them
 /reset      forgets the conversation
-/help       this text
-/quit       ends (as does the end of the input)
+/help       prints this text
+/quit       ends the chat, like the end of the input
 Ctrl-C      stops an answer, which the conversation then forgets
-Anything else is said to the model; //text says /text."""
+Any other text is sent to the model; //text sends /text."""
 
 
 class Conversation:
-    """A conversation with a `ChatSampler` through a function that reads and one that writes.
+    """A conversation with a `ChatSampler` by functions that read and write text.
 
     Conversation(chat, read=lambda: input('> '), write=print_part).run()
     """

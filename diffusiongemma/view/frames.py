@@ -37,7 +37,7 @@ def counted(number: int, noun: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One token in a frame.
+    """A token in a frame.
 
     Attributes:
       text: the text of the token; line breaks occur only in 'settled' tokens.
@@ -233,14 +233,14 @@ def _read(draft: Draft | SamplerOutput) -> _Moment:
 
 
 class _Reel:
-    """Frames of one moment after the other."""
+    """A converter from a sequence of moments to frames."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> None:
         self._tokenizer, self._stop_ids = tokenizer, stop_ids
         self._latest: _Moment | None = None
 
     def frames(self, moment: _Moment, step: int | None, seconds: float) -> Iterator[Frame]:
-        """What was committed since the latest moment, and the canvas if it is after a `step`."""
+        """Yields a frame of newly committed tokens, if any, and of the canvas if `step` is set."""
         latest, self._latest = self._latest, moment
         if latest is not None and moment.canvases > latest.canvases:
             after = dataclasses.replace(moment, open=_refused(latest, moment, self._stop_ids))

@@ -11,7 +11,7 @@ from diffusiongemma.view.frames import QUIET, Frame, css, legend
 
 def write_html(path: Path, frames: Sequence[Frame], title: str, frame_seconds: float) -> None:
     """Writes a page with the frames, a slider and a button; the arguments are as in `write_gif`."""
-    shown = [
+    contents = [
         {
             'caption': frame.caption,
             'cells': [[cell.text, cell.state, css(cell.color)] for cell in frame.cells],
@@ -26,7 +26,7 @@ def write_html(path: Path, frames: Sequence[Frame], title: str, frame_seconds: f
         'TITLE': html.escape(title),
         'LEGEND': words,
         'PAUSE': str(round(1000 * frame_seconds)),
-        'FRAMES': json.dumps(shown).replace('<', '\\u003c'),  # '</script>' would end the script
+        'FRAMES': json.dumps(contents).replace('<', '\\u003c'),  # '</script>' would end the script
     }
     page = re.sub('|'.join(values), lambda name: values[name[0]], _PAGE)
     Path(path).write_text(page, encoding='utf-8')
