@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.masks import KeyTokens, canvas_prefix_window
 
-Heads = Float[Array, '... B _ _ _']  # [B, K, S, H], of scanned layers [G, B, K, S, H]
+# [B, K, S, H], of M blocks [B, K, M, T, H]; of scanned layers with G before them.
+Heads = Float[Array, '... _ _ _ _']
 KV = tuple[tuple[tuple[Heads, Heads], ...], tuple[tuple[Heads, Heads], ...]]
 
 
