@@ -13,8 +13,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from diffusiongemma.models.arrays import Array
 from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.masks import KeyTokens, canvas_prefix_window
 
