@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 
 from diffusiongemma.diffusion.corruption import Corruption, sample_noise_levels
-from diffusiongemma.models.arrays import Params
+from diffusiongemma.models.arrays import Array, Params
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
 

@@ -13,9 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from diffusiongemma.distillation.teacher import TeacherDistribution
+from diffusiongemma.models.arrays import Array
 
 
 def over_positions(score: Callable[..., Any], chunk: int, shape: Sequence[int], *trees: Any) -> Any:

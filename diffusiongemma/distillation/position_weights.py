@@ -7,8 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from diffusiongemma.models.arrays import Array
 from diffusiongemma.sampling.rules import read_value
 
 ACCEPTED_LENGTH, DECAY, EQUAL = 'accepted_length', 'decay', 'equal'

@@ -11,7 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
+
+from diffusiongemma.models.arrays import Array
 
 
 @runtime_checkable

@@ -6,8 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from diffusiongemma.models.arrays import Array
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.fused_attention import attend_fused, fits

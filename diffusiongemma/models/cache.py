@@ -13,13 +13,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from diffusiongemma.models.arrays import Array
 from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.masks import KeyTokens, canvas_prefix_window
 
-# [B, K, S, H], of a block [B, K, M, T, H]; of scanned layers with a leading axis G.
-Heads = Float[Array, '...']
+# [B, K, S, H], or [B, K, M, T, H] of M blocks; scanned layers have a leading axis G.
+Heads = Float[Array, '... _ _ _ _']
 KV = tuple[tuple[tuple[Heads, Heads], ...], tuple[tuple[Heads, Heads], ...]]
 
 

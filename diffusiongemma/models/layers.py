@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from diffusiongemma.models.arrays import Array
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.vocabulary import (
     LARGE_VOCABULARY,

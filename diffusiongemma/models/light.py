@@ -10,8 +10,9 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from diffusiongemma.models.arrays import Array
 from diffusiongemma.models.backbone import KVPair, LayerInput, PassContext, rematerialized
 from diffusiongemma.models.cache import KV, layer_kv
 from diffusiongemma.models.config import LightConfig, ModelConfig

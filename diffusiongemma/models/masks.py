@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
+
+from diffusiongemma.models.arrays import Array
 
 
 class KeyTokens(NamedTuple):

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from diffusiongemma.models.arrays import Params
+from diffusiongemma.models.arrays import Array, Params
 from diffusiongemma.models.attention import in_parts
 from diffusiongemma.models.backbone import ACTIVATION_AXES, Backbone, PassContext
 from diffusiongemma.models.cache import KV, Prefix, cache_slots, zeros_kv

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
+
+from diffusiongemma.models.arrays import Array
 
 Total = TypeVar('Total')
 

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
+
+from diffusiongemma.models.arrays import Array
 
 PerRow = Float[Array, ''] | Float[Array, 'B 1']  # one number, or one for each row
 

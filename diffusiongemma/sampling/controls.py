@@ -10,10 +10,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from diffusiongemma.constraints.automaton import START, TokenAutomaton
-from diffusiongemma.models.arrays import AnyArray
+from diffusiongemma.models.arrays import AnyArray, Array
 from diffusiongemma.sampling.rows import map_but
 
 OPEN = -1  # marks a position without a pinned token, a seed or a set

@@ -3,8 +3,9 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Float, Int, Key
 
+from diffusiongemma.models.arrays import Array
 from diffusiongemma.models.vocabulary import log_partition_and_entropy, most_likely_tokens
 
 NumberOrRows = float | Float[Array, ''] | Float[Array, ' B']  # one number, or one for each row

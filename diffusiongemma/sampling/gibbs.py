@@ -24,8 +24,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from diffusiongemma.models.arrays import Array
 from diffusiongemma.models.vocabulary import most_likely_tokens
 from diffusiongemma.sampling import acceptance
 from diffusiongemma.sampling.acceptance import AcceptanceRule, Ancestral, Proposal

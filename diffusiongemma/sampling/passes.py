@@ -4,9 +4,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from diffusiongemma.models.arrays import Params
+from diffusiongemma.models.arrays import Array, Params
 from diffusiongemma.models.cache import KVCache, Prefix
 from diffusiongemma.models.config import LightConfig
 

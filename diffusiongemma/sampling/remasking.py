@@ -5,8 +5,9 @@ from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from diffusiongemma.models.arrays import Array
 from diffusiongemma.sampling import acceptance
 from diffusiongemma.sampling.acceptance import AcceptanceRule, EntropyBound, Proposal
 

@@ -8,9 +8,9 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from diffusiongemma.models.arrays import AnyArray, Params
+from diffusiongemma.models.arrays import AnyArray, Array, Params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import autoregressive, diffusion, lossless, passes
 from diffusiongemma.sampling.config import SamplingConfig

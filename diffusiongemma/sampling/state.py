@@ -6,10 +6,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 
 from diffusiongemma.constraints.automaton import TokenAutomaton, advance
-from diffusiongemma.models.arrays import AnyArray
+from diffusiongemma.models.arrays import AnyArray, Array
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import Controls, traced

@@ -4,7 +4,9 @@ import dataclasses
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
+
+from diffusiongemma.models.arrays import Array
 
 
 @runtime_checkable
