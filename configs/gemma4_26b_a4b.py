@@ -9,13 +9,14 @@ are JSONL files with {"prompt": "...", "response": "..."} in each line.
     --config=configs/gemma4_26b_a4b.py --workdir=DIR --config.teacher=TEACHER \
     --config.targets.source.path=TRAIN --config.eval.source.path=TEST
 
-Memory of a chip, computed from shapes, and all of it by the TPU compiler (docs/scaling_plan.md):
+Memory of a chip: state, gradients and teacher computed from shapes, all of it by the TPU compiler
+(docs/scaling_plan.md has the command):
 
   25.25B trained x 16 bytes (float32 parameters, EMA, two Adam moments) / 64 6.3 GB
-  the teacher in bfloat16 / 64                                               0.8 GB
-  together with gradients, activations and all else                         17.8 GB
+  gradients in float32 and the teacher in bfloat16, x 6 bytes / 64           2.4 GB
+  together with all else that a step takes                                17.8 GB
 
-A step takes at least 0.77 s of products and, in part beside them, 0.51 s of the interconnect, by
+A step takes at least 0.77 s of products and, in part beside them, 0.63 s of the interconnect, by
 the same plan at published peaks; not measured. It reads 64 rows of 1,024 tokens, of which at most
 768 are a response: 5,000 steps are 246M response tokens and 64 minutes at the least.
 
