@@ -9,15 +9,15 @@ are JSONL files with {"prompt": "...", "response": "..."} in each line.
     --config=configs/gemma4_26b_a4b.py --workdir=DIR --config.teacher=TEACHER \
     --config.targets.source.path=TRAIN --config.eval.source.path=TEST
 
-Memory per chip. State and teacher are computed from shapes; the total comes from the TPU compiler
-(docs/scaling_plan.md has the command):
+Memory per chip. State, gradients and teacher are computed from shapes; the total comes from the TPU
+compiler (docs/scaling_plan.md has the command):
 
   25.25B trained x 16 bytes (float32 parameters, EMA, two Adam moments) / 64 6.3 GB
-  the teacher in bfloat16 / 64                                               0.8 GB
-  together with gradients, activations and everything else                17.8 GB
+  gradients in float32 and the teacher in bfloat16, x 6 bytes / 64           2.4 GB
+  everything that a step needs                                            17.8 GB
 
 By the same plan, at published peak rates and not measured, a step takes at least 0.77 s of matrix
-products and 0.51 s of communication, which partly overlap. It reads 64 rows of 1,024 tokens, of
+products and 0.63 s of communication, which partly overlap. It reads 64 rows of 1,024 tokens, of
 which at most 768 are a response: 5,000 steps are 246M response tokens and at least 64 minutes.
 
 Eight GPUs with 80 GB hold the state (57 GB each) but not a step of full training; they can train

@@ -8,8 +8,8 @@ import numpy as np
 # An array on a device, a traced array, or an array on the host.
 AnyArray = jax.Array | np.ndarray
 
-# The array type of shapes in signatures, `Float[Array, 'B C V']`. NumPy arrays pass the checks of the
-# test run too, because functions that are not traced accept them.
+# The array type of shapes in signatures, `Float[Array, 'B C V']`. NumPy arrays pass the checks of
+# the test run too, because functions that are not traced accept them.
 if TYPE_CHECKING:
     Array = jax.Array
 else:
