@@ -228,7 +228,8 @@ def _parse_flags(argv: list[str], config: type | None = None) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        _fail(str(error))
+        missing_flag = re.search(r'Flag (--\w+) must have a value other than None', str(error))
+        _fail(f'{missing_flag[1]} is required; see --help.' if missing_flag else str(error))
     except (AttributeError, KeyError, TypeError) as error:
         # ml_collections names only the last part of the key, and the nearest key if there is one.
         missing = next(iter(re.findall(r'\w+', str(error))), '')

@@ -149,6 +149,10 @@ class Loaded:
                 f'{_CHECKPOINT.value} is a pretrained model, which cannot chat: pass a --prompt to '
                 'continue.'
             )
+        mode = _MODE.value or main_mode(model)
+        for flag in (_ACCEPTANCE, _ENTROPY_BOUND, _MAX_STEPS):
+            if mode == 'autoregressive' and flag.value is not None:
+                raise ValueError(f'--{flag.name} has no effect in the mode {mode!r}; leave it out.')
         config = run_config.student_sampling(
             _CHECKPOINT.value,
             tokenizer,
@@ -160,7 +164,7 @@ class Loaded:
             top_p=_TOP_P.value,
             acceptance=_ACCEPTANCE.value,
         )
-        return cls(Sampler(model, config, _MODE.value or main_mode(model)), params, tokenizer)
+        return cls(Sampler(model, config, mode), params, tokenizer)
 
 
 def constraint(tokenizer: Tokenizer, vocab_size: int) -> Controls | None:
@@ -170,8 +174,11 @@ def constraint(tokenizer: Tokenizer, vocab_size: int) -> Controls | None:
     if _REGEX.value is not None:
         return Controls(automaton=from_regex(_REGEX.value, tokenizer, vocab_size=vocab_size))
     if _JSON_SCHEMA.value is not None:
-        schema = epath.Path(_JSON_SCHEMA.value).read_text()
-        return Controls(automaton=from_json_schema(schema, tokenizer, vocab_size=vocab_size))
+        schema = epath.Path(_JSON_SCHEMA.value)
+        if not schema.is_file():
+            raise FileNotFoundError(f'--json_schema={schema}: there is no such file.')
+        text = schema.read_text()
+        return Controls(automaton=from_json_schema(text, tokenizer, vocab_size=vocab_size))
     return None
 
 
@@ -281,9 +288,10 @@ def main(argv: list[str]) -> None:
         print(json.dumps(dataclasses.asdict(result)))
         return
     print(result.text)
+    kind = 'pass' if loaded.sampler.mode == 'autoregressive' else 'denoise pass'
     print(
         f'[{counted(len(result.tokens), "token")}, '
-        f'{counted(result.denoising_steps, "denoise pass")}, '
+        f'{counted(result.denoising_steps, kind)}, '
         f'{result.tokens_per_pass:.2f} tokens per pass (commits and verifications counted), '
         f'{len(result.tokens) / result.seconds:,.0f} tokens/s]'
     )

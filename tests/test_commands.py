@@ -193,7 +193,17 @@ BAD_INPUT = [
         ['--prompt=hi', '--watch', '--mode=autoregressive'],
         'has no canvas to watch',
     ),
-    ('sample', ['--prompt=hi', '--json_schema=/nowhere.json'], '/nowhere.json'),
+    (
+        'sample',
+        ['--prompt=hi', '--json_schema=/nowhere.json'],
+        'error: --json_schema=/nowhere.json: there is no such file.',
+    ),
+    (
+        'sample',
+        ['--prompt=hi', '--mode=autoregressive', '--acceptance=TopK(4)'],
+        "error: --acceptance has no effect in the mode 'autoregressive'; leave it out.",
+    ),
+    ('verify', ['--checkpoint=/nowhere'], 'error: --golden is required; see --help.'),
     (
         'sample',
         ['--prompt=hi', '--gif=/nowhere/x.gif'],

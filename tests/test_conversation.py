@@ -77,6 +77,13 @@ def test_turns_that_the_model_no_longer_sees_are_told_once(model, tokenizer):  #
     assert after.count('[the model no longer sees the first turn of this conversation]') == 1
 
 
+def test_a_chat_of_single_questions_does_not_repeat_that_it_is_one(model, tokenizer):  # noqa: F811
+    chat = make_chat(model, tokenizer, chat={'max_turns': 1})
+    assert 'no longer sees' not in talk(chat, TURNS[0], TURNS[1])
+    with pytest.raises(ValueError, match='The message is empty'):
+        chat.send(' ')
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(chat, monkeypatch):
     talk(chat, TURNS[0])
     tokens, cached, stream = chat.tokens, chat.cached, chat.stream

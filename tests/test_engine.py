@@ -180,12 +180,16 @@ def test_an_automaton_of_the_caller_survives_its_requests():
         ({'prompt': []}, 'The prompt is empty'),
         ({'prompt': [99]}, "outside the model's vocabulary of 23"),
         ({'prompt': [1] * 24}, 'capacity of 24'),
-        ({'prompt': [1] * 20, 'max_new_tokens': 5}, 'has 20 tokens; with 5 new ones'),
+        ({'prompt': [1] * 20, 'max_new_tokens': 5}, 'has 20 tokens, which with max_new_tokens=5'),
         ({'prompt': [1], 'max_new_tokens': 11}, r'max_new_tokens must lie in \[0, 10\], got 11'),
         ({'prompt': [1], 'mode': 'fast'}, "mode must be one of .*got 'fast'"),
         ({'prompt': [1], 'temperature': -1.0}, 'temperature'),
         ({'prompt': [1], 'temperature': 1.0, 'top_p': 0.0}, 'top_p'),
+        ({'prompt': [1], 'top_p': 2.0}, r'top_p must lie in \(0, 1\], got 2.0'),
         ({'prompt': [1], 'stop': ['.']}, 'need an engine with a tokenizer'),
+        ({'prompt': [1], 'stop': 'end'}, "must be a list of texts that are not empty, got 'end'"),
+        ({'prompt': [1], 'stop': ['end', '']}, 'must be a list of texts that are not empty'),
+        ({'prompt': [1], 'stop': [3]}, 'must be a list of texts that are not empty'),
         (
             {'prompt': [1], 'temperature': 1.0, 'controls': Controls(temperature=jnp.ones(1))},
             'or controls.temperature, not both',
@@ -201,8 +205,10 @@ def test_an_unfit_request_is_one_clear_error_and_leaves_nothing_behind(request_,
 
 @pytest.mark.parametrize('field', ['slots', 'multiple', 'max_groups', 'prefill_together'])
 def test_an_engine_of_no_slots_is_one_clear_error(field):
-    with pytest.raises(ValueError, match=f'{field} must be >= 1, got 0'):
+    with pytest.raises(ValueError, match=f'{field} must be a whole number >= 1, got 0'):
         new_engine(**{field: 0})
+    with pytest.raises(ValueError, match=f'{field} must be a whole number >= 1, got 2.5'):
+        new_engine(**{field: 2.5})
 
 
 TEXT = st.text(st.characters(codec='utf-8'), max_size=12) | st.sampled_from(['a😀b', 'né', '日本'])

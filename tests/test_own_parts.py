@@ -45,6 +45,15 @@ class Front:
     def weights(self, probabilities, valid):
         return jnp.where(valid & (jnp.arange(valid.shape[-1]) < self.places), 1.0, 0.0)
 
+@dataclasses.dataclass(frozen=True)
+class Narrow:
+    def next_canvas(self, proposal):
+        return proposal.canvas[:, :2]
+
+class Plain:
+    def next_canvas(self, proposal):
+        return proposal.canvas
+
 def not_a_class():
     raise AssertionError('called')
 """
@@ -100,6 +109,13 @@ def test_a_config_names_the_weights_of_a_draft_by_their_module(own):
         (lambda own: SamplingConfig(acceptance='no_such_module_here.First()'), 'No module named'),
         (lambda own: SamplingConfig(acceptance=f'{own}.Last()'), 'is neither a rule nor a number'),
         (lambda own: SamplingConfig(acceptance=f'{own}.not_a_class()'), 'is neither a rule'),
+        (lambda own: SamplingConfig(acceptance=f'{own}.Last()'), 'has no Last'),
+        (lambda own: SamplingConfig(acceptance=f'{own}.Plain()'), 'it must be a dataclass'),
+        (lambda own: SamplingConfig(acceptance=f"{own}.First('2')"), 'arguments are numbers, tup'),
+        (
+            lambda own: SamplingConfig(acceptance=f'{own}.Narrow()'),
+            r'Narrow\(\).next_canvas returned int32\[2, 2\]; it must return the canvas',
+        ),
         (lambda own: SamplingConfig(acceptance=f'{own}.Focal()'), 'has no method next_canvas'),
         (lambda own: SamplingConfig(acceptance=f'{own}.First(n=1)'), 'names no rule'),
         (lambda own: Stage1Config(token_loss=f'{own}.First()'), 'no method __call__'),

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from toy_model import ToyConfig, ToyModel, toy
 
-from diffusiongemma.sampling import Sampler, SamplingConfig, pad_prompts
+from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, pad_prompts
 
 C = 4
 KEY = jax.random.key(0)
@@ -32,6 +32,12 @@ def test_samplers_of_equal_parts_are_equal_and_hashable():
         ({'lengths': np.array([5, 1])}, r'lie in \[1, 4\].*row 0 has 5'),
         ({'tokens': np.full((2, 4), 23)}, 'Token 23 in row 0, column 0 is outside .* of 23'),
         ({'tokens': np.full((2, 4), -1)}, 'Token -1 in row 0'),
+        ({'rng': 0}, 'rng must be a key such as jax.random.key'),
+        (
+            {'controls': Controls(max_new_tokens=np.array([3.7, 2.0]))},
+            'controls.max_new_tokens must hold whole numbers, got float',
+        ),
+        ({'controls': Controls(pinned=np.full((2, 3), 0.5))}, 'controls.pinned must hold whole'),
         ({'rng': jax.random.split(KEY, 3)}, r'one key or one per row, \(2,\).*\(3,\)'),
     ],
 )
@@ -69,6 +75,9 @@ def test_a_prompt_that_leaves_no_room_for_the_response_is_refused():
         ({'stop_ids': (1, -2)}, r'token ids >= 0, got 22 and \(1, -2\)'),
         ({'vocab_size': 0}, 'vocab_size must be >= 1, got 0'),
         ({'prefill_chunk': 0}, 'prefill_chunk must be >= 1, got 0'),
+        ({'top_k': 2.5}, 'top_k must be a whole number, got 2.5'),
+        ({'max_draft_steps': True}, 'max_draft_steps must be a whole number, got True'),
+        ({'temperature': '0.1'}, "temperature must be a number, got '0.1'"),
     ],
 )
 def test_an_unfit_config_is_refused_with_its_value(fields, message):

@@ -307,6 +307,7 @@ BAD_CHATS = {
         {'response_format': {'type': 'json_schema', 'json_schema': {'schema': {'type': 'x'}}}},
         "'x'|\"x\"",
     ),
+    'an empty message': ({'messages': user(' ')}, 'the last message is empty'),
     'too long': ({'messages': user('apple ' * 300)}, 'capacity of 256'),
 }  # fmt: skip
 
@@ -417,7 +418,11 @@ def test_a_server_that_ends_refuses_what_is_new(http, service, monkeypatch):
 def test_a_broken_connection_cancels_its_request(url, http, service):
     body = {'messages': user(PAUL), 'mode': 'autoregressive', 'seed': 0}
     answer_to(url, body)  # compiles
-    answered = metrics(http)['answers_total{mode="autoregressive",reason="stop"}']
+    # Its passes are causal ones.
+    totals = metrics(http)
+    assert totals['denoise_passes_total{mode="autoregressive"}'] == 0
+    assert totals['causal_passes_total{mode="autoregressive"}'] > 0
+    answered = totals['answers_total{mode="autoregressive",reason="stop"}']
     for path, changes in (
         (CHAT, {'stream': True}), (CHAT, {'stream': False}), ('/v1/frames', {'mode': 'lossless'}),
     ):  # fmt: skip

@@ -111,9 +111,9 @@ class TrainIterator(grain.DatasetIterator):
         ]
         if differing:
             raise ValueError(
-                'The saved data state belongs to another data stream, so its place means nothing '
-                f'in this one ({"; ".join(differing)}). Resume with the same data settings, or '
-                'start the data afresh.'
+                'The saved run has other data settings, so its saved data state belongs to '
+                f'another data stream ({"; ".join(differing)}). Resume with the same settings, or '
+                'start a new run in another workdir.'
             )
         self._batches.set_state(copy.deepcopy(state['grain']))  # grain modifies its state in place
 

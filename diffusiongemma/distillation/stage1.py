@@ -127,6 +127,11 @@ class Stage1(Stage1Config):
         def score(hidden: jax.Array, clean: jax.Array, targets: Any, weight: jax.Array) -> tuple:
             logits = model.apply({'params': params}, hidden, method='unembed')
             loss = token_loss(logits, clean, teacher.read(targets), weight)
+            if jnp.shape(loss) != clean.shape:
+                raise ValueError(
+                    f'{token_loss!r} returned an array of shape {list(jnp.shape(loss))}; it must '
+                    f'return the loss of each position, {list(clean.shape)}.'
+                )
             return loss, canvases.hits(logits, clean)
 
         chunk = model.execution.logits_chunk

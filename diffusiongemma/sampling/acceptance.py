@@ -121,10 +121,47 @@ def first_state(rule: AcceptanceRule, canvas: Int[Array, 'B C']) -> Any:
 def next_canvas(
     rule: AcceptanceRule, proposal: Proposal, state: Any
 ) -> tuple[Int[Array, 'B C'], Any]:
-    """Returns the canvas [B, C] int32 that a rule makes, and the new state of the rule."""
+    """Returns the canvas [B, C] int32 that a rule makes, and the new state of the rule.
+
+    Raises:
+      ValueError: if the rule returns anything but a canvas.
+    """
+    canvas: Any
     if isinstance(rule, StatefulRule):
-        return rule.next_canvas(proposal, state)
-    return rule.next_canvas(proposal), None
+        canvas, state = rule.next_canvas(proposal, state)
+    else:
+        canvas, state = rule.next_canvas(proposal), None
+    shape, dtype = jnp.shape(canvas), jnp.result_type(canvas)
+    if shape != proposal.canvas.shape or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f'{rule!r}.next_canvas returned {dtype}{list(shape)}; it must return the canvas, '
+            f'int32{list(proposal.canvas.shape)}.'
+        )
+    return canvas, state
+
+
+def check_rule(rule: AcceptanceRule) -> None:
+    """Raises ValueError if a rule does not return a canvas; traces it with small shapes."""
+
+    def trial() -> Any:
+        tokens, zeros = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3))  # [B, C]
+        proposal = Proposal(
+            canvas=tokens,
+            candidates=tokens,
+            noise=tokens,
+            open=tokens == 0,
+            entropies=zeros,
+            confidences=zeros,
+            margins=zeros,
+            noise_level=jnp.ones(()),
+            next_noise_level=jnp.zeros(()),
+            keys=jax.random.split(jax.random.key(0), 2),
+            vocab_size=4,
+            logits=jnp.zeros((2, 3, 4)),
+        )
+        return next_canvas(rule, proposal, first_state(rule, tokens))
+
+    jax.eval_shape(trial)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +217,10 @@ class TopK:
     reads_logits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f'k must be >= 1 position per denoise step, got {self.k}.')
+        if not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(
+                f'k must be a whole number >= 1 of positions per denoise step, got {self.k!r}.'
+            )
 
     def accept(
         self, confidences: Float[Array, '*B C'], open_positions: Bool[Array, '*B C']

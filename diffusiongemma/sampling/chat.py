@@ -45,6 +45,7 @@ class ChatSampler:
 
     Attributes:
       sampler: the sampler of the next turn.
+      max_turns: the maximum number of turns that the model sees; None for all that fit.
       tokens: the token ids of the conversation so far, which precede the next turn.
     """
 
@@ -88,7 +89,7 @@ class ChatSampler:
             raise ValueError(f'max_turns must be >= 1 turn, got {max_turns}; None takes all.')
         self.sampler, self._params, self._tokenizer, self._rng = sampler, params, tokenizer, rng
         self._system, self._thinking = system, thinking
-        self._capacity, self._multiple, self._max_turns = capacity, multiple, max_turns
+        self._capacity, self._multiple, self.max_turns = capacity, multiple, max_turns
         self._cache = ConversationCache(
             sampler.model,
             params,
@@ -129,12 +130,14 @@ class ChatSampler:
           text: the text of the user.
 
         Raises:
-          ValueError: if this turn alone, with a response of max_new_tokens, exceeds the capacity
-            or the positions of the model.
+          ValueError: if the text is empty, or this turn alone, with a response of max_new_tokens,
+            exceeds the capacity or the positions of the model.
         """
+        if not text.strip():
+            raise ValueError('The message is empty; write a text to answer.')
         history = self._history
-        if self._max_turns is not None:
-            history = history[len(history) - min(len(history), self._max_turns - 1) :]
+        if self.max_turns is not None:
+            history = history[len(history) - min(len(history), self.max_turns - 1) :]
         tokens = self._prompt(history, text)
         while history and not self._has_room(len(tokens)):
             history = history[1:]

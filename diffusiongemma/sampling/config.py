@@ -3,11 +3,34 @@
 import dataclasses
 from typing import Any
 
-from diffusiongemma.sampling.acceptance import AcceptanceRule, Ancestral, EntropyBound
+import numpy as np
+
+from diffusiongemma.sampling.acceptance import (
+    AcceptanceRule,
+    Ancestral,
+    EntropyBound,
+    check_rule,
+)
 from diffusiongemma.sampling.drafts import DraftSource
 from diffusiongemma.sampling.rules import RULES, read_rule
 from diffusiongemma.sampling.schedule import TemperatureSchedule
 from diffusiongemma.sampling.stopping import Never, StableAndConfident, StoppingRule
+
+_WHOLE_NUMBERS = (
+    'max_new_tokens',
+    'max_denoising_steps',
+    'max_draft_steps',
+    'lookup_ngram',
+    'top_k',
+    'pad_id',
+    'vocab_size',
+    'prefill_chunk',
+    'logprobs',
+)
+
+
+def _is_shipped(rule: AcceptanceRule) -> bool:
+    return type(rule).__module__.startswith('diffusiongemma.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +114,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, 'stop_ids', tuple(int(i) for i in self.stop_ids))
+        self._check_types()
         if self.max_new_tokens < 1:
             raise ValueError(
                 f'max_new_tokens must be >= 1, got {self.max_new_tokens}; '
@@ -133,11 +157,24 @@ class SamplingConfig:
         self._check_drafts()
         for name in RULES:
             object.__setattr__(self, name, read_rule(name, getattr(self, name)))
+        if self.acceptance is not None and not _is_shipped(self.acceptance):
+            check_rule(self.acceptance)
         self._check_one_rule('acceptance', 'entropy_bound')
         self._check_one_rule('stopping', 'stability_threshold')
         self._check_one_rule('stopping', 'confidence_threshold')
         # The constructors of these rules check their numbers.
         _ = self.schedule, self.acceptance_rule, self.stopping_rule
+
+    def _check_types(self) -> None:
+        for name in _WHOLE_NUMBERS:
+            value = getattr(self, name)
+            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+            if value is not None and not whole:
+                raise ValueError(f'{name} must be a whole number, got {value!r}.')
+        for name in ('temperature', 'top_p', 't_min', 't_max', 'temperature_exponent'):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (int, float, np.number)):
+                raise ValueError(f'{name} must be a number, got {value!r}.')
 
     def _check_drafts(self) -> None:
         if self.max_draft_steps < 1:

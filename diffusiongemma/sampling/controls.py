@@ -100,6 +100,13 @@ class Controls:
             'seed': self.seed,
             'allowed_index': self.allowed_index,
         }
+        numbers = {'temperature', 'top_p'}
+        for name, array in (rows | positions).items():
+            if array is None or name in numbers or _is_integer(array):
+                continue
+            raise ValueError(
+                f'controls.{name} must hold whole numbers, got {jnp.result_type(array)}.'
+            )
         for name, array in rows.items():
             if array is not None and np.shape(array) != (batch_size,):
                 raise ValueError(
@@ -284,6 +291,10 @@ def _slice(
     """Returns columns of a table [B, T] -> [B, length] from offsets [B] on, OPEN after the end."""
     columns = offsets[:, None] + jnp.arange(length)
     return jnp.take_along_axis(table, columns, axis=1, mode='fill', fill_value=OPEN)
+
+
+def _is_integer(array: AnyArray) -> bool:
+    return jnp.issubdtype(jnp.result_type(array), jnp.integer)
 
 
 def _check_range(

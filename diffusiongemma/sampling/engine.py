@@ -101,8 +101,8 @@ class Engine:
             'prefix_block': prefix_block,
         }  # fmt: skip
         for name, number in numbers.items():
-            if number < 1:
-                raise ValueError(f'{name} must be >= 1, got {number}.')
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f'{name} must be a whole number >= 1, got {number!r}.')
         if prefixes and prefill_together > 1:
             raise ValueError(
                 f'prefixes={prefixes} are for prompts that are encoded one by one; leave '
@@ -173,10 +173,10 @@ class Engine:
             that does not match the engine.
         """
         controls = Controls() if controls is None else controls
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f'stop must be a list of texts that are not empty, got {stop!r}.')
         if stop and self._tokenizer is None:
             raise ValueError('stop texts need an engine with a tokenizer.')
-        if '' in stop:
-            raise ValueError("a stop text must not be empty, got ''.")
         numbers = {'temperature': temperature, 'top_p': top_p, 'max_new_tokens': max_new_tokens}
         for name, number in numbers.items():
             if number is not None and getattr(controls, name) is not None:
@@ -187,8 +187,10 @@ class Engine:
         if temperature:
             row_temperature = np.full(1, temperature, np.float32)
             controls = dataclasses.replace(controls, temperature=row_temperature)
-        if top_p is not None and sampler.config.temperature > 0:
-            controls = dataclasses.replace(controls, top_p=np.full(1, top_p, np.float32))
+        if top_p is not None:
+            dataclasses.replace(sampler.config, top_p=top_p)  # raises if it is out of range
+            if sampler.config.temperature > 0:
+                controls = dataclasses.replace(controls, top_p=np.full(1, top_p, np.float32))
         limit = self._limit(prompt, max_new_tokens, controls)
         controls = dataclasses.replace(controls, max_new_tokens=np.full(1, limit, np.int32))
         key = typed_key(jax.random.key(rng) if isinstance(rng, int) else rng).reshape(1)
@@ -279,13 +281,17 @@ class Engine:
             limit = int(np.asarray(controls.max_new_tokens).reshape(()))
         if limit is None and room >= 1:
             return min(most, room)
-        limit = 1 if limit is None else limit
+        if limit is None:
+            raise ValueError(
+                f'The prompt has {len(prompt)} tokens, which leaves no room for a response in the '
+                f'capacity of {self.capacity}. Shorten the prompt.'
+            )
         if not 0 <= limit <= most:
             raise ValueError(f'max_new_tokens must lie in [0, {most}], got {limit}.')
         if limit > room:
             raise ValueError(
-                f'The prompt has {len(prompt)} tokens; with {limit} new ones that is more than '
-                f'the capacity of {self.capacity}. Shorten the prompt, or ask for fewer tokens.'
+                f'The prompt has {len(prompt)} tokens, which with max_new_tokens={limit} is more '
+                f'than the capacity of {self.capacity}. Shorten the prompt or lower max_new_tokens.'
             )
         return limit
 

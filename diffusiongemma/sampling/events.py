@@ -33,6 +33,11 @@ class Result:
     scores: TokenScores | None = None
 
     @property
+    def denoise_passes(self) -> int:
+        """Returns the number of denoise passes; 0 in autoregressive mode."""
+        return 0 if self.mode == 'autoregressive' else self.denoising_steps
+
+    @property
     def passes(self) -> int:
         """Returns the number of denoise, commit and verify passes, without the prefill."""
         return self.denoising_steps + self.causal_passes

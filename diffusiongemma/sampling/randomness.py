@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def row_keys(rng: jax.Array, batch_size: int) -> jax.Array:
@@ -19,7 +20,9 @@ def row_keys(rng: jax.Array, batch_size: int) -> jax.Array:
 
 
 def typed_key(rng: jax.Array) -> jax.Array:
-    """Returns `rng` as a typed key array; it may be typed or raw uint32."""
+    """Returns `rng` as a typed key array; it may be typed or raw uint32, else ValueError."""
+    if not isinstance(rng, (jax.Array, np.ndarray)):
+        raise ValueError(f'rng must be a key such as jax.random.key(0), got {rng!r}.')
     if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         return rng
     return jax.random.wrap_key_data(rng)

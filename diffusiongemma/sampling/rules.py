@@ -113,7 +113,10 @@ def _evaluate(node: ast.expr, known: dict[str, type]) -> Any:
             return tuple(_evaluate(element, known) for element in node.elts)
         case ast.Name() | ast.Attribute():
             return _class_of(node, known)()
-    raise TypeError(f'{ast.unparse(node)!r} is neither a rule nor a number')
+    raise TypeError(
+        f'{ast.unparse(node)!r} is neither a rule nor a number; arguments are numbers, tuples and '
+        'other rules'
+    )
 
 
 def _class_of(node: ast.expr, known: dict[str, type]) -> type:
@@ -124,10 +127,15 @@ def _class_of(node: ast.expr, known: dict[str, type]) -> type:
     if module:
         try:
             cls = getattr(importlib.import_module(module), last, None)
-        except ImportError as error:
-            raise TypeError(str(error)) from error
+        except Exception as error:  # importing a user's module may raise anything
+            raise TypeError(
+                f'importing {module} failed: {type(error).__name__}: {error}'
+            ) from error
+    if cls is None:
+        where = f'the module {module} has no {last}' if module else 'no such name'
+        raise TypeError(f'{name!r} is neither a rule nor a number: {where}')
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise TypeError(f'{name!r} is neither a rule nor a number')
+        raise TypeError(f'{name!r} is neither a rule nor a number: it must be a dataclass')
     return cls
 
 

@@ -43,10 +43,12 @@ def generate_text(
       The answers, without thoughts and turn end, and the sampler's output.
 
     Raises:
-      ValueError: if the sampler does not stop at the tokenizer's end of turn, or if there are no
-        prompts.
+      ValueError: if the sampler does not stop at the tokenizer's end of turn, if there are no
+        prompts, or if `prompts` is a text.
     """
     check_stops(sampler, tokenizer)
+    if isinstance(prompts, str):
+        raise ValueError('prompts must be a list of texts, got one text; write [prompt].')
     formatted = [tokenizer.format_prompt(prompt, system) for prompt in prompts]
     tokens, lengths = pad_prompts(formatted, tokenizer.pad_id, multiple=multiple)
     output = sampler(params, tokens, lengths, rng=rng, controls=controls)

@@ -106,8 +106,8 @@ class Form:
         costs: dict[str, Any] = {
             'mode': result.mode,
             'seed': self._task.seed,
-            'denoise_passes': result.denoising_steps,
-            'causal_passes': result.causal_passes,
+            'denoise_passes': result.denoise_passes,
+            'causal_passes': result.passes - result.denoise_passes,
             'tokens_per_pass': round(result.tokens_per_pass, 3),
         }
         if accepted is not None and accepted.sum():

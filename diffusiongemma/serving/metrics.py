@@ -14,8 +14,8 @@ _HELP = {
     'answers_total': 'Answers by decode mode and finish reason.',
     'prompt_tokens_total': 'Tokens of the prompts of answered requests.',
     'tokens_total': 'Tokens of answers by decode mode, including the stop token.',
-    'denoise_passes_total': 'Denoise passes by decode mode; all passes of the autoregressive mode.',
-    'causal_passes_total': 'Commit and verify passes by decode mode.',
+    'denoise_passes_total': 'Denoise passes by decode mode.',
+    'causal_passes_total': 'Causal passes by decode mode: commits, verifications, single tokens.',
 }
 
 
@@ -43,8 +43,8 @@ class Metrics:
             self._counts['answers_total'][(*mode, ('reason', result.reason))] += 1
             self._counts['prompt_tokens_total'][()] += prompt_tokens
             self._counts['tokens_total'][mode] += len(result.tokens)
-            self._counts['denoise_passes_total'][mode] += result.denoising_steps
-            self._counts['causal_passes_total'][mode] += result.causal_passes
+            self._counts['denoise_passes_total'][mode] += result.denoise_passes
+            self._counts['causal_passes_total'][mode] += result.passes - result.denoise_passes
             if result.accepted_lengths is not None:
                 for length, count in enumerate(result.accepted_lengths.tolist()):
                     self._accepted[length] += count

@@ -51,6 +51,8 @@ def read_conversation(fields: Fields, tokenizer: Tokenizer) -> list[int]:
             f'and ending with the user; got {", ".join(roles) or "no user"}.'[:300],
         )
     texts = [text for _, text in turns]
+    if not texts[-1].strip():
+        raise fields.error('messages', 'the content of the last message is empty.')
     try:
         return conversation_tokens(tokenizer, texts, system)
     except ValueError as error:

@@ -94,7 +94,8 @@ class Conversation:
     def _answer(self, text: str) -> None:
         start, shown = time.perf_counter(), 0
         for reply in interruptible(self._chat.stream(text)):
-            if reply.forgotten > self._forgotten:
+            # A chat of single questions says so at its start.
+            if reply.forgotten > self._forgotten and self._chat.max_turns != 1:
                 self._write(f'[{_sees(reply.forgotten)}]\n')
                 self._forgotten = reply.forgotten
             # A character can span several tokens; an incomplete one is not shown yet.
