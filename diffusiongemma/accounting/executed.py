@@ -39,16 +39,16 @@ def executed_flops(
         instead of by rows. A tile with rows of several groups is multiplied once per group.
       kernels: the FLOPs of kernels without an estimate (`flops.kernel_flops`).
     """
-    known: dict[str, float] = {}
+    flops_by_name: dict[str, float] = {}
 
-    def of_computation(name: str) -> float:
-        if name not in known:
+    def computation_flops(name: str) -> float:
+        if name not in flops_by_name:
             instructions = program.computations.get(name, [])
             shapes = {i.name: i.shape for i in instructions}
-            known[name] = sum(of_instruction(i, shapes) for i in instructions)
-        return known[name]
+            flops_by_name[name] = sum(instruction_flops(i, shapes) for i in instructions)
+        return flops_by_name[name]
 
-    def of_instruction(instruction: Instruction, shapes: Mapping[str, str]) -> float:
+    def instruction_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float:
         if instruction.op == 'convolution':
             return _convolution_flops(instruction, shapes)
         if instruction.op == 'dot':
@@ -57,12 +57,12 @@ def executed_flops(
             if not _ESTIMATE.search(instruction.tail):
                 return kernels.get(_kernel_shapes(instruction, shapes), 0.0)
             return _kernel_flops(instruction, shapes, whole_tiles)
-        inner = [of_computation(name) for name in instruction.called()]
+        inner = [computation_flops(name) for name in instruction.called()]
         if instruction.op == 'conditional':
             return max(inner, default=0.0)
         return program.trips(instruction) * sum(inner)
 
-    return of_computation(program.entry)
+    return computation_flops(program.entry)
 
 
 def _dot_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float:

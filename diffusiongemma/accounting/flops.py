@@ -51,7 +51,7 @@ def count_flops(function: Callable[..., Any], *args: Any) -> Flops:
 
 def flops_of(traced: core.ClosedJaxpr) -> Flops:
     """Returns the FLOPs of a traced function, as `count_flops` counts them."""
-    return _of_jaxpr(traced.jaxpr)
+    return _jaxpr_flops(traced.jaxpr)
 
 
 def kernel_flops(traced: core.ClosedJaxpr) -> dict[KernelShapes, float]:
@@ -78,11 +78,11 @@ def kernel_flops(traced: core.ClosedJaxpr) -> dict[KernelShapes, float]:
     return flops
 
 
-def _of_jaxpr(jaxpr: Any, again: bool = False) -> Flops:
-    return sum((_of_equation(equation, again) for equation in jaxpr.eqns), Flops(0.0, 0.0))
+def _jaxpr_flops(jaxpr: Any, again: bool = False) -> Flops:
+    return sum((_equation_flops(equation, again) for equation in jaxpr.eqns), Flops(0.0, 0.0))
 
 
-def _of_equation(equation: Any, again: bool) -> Flops:
+def _equation_flops(equation: Any, again: bool) -> Flops:
     """Returns the FLOPs of an equation; all are recomputed if `again` is true."""
     name, params = equation.primitive.name, equation.params
     again |= 'rematted_computation' in str(equation.source_info.name_stack)
@@ -92,7 +92,7 @@ def _of_equation(equation: Any, again: bool) -> Flops:
         return _split(_ragged_dot_flops(equation), again)
     if name == 'pallas_call':
         return _kernel_flops(params, again)
-    inner = [_of_jaxpr(jaxpr, again) for jaxpr in _inner_jaxprs(params)]
+    inner = [_jaxpr_flops(jaxpr, again) for jaxpr in _inner_jaxprs(params)]
     if not inner:
         return Flops(0.0, 0.0)
     if name == 'cond':
@@ -117,7 +117,7 @@ def _kernel_flops(params: dict[str, Any], again: bool) -> Flops:
     estimate = params.get('cost_estimate')
     if estimate is not None:
         return _split(float(estimate.flops), again)
-    flops = sum(_of_jaxpr(params['jaxpr'])) * math.prod(params['grid_mapping'].grid)
+    flops = sum(_jaxpr_flops(params['jaxpr'])) * math.prod(params['grid_mapping'].grid)
     name = str(params.get('name', ''))
     share = 1.0 if again else sum(s for k, s in _REPEATED_IN_KERNEL.items() if name.startswith(k))
     return Flops((1 - share) * flops, share * flops)

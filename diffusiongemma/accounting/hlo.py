@@ -37,7 +37,7 @@ _FREE = {
 
 
 # Ops that read only as many bytes of their first operand as their result has.
-_PICKS = ('dynamic-slice', 'slice', 'gather')
+_SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
 class Instruction(NamedTuple):
@@ -126,8 +126,8 @@ class Program:
 
         It is known from an attribute of the loop, or if the condition is `counter < constant`.
         """
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.tail):
-            return int(known[1])
+        if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.tail):
+            return int(match[1])
         condition = re.search(r'condition=%?([\w.\-]+)', instruction.tail)
         body = self.computations.get(condition[1], []) if condition else []
         limits = [
@@ -234,7 +234,7 @@ def _fusion_reads(
             continue
         full = _bytes(shapes.get(fusion.operands[number], ''), hbm=True)
         users = [i for i in inner if name in i.operands]
-        if full and users and all(i.op in _PICKS and i.operands[0] == name for i in users):
+        if full and users and all(i.op in _SLICES and i.operands[0] == name for i in users):
             full = min(full, sum(_bytes(i.shape) for i in users))
         elif users and all(i.op == 'dynamic-update-slice' and i.operands[0] == name for i in users):
             full = 0  # written in place

@@ -28,21 +28,21 @@ def peak_bytes(program: Program, counts: Callable[[str], float]) -> float:
       counts: returns the bytes of an array from its shape as HLO writes it ('f32[8,4]{1,0}'), or 0
         for an array that does not count.
     """
-    known: dict[str, float] = {}
+    peaks: dict[str, float] = {}
 
-    def of_computation(name: str) -> float:
-        if name not in known:
-            known[name] = 0.0
+    def computation_peak(name: str) -> float:
+        if name not in peaks:
+            peaks[name] = 0.0
             instructions = program.computations.get(name, [])
-            known[name] = _Schedule(instructions, counts, inner).peak()
-        return known[name]
+            peaks[name] = _Schedule(instructions, counts, inner).peak()
+        return peaks[name]
 
     def inner(instruction: Instruction) -> float:
         if instruction.op not in ('while', 'conditional', 'call'):
             return 0.0
-        return max((of_computation(name) for name in instruction.called()), default=0.0)
+        return max((computation_peak(name) for name in instruction.called()), default=0.0)
 
-    return of_computation(program.entry)
+    return computation_peak(program.entry)
 
 
 class _Schedule:

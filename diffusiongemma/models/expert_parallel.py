@@ -271,32 +271,32 @@ def exchanged_pairs(
     """
     num_pairs, top_k, num_local = experts.size, experts.size // x.shape[0], kernels[0].shape[0]
     worst = x.shape[0] * min(top_k, num_local)  # the experts of a token are distinct
-    room = min(worst, math.ceil(ROUND_SLACK * num_pairs / ways))
+    capacity = min(worst, math.ceil(ROUND_SLACK * num_pairs / ways))
     order = jnp.argsort(experts)  # this also sorts by destination
     counts = jnp.bincount(experts // num_local, length=ways)  # [ways], the pairs for each device
     starts = jnp.cumsum(counts) - counts
-    most = jax.lax.pmax(jnp.max(counts), token_axes)
+    largest_count = jax.lax.pmax(jnp.max(counts), token_axes)
     send = functools.partial(jax.lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0)
 
     def take_round(first: jax.Array | int, outputs: jax.Array) -> jax.Array:
-        """Fills in the outputs of up to `room` pairs per destination, from pair `first` on."""
-        place = first + jnp.arange(room)
-        used = place < counts[:, None]  # [ways, room]
+        """Fills in the outputs of up to `capacity` pairs per destination, from pair `first` on."""
+        place = first + jnp.arange(capacity)
+        used = place < counts[:, None]  # [ways, capacity]
         pair = order[jnp.minimum(starts[:, None] + place, num_pairs - 1)]
         tokens = jnp.where(used[..., None], x[pair // top_k], 0)
-        tokens = send(tokens).reshape(ways * room, -1)
+        tokens = send(tokens).reshape(ways * capacity, -1)
         expert = send(jnp.where(used, experts[pair] % num_local, num_local)).reshape(-1)
         token = jnp.arange(expert.size)
         results = grouped_mlps(tokens, token, expert, kernels)
-        results = send(results.reshape(ways, room, -1))
+        results = send(results.reshape(ways, capacity, -1))
         return outputs.at[jnp.where(used, pair, num_pairs)].set(results, mode='drop')
 
     def next_round(outputs: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
         take = jax.checkpoint(functools.partial(take_round, first))
-        return jax.lax.cond(first < most, take, lambda outputs: outputs, outputs), None
+        return jax.lax.cond(first < largest_count, take, lambda outputs: outputs, outputs), None
 
     outputs = take_round(0, jnp.zeros((num_pairs, x.shape[-1]), x.dtype))
-    if room < worst:
-        firsts = jnp.arange(room, worst, room)
+    if capacity < worst:
+        firsts = jnp.arange(capacity, worst, capacity)
         outputs, _ = jax.lax.scan(next_round, outputs, firsts)
     return outputs

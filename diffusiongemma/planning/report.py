@@ -24,7 +24,9 @@ def print_plan(
       change: the advice to print if the program does not fit.
     """
     axes = ', '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1)
-    table = Table(title=f'{plan.name}: {title}, {mesh.size} x {figures.name} ({axes or "alone"})')
+    table = Table(
+        title=f'{plan.name}: {title}, {mesh.size} x {figures.name} ({axes or "one device"})'
+    )
     table.add_column('per device')
     table.add_column('', justify='right')
     for kind, size in plan.kinds.items():
@@ -51,7 +53,7 @@ def print_plan(
     if plan.copies is not None:
         table.add_row('float32 copies of the layers, besides the state', f'{plan.copies:.2f}')
     for resource, seconds in plan.times(figures, mesh.size).items():
-        table.add_row(f'least time for {resource}', f'{1e3 * seconds:.3f} ms')
+        table.add_row(f'minimum time for {resource}', f'{1e3 * seconds:.3f} ms')
     Console(width=100).print(table)
     if mesh.devices.flat[0].platform == 'cpu':
         print(
@@ -72,15 +74,15 @@ def _ratio_label(name: str) -> str:
 def as_json(plan: Plan, figures: DeviceFigures, num_devices: int) -> dict[str, Any]:
     """Returns a plan as JSON types; sizes are bytes of one device, times are seconds."""
     times = plan.times(figures, num_devices)
-    laid_out = dict.fromkeys(field.name for field in dataclasses.fields(Layout))
+    layout = dict.fromkeys(field.name for field in dataclasses.fields(Layout))
     if plan.layout is not None:
-        laid_out = dataclasses.asdict(plan.layout)
+        layout = dataclasses.asdict(plan.layout)
     return {
         'name': plan.name,
         'fits': plan.fits,
         'needed': plan.needed,
         'arguments_by_kind': plan.kinds,
-        **laid_out,
+        **layout,
         'model_flops': plan.flops.model,
         'recomputed_flops': plan.flops.recomputed,
         'executed_flops': plan.executed,
