@@ -230,6 +230,7 @@ def compile_program(
 
 
 def _layout(compiled: jax.stages.Compiled) -> Layout:
+    """Returns the memory layout of a compiled program."""
     memory = compiled.memory_analysis()
     assert memory is not None  # the TPU and CPU compilers both support it
     return Layout(
@@ -242,6 +243,7 @@ def _layout(compiled: jax.stages.Compiled) -> Layout:
 
 
 def _text(compiled: jax.stages.Compiled) -> str:
+    """Returns the HLO text of a compiled program."""
     text = compiled.as_text()
     assert text is not None  # the TPU and CPU compilers both support it
     return text
@@ -279,13 +281,13 @@ def advice(
       what: the kind of program, 'step' or 'sampler'.
     """
     state = sum(kinds.values())
-    splits = 'config.mesh.fsdp' if what == 'step' else 'config.mesh.tensor (or expert)'
+    axis = 'config.mesh.fsdp' if what == 'step' else 'config.mesh.tensor (or expert)'
     if state > 0.8 * figures.hbm_bytes:
-        least = -(-int(state * mesh.size) // int(0.7 * figures.hbm_bytes))
+        num_devices = -(-int(state * mesh.size) // int(0.7 * figures.hbm_bytes))
         return (
             f'parameters, optimizer state and cache take {state / 1e9:.1f} GB of the '
-            f'{figures.hbm_bytes / 1e9:.0f} GB of a device: use a topology of at least {least} '
-            f'such devices and raise {splits}'
+            f'{figures.hbm_bytes / 1e9:.0f} GB of a device: use a topology of at least '
+            f'{num_devices} such devices and raise {axis}'
             + ('; or train only adapters (--config.lora.rank=16).' if what == 'step' else '.')
         )
     rows = (
@@ -295,7 +297,7 @@ def advice(
     )
     return (
         f'parameters, optimizer state and cache fit ({state / 1e9:.1f} GB), but activations do '
-        f'not: lower {rows}, or use a topology with more devices and raise {splits}.'
+        f'not: lower {rows}, or use a topology with more devices and raise {axis}.'
     )
 
 
@@ -314,6 +316,7 @@ def _needed(message: str, arguments: float) -> float | None:
 
 @contextlib.contextmanager
 def _at_level(level: str) -> Iterator[None]:
+    """Sets the optimization level of the compiler inside a `with` block."""
     before = jax.config.values['jax_optimization_level']
     jax.config.update('jax_optimization_level', level)
     try:

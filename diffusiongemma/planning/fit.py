@@ -6,13 +6,13 @@ from diffusiongemma.planning.compiler import Plan
 
 
 def largest_that_fits(
-    rows: int, least: int, plan: Callable[[int], list[Plan]]
+    rows: int, multiple: int, plan: Callable[[int], list[Plan]]
 ) -> tuple[int, list[Plan]]:
     """Doubles the number of rows until the programs do not fit, or halves it until they do.
 
     Args:
       rows: the number of rows to start with.
-      least: the number that must divide the number of rows.
+      multiple: the number that must divide the number of rows.
       plan: a function that compiles the programs for a number of rows.
 
     Returns:
@@ -24,7 +24,7 @@ def largest_that_fits(
         while _fit(larger := plan(2 * rows)):
             rows, plans = 2 * rows, larger
         return rows, plans
-    while not _fit(plans) and rows % 2 == 0 and (rows // 2) % least == 0:
+    while not _fit(plans) and rows % 2 == 0 and (rows // 2) % multiple == 0:
         rows //= 2
         plans = plan(rows)
     return rows, plans
