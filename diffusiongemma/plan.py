@@ -1,9 +1,9 @@
 r"""Tells whether a config fits a TPU slice or some GPUs, and what a step costs, without a device.
 
 It compiles the training step or the sampler with the real TPU compiler (pip install -e '.[plan]')
-and prints memory, FLOPs, traffic and the time that they take at best. No TPU is needed and nothing
-is allocated. For GPUs it uses XLA's CPU compiler, which estimates their memory. The last line of
-the output is JSON.
+and prints memory, FLOPs, traffic and lower bounds of their time. No TPU is needed and nothing is
+allocated. For GPUs it uses XLA's CPU compiler, which estimates their memory. The last line of the
+output is JSON.
 
   python -m diffusiongemma.plan --config=configs/gemma4_26b_a4b.py --topology=v5p:4x4x4 \
     --optimization_level=O1
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
         plans = [compiler.compile_program(p, mesh, figures, _LEVEL.value) for p in planned]
         if _FIT.value:
             fits = all(plan.fits for plan in plans)
-            logging.info('%d rows: %s', rows, 'they fit' if fits else 'too many')
+            logging.info('%d rows %s.', rows, 'fit' if fits else 'do not fit')
         return plans
 
     rows = experiment.data.batch_size if _WHAT.value == 'step' else _BATCH_SIZE.value
@@ -137,7 +137,7 @@ def _planned(
     names = [program.name for program in planned]
     selected = _PROGRAMS.value or names
     if set(selected) - set(names):
-        raise ValueError(f'--programs={selected}: there are {names}.')
+        raise ValueError(f'--programs={selected}: the programs of this sampler are {names}.')
     return [program for program in planned if program.name in selected]
 
 

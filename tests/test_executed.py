@@ -60,10 +60,11 @@ ENTRY %main (a: f32[8,16]) -> f32[8,4] {
 
 def test_loops_branches_batches_padding_and_kernels_count_what_they_execute():
     loop, branch = 5 * 2 * 8 * 4 * 16, 2 * 8 * 8 * 16
-    batched = 2 * 3 * 8 * 4 * 16  # a window of 3 over a dilated batch meets one element each
-    padded = 2 * 4 * 16 * (3 * 6 - 2)  # two of its places meet the padding
+    # At each position over a dilated batch, the window of 3 meets one element.
+    batched = 2 * 3 * 8 * 4 * 16
+    padded = 2 * 4 * 16 * (3 * 6 - 2)  # two positions of the window meet the padding
     assert executed_flops(Program(MATMUL)) == loop + branch + batched + padded + 4000
-    # Seven visits of 4 groups are four tiles and three in which groups meet.
+    # Seven visits of 4 groups are four tiles, and three more for tiles with rows of two groups.
     tiles = executed_flops(Program(MATMUL), whole_tiles=True)
     assert tiles == loop + branch + batched + padded + 4000 * 7 / 4
 
@@ -75,7 +76,7 @@ def test_a_compiled_program_executes_what_is_counted_from_its_trace():
     shapes = jax.ShapeDtypeStruct((8, 16), 'float32'), jax.ShapeDtypeStruct((5, 16, 16), 'float32')
     text = jax.jit(function).lower(*shapes).compile().as_text()
     assert count_flops(function, *shapes).model == 5 * 2 * 8 * 16 * 16
-    if ' dot(' in text:  # and no library's call
+    if ' dot(' in text:  # the compiler may call a library instead
         assert executed_flops(Program(text)) == 5 * 2 * 8 * 16 * 16
 
 
@@ -116,7 +117,7 @@ def test_buffers_count_from_their_making_to_their_last_use():
     def counts(shape):
         return 16.0 if '[4]' in shape or '[2,2]' in shape else 0.0
 
-    # %c takes the place of %b; the loop has its own array and two more.
+    # %c reuses the buffer of %b. The loop has that of its argument, and two more.
     assert peak_bytes(Program(SCHEDULE), counts) == 3 * 16
 
 
@@ -139,7 +140,8 @@ def test_a_pass_needs_each_weight_once_and_experts_as_far_as_tokens_reach(tiny_c
 
     everywhere = needed(('fsdp',), 4000)
     assert everywhere.hbm == pytest.approx(4 * whole + 7)
-    tokens = 1000 * tiny_config.width * 4  # of a device, summed over two in three places a layer
+    # The bytes of a device's tokens, which are summed over two devices three times in each layer.
+    tokens = 1000 * tiny_config.width * 4
     assert everywhere.sent == 4 * (whole - shard) + tiny_config.num_layers * 3 * tokens
     one_token = needed(('fsdp',), 4)
     assert one_token.hbm == pytest.approx(4 * (whole - experts * (1 - 2 / 8)) + 7)
@@ -167,6 +169,7 @@ def test_a_model_is_cut_to_whole_patterns():
 
 
 def _size(leaf):
+    """Returns the number of elements of a leaf's shard."""
     shape = leaf.sharding.shard_shape(leaf.shape)
     size = 1
     for side in shape:

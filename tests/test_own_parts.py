@@ -28,7 +28,8 @@ class First:
     count: int = 1
 
     def next_canvas(self, proposal):
-        return proposal.take(jnp.arange(proposal.canvas.shape[1]) < jnp.full((1, 1), self.count))
+        first = jnp.arange(proposal.canvas.shape[1]) < self.count
+        return proposal.take(jnp.broadcast_to(first, proposal.canvas.shape))
 
 @dataclasses.dataclass(frozen=True)
 class Focal:

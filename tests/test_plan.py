@@ -77,11 +77,12 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
 def test_collectives_count_as_often_as_their_loop_runs_and_know_their_axis(groups, axes):
     program = Program(LOOP.replace('GROUPS', groups))
     assert program.runs['body'] == 5
-    found = {c.kind: c for c in program.collectives({'data': 2, 'fsdp': 2})}
-    # A ring of 2: half of the 256 bytes. The one with the same channel is the same.
-    assert found['all-gather'] == Collective('all-gather', axes, 5, 5 * 128)
-    assert found['all-reduce'] == Collective('all-reduce', 'data+fsdp', 5, 5 * 2 * 256 * 3 / 4)
-    assert found['collective-permute'] == Collective('collective-permute', 'data', 1, 128)
+    by_kind = {c.kind: c for c in program.collectives({'data': 2, 'fsdp': 2})}
+    # In a ring of 2, each device sends half of the 256 bytes. An all-gather with the same channel
+    # is the same collective and counts once.
+    assert by_kind['all-gather'] == Collective('all-gather', axes, 5, 5 * 128)
+    assert by_kind['all-reduce'] == Collective('all-reduce', 'data+fsdp', 5, 5 * 2 * 256 * 3 / 4)
+    assert by_kind['collective-permute'] == Collective('collective-permute', 'data', 1, 128)
 
 
 EXCHANGED = """
@@ -100,10 +101,11 @@ def test_collectives_of_one_computation_count_each_though_they_share_a_channel()
 
 def test_memory_traffic_leaves_out_what_is_on_the_chip():
     program = Program(LOOP.replace('GROUPS', 'replica_groups={{0,1},{2,3}}'))
-    gather, reduce = 128, 256  # reads x, writes to the chip; reads that, writes 256
+    # The all-gather reads x from HBM and writes to the chip, where the all-reduce reads.
+    gather, reduce = 128, 256
     condition = 4 + 4 + 1
-    once = (128 + 256) + (128 + 128)  # the all-gather and the permutation of the entry
-    assert program.hbm_bytes() == 5 * (gather + reduce + condition) + once
+    entry = (128 + 256) + (128 + 128)  # the all-gather and the permutation outside the loop
+    assert program.hbm_bytes() == 5 * (gather + reduce + condition) + entry
 
 
 SLICED = """
@@ -139,7 +141,7 @@ def test_what_a_program_needs_is_read_from_the_compilers_complaint(message, need
 @pytest.mark.parametrize(
     'rules, rows, sliding, full',
     [
-        # [G, B, K, R, H]: a ring of 7 slots of 2 heads, and 12 slots of 1 head.
+        # The cache is [G, B, K, R, H]: a ring of 7 slots with 2 heads, and 12 slots with 1 head.
         ({}, ('data', 'fsdp'), (None, None), (None, 'sequence')),
         ({'kv_heads': ('sequence',)}, ('data', 'fsdp'), ('sequence', None), (None, 'sequence')),
         ({'batch': ('data',), 'slots': ()}, 'data', (None, None), (None, None)),
@@ -151,29 +153,30 @@ def test_a_planned_cache_lies_as_the_axis_table_says(rules, rows, sliding, full,
     assert set(mesh.axis_names) == set(MESH_AXES)
     model = on_mesh(DiffusionGemma(tiny_config), mesh, rules_with(rules))
     cache = jax.eval_shape(lambda: KVCache.create(tiny_config, 4, 12))
-    found = cache_shardings(model, cache, mesh)
-    assert found.lengths.spec == PartitionSpec(rows)
-    for (keys, values), spec in zip(found.kv[0], (sliding, full), strict=True):
+    shardings = cache_shardings(model, cache, mesh)
+    assert shardings.lengths.spec == PartitionSpec(rows)
+    for (keys, values), spec in zip(shardings.kv[0], (sliding, full), strict=True):
         assert keys.spec == values.spec == PartitionSpec(None, rows, *spec, None)
 
 
 def plan(*flags, code=0):
-    done = subprocess.run(
+    """Runs the command and returns the JSON that it prints, or its stderr if `code` is not 0."""
+    process = subprocess.run(
         [sys.executable, '-m', 'diffusiongemma.plan', *flags],
         cwd=ROOT,
         env=os.environ | {'XLA_FLAGS': ''},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == code, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1]) if code == 0 else done.stderr
+    assert process.returncode == code, process.stdout + process.stderr
+    return json.loads(process.stdout.splitlines()[-1]) if code == 0 else process.stderr
 
 
 @pytest.mark.slow
 def test_a_step_is_planned_for_gpus_without_one():
-    found = plan(*SMALL, '--topology=H100:4', '--config.mesh.data=2', '--config.mesh.fsdp=2')
-    assert found['device']['name'] == 'H100' and found['mesh']['fsdp'] == 2
-    (step,) = found['programs']
+    result = plan(*SMALL, '--topology=H100:4', '--config.mesh.data=2', '--config.mesh.fsdp=2')
+    assert result['device']['name'] == 'H100' and result['mesh']['fsdp'] == 2
+    (step,) = result['programs']
     assert step['fits'] and step['hbm_traffic'] is None
     assert step['needed'] > step['arguments'] >= 0.99 * sum(step['arguments_by_kind'].values())
     assert set(step['times']) == {'compute', 'interconnect'}
@@ -198,10 +201,10 @@ def test_a_gpu_is_told_from_another_whose_name_begins_alike():
 @pytest.mark.slow
 @needs_compiler
 def test_a_step_is_planned_for_eight_tpus():
-    found = plan(*SMALL, '--topology=v5e:2x4', '--config.mesh.data=2', '--config.mesh.fsdp=4')
-    assert found['mesh']['fsdp'] == 4 and found['optimization_level'] == 'O1'
-    (step,) = found['programs']
-    assert step['fits'] and 0 < step['needed'] < found['device']['hbm_bytes']
+    result = plan(*SMALL, '--topology=v5e:2x4', '--config.mesh.data=2', '--config.mesh.fsdp=4')
+    assert result['mesh']['fsdp'] == 4 and result['optimization_level'] == 'O1'
+    (step,) = result['programs']
+    assert step['fits'] and 0 < step['needed'] < result['device']['hbm_bytes']
     by_kind = step['arguments_by_kind']
     assert set(by_kind) == {'parameters', 'EMA', 'optimizer', 'frozen student', 'batch'}
     assert by_kind['EMA'] == by_kind['parameters']
@@ -233,29 +236,30 @@ def test_experts_on_tpus_multiply_each_row_once_and_read_each_weight_once():
         placed(execution, (4, 1, 64, 2), dtype, TOKEN_AXES) for dtype in ('float32', 'int32')
     ]
 
-    def outputs(kernels, *given):
-        return experts.apply({'params': kernels}, *given)
+    def outputs(kernels, *inputs):
+        return experts.apply({'params': kernels}, *inputs)
 
-    def loss(*given):
-        return jnp.sum(jnp.square(outputs(*given).astype(jnp.float32)))
+    def loss(*arguments):
+        return jnp.sum(jnp.square(outputs(*arguments).astype(jnp.float32)))
 
     gradients = jax.grad(loss, (0, 1))
-    model = count_flops(gradients, kernels, x, *routing).model / mesh.size
+    model_flops = count_flops(gradients, kernels, x, *routing).model / mesh.size
     text = jax.jit(gradients).lower(kernels, x, *routing).compile().as_text()
-    assert 0.9 * model < executed_flops(Program(text)) < 1.25 * model
+    assert 0.9 * model_flops < executed_flops(Program(text)) < 1.25 * model_flops
     program = Program(jax.jit(outputs).lower(kernels, x, *routing).compile().as_text())
-    kernel = 'bf16[32,96,128]'  # of a device; as [32, 128, 96] its lanes would be padded
-    assert sum(shape.startswith(kernel) for shape in kernels_of(program, 'custom-call')) == 3
-    assert kernel not in ''.join(results_of(program, ('copy', 'fusion', 'transpose')))
+    shard = 'bf16[32,96,128]'  # the layout [32, 128, 96] would need padding to whole lanes
+    assert sum(shape.startswith(shard) for shape in operand_shapes(program, 'custom-call')) == 3
+    assert shard not in ''.join(result_shapes(program, ('copy', 'fusion', 'transpose')))
 
 
 def placed(execution, shape, dtype, names):
+    """Returns an abstract array whose sharding follows from the names of its logical axes."""
     sharding = NamedSharding(execution.mesh, partition_spec(execution.mesh_axes(shape, names)))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def kernels_of(program, op):
-    """Shapes of the operands of every instruction of a kind."""
+def operand_shapes(program, op):
+    """Yields the shapes of the operands of every instruction with an op."""
     for instructions in program.computations.values():
         shapes = {instruction.name: instruction.shape for instruction in instructions}
         for instruction in instructions:
@@ -263,25 +267,25 @@ def kernels_of(program, op):
                 yield from (shapes.get(name, '') for name in instruction.operands)
 
 
-def results_of(program, ops):
-    """Shapes of the results of every instruction of some kinds."""
+def result_shapes(program, ops):
+    """Yields the shapes of the results of every instruction with one of some ops."""
     for instructions in program.computations.values():
         yield from (i.shape for i in instructions if i.op in ops)
 
 
 @pytest.mark.parametrize(
-    ('start', 'room', 'found', 'tried'),
+    ('start', 'limit', 'largest', 'tried'),
     [(8, 35, 32, [8, 16, 32, 64]), (32, 9, 8, [32, 16, 8]), (12, 1, 12, [12]), (4, 3, 4, [4])],
 )
-def test_the_largest_batch_that_fits_is_found_by_doubling(start, room, found, tried):
-    asked = []
+def test_the_largest_batch_that_fits_is_found_by_doubling(start, limit, largest, tried):
+    planned = []
 
     def plan(rows):
-        asked.append(rows)
-        return [SimpleNamespace(fits=True), SimpleNamespace(fits=rows <= room, rows=rows)]
+        planned.append(rows)
+        return [SimpleNamespace(fits=True), SimpleNamespace(fits=rows <= limit, rows=rows)]
 
     rows, plans = largest_that_fits(start, 4, plan)
-    assert (rows, asked, plans[1].rows) == (found, tried, found)
+    assert (rows, planned, plans[1].rows) == (largest, tried, largest)
 
 
 @needs_compiler
@@ -302,31 +306,29 @@ def test_a_config_without_a_known_model_asks_for_a_preset():
         teacher_config('', 'mine', None)
 
 
-def mesh(size):
-    return SimpleNamespace(size=size)
-
-
 @pytest.mark.parametrize(
     ('state', 'expected'),
     [
-        (30e9, 'at least 22 such devices and raise config.mesh.fsdp'),  # 8 x 30 GB over 11.2 each
+        # 8 x 30 GB / (0.7 x 16 GB) rounds up to 22 devices.
+        (30e9, 'at least 22 such devices and raise config.mesh.fsdp'),
         (2e9, 'lower config.data.batch_size, row_length or canvases_per_row'),
     ],
 )
 def test_what_to_change_depends_on_what_does_not_fit(state, expected):
-    assert expected in advice({'parameters': state}, figures_of('TPU v5 lite'), mesh(8), 'step')
+    mesh = SimpleNamespace(size=8)
+    assert expected in advice({'parameters': state}, figures_of('TPU v5 lite'), mesh, 'step')
 
 
 @needs_compiler
 @pytest.mark.slow
 def test_the_passes_of_the_sampler_are_planned():
-    found = plan(*SMALL, '--topology=v5e:2x4', '--what=sampler', '--prompt_length=32')
-    names = [program['name'] for program in found['programs']]
+    result = plan(*SMALL, '--topology=v5e:2x4', '--what=sampler', '--prompt_length=32')
+    names = [program['name'] for program in result['programs']]
     assert names == ['generate', 'prefill', 'denoise step', 'commit']
-    assert all(program['fits'] for program in found['programs'])
+    assert all(program['fits'] for program in result['programs'])
 
 
 def test_without_the_compiler_it_says_how_to_get_it():
     if importlib.util.find_spec('libtpu') is not None:
-        pytest.skip('it is installed')
+        pytest.skip('libtpu is installed')
     assert "pip install -e '.[plan]'" in plan(*SMALL, '--topology=v5e:2x4', code=1)

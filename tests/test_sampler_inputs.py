@@ -4,6 +4,7 @@ import pytest
 from toy_model import ToyConfig, ToyModel, toy
 
 from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, pad_prompts
+from diffusiongemma.sampling.randomness import typed_key
 
 C = 4
 KEY = jax.random.key(0)
@@ -32,7 +33,6 @@ def test_samplers_of_equal_parts_are_equal_and_hashable():
         ({'lengths': np.array([5, 1])}, r'lie in \[1, 4\].*row 0 has 5'),
         ({'tokens': np.full((2, 4), 23)}, 'Token 23 in row 0, column 0 is outside .* of 23'),
         ({'tokens': np.full((2, 4), -1)}, 'Token -1 in row 0'),
-        ({'rng': 0}, 'rng must be a key such as jax.random.key'),
         (
             {'controls': Controls(max_new_tokens=np.array([3.7, 2.0]))},
             'controls.max_new_tokens must hold whole numbers, got float',
@@ -49,6 +49,11 @@ def test_unfit_input_is_refused_with_its_value(changes, message):
         sampler(params, **(good | changes))
     with pytest.raises(ValueError, match=message):
         sampler.stream(params, **(good | changes))
+
+
+def test_a_number_is_not_a_key():
+    with pytest.raises(ValueError, match=r'rng must be a key such as jax.random.key\(0\), got 3'):
+        typed_key(3)
 
 
 def test_a_prompt_that_leaves_no_room_for_the_response_is_refused():

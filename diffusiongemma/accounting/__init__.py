@@ -1,1 +1,1 @@
-"""What programs and devices cost: products, traffic, published figures."""
+"""Counts the FLOPs, traffic and memory of programs, and lists published figures of devices."""

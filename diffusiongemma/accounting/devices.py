@@ -1,9 +1,10 @@
-"""Published figures of accelerators, for utilisation and roofline times.
+"""Lists published figures of accelerators, for utilization and roofline times.
 
-TPU: https://cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e (specifications of a chip: peak
-compute in bf16, HBM capacity and bandwidth, inter-chip interconnect). The interconnect is that of
-all links of a chip together in one direction, in bytes. GPU: the data sheets of NVIDIA's A100,
-H100 SXM, H200 SXM, L4, L40 and L40S (dense bf16, no sparsity; the last three have PCIe alone).
+Sources for TPUs: https://cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e (specifications of a
+chip: peak compute in bf16, HBM capacity and bandwidth, inter-chip interconnect). The interconnect
+bandwidth is the sum over all links of a chip, in one direction, in bytes per second. Sources for
+GPUs: NVIDIA's data sheets of A100, H100 SXM, H200 SXM, L4, L40 and L40S (dense bf16, without
+sparsity; the last three have only PCIe).
 """
 
 import dataclasses
@@ -11,14 +12,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFigures:
-    """What one device can do at best.
+    """The published peak figures of one device.
 
     Attributes:
-      name: as people call it.
-      peak_flops: bf16 matrix products, FLOP/s.
-      hbm_bytes: memory.
-      hbm_bandwidth: of that memory, bytes/s.
-      link_bandwidth: to other devices, all links in one direction, bytes/s.
+      name: the short name, such as 'v5e' or 'H200'.
+      peak_flops: the peak of bf16 matmuls, FLOP/s.
+      hbm_bytes: the size of the memory, bytes.
+      hbm_bandwidth: the bandwidth of the memory, bytes/s.
+      link_bandwidth: the bandwidth to other devices, all links in one direction, bytes/s.
     """
 
     name: str
@@ -28,7 +29,7 @@ class DeviceFigures:
     link_bandwidth: float
 
 
-# By the beginning of jax's `device_kind`; the longest that fits counts.
+# The keys are prefixes of jax's `device_kind`; the longest matching prefix is used.
 _FIGURES = {
     'TPU v5 lite': DeviceFigures('v5e', 197e12, 16e9, 819e9, 200e9),
     'TPU v5': DeviceFigures('v5p', 459e12, 95e9, 2765e9, 600e9),
@@ -48,13 +49,17 @@ GPUS = tuple(
 
 
 def figures_of(device_kind: str) -> DeviceFigures | None:
-    """The figures of a device by its jax `device_kind`, or None where they are not in the table."""
-    fitting = [kind for kind in _FIGURES if device_kind.startswith(kind)]
-    return _FIGURES[max(fitting, key=len)] if fitting else None
+    """Returns the figures of a device by its jax `device_kind`, or None if the table lacks it."""
+    matching = [kind for kind in _FIGURES if device_kind.startswith(kind)]
+    return _FIGURES[max(matching, key=len)] if matching else None
 
 
 def figures_named(name: str) -> DeviceFigures:
-    """The figures of a device by its short name, 'v5e' or 'H200'; raises ValueError elsewhere."""
+    """Returns the figures of a device by its short name, such as 'v5e' or 'H200'.
+
+    Raises:
+      ValueError: if the table lacks the device.
+    """
     by_name = {figures.name: figures for figures in _FIGURES.values()}
     if name not in by_name:
         raise ValueError(f'unknown device {name!r}; known: {sorted(by_name)}.')

@@ -1,9 +1,10 @@
 """Counts the floating point operations that a compiled program executes, from its HLO text.
 
-`accounting.flops` counts what the model asks for. The compiler may execute more: it may expand an
-operation, compute a value again, or fill up tiles. XLA's own `cost_analysis` counts a loop's body
-once; here it counts as often as it runs (`hlo.Program`). Matrix multiplications alone are counted:
-TPUs have them as `convolution`, CPUs as `dot`, and kernels bring an estimate of their own.
+`accounting.flops` counts the FLOPs of the model. The compiled program may execute more, because the
+compiler may expand an operation, recompute a value, or pad tiles. XLA's own `cost_analysis` counts
+the body of a loop once; this module counts it once per iteration (`hlo.Program`). It counts only
+matmuls: they are `convolution` instructions on TPUs and `dot` instructions on CPUs, and kernels
+come with a cost estimate.
 """
 
 import math
@@ -27,67 +28,67 @@ def executed_flops(
     whole_tiles: bool = False,
     kernels: Mapping[KernelShapes, float] = MappingProxyType({}),
 ) -> float:
-    """Returns the FLOPs of one device; a multiplication and an addition are two.
+    """Returns the FLOPs of one device; a multiplication and an addition count as two.
 
-    A loop whose end is not known counts once, and of a conditional the branch that costs most.
-    A kernel that has no estimate and is not in `kernels` counts nothing.
+    A loop with an unknown number of iterations counts once. A conditional counts its most expensive
+    branch. A kernel that has no estimate and is not in `kernels` counts as zero.
 
     Args:
       program: the compiled program.
-      whole_tiles: counts grouped matmuls by the tiles that they visit at most, and not by rows.
-        A tile of rows in which groups meet is multiplied once for each of them.
-      kernels: FLOPs of kernels without an estimate (`flops.kernel_flops`).
+      whole_tiles: whether grouped matmuls count by the maximum number of tiles that they visit
+        instead of by rows. A tile with rows of several groups is multiplied once per group.
+      kernels: the FLOPs of kernels without an estimate (`flops.kernel_flops`).
     """
-    known: dict[str, float] = {}
+    flops_by_name: dict[str, float] = {}
 
-    def of_computation(name: str) -> float:
-        if name not in known:
+    def computation_flops(name: str) -> float:
+        if name not in flops_by_name:
             instructions = program.computations.get(name, [])
             shapes = {i.name: i.shape for i in instructions}
-            known[name] = sum(of_instruction(i, shapes) for i in instructions)
-        return known[name]
+            flops_by_name[name] = sum(instruction_flops(i, shapes) for i in instructions)
+        return flops_by_name[name]
 
-    def of_instruction(instruction: Instruction, shapes: Mapping[str, str]) -> float:
+    def instruction_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float:
         if instruction.op == 'convolution':
             return _convolution_flops(instruction, shapes)
         if instruction.op == 'dot':
             return _dot_flops(instruction, shapes)
         if instruction.op == 'custom-call':
-            if not _ESTIMATE.search(instruction.rest):
+            if not _ESTIMATE.search(instruction.tail):
                 return kernels.get(_kernel_shapes(instruction, shapes), 0.0)
             return _kernel_flops(instruction, shapes, whole_tiles)
-        inner = [of_computation(name) for name in instruction.called()]
+        inner = [computation_flops(name) for name in instruction.called()]
         if instruction.op == 'conditional':
             return max(inner, default=0.0)
         return program.trips(instruction) * sum(inner)
 
-    return of_computation(program.entry)
+    return computation_flops(program.entry)
 
 
 def _dot_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float:
-    contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.rest)
+    contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.tail)
     lhs = dimensions(shapes[instruction.operands[0]])
     sizes = [lhs[int(i)] for i in contracted[1].split(',')] if contracted and contracted[1] else []
     return 2.0 * math.prod(dimensions(instruction.shape)) * math.prod(sizes)
 
 
 def _convolution_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float:
-    """Counts the products of a kernel's place with an input, not those with padding or holes.
+    """Returns the FLOPs of a convolution, without multiplications by padding or dilation holes.
 
-    A batched matmul is a convolution over a dilated dimension: each of its places meets one
-    element, and the rest of its window lies in the holes.
+    XLA writes a batched matmul as a convolution over a dilated dimension: at each output position,
+    one position of the window meets an input element, and all others lie in holes.
     """
     lhs, kernel = (dimensions(shapes[name]) for name in instruction.operands[:2])
     result = dimensions(instruction.shape)
-    labels = _LABELS.search(instruction.rest)
+    labels = _LABELS.search(instruction.tail)
     if labels is None:
         return 0.0
     of_lhs, of_kernel, of_result = labels.groups()
-    window = _window(instruction.rest)
+    window = _window(instruction.tail)
     flops = 2.0 * result[of_result.index('b')] * result[of_result.index('f')]
     flops *= kernel[of_kernel.index('i')]
     for axis in (label for label in of_kernel if label.isdigit()):
-        flops *= _meetings(
+        flops *= _overlaps(
             lhs[of_lhs.index(axis)],
             kernel[of_kernel.index(axis)],
             result[of_result.index(axis)],
@@ -96,9 +97,12 @@ def _convolution_flops(instruction: Instruction, shapes: Mapping[str, str]) -> f
     return flops
 
 
-def _window(rest: str) -> dict[str, list[tuple[int, ...]]]:
-    """Attributes of a window by name, for each spatial axis: 'pad=1_2x0_0' is [(1, 2), (0, 0)]."""
-    match = _WINDOW.search(rest)
+def _window(tail: str) -> dict[str, list[tuple[int, ...]]]:
+    """Returns the attributes of a window for each spatial axis: 'pad=1_2x0_0' is [(1, 2), (0, 0)].
+
+    The keys are the names of the attributes.
+    """
+    match = _WINDOW.search(tail)
     fields = dict(field.split('=') for field in match[1].split()) if match else {}
     return {
         name: [tuple(int(number) for number in axis.split('_')) for axis in value.split('x')]
@@ -107,8 +111,8 @@ def _window(rest: str) -> dict[str, list[tuple[int, ...]]]:
     }
 
 
-def _meetings(size: int, kernel: int, result: int, window: Mapping[str, tuple[int, ...]]) -> float:
-    """Pairs of a result's place and a kernel's place that meet an element of the input."""
+def _overlaps(size: int, kernel: int, result: int, window: Mapping[str, tuple[int, ...]]) -> float:
+    """Returns the number of (output, kernel) position pairs that read an element of the input."""
     if size == kernel == result == 1:
         return 1.0
     stride, (low, *_) = window.get('stride', (1,))[0], window.get('pad', (0, 0))
@@ -125,18 +129,19 @@ def _kernel_shapes(instruction: Instruction, shapes: Mapping[str, str]) -> Kerne
 
 
 def _kernel_flops(instruction: Instruction, shapes: Mapping[str, str], whole_tiles: bool) -> float:
-    """Returns the estimate that a kernel brings.
+    """Returns the cost estimate of a kernel, for grouped matmuls optionally by whole tiles.
 
-    A grouped matmul is known by its first operands: how many visits, where each of E groups begins
-    [E + 1], and group and tile of each visit, of which there are as many as tiles and E - 1 more.
+    A grouped matmul of E groups is recognized by its first four operands: the number of visits, the
+    offset of each group [E + 1], and the group and the tile of each visit. The last two have one
+    element per tile, plus E - 1.
     """
-    match = _ESTIMATE.search(instruction.rest)
+    match = _ESTIMATE.search(instruction.tail)
     if match is None:
         return 0.0
     flops = float(match[1])
-    lists = [dimensions(shapes.get(name, '')) for name in instruction.operands[:4]]
-    grouped = len(lists) == 4 and lists[2] == lists[3] and len(lists[1]) == len(lists[2]) == 1
+    sizes = [dimensions(shapes.get(name, '')) for name in instruction.operands[:4]]
+    grouped = len(sizes) == 4 and sizes[2] == sizes[3] and len(sizes[1]) == len(sizes[2]) == 1
     if not (whole_tiles and grouped):
         return flops
-    visits, groups = lists[2][0], lists[1][0] - 1
+    visits, groups = sizes[2][0], sizes[1][0] - 1
     return flops * visits / (visits - groups + 1)

@@ -1,8 +1,8 @@
-"""Counts the floating point operations of a function from what jax traces, without running it.
+"""Counts the floating point operations of a function from its jaxpr, without running it.
 
-XLA's own count takes the body of a loop once, so that layers in a scan would count as one layer.
-Here a scan counts as often as it runs. Matrix products alone are counted, as model FLOPs usually
-are (PaLM, arXiv:2204.02311, appendix B).
+XLA's own count takes the body of a loop once, so layers in a scan would count as one layer. This
+module counts the body of a scan once per iteration. It counts only matmuls, which is the usual
+definition of model FLOPs (PaLM, arXiv:2204.02311, appendix B).
 """
 
 import math
@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-# Share of a kernel's products that another kernel has made already: the backward kernels of splash
-# attention make the scores again, and both of them the gradient by the weights of attention.
+# The share of a kernel's matmuls that repeats another kernel's: both backward kernels of splash
+# attention recompute the scores, and both compute the gradient of the attention weights.
 _REPEATED_IN_KERNEL = {'splash_mha_dkv': 1 / 4, 'splash_mha_dq': 2 / 3}
 
 
-# Shapes of a kernel's operands and results.
+# The shapes of a kernel's operands and then of its results.
 KernelShapes = tuple[tuple[int, ...], ...]
 
 
 class Flops(NamedTuple):
-    """Operations of a function over all devices; a multiplication and an addition are two.
+    """The FLOPs of a function on all devices; a multiplication and an addition count as two.
 
     Attributes:
-      model: without what rematerialization computes a second time.
-      recomputed: that.
+      model: the FLOPs without rematerialization.
+      recomputed: the FLOPs that rematerialization adds.
     """
 
     model: float
@@ -36,35 +36,36 @@ class Flops(NamedTuple):
         return Flops(self.model + other.model, self.recomputed + other.recomputed)
 
     def times(self, factor: float) -> 'Flops':
+        """Returns both counts multiplied by a factor."""
         return Flops(self.model * factor, self.recomputed * factor)
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> Flops:
-    """FLOPs of `function(*args)`; arrays or ShapeDtypeStructs do for the arguments.
+    """Returns the FLOPs of `function(*args)`; arguments may be arrays or ShapeDtypeStructs.
 
-    The body of a while loop counts once, and of a conditional the branch that costs most. A Pallas
-    kernel without an estimate of its own counts what it does at each place of its grid.
+    The body of a while loop counts once. A conditional counts its most expensive branch. A Pallas
+    kernel without a cost estimate counts its body once per grid position.
     """
     return flops_of(jax.make_jaxpr(function)(*args))
 
 
 def flops_of(traced: core.ClosedJaxpr) -> Flops:
-    """FLOPs of what jax traced of a function, as `count_flops` counts them."""
-    return _of_jaxpr(traced.jaxpr)
+    """Returns the FLOPs of a traced function, as `count_flops` counts them."""
+    return _jaxpr_flops(traced.jaxpr)
 
 
 def kernel_flops(traced: core.ClosedJaxpr) -> dict[KernelShapes, float]:
-    """FLOPs of one call of each Pallas kernel without an estimate of its own.
+    """Returns the FLOPs of one call of each Pallas kernel that has no cost estimate.
 
-    The compiled text says nothing of what such a kernel computes (`executed.executed_flops`).
+    The compiled text does not tell what such a kernel computes (`executed.executed_flops`).
 
     Args:
-      traced: what jax traced of a function.
+      traced: the jaxpr of the function.
 
     Returns:
-      FLOPs by the shapes of the kernel's operands and then its results, on one device.
+      The FLOPs on one device; the keys are the shapes of a kernel's operands and results.
     """
-    found: dict[KernelShapes, float] = {}
+    flops: dict[KernelShapes, float] = {}
     pending = [traced.jaxpr]
     while pending:
         for equation in pending.pop().eqns:
@@ -73,16 +74,16 @@ def kernel_flops(traced: core.ClosedJaxpr) -> dict[KernelShapes, float]:
                 pending += _inner_jaxprs(params)
             elif params.get('cost_estimate') is None:
                 shapes = (var.aval.shape for var in (*equation.invars, *equation.outvars))
-                found[tuple(shapes)] = sum(_kernel_flops(params, again=False))
-    return found
+                flops[tuple(shapes)] = sum(_kernel_flops(params, again=False))
+    return flops
 
 
-def _of_jaxpr(jaxpr: Any, again: bool = False) -> Flops:
-    return sum((_of_equation(equation, again) for equation in jaxpr.eqns), Flops(0.0, 0.0))
+def _jaxpr_flops(jaxpr: Any, again: bool = False) -> Flops:
+    return sum((_equation_flops(equation, again) for equation in jaxpr.eqns), Flops(0.0, 0.0))
 
 
-def _of_equation(equation: Any, again: bool) -> Flops:
-    """Of an equation, or of one of a function that is called `again`."""
+def _equation_flops(equation: Any, again: bool) -> Flops:
+    """Returns the FLOPs of an equation; all are recomputed if `again` is true."""
     name, params = equation.primitive.name, equation.params
     again |= 'rematted_computation' in str(equation.source_info.name_stack)
     if name == 'dot_general':
@@ -91,11 +92,11 @@ def _of_equation(equation: Any, again: bool) -> Flops:
         return _split(_ragged_dot_flops(equation), again)
     if name == 'pallas_call':
         return _kernel_flops(params, again)
-    inner = [_of_jaxpr(jaxpr, again) for jaxpr in _inner_jaxprs(params)]
+    inner = [_jaxpr_flops(jaxpr, again) for jaxpr in _inner_jaxprs(params)]
     if not inner:
         return Flops(0.0, 0.0)
     if name == 'cond':
-        # Ways of different platforms to compute the same: the last, for any platform, counts.
+        # Branches for different platforms compute the same; the last one, the default, counts.
         return inner[-1] if params.get('branches_platforms') else max(inner)
     total = sum(inner, Flops(0.0, 0.0))
     if name == 'scan':
@@ -107,15 +108,16 @@ def _of_equation(equation: Any, again: bool) -> Flops:
 
 
 def _split(flops: float, again: bool) -> Flops:
+    """Returns FLOPs that are recomputed if `again` is true."""
     return Flops(0.0, flops) if again else Flops(flops, 0.0)
 
 
 def _kernel_flops(params: dict[str, Any], again: bool) -> Flops:
-    """Of a Pallas kernel; what it skips, and its loops decide when they run, counts too."""
+    """Returns the FLOPs of a Pallas kernel, including blocks that it may skip when it runs."""
     estimate = params.get('cost_estimate')
     if estimate is not None:
         return _split(float(estimate.flops), again)
-    flops = sum(_of_jaxpr(params['jaxpr'])) * math.prod(params['grid_mapping'].grid)
+    flops = sum(_jaxpr_flops(params['jaxpr'])) * math.prod(params['grid_mapping'].grid)
     name = str(params.get('name', ''))
     share = 1.0 if again else sum(s for k, s in _REPEATED_IN_KERNEL.items() if name.startswith(k))
     return Flops((1 - share) * flops, share * flops)
@@ -128,7 +130,7 @@ def _dot_flops(equation: Any) -> float:
 
 
 def _ragged_dot_flops(equation: Any) -> float:
-    """Each row is multiplied with the matrix of its own group alone."""
+    """Returns the FLOPs of a ragged matmul, where each row meets only the matrix of its group."""
     numbers = equation.params['ragged_dot_dimension_numbers']
     (contracted, _), _ = numbers.dot_dimension_numbers
     lhs, out = (var.aval.shape for var in (equation.invars[0], equation.outvars[0]))

@@ -1,11 +1,11 @@
-"""What a compiled TPU program moves, read from its HLO text: collectives and memory traffic.
+"""Counts the collectives and the memory traffic of a compiled TPU program from its HLO text.
 
-XLA's own `cost_analysis` takes the body of a loop once. Here each computation counts as often as
-it runs, where the loop compares its counter with a constant, which all scans do; a loop whose end
-is not known counts once.
+XLA's own `cost_analysis` takes the body of a loop once. This module counts each computation as
+often as it runs, if the loop compares its counter with a constant, as all scans do. A loop with an
+unknown number of iterations counts once.
 
-The text has no stable grammar. What is read of it: `%name = shape op(operands), attributes`, the
-memory space of a shape (`S(1)`: not HBM), and replica groups in their three notations.
+The text has no stable grammar. This module relies on `%name = shape op(operands), attributes`, on
+the memory space of a shape (`S(1)` is not HBM), and on the three notations of replica groups.
 """
 
 import collections
@@ -29,50 +29,59 @@ _COLLECTIVES = (
     'all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
     'collective-permute', 'collective-broadcast',
 )  # fmt: skip
-# Ops that move nothing themselves.
+# Ops that do not move data themselves.
 _FREE = {
     'parameter', 'tuple', 'get-tuple-element', 'bitcast', 'constant', 'while', 'conditional',
     'call', 'after-all', 'iota', 'partition-id', 'replica-id', 'opt-barrier', 'async-update',
 }  # fmt: skip
 
 
-# Ops that read no more of their first operand than their result.
-_PICKS = ('dynamic-slice', 'slice', 'gather')
+# Ops that read only as many bytes of their first operand as their result has.
+_SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
 class Instruction(NamedTuple):
-    """A line of HLO."""
+    """An instruction, which is one line of HLO.
+
+    Attributes:
+      name: the name of its result.
+      is_root: whether its result is that of the computation.
+      shape: the shape of its result as HLO writes it, which may be a tuple.
+      op: the operation, such as 'fusion'.
+      operands: the names of its operands.
+      tail: the end of the line, with operands and attributes.
+    """
 
     name: str
     is_root: bool
     shape: str
     op: str
     operands: tuple[str, ...]
-    rest: str  # operands and attributes as they stand
+    tail: str
 
     def called(self) -> list[str]:
-        """Computations that it runs."""
-        names = re.findall(r'(?:calls|to_apply|body|condition)=%?([\w.\-]+)', self.rest)
-        for group in re.findall(r'branch_computations=\{([^}]*)\}', self.rest):
+        """Returns the names of the computations that the instruction runs."""
+        names = re.findall(r'(?:calls|to_apply|body|condition)=%?([\w.\-]+)', self.tail)
+        for group in re.findall(r'branch_computations=\{([^}]*)\}', self.tail):
             names += re.findall(r'%([\w.\-]+)', group)
         return names
 
     @property
     def channel(self) -> str:
-        """The channel of a collective; empty where it has none."""
-        match = re.search(r'channel_id=(\d+)', self.rest)
+        """Returns the channel of a collective, or '' if it has none."""
+        match = re.search(r'channel_id=(\d+)', self.tail)
         return match[1] if match else ''
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind over the same mesh axes.
+    """All collectives of one kind along the same mesh axes.
 
     Attributes:
-      kind: 'all-gather', ...
-      axes: of the mesh, joined by '+'.
-      count: how many run.
-      sent_bytes: by one device in all of them, with ring algorithms.
+      kind: the operation, such as 'all-gather'.
+      axes: the names of the mesh axes, joined by '+'.
+      count: the number of collectives that run.
+      sent_bytes: the bytes that one device sends in all of them, with ring algorithms.
     """
 
     kind: str
@@ -82,7 +91,7 @@ class Collective:
 
 
 class Program:
-    """The text of a compiled module."""
+    """A compiled module, parsed from its HLO text."""
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, list[Instruction]] = {}
@@ -95,60 +104,63 @@ class Program:
                 if line.startswith('ENTRY'):
                     self.entry = header[1]
             elif match := _INSTRUCTION.match(line):
-                root, name, shape, op, rest = match.groups()
-                operands = tuple(re.findall(r'%([\w.\-]+)', _argument_list(rest)))
-                current.append(Instruction(name, bool(root), shape, op, operands, rest))
+                root, name, shape, op, tail = match.groups()
+                operands = tuple(re.findall(r'%([\w.\-]+)', _argument_list(tail)))
+                current.append(Instruction(name, bool(root), shape, op, operands, tail))
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:
-        """How often each computation runs."""
+        """Returns the number of times that each computation runs."""
         counts: dict[str, int] = collections.Counter()
         pending = [(self.entry, 1)]
         while pending:
             name, times = pending.pop()
             counts[name] += times
             for instruction in self.computations.get(name, ()):
-                inner = times * (self.trips(instruction))
+                inner = times * self.trips(instruction)
                 pending += [(called, inner) for called in instruction.called()]
         return dict(counts)
 
     def trips(self, instruction: Instruction) -> int:
-        """How often a loop runs that says so or whose condition is `counter < constant`; else 1."""
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest):
-            return int(known[1])
-        condition = re.search(r'condition=%?([\w.\-]+)', instruction.rest)
+        """Returns the number of iterations of a loop, or 1 if it is not known.
+
+        It is known from an attribute of the loop, or if the condition is `counter < constant`.
+        """
+        if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.tail):
+            return int(match[1])
+        condition = re.search(r'condition=%?([\w.\-]+)', instruction.tail)
         body = self.computations.get(condition[1], []) if condition else []
         limits = [
             int(match[1])
             for instruction in body
             if instruction.op == 'constant' and instruction.shape.startswith('s32[]')
-            if (match := re.match(r'(\d+)\)', instruction.rest))
+            if (match := re.match(r'(\d+)\)', instruction.tail))
         ]
-        less = any('direction=LT' in instruction.rest for instruction in body)
+        less = any('direction=LT' in instruction.tail for instruction in body)
         return limits[0] if less and len(limits) == 1 else 1
 
     def collectives(self, mesh_shape: Mapping[str, int]) -> list[Collective]:
-        """What the devices send to each other, by kind and mesh axes, the most first.
+        """Returns the collectives by kind and mesh axes, sorted by descending sent bytes.
 
         Args:
-          mesh_shape: axes of the mesh and their sizes, in its order.
+          mesh_shape: the size of each mesh axis, in the order of the mesh.
         """
-        seen, shared = set(), self._shared_channels()
+        counted, shared = set(), self._shared_channels()
         totals: dict[tuple, list] = collections.defaultdict(lambda: [0, 0.0])
         for name, instructions in self.computations.items():
             if not self.runs.get(name):
                 continue
             for instruction in instructions:
                 kind, channel = instruction.op.removesuffix('-start'), instruction.channel
-                # Overlapped with other work, one collective stands in several computations.
-                if kind not in _COLLECTIVES or channel in seen:
+                # A collective that overlaps with other work appears in several computations.
+                if kind not in _COLLECTIVES or channel in counted:
                     continue
                 if channel and channel not in shared:
-                    seen.add(channel)
-                axes, size = _group_axes(instruction.rest, mesh_shape)
+                    counted.add(channel)
+                axes, size = _group_axes(instruction.tail, mesh_shape)
                 if size == 1:
                     continue
-                # An all-reduce of which each device keeps a part is one fused computation.
+                # An all-reduce whose result is split over the devices is one fused computation.
                 if name.startswith('all-reduce-scatter'):
                     kind = 'reduce-scatter'
                 shapes = {i.name: i.shape for i in instructions}
@@ -159,11 +171,11 @@ class Program:
                 total = totals[kind, axes]
                 total[0] += self.runs[name]
                 total[1] += self.runs[name] * sent
-        found = [Collective(*key, *total) for key, total in totals.items()]
-        return sorted(found, key=lambda collective: -collective.sent_bytes)
+        collectives = [Collective(*key, *total) for key, total in totals.items()]
+        return sorted(collectives, key=lambda collective: -collective.sent_bytes)
 
     def _shared_channels(self) -> set[str]:
-        """Channels that several collectives of one computation use, as those of a shard_map do."""
+        """Returns the channels that several collectives of one computation use, as in shard_map."""
         shared = set()
         for instructions in self.computations.values():
             used = [i.channel for i in instructions if not i.op.endswith('-done')]
@@ -171,7 +183,7 @@ class Program:
         return shared
 
     def hbm_bytes(self) -> float:
-        """Bytes read from and written to HBM, each operand and result of each operation once."""
+        """Returns the HBM traffic in bytes: operands and results of each operation count once."""
         fused = {
             called
             for instructions in self.computations.values()
@@ -191,7 +203,7 @@ class Program:
         )
 
     def _traffic(self, instruction: Instruction, shapes: Mapping[str, str]) -> float:
-        """HBM bytes of one operation, of which slices touch only what they cut out."""
+        """Returns the HBM bytes of one operation; slices read only the bytes of their result."""
         if instruction.op in ('dynamic-slice', 'slice'):
             return _bytes(instruction.shape) + _bytes(instruction.shape, hbm=True)
         if instruction.op == 'slice-start':  # (operands, result, context)
@@ -203,8 +215,8 @@ class Program:
             return sum(_bytes(part, hbm=True) for part in arrays_of(instruction.shape)[:2])
         inner = self.computations.get((instruction.called() or [''])[0], [])
         if instruction.op == 'async-start':  # its result holds its operands too
-            own = {i.name: i.shape for i in inner}
-            return sum(self._traffic(i, own) for i in inner if i.op not in _FREE)
+            inner_shapes = {i.name: i.shape for i in inner}
+            return sum(self._traffic(i, inner_shapes) for i in inner if i.op not in _FREE)
         if instruction.op != 'fusion' or not inner:
             operands = sum(_bytes(shapes.get(x, ''), hbm=True) for x in instruction.operands)
             return operands + _bytes(instruction.shape, hbm=True)
@@ -214,14 +226,15 @@ class Program:
 def _fusion_reads(
     inner: list[Instruction], fusion: Instruction, shapes: Mapping[str, str]
 ) -> float:
+    """Returns the HBM bytes that a fusion reads."""
     total = 0.0
-    parameters = {i.name: int(i.rest.split(')')[0]) for i in inner if i.op == 'parameter'}
+    parameters = {i.name: int(i.tail.split(')')[0]) for i in inner if i.op == 'parameter'}
     for name, number in parameters.items():
         if number >= len(fusion.operands):
             continue
         full = _bytes(shapes.get(fusion.operands[number], ''), hbm=True)
         users = [i for i in inner if name in i.operands]
-        if full and users and all(i.op in _PICKS and i.operands[0] == name for i in users):
+        if full and users and all(i.op in _SLICES and i.operands[0] == name for i in users):
             full = min(full, sum(_bytes(i.shape) for i in users))
         elif users and all(i.op == 'dynamic-update-slice' and i.operands[0] == name for i in users):
             full = 0  # written in place
@@ -230,6 +243,7 @@ def _fusion_reads(
 
 
 def _fusion_writes(inner: list[Instruction], fusion: Instruction) -> float:
+    """Returns the HBM bytes that a fusion writes; in-place updates write only the new part."""
     by_name = {i.name: i for i in inner}
     roots = [i for i in inner if i.is_root]
     if roots and roots[0].op == 'tuple':
@@ -240,29 +254,29 @@ def _fusion_writes(inner: list[Instruction], fusion: Instruction) -> float:
     return _bytes(fusion.shape, hbm=True)
 
 
-def _argument_list(rest: str) -> str:
-    """What stands before the parenthesis that closes the operands."""
+def _argument_list(tail: str) -> str:
+    """Returns the text before the parenthesis that closes the operands."""
     depth = 1
-    for place, character in enumerate(rest):
+    for place, character in enumerate(tail):
         depth += (character == '(') - (character == ')')
         if not depth:
-            return rest[:place]
-    return rest
+            return tail[:place]
+    return tail
 
 
 def arrays_of(shape: str) -> list[str]:
-    """The arrays of a shape, which may be a tuple."""
+    """Returns the arrays of a shape, which may be a tuple."""
     return [match[0] for match in _SHAPE.finditer(shape)] or ['']
 
 
 def dimensions(shape: str) -> list[int]:
-    """Sizes of an array's dimensions; none for a scalar."""
+    """Returns the sizes of an array's dimensions; the list is empty for a scalar."""
     match = _SHAPE.search(shape)
     return [int(size) for size in match[2].split(',') if size] if match else []
 
 
 def _bytes(shape: str, *, hbm: bool = False) -> float:
-    """Of all arrays of a shape, or of those in HBM."""
+    """Returns the bytes of all arrays of a shape, or only of those in HBM."""
     total = 0.0
     for match in _SHAPE.finditer(shape):
         dtype, sizes, layout = match.groups()
@@ -274,7 +288,7 @@ def _bytes(shape: str, *, hbm: bool = False) -> float:
 
 
 def _sent_bytes(kind: str, operand: float, result: float, size: int) -> float:
-    """What one of `size` devices sends in a ring."""
+    """Returns the bytes that each of `size` devices sends with a ring algorithm."""
     share = (size - 1) / size
     if kind == 'all-gather':
         return result * share
@@ -285,9 +299,9 @@ def _sent_bytes(kind: str, operand: float, result: float, size: int) -> float:
     return operand * share
 
 
-def _group_axes(rest: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
-    """The mesh axes along which a collective runs, and the devices in a group."""
-    groups = list(_groups(rest, math.prod(mesh_shape.values())))
+def _group_axes(tail: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
+    """Returns the mesh axes along which a collective runs, and the number of devices in a group."""
+    groups = list(_groups(tail, math.prod(mesh_shape.values())))
     if not groups:
         return '+'.join(name for name, size in mesh_shape.items() if size > 1), math.prod(
             mesh_shape.values()
@@ -300,16 +314,16 @@ def _group_axes(rest: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
     return '+'.join(names), max(map(len, groups))
 
 
-def _groups(rest: str, num_devices: int) -> Iterator[list[int]]:
-    """Groups of device numbers: of replica_groups, or the pairs of a permutation."""
-    if match := re.search(r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}', rest):
+def _groups(tail: str, num_devices: int) -> Iterator[list[int]]:
+    """Yields groups of device numbers from replica groups, or the pairs of a permutation."""
+    if match := re.search(r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}', tail):
         for group in re.findall(r'\{([\d,]*)\}', match[1]):
             yield [int(number) for number in group.split(',') if number]
-    elif match := re.search(r'replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)', rest):
+    elif match := re.search(r'replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)', tail):
         shape, _, iota = match[1].partition('<=')
         yield from _iota(iota).reshape(_numbers(shape)).tolist()
     elif match := re.search(
-        r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}', rest
+        r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}', tail
     ):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
         ids = _iota(match[2]) if match[2] else np.arange(num_devices)
@@ -320,7 +334,7 @@ def _groups(rest: str, num_devices: int) -> Iterator[list[int]]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """'[2,4]T(1,0)': 0.. in that shape, transposed."""
+    """Returns 0, 1, ... as an array from '[2,4]T(1,0)', which is [2, 4] and then transposed."""
     sizes, _, order = text.partition('T(')
     shape = _numbers(sizes)
     array = np.arange(math.prod(shape)).reshape(shape)

@@ -1,9 +1,10 @@
-"""Which buffers of a compiled program are alive at the same time, from its scheduled HLO text.
+"""Finds the buffers of a compiled program that are alive at once, from its scheduled HLO text.
 
-The text gives instructions in the order in which they run, but not where the compiler put their
-results. Here a result takes memory of its own from its instruction to its last use. Views, tuples
-and loops pass buffers on, and an elementwise fusion writes over an operand that ends with it, as
-the compiler arranges where it can: so the figure is near to the compiler's and not equal to it.
+The text lists instructions in the order in which they run, but not the addresses of their results.
+This module assumes that a result occupies a separate buffer from its instruction until its last
+use, that views, tuples and loops pass buffers on, and that an elementwise fusion reuses the buffer
+of an operand that has no later use. The compiler does the same where it can, so the result is close
+to the compiler's, but not equal to it.
 """
 
 import collections
@@ -11,7 +12,7 @@ from collections.abc import Callable
 
 from diffusiongemma.accounting.hlo import Instruction, Program, arrays_of
 
-# Ops whose result lies where an operand lies.
+# Ops whose result is in the buffer of an operand.
 _PASSED_ON = {
     'bitcast', 'get-tuple-element', 'tuple', 'while', 'opt-barrier', 'copy-done', 'async-done',
     'all-gather-done', 'all-reduce-done', 'dynamic-update-slice', 'add-dependency',
@@ -20,31 +21,35 @@ _IN_PLACE = {'fusion', 'add', 'multiply', 'subtract', 'copy'}
 
 
 def peak_bytes(program: Program, counts: Callable[[str], float]) -> float:
-    """Returns the most bytes of buffers beside the arguments that are alive at once.
+    """Returns the maximum bytes of buffers that are alive at once, without the arguments.
 
     Args:
-      program: scheduled HLO.
-      counts: bytes of an array by its shape as HLO writes it ('f32[8,4]{1,0}'); 0 leaves it out.
+      program: the scheduled HLO.
+      counts: returns the bytes of an array from its shape as HLO writes it ('f32[8,4]{1,0}'), or 0
+        for an array that does not count.
     """
-    known: dict[str, float] = {}
+    peaks: dict[str, float] = {}
 
-    def of_computation(name: str) -> float:
-        if name not in known:
-            known[name] = 0.0
+    def computation_peak(name: str) -> float:
+        if name not in peaks:
+            peaks[name] = 0.0
             instructions = program.computations.get(name, [])
-            known[name] = _Schedule(instructions, counts, inner).peak()
-        return known[name]
+            peaks[name] = _Schedule(instructions, counts, inner).peak()
+        return peaks[name]
 
     def inner(instruction: Instruction) -> float:
         if instruction.op not in ('while', 'conditional', 'call'):
             return 0.0
-        return max((of_computation(name) for name in instruction.called()), default=0.0)
+        return max((computation_peak(name) for name in instruction.called()), default=0.0)
 
-    return of_computation(program.entry)
+    return computation_peak(program.entry)
 
 
 class _Schedule:
-    """The buffers of one computation: a list of arrays for each name, by the buffer they are in."""
+    """The buffers of one computation.
+
+    It maps the name of each instruction to the buffers of the arrays of its result.
+    """
 
     def __init__(
         self,
@@ -64,42 +69,44 @@ class _Schedule:
                 for buffer in self._buffers.get(name, ()):
                     self._last[buffer] = number
         for instruction in instructions:
-            if instruction.is_root:  # a loop's result lies where its argument does
+            if instruction.is_root:  # the result of a loop is in the buffer of its argument
                 for buffer in self._buffers[instruction.name]:
                     self._size[buffer] = 0.0
 
     def _results(self, instruction: Instruction, sizes: list[float]) -> list[int]:
+        """Returns the buffers of an instruction's results, which are new or an operand's."""
         operands = [self._buffers.get(name, []) for name in instruction.operands]
         if instruction.op == 'parameter':
             return [self._new(0.0) for _ in sizes]
         if instruction.op in _PASSED_ON and operands:
             passed = [buffer for buffers in operands for buffer in buffers]
             if instruction.op == 'get-tuple-element':
-                index = int(instruction.rest.split('index=')[1].split(',')[0].split(' ')[0])
+                index = int(instruction.tail.split('index=')[1].split(',')[0].split(' ')[0])
                 first = len(arrays_of(instruction.shape))
                 return operands[0][index : index + first] if first == 1 else operands[0]
             return passed[: len(sizes)] if len(passed) >= len(sizes) else passed
         return [self._new(size) for size in sizes]
 
     def _new(self, size: float) -> int:
+        """Returns a new buffer with a number of bytes."""
         self._size[len(self._size)] = size
         return len(self._size) - 1
 
     def peak(self) -> float:
-        """Goes through the schedule."""
+        """Returns the maximum bytes that are alive at once."""
         ending: dict[int, list[int]] = collections.defaultdict(list)
         for buffer, number in self._last.items():
             ending[number].append(buffer)
         alive: set[int] = set()
         now = most = 0.0
         for number, instruction in enumerate(self._instructions):
-            ended = [buffer for buffer in ending[number] if buffer in alive]
-            made = [b for b in self._buffers[instruction.name] if b not in alive]
-            before = sum(self._size[b] for b in ended)
-            added = sum(self._size[b] for b in made)
-            kept = before if instruction.op not in _IN_PLACE else 0.0
-            most = max(most, now + added - before + kept + self._inner(instruction))
-            now += added - before
-            alive |= set(made)
-            alive -= set(ended)
+            dying = [buffer for buffer in ending[number] if buffer in alive]
+            new = [b for b in self._buffers[instruction.name] if b not in alive]
+            freed_bytes = sum(self._size[b] for b in dying)
+            new_bytes = sum(self._size[b] for b in new)
+            kept_bytes = freed_bytes if instruction.op not in _IN_PLACE else 0.0
+            most = max(most, now + new_bytes - freed_bytes + kept_bytes + self._inner(instruction))
+            now += new_bytes - freed_bytes
+            alive |= set(new)
+            alive -= set(dying)
         return most

@@ -81,43 +81,43 @@ def warn_of_fallback(
 
 def _multiply(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: Any) -> jax.Array:
     """Returns the result of `grouped_matmul` in `dtype`."""
-    ways = {'cpu': _by_blocks, 'cuda': grouped_gpu.grouped_matmul_gpu, 'default': _ragged}
-    ways = _that_fit(x, kernels, dtype, ways, grouped_tpu.grouped_matmul_tpu)
-    return jax.lax.platform_dependent(x, kernels, group_sizes, **ways)
+    by_platform = {'cpu': _by_blocks, 'cuda': grouped_gpu.grouped_matmul_gpu, 'default': _ragged}
+    by_platform = _supported(x, kernels, dtype, by_platform, grouped_tpu.grouped_matmul_tpu)
+    return jax.lax.platform_dependent(x, kernels, group_sizes, **by_platform)
 
 
 def _outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array, dtype: Any) -> jax.Array:
     """Returns x[rows of e]^T @ y[rows of e]: [N, D], [N, F] -> [E, D, F] in `dtype`."""
     kernels = jax.ShapeDtypeStruct((group_sizes.shape[0], x.shape[1], y.shape[1]), x.dtype)
-    ways = {
+    by_platform = {
         'cpu': _outer_by_blocks,
         'cuda': grouped_gpu.grouped_outer_gpu,
         'default': _ragged_outer,
     }
-    ways = _that_fit(x, kernels, dtype, ways, grouped_tpu.grouped_outer_tpu)
-    return jax.lax.platform_dependent(x, y, group_sizes, **ways)
+    by_platform = _supported(x, kernels, dtype, by_platform, grouped_tpu.grouped_outer_tpu)
+    return jax.lax.platform_dependent(x, y, group_sizes, **by_platform)
 
 
-def _that_fit(
+def _supported(
     x: ArrayOrShape,
     kernels: ArrayOrShape,
     dtype: Any,
-    ways: dict[str, Callable[..., Any]],
-    on_tpus: Callable[..., jax.Array],
+    by_platform: dict[str, Callable[..., Any]],
+    tpu_function: Callable[..., jax.Array],
 ) -> dict[str, Callable[..., Any]]:
     """Returns the implementations by platform that support x [N, D] and kernels [E, D, F]."""
-    casting = {
-        name: _cast(way, dtype)
-        for name, way in ways.items()
+    supported = {
+        name: _cast(function, dtype)
+        for name, function in by_platform.items()
         if name != 'cuda' or grouped_gpu.fits(x, kernels)
     }
     if grouped_tpu.fits(x, kernels):  # these kernels themselves return any dtype
-        casting['tpu'] = functools.partial(on_tpus, dtype=dtype)
-    return casting
+        supported['tpu'] = functools.partial(tpu_function, dtype=dtype)
+    return supported
 
 
-def _cast(way: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.Array]:
-    return lambda *arguments: way(*arguments).astype(dtype)
+def _cast(function: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.Array]:
+    return lambda *arguments: function(*arguments).astype(dtype)
 
 
 def _forward(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: Any):
@@ -163,9 +163,9 @@ class _Blocks:
         rows_per_group = max(1, 2 * num_rows // num_groups)
         self.size = min(1 << (rows_per_group - 1).bit_length(), largest)
         self.count = -(-num_rows // self.size) + num_groups  # the maximum number of blocks
-        in_front = int(num_rows >= num_groups)
-        self.first = in_front * num_groups  # the number of first blocks of groups
-        others = jnp.maximum(-(-group_sizes // self.size) - in_front, 0)  # [E], later blocks
+        leading = int(num_rows >= num_groups)
+        self.first = leading * num_groups  # the number of first blocks of groups
+        others = jnp.maximum(-(-group_sizes // self.size) - leading, 0)  # [E], later blocks
         last_other, last_row = jnp.cumsum(others), jnp.cumsum(group_sizes)
         self.used = self.first + last_other[-1]
         index = jnp.arange(self.count) - self.first
@@ -173,7 +173,7 @@ class _Blocks:
         rows = jnp.arange(num_rows)
         group = jnp.searchsorted(last_row, rows, side='right')
         inside = rows - (last_row - group_sizes)[group]
-        block = inside // self.size - in_front
+        block = inside // self.size - leading
         block = jnp.where(block < 0, group, self.first + (last_other - others)[group] + block)
         # Rows without a group have no slot: `fill` drops them, and `rows` returns zeros for them.
         place = block * self.size + inside % self.size
@@ -257,8 +257,8 @@ def mlps_by_blocks(
     outputs = jnp.zeros((blocks.count - blocks.first, *filled.shape[1:]), jnp.float32)
     outputs = jax.lax.fori_loop(blocks.first, blocks.used, add_block, outputs)
     if blocks.first:
-        in_front = _gated_mlp(filled[: blocks.first], kernels)
-        outputs = jnp.concatenate([in_front, outputs])
+        leading = _gated_mlp(filled[: blocks.first], kernels)
+        outputs = jnp.concatenate([leading, outputs])
     return outputs.reshape(-1, x.shape[1])[place].astype(x.dtype)
 
 

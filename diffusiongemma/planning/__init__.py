@@ -1,1 +1,1 @@
-"""What a config takes on devices that are not there."""
+"""Compiles the programs of a config for devices that this machine lacks, and reports their cost."""

@@ -1,7 +1,7 @@
-"""Compiles for devices that are not there, and reads what the compiler says.
+"""Compiles programs for devices that this machine lacks, and reads memory and traffic from them.
 
-For TPUs it is the real compiler. That of GPUs needs a GPU: in its place XLA's CPU compiler lays out
-the same program over as many devices.
+Programs for TPUs are compiled by the real TPU compiler. XLA's GPU compiler needs a GPU, so programs
+for GPUs are compiled by XLA's CPU compiler instead, for the same number of devices.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from diffusiongemma.accounting.liveness import peak_bytes
 from diffusiongemma.planning.needed import Needed
 from diffusiongemma.planning.programs import PlannedProgram
 
-# libtpu asks these who it is; without them it looks for a TPU in this machine.
+# libtpu reads these variables; without them it looks for a TPU on this machine.
 _ENVIRONMENT = {
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
@@ -39,11 +39,14 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Bytes of one device as the compiler lays them out.
+    """The memory layout of a compiled program, in bytes of one device.
 
     Attributes:
-      arguments, outputs, temporaries, code: of each kind.
-      aliased: what outputs share with arguments.
+      arguments: bytes of the arguments.
+      outputs: bytes of the outputs, including `aliased`.
+      aliased: bytes of outputs that reuse the memory of arguments.
+      temporaries: bytes of all other buffers.
+      code: bytes of the generated code.
     """
 
     arguments: int
@@ -54,32 +57,33 @@ class Layout:
 
     @property
     def needed(self) -> int:
-        """All of it at once."""
+        """Returns the bytes that the program needs on one device."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler says of a program; sizes are bytes of one device.
+    """A report on one compiled program; sizes are bytes of one device.
 
     Attributes:
-      name: of the program.
-      kinds: arguments by kind, from shapes and shardings.
-      layout: of its memory; None where the program does not fit.
-      needed: of HBM at the peak.
-      fits: whether that is there.
-      flops: that the model asks for, of the whole program over all devices.
-      executed: FLOPs of the compiled program, one device; kernels by their own estimates, those of
-        grouped matmuls by rows. None where they are not known.
-      executed_tiles: the same with grouped matmuls by the tiles that they visit at most.
-      hbm_traffic: read and written by one device; None where that is not known.
-      collectives: what one device sends.
-      least: what has to be moved at least; None where that is not known.
-      copies: float32 copies of the shard of the trained layers that are held besides the state;
-        None for a program that trains nothing.
-      tokens: that the program trains on or writes.
-      compile_seconds: it took.
-      error: what the compiler said where the program does not fit.
+      name: the name of the program.
+      kinds: the bytes of each kind of argument, from shapes and shardings.
+      layout: the memory layout; None if the program does not fit.
+      needed: the peak HBM use.
+      fits: whether a device has that much HBM.
+      flops: the FLOPs of the model, for the whole program on all devices.
+      executed: the FLOPs that one device executes. Kernels count by their own cost estimates, and
+        grouped matmuls by their rows. None if they are not known.
+      executed_tiles: the same, but grouped matmuls count by the maximum number of tiles that they
+        visit.
+      hbm_traffic: the bytes that one device reads and writes; None if they are not known.
+      collectives: the collectives with the bytes that one device sends.
+      least: the minimum bytes that have to be moved; None if they are not known.
+      copies: the number of float32 copies of the trained layers' shard that are alive at once, in
+        addition to the state; None for a program that trains nothing.
+      tokens: the number of tokens that the program trains on or generates.
+      compile_seconds: the compile time.
+      error: the compiler's message if the program does not fit.
     """
 
     name: str
@@ -99,7 +103,7 @@ class Plan:
     error: str = ''
 
     def ratios(self, num_devices: int) -> dict[str, float]:
-        """Returns what the compiled program does over what is needed, where both are known."""
+        """Returns the ratios of actual to needed FLOPs and bytes, as far as both are known."""
         model = self.flops.model / num_devices
         ratios = {}
         if self.executed is not None and self.executed_tiles is not None and model:
@@ -114,11 +118,11 @@ class Plan:
 
     @property
     def sent(self) -> float:
-        """Bytes that one device sends."""
+        """Returns the bytes that one device sends."""
         return sum(collective.sent_bytes for collective in self.collectives)
 
     def times(self, figures: DeviceFigures, num_devices: int) -> dict[str, float]:
-        """Seconds that each resource needs at its published best."""
+        """Returns the seconds that each resource needs at its published peak."""
         seconds = {'compute': sum(self.flops) / num_devices / figures.peak_flops}
         if self.hbm_traffic is not None:
             seconds['HBM'] = self.hbm_traffic / figures.hbm_bandwidth
@@ -128,39 +132,41 @@ class Plan:
 
 
 def topology_devices(name: str) -> tuple[list[Any], DeviceFigures]:
-    """The devices of a topology such as 'v5p:2x2x2' or 'H100:8', and what one of them can do.
+    """Returns the devices of a topology such as 'v5p:2x2x2' or 'H100:8', and their figures.
 
-    Those of GPUs are stand-ins on the CPU.
+    GPUs are represented by CPU devices.
 
     Raises:
-      ValueError: there is no such topology, no figures for its devices, or no libtpu.
+      ValueError: if the topology does not exist, if the table of figures lacks its devices, or if
+        libtpu is not installed.
     """
     kind, _, count = name.partition(':')
     if kind in GPUS:
         return _stand_ins(name, count), figures_named(kind)
     if importlib.util.find_spec('libtpu') is None:
         raise ValueError("the TPU compiler is not installed: pip install -e '.[plan]'.")
-    jax.config.update('jax_platforms', 'cpu')  # whatever this machine has
+    jax.config.update('jax_platforms', 'cpu')  # even if this machine has an accelerator
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
         devices: list[Any] = topologies.get_topology_desc(name, platform='tpu').devices
     except Exception as error:
         raise ValueError(
-            f'no TPU topology {name!r} ({str(error).splitlines()[0]}); known are for example '
-            'v5e:2x4, v5e:4x4, v5p:2x2x2, v5p:4x4x4, v6e:2x2 and v6e:8x8, and of GPUs '
+            f'no TPU topology {name!r} ({str(error).splitlines()[0]}); examples are '
+            'v5e:2x4, v5e:4x4, v5p:2x2x2, v5p:4x4x4, v6e:2x2 and v6e:8x8, and for GPUs '
             f'{", ".join(f"{gpu}:8" for gpu in GPUS)}.'
         ) from error
     figures = figures_of(devices[0].device_kind)
     if figures is None:
         raise ValueError(
-            f'{name}: there are no figures of {devices[0].device_kind} in accounting/devices.py; '
-            'take a v5e, v5p or v6e.'
+            f'{name}: accounting/devices.py has no figures for {devices[0].device_kind}; '
+            'use v5e, v5p or v6e.'
         )
     return devices, figures
 
 
 def _stand_ins(name: str, count: str) -> list[Any]:
+    """Returns as many CPU devices as a topology has GPUs."""
     if not count.isdecimal() or not int(count):
         raise ValueError(f'--topology={name}: write how many GPUs, for example H100:8.')
     jax.config.update('jax_platforms', 'cpu')
@@ -174,15 +180,15 @@ def compile_program(
     figures: DeviceFigures,
     optimization_level: str = 'O2',
 ) -> Plan:
-    """Compiles a program for the devices of a mesh.
+    """Compiles a program for the devices of a mesh and returns the report on it.
 
     Args:
-      program: what is compiled.
-      mesh: over the devices.
-      figures: of one of them.
-      optimization_level: of the compiler: 'O2', its own default, or 'O1', which takes a third of
-        the time and half of the host's memory, and finds a program that needs no less memory and
-        moves more bytes.
+      program: the function and its abstract arguments.
+      mesh: the mesh of the devices.
+      figures: the published figures of one device.
+      optimization_level: the optimization level of the compiler. 'O2' is its default. 'O1' takes a
+        third of the time and half of the host memory, but the compiled program needs no less
+        memory and moves more bytes.
     """
     function = jax.jit(program.function, donate_argnums=program.donated)
     traced = function.trace(*program.arguments)
@@ -210,7 +216,7 @@ def compile_program(
         )  # fmt: skip
     seconds = time.monotonic() - start
     layout, text = _layout(compiled), Program(_text(compiled))
-    # What a GPU's fusions read and write is not what those of a CPU do.
+    # The fusions of the CPU compiler do not tell the memory traffic of a GPU.
     is_tpu = mesh.devices.flat[0].platform != 'cpu'
     kernels = kernel_flops(traced.jaxpr)
     return plan(
@@ -224,8 +230,9 @@ def compile_program(
 
 
 def _layout(compiled: jax.stages.Compiled) -> Layout:
+    """Returns the memory layout of a compiled program."""
     memory = compiled.memory_analysis()
-    assert memory is not None  # the compilers that plans are made with all say it
+    assert memory is not None  # the TPU and CPU compilers both support it
     return Layout(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -236,20 +243,21 @@ def _layout(compiled: jax.stages.Compiled) -> Layout:
 
 
 def _text(compiled: jax.stages.Compiled) -> str:
+    """Returns the HLO text of a compiled program."""
     text = compiled.as_text()
-    assert text is not None  # likewise
+    assert text is not None  # the TPU and CPU compilers both support it
     return text
 
 
 def float32_copies(text: Program, layers: Sequence[Any]) -> float:
-    """Returns how many float32 copies of the shard of some parameters are alive at once.
+    """Returns the maximum number of float32 copies of some parameters that are alive at once.
 
-    A buffer counts by its number of elements, if it is that of one of the parameters, so that views
-    and other layouts count and what is small does not.
+    A buffer counts as a copy if its number of elements equals that of the shard of a large
+    parameter. This includes views and other layouts, and excludes small buffers.
 
     Args:
       text: the compiled program.
-      layers: the parameters, with shardings.
+      layers: the parameters as ShapeDtypeStructs with shardings.
     """
     sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in layers]
     large = {size for size in sizes if size > 1e-3 * sum(sizes)}
@@ -264,23 +272,23 @@ def float32_copies(text: Program, layers: Sequence[Any]) -> float:
 def advice(
     kinds: Mapping[str, float], figures: DeviceFigures, mesh: jax.sharding.Mesh, what: str
 ) -> str:
-    """What to change where a program does not fit.
+    """Returns a sentence that says what to change if a program does not fit.
 
     Args:
-      kinds: bytes of each kind of argument on one device.
-      figures: of the device.
-      mesh: over the devices.
-      what: 'step' or 'sampler'.
+      kinds: the bytes of each kind of argument on one device.
+      figures: the published figures of the device.
+      mesh: the mesh of the devices.
+      what: the kind of program, 'step' or 'sampler'.
     """
     state = sum(kinds.values())
-    splits = 'config.mesh.fsdp' if what == 'step' else 'config.mesh.tensor (or expert)'
+    axis = 'config.mesh.fsdp' if what == 'step' else 'config.mesh.tensor (or expert)'
     if state > 0.8 * figures.hbm_bytes:
-        least = -(-int(state * mesh.size) // int(0.7 * figures.hbm_bytes))
+        num_devices = -(-int(state * mesh.size) // int(0.7 * figures.hbm_bytes))
         return (
             f'parameters, optimizer state and cache take {state / 1e9:.1f} GB of the '
-            f'{figures.hbm_bytes / 1e9:.0f} GB of a device: use a topology of at least {least} '
-            f'such devices and raise {splits}'
-            + ('; or train adapters alone (--config.lora.rank=16).' if what == 'step' else '.')
+            f'{figures.hbm_bytes / 1e9:.0f} GB of a device: use a topology of at least '
+            f'{num_devices} such devices and raise {axis}'
+            + ('; or train only adapters (--config.lora.rank=16).' if what == 'step' else '.')
         )
     rows = (
         'config.data.batch_size, row_length or canvases_per_row'
@@ -288,13 +296,13 @@ def advice(
         else ('--batch_size, --prompt_length or config.sampling.max_new_tokens')
     )
     return (
-        f'parameters, optimizer state and cache fit ({state / 1e9:.1f} GB), activations do not: '
-        f'lower {rows}, or use a topology with more devices and raise {splits}.'
+        f'parameters, optimizer state and cache fit ({state / 1e9:.1f} GB), but activations do '
+        f'not: lower {rows}, or use a topology with more devices and raise {axis}.'
     )
 
 
 def _needed(message: str, arguments: float) -> float | None:
-    """Bytes of HBM that a program needs, from the compiler's complaint; None for another one."""
+    """Returns the HBM bytes that an out-of-memory error names, or None for any other error."""
     size = r'([\d.]+)([KMGT]?)'
     for pattern, others in (
         (rf'Used {size} of [\d.]+[KMGT]? hbm', 0.0),
@@ -308,6 +316,7 @@ def _needed(message: str, arguments: float) -> float | None:
 
 @contextlib.contextmanager
 def _at_level(level: str) -> Iterator[None]:
+    """Sets the optimization level of the compiler inside a `with` block."""
     before = jax.config.values['jax_optimization_level']
     jax.config.update('jax_optimization_level', level)
     try:
@@ -318,7 +327,7 @@ def _at_level(level: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """jax logs a failed compilation with all of its stack; the message is shown in our words."""
+    """Suppresses the log of a failed compilation with its stack trace; the plan reports it."""
     logger = logging.getLogger('jax')
     level = logger.level
     logger.setLevel(logging.CRITICAL)

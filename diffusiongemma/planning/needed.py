@@ -1,8 +1,8 @@
-"""The least that one device has to read, write and send for a program, from shapes alone.
+"""Computes the minimum bytes that one device has to read, write and send, from shapes alone.
 
-What a compiled program moves is measured against it. Weights that a pass touches, the cache, the
-training state and the logits are counted once each, however often they are really used; activations
-are counted only where a mesh has to exchange them.
+Plans compare the traffic of a compiled program with this minimum. The weights that a pass uses, the
+cache, the training state and the logits count once, even if the program reads them several times.
+Activations count only if a mesh has to exchange them.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from diffusiongemma.parallel.sharding import rules_of
 
 @dataclasses.dataclass(frozen=True)
 class Needed:
-    """Bytes of one device.
+    """The minimum traffic of one device, in bytes.
 
     Attributes:
-      hbm: read and written.
-      sent: to other devices.
+      hbm: the bytes that the device reads from and writes to HBM.
+      sent: the bytes that the device sends to other devices.
     """
 
     hbm: float
@@ -37,12 +37,12 @@ class Needed:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """What a pass works on, over all devices.
+    """The sizes of one pass; token counts are for all devices together.
 
     Attributes:
-      passed: tokens that go through the layers.
-      scored: positions that have logits.
-      cached: bytes of keys and values that one device reads or writes.
+      passed: the number of tokens that pass through the layers.
+      scored: the number of positions that need logits.
+      cached: the bytes of keys and values that one device reads or writes.
     """
 
     passed: int
@@ -59,16 +59,16 @@ def of_pass(
     *,
     denoises: bool,
 ) -> Needed:
-    """Returns what one pass over some tokens needs.
+    """Returns the minimum traffic of one pass.
 
     Args:
-      model: of the program.
-      params: all its parameters, ShapeDtypeStructs with shardings.
-      mesh: the devices.
-      rows: mesh axes that the batch is split over: weights split along them are gathered, but for
-        experts along their own axis, where tokens are sent.
-      tokens: of the pass.
-      denoises: whether it is a denoise pass; a denoiser with layers of its own has other weights.
+      model: the model that runs the pass.
+      params: all parameters of the model, as ShapeDtypeStructs with shardings.
+      mesh: the mesh of the devices.
+      rows: the mesh axes that split the batch. Weights that are split along them are gathered,
+        except experts along the axis of experts, where tokens are sent instead.
+      tokens: the sizes of the pass.
+      denoises: whether it is a denoise pass; a separate or light denoiser has other weights.
     """
     config = model.config
     touched = dict(params)
@@ -96,16 +96,16 @@ def of_pass(
 
 
 def of_update(trained: Any, state: Any, mesh: jax.sharding.Mesh, rows: Sequence[str]) -> Needed:
-    """Returns what the update of a training state needs besides its passes.
+    """Returns the minimum traffic of one update of the training state, without the passes.
 
-    The state is read and written; gradients are summed over the devices in float32, each device
-    keeping its shard.
+    The state is read and written once. Gradients are summed over the devices in float32, and each
+    device keeps its shard of the sum.
 
     Args:
-      trained: parameters, ShapeDtypeStructs with shardings.
-      state: parameters, EMA and moments.
-      mesh: the devices.
-      rows: mesh axes that the batch is split over.
+      trained: the trained parameters, as ShapeDtypeStructs with shardings.
+      state: the parameters, EMA and optimizer moments, as ShapeDtypeStructs with shardings.
+      mesh: the mesh of the devices.
+      rows: the mesh axes that split the batch.
     """
     hbm = 2.0 * sum(_shard_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     sent = 0.0
@@ -119,7 +119,7 @@ def of_update(trained: Any, state: Any, mesh: jax.sharding.Mesh, rows: Sequence[
 
 
 def _touched_experts(config: MoEConfig, tokens: float) -> float:
-    """Share of the experts that some tokens reach, were they spread evenly."""
+    """Returns the expected share of experts that a number of tokens reaches, if routed evenly."""
     return 1.0 - (1.0 - config.top_k / config.num_experts) ** tokens
 
 
@@ -130,7 +130,7 @@ def _without_experts(model: Gemma, rows: Sequence[str]) -> list[str]:
 def _gathered_and_shard(
     model: Gemma, leaf: Any, mesh: jax.sharding.Mesh, rows: Sequence[str], of_experts: bool
 ) -> tuple[float, float]:
-    """Elements of a weight that a device computes with, and of those that it holds."""
+    """Returns the number of elements of a weight that a device uses, and that it stores."""
     gathered = _without_experts(model, rows) if of_experts else rows
     shard = _shard_size(leaf)
     along = [axis for axes in _axes(leaf) for axis in axes if axis in gathered]
@@ -149,7 +149,7 @@ def _shard_size(leaf: Any) -> float:
 def _activations_sent(
     model: Gemma, mesh: jax.sharding.Mesh, rows: Sequence[str], tokens: float
 ) -> float:
-    """Sums of partial results along `tensor`, and tokens sent to experts and back."""
+    """Returns the bytes sent to sum partial results, and to send tokens to experts and back."""
     config, rules = model.config, dict(rules_of(model))
     itemsize = np.dtype(model.dtype).itemsize
     light = model.light if isinstance(model, DiffusionGemma) else None

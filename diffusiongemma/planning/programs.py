@@ -1,6 +1,7 @@
-"""The programs of a config, ready to be compiled for devices that are not there.
+"""Builds the training step of a config with abstract arguments, so that it can be compiled.
 
-Everything is a ShapeDtypeStruct with a sharding; nothing is allocated.
+Every array is a ShapeDtypeStruct with a sharding; nothing is allocated, so the devices of the mesh
+do not have to exist on this machine.
 """
 
 import dataclasses
@@ -30,17 +31,18 @@ from diffusiongemma.planning.needed import Needed, Tokens, of_pass, of_update
 
 @dataclasses.dataclass(frozen=True)
 class PlannedProgram:
-    """A function with abstract arguments.
+    """A function with abstract arguments, ready to be compiled.
 
     Attributes:
-      name: what it is.
-      function: of the arguments.
-      arguments: pytrees of ShapeDtypeStructs with shardings.
-      kinds: bytes of each kind of argument on one device.
-      donated: positions of the arguments whose memory the results may take.
-      tokens: that it trains on or writes.
-      needed: the least that it has to move; None where its loops have no known end.
-      layers: trained parameters of the layers, whose float32 copies are counted; else empty.
+      name: the name in reports.
+      function: the function to compile.
+      arguments: its arguments, pytrees of ShapeDtypeStructs with shardings.
+      kinds: the bytes of each kind of argument on one device.
+      tokens: the number of tokens that the program trains on or generates.
+      donated: the positions of the arguments whose memory the results may reuse.
+      needed: the minimum traffic; None if the number of loop iterations is not known.
+      layers: the trained parameters of the layers, whose float32 copies a plan counts; empty for a
+        program that trains nothing.
     """
 
     name: str
@@ -55,7 +57,7 @@ class PlannedProgram:
 
 @dataclasses.dataclass(frozen=True)
 class TokenIds:
-    """What a run takes from its tokenizer; the ids are those of Gemma's vocabularies."""
+    """The facts that a run needs of its tokenizer, with the token ids of Gemma's vocabularies."""
 
     vocab_size: int
     mask_id: int = 4
@@ -68,12 +70,15 @@ class TokenIds:
 
 
 def teacher_config(teacher: str, config_name: str, preset: str | None) -> ModelConfig:
-    """The architecture that is planned for; raises ValueError where nothing names it.
+    """Returns the architecture of the teacher to plan for.
 
     Args:
-      teacher: of the experiment.
-      config_name: of its file; tried as a preset's.
-      preset: what is planned for whatever these say.
+      teacher: the teacher that the experiment names.
+      config_name: the name of the config file, which may be the name of a preset.
+      preset: the preset to plan for in any case, or None.
+
+    Raises:
+      ValueError: if none of these names an architecture.
     """
     if preset is None and teacher in BUILTIN:
         return ModelConfig.from_dict(read_json(BUILTIN[teacher] / CONFIG_FILE)['model'])
@@ -84,15 +89,16 @@ def teacher_config(teacher: str, config_name: str, preset: str | None) -> ModelC
 
 
 def cut_to(config: ModelConfig, num_layers: int) -> ModelConfig:
-    """Returns the model with its first layers alone, so that a plan compiles in a minute.
+    """Returns the architecture with only its first layers, so that a plan compiles in a minute.
 
     Args:
-      config: of the whole model.
-      num_layers: whole repetitions of the layer pattern, so that sliding and full layers keep
-        their proportion; layers that share keys and values remain as far as they are among them.
+      config: the architecture of the whole model.
+      num_layers: the number of layers to keep, a multiple of the length of the layer pattern, so
+        that the proportion of sliding and full layers stays the same. Layers that share keys and
+        values stay if they are among the first layers.
 
     Raises:
-      ValueError: that is no such number of layers.
+      ValueError: if the pattern or the model does not allow that number of layers.
     """
     period = len(LayerStack(0, config.layer_types).pattern)
     if num_layers % period or not 0 < num_layers <= config.num_layers:
@@ -111,12 +117,12 @@ def cut_to(config: ModelConfig, num_layers: int) -> ModelConfig:
 def training_step(
     experiment: Experiment, teacher_config: ModelConfig, mesh: Mesh
 ) -> PlannedProgram:
-    """The distillation step of the stage that takes more: 1, or 2 with several steps.
+    """Returns the more expensive distillation step: stage 2 if it has several steps, else stage 1.
 
     Args:
-      experiment: what is trained.
-      teacher_config: of its teacher.
-      mesh: over the devices.
+      experiment: the experiment whose step is planned.
+      teacher_config: the architecture of the teacher.
+      mesh: the mesh of the devices.
     """
     dtype = configuration.compute_dtype(experiment.dtype)
     gemma = Gemma(teacher_config.autoregressive, dtype)
@@ -159,13 +165,13 @@ def training_step(
         kinds={name: size for name, size in kinds.items() if size},
         tokens=shape.batch_size * shape.row_length,
         donated=(0,),
-        needed=_of_step(setup, constants.teacher, state, batch),
+        needed=_needed_of_step(setup, constants.teacher, state, batch),
         layers=tuple(jax.tree.leaves(layers)),
     )
 
 
-def _of_step(setup: Setup, teacher_params: Any, state: Any, batch: Any) -> Needed:
-    """What a distillation step has to move at the least."""
+def _needed_of_step(setup: Setup, teacher_params: Any, state: Any, batch: Any) -> Needed:
+    """Returns the minimum traffic of a distillation step."""
     mesh, rows, experiment = setup.mesh, batch_axes(batch['tokens']), setup.experiment
     student = abstract_params(setup.student, mesh, configuration.compute_dtype(experiment.dtype))
     shape = experiment.data
@@ -181,7 +187,7 @@ def _of_step(setup: Setup, teacher_params: Any, state: Any, batch: Any) -> Neede
 
 
 def abstract_params(model: DiffusionGemma | Gemma, mesh: Mesh, dtype: Any) -> Any:
-    """Returns the parameters of a model on a mesh, floating ones in `dtype`."""
+    """Returns the abstract parameters of a model on a mesh, with floating-point ones in `dtype`."""
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cast_to(dtype, leaf.dtype)), shapes
@@ -190,7 +196,7 @@ def abstract_params(model: DiffusionGemma | Gemma, mesh: Mesh, dtype: Any) -> An
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
-    """Returns the same arrays with shardings."""
+    """Returns abstract arrays with the same shapes and dtypes, and with the shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -199,7 +205,7 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 
 def _batch(layout: RowLayout, batch_size: int, sharding: NamedSharding) -> Any:
-    """Of the shapes that packing makes."""
+    """Returns an abstract batch with the shapes and dtypes that packing produces."""
     k = layout.top_k
     example: dict[str, Any] = {'prompt': '', 'response': ''}
     tokenizer = Tokenizer.load('builtin')
@@ -216,13 +222,13 @@ def _batch(layout: RowLayout, batch_size: int, sharding: NamedSharding) -> Any:
 
 
 def batch_axes(array: Any) -> tuple[str, ...]:
-    """Returns the mesh axes that the rows of a batch are split over."""
+    """Returns the mesh axes that split the rows of a batch."""
     axes = array.sharding.spec[0] if array.sharding.spec else None
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def device_bytes(tree: Any) -> float:
-    """Returns the bytes of one device's shards."""
+    """Returns the bytes of the shards that one device holds."""
     return float(
         sum(
             np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,4 +1,4 @@
-"""A plan as tables and as JSON."""
+"""Prints plans as tables and converts them to JSON."""
 
 import dataclasses
 from typing import Any
@@ -14,9 +14,19 @@ from diffusiongemma.planning.compiler import Layout, Plan
 def print_plan(
     plan: Plan, figures: DeviceFigures, mesh: jax.sharding.Mesh, title: str, change: str
 ) -> None:
-    """Prints memory, traffic, ratios and times; `change` says what would make it fit."""
+    """Prints memory, traffic, ratios and times of a program.
+
+    Args:
+      plan: the report on the compiled program.
+      figures: the published figures of one device.
+      mesh: the mesh of the devices.
+      title: the config, the topology and the options, for the title of the table.
+      change: the advice to print if the program does not fit.
+    """
     axes = ', '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1)
-    table = Table(title=f'{plan.name}: {title}, {mesh.size} x {figures.name} ({axes or "alone"})')
+    table = Table(
+        title=f'{plan.name}: {title}, {mesh.size} x {figures.name} ({axes or "one device"})'
+    )
     table.add_column('per device')
     table.add_column('', justify='right')
     for kind, size in plan.kinds.items():
@@ -43,13 +53,13 @@ def print_plan(
     if plan.copies is not None:
         table.add_row('float32 copies of the layers, besides the state', f'{plan.copies:.2f}')
     for resource, seconds in plan.times(figures, mesh.size).items():
-        table.add_row(f'least time for {resource}', f'{1e3 * seconds:.3f} ms')
+        table.add_row(f'minimum time for {resource}', f'{1e3 * seconds:.3f} ms')
     Console(width=100).print(table)
     if mesh.devices.flat[0].platform == 'cpu':
         print(
-            'Temporaries are those of the CPU compiler, which keeps bfloat16 matmuls in float32: '
-            'an estimate, mostly from above. jax takes 75% of the memory of a GPU unless '
-            'XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.'
+            'The size of temporaries comes from the CPU compiler, which keeps bfloat16 matmuls in '
+            'float32, so it is an estimate and usually too large. jax allocates 75% of the memory '
+            'of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION sets another share.'
         )
     if plan.fits:
         print(f'{plan.name} fits {mesh.size} x {figures.name}.', flush=True)
@@ -62,17 +72,17 @@ def _ratio_label(name: str) -> str:
 
 
 def as_json(plan: Plan, figures: DeviceFigures, num_devices: int) -> dict[str, Any]:
-    """The same in JSON types; sizes in bytes of one device, times in seconds."""
+    """Returns a plan as JSON types; sizes are bytes of one device, times are seconds."""
     times = plan.times(figures, num_devices)
-    laid_out = dict.fromkeys(field.name for field in dataclasses.fields(Layout))
+    layout = dict.fromkeys(field.name for field in dataclasses.fields(Layout))
     if plan.layout is not None:
-        laid_out = dataclasses.asdict(plan.layout)
+        layout = dataclasses.asdict(plan.layout)
     return {
         'name': plan.name,
         'fits': plan.fits,
         'needed': plan.needed,
         'arguments_by_kind': plan.kinds,
-        **laid_out,
+        **layout,
         'model_flops': plan.flops.model,
         'recomputed_flops': plan.flops.recomputed,
         'executed_flops': plan.executed,

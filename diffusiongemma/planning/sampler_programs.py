@@ -1,4 +1,4 @@
-"""The programs of a sampler, ready to be compiled for devices that are not there."""
+"""Builds the programs of a sampler with abstract arguments, so that they can be compiled."""
 
 import dataclasses
 from collections.abc import Callable
@@ -39,14 +39,16 @@ def sampler_programs(
     batch_size: int,
     prompt_length: int,
 ) -> list[PlannedProgram]:
-    """The whole of diffusion sampling, and its passes: prefill, denoise step, commit.
+    """Returns the program that generates, and the programs of its single passes.
+
+    The passes are prefill, denoise step and commit, or draft and verify for a light denoiser.
 
     Args:
-      experiment: the run that made the student; `sampling` says how it is sampled.
-      teacher_config: of its teacher.
-      mesh: over the devices.
-      batch_size: rows.
-      prompt_length: tokens of a prompt.
+      experiment: the run that trains the student; its field `sampling` has the sampling options.
+      teacher_config: the architecture of the teacher.
+      mesh: the mesh of the devices.
+      batch_size: the number of rows.
+      prompt_length: the number of tokens of each prompt.
     """
     dtype = configuration.compute_dtype(experiment.dtype)
     teacher = Gemma(teacher_config.autoregressive, dtype)
@@ -83,7 +85,7 @@ def _diffusion_programs(
     start: Callable[..., Any],
     mesh: Mesh,
 ) -> list[PlannedProgram]:
-    """Programs of the diffusion mode, from the state that `start` makes of the prompts."""
+    """Returns the programs of the diffusion mode; `start` prefills the prompts."""
     tokens, cache, rows = prompts[0], state.cache, prompts[0].sharding
     (batch_size, prompt_length), canvas_length = tokens.shape, model.config.canvas_length
 
@@ -136,7 +138,7 @@ def _lossless_programs(
     prompts: tuple[Any, Any, Any],
     mesh: Mesh,
 ) -> list[PlannedProgram]:
-    """The whole of lossless sampling with a light denoiser, and its passes: draft and verify."""
+    """Returns the programs of the lossless mode with a light denoiser: generate, draft, verify."""
     tokens, lengths, _ = prompts
     batch_size, rows = tokens.shape[0], tokens.sharding
     hidden = jax.ShapeDtypeStruct((batch_size, model.config.width), model.dtype, sharding=rows)
@@ -183,10 +185,10 @@ def _lossless_programs(
 
 
 def cache_shardings(model: Gemma, cache: KVCache, mesh: Mesh) -> Any:
-    """The sharding of each array of a cache, as the axis table of the model says."""
+    """Returns the sharding of each array of a cache by the axis table of the model."""
 
-    def of(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         names = CACHE_AXES[:1] if leaf.ndim == 1 else (None,) * (leaf.ndim - 4) + CACHE_AXES
         return NamedSharding(mesh, partition_spec(spread(leaf.shape, names, rules_of(model), mesh)))
 
-    return jax.tree.map(of, cache)
+    return jax.tree.map(sharding, cache)

@@ -218,9 +218,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(
-                f'k must be a whole number >= 1 of positions per denoise step, got {self.k!r}.'
-            )
+            raise ValueError(f'k must be >= 1 position per denoise step, got {self.k!r}.')
 
     def accept(
         self, confidences: Float[Array, '*B C'], open_positions: Bool[Array, '*B C']

@@ -102,7 +102,7 @@ class Engine:
         }  # fmt: skip
         for name, number in numbers.items():
             if not isinstance(number, int) or number < 1:
-                raise ValueError(f'{name} must be a whole number >= 1, got {number!r}.')
+                raise ValueError(f'{name} must be >= 1, got {number!r}; it is a whole number.')
         if prefixes and prefill_together > 1:
             raise ValueError(
                 f'prefixes={prefixes} are for prompts that are encoded one by one; leave '
