@@ -34,7 +34,11 @@ def test_from_the_command_to_the_acceptance_rule_it_takes_8_calls_in_4_files():
 
 
 @pytest.mark.parametrize(
-    'config, method', [('tiny', 'drafting:Drafting.loss'), ('tiny_diffusion', 'stage1:Stage1.loss')]
+    'config, method',
+    [
+        ('tiny', 'drafting:Drafting.loss'),
+        pytest.param('tiny_diffusion', 'stage1:Stage1.loss', marks=pytest.mark.slow),
+    ],
 )
 def test_from_the_command_to_the_loss_it_takes_8_calls_in_5_files(config, method, tmp_path):
     flags = (f'--config=configs/{config}.py', f'--workdir={tmp_path}')

@@ -74,12 +74,22 @@ def test_the_main_job_shows_a_table_samples_and_leaves_a_plot_and_a_checkpoint(w
     assert out.count('teacher:') == out.count('student:') - 1 == 3  # samples; and where it is
     assert (workdir / 'distillation.png').read_bytes().startswith(b'\x89PNG')
     assert (workdir / 'checkpoints' / '2').is_dir()
-    assert json.loads((workdir / 'evaluation.json').read_text())['teacher_accuracy'] > 0
+    result = json.loads((workdir / 'evaluation.json').read_text())
+    assert result['teacher_accuracy'] > 0 and result['lossless_exact_match'] == 1.0
+    assert {
+        'teacher_accuracy', 'student_accuracy', 'tokens_per_denoise_pass', 'tokens_per_pass',
+        'denoising_steps_per_canvas', 'speedup', 'exact_match', 'teacher_nll', 'token_entropy',
+        'repetition_4', 'implausible_within', 'implausible_across',
+    } <= set(result)  # fmt: skip
+    lines = out.splitlines()
+    assert json.loads(lines[-2])['lossless_exact_match'] == 1.0  # the last JSON line
+    assert lines[-1].startswith('next: python -m diffusiongemma.sample')
     assert list((workdir / 'tensorboard').iterdir())
     assert json.loads((workdir / 'config.json').read_text())['train']['num_steps'] == 2
     assert about_model(workdir)['sampling']['stability_threshold'] == 0
 
 
+@pytest.mark.slow
 def test_evaluate_ends_with_one_json_line(workdir):
     out, _ = run(
         'evaluate',
@@ -93,11 +103,6 @@ def test_evaluate_ends_with_one_json_line(workdir):
     )
     result = json.loads(out.splitlines()[-1])
     assert result['num_examples'] == 4
-    assert {
-        'teacher_accuracy', 'student_accuracy', 'tokens_per_denoise_pass', 'tokens_per_pass',
-        'denoising_steps_per_canvas', 'speedup', 'exact_match', 'teacher_nll', 'token_entropy',
-        'repetition_4', 'implausible_within', 'implausible_across',
-    } <= set(result)  # fmt: skip
     assert 1 <= result['denoising_steps_per_canvas'] <= 16
 
 

@@ -238,6 +238,7 @@ def test_the_state_of_another_stream_is_refused():
         stream(seed=4).set_state(stream().get_state())
 
 
+@pytest.mark.slow
 def test_two_workers_make_the_same_stream_again_and_go_on_where_its_state_was_taken():
     with closing(stream(workers=2)) as first:
         start = [next(first) for _ in range(3)]

@@ -64,6 +64,7 @@ def test_text_round_trips_without_special_tokens(loaded, text):
     assert not tokenizer.special_ids.intersection(ids)
 
 
+@pytest.mark.slow  # what the student drafts is verified to the same text
 def test_greedy_continuations_are_the_golden_ones(loaded):
     model, params, tokenizer = loaded
     model, params = for_inference(model, params)

@@ -105,6 +105,7 @@ def sampled_alone(mode, model):
     return sample(mode, *alone(model))
 
 
+@pytest.mark.slow  # the default suite compares a step, logits and all
 @pytest.mark.parametrize('axes', meshes({'data': 2, 'expert': 2, 'sequence': 2}))
 def test_sampled_tokens_are_those_of_one_device(axes, model, cached):
     one, other = (
