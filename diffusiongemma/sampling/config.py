@@ -29,8 +29,10 @@ _WHOLE_NUMBERS = (
 )
 
 
-def _is_shipped(rule: AcceptanceRule) -> bool:
-    return type(rule).__module__.startswith('diffusiongemma.')
+def _is_custom(rule: AcceptanceRule | None) -> bool:
+    """Returns whether a rule is a user's dataclass."""
+    shipped = type(rule).__module__.startswith('diffusiongemma.')
+    return dataclasses.is_dataclass(rule) and not shipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +159,7 @@ class SamplingConfig:
         self._check_drafts()
         for name in RULES:
             object.__setattr__(self, name, read_rule(name, getattr(self, name)))
-        if self.acceptance is not None and not _is_shipped(self.acceptance):
+        if self.acceptance is not None and _is_custom(self.acceptance):
             check_rule(self.acceptance)
         self._check_one_rule('acceptance', 'entropy_bound')
         self._check_one_rule('stopping', 'stability_threshold')
