@@ -86,6 +86,7 @@ def curve(config: ConfigDict, workdir: Path) -> list[tuple[int, float]]:
 def plot(path: Path, curves: dict[tuple[str, str, int], list[tuple[int, float]]]) -> None:
     """Plots the accepted length over canvas tokens, with a panel for each denoiser."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(12, 3.4), layout='constrained')
     panels = figure.subplots(1, len(DENOISERS), sharey=True)
@@ -97,6 +98,7 @@ def plot(path: Path, curves: dict[tuple[str, str, int], list[tuple[int, float]]]
                 axes.plot(*zip(*points, strict=True), color=colors[objective], label=label)
                 axes.legend(fontsize='small')
         axes.set(xscale='log', xlabel='canvas tokens trained on', title=denoiser)
+        axes.xaxis.set_minor_formatter(NullFormatter())  # the labels would overlap
         axes.grid(alpha=0.3)
     panels[0].set(ylabel='accepted length, held-out text')
     figure.savefig(path, dpi=120)
