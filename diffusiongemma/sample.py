@@ -42,7 +42,7 @@ from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.sampler import MODES, main_mode
 from diffusiongemma.sampling.watch import watch
 from diffusiongemma.view.conversation import Conversation
-from diffusiongemma.view.frames import counted, frames
+from diffusiongemma.view.frames import counted, counted_passes, frames
 from diffusiongemma.view.page import write_html
 from diffusiongemma.view.terminal import show
 
@@ -288,10 +288,9 @@ def main(argv: list[str]) -> None:
         print(json.dumps(dataclasses.asdict(result)))
         return
     print(result.text)
-    kind = 'pass' if loaded.sampler.mode == 'autoregressive' else 'denoise pass'
     print(
         f'[{counted(len(result.tokens), "token")}, '
-        f'{counted(result.denoising_steps, kind)}, '
+        f'{counted_passes(result.denoising_steps, loaded.sampler.mode)}, '
         f'{result.tokens_per_pass:.2f} tokens per pass (commits and verifications counted), '
         f'{len(result.tokens) / result.seconds:,.0f} tokens/s]'
     )

@@ -38,7 +38,7 @@ def convert(
       generation: returns the generation_config.json for a model whose base has none.
 
     Raises:
-      FileNotFoundError: if there is no model at `source`.
+      FileNotFoundError: if `source` does not exist or contains no model.
       ValueError: if it cannot be read, the format cannot represent it, or `output` already
         contains a model.
     """

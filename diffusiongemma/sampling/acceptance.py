@@ -6,6 +6,7 @@ second method, `first_state`, which returns its initial state.
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.struct
@@ -140,6 +141,7 @@ def next_canvas(
     return canvas, state
 
 
+@functools.cache  # configs are copied for every request, with the same rule
 def check_rule(rule: AcceptanceRule) -> None:
     """Raises ValueError if a rule does not return a canvas; traces it with small shapes."""
 

@@ -1,6 +1,7 @@
 """The sampling settings: `SamplingConfig`."""
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -159,7 +160,7 @@ class SamplingConfig:
         self._check_drafts()
         for name in RULES:
             object.__setattr__(self, name, read_rule(name, getattr(self, name)))
-        if self.acceptance is not None and _is_custom(self.acceptance):
+        if isinstance(self.acceptance, Hashable) and _is_custom(self.acceptance):
             check_rule(self.acceptance)
         self._check_one_rule('acceptance', 'entropy_bound')
         self._check_one_rule('stopping', 'stability_threshold')

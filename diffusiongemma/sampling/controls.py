@@ -102,7 +102,7 @@ class Controls:
         }
         numbers = {'temperature', 'top_p'}
         for name, array in (rows | positions).items():
-            if array is None or name in numbers or _is_integer(array):
+            if array is None or name in numbers or is_integer(array):
                 continue
             raise ValueError(
                 f'controls.{name} must hold whole numbers, got {jnp.result_type(array)}.'
@@ -293,7 +293,8 @@ def _slice(
     return jnp.take_along_axis(table, columns, axis=1, mode='fill', fill_value=OPEN)
 
 
-def _is_integer(array: AnyArray) -> bool:
+def is_integer(array: AnyArray) -> bool:
+    """Returns whether an array holds integers."""
     return jnp.issubdtype(jnp.result_type(array), jnp.integer)
 
 

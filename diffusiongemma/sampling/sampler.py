@@ -14,7 +14,7 @@ from diffusiongemma.models.arrays import AnyArray, Array, Params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import autoregressive, diffusion, lossless, passes
 from diffusiongemma.sampling.config import SamplingConfig
-from diffusiongemma.sampling.controls import Controls, is_known
+from diffusiongemma.sampling.controls import Controls, is_integer, is_known
 from diffusiongemma.sampling.drafter import LosslessState
 from diffusiongemma.sampling.finite import are_finite, check_finite
 from diffusiongemma.sampling.passes import CausalModel
@@ -326,7 +326,7 @@ class Sampler:
                 f'{np.shape(lengths)}.'
             )
         for name, array in (('tokens', tokens), ('lengths', lengths)):
-            if not jnp.issubdtype(jnp.result_type(array), jnp.integer):
+            if not is_integer(array):
                 raise ValueError(f'{name} must be integers, got {jnp.result_type(array)}.')
         key_shape = typed_key(rng).shape
         if key_shape not in ((), shape[:1]):

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.sampler import MODES
-from diffusiongemma.view.frames import counted, printable
+from diffusiongemma.view.frames import counted, counted_passes, printable
 from diffusiongemma.view.interrupt import interruptible
 
 HELP = """\
@@ -104,9 +104,9 @@ class Conversation:
             shown = max(shown, len(complete))
         self._write(printable(reply.text[shown:]))
         steps, seconds = reply.denoising_steps, time.perf_counter() - start
-        kind = 'pass' if self._chat.sampler.mode == 'autoregressive' else 'denoise pass'
-        cost = f'{counted(len(reply.tokens), "token")}, {counted(steps, kind)}, {seconds:.2f} s'
-        self._write(f'\n[{cost}]\n')
+        passes = counted_passes(steps, self._chat.sampler.mode)
+        tokens = counted(len(reply.tokens), 'token')
+        self._write(f'\n[{tokens}, {passes}, {seconds:.2f} s]\n')
 
 
 def _sees(forgotten: int) -> str:

@@ -35,6 +35,11 @@ def counted(number: int, noun: str) -> str:
     return f'{number:,} {noun}{"es" if noun.endswith("s") else "s"}'
 
 
+def counted_passes(number: int, mode: str) -> str:
+    """Returns `SamplerOutput.denoising_steps` in words; autoregressive passes are causal ones."""
+    return counted(number, 'pass' if mode == 'autoregressive' else 'denoise pass')
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """A token in a frame.
