@@ -62,7 +62,9 @@ _TURNS = flags.DEFINE_integer(
     'turns', 0, 'Number of prompts that are timed at batch 1.', lower_bound=0
 )
 _OTHERS = flags.DEFINE_bool('others', False, 'Time transformers and llama.cpp too.')
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Batch size of the sampler.', 0.0)
+_TEMPERATURE = flags.DEFINE_float(
+    'temperature', 0.0, 'Temperature of the teacher and of the sampler.', 0.0
+)
 
 TOKENS = 96
 BATCH = 41

@@ -1,12 +1,16 @@
-"""Compares accepted lengths of objectives and denoisers after equal training tokens.
+"""Compares accepted lengths of objectives and denoisers after equal numbers of steps.
 
-Every run trains on the same teacher-written targets of configs/tiny.py for --steps steps. The
-script writes drafting.csv and drafting.png to the output directory, where each run has its own
-workdir, so that an interrupted benchmark can be continued.
+A study trains several denoisers on the same teacher-written targets for --steps steps each:
+word_problems with the teacher of configs/tiny.py, gemma3_270m with the pretrained Gemma 3 270M,
+which takes minutes per run instead of seconds. The script writes drafting.csv and drafting.png to
+the output directory, where each run has its own workdir, so that an interrupted benchmark can be
+continued.
 
 python benchmarks/drafting.py --output=/tmp/drafting
+python benchmarks/drafting.py --study=gemma3_270m --steps=60 --output=/tmp/drafting_gemma
 """
 
+import dataclasses
 import csv
 import importlib.util
 import json
@@ -24,78 +28,151 @@ from diffusiongemma.distillation.loading import load_teacher
 from diffusiongemma.distillation.reporting import read_metrics
 from diffusiongemma.distillation.run import train_student
 from diffusiongemma.distillation.targets import write_targets
-from diffusiongemma.evaluation.report import ACCEPTED_LENGTH
+from diffusiongemma.evaluation.report import ACCEPTED_LENGTH, EXPECTED_ACCEPTED_LENGTH
 
+_STUDY = flags.DEFINE_enum(
+    'study', 'word_problems', ['word_problems', 'gemma3_270m'], 'The teacher and what is compared.'
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory of the runs, the table and the plot.')
 _STEPS = flags.DEFINE_integer('steps', 200, 'Steps of each run.', lower_bound=10)
 _ONLY = flags.DEFINE_list(
     'only', [], 'Names of runs, such as light_3-accepted_length-0; the default is all.'
 )
 
-TINY = Path(__file__).parents[1] / 'configs' / 'tiny.py'
-DENOISERS: dict[str, dict[str, Any]] = {
-    'light_1': {'light': {'layers': (4,), 'serial_rank': 64}},
-    'light_2': {'light': {'layers': (3, 4), 'serial_rank': 64}},
-    'light_3': {'light': {'layers': (2, 3, 4), 'serial_rank': 64}},
-    'separate': {'denoiser': 'separate'},
-}
-OBJECTIVES: dict[str, dict[str, Any]] = {
+Changes = dict[str, Any]
+WEIGHTS: dict[str, Changes] = {
     name: {'weights': name} for name in ('equal', 'decay', 'accepted_length')
 }
-MAIN = ('light_3', 'accepted_length')  # with a second seed, and with these
-ADDITIONS: dict[str, dict[str, Any]] = {
-    'refused_drafts': {'weights': 'accepted_length', 'refused_rate': 0.25},
-    'total_variation': {'weights': 'accepted_length', 'total_variation': 0.25},
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The runs of a comparison.
+
+    Attributes:
+      config: name of the config file that all runs start from.
+      changes: changes of its keys for all runs.
+      denoisers: changes of keys for each denoiser.
+      objectives: changes of `drafting` for each objective.
+      main: the denoiser and objective that are compared with all others, with two seeds.
+      additions: more changes of `drafting`, for the main denoiser only.
+      every: whether every denoiser is trained with every objective, and not with the main one only.
+      reports: how often a run measures the accepted length on held-out text.
+    """
+
+    config: str
+    changes: Changes
+    denoisers: dict[str, Changes]
+    objectives: dict[str, Changes]
+    main: tuple[str, str]
+    additions: dict[str, Changes]
+    every: bool
+    reports: int
+
+    def runs(self) -> list[tuple[str, str, int]]:
+        """Returns the denoiser, objective and seed of each run, with the main row first."""
+        every = [
+            (denoiser, objective, 0)
+            for denoiser in self.denoisers
+            for objective in self.objectives
+            if self.every or denoiser == self.main[0] or objective == self.main[1]
+        ]
+        additions = [(self.main[0], objective, 0) for objective in self.additions]
+        return sorted([*every, (*self.main, 1), *additions], key=lambda run: run[:2] != self.main)
+
+
+def _gemma_layers(*layers: int) -> Changes:
+    """Returns a light denoiser that starts from these layers of Gemma 3 270M."""
+    return {'light': {'layers': layers, 'draft_vocab_size': 8_192, 'serial_rank': 64}}
+
+
+STUDIES = {
+    'word_problems': Study(
+        config='tiny',
+        changes={'canvas_length': 16},
+        denoisers={
+            'light_1': {'light': {'layers': (4,), 'serial_rank': 64}},
+            'light_2': {'light': {'layers': (3, 4), 'serial_rank': 64}},
+            'light_3': {'light': {'layers': (2, 3, 4), 'serial_rank': 64}},
+            'separate': {'denoiser': 'separate'},
+        },
+        objectives=WEIGHTS,
+        main=('light_3', 'accepted_length'),
+        additions={
+            'refused_drafts': {'weights': 'accepted_length', 'refused_rate': 0.25},
+            'total_variation': {'weights': 'accepted_length', 'total_variation': 0.25},
+        },
+        every=True,
+        reports=20,
+    ),
+    'gemma3_270m': Study(
+        config='gemma3_270m_light',
+        changes={'drafting': {'held_out': 40}},
+        denoisers={
+            'light_1': _gemma_layers(17),
+            'light_2': _gemma_layers(0, 17),
+            'light_4': _gemma_layers(0, 5, 11, 17),
+            'light_6': _gemma_layers(0, 3, 7, 10, 14, 17),
+        },
+        objectives=WEIGHTS,
+        main=('light_4', 'accepted_length'),
+        additions={
+            f'anchors_{anchors}': {'weights': 'accepted_length', 'anchors_per_row': anchors}
+            for anchors in (24, 64)
+        },
+        every=False,
+        reports=4,
+    ),
 }
 
 
-def runs() -> list[tuple[str, str, int]]:
-    """Returns the denoiser, objective and seed of each run, with the main row first."""
-    every = [(denoiser, objective, 0) for denoiser in DENOISERS for objective in OBJECTIVES]
-    additions = [(MAIN[0], objective, 0) for objective in ADDITIONS]
-    return sorted([*every, (*MAIN, 1), *additions], key=lambda run: run[:2] != MAIN)
-
-
-def config_of(denoiser: str, objective: str, seed: int) -> ConfigDict:
-    """Returns the config of a run: that of the main job with --steps steps."""
-    spec = importlib.util.spec_from_file_location('tiny', TINY)
+def config_of(study: Study, denoiser: str, objective: str, seed: int) -> ConfigDict:
+    """Returns the config of a run: that of the study's config file with --steps steps."""
+    path = Path(__file__).parents[1] / 'configs' / f'{study.config}.py'
+    spec = importlib.util.spec_from_file_location(study.config, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
     with config.unlocked():
-        config.update(DENOISERS[denoiser])
+        config.update(study.changes)
+        config.update(study.denoisers[denoiser])
         config.seed = seed
-        config.canvas_length = 16
-        config.drafting.update((OBJECTIVES | ADDITIONS)[objective])
+        config.drafting.update((study.objectives | study.additions)[objective])
         config.train = {
             'num_steps': _STEPS.value,
-            'report_every': max(_STEPS.value // 20, 1),
+            'report_every': max(_STEPS.value // study.reports, 1),
             'checkpoint_every': _STEPS.value,
         }
         config.optimizer.warmup_steps = max(_STEPS.value // 25, 5)
     return config
 
 
-def curve(config: ConfigDict, workdir: Path) -> list[tuple[int, float]]:
-    """Returns numbers of trained canvas tokens and the accepted lengths after them."""
+def curve(config: ConfigDict, workdir: Path) -> list[tuple[int, float, float]]:
+    """Returns numbers of trained canvas tokens, the accepted and expected lengths after them."""
     tokens = config.data.batch_size * config.drafting.anchors_per_row * config.canvas_length
-    return [(int(row['step']) * tokens, row[ACCEPTED_LENGTH]) for row in read_metrics(workdir)]
+    return [
+        (int(row['step']) * tokens, row[ACCEPTED_LENGTH], row[EXPECTED_ACCEPTED_LENGTH])
+        for row in read_metrics(workdir)
+    ]
 
 
-def plot(path: Path, curves: dict[tuple[str, str, int], list[tuple[int, float]]]) -> None:
+def plot(
+    study: Study, path: Path, curves: dict[tuple[str, str, int], list[tuple[int, float, float]]]
+) -> None:
     """Plots the accepted length over canvas tokens, with a panel for each denoiser."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(12, 3.4), layout='constrained')
-    panels = figure.subplots(1, len(DENOISERS), sharey=True)
-    colors = {name: f'C{i}' for i, name in enumerate(OBJECTIVES | ADDITIONS)}
-    for axes, denoiser in zip(panels, DENOISERS, strict=True):
+    panels = figure.subplots(1, len(study.denoisers), sharey=True)
+    colors = {name: f'C{i}' for i, name in enumerate(study.objectives | study.additions)}
+    for axes, denoiser in zip(panels, study.denoisers, strict=True):
         for (name, objective, seed), points in curves.items():
             if name == denoiser:
                 label = objective if seed == 0 else None
-                axes.plot(*zip(*points, strict=True), color=colors[objective], label=label)
+                tokens, lengths, _ = zip(*points, strict=True)
+                axes.plot(tokens, lengths, color=colors[objective], label=label)
                 axes.legend(fontsize='small')
         axes.set(xscale='log', xlabel='canvas tokens trained on', title=denoiser)
         axes.xaxis.set_minor_formatter(NullFormatter())  # the labels would overlap
@@ -107,7 +184,8 @@ def plot(path: Path, curves: dict[tuple[str, str, int], list[tuple[int, float]]]
 def main(argv: list[str]) -> None:
     del argv
     output = Path(_OUTPUT.value)
-    base = Experiment.of(config_of(*MAIN, 0))
+    study = STUDIES[_STUDY.value]
+    base = Experiment.of(config_of(study, *study.main, 0))
     teacher = load_teacher(base)
     targets = write_targets(
         teacher.model,
@@ -119,23 +197,23 @@ def main(argv: list[str]) -> None:
         seed=base.seed,
     )
     curves = {}
-    for run in runs():
+    for run in study.runs():
         name = '-'.join(map(str, run))
         if _ONLY.value and name not in _ONLY.value:
             continue
-        config, workdir = config_of(*run), output / name
+        config, workdir = config_of(study, *run), output / name
         train_student(Experiment.of(config), teacher, targets, workdir)
         curves[run] = curve(config, workdir)
-        plot(output / 'drafting.png', curves)
-    names = ('denoiser', 'objective', 'seed', 'canvas_tokens', 'accepted_length')
+        plot(study, output / 'drafting.png', curves)
+    names = ('denoiser', 'objective', 'seed', 'canvas_tokens', 'accepted_length', 'expected')
     rows = [(*run, *points[-1]) for run, points in curves.items()]
     with (output / 'drafting.csv').open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
         writer.writerow(names)
         writer.writerows(rows)
-    table = Table('denoiser', 'objective', 'seed', 'canvas tokens', 'accepted length')
-    for denoiser, objective, seed, tokens, length in rows:
-        table.add_row(denoiser, objective, str(seed), f'{tokens:,}', f'{length:.2f}')
+    table = Table('denoiser', 'objective', 'seed', 'canvas tokens', 'accepted length', 'expected')
+    for *run, tokens, length, expected in rows:
+        table.add_row(*map(str, run), f'{tokens:,}', f'{length:.2f}', f'{expected:.2f}')
     Console().print(table)
     print(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
 

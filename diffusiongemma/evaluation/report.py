@@ -169,6 +169,7 @@ def plot_run(path: Path, metrics: Sequence[Mapping[str, float]], result: Compari
 
 
 ACCEPTED_LENGTH = 'held_out/accepted_length'
+EXPECTED_ACCEPTED_LENGTH = 'held_out/expected_accepted_length'
 
 
 def _plot_training(axes: Any, metrics: Sequence[Mapping[str, float]]) -> None:
