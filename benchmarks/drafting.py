@@ -10,8 +10,8 @@ python benchmarks/drafting.py --output=/tmp/drafting
 python benchmarks/drafting.py --study=gemma3_270m --steps=60 --output=/tmp/drafting_gemma
 """
 
-import dataclasses
 import csv
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
