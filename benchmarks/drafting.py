@@ -58,6 +58,7 @@ class Study:
       additions: more changes of `drafting`, for the main denoiser only.
       every: whether every denoiser is trained with every objective, and not with the main one only.
       reports: how often a run measures the accepted length on held-out text.
+      warmup: the fraction of the steps in which the learning rate rises.
     """
 
     config: str
@@ -68,6 +69,7 @@ class Study:
     additions: dict[str, Changes]
     every: bool
     reports: int
+    warmup: float
 
     def runs(self) -> list[tuple[str, str, int]]:
         """Returns the denoiser, objective and seed of each run, with the main row first."""
@@ -104,10 +106,11 @@ STUDIES = {
         },
         every=True,
         reports=20,
+        warmup=0.04,
     ),
     'gemma3_270m': Study(
         config='gemma3_270m_light',
-        changes={'drafting': {'held_out': 40}},
+        changes={'drafting': {'held_out': 40}, 'optimizer': {'learning_rate': 1e-3}},
         denoisers={
             'light_1': _gemma_layers(17),
             'light_2': _gemma_layers(0, 17),
@@ -122,6 +125,7 @@ STUDIES = {
         },
         every=False,
         reports=4,
+        warmup=0.3,
     ),
 }
 
@@ -144,7 +148,7 @@ def config_of(study: Study, denoiser: str, objective: str, seed: int) -> ConfigD
             'report_every': max(_STEPS.value // study.reports, 1),
             'checkpoint_every': _STEPS.value,
         }
-        config.optimizer.warmup_steps = max(_STEPS.value // 25, 5)
+        config.optimizer.warmup_steps = max(int(study.warmup * _STEPS.value), 5)
     return config
 
 
