@@ -8,8 +8,9 @@ one after the draft) are computed from the drafts at each position of this text:
 the untrained student, by lookups in the text so far, and by lookups if --lookup_ngram tokens match
 and otherwise by the student. Then the sampler continues --prompts of the prompts, and its text must
 equal the teacher's. --turns measures the speed of whole responses at batch 1, autoregressive and
-lossless in turns, with the spread of the ratios; --others adds transformers (float32, torch) and
-llama.cpp (the quantized GGUF file), if they are installed. The script writes code_drafts.json.
+lossless in turns, with the spread of the ratios; --batch_size sets another batch size for them.
+--others adds transformers (float32, torch) and llama.cpp (the quantized GGUF file), if they are
+installed. The script writes code_drafts.json.
 """
 
 import dataclasses
@@ -45,21 +46,24 @@ _OUTPUT = flags.DEFINE_string('output', None, 'Directory of the texts and the ta
 _TEACHER = flags.DEFINE_string(
     'teacher', 'gemma3-270m', 'The teacher, to measure the untrained student; empty to skip it.'
 )
-_ROWS = flags.DEFINE_integer('rows', 164, 'Prompts of each source.', lower_bound=1)
+_ROWS = flags.DEFINE_integer('rows', 164, 'Number of prompts of each source.', lower_bound=1)
 _PROMPTS = flags.DEFINE_integer(
     'prompts', 164, 'Number of prompts that the sampler continues.', lower_bound=0
 )
 _NGRAM = flags.DEFINE_integer(
     'lookup_ngram', 2, 'Number of matching tokens that a lookup needs.', lower_bound=1
 )
-_LENGTH = flags.DEFINE_integer('draft_length', 7, 'Tokens of a draft.', lower_bound=2)
+_LENGTH = flags.DEFINE_integer('draft_length', 7, 'Number of tokens of a draft.', lower_bound=2)
 _SHORT = flags.DEFINE_integer(
     'model_draft_length',
     4,
-    "Length of the student's drafts with lookups, which is timed too; 0 to skip it.",
+    'Length of drafts by the student beside lookups, timed as well; 0 to skip it.',
 )
 _TURNS = flags.DEFINE_integer(
-    'turns', 0, 'Number of prompts that are timed at batch 1.', lower_bound=0
+    'turns', 0, 'Number of batches of prompts that are timed.', lower_bound=0
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    'batch_size', 1, 'Number of prompts that are timed together; --others take them one by one.', 1
 )
 _OTHERS = flags.DEFINE_bool('others', False, 'Time transformers and llama.cpp too.')
 _TEMPERATURE = flags.DEFINE_float(
@@ -68,17 +72,20 @@ _TEMPERATURE = flags.DEFINE_float(
 
 TOKENS = 96
 BATCH = 41
+BOTH = 'lookup, else student'
 SOURCES = {
     'human_eval': DataSpec(kind='human_eval'),
     'python_source': DataSpec(kind='python_source', split='test'),
 }
 
 
-def teacher_texts(model, params, tokenizer, prompts: list[list[int]], path: Path) -> np.ndarray:
+def teacher_texts(
+    sampler: Sampler, params, tokenizer, prompts: list[list[int]], path: Path
+) -> np.ndarray:
     """Returns greedy responses in the form of `written`, which a file caches."""
     if not path.exists():
-        config = SamplingConfig.for_tokenizer(tokenizer, max_new_tokens=TOKENS, temperature=0.0)
-        sampler = Sampler(model, config, 'autoregressive')
+        greedy = dataclasses.replace(sampler.config, temperature=0.0)
+        sampler = Sampler(sampler.model, greedy, 'autoregressive')
         np.save(path, written(sampler, params, tokenizer, prompts, seed=0)[0])
     return np.load(path)
 
@@ -167,24 +174,37 @@ def written(sampler: Sampler, params, tokenizer, prompts, seed: int) -> tuple[np
 
 
 def timed(
-    samplers: dict[str, tuple[Sampler, Any]], others: dict[str, Any], tokenizer, prompts
-) -> dict[str, list[float]]:
-    """Measures seconds per token of whole responses at batch 1, in turns."""
+    samplers: dict[str, tuple[Sampler, Any]],
+    others: dict[str, Any],
+    tokenizer,
+    prompts: list[list[int]],
+    batch_size: int,
+) -> dict[str, Any]:
+    """Measures milliseconds per token of whole responses in turns, and ratios with their spread."""
     seconds: dict[str, list[float]] = {name: [] for name in (*samplers, *others)}
-    for number, prompt in enumerate([prompts[0], *prompts]):  # the first run compiles
-        tokens, lengths = pad_prompts([prompt], tokenizer.pad_id, multiple=256)
+    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    for number, batch in enumerate([batches[0], *batches]):  # the first run compiles
+        tokens, lengths = pad_prompts(batch, tokenizer.pad_id, multiple=256)
         for name, (sampler, params) in samplers.items():
             start = time.perf_counter()
             output = jax.block_until_ready(sampler(params, tokens, lengths, rng=jax.random.key(0)))
-            count = int(output.lengths[0])
+            count = int(np.sum(output.lengths))
             if number:
                 seconds[name].append((time.perf_counter() - start) / count)
         for name, write in others.items():
             start = time.perf_counter()
-            count = len(write(prompt))
+            count = sum(len(write(prompt)) for prompt in batch)
             if number:
                 seconds[name].append((time.perf_counter() - start) / count)
-    return seconds
+    base = np.asarray(seconds['autoregressive'])
+    return {
+        'batch_size': batch_size,
+        'ms_per_token': {who: float(np.median(times) * 1e3) for who, times in seconds.items()},
+        'speedup_10_50_90': {
+            who: np.percentile(base / np.asarray(times), (10, 50, 90)).round(2).tolist()
+            for who, times in seconds.items()
+        },
+    }
 
 
 def other_writers(directory: Path) -> dict[str, Any]:
@@ -224,96 +244,110 @@ def other_writers(directory: Path) -> dict[str, Any]:
     return writers
 
 
+class Models:
+    """The checkpoint, its teacher, and their samplers.
+
+    Attributes:
+      model, params, tokenizer: the light student.
+      students: parameters by name: the student, and the untrained start if --teacher is not empty.
+      samplers: samplers with their parameters by name, in the layout of inference.
+    """
+
+    def __init__(self) -> None:
+        self.model, self.params, self.tokenizer = load_model(_CHECKPOINT.value)
+        model, params = for_inference(self.model, self.params)
+        teacher, teacher_params = for_inference(
+            Gemma(self.model.config.autoregressive, self.model.dtype),
+            {name: self.params[name] for name in ('embedder', 'backbone')},
+        )
+        self.students = {'student': self.params}
+        if _TEACHER.value:
+            self.students['untrained start'] = self._untrained(tuple(teacher_params))
+        config = SamplingConfig.for_tokenizer(
+            self.tokenizer, max_new_tokens=TOKENS, temperature=_TEMPERATURE.value
+        )
+        lookups = dataclasses.replace(config, drafts=PromptLookup(_LENGTH.value, LONGEST_NGRAM))
+        drafting = dataclasses.replace(config, draft_length=_LENGTH.value)
+        both = dataclasses.replace(drafting, lookup_ngram=_NGRAM.value)
+        self.samplers = {
+            'autoregressive': (Sampler(teacher, config, 'autoregressive'), teacher_params),
+            'lookup': (Sampler(teacher, lookups, 'lossless'), teacher_params),
+            'student': (Sampler(model, drafting, 'lossless'), params),
+            BOTH: (Sampler(model, both, 'lossless'), params),
+        }
+        if _SHORT.value:
+            short = dataclasses.replace(both, model_draft_length=_SHORT.value)
+            self.samplers[f'{BOTH} by {_SHORT.value}'] = Sampler(model, short, 'lossless'), params
+
+    def _untrained(self, teacher_names: tuple[str, ...]) -> Any:
+        """Returns the parameters of a student that was initialized and not trained."""
+        fresh = init_params(self.model, jax.random.key(0))
+        teacher_params = load_model(_TEACHER.value)[1]
+        start = student_params_from_teacher(fresh, teacher_params, self.model.config)
+        frozen = frozen_params(self.model.config, self.params, self.params.get(DRAFT_IDS))
+        names = (*teacher_names, DRAFT_IDS)
+        return start | {name: frozen[name] for name in names if name in frozen}
+
+    def accepted_lengths(self, prompts: list[list[int]], texts: np.ndarray) -> dict[str, float]:
+        """Returns the accepted lengths of all kinds of drafts on texts of the teacher."""
+        looked, matched = lookup_hits(prompts, texts, _LENGTH.value)
+        lengths = {'lookup': accepted_length(looked, texts)}
+        takes = (matched >= _NGRAM.value)[..., None]
+        for who, params in self.students.items():
+            pad_id = self.tokenizer.pad_id
+            hits = student_hits(self.model, params, prompts, texts, _LENGTH.value, pad_id)
+            lengths[who] = accepted_length(hits, texts)
+            mixed = accepted_length(np.where(takes, looked, hits), texts)
+            lengths[f'lookup, else {who}'] = mixed
+        return lengths
+
+    def written_by_sampler(self, prompts: list[list[int]], texts: np.ndarray) -> dict[str, Any]:
+        """Compares the texts of lossless and autoregressive decoding."""
+        found, counts = written(*self.samplers[BOTH], self.tokenizer, prompts, seed=0)
+        if _TEMPERATURE.value > 0:
+            plain = self.samplers['autoregressive']
+            texts, _ = written(*plain, self.tokenizer, prompts, seed=0)
+        return {
+            'temperature': _TEMPERATURE.value,
+            'rows_equal': int((found == texts[: len(prompts)]).all(axis=1).sum()),
+            'rows': len(prompts),
+            'accepted_length_of_the_sampler': float(counts @ np.arange(len(counts)) / counts.sum()),
+        }
+
+
 def main(argv: list[str]) -> None:
     del argv
     output = Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
-    model, params, tokenizer = load_model(_CHECKPOINT.value)
-    teacher = Gemma(model.config.autoregressive, model.dtype)
-    fast_model, fast_params = for_inference(model, params)
-    fast_teacher, teacher_params = for_inference(
-        teacher, {name: params[name] for name in ('embedder', 'backbone')}
-    )
-    students = {'student': params}
-    if _TEACHER.value:
-        fresh = init_params(model, jax.random.key(0))
-        start = student_params_from_teacher(fresh, load_model(_TEACHER.value)[1], model.config)
-        frozen = frozen_params(model.config, params, params.get(DRAFT_IDS))
-        students['untrained start'] = start | {
-            name: frozen[name] for name in (*teacher_params, DRAFT_IDS) if name in frozen
-        }
-    settings = SamplingConfig.for_tokenizer(
-        tokenizer, max_new_tokens=TOKENS, temperature=_TEMPERATURE.value
-    )
-    drafting = dataclasses.replace(settings, draft_length=_LENGTH.value)
-    both = dataclasses.replace(drafting, lookup_ngram=_NGRAM.value)
-    lookups = dataclasses.replace(settings, drafts=PromptLookup(_LENGTH.value, LONGEST_NGRAM))
+    models = Models()
+    tokenizer = models.tokenizer
     others = other_writers(output / 'published') if _OTHERS.value else {}
     results: dict[str, Any] = {}
-    table = Table('accepted length, greedy', *SOURCES)
-    columns: dict[str, list[str]] = {}
     for name, spec in SOURCES.items():
         source = load_source(spec)
         prompts = [
             tokenizer.format_prompt(source[i]['prompt'])
             for i in range(min(_ROWS.value, len(source)))
         ]
-        texts = teacher_texts(
-            fast_teacher, teacher_params, tokenizer, prompts, output / f'{name}_{len(prompts)}.npy'
-        )
-        looked, matched = lookup_hits(prompts, texts, _LENGTH.value)
-        lengths = {'lookup': accepted_length(looked, texts)}
-        takes = (matched >= _NGRAM.value)[..., None]
-        for who, theirs in students.items():
-            hits = student_hits(model, theirs, prompts, texts, _LENGTH.value, tokenizer.pad_id)
-            lengths[who] = accepted_length(hits, texts)
-            mixed = accepted_length(np.where(takes, looked, hits), texts)
-            lengths[f'lookup, else {who}'] = mixed
-        known = np.isin(texts[texts >= 0], np.asarray(params.get(DRAFT_IDS, np.arange(1))))
-        results[name] = {'accepted_length': lengths, 'draft_vocabulary_coverage': known.mean()}
-        chosen = prompts[: _PROMPTS.value]
-        if chosen:
-            sampler = Sampler(fast_model, both, 'lossless')
-            found, counts = written(sampler, fast_params, tokenizer, chosen, seed=0)
-            plain = Sampler(fast_teacher, settings, 'autoregressive')
-            expected = texts[: len(chosen)]
-            if _TEMPERATURE.value > 0:
-                expected, _ = written(plain, teacher_params, tokenizer, chosen, seed=0)
-            bins = np.arange(len(counts))
-            results[name] |= {
-                'temperature': _TEMPERATURE.value,
-                'rows_equal': int((found == expected).all(axis=1).sum()),
-                'rows': len(chosen),
-                'accepted_length_of_the_sampler': float(counts @ bins / counts.sum()),
-            }
+        path = output / f'{name}_{len(prompts)}.npy'
+        texts = teacher_texts(*models.samplers['autoregressive'], tokenizer, prompts, path)
+        known = np.isin(texts[texts >= 0], np.asarray(models.params.get(DRAFT_IDS, np.arange(1))))
+        results[name] = {
+            'accepted_length': models.accepted_lengths(prompts, texts),
+            'draft_vocabulary_coverage': known.mean(),
+        }
+        if _PROMPTS.value:
+            results[name] |= models.written_by_sampler(prompts[: _PROMPTS.value], texts)
         if _TURNS.value:
-            samplers = {
-                'autoregressive': (
-                    Sampler(fast_teacher, settings, 'autoregressive'),
-                    teacher_params,
-                ),
-                'lookup': (Sampler(fast_teacher, lookups, 'lossless'), teacher_params),
-                'student': (Sampler(fast_model, drafting, 'lossless'), fast_params),
-                'lookup, else student': (Sampler(fast_model, both, 'lossless'), fast_params),
-            }
-            if _SHORT.value:
-                short = dataclasses.replace(both, model_draft_length=_SHORT.value)
-                name_of_short = f'lookup, else student by {_SHORT.value}'
-                samplers[name_of_short] = Sampler(fast_model, short, 'lossless'), fast_params
-            seconds = timed(samplers, others, tokenizer, prompts[: _TURNS.value])
-            base = np.asarray(seconds['autoregressive'])
-            results[name]['ms_per_token'] = {
-                who: float(np.median(times) * 1e3) for who, times in seconds.items()
-            }
-            results[name]['speedup_10_50_90'] = {
-                who: np.percentile(base / np.asarray(times), (10, 50, 90)).round(2).tolist()
-                for who, times in seconds.items()
-            }
-        for who, length in lengths.items():
-            columns.setdefault(who, []).append(f'{length:.2f}')
+            timed_prompts = prompts[: _TURNS.value * _BATCH_SIZE.value]
+            results[name] |= timed(
+                models.samplers, others, tokenizer, timed_prompts, _BATCH_SIZE.value
+            )
         (output / 'code_drafts.json').write_text(json.dumps(results, indent=2) + '\n')
-    for who, values in columns.items():
-        table.add_row(who, *values)
+    table = Table('accepted length, greedy', *SOURCES)
+    for who in results['human_eval']['accepted_length']:
+        values = [results[name]['accepted_length'][who] for name in SOURCES]
+        table.add_row(who, *(f'{value:.2f}' for value in values))
     Console().print(table)
     print(json.dumps(results))
 

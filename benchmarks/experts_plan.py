@@ -62,8 +62,8 @@ def main(argv: list[str]) -> None:
     routing = [placed((*tokens, config.moe.top_k), t, TOKEN_AXES) for t in ('float32', 'int32')]
 
     def layers(kernels: list[Any], x: jax.Array, *routing: jax.Array) -> jax.Array:
-        for own in kernels:
-            x = experts.apply({'params': own}, x, *routing)
+        for layer in kernels:
+            x = experts.apply({'params': layer}, x, *routing)
         return x
 
     def loss(*arguments: Any) -> jax.Array:
