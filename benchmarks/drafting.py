@@ -7,7 +7,7 @@ the output directory, where each run has its own workdir, so that an interrupted
 continued.
 
 python benchmarks/drafting.py --output=/tmp/drafting
-python benchmarks/drafting.py --study=gemma3_270m --steps=48 --output=/tmp/drafting_gemma
+python benchmarks/drafting.py --study=gemma3_270m --steps=80 --output=/tmp/drafting_gemma
 """
 
 import csv
@@ -112,8 +112,7 @@ STUDIES = {
         config='gemma3_270m_light',
         changes={
             'data': {'batch_size': 1},
-            'drafting': {'held_out': 32},
-            'optimizer': {'learning_rate': 1e-3},
+            'drafting': {'held_out': 48},
         },
         denoisers={
             'light_1': _gemma_layers(17),
