@@ -7,7 +7,7 @@ the output directory, where each run has its own workdir, so that an interrupted
 continued.
 
 python benchmarks/drafting.py --output=/tmp/drafting
-python benchmarks/drafting.py --study=gemma3_270m --steps=80 --output=/tmp/drafting_gemma
+python benchmarks/drafting.py --study=gemma3_270m --steps=120 --output=/tmp/drafting_gemma
 """
 
 import csv
@@ -112,7 +112,7 @@ STUDIES = {
         config='gemma3_270m_light',
         changes={
             'data': {'batch_size': 1},
-            'drafting': {'held_out': 48},
+            'drafting': {'held_out': 48, 'anchors_per_row': 32},
         },
         denoisers={
             'light_1': _gemma_layers(17),
@@ -122,10 +122,13 @@ STUDIES = {
         },
         objectives=WEIGHTS,
         main=('light_4', 'accepted_length'),
-        additions={'anchors_24': {'weights': 'accepted_length', 'anchors_per_row': 24}},
+        additions={
+            f'anchors_{anchors}': {'weights': 'accepted_length', 'anchors_per_row': anchors}
+            for anchors in (8, 96)
+        },
         every=False,
         reports=2,
-        warmup=0.3,
+        warmup=0.2,
     ),
 }
 

@@ -152,16 +152,20 @@ def light_draft(
     if noise is not None and light.draft_vocab_size:
         drafted_noise = jnp.take_along_axis(noise, tokens[:, None], axis=-1)
 
-    def choose(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def choose(
+        logits: jax.Array, noise: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:  # [B, k] tokens and [B, k] whether they are finite
         adjusted = adjust(logits, temperature, top_k, top_p)
-        row = pick(adjusted, temperature, drafted_noise)
-        finite = jnp.all(chosen_are_finite(adjusted, row), axis=-1)  # [B]
-        return jnp.take_along_axis(tokens, row, axis=1), finite  # [B, K]
+        row = pick(adjusted, temperature, noise)
+        return jnp.take_along_axis(tokens, row, axis=1), chosen_are_finite(adjusted, row)
 
-    drafted, finite = choose(logits)
     if light.serial_rank:
-        drafted, finite = _resolve(model, variables, logits, size, pending, drafted, choose)
-    return LightDraft(drafted, entropy(logits), finite)
+        drafted, finite = _left_to_right(
+            model, variables, logits, size, pending, drafted_noise, choose
+        )
+    else:
+        drafted, finite = choose(logits, drafted_noise)
+    return LightDraft(drafted, entropy(logits), jnp.all(finite, axis=-1))
 
 
 def _with_prompt_tokens(
@@ -179,37 +183,41 @@ def _with_prompt_tokens(
     return jnp.concatenate([logits, more], axis=-1), jnp.concatenate([tokens, prompt], axis=1)
 
 
-def _resolve(
+def _left_to_right(
     model: Any,
     variables: dict,
     logits: jax.Array,
     size: int,
     pending: jax.Array,
-    drafted: jax.Array,
-    choose: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    noise: jax.Array | None,
+    choose: Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]],
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the draft [B, K] with x_i = choose(logits_i + serial(x_(i-1))) for all i.
+    """Returns the draft [B, K] with x_i = choose(logits_i + serial(x_(i-1))), and finite [B, K].
 
-    It also returns whether its logits are finite, [B] bool. The equations have exactly one
-    solution, from left to right. It is found by applying them to all positions at once until
-    nothing changes: position i is right after at most i rounds, usually after two or three.
+    Applying the equations to all positions at once until nothing changes would give the same
+    draft, but it takes nearly as many rounds as there are positions (10.5 rounds for 12 tokens of
+    word problems), and each of them computes all positions.
+
+    Args:
+      model, variables: the model and its parameters.
+      logits: [B, K, Vd + P] float32, without the serial correction.
+      size: Vd, the number of tokens that have a serial correction.
+      pending: [B] int32, the tokens before the draft.
+      noise: [B, K, Vd + P] float32, or None.
+      choose: returns the tokens of logits [B, 1, Vd + P], and whether these are finite.
     """
 
-    def apply(drafted: jax.Array) -> tuple[jax.Array, jax.Array]:
-        before = jnp.concatenate([pending[:, None], drafted[:, :-1]], axis=1)
-        gain = model.apply(variables, before, method='serial_logits')  # [B, K, Vd]
+    def next_token(
+        previous: jax.Array, inputs: tuple[jax.Array, jax.Array | None]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        logits, noise = inputs  # [B, 1, Vd + P]
+        gain = model.apply(variables, previous[:, None], method='serial_logits')  # [B, 1, Vd]
         gain = jnp.pad(gain, [(0, 0), (0, 0), (0, logits.shape[-1] - size)])
-        return choose(logits + gain)
+        token, finite = choose(logits + gain, noise)
+        return token[:, 0], (token[:, 0], finite[:, 0])
 
-    # The carry: the previous draft, the current draft, and whether its logits are finite.
-    def has_changed(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return jnp.any(carry[0] != carry[1])
-
-    def next_round(
-        carry: tuple[jax.Array, jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return carry[1], *apply(carry[1])
-
-    first = jnp.full_like(drafted, -1), drafted, jnp.ones(drafted.shape[0], bool)
-    _, drafted, finite = jax.lax.while_loop(has_changed, next_round, first)
-    return drafted, finite
+    by_position = jax.tree.map(
+        lambda leaf: jnp.moveaxis(leaf, 1, 0)[:, :, None], (logits, noise)
+    )  # [K, B, 1, Vd + P]
+    _, (drafted, finite) = jax.lax.scan(next_token, pending, by_position)
+    return drafted.T, finite.T
