@@ -7,7 +7,7 @@ the output directory, where each run has its own workdir, so that an interrupted
 continued.
 
 python benchmarks/drafting.py --output=/tmp/drafting
-python benchmarks/drafting.py --study=gemma3_270m --steps=120 --output=/tmp/drafting_gemma
+python benchmarks/drafting.py --study=gemma3_270m --steps=160 --output=/tmp/drafting_gemma
 """
 
 import csv
@@ -112,7 +112,7 @@ STUDIES = {
         config='gemma3_270m_light',
         changes={
             'data': {'batch_size': 1},
-            'drafting': {'held_out': 48, 'anchors_per_row': 32},
+            'drafting': {'held_out': 48, 'anchors_per_row': 32, 'prompts': False},
         },
         denoisers={
             'light_1': _gemma_layers(17),
@@ -123,8 +123,8 @@ STUDIES = {
         objectives=WEIGHTS,
         main=('light_4', 'accepted_length'),
         additions={
-            f'anchors_{anchors}': {'weights': 'accepted_length', 'anchors_per_row': anchors}
-            for anchors in (8, 96)
+            'anchors_8': {'weights': 'accepted_length', 'anchors_per_row': 8},
+            'prompts': {'weights': 'accepted_length', 'anchors_per_row': 96, 'prompts': True},
         },
         every=False,
         reports=2,
