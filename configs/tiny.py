@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
                 'layers': (2, 3, 4),  # of the teacher's five; they initialize the draft layers
                 'serial_rank': 64,
             },
-            'canvas_length': 12,
+            'canvas_length': 7,  # with the pending token, a verification reads 8 tokens
             'self_conditioning': False,  # a draft takes one step, with no previous prediction
             # Stage 0: the teacher answers these prompts, and the student learns its answers.
             'targets': {
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
                 'max_new_tokens': 96,
             },
             'data': {'batch_size': 4, 'row_length': 256},
-            'drafting': {'weights': 'accepted_length'},
+            'drafting': {'weights': 'accepted_length', 'anchors_per_row': 48},
             'corruption': 'masked',
             'optimizer': {
                 'learning_rate': 5e-3,
