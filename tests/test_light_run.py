@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from new_params import new_params
 from test_distillation_run import DATA, assert_equal, crash_at, train_student
 
 from diffusiongemma.checkpoints.bundle import save_bundle
@@ -19,7 +20,7 @@ from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.distillation.export import export_student
 from diffusiongemma.distillation.loading import Teacher, load_teacher
 from diffusiongemma.distillation.run import distill
-from diffusiongemma.models import Gemma, init_params
+from diffusiongemma.models import Gemma
 from diffusiongemma.parallel import make_mesh
 from diffusiongemma.planning import programs
 from diffusiongemma.planning.sampler_programs import sampler_programs
@@ -33,7 +34,7 @@ def teacher_directory(tiny_config, tmp_path):
     """Returns the bundle of a random teacher with the built-in vocabulary."""
     tokenizer = Tokenizer.load('builtin')
     model = Gemma(tiny_config.replace(vocab_size=tokenizer.vocab_size, canvas_length=0))
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    params = new_params(model)
     save_bundle(tmp_path / 'teacher', model.config, params, tokenizer)
     return tmp_path / 'teacher'
 
@@ -83,7 +84,7 @@ def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
     assert {'held_out/accepted_length', 'held_out/acceptance/04'} <= set(rows[-1])
     # This teacher has the same architecture and other weights.
     other, tokenizer = Gemma(model.config.autoregressive), Tokenizer.load('builtin')
-    changed = init_params(other, jax.random.key(5))
+    changed = new_params(other, 5)
     changed['backbone']['final_norm']['scale'] += 1.0
     save_bundle(teacher_directory, other.config, changed, tokenizer)
     with pytest.raises(ValueError, match='was trained on another model than'):
