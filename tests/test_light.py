@@ -177,7 +177,7 @@ LENGTHS = np.random.default_rng(1).integers(1, 10, 12)
         pytest.param({'teacher_state': True}, {'max_draft_steps': 2}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize('temperature', [0.0, 1.0])
+@pytest.mark.parametrize('temperature', [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_lossless_text_is_that_of_autoregression(tiny_config, fields, settings, temperature):
     config = tiny_config.replace(predict_next='draft_length' not in settings)
     model, params = light_student(config, layers=(0, 2), **fields)
