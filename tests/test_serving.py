@@ -141,7 +141,7 @@ def test_a_completion_continues_text_up_to_a_stop_text_or_its_limit(client, buil
 
 
 def test_lossless_text_is_autoregressive_text_of_the_same_seed(url):
-    request = {'messages': user(PAUL), 'temperature': 5.0, 'max_tokens': 24}
+    request = {'messages': user(PAUL), 'temperature': 5.0, 'max_tokens': 16}
     texts = {
         (mode, seed): answer_to(url, request | {'mode': mode, 'seed': seed})['choices']
         for mode in ('lossless', 'autoregressive')
@@ -182,14 +182,14 @@ def test_log_probabilities_are_those_of_the_tokens_of_the_answer(client, builtin
 def test_log_probabilities_of_a_completion_end_where_a_stop_text_begins(client, builtin):
     _, _, tokenizer = builtin
     request = {'model': 'builtin', 'prompt': tokenizer.format_prompt(PAUL), 'seed': 0}
-    request |= {'logprobs': 2, 'stop': [' is']}
+    request |= {'logprobs': 3, 'stop': [' is']}
     choice = client.completions.create(**request).choices[0]
     told = choice.logprobs
     assert ''.join(told.tokens) == choice.text and told.text_offset[0] == 0
     starts = [choice.text[place:] for place in told.text_offset]
     assert all(map(str.startswith, starts, told.tokens))
     assert len(told.token_logprobs) == len(told.tokens) == len(told.top_logprobs)
-    assert all(len(top) == 2 and max(top.values()) <= 0 for top in told.top_logprobs)
+    assert all(len(top) == 3 and max(top.values()) <= 0 for top in told.top_logprobs)
     parts = [p.choices[0].logprobs for p in client.completions.create(**request, stream=True)]
     assert [token for part in parts if part for token in part.tokens] == told.tokens
     bare = client.completions.create(**request | {'logprobs': 0}).choices[0].logprobs
@@ -525,7 +525,7 @@ def clients(url, count, each):
     requests = [
         {
             'messages': user(question), 'mode': mode, 'seed': seed, 'temperature': temperature,
-            'max_tokens': 12 + 4 * seed,
+            'max_tokens': 8 + 2 * seed,
         }
         for seed, (question, (mode, temperature)) in enumerate(
             (question, kind)
