@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from new_params import new_params
 from safetensors.numpy import load_file, save_file
 from test_fuzz import LORA, TINY
 
@@ -13,7 +14,7 @@ from diffusiongemma.checkpoints.adapters import fingerprint, read_adapters, save
 from diffusiongemma.checkpoints.bundle import load_bundle, save_bundle
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.models import Gemma, init_params
+from diffusiongemma.models import Gemma
 from diffusiongemma.models.lora import init_lora
 
 FACTOR = 'backbone/layers/layer_0/mlp/down/lora_b'
@@ -22,7 +23,7 @@ FACTOR = 'backbone/layers/layer_0/mlp/down/lora_b'
 @pytest.fixture
 def directory(tmp_path):
     """Returns a directory with a bundle and adapters of it."""
-    params = init_params(Gemma(TINY), jax.random.key(0))
+    params = new_params(Gemma(TINY))
     save_bundle(tmp_path / 'bundle', TINY, params, Tokenizer.load())
     adapters = init_lora(LORA, params, jax.random.key(1))
     save_adapters(

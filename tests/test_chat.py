@@ -24,7 +24,9 @@ def tokenizer():
 
 @pytest.fixture
 def model(tiny_config, tokenizer):
-    return DiffusionGemma(tiny_config.replace(vocab_size=tokenizer.vocab_size))
+    """Returns a denoiser with one sliding layer, which is enough for what a chat keeps."""
+    one_layer = tiny_config.replace(layer_types=('sliding',))
+    return DiffusionGemma(one_layer.replace(vocab_size=tokenizer.vocab_size))
 
 
 def make_chat(model, tokenizer, mode='diffusion', chat=None, **fields):

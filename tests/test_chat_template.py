@@ -4,9 +4,9 @@ import json
 import pickle
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
+from new_params import new_params
 from test_tokenizer import _train
 
 from diffusiongemma.checkpoints.bundle import save_bundle
@@ -14,7 +14,6 @@ from diffusiongemma.checkpoints.hf_export import save_hf
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.tokenizer import THINK_PIECES, Tokenizer
 from diffusiongemma.models import AttentionConfig, Gemma, ModelConfig, PerLayerConfig
-from diffusiongemma.models import init_params as init
 from diffusiongemma.sampling import SamplingConfig, decode_responses
 
 GEMMA4 = ['<mask>', '<|turn>', '<turn|>', *THINK_PIECES, '<|tool_response>', '\n']
@@ -189,7 +188,7 @@ def test_e2b_and_e4b_have_no_empty_thought_channel(tmp_path, gemma4):
         ('e2b', {'per_layer': PerLayerConfig(4, gemma4.vocab_size)}),
     ):
         config = _config(gemma4, **fields)
-        params = init(Gemma(config), jax.random.key(0))
+        params = new_params(Gemma(config))
         save_bundle(tmp_path / name, config, params, gemma4)
         t = load_model(tmp_path / name)[2]
         assert text(t, t.format_prompt('a')).endswith(EMPTY) == (name == 'large')
@@ -217,7 +216,7 @@ def test_transformers_writes_with_the_exported_template_what_we_write(tmp_path, 
         pytest.skip('these models have no thoughts')
     ours = Tokenizer(_train(pieces, **NAMES), empty_thought=family != 'e2b')
     config = _config(ours)
-    save_hf(tmp_path / 'hf', config, init(Gemma(config), jax.random.key(0)), ours)
+    save_hf(tmp_path / 'hf', config, new_params(Gemma(config)), ours)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     for turns in CONVERSATIONS:
         messages = [{'role': role, 'content': content} for role, content in turns]

@@ -5,10 +5,11 @@ import json
 
 import jax
 import pytest
+from new_params import new_params
 
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.evaluation.compare import EvalConfig, compare, looking_up
-from diffusiongemma.models import DiffusionGemma, Gemma, init_params
+from diffusiongemma.models import DiffusionGemma, Gemma
 from diffusiongemma.sampling import Sampler, SamplingConfig
 
 
@@ -16,10 +17,10 @@ from diffusiongemma.sampling import Sampler, SamplingConfig
 def test_the_comparison_measures_both_and_times_every_batch_size(tiny_config):
     tokenizer = Tokenizer.load('builtin')
     config = tiny_config.replace(vocab_size=tokenizer.vocab_size)
-    model, init = DiffusionGemma(config), jax.jit(init_params, static_argnums=0)
-    params = init(model, jax.random.key(0))
+    model = DiffusionGemma(config)
+    params = new_params(model)
     gemma = Gemma(config.autoregressive)
-    teacher = init(gemma, jax.random.key(1))
+    teacher = new_params(gemma, 1)
     sampling = SamplingConfig.for_tokenizer(tokenizer, max_new_tokens=6, temperature=0.0)
     examples = [{'prompt': text, 'response': 'x'} for text in ('One?', 'Two?')]
     comparison, *_ = compare(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from new_params import new_params
 
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.sources import DataSpec
@@ -19,7 +20,7 @@ from diffusiongemma.distillation.run import distill
 from diffusiongemma.distillation.run import train_student as train_experiment
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
 from diffusiongemma.distillation.targets import write_targets
-from diffusiongemma.models import DiffusionGemma, Gemma, init_params
+from diffusiongemma.models import DiffusionGemma, Gemma
 from diffusiongemma.train import train as train_teacher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
@@ -37,7 +38,7 @@ def teacher(tiny_config) -> Teacher:
     tokenizer = Tokenizer.load('builtin')
     config = tiny_config.replace(vocab_size=tokenizer.vocab_size, canvas_length=0)
     model = Gemma(config)
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    params = new_params(model)
     return Teacher(model, params, tokenizer)
 
 

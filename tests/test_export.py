@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from dense_student import save_dense_student
 from flax.traverse_util import flatten_dict
+from new_params import new_params
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
@@ -20,10 +21,8 @@ from diffusiongemma.checkpoints.hf_config_export import TokenIds, hf_config
 from diffusiongemma.checkpoints.hf_export import save_hf, with_null_expert
 from diffusiongemma.checkpoints.hf_tensors import TOWERS
 from diffusiongemma.checkpoints.load import load_model
-from diffusiongemma.models import DiffusionGemma
-from diffusiongemma.models import init_params as init_params_eagerly
+from diffusiongemma.models import DiffusionGemma, init_params
 
-init_params = jax.jit(init_params_eagerly, static_argnums=0)
 DATA = Path(__file__).parent / 'data'
 AUTOREGRESSIVE = (
     'tiny_gemma3', 'tiny_gemma3_scaled', 'tiny_gemma4', 'tiny_gemma4_moe', 'tiny_gemma4_e2b',
@@ -220,7 +219,7 @@ def test_a_bundle_gets_tokenizer_files_and_sampling_settings(tmp_path):
 @pytest.mark.slow
 def test_a_dense_denoiser_with_an_expert_that_writes_zeros_is_the_same_function(tiny_config):
     config = tiny_config.replace(layer_types=('full',))
-    params = init_params(DiffusionGemma(config), jax.random.key(0))
+    params = new_params(DiffusionGemma(config))
     moe_config, moe_params = with_null_expert(config, params)
     tokens = np.arange(8).reshape(2, 4)
 

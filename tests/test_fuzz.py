@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from hypothesis import strategies as st
+from new_params import new_params
 from test_safetensors import RELEASED
 
 from diffusiongemma.checkpoints.adapters import read_adapters, save_adapters
@@ -21,7 +22,7 @@ from diffusiongemma.checkpoints.bundle import load_bundle, save_bundle
 from diffusiongemma.checkpoints.hf_config import model_config_from_hf, read_hf_config
 from diffusiongemma.data.jsonl import JsonlSource
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.models import AttentionConfig, Gemma, ModelConfig, init_params
+from diffusiongemma.models import AttentionConfig, Gemma, ModelConfig
 from diffusiongemma.models.lora import LoraConfig, init_lora
 
 DATA = Path(__file__).parent / 'data'
@@ -88,7 +89,7 @@ def fuzz(number):
 def files(tmp_path_factory):
     """Returns a directory with a bundle and adapters of it."""
     directory = tmp_path_factory.mktemp('fuzz')
-    params = init_params(Gemma(TINY), jax.random.key(0))
+    params = new_params(Gemma(TINY))
     save_bundle(directory / 'bundle', TINY, params, Tokenizer.load())
     adapters = init_lora(LORA, params, jax.random.key(1))
     save_adapters(directory / 'adapters', LORA, adapters, TINY, base='x', base_fingerprint='0')

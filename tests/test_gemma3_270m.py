@@ -14,8 +14,11 @@ import pytest
 from test_tokenizer_files import TEXTS as ANY_TEXT
 from test_tokenizer_files import tokenizer_json
 
+from diffusiongemma.checkpoints.gguf_config import read_gguf_config
+from diffusiongemma.checkpoints.gguf_import import gguf_tokenizer
+from diffusiongemma.checkpoints.gguf_reader import GgufFile
 from diffusiongemma.checkpoints.load import BUILTIN, about_model, load_model
-from diffusiongemma.checkpoints.packaged import PACKAGED
+from diffusiongemma.checkpoints.packaged import PACKAGED, packaged_file
 from diffusiongemma.data.sources import DataSpec, load_source
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models import PRESETS, for_inference
@@ -49,16 +52,23 @@ def loaded():
     return load_model(NAME)
 
 
-def test_the_config_is_the_preset(loaded):
-    model, _, tokenizer = loaded
-    assert model.config == PRESETS['gemma3_270m']
-    assert tokenizer.vocab_size == model.config.vocab_size
+@pytest.fixture(scope='module')
+def opened():
+    """Returns the config and the tokenizer of the file, which need none of its tensors."""
+    file = GgufFile(packaged_file(NAME))
+    return read_gguf_config(file), gguf_tokenizer(file)
+
+
+def test_the_config_is_the_preset(opened):
+    config, tokenizer = opened
+    assert config == PRESETS['gemma3_270m']
+    assert tokenizer.vocab_size == config.vocab_size
     assert not tokenizer.chat_turns
 
 
 @pytest.mark.parametrize('text', [*TEXTS, LONG])
-def test_text_round_trips_without_special_tokens(loaded, text):
-    tokenizer = loaded[2]
+def test_text_round_trips_without_special_tokens(opened, text):
+    tokenizer = opened[1]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert not tokenizer.special_ids.intersection(ids)
@@ -98,8 +108,8 @@ def test_the_shipped_student_is_small_and_carries_its_terms():
     assert 'Section 3: DISTRIBUTION' in (directory / 'GEMMA_TERMS.txt').read_text(encoding='utf-8')
 
 
-def test_the_prompt_of_a_pretrained_model_is_its_text(loaded):
-    tokenizer = loaded[2]
+def test_the_prompt_of_a_pretrained_model_is_its_text(opened):
+    tokenizer = opened[1]
     problem = load_source(DataSpec(kind='human_eval', size=1))[0]
     ids = tokenizer.format_prompt(problem['prompt'])
     assert ids[0] == tokenizer.bos_id
@@ -107,9 +117,9 @@ def test_the_prompt_of_a_pretrained_model_is_its_text(loaded):
 
 
 @pytest.mark.slow
-def test_the_vocabulary_as_tokenizer_json_splits_text_alike(loaded, tmp_path):
+def test_the_vocabulary_as_tokenizer_json_splits_text_alike(opened, tmp_path):
     tokenizers = pytest.importorskip('tokenizers')
-    tokenizer = loaded[2]
+    tokenizer = opened[1]
     content = json.dumps(tokenizer_json(tokenizer._model))
     (tmp_path / 'tokenizer.json').write_text(content)
     read = Tokenizer.load(str(tmp_path / 'tokenizer.json'))

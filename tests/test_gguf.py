@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from new_params import new_params
 
 from diffusiongemma.checkpoints.convert import convert
 from diffusiongemma.checkpoints.gguf_config import read_gguf_config
@@ -22,7 +23,6 @@ from diffusiongemma.checkpoints.hf_import import load_hf
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.chat_template import default_template
 from diffusiongemma.models import Gemma
-from diffusiongemma.models.transformer import init_params
 from diffusiongemma.parallel import make_mesh
 
 gguf = pytest.importorskip('gguf')
@@ -52,11 +52,11 @@ def published(tmp_path_factory):
     def write(name, config):
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
-            params = init_params(Gemma(config), jax.random.key(0))
+            params = new_params(Gemma(config))
             noise = np.random.default_rng(0)
             params = jax.tree.map(
-                lambda leaf: np.asarray(leaf + 0.1 * noise.standard_normal(leaf.shape), np.float32),
-                params,
+                lambda leaf: leaf + 0.1 * noise.standard_normal(leaf.shape, np.float32),
+                jax.device_get(params),
             )
             save_hf(made[name], config, params)
         return made[name]

@@ -7,11 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from new_params import new_params
 from test_distillation_run import DATA, assert_equal, crash_at, train_student
 
 from diffusiongemma.checkpoints.bundle import save_bundle
 from diffusiongemma.checkpoints.convert import convert
 from diffusiongemma.checkpoints.load import load_model
+from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import reporting, run
@@ -19,7 +21,7 @@ from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.distillation.export import export_student
 from diffusiongemma.distillation.loading import Teacher, load_teacher
 from diffusiongemma.distillation.run import distill
-from diffusiongemma.models import Gemma, init_params
+from diffusiongemma.models import Gemma
 from diffusiongemma.parallel import make_mesh
 from diffusiongemma.planning import programs
 from diffusiongemma.planning.sampler_programs import sampler_programs
@@ -30,11 +32,13 @@ import tiny  # noqa: E402
 
 @pytest.fixture
 def teacher_directory(tiny_config, tmp_path):
-    """Returns the bundle of a random teacher with the built-in vocabulary."""
+    """Returns the bundle of a random teacher with the built-in vocabulary, and writes problems."""
     tokenizer = Tokenizer.load('builtin')
     model = Gemma(tiny_config.replace(vocab_size=tokenizer.vocab_size, canvas_length=0))
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    params = new_params(model)
     save_bundle(tmp_path / 'teacher', model.config, params, tokenizer)
+    lines = [json.dumps(row) + '\n' for row in eval_examples(DATA)]
+    (tmp_path / 'problems.jsonl').write_text(''.join(lines))
     return tmp_path / 'teacher'
 
 
@@ -52,7 +56,9 @@ def light_config(teacher_directory, **changes):
     config.data = {'batch_size': 8, 'row_length': 128}
     config.drafting = {'anchors_per_row': 4, 'held_out': 8, 'refused_rate': 0.5}
     config.train = {'num_steps': 4, 'report_every': 1, 'checkpoint_every': 2}
-    config.targets.source = {'kind': 'wordmath', 'size': 200}
+    # The draft vocabulary is counted in the whole source, so it is a small one.
+    problems = teacher_directory.parent / 'problems.jsonl'
+    config.targets.source = {'kind': 'jsonl', 'path': str(problems)}
     config.targets.sequence_level = False  # the answers of a random teacher do not end
     config.eval = {
         'source': {'kind': 'wordmath', 'split': 'test', 'size': 2},
@@ -70,6 +76,8 @@ def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
 ):
     workdir = tmp_path / 'run'
     config = light_config(teacher_directory, mesh={'data': 1})
+    config.train = {'num_steps': 1, 'report_every': 1, 'checkpoint_every': 1}
+    config.drafting.refused_rate = 0.0
     teacher = load_teacher(Experiment.of(config))
     setup, state = train_student(config, teacher, DATA, workdir)
     export_student(setup, state, teacher, workdir)
@@ -83,7 +91,7 @@ def test_a_light_student_is_exported_without_its_teacher_and_opens_on_no_other(
     assert {'held_out/accepted_length', 'held_out/acceptance/04'} <= set(rows[-1])
     # This teacher has the same architecture and other weights.
     other, tokenizer = Gemma(model.config.autoregressive), Tokenizer.load('builtin')
-    changed = init_params(other, jax.random.key(5))
+    changed = new_params(other, 5)
     changed['backbone']['final_norm']['scale'] += 1.0
     save_bundle(teacher_directory, other.config, changed, tokenizer)
     with pytest.raises(ValueError, match='was trained on another model than'):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from new_params import new_params
 
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.sources import DataSpec
@@ -15,7 +16,7 @@ from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.distillation.loading import Teacher
 from diffusiongemma.distillation.lora import ADAPTERS_DIR, LoraSettings, lora_student
 from diffusiongemma.distillation.run import train_student
-from diffusiongemma.models import DiffusionGemma, Gemma, init_params
+from diffusiongemma.models import DiffusionGemma, Gemma
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'configs'))
 import tiny_diffusion  # noqa: E402
@@ -31,7 +32,7 @@ def teacher(tiny_config) -> Teacher:
         vocab_size=tokenizer.vocab_size, canvas_length=0, layer_types=('full', 'full')
     )
     model = Gemma(config)
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    params = new_params(model)
     return Teacher(model, params, tokenizer)
 
 

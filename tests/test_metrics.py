@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from new_params import new_params
 
 from diffusiongemma.evaluation import metrics
 from diffusiongemma.evaluation.scoring import response_log_probs
-from diffusiongemma.models import Gemma, init_params
+from diffusiongemma.models import Gemma
 
 
 def log(*probabilities):
@@ -120,7 +121,7 @@ def test_aup_grows_with_speed_and_with_the_accuracy_behind_the_slowest_point(row
 @pytest.mark.slow
 def test_the_teachers_log_probabilities_are_those_of_its_causal_pass(tiny_config):
     model = Gemma(tiny_config.autoregressive)
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    params = new_params(model)
     prompts, responses = [[2, 5, 6], [2, 7], [2, 8, 9, 4]], [[11, 12, 1], [13, 14, 15, 1], [16]]
     found = response_log_probs(model, params, prompts, responses, batch_size=2, multiple=8)
     assert [len(row) for row in found] == [3, 4, 1]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from new_params import new_params
 
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.packing import RowLayout, pack_examples
@@ -13,7 +14,7 @@ from diffusiongemma.distillation import canvases
 from diffusiongemma.distillation.losses import mean_weights
 from diffusiongemma.distillation.step import causal_pass
 from diffusiongemma.distillation.student import student_params_from_teacher
-from diffusiongemma.models import DiffusionGemma, init_params
+from diffusiongemma.models import DiffusionGemma
 from diffusiongemma.sampling import Sampler, SamplingConfig, passes
 
 
@@ -22,7 +23,7 @@ def fresh_student(predict_next):
     teacher, teacher_params, tokenizer = load_model('builtin-teacher')
     config = teacher.config.replace(canvas_length=16, kind='separate', predict_next=predict_next)
     model = DiffusionGemma(config)
-    fresh = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    fresh = new_params(model)
     return model, student_params_from_teacher(fresh, teacher_params), tokenizer
 
 
@@ -76,7 +77,7 @@ def test_a_canvas_behind_the_cache_has_the_logits_of_the_packed_row(batch):
 @pytest.mark.parametrize('mode', ['diffusion', 'lossless'])
 def test_rows_of_a_ragged_batch_equal_single_runs(mode, tiny_config):
     model = DiffusionGemma(tiny_config.replace(predict_next=True))
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    params = new_params(model)
     config = SamplingConfig(max_new_tokens=10, temperature=0, stop_ids=(), max_denoising_steps=1)
     sampler = Sampler(model, config, mode)
     keys = jax.random.split(jax.random.key(0), 2)

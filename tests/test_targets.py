@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from new_params import new_params
 
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data import target_files
@@ -15,7 +16,7 @@ from diffusiongemma.data.sources import DataSpec, load_source
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import answers, targets
 from diffusiongemma.distillation.targets import TargetsConfig, write_targets
-from diffusiongemma.models import Gemma, init_params
+from diffusiongemma.models import Gemma
 from diffusiongemma.parallel import make_mesh
 
 WORDMATH = {'kind': 'wordmath', 'size': 6}
@@ -35,7 +36,7 @@ def random_teacher(tiny_config):
             vocab_size=tokenizer.vocab_size, canvas_length=0, layer_types=('full', 'full')
         )
     )
-    return model, jax.jit(init_params, static_argnums=0)(model, jax.random.key(0)), tokenizer
+    return model, new_params(model), tokenizer
 
 
 @pytest.fixture(scope='module')

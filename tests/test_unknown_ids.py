@@ -17,7 +17,7 @@ PROMPTS = jnp.ones((8, 4), jnp.int32), jnp.full((8,), 4, jnp.int32)
 @pytest.fixture
 def drawn_to_unknown(tiny_config):
     """Returns a model whose argmax tokens are ids that its tokenizer does not have."""
-    model = DiffusionGemma(tiny_config)
+    model = DiffusionGemma(tiny_config.replace(layer_types=('sliding',)))
     params = random_params(model)
     rows = jnp.asarray(params['embedder']['embedding'])
     return model, params | {'embedder': {'embedding': rows.at[KNOWN:].multiply(8.0)}}

@@ -68,7 +68,10 @@ def same_drafts(shown, alone):
         np.testing.assert_array_equal(one.output.tokens[0, :count], other.output.tokens[0, :count])
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+    'kind',
+    [*list(KINDS)[:3], pytest.param('a source of drafts', marks=pytest.mark.slow)],
+)
 def test_a_watched_request_shows_what_a_view_of_it_alone_shows_and_changes_no_response(kind):
     """Other watched and unwatched requests run concurrently and start and end at other times."""
     sampler = sampler_of(kind)

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from new_params import new_params
 
 from diffusiongemma.models import DenoiserConfig, DiffusionGemma, LightConfig
 from diffusiongemma.models.inference import with_execution
-from diffusiongemma.models.transformer import init_boxed_params
+from diffusiongemma.models.transformer import init_boxed_params, init_params
 from diffusiongemma.models.weights import WEIGHTS, map_kernels, weight_at
 from diffusiongemma.parallel import LOGICAL_AXIS_RULES, make_mesh, on_mesh, param_shardings
 from diffusiongemma.parallel.sharding import rules_with
@@ -101,3 +103,27 @@ def test_a_declaration_is_of_axes_in_the_order_of_the_array():
     down = WEIGHTS['experts/down']
     assert dataclasses.astuple(down)[:3] == (('expert_embed',), ('expert_mlp',), ('experts',))
     assert down.outputs_first('edf') == ('e', 'f', 'd')
+
+
+def test_the_parameters_of_tests_are_those_of_a_new_model(tiny_e2b_config, tiny_moe_config):
+    everything = tiny_e2b_config.replace(
+        layer_types=('sliding', 'full') * 2,
+        num_kv_shared_layers=2,
+        moe=tiny_moe_config.moe,
+        query_scale=0.5,
+        norm_scale_offset=1.0,
+        denoiser=DenoiserConfig(canvas_length=4, kind='light', light=LIGHT),
+    )
+    model = DiffusionGemma(everything)
+    expected = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    expected, found = flatten_dict(jax.device_get(expected)), flatten_dict(new_params(model))
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        other, name = np.asarray(found[path]), '/'.join(path)
+        assert other.shape == value.shape and other.dtype == value.dtype, name
+        if np.ptp(value) == 0 or path[-1] == 'draft_ids':
+            np.testing.assert_array_equal(other, value, err_msg=name)
+        else:  # within ten standard errors
+            rtol = 10 / np.sqrt(2 * value.size)
+            np.testing.assert_allclose(other.std(), value.std(), rtol=rtol, err_msg=name)
+            assert abs(other.mean()) < 10 * value.std() / np.sqrt(value.size), name

@@ -248,6 +248,7 @@ class Backbone(nn.Module):
                 LayerGroup,
                 variable_axes={'params': 0},
                 split_rngs={'params': True},
+                check_constancy_invariants=False,
                 in_axes=(0, nn.broadcast),
                 length=stack.num_groups,
                 metadata_params={nn.PARTITION_NAME: 'layers'},
