@@ -16,10 +16,11 @@ from diffusiongemma.models.expert_parallel import TOKEN_AXES
 from diffusiongemma.models.layers import GatedMLP
 from diffusiongemma.models.weights import WEIGHTS
 from diffusiongemma.parallel import make_mesh
-from diffusiongemma.parallel.sharding import LOGICAL_AXIS_RULES
+from diffusiongemma.parallel.sharding import LOGICAL_AXIS_RULES, replicated
 from diffusiongemma.planning.compiler import compile_program, topology_devices
 from diffusiongemma.planning.programs import training_step
 from diffusiongemma.planning.sampler_programs import sampler_programs
+from diffusiongemma.sampling.epilogue import argmax_and_draw, read_logits
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install -e '.[plan]'"
@@ -111,6 +112,22 @@ def test_kernels_split_along_64_chips_are_gathered_and_their_gradients_scattered
     # Three kernels are gathered in bfloat16, and their gradients are summed and split in float32.
     minimum = 3 * (2 + 4) * width * width * 63 / 64
     assert sum(c.sent_bytes for c in collectives) < 1.1 * minimum
+
+
+def test_one_pass_over_the_logits_finds_maxima_and_draws_and_one_more_their_entropies():
+    devices, _ = topology_devices('v5e:2x2')
+    mesh = make_mesh({'tensor': 4}, devices)
+    execution = Execution(mesh, LOGICAL_AXIS_RULES, platform='tpu')
+    logits = placed(execution, (8, 256, 131_072), jnp.float32, (None, None, 'vocab'))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=replicated(mesh))
+
+    def statistics(logits, keys):
+        largest, argmax, drawn = argmax_and_draw(logits, logits, 1.0, keys)
+        return argmax, drawn, read_logits(logits, drawn, argmax, largest).entropies
+
+    program = Program(jax.jit(statistics).lower(logits, keys).compile().as_text())
+    assert program.hbm_bytes() < 2.3 * logits.size * 4 / mesh.size
 
 
 def sent_by_the_head(num_chunks):

@@ -29,6 +29,7 @@ from diffusiongemma.distillation.teacher import TeacherStates
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.vocabulary import largest_logits
 from diffusiongemma.sampling import acceptance
 from diffusiongemma.sampling.acceptance import AcceptanceRule, Proposal
 from diffusiongemma.sampling.epilogue import entropy, read_logits
@@ -236,14 +237,14 @@ class Stage2(Stage2Config):
     ) -> StepStatistics:
         """Returns the statistics of a greedy sampler step for logits [..., V], levels [...]."""
         params, shaped = jax.lax.stop_gradient(params), self.shape(logits, level)
-        candidates = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
-        prediction = read_logits(shaped, candidates, candidates)
+        ((largest, candidates),) = largest_logits(shaped)
+        prediction = read_logits(shaped, candidates, candidates, largest)
         return StepStatistics(
             prediction.entropies,
             candidates,
             prediction.confidences,
             prediction.margins,
-            model.apply({'params': params}, shaped, method='soft_embed'),
+            model.apply({'params': params}, shaped, prediction.log_z, method='soft_embed'),
         )
 
     def next_canvas(

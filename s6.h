@@ -1,0 +1,1 @@
+nohup: failed to run command './h.sh': No such file or directory
