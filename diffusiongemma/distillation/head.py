@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from diffusiongemma.distillation.losses import over_positions
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.denoiser import DiffusionGemma
-from diffusiongemma.models.execution import partition_spec
+from diffusiongemma.models.execution import Execution, partition_spec, product
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.models.weights import WEIGHTS
 
@@ -32,10 +32,12 @@ def score_positions(
 ) -> Any:
     """Applies `score` to `Execution.logits_chunk` positions of each row at a time.
 
-    If there are several chunks on a mesh, each device runs all chunks of its own rows by itself. It
-    gathers the embedding once before them, in the compute dtype, and sums the gradients of its
-    chunks in float32, which the devices then sum and split once. The backward pass gathers again,
-    so that no gathered embedding is kept from the forward pass.
+    If there are several chunks on a mesh that only splits rows, each device runs all chunks of its
+    own rows by itself. It gathers the embedding once before them, in the compute dtype, and sums
+    the gradients of its chunks in float32, which the devices then sum and split once. The backward
+    pass gathers again, so that no gathered embedding is kept from the forward pass. If the mesh
+    also splits the vocabulary or the positions (`tensor`, `sequence`), the compiler gathers and
+    sums for every chunk: in jax 0.10 it aborts if only some axes of a mesh are split by hand.
 
     Args:
       score: a pure function from `params` and trees with leaves [B, c, ...] to a tree with leaves
@@ -50,7 +52,7 @@ def score_positions(
       The results of `score`, leaves [*shape, ...].
     """
     execution = model.execution
-    chunk, rows = execution.logits_chunk, execution.mesh_axes(shape[:1], ('batch',))[0]
+    chunk, rows = execution.logits_chunk, _row_axes(execution, shape[0])
     if not rows or not 0 < chunk < math.prod(shape[1:]):
         return over_positions(functools.partial(score, *params), chunk, shape, *trees)
     tables = {id(_table(part)): _table(part) for part in params if part}
@@ -91,6 +93,14 @@ def score_positions(
         check_vma=False,  # so that gradients are summed over the devices after the loop, not in it
     )
     return on_devices(tables, trees)
+
+
+def _row_axes(execution: Execution, num_rows: int) -> tuple[str, ...]:
+    """Returns the mesh axes that split rows, or none if other axes split something else."""
+    if execution.mesh is None:
+        return ()
+    rows = execution.mesh_axes((num_rows,), ('batch',))[0]
+    return rows if product(rows, execution.mesh) == execution.mesh.size else ()
 
 
 def _table(params: Params) -> jax.Array:
