@@ -9,16 +9,18 @@ from test_plan import placed
 
 from diffusiongemma.accounting.hlo import Program
 from diffusiongemma.distillation.experiment import Experiment, experiment_config
-from diffusiongemma.models import AttentionConfig, ModelConfig, MoEConfig
+from diffusiongemma.distillation.head import score_positions
+from diffusiongemma.models import AttentionConfig, Gemma, ModelConfig, MoEConfig
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.expert_parallel import TOKEN_AXES
 from diffusiongemma.models.layers import GatedMLP
 from diffusiongemma.models.weights import WEIGHTS
 from diffusiongemma.parallel import make_mesh
-from diffusiongemma.parallel.sharding import LOGICAL_AXIS_RULES
+from diffusiongemma.parallel.sharding import LOGICAL_AXIS_RULES, replicated
 from diffusiongemma.planning.compiler import compile_program, topology_devices
 from diffusiongemma.planning.programs import training_step
 from diffusiongemma.planning.sampler_programs import sampler_programs
+from diffusiongemma.sampling.epilogue import argmax_and_draw, read_logits
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install -e '.[plan]'"
@@ -110,3 +112,54 @@ def test_kernels_split_along_64_chips_are_gathered_and_their_gradients_scattered
     # Three kernels are gathered in bfloat16, and their gradients are summed and split in float32.
     minimum = 3 * (2 + 4) * width * width * 63 / 64
     assert sum(c.sent_bytes for c in collectives) < 1.1 * minimum
+
+
+def test_one_pass_over_the_logits_finds_maxima_and_draws_and_one_more_their_entropies():
+    devices, _ = topology_devices('v5e:2x2')
+    mesh = make_mesh({'tensor': 4}, devices)
+    execution = Execution(mesh, LOGICAL_AXIS_RULES, platform='tpu')
+    logits = placed(execution, (8, 256, 131_072), jnp.float32, (None, None, 'vocab'))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=replicated(mesh))
+
+    def statistics(logits, keys):
+        largest, argmax, drawn = argmax_and_draw(logits, logits, 1.0, keys)
+        return argmax, drawn, read_logits(logits, drawn, argmax, largest).entropies
+
+    program = Program(jax.jit(statistics).lower(logits, keys).compile().as_text())
+    assert program.hbm_bytes() < 2.3 * logits.size * 4 / mesh.size
+
+
+def sent_by_the_head(num_chunks):
+    """Returns the bytes that a loss and its gradient send, by kind of collective."""
+    devices, _ = topology_devices('v5e:2x4')
+    mesh = make_mesh({'fsdp': 4, 'expert': 2}, devices)
+    length, width, vocab_size = 64, MODEL.width, 4096
+    settings = {'platform': 'tpu', 'logits_chunk': length // num_chunks}
+    execution = Execution(mesh, LOGICAL_AXIS_RULES, **settings)
+    model = Gemma(MODEL.autoregressive.replace(vocab_size=vocab_size), jnp.bfloat16, execution)
+    axes = WEIGHTS['embedder/embedding'].axes
+    table = placed(execution, (vocab_size, width), jnp.float32, axes)
+    hidden = placed(execution, (mesh.size, length, width), jnp.bfloat16, ('batch', None, None))
+
+    def score(params, hidden):
+        return jax.nn.logsumexp(model.apply({'params': params}, hidden, method='unembed'), axis=-1)
+
+    def loss(table, hidden):
+        params = {'embedder': {'embedding': table}}
+        return jnp.sum(score_positions(score, model, [params], hidden.shape[:2], hidden))
+
+    gradients = jax.jit(jax.grad(loss), out_shardings=table.sharding)
+    text = gradients.lower(table, hidden).compile().as_text()
+    sent = dict.fromkeys(('all-gather', 'reduce-scatter', 'all-reduce'), 0.0)
+    for collective in Program(text).collectives(mesh.shape):
+        sent[collective.kind] = sent.get(collective.kind, 0.0) + collective.sent_bytes
+    return sent, vocab_size * width * (mesh.size - 1) / mesh.size
+
+
+def test_the_embedding_is_gathered_once_per_pass_and_not_once_per_chunk():
+    few, elements = sent_by_the_head(2)
+    many, _ = sent_by_the_head(8)
+    assert many == few
+    assert 2 * elements <= few['all-gather'] < 2.1 * 2 * elements  # in bfloat16, at most twice
+    assert few['reduce-scatter'] + few['all-reduce'] < 1.1 * 4 * elements  # once, in float32

@@ -13,6 +13,8 @@ from diffusiongemma.models.layers import contract
 from diffusiongemma.models.vocabulary import (
     LARGE_VOCABULARY,
     VOCABULARY_PART,
+    _largest_in_one_pass,
+    _largest_of_each,
     expected_rows_by_parts,
     log_partition_and_entropy,
     logits_by_parts,
@@ -46,6 +48,8 @@ def test_reductions_of_a_large_vocabulary_are_those_of_the_whole(vocabulary):
     logits = logits.at[0, 0, ::2].set(-jnp.inf).at[0, 1].set(-jnp.inf).at[0, 1, 7].set(2.0)
     log_z, entropies = jax.jit(log_partition_and_entropy)(logits)
     np.testing.assert_allclose(log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-6)
+    known = jax.jit(log_partition_and_entropy)(logits, jnp.max(logits, axis=-1))
+    np.testing.assert_array_equal(known, (log_z, entropies))
     log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
     terms = np.where(np.isfinite(log_probs), np.exp(log_probs) * log_probs, 0.0)
     np.testing.assert_allclose(entropies, -terms.sum(axis=-1), atol=1e-4)
@@ -73,6 +77,17 @@ def test_the_likeliest_token_is_the_first_of_the_largest(vocabulary):
     np.testing.assert_array_equal(found, np.argmax(rounded, axis=-1))
 
 
+@pytest.mark.parametrize('function', [_largest_in_one_pass, _largest_of_each])
+def test_maxima_of_several_arrays_and_their_first_tokens(function):
+    rounded, other = jnp.round(normal(0, 3, 4, 300)), normal(1, 3, 4, 300)
+    rounded = rounded.at[0, 1].set(-jnp.inf).at[1, 2, 7].set(jnp.nan).at[1, 2, 9].set(jnp.nan)
+    found = jax.jit(function)(rounded, other)
+    for (largest, token), array in zip(found, (rounded, other), strict=True):
+        assert token.dtype == jnp.int32
+        np.testing.assert_array_equal(largest, np.max(array, axis=-1))
+        np.testing.assert_array_equal(token, np.argmax(array, axis=-1))
+
+
 @pytest.mark.parametrize('rows', [pytest.param(1, marks=pytest.mark.slow), 64])
 def test_a_model_with_a_large_vocabulary_is_the_same_in_the_layout_of_inference(tiny_config, rows):
     config = tiny_config.replace(vocab_size=LARGE, canvas_length=rows, final_logit_softcap=30.0)
@@ -82,6 +97,9 @@ def test_a_model_with_a_large_vocabulary_is_the_same_in_the_layout_of_inference(
     found = []
     for m, p in (output_major_kernels(model, params), (model, params)):
         logits = jax.jit(m.apply)({'params': p}, tokens)
-        found.append((logits, m.apply({'params': p}, 5 * logits, method='soft_embed')))
-    for by_parts, whole in zip(*found, strict=True):
-        np.testing.assert_allclose(by_parts, whole, atol=1e-4)
+        log_z = jax.nn.logsumexp(5 * logits, axis=-1)
+        for known in ((), (log_z,)):
+            found.append((logits, m.apply({'params': p}, 5 * logits, *known, method='soft_embed')))
+    for other in found[1:]:
+        for by_parts, whole in zip(found[0], other, strict=True):
+            np.testing.assert_allclose(by_parts, whole, atol=1e-4)

@@ -6,12 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusiongemma.distillation.losses import (
-    before,
-    cross_entropy,
-    mean_weights,
-    over_positions,
-)
+from diffusiongemma.distillation.head import score_positions
+from diffusiongemma.distillation.losses import before, cross_entropy, mean_weights
 from diffusiongemma.distillation.microbatches import in_microbatches
 from diffusiongemma.distillation.state import TrainState, apply_gradients
 from diffusiongemma.models.transformer import Gemma
@@ -32,13 +28,15 @@ def make_ar_train_step(
         args = (tokens, rows['positions'], rows['segment_ids'])
         hidden, _ = model.apply(variables, *args, method='encode')
 
-        def score(hidden: jax.Array, following: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits = model.apply(variables, hidden, method='unembed')
+        def score(
+            params: dict, hidden: jax.Array, following: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            logits = model.apply({'params': params}, hidden, method='unembed')
             hits = jnp.argmax(logits, axis=-1) == following
             return cross_entropy(logits, following), hits.astype(jnp.float32)
 
-        chunk, following = model.execution.logits_chunk, jnp.roll(tokens, -1, axis=1)
-        losses, hits = over_positions(score, chunk, tokens.shape, hidden, following)
+        following = jnp.roll(tokens, -1, axis=1)
+        losses, hits = score_positions(score, model, [params], tokens.shape, hidden, following)
         loss = jnp.sum(losses * weights)
         return loss, {'loss': loss, 'token_accuracy': jnp.sum(hits * weights)}
 

@@ -16,12 +16,8 @@ import jax.numpy as jnp
 from diffusiongemma.diffusion.corruption import Corruption
 from diffusiongemma.distillation import canvases
 from diffusiongemma.distillation.canvases import Batch, NoisyCanvases
-from diffusiongemma.distillation.losses import (
-    TokenLoss,
-    denoise_loss,
-    mean_weights,
-    over_positions,
-)
+from diffusiongemma.distillation.head import score_positions
+from diffusiongemma.distillation.losses import TokenLoss, denoise_loss, mean_weights
 from diffusiongemma.distillation.teacher import TeacherStates
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
@@ -124,9 +120,16 @@ class Stage1(Stage1Config):
         weight = canvases.kl_weights(noisy, has_target, self.kd_weight)
         token_loss = self.position_loss()
 
-        def score(hidden: jax.Array, clean: jax.Array, targets: Any, weight: jax.Array) -> tuple:
+        def score(
+            params: Params,
+            teacher_params: Params,
+            hidden: jax.Array,
+            clean: jax.Array,
+            targets: Any,
+            weight: jax.Array,
+        ) -> tuple:
             logits = model.apply({'params': params}, hidden, method='unembed')
-            loss = token_loss(logits, clean, teacher.read(targets), weight)
+            loss = token_loss(logits, clean, teacher.read(targets, teacher_params), weight)
             if jnp.shape(loss) != clean.shape:
                 raise ValueError(
                     f'{token_loss!r} returned an array of shape {list(jnp.shape(loss))}; it must '
@@ -134,8 +137,8 @@ class Stage1(Stage1Config):
                 )
             return loss, canvases.hits(logits, clean)
 
-        chunk = model.execution.logits_chunk
-        loss, hits = over_positions(score, chunk, clean.shape, hidden, clean, targets, weight)
+        read, scored = (params, teacher.params), (hidden, clean, targets, weight)
+        loss, hits = score_positions(score, model, read, clean.shape, *scored)
         return jnp.sum(loss * draw.used), {'canvas_accuracy': jnp.sum(hits * draw.corrupted)}
 
     def _first_prediction(
@@ -156,10 +159,10 @@ class Stage1(Stage1Config):
         temperature = jnp.asarray(self.schedule.temperature(noisy.noise_level))[..., None]
         temperature = jnp.broadcast_to(temperature, noisy.tokens.shape)
 
-        def soft_embed(hidden: jax.Array, temperature: jax.Array) -> jax.Array:
+        def soft_embed(params: Params, hidden: jax.Array, temperature: jax.Array) -> jax.Array:
             logits = model.apply({'params': params}, hidden, method='unembed')
             shaped = logits / temperature[..., None]
             return model.apply({'params': params}, shaped, method='soft_embed')
 
-        chunk = model.execution.logits_chunk
-        return over_positions(soft_embed, chunk, noisy.tokens.shape, hidden, temperature)
+        shape = noisy.tokens.shape
+        return score_positions(soft_embed, model, [params], shape, hidden, temperature)

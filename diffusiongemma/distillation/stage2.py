@@ -14,6 +14,7 @@ certainty-forcing distillation in dParallel, arXiv:2509.26488).
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,16 +23,13 @@ import jax.numpy as jnp
 from diffusiongemma.diffusion.corruption import Corruption, MaskedCorruption, UniformCorruption
 from diffusiongemma.distillation import canvases
 from diffusiongemma.distillation.canvases import Batch, NoisyCanvases
-from diffusiongemma.distillation.losses import (
-    cross_entropy,
-    denoise_loss,
-    mean_weights,
-    over_positions,
-)
+from diffusiongemma.distillation.head import score_positions
+from diffusiongemma.distillation.losses import cross_entropy, denoise_loss, mean_weights
 from diffusiongemma.distillation.teacher import TeacherStates
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.vocabulary import largest_logits
 from diffusiongemma.sampling import acceptance
 from diffusiongemma.sampling.acceptance import AcceptanceRule, Proposal
 from diffusiongemma.sampling.epilogue import entropy, read_logits
@@ -170,30 +168,10 @@ class Stage2(Stage2Config):
             levels = jnp.broadcast_to(level[..., None], clean.shape)
             is_last = n + 1 == self.num_steps
 
-            def score(
-                hidden: jax.Array,
-                clean: jax.Array,
-                levels: jax.Array,
-                *mix: Any,
-                is_last: bool = is_last,
-            ) -> tuple:
-                logits = model.apply({'params': params}, hidden, method='unembed')
-                hits = canvases.hits(logits, clean)
-                if mix:
-                    targets, weight = mix
-                    loss = denoise_loss(logits, clean, teacher.read(targets), weight)
-                else:
-                    loss = cross_entropy(logits, clean)
-                if self.certainty_weight:
-                    loss += self.certainty_weight * hits * entropy(logits)
-                if is_last:
-                    return loss, hits, None
-                return loss, hits, self.step_statistics(model, params, logits, levels)
-
-            mix = () if n else (targets, weight)
-            chunk = model.execution.logits_chunk
-            loss, hits, statistics = over_positions(
-                score, chunk, clean.shape, hidden, clean, levels, *mix
+            read, mix = (params, {} if n else teacher.params), () if n else (targets, weight)
+            score = functools.partial(self._score, model, teacher, is_last)
+            loss, hits, statistics = score_positions(
+                score, model, read, clean.shape, hidden, clean, levels, *mix
             )
             loss = jnp.sum(loss * draw.used)
             total += loss / self.num_steps
@@ -209,6 +187,43 @@ class Stage2(Stage2Config):
                 soft = statistics.soft_embeddings
         return total, metrics
 
+    def _score(
+        self,
+        model: DiffusionGemma,
+        teacher: TeacherStates,
+        is_last: bool,
+        params: Params,
+        teacher_params: Params,
+        hidden: jax.Array,
+        clean: jax.Array,
+        levels: jax.Array,
+        *mix: Any,
+    ) -> tuple[jax.Array, jax.Array, StepStatistics | None]:
+        """Returns the loss and the hits of some positions, and the statistics of the next step.
+
+        Args:
+          model: the student.
+          teacher: the teacher's distributions; used at the first step only.
+          is_last: whether the step is the last one, which needs no statistics.
+          params: the parameters of the student.
+          teacher_params: the parameters with which `teacher` reads.
+          hidden: [B, c, D], hidden states of the denoise pass.
+          clean: [B, c] int32, clean tokens.
+          levels: [B, c] float32, noise levels.
+          *mix: at the first step the values of `teacher` and the weights of its KL.
+        """
+        logits = model.apply({'params': params}, hidden, method='unembed')
+        hits = canvases.hits(logits, clean)
+        if mix:
+            targets, weight = mix
+            loss = denoise_loss(logits, clean, teacher.read(targets, teacher_params), weight)
+        else:
+            loss = cross_entropy(logits, clean)
+        if self.certainty_weight:
+            loss += self.certainty_weight * hits * entropy(logits)
+        statistics = None if is_last else self.step_statistics(model, params, logits, levels)
+        return loss, hits, statistics
+
     def shape(self, logits: jax.Array, level: jax.Array) -> jax.Array:
         """Returns shaped logits [..., V] for noise levels [...], without gradient."""
         temperature = jnp.asarray(self.schedule.temperature(level))[..., None]
@@ -222,14 +237,14 @@ class Stage2(Stage2Config):
     ) -> StepStatistics:
         """Returns the statistics of a greedy sampler step for logits [..., V], levels [...]."""
         params, shaped = jax.lax.stop_gradient(params), self.shape(logits, level)
-        candidates = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
-        prediction = read_logits(shaped, candidates, candidates)
+        ((largest, candidates),) = largest_logits(shaped)
+        prediction = read_logits(shaped, candidates, candidates, largest)
         return StepStatistics(
             prediction.entropies,
             candidates,
             prediction.confidences,
             prediction.margins,
-            model.apply({'params': params}, shaped, method='soft_embed'),
+            model.apply({'params': params}, shaped, prediction.log_z, method='soft_embed'),
         )
 
     def next_canvas(

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from diffusiongemma.distillation.canvases import Batch
-from diffusiongemma.distillation.losses import before, mean_weights, over_positions
+from diffusiongemma.distillation.head import score_positions
+from diffusiongemma.distillation.losses import before, mean_weights
 from diffusiongemma.distillation.microbatches import in_microbatches
 from diffusiongemma.distillation.state import TrainState, apply_gradients
 from diffusiongemma.distillation.teacher import (
@@ -145,7 +146,7 @@ def teacher_states(
     if 'teacher_ids' in batch:
         names = ('teacher_ids', 'teacher_log_probs', 'teacher_log_rest')
         stored = TopKDistribution(*(batch[name] for name in names))
-        return TeacherStates(stored, lambda values: values, jax.lax.stop_gradient(hidden))
+        return TeacherStates(stored, lambda values, _=None: values, jax.lax.stop_gradient(hidden))
     module: Gemma
     if model.config.has_frozen_encoder:
         module, weights, teacher_hidden = model, params, hidden
@@ -154,12 +155,12 @@ def teacher_states(
         module, weights = teacher, constants.teacher
         teacher_hidden, _ = causal_pass(teacher, weights, batch)
 
-    def read(hidden: jax.Array) -> FullDistribution:
+    def read(hidden: jax.Array, weights: Params = weights) -> FullDistribution:
         logits = module.apply({'params': weights}, hidden, method='unembed')
         return FullDistribution(jax.lax.stop_gradient(logits))
 
     teacher_hidden, hidden = jax.lax.stop_gradient((teacher_hidden, hidden))
-    return TeacherStates(teacher_hidden, read, hidden)
+    return TeacherStates(teacher_hidden, read, hidden, weights)
 
 
 def distillation_loss(
@@ -195,12 +196,12 @@ def distillation_loss(
     ar_kl = jnp.zeros(())
     if not model.config.has_frozen_encoder:
 
-        def kl(hidden: jax.Array, values: Any) -> jax.Array:
+        def kl(params: Params, weights: Params, hidden: jax.Array, values: Any) -> jax.Array:
             logits = model.apply({'params': params}, hidden, method='unembed')
-            return states.read(values).kl(logits)
+            return states.read(values, weights).kl(logits)
 
-        chunk = model.execution.logits_chunk
-        ar_kl = over_positions(kl, chunk, rows.targets.shape, hidden, states.values)
+        read, shape = (params, states.params), rows.targets.shape
+        ar_kl = score_positions(kl, model, read, shape, hidden, states.values)
         ar_kl = jnp.sum(ar_kl * rows.targets)
     denoise, metrics = objective.loss(model, params, rows.draw, rows.batch, prefix, states)
     loss = denoise + ar_weight * ar_kl

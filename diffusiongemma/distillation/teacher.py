@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from diffusiongemma.models.arrays import Array
+from diffusiongemma.models.arrays import Array, Params
 
 
 @runtime_checkable
@@ -31,13 +31,16 @@ class TeacherStates:
 
     Attributes:
       values: a tree with leaves [..., x]: hidden states, or stored distributions.
-      read: a function from the values at some positions to the distributions there.
+      read: a function from the values at some positions to the distributions there. Its optional
+        second argument replaces `params`.
       hidden: [B, L, D], final hidden states of the encode pass over the rows, without gradient.
+      params: the parameters that `read` uses by default; empty if it uses none.
     """
 
     values: Any
-    read: Callable[[Any], TeacherDistribution]
+    read: Callable[..., TeacherDistribution]
     hidden: Float[Array, 'B L D']
+    params: Params = dataclasses.field(default_factory=dict)
 
 
 @flax.struct.dataclass

@@ -239,12 +239,14 @@ class DiffusionGemma(Gemma):
         """
         return self.serial(self.draft_rows(previous)[0])
 
-    def soft_embed(self, logits: Float[Array, '*B V']) -> Float[Array, '*B D']:
+    def soft_embed(
+        self, logits: Float[Array, '*B V'], log_z: Float[Array, '*B'] | None = None
+    ) -> Float[Array, '*B D']:
         """Returns softmax(logits) @ embedding * sqrt(D), [..., V] -> [..., D].
 
-        This is the input of self-conditioning.
+        This is the input of self-conditioning. `log_z` is logsumexp(logits) if it is known.
         """
-        return self.embedder.soft_encode(logits, self.denoise_dtype)
+        return self.embedder.soft_encode(logits, self.denoise_dtype, log_z)
 
     def __call__(self, tokens: Int[Array, 'B C']) -> Float[Array, 'B C V']:
         """Returns denoise logits [B, C, V] for tokens [B, C] as prefix and canvas; for `init`."""

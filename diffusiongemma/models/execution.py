@@ -95,6 +95,9 @@ class Execution:
 
     def _laid_out(self, x: jax.Array, axes: Sequence[tuple[str, ...]]) -> jax.Array:
         assert self.mesh is not None  # without one no dimension has mesh axes
+        # Inside a `jax.shard_map` along some axes, x is one device's part along these.
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        axes = [tuple(axis for axis in names if axis not in manual) for names in axes]
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition_spec(axes)))
 
 

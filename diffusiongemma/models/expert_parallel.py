@@ -206,8 +206,8 @@ def experts_on_mesh(
             flat = _local_experts(flat, kernels[0].shape[0], along)
             routed = (x.reshape(-1, width), weights.reshape(-1, top_k), flat, kernels)
             outputs = routed_mlps(*routed, every=not along)
-        outputs = outputs.reshape(x.shape)
-        return (jax.lax.psum(outputs, summed) if summed else outputs).astype(x.dtype)
+        outputs = jax.lax.psum(outputs, summed) if summed else outputs
+        return outputs.astype(x.dtype).reshape(x.shape)  # if earlier, XLA would store float32 rows
 
     x_spec, *kernel_specs = (partition_spec(axes) for axes in (x_axes, *kernel_axes))
     on_mesh = jax.shard_map(

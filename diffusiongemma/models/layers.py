@@ -234,16 +234,24 @@ class Embedder(nn.Module):
         scale = jnp.asarray(self.width**0.5, self.dtype)
         return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype) * scale
 
-    def soft_encode(self, logits: Float[Array, '*B V'], dtype: DTypeLike) -> Float[Array, '*B D']:
+    def soft_encode(
+        self,
+        logits: Float[Array, '*B V'],
+        dtype: DTypeLike,
+        log_z: Float[Array, '*B'] | None = None,
+    ) -> Float[Array, '*B D']:
         """Returns softmax(logits) @ embedding * sqrt(D): [..., V] -> [..., D].
 
-        The softmax is computed in float32, the matmul with the table in `dtype`.
+        The softmax is computed in float32, the matmul with the table in `dtype`. `log_z` is
+        logsumexp(logits) if it is known, which saves two passes over the logits.
         """
         table = self._table(dtype)
         rows = logits.astype(jnp.float32).reshape(-1, self.vocab_size)
         product = functools.partial(contract, 'tv,vd->td')
         if self.execution.output_major and self.vocab_size > LARGE_VOCABULARY:
             soft = expected_rows_by_parts(rows, product, table)
+        elif log_z is not None:
+            soft = product(jnp.exp(rows - log_z.reshape(-1, 1)).astype(dtype), table)
         else:
             soft = product(jax.nn.softmax(rows, axis=-1).astype(dtype), table)
         return (soft * self.width**0.5).astype(dtype).reshape(*logits.shape[:-1], self.width)

@@ -7,7 +7,7 @@ parallel. The results are the same; TPUs and GPUs do not use parts.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from diffusiongemma.models.arrays import Array
 
 Total = TypeVar('Total')
+Largest = tuple[Float[Array, '*B'], Int[Array, '*B']]  # maxima over a vocabulary, their tokens
 
 LARGE_VOCABULARY = 65_536  # above this size parts are faster
 VOCABULARY_PART = 2_048  # 6 MB for the logits of 64 tokens and 640 columns of a table
@@ -86,15 +87,17 @@ def expected_rows_by_parts(
 
 
 def log_partition_and_entropy(
-    logits: Float[Array, '*B V'],
+    logits: Float[Array, '*B V'], largest: Float[Array, '*B'] | None = None
 ) -> tuple[Float[Array, '*B'], Float[Array, '*B']]:
     """Returns log z and the entropy in nats of softmax(logits): [..., V] -> [...] float32 each.
 
     The entropy is log z' - sum(e^x x) / z' with x = logits - max and z' their partition function.
     These are only reductions, so no second array with a vocabulary axis is stored. The entropy is
-    never negative. Logits of -inf have probability zero.
+    never negative. Logits of -inf have probability zero. `largest` is the maximum of the logits
+    if it is known.
     """
-    largest = jnp.max(logits, axis=-1)
+    if largest is None:
+        largest = jnp.max(logits, axis=-1)
 
     def sums(logits: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
         shifted = logits - largest[..., None]
@@ -121,6 +124,43 @@ def most_likely_tokens(logits: Float[Array, '*B V']) -> Int[Array, '*B']:
         return _argmax(logits)
     by_chunks = functools.partial(_argmax_of_chunks, size=size)
     return jax.lax.platform_dependent(logits, cpu=by_chunks, default=_argmax)
+
+
+def largest_logits(*arrays: Float[Array, '*B V']) -> tuple[Largest, ...]:
+    """Returns the maximum and the argmax token of each array [..., V]: [...] float32 and int32.
+
+    The token is the first one for ties. TPUs read all arrays in one pass; if they are functions of
+    the same logits, these are read once.
+    """
+    return jax.lax.platform_dependent(*arrays, tpu=_largest_in_one_pass, default=_largest_of_each)
+
+
+def _largest_of_each(*arrays: jax.Array) -> tuple[Largest, ...]:
+    tokens = [most_likely_tokens(logits) for logits in arrays]
+    return tuple(
+        (jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0], token)
+        for logits, token in zip(arrays, tokens, strict=True)
+    )
+
+
+def _largest_in_one_pass(*arrays: jax.Array) -> tuple[Largest, ...]:
+    axis = arrays[0].ndim - 1
+    index = jax.lax.broadcasted_iota(jnp.int32, arrays[0].shape, axis)
+
+    def larger(one: Sequence[jax.Array], other: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """Compares (value, index) pairs, which are one after another; NaN is the largest value."""
+        result: tuple[jax.Array, ...] = ()
+        for i in range(0, len(one), 2):
+            (value, token), (best, best_token) = one[i : i + 2], other[i : i + 2]
+            is_larger = (value > best) | jnp.isnan(value)
+            is_first = is_larger | ((value == best) & (token < best_token))
+            result += jnp.where(is_larger, value, best), jnp.where(is_first, token, best_token)
+        return result
+
+    operands = [part for logits in arrays for part in (logits, index)]
+    initial = [jnp.float32(-jnp.inf), jnp.int32(0)] * len(arrays)
+    found = jax.lax.reduce(operands, initial, larger, (axis,))
+    return tuple(zip(found[::2], found[1::2], strict=True))
 
 
 def _argmax(logits: jax.Array) -> jax.Array:

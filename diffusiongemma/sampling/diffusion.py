@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from diffusiongemma.constraints.posterior import condition
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache
-from diffusiongemma.models.vocabulary import most_likely_tokens
 from diffusiongemma.sampling import acceptance, passes
 from diffusiongemma.sampling.acceptance import Proposal
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import OPEN, restrict, traced, without_unknown
 from diffusiongemma.sampling.epilogue import (
+    Prediction,
     adjust,
     always_greedy,
-    draw,
+    argmax_and_draw,
     keep_top,
     per_row,
     pick,
@@ -172,13 +172,16 @@ def first_noise(
 
 
 def _soft_embeddings(
-    model: DenoisingModel, params: Params, state: DenoiseState, logits: jax.Array, last: jax.Array
+    model: DenoisingModel, params: Params, state: DenoiseState, logits: tuple, last: jax.Array
 ) -> jax.Array:
-    """Returns soft embeddings [B, C, D] for the next step; after the last step the old ones."""
+    """Returns soft embeddings [B, C, D] for the next step; after the last step the old ones.
+
+    `logits` are shaped logits [B, C, V] and their logsumexp [B, C].
+    """
     if not passes.self_conditions(model):
         return state.soft_embeddings
     return jax.lax.cond(
-        last, lambda: state.soft_embeddings, lambda: passes.soft_embed(model, params, logits)
+        last, lambda: state.soft_embeddings, lambda: passes.soft_embed(model, params, *logits)
     )
 
 
@@ -214,7 +217,8 @@ def denoise_step(
     mask_id = passes.mask_id(model)
     settled = _settled(mask_id, task, state.canvas)
     shaped = _shape(config, mask_id, task, state.step, logits)
-    proposal, argmax, shaped = _propose(model, config, task, state, keys, shaped, settled)
+    proposal, prediction, shaped = _propose(model, config, task, state, keys, shaped, settled)
+    argmax = prediction.argmax
     if task.text_noise is not None and task.automaton is None:
         # The draft uses the same noise as the text, so that it is accepted more often.
         adjusted = restrict(logits, settled, task.allowed)
@@ -233,7 +237,7 @@ def denoise_step(
     if task.max_steps is not None:
         stop |= state.step + 1 >= task.max_steps
     last = jnp.all(state.stopped | stop) | (state.step + 1 >= config.max_denoising_steps)
-    soft_embeddings = _soft_embeddings(model, params, state, shaped, last)
+    soft_embeddings = _soft_embeddings(model, params, state, (shaped, prediction.log_z), last)
 
     def unless_stopped(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(per_row(state.stopped, old), old, new)
@@ -287,8 +291,8 @@ def _propose(
     keys: jax.Array,
     logits: jax.Array,
     settled: jax.Array | None,
-) -> tuple[Proposal, jax.Array, jax.Array]:
-    """Returns the proposal, the argmax canvas [B, C], and marginal logits [B, C, V].
+) -> tuple[Proposal, Prediction, jax.Array]:
+    """Returns the proposal, the prediction, and its marginal logits [B, C, V].
 
     Args:
       model: the diffusion model.
@@ -299,24 +303,23 @@ def _propose(
       logits: [B, C, V], the result of `_shape`.
       settled: [B, C] int32, the result of `_settled`.
     """
-    candidate_keys, noise_keys = split_rows(keys)
+    (candidate_keys, noise_keys), temperature = split_rows(keys), _temperature(config, task)
     shaped = restrict(logits, settled, task.allowed)
     if task.automaton is None:
-        argmax = most_likely_tokens(shaped)
         adjusted = keep_top(shaped, config.top_k, _top_p(config, task))
-        candidates = draw(adjusted, _temperature(config, task), candidate_keys)
+        drawn = argmax_and_draw(shaped, adjusted, temperature, candidate_keys)
+        largest, argmax, candidates = drawn
         logits = restrict(logits, task.pinned, task.allowed)
     else:
-        states, remaining = task.automaton_states, task.remaining
+        largest, states, remaining = None, task.automaton_states, task.remaining
         assert states is not None and remaining is not None  # set together with the automaton
         posterior = condition(task.automaton, shaped, states, remaining)
         argmax = candidates = posterior.most_likely()
-        temperature = _temperature(config, task)
         if not always_greedy(temperature):
             greedy = per_row(jnp.asarray(temperature) == 0, argmax)
             candidates = jnp.where(greedy, argmax, posterior.draw(candidate_keys))
         logits = shaped = posterior.log_marginals()
-    prediction = read_logits(shaped, candidates, argmax)
+    prediction = read_logits(shaped, candidates, argmax, largest)
     length = state.canvas.shape[-1]
     everywhere = jnp.ones(argmax.shape, bool)
     proposal = Proposal(
@@ -334,9 +337,9 @@ def _propose(
         pinned=None if task.pinned is None else task.pinned != OPEN,
         logits=logits,
         temperature=per_row(_divisor(config, task, state.step), argmax),
-        greedy=per_row(jnp.asarray(_temperature(config, task)) == 0, argmax),
+        greedy=per_row(jnp.asarray(temperature) == 0, argmax),
     )
-    return proposal, argmax, shaped
+    return proposal, prediction, shaped
 
 
 def _temperature(config: SamplingConfig, task: CanvasTask) -> float | jax.Array:

@@ -6,7 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int, Key
 
 from diffusiongemma.models.arrays import Array
-from diffusiongemma.models.vocabulary import log_partition_and_entropy, most_likely_tokens
+from diffusiongemma.models.vocabulary import (
+    largest_logits,
+    log_partition_and_entropy,
+    most_likely_tokens,
+)
 
 NumberOrRows = float | Float[Array, ''] | Float[Array, ' B']  # one number, or one for each row
 
@@ -18,6 +22,7 @@ class Prediction:
     Attributes:
       candidates: [..., C] int32, a token drawn from the shaped distribution.
       argmax: [..., C] int32, the most likely token.
+      log_z: [..., C] float32, the logarithm of the shaped distribution's partition function.
       entropies: [..., C] float32, entropy of the shaped distribution in nats.
       confidences: [..., C] float32, probability of the candidate.
       margins: [..., C] float32, the argmax token's probability minus that of the second token.
@@ -25,13 +30,17 @@ class Prediction:
 
     candidates: Int[Array, '*B C']
     argmax: Int[Array, '*B C']
+    log_z: Float[Array, '*B C']
     entropies: Float[Array, '*B C']
     confidences: Float[Array, '*B C']
     margins: Float[Array, '*B C']
 
 
 def read_logits(
-    shaped: Float[Array, '*B C V'], candidates: Int[Array, '*B C'], argmax: Int[Array, '*B C']
+    shaped: Float[Array, '*B C V'],
+    candidates: Int[Array, '*B C'],
+    argmax: Int[Array, '*B C'],
+    largest: Float[Array, '*B C'] | None = None,
 ) -> Prediction:
     """Returns the statistics of shaped logits; XLA removes those that are not used.
 
@@ -39,14 +48,16 @@ def read_logits(
       shaped: [..., C, V] float32, logits divided by the temperature.
       candidates: [..., C] int32, the drawn tokens.
       argmax: [..., C] int32, the most likely tokens.
+      largest: [..., C] float32, the maximum of the logits if it is known.
     """
-    log_z, entropies = log_partition_and_entropy(shaped)
+    log_z, entropies = log_partition_and_entropy(shaped, largest)
     most_likely = jnp.exp(_pick(shaped, argmax) - log_z)
     is_best = jnp.arange(shaped.shape[-1]) == argmax[..., None]
     second = jnp.exp(jnp.max(jnp.where(is_best, -jnp.inf, shaped), axis=-1) - log_z)
     return Prediction(
         candidates=candidates,
         argmax=argmax,
+        log_z=log_z,
         entropies=entropies,
         confidences=jnp.exp(_pick(shaped, candidates) - log_z),
         margins=most_likely - second,
@@ -92,6 +103,32 @@ def draw(
     return jnp.where(greedy, most_likely_tokens(adjusted), draw_tokens(adjusted, keys))
 
 
+def argmax_and_draw(
+    logits: Float[Array, 'B *T V'],
+    adjusted: Float[Array, 'B *T V'],
+    temperature: NumberOrRows,
+    keys: Key[Array, ' B'],
+) -> tuple[Float[Array, ' B *T'], Int[Array, ' B *T'], Int[Array, ' B *T']]:
+    """Returns the maximum of the logits, its token, and the draws of `draw`.
+
+    Args:
+      logits: [B, ..., V] float32.
+      adjusted: [B, ..., V] float32, the logits without those that `keep_top` removes.
+      temperature: a number >= 0, or [B].
+      keys: [B] keys.
+
+    Returns:
+      [B, ...] float32, and twice [B, ...] int32.
+    """
+    if always_greedy(temperature):
+        ((largest, argmax),) = largest_logits(logits)
+        return largest, argmax, argmax
+    noisy = adjusted + _row_noise(adjusted, keys)
+    (largest, argmax), (_, drawn) = largest_logits(logits, noisy)
+    greedy = per_row(jnp.asarray(temperature) == 0, argmax)
+    return largest, argmax, jnp.where(greedy, argmax, drawn)
+
+
 def pick(
     adjusted: Float[Array, 'B *T V'],
     temperature: NumberOrRows,
@@ -115,8 +152,12 @@ def pick(
 
 def draw_tokens(logits: Float[Array, 'B *T V'], keys: Key[Array, ' B']) -> Int[Array, ' B *T']:
     """Returns draws from softmax(logits), one key per row: [B, ..., V] -> [B, ...] int32."""
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    return most_likely_tokens(logits + noise)
+    return most_likely_tokens(logits + _row_noise(logits, keys))
+
+
+def _row_noise(logits: Float[Array, 'B *T V'], keys: Key[Array, ' B']) -> Float[Array, 'B *T V']:
+    """Returns standard Gumbel noise for logits [B, ..., V], with one key for each row."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
 
 
 def gumbel_noise(keys: Key[Array, 'B T'], vocab_size: int) -> Float[Array, 'B T {vocab_size}']:

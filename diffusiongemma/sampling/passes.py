@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from diffusiongemma.models.arrays import Array, Params
 from diffusiongemma.models.cache import KVCache, Prefix
 from diffusiongemma.models.config import LightConfig
+from diffusiongemma.models.denoiser import DiffusionGemma
 
 
 @runtime_checkable
@@ -329,10 +330,14 @@ def _more(
 
 
 def soft_embed(
-    model: DenoisingModel, params: Params, logits: Float[Array, 'B C V']
+    model: DenoisingModel,
+    params: Params,
+    logits: Float[Array, 'B C V'],
+    log_z: Float[Array, 'B C'] | None = None,
 ) -> Float[Array, 'B C D']:
     """Returns the self-conditioning input of the next denoise pass: [B, C, V] -> [B, C, D]."""
-    return model.apply({'params': params}, logits, method='soft_embed')
+    more = (log_z,) if isinstance(model, DiffusionGemma) else ()  # others need not accept it
+    return model.apply({'params': params}, logits, *more, method='soft_embed')
 
 
 def no_soft_embeddings(
