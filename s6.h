@@ -1,1 +1,0 @@
-nohup: failed to run command './h.sh': No such file or directory
