@@ -46,7 +46,8 @@ def score_positions(
       params: the parameters of each model that `score` reads, whose embeddings are sharded by the
         rules. An empty dict stands for a model without parameters.
       shape: the axes of rows and positions, [B, L] or [B, N, C].
-      *trees: trees with leaves [*shape, ...].
+      *trees: trees with leaves [*shape, ...]. The first are the hidden states that the first
+        parameters are applied to.
 
     Returns:
       The results of `score`, leaves [*shape, ...].
@@ -55,26 +56,30 @@ def score_positions(
     chunk, rows = execution.logits_chunk, _row_axes(execution, shape[0])
     if not rows or not 0 < chunk < math.prod(shape[1:]):
         return over_positions(functools.partial(score, *params), chunk, shape, *trees)
-    tables = {id(_table(part)): _table(part) for part in params if part}
+    # Two models may share a table, which is then gathered once.
+    tables = list({id(_table(part)): _table(part) for part in params if part}.values())
+    number = {id(table): i for i, table in enumerate(tables)}
     axes = WEIGHTS['embedder/embedding'].axes
-    split = {
-        name: tuple(
+    split = [
+        tuple(
             tuple(axis for axis in of_dimension if axis in rows)
             for of_dimension in execution.mesh_axes(table.shape, axes)
         )
-        for name, table in tables.items()
-    }
+        for table in tables
+    ]
 
     @jax.checkpoint
-    def local(tables: dict[int, jax.Array], trees: tuple) -> Any:
-        gathered = {}
-        for name, shard in tables.items():
-            table, zeros = _gather(split[name], _compute_dtype(model), shard)
-            gathered[name] = jax.lax.stop_gradient(table), zeros
+    def local(shards: list[jax.Array], trees: tuple) -> Any:
+        gathered = []
+        for i, shard in enumerate(shards):
+            hidden = trees[0] if i == 0 else ()
+            table, zeros, hidden = _gather(split[i], _compute_dtype(model), shard, hidden)
+            gathered.append((jax.lax.stop_gradient(table), zeros))
+            trees = (hidden, *trees[1:]) if i == 0 else trees
 
         def score_chunk(*trees: Any) -> Any:
             parts = (
-                _with_table(part, _use(*gathered[id(_table(part))])) if part else part
+                _with_table(part, _use(*gathered[number[id(_table(part))]])) if part else part
                 for part in params
             )
             return score(*parts, *trees)
@@ -82,7 +87,7 @@ def score_positions(
         num_rows = len(jax.tree.leaves(trees)[0])
         return over_positions(score_chunk, chunk, (num_rows, *shape[1:]), *trees)
 
-    specs = {name: partition_spec(split[name]) for name in tables}
+    specs = [partition_spec(axes) for axes in split]
     by_rows = partition_spec([rows])
     on_devices = jax.shard_map(
         local,
@@ -119,40 +124,42 @@ def _compute_dtype(model: Gemma) -> jnp.dtype:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather(split: MeshAxes, dtype: jnp.dtype, shard: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the whole table [V, D], and zeros in float32 whose gradient becomes the shard's.
+def _gather(
+    split: MeshAxes, dtype: jnp.dtype, shard: jax.Array, hidden: Any
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Returns the whole table [V, D], float32 zeros whose gradient becomes the shard's, and hidden.
 
     The gradient of `_use` is that of the zeros, because JAX sums the gradients of all iterations of
-    a loop in the dtype of the value, which is too coarse if it is bfloat16.
+    a loop in the dtype of the value, which is too coarse if it is bfloat16. The gradient of the
+    hidden states waits for that of the shard: otherwise the compiler would keep the gradients of
+    whole tables while the backward pass goes on through the layers.
 
     Args:
       split: the mesh axes that split each dimension of the table, the outermost first.
       dtype: the compute dtype.
       shard: the part of the table on this device.
+      hidden: the hidden states that the table is multiplied with, a tree of floating-point arrays.
     """
     table = shard.astype(dtype) if dtype.itemsize < shard.dtype.itemsize else shard
     for dimension, axes in enumerate(split):
         for axis in reversed(axes):
             table = jax.lax.all_gather(table, axis, axis=dimension, tiled=True)
-    return table, jnp.zeros(table.shape, jnp.float32)
+    return table, jnp.zeros(table.shape, jnp.float32), hidden
 
 
-def _gather_forward(split: MeshAxes, dtype: jnp.dtype, shard: jax.Array):
-    return _gather(split, dtype, shard), jnp.zeros((), shard.dtype)
+def _gather_forward(split: MeshAxes, dtype: jnp.dtype, shard: jax.Array, hidden: Any):
+    return _gather(split, dtype, shard, hidden), jnp.zeros((), shard.dtype)
 
 
 def _gather_backward(
-    split: MeshAxes,
-    dtype: jnp.dtype,
-    like: jax.Array,
-    gradients: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array]:
+    split: MeshAxes, dtype: jnp.dtype, like: jax.Array, gradients: tuple[jax.Array, jax.Array, Any]
+) -> tuple[jax.Array, Any]:
     del dtype
-    gradient = gradients[1]
+    _, gradient, by_hidden = gradients
     for dimension, axes in enumerate(split):
         for axis in axes:
             gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=dimension, tiled=True)
-    return (gradient.astype(like.dtype),)
+    return jax.lax.optimization_barrier((gradient.astype(like.dtype), by_hidden))
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
