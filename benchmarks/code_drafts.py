@@ -56,8 +56,9 @@ _NGRAM = flags.DEFINE_integer(
 _LENGTH = flags.DEFINE_integer('draft_length', 7, 'Number of tokens of a draft.', lower_bound=2)
 _SHORT = flags.DEFINE_integer(
     'model_draft_length',
-    4,
+    3,
     'Length of drafts by the student beside lookups, timed as well; 0 to skip it.',
+    lower_bound=0,
 )
 _TURNS = flags.DEFINE_integer(
     'turns', 0, 'Number of batches of prompts that are timed.', lower_bound=0

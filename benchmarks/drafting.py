@@ -2,7 +2,7 @@
 
 A study trains several denoisers on the same teacher-written targets for --steps steps each:
 word_problems with the teacher of configs/tiny.py, gemma3_270m with the pretrained Gemma 3 270M,
-which takes minutes per run instead of seconds. The script writes drafting.csv and drafting.png to
+where a run takes much longer. The script writes drafting.csv and drafting.png to
 the output directory, where each run has its own workdir, so that an interrupted benchmark can be
 continued.
 
@@ -91,7 +91,7 @@ def _gemma_layers(*layers: int) -> Changes:
 STUDIES = {
     'word_problems': Study(
         config='tiny',
-        changes={'canvas_length': 16},
+        changes={'canvas_length': 16, 'drafting': {'anchors_per_row': 32}},
         denoisers={
             'light_1': {'light': {'layers': (4,), 'serial_rank': 64}},
             'light_2': {'light': {'layers': (3, 4), 'serial_rank': 64}},
@@ -193,6 +193,11 @@ def main(argv: list[str]) -> None:
     del argv
     output = Path(_OUTPUT.value)
     study = STUDIES[_STUDY.value]
+    names = ['-'.join(map(str, run)) for run in study.runs()]
+    if unknown := set(_ONLY.value) - set(names):
+        raise ValueError(
+            f'--only: {sorted(unknown)} are not runs of {_STUDY.value}; these are {names}.'
+        )
     base = Experiment.of(config_of(study, *study.main, 0))
     teacher = load_teacher(base)
     targets = write_targets(
@@ -205,25 +210,24 @@ def main(argv: list[str]) -> None:
         seed=base.seed,
     )
     curves = {}
-    for run in study.runs():
-        name = '-'.join(map(str, run))
+    for name, run in zip(names, study.runs(), strict=True):
         if _ONLY.value and name not in _ONLY.value:
             continue
         config, workdir = config_of(study, *run), output / name
         train_student(Experiment.of(config), teacher, targets, workdir)
         curves[run] = curve(config, workdir)
         plot(study, output / 'drafting.png', curves)
-    names = ('denoiser', 'objective', 'seed', 'canvas_tokens', 'accepted_length', 'expected')
+    columns = ('denoiser', 'objective', 'seed', 'canvas_tokens', 'accepted_length', 'expected')
     rows = [(*run, *points[-1]) for run, points in curves.items()]
     with (output / 'drafting.csv').open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
-        writer.writerow(names)
+        writer.writerow(columns)
         writer.writerows(rows)
     table = Table('denoiser', 'objective', 'seed', 'canvas tokens', 'accepted length', 'expected')
     for *run, tokens, length, expected in rows:
         table.add_row(*map(str, run), f'{tokens:,}', f'{length:.2f}', f'{expected:.2f}')
     Console().print(table)
-    print(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
+    print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows]))
 
 
 if __name__ == '__main__':

@@ -10,12 +10,12 @@ from rich.console import Console
 
 from diffusiongemma.checkpoints.load import EXPORT_DIR
 from diffusiongemma.data.pipeline import eval_examples
-from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.data.sources import DataSpec, load_source
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.distillation.loading import Teacher, load_student, load_teacher
 from diffusiongemma.distillation.reporting import progress, read_metrics
-from diffusiongemma.distillation.setup import sampling_config
+from diffusiongemma.distillation.setup import Setup, sampling_config
 from diffusiongemma.evaluation.compare import Comparison, Contestant, EvalConfig, compare
 from diffusiongemma.evaluation.report import (
     comparison_table,
@@ -25,6 +25,7 @@ from diffusiongemma.evaluation.report import (
     sweep_table,
 )
 from diffusiongemma.evaluation.sweep import Grid, summary, sweep, write_csv
+from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.inference import for_inference
 from diffusiongemma.parallel import processes
 from diffusiongemma.sampling import Sampler
@@ -48,6 +49,27 @@ def eval_source(experiment: Experiment) -> DataSpec:
     return experiment.eval.source
 
 
+def student_sampler(
+    experiment: Experiment, student: DiffusionGemma, tokenizer: Tokenizer
+) -> Sampler:
+    """Returns the sampler of an evaluation; raises ValueError if the student lacks a setting."""
+    return Sampler(student, sampling_config(experiment, tokenizer), main_mode(student))
+
+
+def check_settings(experiment: Experiment, teacher: Teacher) -> None:
+    """Checks that data sources exist, and that this teacher can be distilled and evaluated.
+
+    Raises:
+      FileNotFoundError: if a data source is missing.
+      ValueError: if a setting is impossible.
+    """
+    for source in (experiment.targets.source, eval_source(experiment)):
+        load_source(source)
+    tokenizer = teacher.tokenizer
+    setup = Setup.of(experiment, teacher.model, tokenizer, experiment.mesh.make())
+    student_sampler(experiment, setup.student, tokenizer)
+
+
 def open_evaluation(experiment: Experiment, teacher: Teacher, checkpoint: str | Path) -> Evaluation:
     """Opens the student in `checkpoint` and the examples of `config.eval.source`."""
     examples = eval_examples(eval_source(experiment))
@@ -59,11 +81,11 @@ def open_evaluation(experiment: Experiment, teacher: Teacher, checkpoint: str | 
         )
     student, student_params = for_inference(student, student_params)
     teacher_model, teacher_params = for_inference(teacher.model, teacher.params)
-    sampling = sampling_config(experiment, tokenizer)
-    greedy = dataclasses.replace(sampling, temperature=0.0)
+    sampler = student_sampler(experiment, student, tokenizer)
+    greedy = dataclasses.replace(sampler.config, temperature=0.0)
     return Evaluation(
         (Sampler(teacher_model, greedy, mode='autoregressive'), teacher_params),
-        (Sampler(student, sampling, main_mode(student)), student_params),
+        (sampler, student_params),
         tokenizer,
         examples,
         experiment.eval,

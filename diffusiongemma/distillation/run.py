@@ -16,7 +16,7 @@ from diffusiongemma.data.pipeline import TrainIterator, make_train_iterator
 from diffusiongemma.data.sources import DataSpec, Source, load_source, split_source
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.canvases import Batch
-from diffusiongemma.distillation.comparison import eval_source, evaluate_run
+from diffusiongemma.distillation.comparison import check_settings, evaluate_run
 from diffusiongemma.distillation.draft_vocabulary import draft_vocabulary, tokenized
 from diffusiongemma.distillation.drafting import Drafting
 from diffusiongemma.distillation.experiment import Experiment
@@ -41,11 +41,10 @@ def distill(experiment: Experiment, workdir: Path) -> Comparison:
     At the end, `workdir` contains config.json, targets/, checkpoints/, tensorboard/, metrics.jsonl,
     the exported student in model/, evaluation.json and distillation.png.
     """
-    for source in (experiment.targets.source, eval_source(experiment)):
-        load_source(source)  # reports a missing source now and not after hours of training
-    configuration.write_resolved(experiment, workdir)
     teacher = load_teacher(experiment)
     logging.info('teacher: %d parameters', parameter_count(teacher.params))
+    check_settings(experiment, teacher)  # reports mistakes now and not after hours
+    configuration.write_resolved(experiment, workdir)
     targets = write_targets(
         teacher.model,
         teacher.params,
