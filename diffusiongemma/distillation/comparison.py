@@ -25,8 +25,8 @@ from diffusiongemma.evaluation.report import (
     sweep_table,
 )
 from diffusiongemma.evaluation.sweep import Grid, summary, sweep, write_csv
-from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.inference import for_inference
+from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import processes
 from diffusiongemma.sampling import Sampler
 from diffusiongemma.sampling.sampler import main_mode
@@ -49,9 +49,7 @@ def eval_source(experiment: Experiment) -> DataSpec:
     return experiment.eval.source
 
 
-def student_sampler(
-    experiment: Experiment, student: DiffusionGemma, tokenizer: Tokenizer
-) -> Sampler:
+def student_sampler(experiment: Experiment, student: Gemma, tokenizer: Tokenizer) -> Sampler:
     """Returns the sampler of an evaluation; raises ValueError if the student lacks a setting."""
     return Sampler(student, sampling_config(experiment, tokenizer), main_mode(student))
 
