@@ -181,3 +181,14 @@ def test_what_cannot_be_trained_is_said_in_one_line(teacher_directory, tmp_path,
             config[name] = value
     with pytest.raises(ValueError, match=message):
         train_student(config, teacher, DATA, tmp_path / 'run')
+
+
+def test_a_setting_of_the_evaluation_is_refused_before_anything_is_written(
+    teacher_directory, tmp_path
+):
+    config = light_config(teacher_directory)
+    with config.unlocked():
+        config.sampling.draft_length = config.canvas_length + 1
+    with pytest.raises(ValueError, match='draft_length=5 is longer than the canvas of 4 tokens'):
+        distill(Experiment.of(config), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
