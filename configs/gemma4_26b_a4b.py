@@ -10,7 +10,8 @@ are JSONL files with {"prompt": "...", "response": "..."} in each line.
     --config.targets.source.path=TRAIN --config.eval.source.path=TEST
 
 Memory per chip. State, gradients and teacher are computed from shapes; the total comes from the TPU
-compiler (docs/scaling_plan.md has the command):
+compiler (docs/scaling_plan.md has the command), from a version that gathered the embedding for
+every chunk of logits. Gathering it once, as now, sends less and adds about 3 GB:
 
   25.25B trained x 16 bytes (float32 parameters, EMA, two Adam moments) / 64 6.3 GB
   gradients in float32 and the teacher in bfloat16, x 6 bytes / 64           2.4 GB
