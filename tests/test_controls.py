@@ -62,8 +62,9 @@ def assert_same(one, other):
 @pytest.mark.slow
 @EVERY_MODE
 def test_a_row_has_the_temperature_that_it_asks_for(mode):
-    mixed = sample(mode, Controls(temperature=jnp.array([0.0, 1.0, 0.0])))
-    greedy, drawn = sample(mode, config=GREEDY), sample(mode)
+    mixed = sample(mode, Controls(temperature=jnp.array([0.0, 3.0, 0.0])))
+    hot = dataclasses.replace(CONFIG, temperature=3.0)
+    greedy, drawn = sample(mode, config=GREEDY), sample(mode, config=hot)
     for row, expected in enumerate((greedy, drawn, greedy)):
         np.testing.assert_array_equal(mixed.tokens[row], expected.tokens[row])
     assert (greedy.tokens != drawn.tokens)[:2].any(axis=-1).all()
