@@ -40,7 +40,7 @@ _ONLY = flags.DEFINE_list(
 )
 
 Changes = dict[str, Any]
-WEIGHTS: dict[str, Changes] = {
+OBJECTIVES: dict[str, Changes] = {
     name: {'weights': name} for name in ('equal', 'decay', 'accepted_length')
 }
 
@@ -53,7 +53,6 @@ class Study:
       config: name of the config file that all runs start from.
       changes: changes of its keys for all runs.
       denoisers: changes of keys for each denoiser.
-      objectives: changes of `drafting` for each objective.
       main: the denoiser and objective that are compared with all others, with two seeds.
       additions: more changes of `drafting`, for the main denoiser only.
       every: whether every denoiser is trained with every objective, and not with the main one only.
@@ -64,7 +63,6 @@ class Study:
     config: str
     changes: Changes
     denoisers: dict[str, Changes]
-    objectives: dict[str, Changes]
     main: tuple[str, str]
     additions: dict[str, Changes]
     every: bool
@@ -76,7 +74,7 @@ class Study:
         every = [
             (denoiser, objective, 0)
             for denoiser in self.denoisers
-            for objective in self.objectives
+            for objective in OBJECTIVES
             if self.every or denoiser == self.main[0] or objective == self.main[1]
         ]
         additions = [(self.main[0], objective, 0) for objective in self.additions]
@@ -98,7 +96,6 @@ STUDIES = {
             'light_3': {'light': {'layers': (2, 3, 4), 'serial_rank': 64}},
             'separate': {'denoiser': 'separate'},
         },
-        objectives=WEIGHTS,
         main=('light_3', 'accepted_length'),
         additions={
             'refused_drafts': {'weights': 'accepted_length', 'refused_rate': 0.25},
@@ -120,7 +117,6 @@ STUDIES = {
             'light_4': _gemma_layers(0, 5, 11, 17),
             'light_6': _gemma_layers(0, 3, 7, 10, 14, 17),
         },
-        objectives=WEIGHTS,
         main=('light_4', 'accepted_length'),
         additions={
             'anchors_8': {'weights': 'accepted_length', 'anchors_per_row': 8},
@@ -145,7 +141,7 @@ def config_of(study: Study, denoiser: str, objective: str, seed: int) -> ConfigD
         config.update(study.changes)
         config.update(study.denoisers[denoiser])
         config.seed = seed
-        config.drafting.update((study.objectives | study.additions)[objective])
+        config.drafting.update((OBJECTIVES | study.additions)[objective])
         config.train = {
             'num_steps': _STEPS.value,
             'max_loss_increase': 100.0,  # the first losses of a single layer vary by more than 10
@@ -174,7 +170,7 @@ def plot(
 
     figure = Figure(figsize=(12, 3.4), layout='constrained')
     panels = figure.subplots(1, len(study.denoisers), sharey=True)
-    colors = {name: f'C{i}' for i, name in enumerate(study.objectives | study.additions)}
+    colors = {name: f'C{i}' for i, name in enumerate(OBJECTIVES | study.additions)}
     for axes, denoiser in zip(panels, study.denoisers, strict=True):
         for (name, objective, seed), points in curves.items():
             if name == denoiser:
