@@ -38,6 +38,11 @@ class Result:
         return 0 if self.mode == 'autoregressive' else self.denoising_steps
 
     @property
+    def encode_passes(self) -> int:
+        """Returns the number of causal passes after the prefill, including autoregressive ones."""
+        return self.passes - self.denoise_passes
+
+    @property
     def passes(self) -> int:
         """Returns the number of denoise, commit and verify passes, without the prefill."""
         return self.denoising_steps + self.causal_passes

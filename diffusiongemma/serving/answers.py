@@ -107,7 +107,7 @@ class Form:
             'mode': result.mode,
             'seed': self._task.seed,
             'denoise_passes': result.denoise_passes,
-            'causal_passes': result.passes - result.denoise_passes,
+            'causal_passes': result.encode_passes,
             'tokens_per_pass': round(result.tokens_per_pass, 3),
         }
         if accepted is not None and accepted.sum():

@@ -44,7 +44,7 @@ class Metrics:
             self._counts['prompt_tokens_total'][()] += prompt_tokens
             self._counts['tokens_total'][mode] += len(result.tokens)
             self._counts['denoise_passes_total'][mode] += result.denoise_passes
-            self._counts['causal_passes_total'][mode] += result.passes - result.denoise_passes
+            self._counts['causal_passes_total'][mode] += result.encode_passes
             if result.accepted_lengths is not None:
                 for length, count in enumerate(result.accepted_lengths.tolist()):
                     self._accepted[length] += count
