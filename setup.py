@@ -48,7 +48,7 @@ setup(
         'safetensors',
         'sentencepiece',
     ],
-    # `run_config.EXTRAS` says which of them a missing module belongs to.
+    # `cli.EXTRAS` says which of them a missing module belongs to.
     extras_require={
         'train': TRAIN,
         'view': VIEW,

@@ -19,7 +19,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 
 matplotlib.use('Agg')
 
@@ -135,4 +135,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flag_as_required('output')
-    run_config.run_main(main)
+    cli.run_main(main)

@@ -30,7 +30,7 @@ os.environ.setdefault('OMP_NUM_THREADS', _THREADS)
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from diffusiongemma import run_config  # noqa: E402
+from diffusiongemma import cli  # noqa: E402
 from diffusiongemma.checkpoints.load import load_model  # noqa: E402
 from diffusiongemma.models import for_inference  # noqa: E402
 from diffusiongemma.models.vocabulary import most_likely_tokens  # noqa: E402
@@ -286,4 +286,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_config.run_main(main)
+    cli.run_main(main)

@@ -27,7 +27,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.checkpoints.convert import convert
 from diffusiongemma.checkpoints.load import load_model, model_directory
 from diffusiongemma.data.sources import DataSpec, load_source
@@ -355,4 +355,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['output'])
-    run_config.run_main(main)
+    cli.run_main(main)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import seconds, spread
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.pipeline import make_train_iterator
 from diffusiongemma.data.sources import DataSpec
@@ -133,4 +133,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_config.run_main(main)
+    cli.run_main(main)

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.distillation.loading import load_teacher
 from diffusiongemma.distillation.reporting import read_metrics
@@ -228,4 +228,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['output'])
-    run_config.run_main(main)
+    cli.run_main(main)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import seconds
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.models import (
     AttentionConfig,
     DenoiserConfig,
@@ -116,4 +116,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_config.run_main(main)
+    cli.run_main(main)

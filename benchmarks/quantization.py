@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from timing import pass_milliseconds, pass_programs
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.evaluation.tasks import accuracy
 from diffusiongemma.models import for_inference, quantize_weights
-from diffusiongemma.models.quantization import WEIGHT_DTYPES
+from diffusiongemma.models.inference import WEIGHT_DTYPES
 from diffusiongemma.sampling import Sampler, SamplingConfig, generate_text, pad_prompts
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'builtin', 'A diffusion student.')
@@ -110,4 +110,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_config.run_main(main)
+    cli.run_main(main)

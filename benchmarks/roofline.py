@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import pass_programs, seconds_in_turns
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.accounting.devices import figures_named
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.checkpoints.placement import param_shapes
@@ -46,7 +46,7 @@ from diffusiongemma.models import (
     quantize_weights,
 )
 from diffusiongemma.models.execution import Execution
-from diffusiongemma.models.quantization import WEIGHT_DTYPES
+from diffusiongemma.models.inference import WEIGHT_DTYPES
 from diffusiongemma.sampling import Controls, SamplingConfig
 from diffusiongemma.sampling.sampler import prefilled
 
@@ -319,4 +319,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_config.run_main(main)
+    cli.run_main(main)

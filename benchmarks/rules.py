@@ -16,7 +16,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.checkpoints.load import load_for_sampling
 from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     keys = row_keys(jax.random.key(_SEED.value), len(prompts))
     table = Table('rule', 'solved', 'passes per canvas', 'canvases per answer')
     for rule in _RULES.value:
-        config = run_config.student_sampling(
+        config = cli.student_sampling(
             _CHECKPOINT.value, tokenizer, acceptance=rule, max_denoising_steps=_STEPS.value
         )
         if _SAMPLED.value:
@@ -77,4 +77,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_config.run_main(main)
+    cli.run_main(main)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import pass_milliseconds, pass_programs
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec
@@ -91,4 +91,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_config.run_main(main)
+    cli.run_main(main)

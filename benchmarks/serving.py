@@ -30,7 +30,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.data.pipeline import eval_examples
 from diffusiongemma.data.sources import DataSpec
 
@@ -264,4 +264,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_config.run_main(main)
+    cli.run_main(main)

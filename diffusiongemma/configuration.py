@@ -5,17 +5,12 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from diffusiongemma.checkpoints.fields import read_model_config
-from diffusiongemma.data.sources import DataSpec, nearest
-from diffusiongemma.models.config import ModelConfig
-from diffusiongemma.parallel import processes
+from diffusiongemma.errors import nearest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -24,7 +19,9 @@ T = TypeVar('T', bound='DataclassInstance')
 
 KNOWN = 'known keys'  # the words before a list of keys in an error message
 SAMPLING = 'diffusiongemma.sampling.'  # the rules of this package need no module in their text
-SECTION = 'section'  # metadata key of a field: the dataclass of a section that stays a mapping
+# Metadata keys of a field: the dataclass of a section that stays a mapping, and a function of a
+# section's values and path, which returns the section instead of `build`.
+SECTION, READER = 'section', 'reader'
 
 
 def build(cls: type[T], values: Any, where: str = '') -> T:
@@ -44,8 +41,6 @@ def build(cls: type[T], values: Any, where: str = '') -> T:
     """
     values = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
     path = f'config.{where}' if where else 'config'
-    if cls is ModelConfig:
-        return typing.cast(T, read_model_config(values, path))
     fields, hints = {field.name: field for field in dataclasses.fields(cls)}, _hints(cls)
     read = {}
     for name, value in values.items():
@@ -57,6 +52,8 @@ def build(cls: type[T], values: Any, where: str = '') -> T:
             inside = f'{where}.{name}' if where else name
             if SECTION in fields[name].metadata:
                 build(section, value, inside)  # only checks the values
+            elif READER in fields[name].metadata:
+                value = fields[name].metadata[READER](value, f'config.{inside}')
             else:
                 value = build(section, value, inside) if value or not optional else None
         if isinstance(value, list) and _kind(hints[name]) is tuple:
@@ -154,13 +151,6 @@ def _add_asked(config: ConfigDict, cls: type, names: Iterable[str]) -> None:
                 config[name] = placeholder(str)
 
 
-def compute_dtype(name: str) -> Any:
-    """Returns the dtype for a value of `config.dtype`: 'float32' or 'bfloat16'."""
-    if name not in ('float32', 'bfloat16'):
-        raise ValueError(f"config.dtype must be 'float32' or 'bfloat16', got {name!r}.")
-    return jnp.dtype(name)
-
-
 def profiled(config: ConfigDict, profile: bool) -> ConfigDict:
     """Returns the config; with `profile`, it traces a few training steps (see `LoopConfig`)."""
     if not profile:
@@ -169,22 +159,6 @@ def profiled(config: ConfigDict, profile: bool) -> ConfigDict:
     with config.unlocked():
         config.train.profile_steps = config.train.get('profile_steps') or 3
     return config
-
-
-def write_resolved(config: Any, workdir: Path) -> None:
-    """Writes the complete config of a run, including defaults, to `workdir`/config.json.
-
-    Args:
-      config: the config dataclass of the run.
-      workdir: the workdir of the run; it is created if it does not exist.
-
-    Raises:
-      ValueError: if the processes of the run do not share `workdir`.
-    """
-    processes.check_shared(workdir)
-    if processes.is_writer():
-        text = json.dumps(json_values(config), indent=2)
-        (workdir / 'config.json').write_text(text + '\n')
 
 
 def json_values(config: Any) -> dict[str, Any]:
@@ -197,15 +171,18 @@ def json_values(config: Any) -> dict[str, Any]:
 
 
 def _plain(config: Any) -> Any:
-    """Returns a config dataclass as a dict, including its sections and data sources."""
-    if isinstance(config, tuple):
-        return [_plain(value) if isinstance(value, DataSpec) else value for value in config]
+    """Returns a config dataclass as a dict, including its sections, also those in tuples."""
     if not dataclasses.is_dataclass(config):
         return config
-    return {
-        name: _plain(value) if section_of(type(config), name) or type(value) is tuple else value
-        for name, value in vars(config).items()
-    }
+    plain, cls = {}, type(config)
+    for name, value in vars(config).items():
+        if section_of(cls, name):
+            value = _plain(value)
+        elif isinstance(value, tuple):
+            (kind, *_) = typing.get_args(_hints(cls)[name]) or (None,)
+            value = [_plain(part) if type(part) is kind else part for part in value]
+        plain[name] = value
+    return plain
 
 
 def _as_text(value: Any) -> str:

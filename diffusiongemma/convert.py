@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from absl import flags
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.checkpoints.convert import INT8, convert
 from diffusiongemma.checkpoints.hf_export import MAX_SHARD_BYTES
 from diffusiongemma.sampling import SamplingConfig
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
     """Converts a model."""
     del argv
     convert(
-        run_config.required('input', _INPUT.value),
-        run_config.output_directory('output', _OUTPUT.value),
+        cli.required('input', _INPUT.value),
+        cli.output_directory('output', _OUTPUT.value),
         _FORMAT.value,
         dtype=jnp.dtype(_DTYPE.value) if _DTYPE.value not in (None, INT8) else _DTYPE.value,
         max_shard_bytes=int(_MAX_SHARD_GB.value * 1e9),
@@ -58,4 +58,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['input', 'output'])
-    run_config.run_main(main)
+    cli.run_main(main)

@@ -6,9 +6,9 @@ python -m diffusiongemma.distill --config=configs/tiny.py --workdir=/tmp/diffusi
 from absl import flags
 from ml_collections import config_flags
 
-from diffusiongemma import configuration, process_flags, run_config
+from diffusiongemma import cli, configuration, process_flags
 
-with run_config.extra_named(__name__):
+with cli.extra_named(__name__):
     from diffusiongemma.distillation.experiment import Experiment
     from diffusiongemma.distillation.run import distill
 
@@ -21,12 +21,12 @@ def main(argv: list[str]) -> None:
     """Starts or resumes a distillation."""
     del argv
     process_flags.join()
-    run_config.say_devices()
+    cli.say_devices()
     config = configuration.profiled(_CONFIG.value, _PROFILE.value)
-    workdir = run_config.output_directory('workdir', _WORKDIR.value)
+    workdir = cli.output_directory('workdir', _WORKDIR.value)
     distill(Experiment.of(config), workdir)
 
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'workdir'])
-    run_config.run_main(main, Experiment)
+    cli.run_main(main, Experiment)

@@ -16,9 +16,9 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 
-with run_config.extra_named(__name__):
+with cli.extra_named(__name__):
     from diffusiongemma.distillation.comparison import compare_with_teacher, sweep_student
     from diffusiongemma.distillation.experiment import Experiment
     from diffusiongemma.distillation.loading import load_teacher
@@ -45,12 +45,12 @@ def say_next(checkpoint: str) -> None:
 def main(argv: list[str]) -> None:
     """Evaluates a student."""
     del argv
-    run_config.say_devices()
+    cli.say_devices()
     experiment = Experiment.of(_CONFIG.value)
     if _SWEEP.value != (_OUTPUT.value is not None):
         raise ValueError('a sweep needs both --sweep and --output=DIRECTORY.')
     if _SWEEP.value:
-        output = run_config.output_directory('output', _OUTPUT.value)
+        output = cli.output_directory('output', _OUTPUT.value)
         print(json.dumps(sweep_student(experiment, _CHECKPOINT.value, output)))
         say_next(_CHECKPOINT.value)
         return
@@ -62,4 +62,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config'])
-    run_config.run_main(main, Experiment)
+    cli.run_main(main, Experiment)

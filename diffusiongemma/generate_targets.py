@@ -8,9 +8,9 @@ Start an interrupted run again to finish it. `distill` includes this step.
 from absl import flags
 from ml_collections import config_flags
 
-from diffusiongemma import process_flags, run_config
+from diffusiongemma import cli, process_flags
 
-with run_config.extra_named(__name__):
+with cli.extra_named(__name__):
     from diffusiongemma.distillation.experiment import Experiment
     from diffusiongemma.distillation.loading import load_teacher
     from diffusiongemma.distillation.targets import write_targets
@@ -24,8 +24,8 @@ def main(argv: list[str]) -> None:
     """Writes the targets of a config."""
     del argv
     process_flags.join()
-    run_config.say_devices()
-    output = run_config.output_directory('output', _OUTPUT.value)
+    cli.say_devices()
+    output = cli.output_directory('output', _OUTPUT.value)
     experiment = Experiment.of(_CONFIG.value)
     teacher = load_teacher(experiment)
     spec = write_targets(
@@ -47,4 +47,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'output'])
-    run_config.run_main(main, Experiment)
+    cli.run_main(main, Experiment)

@@ -19,9 +19,9 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 
-with run_config.extra_named(__name__):
+with cli.extra_named(__name__):
     from diffusiongemma.distillation.experiment import Experiment
     from diffusiongemma.models.config import ModelConfig
     from diffusiongemma.planning import compiler, programs
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     teacher = programs.teacher_config(experiment.teacher, name, _MODEL.value)
     if _LAYERS.value is not None:
         teacher = programs.cut_to(teacher, _LAYERS.value)
-    devices, figures = compiler.topology_devices(run_config.required('topology', _TOPOLOGY.value))
+    devices, figures = compiler.topology_devices(cli.required('topology', _TOPOLOGY.value))
     try:
         mesh = experiment.mesh.make(devices)
     except ValueError as error:
@@ -143,4 +143,4 @@ def _planned(
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'topology'])
-    run_config.run_main(main, Experiment)
+    cli.run_main(main, Experiment)

@@ -31,12 +31,12 @@ from absl import flags
 from etils import epath
 from rich.console import Console
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.checkpoints.load import BUILTIN, about_model, load_for_sampling
 from diffusiongemma.constraints.grammar import from_json_schema, from_regex
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
-from diffusiongemma.models.quantization import WEIGHT_DTYPES
+from diffusiongemma.models.inference import WEIGHT_DTYPES
 from diffusiongemma.sampling import Controls, Sampler, decode_responses, pad_prompts
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.sampler import MODES, main_mode
@@ -153,7 +153,7 @@ class Loaded:
         for flag in (_ACCEPTANCE, _ENTROPY_BOUND, _MAX_STEPS):
             if mode == 'autoregressive' and flag.value is not None:
                 raise ValueError(f'--{flag.name} has no effect in the mode {mode!r}; leave it out.')
-        config = run_config.student_sampling(
+        config = cli.student_sampling(
             _CHECKPOINT.value,
             tokenizer,
             temperature=_TEMPERATURE.value,
@@ -274,7 +274,7 @@ def main(argv: list[str]) -> None:
     for name, path in (('gif', _GIF.value), ('html', _HTML.value)):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f'--{name}={path}: there is no directory {Path(path).parent}.')
-    run_config.say_devices()
+    cli.say_devices()
     loaded, rng = Loaded.from_flags(), jax.random.key(_SEED.value)
     prompt = _PROMPT.value
     if prompt is None:
@@ -298,4 +298,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     # A chat handles Ctrl-C itself: it stops the answer, not the program.
-    run_config.run_main(main, is_interruptible=lambda: _PROMPT.value is not None)
+    cli.run_main(main, is_interruptible=lambda: _PROMPT.value is not None)

@@ -7,9 +7,9 @@ import os
 
 from absl import flags
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.checkpoints.load import load_for_sampling
-from diffusiongemma.models.quantization import WEIGHT_DTYPES
+from diffusiongemma.models.inference import WEIGHT_DTYPES
 from diffusiongemma.sampling import Sampler
 from diffusiongemma.sampling.engine import Engine
 from diffusiongemma.sampling.sampler import MODES, main_mode
@@ -99,12 +99,12 @@ _WARM_UP = flags.DEFINE_bool('warm_up', True, 'Compile before the first request.
 def main(argv: list[str]) -> None:
     """Loads the model and serves it until SIGTERM or SIGINT."""
     del argv
-    with run_config.extra_named(__name__):
+    with cli.extra_named(__name__):
         from diffusiongemma.serving.server import listen, serve
         from diffusiongemma.serving.service import Service, Settings
     sock = listen(_HOST.value, _PORT.value)
     model, params, tokenizer = load_for_sampling(_CHECKPOINT.value, _WEIGHTS.value)
-    config = run_config.student_sampling(
+    config = cli.student_sampling(
         _CHECKPOINT.value,
         tokenizer,
         temperature=1.0,  # a nonzero default; every request sets its own temperature
@@ -134,4 +134,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_config.run_main(main)
+    cli.run_main(main)

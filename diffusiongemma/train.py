@@ -9,18 +9,19 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from diffusiongemma import configuration, process_flags, run_config
+from diffusiongemma import cli, configuration, process_flags
 
-with run_config.extra_named(__name__):
+with cli.extra_named(__name__):
     from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
     from diffusiongemma.checkpoints.load import EXPORT_DIR, load_model
     from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
     from diffusiongemma.data.pipeline import make_train_iterator
     from diffusiongemma.data.tokenizer import Tokenizer
     from diffusiongemma.distillation.ar_step import make_ar_train_step
-    from diffusiongemma.distillation.experiment import TeacherTraining
+    from diffusiongemma.distillation.experiment import TeacherTraining, write_resolved
     from diffusiongemma.distillation.loop import fit, start_or_resume
     from diffusiongemma.distillation.state import TrainState, create_state, make_optimizer
+    from diffusiongemma.models.execution import compute_dtype
     from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
     from diffusiongemma.parallel import param_shardings, processes
 
@@ -34,9 +35,9 @@ def train(training: TeacherTraining, workdir: Path) -> TrainState:
 
     The averaged parameters are exported to `workdir`/model.
     """
-    configuration.write_resolved(training, workdir)
+    write_resolved(training, workdir)
     tokenizer = Tokenizer.load(training.tokenizer)
-    model = Gemma(training.model, configuration.compute_dtype(training.dtype))
+    model = Gemma(training.model, compute_dtype(training.dtype))
     loop, data, compute = training.train, training.data, training.compute
     optimizer = make_optimizer(training.optimizer, loop.num_steps)
 
@@ -108,9 +109,9 @@ def main(argv: list[str]) -> None:
     """Starts or resumes the training of a teacher."""
     del argv
     process_flags.join()
-    run_config.say_devices()
+    cli.say_devices()
     config = configuration.profiled(_CONFIG.value, _PROFILE.value)
-    workdir = run_config.output_directory('workdir', _WORKDIR.value)
+    workdir = cli.output_directory('workdir', _WORKDIR.value)
     train(TeacherTraining.of(config), workdir)
     if processes.is_writer():
         print(
@@ -121,4 +122,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'workdir'])
-    run_config.run_main(main, TeacherTraining)
+    cli.run_main(main, TeacherTraining)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.checkpoints.load import load_model
 from diffusiongemma.distillation.losses import cross_entropy
 from diffusiongemma.models.arrays import Params
@@ -203,11 +203,11 @@ def verdict(checkpoint: str, errors: Mapping[str, float]) -> str:
 def main(argv: list[str]) -> None:
     """Compares a checkpoint with golden outputs."""
     del argv
-    checkpoint = run_config.required('checkpoint', _CHECKPOINT.value)
-    golden_file = Path(run_config.required('golden', _GOLDEN.value))
+    checkpoint = cli.required('checkpoint', _CHECKPOINT.value)
+    golden_file = Path(cli.required('golden', _GOLDEN.value))
     if not golden_file.is_file():
         raise FileNotFoundError(f'no golden file at {golden_file}.')
-    run_config.say_devices()
+    cli.say_devices()
     model, params, _ = load_model(checkpoint)
     if not isinstance(model, DiffusionGemma):
         raise ValueError(f'{checkpoint} is not a diffusion model (canvas_length is 0).')
@@ -223,4 +223,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['checkpoint', 'golden'])
-    run_config.run_main(main)
+    cli.run_main(main)

@@ -12,7 +12,7 @@ import pytest
 from conftest import COMPILE_FAST
 from PIL import Image
 
-from diffusiongemma import run_config
+from diffusiongemma import cli
 from diffusiongemma.checkpoints.load import about_model
 
 ROOT = Path(__file__).parents[1]
@@ -271,12 +271,12 @@ def test_bad_input_ends_in_one_clear_message(number, bad_input):
 
 
 @pytest.mark.skipif(
-    bool(entry_points(group='jax_plugins')) or any(map(glob.glob, run_config._TPU_FILES)),
+    bool(entry_points(group='jax_plugins')) or any(map(glob.glob, cli._TPU_FILES)),
     reason='this machine has an accelerator',
 )
 def test_a_tpu_that_is_not_there_is_not_looked_for():
     """Without a TPU, an installed libtpu writes a dozen lines of errors."""
-    code = 'from diffusiongemma import run_config as r; r.without_missing_tpu(); r.say_devices()'
+    code = 'from diffusiongemma import cli as r; r.without_missing_tpu(); r.say_devices()'
     environment = {name: value for name, value in ENVIRONMENT.items() if name != 'JAX_PLATFORMS'}
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -16,10 +16,10 @@ from absl import flags
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict, config_flags
 
-from diffusiongemma import configuration, run_config
+from diffusiongemma import cli, configuration
 from diffusiongemma.data.packing import RowLayout
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.distillation.experiment import Experiment, TeacherTraining
+from diffusiongemma.distillation.experiment import Experiment, TeacherTraining, write_resolved
 from diffusiongemma.distillation.lora import lora_student
 from diffusiongemma.distillation.setup import objectives, sampling_config
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
@@ -114,7 +114,7 @@ def test_a_students_config_builds_everything_of_its_run(name):
 def test_what_a_run_writes_of_its_config_is_read_as_the_same(name, tmp_path):
     cls = TeacherTraining if name in TEACHERS else Experiment
     config = cls.of(load(name))
-    configuration.write_resolved(config, tmp_path)
+    write_resolved(config, tmp_path)
     written = json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))
     assert cls.of(ConfigDict(written)) == config
 
@@ -183,7 +183,7 @@ def parsed(name, *overrides):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
     cls = TeacherTraining if name in TEACHERS else Experiment
-    values['config'].parser = run_config._WithDefaults(values['config'].parser, cls, argv)
+    values['config'].parser = cli._WithDefaults(values['config'].parser, cls, argv)
     values(argv)
     return values.config
 
@@ -215,7 +215,7 @@ def test_a_rule_on_the_command_line_or_in_a_config_is_written_and_read_again(tmp
         config.sampling.stopping = TokenStability(2)
     expected = sampling_config(Experiment.of(config), TOKENIZER)
     assert (expected.acceptance, expected.stopping) == (TopK(4), TokenStability(2))
-    configuration.write_resolved(Experiment.of(config), tmp_path)
+    write_resolved(Experiment.of(config), tmp_path)
     written = ConfigDict(json.loads((tmp_path / 'config.json').read_text(encoding='utf-8')))
     assert sampling_config(Experiment.of(written), TOKENIZER) == expected
 
@@ -225,7 +225,7 @@ def test_what_json_cannot_hold_is_named(tmp_path):
     with config.unlocked():
         config.sampling.acceptance = types.SimpleNamespace(next_canvas=None)
     with pytest.raises(ValueError, match='holds namespace.*, which config.json cannot'):
-        configuration.write_resolved(Experiment.of(config), tmp_path)
+        write_resolved(Experiment.of(config), tmp_path)
 
 
 def test_a_key_that_nothing_reads_is_still_refused():

@@ -10,7 +10,7 @@ from diffusiongemma.accounting.flops import count_flops
 from diffusiongemma.accounting.hlo import Program
 from diffusiongemma.accounting.liveness import peak_bytes
 from diffusiongemma.models import Gemma, MoEConfig
-from diffusiongemma.models.grouped import grouped_matmul
+from diffusiongemma.models.kernels.grouped import grouped_matmul
 from diffusiongemma.models.presets import GEMMA3_270M, GEMMA4_E2B
 from diffusiongemma.parallel import make_mesh, on_mesh, param_shardings
 from diffusiongemma.planning.needed import Tokens, of_pass, of_update

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusiongemma.models import DiffusionGemma, MoEConfig, grouped, grouped_tpu
+from diffusiongemma.models import DiffusionGemma, MoEConfig
 from diffusiongemma.models.execution import Execution
+from diffusiongemma.models.kernels import grouped, grouped_tpu
 from diffusiongemma.models.moe import Experts
 from diffusiongemma.parallel import make_mesh, on_mesh
 from diffusiongemma.parallel.sharding import LOGICAL_AXIS_RULES

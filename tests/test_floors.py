@@ -1,6 +1,7 @@
 """Tests that a file imports only from the floors below its own (docs/architecture.md)."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,18 @@ PACKAGE = Path(__file__).parents[1] / 'diffusiongemma'
 FLOORS = (
     {'train', 'distill', 'sample', 'serve', 'evaluate', 'convert', 'generate_targets', 'verify',
      'plan'},
-    {'run_config', 'process_flags', '__main__'},
+    {'cli', 'process_flags', '__main__'},
     {'planning', 'serving'},
     {'distillation'},
     {'view', 'evaluation', '__init__'},
     {'sampling'},
-    {'constraints', 'configuration'},
+    {'constraints'},
     {'checkpoints'},
     {'accounting', 'data'},
     {'parallel'},
     {'diffusion', 'models'},
+    {'configuration'},
+    {'errors'},
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FILES = [path for path in sorted(PACKAGE.rglob('*.py')) if 'assets' not in path.parts]
@@ -66,3 +69,23 @@ def test_a_part_imports_from_the_floors_below_alone(name):
     known = {other for other in found if other in FLOOR} - {name}
     wrong = {other for other in known if FLOOR[other] <= FLOOR[name]}
     assert not wrong, f'{name} imports {sorted(wrong)}, which are not below it'
+
+
+def test_no_file_imports_itself_through_others():
+    modules = {'.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts) for path in FILES}
+    graph = {}
+    for path in FILES:
+        name = '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts)
+        graph[name] = {target for target in targets(path) if target in modules}
+    assert graph['diffusiongemma.configuration'] == {'diffusiongemma.errors'}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def targets(path):
+    """Returns the modules that a file imports at its top."""
+    for node in ast.parse(path.read_text(encoding='utf-8')).body:
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f'{node.module}.{alias.name}' for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)

@@ -18,7 +18,7 @@ from diffusiongemma.models import AttentionConfig, Gemma
 from diffusiongemma.models import attention as attention_module
 from diffusiongemma.models.attention import attend
 from diffusiongemma.models.execution import Execution
-from diffusiongemma.models.fused_attention import LONGEST, attend_fused, fits
+from diffusiongemma.models.kernels.fused_attention import LONGEST, attend_fused, fits
 from diffusiongemma.models.masks import CausalMask, KeyTokens
 from diffusiongemma.parallel import LOGICAL_AXIS_RULES, make_mesh
 

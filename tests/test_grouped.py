@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusiongemma.models import grouped, grouped_gpu, grouped_tpu
 from diffusiongemma.models.expert_parallel import grouped_mlps
-from diffusiongemma.models.grouped import grouped_matmul, mlps_by_blocks
+from diffusiongemma.models.kernels import grouped, grouped_gpu, grouped_tpu
+from diffusiongemma.models.kernels.grouped import grouped_matmul, mlps_by_blocks
 
 ROWS, WIDTH, OUT = 24, 5, 7
 

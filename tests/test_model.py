@@ -11,9 +11,9 @@ from diffusiongemma.models import (
     DiffusionGemma,
     KVCache,
     Prefix,
+    execution,
     for_inference,
     init_params,
-    precision,
 )
 from diffusiongemma.models.execution import Execution
 
@@ -173,7 +173,7 @@ def test_a_canvas_of_one_token_is_a_causal_step_where_embeddings_are_normed(mode
 def test_a_separate_denoiser_may_compute_in_bfloat16_beside_a_float32_encode_pass(
     tiny_config, monkeypatch
 ):
-    monkeypatch.setattr(precision, 'cpu_has_bfloat16', lambda: True)
+    monkeypatch.setattr(execution, 'cpu_has_bfloat16', lambda: True)
     float32 = DiffusionGemma(tiny_config.replace(kind='separate'))
     mixed = float32.clone(execution=Execution(denoise_dtype='bfloat16'))
     params = random_params(float32)
@@ -187,7 +187,7 @@ def test_a_separate_denoiser_may_compute_in_bfloat16_beside_a_float32_encode_pas
     own = for_inference(mixed, params)[1]
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(own['denoise_backbone']))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(own['backbone']))
-    monkeypatch.setattr(precision, 'cpu_has_bfloat16', lambda: False)
+    monkeypatch.setattr(execution, 'cpu_has_bfloat16', lambda: False)
     emulated = mixed.clone()
     np.testing.assert_array_equal(logits[0], emulated.apply({'params': params}, tokens[:, :4]))
     own = for_inference(emulated, params)[1]
@@ -212,5 +212,5 @@ def test_a_separate_denoiser_may_compute_in_bfloat16_beside_a_float32_encode_pas
 def test_a_cpu_says_whether_it_multiplies_bfloat16(line, expected, tmp_path):
     cpuinfo = tmp_path / 'cpuinfo'
     cpuinfo.write_text(f'processor\t: 0\n{line}\n')
-    assert precision.cpu_has_bfloat16(str(cpuinfo)) is expected
-    assert not precision.cpu_has_bfloat16(str(tmp_path / 'missing'))
+    assert execution.cpu_has_bfloat16(str(cpuinfo)) is expected
+    assert not execution.cpu_has_bfloat16(str(tmp_path / 'missing'))

@@ -11,7 +11,7 @@ import pytest
 import setuptools
 
 from diffusiongemma import __main__ as cli
-from diffusiongemma.run_config import EXTRAS
+from diffusiongemma.cli import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / 'diffusiongemma').rglob('*.py'))

@@ -15,8 +15,8 @@ from diffusiongemma.models import (
     output_major_kernels,
     quantize_weights,
 )
-from diffusiongemma.models.grouped import grouped_matmul, grouped_product
-from diffusiongemma.models.grouped_gpu import grouped_matmul_gpu
+from diffusiongemma.models.kernels.grouped import grouped_matmul, grouped_product
+from diffusiongemma.models.kernels.grouped_gpu import grouped_matmul_gpu
 from diffusiongemma.parallel import make_mesh, on_mesh
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from diffusiongemma.cli import student_sampling
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.run_config import student_sampling
 from diffusiongemma.sampling import EntropyBound, Remask, TopK
 
 TOKENIZER = Tokenizer.load()

@@ -18,11 +18,10 @@ from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.denoiser import DRAFT_IDS
-from diffusiongemma.models.inference import for_inference, with_execution
+from diffusiongemma.models.execution import cpu_has_bfloat16
+from diffusiongemma.models.inference import for_inference, quantize_weights, with_execution
 from diffusiongemma.models.lora import LoraConfig, base_params, merge_lora
-from diffusiongemma.models.precision import cpu_has_bfloat16
 from diffusiongemma.models.presets import PRESETS
-from diffusiongemma.models.quantization import quantize_weights
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel.sharding import param_shardings
 

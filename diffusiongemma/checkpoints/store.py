@@ -11,13 +11,10 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
+from diffusiongemma.errors import CheckpointError
 from diffusiongemma.models.config import ModelConfig
 
 CHECKPOINTS_DIR = 'checkpoints'
-
-
-class CheckpointError(RuntimeError):
-    """An error: a checkpoint can't be written or read. The message says what to do."""
 
 
 def describe_model(config: ModelConfig, tokenizer_hash: str) -> dict[str, Any]:

@@ -10,13 +10,13 @@ A source has a length and random access; an example is {'prompt': str, 'response
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from diffusiongemma.data import jsonl
 from diffusiongemma.data.tasks import human_eval, python_source, sudoku, wordmath
+from diffusiongemma.errors import nearest
 
 DEFAULT_TASK_SIZE = 1_000_000
 # The fields that each kind reads in addition to kind, size and weight.
@@ -40,16 +40,6 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
-
-
-def nearest(name: str, known: Iterable[str], they: str = 'known') -> str:
-    """Returns a hint for an unknown name: the nearest known name, or the list of all known ones.
-
-    `they` is the word before that list.
-    """
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f'did you mean {near[0]!r}?' if near else f'{they}: {known}.'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """The typed configs of a run: every key of a distillation or a teacher training."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from diffusiongemma import configuration
+from diffusiongemma.checkpoints.fields import read_model_config
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.distillation.answers import TargetsConfig
 from diffusiongemma.distillation.compute import ComputeConfig
@@ -19,7 +22,8 @@ from diffusiongemma.distillation.state import OptimizerConfig
 from diffusiongemma.evaluation.compare import EvalConfig
 from diffusiongemma.evaluation.sweep import Grid
 from diffusiongemma.models.config import SHARED, LightConfig, ModelConfig
-from diffusiongemma.parallel import MeshConfig
+from diffusiongemma.models.execution import compute_dtype
+from diffusiongemma.parallel import MeshConfig, processes
 from diffusiongemma.sampling import SamplingConfig
 
 
@@ -120,7 +124,7 @@ class Experiment:
     eval: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
-        configuration.compute_dtype(self.dtype)
+        compute_dtype(self.dtype)
 
     @classmethod
     def of(cls, config: ConfigDict) -> 'Experiment':
@@ -175,7 +179,7 @@ class TeacherTraining:
       optimizer: the optimizer and the parameter average.
     """
 
-    model: ModelConfig
+    model: ModelConfig = dataclasses.field(metadata={configuration.READER: read_model_config})
     data: MixtureConfig
     train: LoopConfig
     seed: int = 0
@@ -187,7 +191,7 @@ class TeacherTraining:
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
-        configuration.compute_dtype(self.dtype)
+        compute_dtype(self.dtype)
 
     @classmethod
     def of(cls, config: ConfigDict) -> 'TeacherTraining':
@@ -203,3 +207,19 @@ def teacher_config(values: Mapping[str, Any]) -> ConfigDict:
 def experiment_config(values: Mapping[str, Any]) -> ConfigDict:
     """Returns the config of a distillation recipe, with defaults for all other keys."""
     return configuration.complete(ConfigDict(values), Experiment)
+
+
+def write_resolved(config: Experiment | TeacherTraining, workdir: Path) -> None:
+    """Writes the complete config of a run, including defaults, to `workdir`/config.json.
+
+    Args:
+      config: the config of the run.
+      workdir: the workdir of the run; it is created if it does not exist.
+
+    Raises:
+      ValueError: if the processes of the run do not share `workdir`.
+    """
+    processes.check_shared(workdir)
+    if processes.is_writer():
+        text = json.dumps(configuration.json_values(config), indent=2)
+        (workdir / 'config.json').write_text(text + '\n')

@@ -46,10 +46,6 @@ def _stopped(cause: str, step: int) -> str:
     )
 
 
-class Preempted(Exception):
-    """An exception: a run was asked to stop, and its state is saved."""
-
-
 class Preemption:
     """A context manager that detects SIGTERM to any process of the run.
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import jax
 
-from diffusiongemma import configuration
 from diffusiongemma.checkpoints.load import BASE_PARAMS, load_model
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.execution import compute_dtype
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import param_shardings, processes
 
@@ -108,5 +108,5 @@ def placed(experiment: Experiment, model: Gemma) -> Gemma:
 
 
 def _load(experiment: Experiment, name: str | Path) -> tuple:
-    dtype = configuration.compute_dtype(experiment.dtype)
+    dtype = compute_dtype(experiment.dtype)
     return load_model(name, dtype, mesh_to_load_on(experiment))

@@ -13,10 +13,11 @@ from absl import logging
 from diffusiongemma.accounting.flops import count_flops
 from diffusiongemma.checkpoints.store import CheckpointStore
 from diffusiongemma.data.packing import Features
-from diffusiongemma.distillation.guard import LossGuard, Preempted, Preemption
+from diffusiongemma.distillation.guard import LossGuard, Preemption
 from diffusiongemma.distillation.reporting import Reporter
 from diffusiongemma.distillation.state import TrainState
 from diffusiongemma.distillation.throughput import PROFILE_DIR, Throughput, Trace
+from diffusiongemma.errors import Preempted
 from diffusiongemma.parallel import init_sharded, processes, state_shardings
 
 StepFn = Callable[..., tuple[TrainState, dict[str, jax.Array]]]

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from diffusiongemma import configuration
 from diffusiongemma.checkpoints.load import saved_draft_ids
 from diffusiongemma.checkpoints.store import CheckpointStore
 from diffusiongemma.data.pipeline import TrainIterator, make_train_iterator
@@ -19,7 +18,7 @@ from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.comparison import check_settings, evaluate_run
 from diffusiongemma.distillation.draft_vocabulary import draft_vocabulary, tokenized
 from diffusiongemma.distillation.drafting import Drafting
-from diffusiongemma.distillation.experiment import Experiment
+from diffusiongemma.distillation.experiment import Experiment, write_resolved
 from diffusiongemma.distillation.export import export_student, save_frozen
 from diffusiongemma.distillation.held_out import held_out_batch, held_out_metrics
 from diffusiongemma.distillation.loading import Teacher, load_init, load_teacher, mesh_to_load_on
@@ -44,7 +43,7 @@ def distill(experiment: Experiment, workdir: Path) -> Comparison:
     teacher = load_teacher(experiment)
     logging.info('teacher: %d parameters', parameter_count(teacher.params))
     check_settings(experiment, teacher)  # reports mistakes now and not after hours
-    configuration.write_resolved(experiment, workdir)
+    write_resolved(experiment, workdir)
     targets = write_targets(
         teacher.model,
         teacher.params,

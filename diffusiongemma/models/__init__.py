@@ -10,10 +10,14 @@ from diffusiongemma.models.config import (
     PerLayerConfig,
 )
 from diffusiongemma.models.denoiser import DiffusionGemma
-from diffusiongemma.models.inference import for_inference, output_major_kernels, unroll_layers
+from diffusiongemma.models.inference import (
+    for_inference,
+    output_major_kernels,
+    quantize_weights,
+    unroll_layers,
+)
 from diffusiongemma.models.parameter_counts import ParameterCounts, parameter_counts
 from diffusiongemma.models.presets import PRESETS
-from diffusiongemma.models.quantization import quantize_weights
 from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
 
 __all__ = [

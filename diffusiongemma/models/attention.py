@@ -11,7 +11,7 @@ from jaxtyping import Float
 from diffusiongemma.models.arrays import Array
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.execution import Execution
-from diffusiongemma.models.fused_attention import attend_fused, fits
+from diffusiongemma.models.kernels.fused_attention import attend_fused, fits
 from diffusiongemma.models.layers import (
     RMSNorm,
     apply_rope,

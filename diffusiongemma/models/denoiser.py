@@ -11,11 +11,10 @@ from diffusiongemma.models.arrays import Array
 from diffusiongemma.models.backbone import ACTIVATION_AXES, Backbone, PassContext
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.config import LIGHT, SEPARATE, LightConfig, ModelConfig
-from diffusiongemma.models.execution import Execution
+from diffusiongemma.models.execution import Execution, native_dtype
 from diffusiongemma.models.layers import GatedMLP, RMSNorm, rms_normalize, weight
 from diffusiongemma.models.light import LightBackbone, SerialCorrection, TeacherState
 from diffusiongemma.models.masks import AttentionMask, CausalMask, canvas_mask
-from diffusiongemma.models.precision import native_dtype
 from diffusiongemma.models.transformer import Gemma, rope_by_kind
 
 # Parameters that only a separate or light denoiser has; they are trained.

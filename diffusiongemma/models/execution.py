@@ -1,16 +1,20 @@
-"""Execution settings of a model: devices, layout and memory, without effect on the results."""
+"""Execution settings of a model: devices, layout, memory and dtype, and the mesh axes of arrays."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Logical axis -> mesh axes over which it is sharded, the outermost first; () for none.
 AxisRules = tuple[tuple[str, tuple[str, ...]], ...]
 
 REMAT = ('none', 'dots', 'full')
+_CPU_FLAGS = {'avx512_bf16', 'amx_bf16', 'bf16'}  # the last one is for Arm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,3 +145,39 @@ def product(axes: Sequence[str], mesh: Mesh) -> int:
 def partition_spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:
     """Returns the PartitionSpec of dimensions that are sharded over these mesh axes."""
     return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in axes))
+
+
+@functools.cache
+def cpu_has_bfloat16(cpuinfo: str = '/proc/cpuinfo') -> bool:
+    """Returns whether this CPU has native bfloat16 matmuls; False if the file is missing."""
+    try:
+        lines = Path(cpuinfo).read_text().splitlines()
+    except OSError:
+        return False
+    return any(
+        _CPU_FLAGS & set(line.split(':', 1)[1].split())
+        for line in lines
+        if line.lower().startswith(('flags', 'features'))
+    )
+
+
+def native_dtype(name: str, platform: str | None = None) -> jnp.dtype:
+    """Returns the dtype to compute in if `name` is requested.
+
+    It is float32 instead of bfloat16 on a CPU without native bfloat16 matmuls, which would convert
+    every operand first and be slower than in float32.
+
+    Args:
+      name: the name of a float dtype.
+      platform: the platform of the devices; None for that of the default backend.
+    """
+    on_cpu = (platform or jax.default_backend()) == 'cpu'
+    emulated = on_cpu and name == 'bfloat16' and not cpu_has_bfloat16()
+    return jnp.dtype('float32' if emulated else name)
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """Returns the dtype for a value of `config.dtype`: 'float32' or 'bfloat16'."""
+    if name not in ('float32', 'bfloat16'):
+        raise ValueError(f"config.dtype must be 'float32' or 'bfloat16', got {name!r}.")
+    return jnp.dtype(name)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.models.execution import Execution, partition_spec
 from diffusiongemma.models.execution import product as product_of
-from diffusiongemma.models.grouped import grouped_product
+from diffusiongemma.models.kernels.grouped import grouped_product
 from diffusiongemma.models.weights import WEIGHTS
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]

@@ -108,7 +108,7 @@ WEIGHT_PRODUCT = 'weight_product'
 
 
 def is_quantized(kernel: Any) -> bool:
-    """Returns whether a kernel is a `qwix.QArray` (`models/quantization.py`)."""
+    """Returns whether a kernel is a `qwix.QArray` (`inference.quantize_weights`)."""
     return hasattr(kernel, 'qvalue')
 
 

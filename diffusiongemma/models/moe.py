@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from diffusiongemma.models.config import MoEConfig
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.expert_parallel import experts_on_mesh, routed_mlps
-from diffusiongemma.models.grouped import mlps_by_blocks, warn_of_fallback
+from diffusiongemma.models.kernels.grouped import mlps_by_blocks, warn_of_fallback
 from diffusiongemma.models.layers import (
     as_operand,
     is_quantized,

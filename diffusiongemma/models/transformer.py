@@ -19,7 +19,7 @@ from diffusiongemma.models.backbone import ACTIVATION_AXES, Backbone, PassContex
 from diffusiongemma.models.cache import KV, Prefix, cache_slots, zeros_kv
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.execution import Execution
-from diffusiongemma.models.fused_attention import fits
+from diffusiongemma.models.kernels.fused_attention import fits
 from diffusiongemma.models.layers import Embedder, rope_tables
 from diffusiongemma.models.masks import AttentionMask, CausalMask, KeyTokens
 from diffusiongemma.models.per_layer import PerLayerEmbedder

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from diffusiongemma import configuration
 from diffusiongemma.checkpoints.bundle import CONFIG_FILE, cast_to
 from diffusiongemma.checkpoints.json_file import read_json
 from diffusiongemma.checkpoints.load import BUILTIN
@@ -23,6 +22,7 @@ from diffusiongemma.distillation.setup import Setup
 from diffusiongemma.distillation.student import frozen_params
 from diffusiongemma.models.config import LayerStack, ModelConfig
 from diffusiongemma.models.denoiser import DRAFT_IDS, DiffusionGemma
+from diffusiongemma.models.execution import compute_dtype
 from diffusiongemma.models.presets import PRESETS
 from diffusiongemma.models.transformer import Gemma, init_params
 from diffusiongemma.parallel import param_shardings, state_shardings
@@ -124,7 +124,7 @@ def training_step(
       teacher_config: the architecture of the teacher.
       mesh: the mesh of the devices.
     """
-    dtype = configuration.compute_dtype(experiment.dtype)
+    dtype = compute_dtype(experiment.dtype)
     gemma = Gemma(teacher_config.autoregressive, dtype)
     setup = Setup.of(experiment, gemma, TokenIds.of(gemma.config), mesh)
     teacher_params = abstract_params(setup.teacher, mesh, dtype)
@@ -173,7 +173,7 @@ def training_step(
 def _needed_of_step(setup: Setup, teacher_params: Any, state: Any, batch: Any) -> Needed:
     """Returns the minimum traffic of a distillation step."""
     mesh, rows, experiment = setup.mesh, batch_axes(batch['tokens']), setup.experiment
-    student = abstract_params(setup.student, mesh, configuration.compute_dtype(experiment.dtype))
+    student = abstract_params(setup.student, mesh, compute_dtype(experiment.dtype))
     shape = experiment.data
     counts = (shape.row_length, setup.canvases_per_row * experiment.canvas_length)
     causal, denoised = (Tokens(shape.batch_size * n, shape.batch_size * n) for n in counts)

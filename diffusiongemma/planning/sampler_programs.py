@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from diffusiongemma import configuration
 from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.distillation.setup import sampling_config, student_model
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
-from diffusiongemma.models.execution import partition_spec, spread
+from diffusiongemma.models.execution import compute_dtype, partition_spec, spread
 from diffusiongemma.models.inference import is_unrolled, with_execution
 from diffusiongemma.models.transformer import CACHE_AXES, Gemma
 from diffusiongemma.parallel.sharding import rules_of
@@ -50,7 +49,7 @@ def sampler_programs(
       batch_size: the number of rows.
       prompt_length: the number of tokens of each prompt.
     """
-    dtype = configuration.compute_dtype(experiment.dtype)
+    dtype = compute_dtype(experiment.dtype)
     teacher = Gemma(teacher_config.autoregressive, dtype)
     token_ids = TokenIds.of(teacher.config)
     compute = experiment.execution

@@ -19,10 +19,8 @@ from ml_collections import ConfigDict
 
 from diffusiongemma import configuration
 from diffusiongemma.checkpoints.load import about_model
-from diffusiongemma.checkpoints.store import CheckpointError
-from diffusiongemma.configuration import complete
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.distillation import guard
+from diffusiongemma.errors import FIXABLE, Preempted
 from diffusiongemma.parallel import processes
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.view.interrupt import call_interruptibly, is_busy
@@ -186,14 +184,14 @@ def run_main(
             else:
                 main(argv)
             _leave_compiling_thread(0)
-        except guard.Preempted as stopped:
+        except Preempted as stopped:
             logging.info('%s', stopped)
         except KeyboardInterrupt:
             print('stopped by Ctrl-C.', file=sys.stderr, flush=True)
             _leave_compiling_thread(130)
             processes.abandon(130)
             sys.exit(130)
-        except (ValueError, FileNotFoundError, FloatingPointError, CheckpointError) as error:
+        except FIXABLE as error:
             logging.debug('where it happened:', exc_info=True)
             _fail(str(error))
         except ModuleNotFoundError as error:
@@ -227,6 +225,8 @@ def _parse_flags(argv: list[str], config: type | None = None) -> list[str]:
         flag.parser = _WithDefaults(flag.parser, config, argv)
     try:
         return flags.FLAGS(argv)
+    except SystemExit:  # after --help, which absl ends with 1, as if it had failed
+        sys.exit(0)
     except flags.Error as error:
         missing_flag = re.search(r'Flag (--\w+) must have a value other than None', str(error))
         _fail(f'{missing_flag[1]} is required; see --help.' if missing_flag else str(error))
@@ -256,7 +256,7 @@ class _WithDefaults(flags.ArgumentParser):
     def parse(self, argument: Any) -> Any:
         config = self._parser.parse(argument)
         if isinstance(config, ConfigDict):
-            complete(config, self._cls, self._overridden)
+            configuration.complete(config, self._cls, self._overridden)
         return config
 
     def flag_type(self) -> str:

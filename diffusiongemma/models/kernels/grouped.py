@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from diffusiongemma.models import grouped_gpu, grouped_tpu
 from diffusiongemma.models.arrays import ArrayOrShape
+from diffusiongemma.models.kernels import grouped_gpu, grouped_tpu
 from diffusiongemma.models.layers import is_quantized
 
 LARGEST_BLOCK = 32

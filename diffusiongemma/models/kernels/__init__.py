@@ -1,0 +1,1 @@
+"""Kernels of backends: grouped matmuls for experts, and fused causal attention."""
