@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import numbers
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -16,6 +19,14 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar('T', bound='DataclassInstance')
+# The types of plain values, and how messages name them; they include those of NumPy.
+_PLAIN: Mapping[Any, tuple[Any, str]] = {
+    bool: ((bool, np.bool_), 'True or False'),
+    int: (numbers.Integral, 'an integer'),
+    float: (numbers.Real, 'a number'),
+    str: (str, 'a string'),
+    tuple: (tuple, 'a tuple'),
+}
 
 KNOWN = 'known keys'  # the words before a list of keys in an error message
 SAMPLING = 'diffusiongemma.sampling.'  # the rules of this package need no module in their text
@@ -56,8 +67,7 @@ def build(cls: type[T], values: Any, where: str = '') -> T:
                 value = fields[name].metadata[READER](value, f'config.{inside}')
             else:
                 value = build(section, value, inside) if value or not optional else None
-        if isinstance(value, list) and _kind(hints[name]) is tuple:
-            value = tuple(value)  # JSON has lists instead of tuples
+        value = _checked(value, hints[name], f'{path}.{name}')
         if value is not None or optional:
             read[name] = value
     missing = [name for name, field in fields.items() if name not in read and _is_needed(field)]
@@ -104,6 +114,25 @@ def complete(config: ConfigDict, cls: type, asked: Iterable[str] = ()) -> Config
     return config
 
 
+def _checked(value: Any, hint: Any, path: str) -> Any:
+    """Returns the value of a field in its plain type: lists become tuples, paths strings.
+
+    Raises:
+      ValueError: if the field has a plain type, and the value another one.
+    """
+    options = _options(hint)
+    if value is None or len(options) != 1 or options[0] not in _PLAIN:
+        return value
+    if options[0] is tuple and isinstance(value, list):
+        return tuple(value)  # JSON has lists instead of tuples
+    if options[0] is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    kind, words = _PLAIN[options[0]]
+    if not isinstance(value, kind) or (isinstance(value, bool) and options[0] is not bool):
+        raise ValueError(f'{path} must be {words}, got {value!r}.')
+    return value
+
+
 def section_of(cls: type, name: str) -> Any:
     """Returns the dataclass of the section in a field; None if the field is not a section."""
     (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
@@ -115,11 +144,15 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _kind(hint: Any) -> Any:
-    """Returns the type of a hint without None and parameters: int for `int | None`."""
+def _options(hint: Any) -> list[Any]:
+    """Returns the types of a hint without None and parameters: [int] for `int | None`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kind = next(option for option in options if option is not type(None))
-    return typing.get_origin(kind) or kind
+    return [typing.get_origin(kind) or kind for kind in options if kind is not type(None)]
+
+
+def _kind(hint: Any) -> Any:
+    """Returns the first type of a hint: int for `int | None`."""
+    return _options(hint)[0]
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -137,7 +170,7 @@ def _is_needed(field: dataclasses.Field) -> bool:
 def _add_value(config: ConfigDict, cls: type, field: dataclasses.Field) -> None:
     """Adds a key of a plain type; if its default is None, as a placeholder."""
     kind, default = _kind(_hints(cls)[field.name]), _default(field)
-    if kind in (bool, int, float, str, tuple):
+    if kind in _PLAIN:
         config[field.name] = placeholder(kind) if default is None else kind(default)
 
 

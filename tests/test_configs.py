@@ -1,6 +1,7 @@
 """Tests that programs accept every config in configs/, and that a recipe's student fits."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -11,6 +12,7 @@ import typing
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from jax.sharding import AbstractMesh
@@ -226,6 +228,37 @@ def test_what_json_cannot_hold_is_named(tmp_path):
         config.sampling.acceptance = types.SimpleNamespace(next_canvas=None)
     with pytest.raises(ValueError, match='holds namespace.*, which config.json cannot'):
         write_resolved(Experiment.of(config), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'message'),
+    [
+        ('canvas_length', 7.5, 'config.canvas_length must be an integer, got 7.5'),
+        ('canvas_length', True, 'config.canvas_length must be an integer, got True'),
+        ('canvas_length', 0, 'config.canvas_length=0 must be at least 1'),
+        ('canvas_length', 1000, 'config.canvas_length=1000 .* at most config.data.row_length=256'),
+        ('light', {'layers': 4}, 'config.light.layers must be a tuple, got 4'),
+        ('teacher', 3, 'config.teacher must be a string, got 3'),
+        ('optimizer.learning_rate', '1e-3', "learning_rate must be a number, got '1e-3'"),
+        ('self_conditioning', 1, 'config.self_conditioning must be True or False, got 1'),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named(path, value, message):
+    config = load('tiny_diffusion').copy_and_resolve_references()
+    *sections, name = path.split('.')
+    values = config.to_dict()
+    inside = functools.reduce(dict.__getitem__, sections, values)
+    inside[name] = value
+    with pytest.raises(ValueError, match=message):
+        Experiment.of(ConfigDict(values))
+
+
+def test_numbers_of_numpy_paths_and_lists_are_plain_values(tmp_path):
+    values = load('tiny_diffusion').to_dict()
+    values |= {'canvas_length': np.int32(8), 'teacher': tmp_path, 'ar_weight': np.float32(0.5)}
+    values['light'] = {'layers': [0, 1]}
+    built = Experiment.of(ConfigDict(values))
+    assert (built.canvas_length, built.teacher, built.light.layers) == (8, str(tmp_path), (0, 1))
 
 
 def test_a_key_that_nothing_reads_is_still_refused():

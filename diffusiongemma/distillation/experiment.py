@@ -125,6 +125,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         compute_dtype(self.dtype)
+        if not 1 <= self.canvas_length <= self.data.row_length:
+            raise ValueError(
+                f'config.canvas_length={self.canvas_length} must be at least 1 and at most '
+                f'config.data.row_length={self.data.row_length}, the tokens of a row.'
+            )
 
     @classmethod
     def of(cls, config: ConfigDict) -> 'Experiment':

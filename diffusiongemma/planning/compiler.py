@@ -206,7 +206,7 @@ def compile_program(
         with _quiet(), _at_level(optimization_level):
             compiled = lowered.compile()
     except Exception as error:
-        needed = _needed(str(error), sum(program.kinds.values()))
+        needed = _needed(str(error))
         if needed is None:
             raise
         return plan(
@@ -301,16 +301,17 @@ def advice(
     )
 
 
-def _needed(message: str, arguments: float) -> float | None:
-    """Returns the HBM bytes that an out-of-memory error names, or None for any other error."""
-    size = r'([\d.]+)([KMGT]?)'
-    for pattern, others in (
-        (rf'Used {size} of [\d.]+[KMGT]? hbm', 0.0),
-        (rf'required for HLO temporaries \({size}\) exceeds', arguments),
-        (rf'required for HLO arguments \({size}\) exceeds', 0.0),
+def _needed(message: str) -> float | None:
+    """Returns the HBM bytes that an out-of-memory error names, or None for any other error.
+
+    What the compiler calls temporaries includes the arguments, if they fit.
+    """
+    for pattern in (
+        r'Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm',
+        r'required for HLO (?:temporaries|arguments) \(([\d.]+)([KMGT]?)\) exceeds',
     ):
         if match := re.search(pattern, message):
-            return others + float(match[1]) * 1024.0 ** ' KMGT'.index(match[2] or ' ')
+            return float(match[1]) * 1024.0 ** ' KMGT'.index(match[2] or ' ')
     return None
 
 
