@@ -120,9 +120,13 @@ def test_a_step_is_the_same_on_one_device_and_on_eight(axes, config, batch, alon
 
 
 @pytest.mark.slow
-def test_microbatches_chunks_and_blocks_are_the_same_on_a_mesh(config, batch, alone):
+@pytest.mark.parametrize(
+    'axes',
+    [{'data': 2, 'tensor': 2, 'sequence': 2}, {'fsdp': 2, 'expert': 2}],
+    ids=['by the compiler', 'with one gather per pass'],
+)
+def test_microbatches_chunks_and_blocks_are_the_same_on_a_mesh(axes, config, batch, alone):
     compute = ComputeConfig('full', logits_chunk=10, query_block=48, microbatches=2)
-    axes = {'data': 2, 'tensor': 2, 'sequence': 2}
     assert_same(step_on(config, axes, batch, compute), alone(config))
 
 

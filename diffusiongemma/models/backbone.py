@@ -128,8 +128,9 @@ def rematerialized(remat: str) -> type[Layer]:
     policy = None
     if remat == 'dots':
         policy = jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT)
-    # In a scan the compiler can't merge recomputed values with the original ones anyway.
-    return nn.remat(Layer, policy=policy, prevent_cse=False)
+    # Without barriers the compiler would recompute all layers of a group at once, and merge
+    # recomputed values with the original ones where the loop has a single iteration.
+    return nn.remat(Layer, policy=policy)
 
 
 class LayerGroup(nn.Module):
