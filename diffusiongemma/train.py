@@ -12,6 +12,8 @@ from ml_collections import config_flags
 from diffusiongemma import cli, configuration, process_flags
 
 with cli.extra_named(__name__):
+    import optax
+
     from diffusiongemma.checkpoints.bundle import TOKENIZER_FILE, save_bundle
     from diffusiongemma.checkpoints.load import EXPORT_DIR, load_model
     from diffusiongemma.checkpoints.store import CheckpointStore, describe_model
@@ -59,7 +61,7 @@ def train(training: TeacherTraining, workdir: Path) -> TrainState:
     about = describe_model(model.config, tokenizer.content_hash)
     store = CheckpointStore(workdir, loop.max_to_keep, about, loop.best_metric)
     state = start_or_resume(
-        lambda: create_state(_initial_params(training, model), optimizer),
+        lambda: _initial_state(training, model, optimizer),
         param_shardings(model, mesh),
         mesh,
         store,
@@ -87,7 +89,7 @@ def train(training: TeacherTraining, workdir: Path) -> TrainState:
     save_bundle(
         workdir / EXPORT_DIR,
         model.config,
-        state.ema_params,
+        state.evaluated_params,
         tokenizer,
         dtype='bfloat16',
         about=about,
@@ -95,14 +97,17 @@ def train(training: TeacherTraining, workdir: Path) -> TrainState:
     return state
 
 
-def _initial_params(training: TeacherTraining, model: Gemma) -> dict:
-    """Returns random parameters, or those of the model `config.init`."""
+def _initial_state(
+    training: TeacherTraining, model: Gemma, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Returns the state at step 0: of random parameters, or those of the model `config.init`."""
     if not training.init:
-        return init_params(model, jax.random.key(training.seed))
-    source, params, _ = load_model(training.init)
-    if source.config != model.config:
-        raise ValueError(f'config.init: {training.init} is not a model of config.model.')
-    return params
+        params = init_params(model, jax.random.key(training.seed))
+    else:
+        source, params, _ = load_model(training.init)
+        if source.config != model.config:
+            raise ValueError(f'config.init: {training.init} is not a model of config.model.')
+    return create_state(params, optimizer, average=training.optimizer.average)
 
 
 def main(argv: list[str]) -> None:

@@ -219,6 +219,16 @@ def test_averaged_parameters_are_read_without_the_rest(tmp_path):
     assert_trees_equal(ema, make_state(seed=2).ema_params)
 
 
+def test_without_an_average_the_parameters_are_read(tmp_path):
+    state = make_state(seed=1).replace(ema_params=None)
+    store = CheckpointStore(tmp_path, about=about())
+    store.save(1, state, DATA_STATE)
+    store.close()
+    restored, _ = CheckpointStore(tmp_path, about=about()).restore(abstract(state))
+    assert_trees_equal(restored, state)
+    assert_trees_equal(read_ema(tmp_path)[2], state.params)
+
+
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
 def test_a_bundle_comes_back_bit_for_bit(tmp_path, dtype):
     params = jax.device_get(new_params(DiffusionGemma(CONFIG)))

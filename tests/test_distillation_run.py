@@ -137,6 +137,22 @@ def test_an_interrupted_distillation_ends_as_one_that_was_not(
 
 
 @pytest.mark.slow
+def test_a_run_without_an_average_resumes_and_opens_as_its_parameters(
+    teacher, tmp_path, monkeypatch
+):
+    config = student_config()
+    config.optimizer.average = False
+    with monkeypatch.context() as patch:
+        crash_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_student(config, teacher, DATA, tmp_path)
+    _, state = train_student(config, teacher, DATA, tmp_path)
+    assert int(state.step) == 4 and state.ema_params is None
+    _, params, _ = load_model(tmp_path)
+    assert_equal({name: params[name] for name in state.params}, state.params)
+
+
+@pytest.mark.slow
 def test_an_unfinished_run_opens_as_the_teacher_with_a_trained_denoise_pass(teacher, tmp_path):
     _, state = train_student(student_config(), teacher, DATA, tmp_path)
     model, params, _ = load_model(tmp_path)

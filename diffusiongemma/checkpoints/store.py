@@ -220,7 +220,9 @@ def _in_short(error: Exception) -> str:
 
 
 def read_ema(workdir: Path, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """Reads the averaged parameters of a complete checkpoint onto one device.
+    """Reads the parameters to evaluate from a complete checkpoint onto one device.
+
+    They are the average of the parameters, or the parameters if the run keeps no average.
 
     Args:
       workdir: the workdir of a run, which need not be finished.
@@ -248,10 +250,11 @@ def read_ema(workdir: Path, step: int | None = None) -> tuple[int, dict[str, Any
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(directory / str(step) / 'state').item_metadata.tree
+        name = 'ema_params' if saved.get('ema_params') else 'params'
         abstract = {
-            'ema_params': jax.tree.map(
+            name: jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                saved['ema_params'],
+                saved[name],
                 is_leaf=_is_array,
             )
         }
@@ -263,7 +266,7 @@ def read_ema(workdir: Path, step: int | None = None) -> tuple[int, dict[str, Any
                 partial_restore=True,
             ),
         )
-    return step, _read_about(directory / str(step)), restored['ema_params']
+    return step, _read_about(directory / str(step)), restored[name]
 
 
 def _read_about(step_directory: Path) -> dict[str, Any]:

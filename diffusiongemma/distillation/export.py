@@ -45,10 +45,10 @@ def export_student(setup: Setup, state: TrainState, teacher: Teacher, workdir: P
     }
     if lora is None:
         frozen = frozen_params(config, teacher.params, saved_draft_ids(workdir))
-        params = frozen | state.ema_params
+        params = frozen | state.evaluated_params
     else:
-        lora.save(workdir, state.ema_params, teacher.params, str(experiment.teacher), about)
-        params = lora.combine(lora.base(teacher.params, setup.mesh), state.ema_params)
+        lora.save(workdir, state.evaluated_params, teacher.params, str(experiment.teacher), about)
+        params = lora.combine(lora.base(teacher.params, setup.mesh), state.evaluated_params)
     base_fields = {}
     if experiment.denoiser == LIGHT:
         name = experiment.teacher  # an absolute path, if it is a directory

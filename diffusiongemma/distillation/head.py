@@ -97,7 +97,7 @@ def score_positions(
         axis_names=set(rows),
         check_vma=False,  # so that gradients are summed over the devices after the loop, not in it
     )
-    return _finish_first(on_devices(tables, trees))
+    return on_devices(tables, trees)
 
 
 def _row_axes(execution: Execution, num_rows: int) -> tuple[str, ...]:
@@ -121,27 +121,6 @@ def _compute_dtype(model: Gemma) -> jnp.dtype:
     if isinstance(model, DiffusionGemma):
         return jnp.promote_types(model.dtype, model.denoise_dtype)
     return jnp.dtype(model.dtype)
-
-
-@jax.custom_vjp
-def _finish_first(scores: Any) -> Any:
-    """Returns the scores; their backward pass starts after they have been computed.
-
-    Scores themselves are only reported, so the compiler would compute them at any later time, and
-    keep the tables of the forward pass while the backward pass gathers its own.
-    """
-    return scores
-
-
-def _finish_first_forward(scores: Any) -> tuple[Any, Any]:
-    return scores, scores
-
-
-def _finish_first_backward(scores: Any, gradients: Any) -> tuple[Any]:
-    return (jax.lax.optimization_barrier((scores, gradients))[1],)
-
-
-_finish_first.defvjp(_finish_first_forward, _finish_first_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -134,7 +134,7 @@ def fit(
                 guard.check(step + 1 - len(rows), rows)
                 measured = throughput.measure()
                 if evaluate is not None:
-                    rows[-1] |= _floats(jax.device_get(evaluate(state.ema_params)))
+                    rows[-1] |= _floats(jax.device_get(evaluate(state.evaluated_params)))
                 reporter.report(step, rows[-1], measured)
                 steps_metrics = []
             if save:

@@ -133,12 +133,15 @@ class Setup:
 
     def initial_state(self, source: dict) -> TrainState:
         """Returns the state at step 0 from the parameters of the teacher or of a whole student."""
+        average = self.experiment.optimizer.average
         if self.lora is not None:
-            return create_state(self.lora.init(source), self.optimizer)
+            return create_state(self.lora.init(source), self.optimizer, average=average)
         if not self.experiment.init:
             fresh = init_params(self.student, jax.random.key(self.experiment.seed))
             source = student_params_from_teacher(fresh, source, self.student.config)
-        return create_state(trained_params(self.student.config, source), self.optimizer)
+        return create_state(
+            trained_params(self.student.config, source), self.optimizer, average=average
+        )
 
     def step(self, objective: Objective) -> Callable[..., Any]:
         """Returns the training step of one objective, see `make_distillation_step`."""

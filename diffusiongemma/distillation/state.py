@@ -31,7 +31,9 @@ class OptimizerConfig:
       weight_decay: decoupled weight decay, only on matrices (not on norms, scales and scalars).
       b1, b2: Adam moment decays; Muon's moment decays with `b2`, Adafactor ignores both.
       clip_norm: the maximum global norm of the gradient.
-      ema_decay: the decay of the parameter average; it is ramped up as (1 + n) / (10 + n).
+      average: whether an average of the parameters (EMA) is kept, evaluated and exported; without
+        it, which saves four bytes per parameter, the parameters themselves are.
+      ema_decay: the decay of the average; it is ramped up as (1 + n) / (10 + n).
       freeze_router: whether routers of experts are frozen; they then have no moments.
     """
 
@@ -43,6 +45,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     clip_norm: float = 1.0
+    average: bool = True
     ema_decay: float = 0.999
     freeze_router: bool = False
 
@@ -62,7 +65,7 @@ class TrainState:
     Attributes:
       step: [] int32, the number of completed optimizer steps.
       params: float32 master weights.
-      ema_params: their exponential moving average, which is evaluated and exported.
+      ema_params: their exponential moving average; None if none is kept.
       opt_state: the state of the optax optimizer.
     """
 
@@ -70,6 +73,11 @@ class TrainState:
     params: Any
     ema_params: Any
     opt_state: Any
+
+    @property
+    def evaluated_params(self) -> Any:
+        """Returns the parameters that are evaluated and exported: their average if there is one."""
+        return self.params if self.ema_params is None else self.ema_params
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -152,13 +160,15 @@ def _frozen_routers(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(label, params)
 
 
-def create_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns a state at step 0 whose EMA equals the parameters, both cast to float32."""
+def create_state(
+    params: Any, optimizer: optax.GradientTransformation, *, average: bool = True
+) -> TrainState:
+    """Returns a state at step 0 whose EMA, if any, equals the parameters, both cast to float32."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema_params=jax.tree.map(jnp.copy, params),
+        ema_params=jax.tree.map(jnp.copy, params) if average else None,
         opt_state=optimizer.init(params),
     )
 
@@ -169,10 +179,12 @@ def apply_gradients(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
 ) -> TrainState:
-    """Returns the state after one optimizer and EMA update."""
+    """Returns the state after one update of the parameters and, if there is one, of their EMA."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
-    decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
-    ema_params = optax.incremental_update(params, state.ema_params, 1.0 - decay)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+        ema_params = optax.incremental_update(params, ema_params, 1.0 - decay)
     return TrainState(step=step, params=params, ema_params=ema_params, opt_state=opt_state)
