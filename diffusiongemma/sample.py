@@ -31,27 +31,21 @@ from absl import flags
 from etils import epath
 from rich.console import Console
 
-from diffusiongemma import cli
-from diffusiongemma.checkpoints.load import BUILTIN, about_model, load_for_sampling
+from diffusiongemma import cli, sampling_flags
+from diffusiongemma.checkpoints.load import BUILTIN, about_model
 from diffusiongemma.constraints.grammar import from_json_schema, from_regex
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
-from diffusiongemma.models.inference import WEIGHT_DTYPES
 from diffusiongemma.sampling import Controls, Sampler, decode_responses, pad_prompts
 from diffusiongemma.sampling.chat import ChatSampler
 from diffusiongemma.sampling.sampler import MODES, main_mode
 from diffusiongemma.sampling.watch import watch
+from diffusiongemma.sampling_flags import CHECKPOINT
 from diffusiongemma.view.conversation import Conversation
 from diffusiongemma.view.frames import counted, counted_passes, frames
 from diffusiongemma.view.page import write_html
 from diffusiongemma.view.terminal import show
 
-_CHECKPOINT = flags.DEFINE_string(
-    'checkpoint',
-    'builtin',
-    "A workdir, a bundle, a published checkpoint, a GGUF file, 'builtin', 'gemma3-270m' or "
-    "'gemma3-270m-student'.",
-)
 _PROMPT = flags.DEFINE_string('prompt', None, 'Text to answer; without it, a chat starts.')
 _MODE = flags.DEFINE_enum(
     'mode',
@@ -68,26 +62,6 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
     '128.',
     lower_bound=1,
 )
-_MAX_STEPS = flags.DEFINE_integer(
-    'max_denoising_steps',
-    None,
-    'Maximum number of denoise steps per canvas; by default as in the evaluation of the student, '
-    'or 48.',
-    lower_bound=1,
-)
-_ENTROPY_BOUND = flags.DEFINE_float(
-    'entropy_bound',
-    None,
-    'Entropy bound in nats; a higher one accepts more tokens per denoise step; by default as in '
-    'the evaluation of the student, or 0.1.',
-    lower_bound=0.0,
-)
-_ACCEPTANCE = flags.DEFINE_string(
-    'acceptance',
-    None,
-    "Acceptance rule of denoise steps, such as 'TopK(k=4)', instead of an entropy bound; see "
-    'docs/sampling.md.',
-)
 _TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k most likely tokens.', lower_bound=1)
 _TOP_P = flags.DEFINE_float(
     'top_p',
@@ -95,7 +69,6 @@ _TOP_P = flags.DEFINE_float(
     'Draw from the smallest set of most likely tokens whose total probability reaches this, '
     'in (0, 1].',
 )
-_WEIGHTS = flags.DEFINE_enum('weights', None, sorted(WEIGHT_DTYPES), 'Weight-only quantization.')
 _REGEX = flags.DEFINE_string('regex', None, 'Regular expression that the answer must match.')
 _JSON_SCHEMA = flags.DEFINE_string(
     'json_schema', None, 'File with a JSON schema; the answer is valid JSON under it.'
@@ -143,26 +116,20 @@ class Loaded:
     @classmethod
     def from_flags(cls) -> 'Loaded':
         """Loads the model; raises ValueError or FileNotFoundError if this is not possible."""
-        model, params, tokenizer = load_for_sampling(_CHECKPOINT.value, _WEIGHTS.value)
+        model, params, tokenizer = sampling_flags.load()
         if _PROMPT.value is None and not tokenizer.chat_turns:
             raise ValueError(
-                f'{_CHECKPOINT.value} is a pretrained model, which cannot chat: pass a --prompt to '
+                f'{CHECKPOINT.value} is a pretrained model, which cannot chat: pass a --prompt to '
                 'continue.'
             )
         mode = _MODE.value or main_mode(model)
-        for flag in (_ACCEPTANCE, _ENTROPY_BOUND, _MAX_STEPS):
-            if mode == 'autoregressive' and flag.value is not None:
-                raise ValueError(f'--{flag.name} has no effect in the mode {mode!r}; leave it out.')
-        config = cli.student_sampling(
-            _CHECKPOINT.value,
+        sampling_flags.check_mode(mode)
+        config = sampling_flags.sampling_config(
             tokenizer,
             temperature=_TEMPERATURE.value,
             max_new_tokens=_MAX_NEW_TOKENS.value,
-            max_denoising_steps=_MAX_STEPS.value,
-            entropy_bound=_ENTROPY_BOUND.value,
             top_k=_TOP_K.value,
             top_p=_TOP_P.value,
-            acceptance=_ACCEPTANCE.value,
         )
         return cls(Sampler(model, config, mode), params, tokenizer)
 
@@ -234,7 +201,7 @@ def answers_single_questions(checkpoint: str) -> bool:
 def chat(loaded: Loaded, rng: jax.Array) -> None:
     """Runs a conversation on standard input and output."""
     capacity = min(loaded.sampler.model.config.max_positions or _CHAT_TOKENS, _CHAT_TOKENS)
-    turns = _TURNS.value or (1 if answers_single_questions(_CHECKPOINT.value) else None)
+    turns = _TURNS.value or (1 if answers_single_questions(CHECKPOINT.value) else None)
     chat = ChatSampler(
         loaded.sampler,
         loaded.params,
@@ -247,7 +214,7 @@ def chat(loaded: Loaded, rng: jax.Array) -> None:
     if talks_to_person:
         import readline  # noqa: F401  adds line editing and history to input()
 
-        print(f'{_CHECKPOINT.value}, mode {loaded.sampler.mode}; /help names the commands.')
+        print(f'{CHECKPOINT.value}, mode {loaded.sampler.mode}; /help names the commands.')
         if turns == 1:
             print('The model sees one question at a time: each starts a new conversation.')
         print('The first answers take longer: they compile.')

@@ -7,18 +7,12 @@ import os
 
 from absl import flags
 
-from diffusiongemma import cli
-from diffusiongemma.checkpoints.load import load_for_sampling
-from diffusiongemma.models.inference import WEIGHT_DTYPES
+from diffusiongemma import cli, sampling_flags
 from diffusiongemma.sampling import Sampler
 from diffusiongemma.sampling.engine import Engine
 from diffusiongemma.sampling.sampler import MODES, main_mode
+from diffusiongemma.sampling_flags import CHECKPOINT
 
-_CHECKPOINT = flags.DEFINE_string(
-    'checkpoint',
-    'builtin',
-    "A workdir, a bundle, a published checkpoint, a GGUF file, 'builtin', or 'gemma3-270m'.",
-)
 _NAME = flags.DEFINE_string('name', None, 'Model name in requests; by default the checkpoint.')
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on; 0.0.0.0 for all.')
 _PORT = flags.DEFINE_integer(
@@ -72,27 +66,6 @@ _GRACE_SECONDS = flags.DEFINE_float(
     'Maximum time for open requests after SIGTERM, in seconds.',
     lower_bound=0.0,
 )
-_MAX_STEPS = flags.DEFINE_integer(
-    'max_denoising_steps',
-    None,
-    'Maximum number of denoise steps per canvas; by default as in the evaluation of the student, '
-    'or 48.',
-    lower_bound=1,
-)
-_ENTROPY_BOUND = flags.DEFINE_float(
-    'entropy_bound',
-    None,
-    'Entropy bound in nats; a higher one accepts more tokens per denoise step; by default as in '
-    'the evaluation of the student, or 0.1.',
-    lower_bound=0.0,
-)
-_ACCEPTANCE = flags.DEFINE_string(
-    'acceptance',
-    None,
-    "Acceptance rule of denoise steps, such as 'TopK(k=4)', instead of an entropy bound; see "
-    'docs/sampling.md.',
-)
-_WEIGHTS = flags.DEFINE_enum('weights', None, sorted(WEIGHT_DTYPES), 'Weight-only quantization.')
 _WARM_UP = flags.DEFINE_bool('warm_up', True, 'Compile before the first request.')
 
 
@@ -103,15 +76,11 @@ def main(argv: list[str]) -> None:
         from diffusiongemma.serving.server import listen, serve
         from diffusiongemma.serving.service import Service, Settings
     sock = listen(_HOST.value, _PORT.value)
-    model, params, tokenizer = load_for_sampling(_CHECKPOINT.value, _WEIGHTS.value)
-    config = cli.student_sampling(
-        _CHECKPOINT.value,
+    model, params, tokenizer = sampling_flags.load()
+    config = sampling_flags.sampling_config(
         tokenizer,
         temperature=1.0,  # a nonzero default; every request sets its own temperature
         max_new_tokens=_MAX_NEW_TOKENS.value,
-        max_denoising_steps=_MAX_STEPS.value,
-        entropy_bound=_ENTROPY_BOUND.value,
-        acceptance=_ACCEPTANCE.value,
     )
     sampler = Sampler(model, config, _MODE.value or main_mode(model))
     capacity, slots = _CAPACITY.value, _SLOTS.value
@@ -119,7 +88,7 @@ def main(argv: list[str]) -> None:
         sampler, params, tokenizer, slots=slots, capacity=capacity, prefixes=_PREFIXES.value
     )
     settings = Settings(
-        name=_NAME.value or _CHECKPOINT.value,
+        name=_NAME.value or CHECKPOINT.value,
         max_queue=_MAX_QUEUE.value,
         api_key=_API_KEY.value or os.environ.get('DIFFUSIONGEMMA_API_KEY') or None,
         max_body_bytes=_MAX_BODY_BYTES.value,

@@ -19,11 +19,17 @@ import traceback
 
 from absl import flags
 
+import diffusiongemma
 
-def forget_flags(module: str) -> None:
-    """Removes the flags of a module, so that another module can define them."""
-    for flag in flags.FLAGS.get_flags_for_module(module):
-        delattr(flags.FLAGS, flag.name)
+
+def forget_flags(program: str) -> None:
+    """Removes the flags of a program, so that another program can define its own."""
+    for name in (program, 'sampling_flags'):
+        for flag in flags.FLAGS.get_flags_for_module(f'diffusiongemma.{name}'):
+            delattr(flags.FLAGS, flag.name)
+    # The flags that programs share are defined again with the next one.
+    sys.modules.pop('diffusiongemma.sampling_flags', None)
+    vars(diffusiongemma).pop('sampling_flags', None)
 
 
 def run(program: str, *arguments: str) -> tuple[int, str]:
@@ -55,7 +61,7 @@ def main() -> None:
     commands = json.load(sys.stdin)
     for program in {command[0] for command in commands}:
         importlib.import_module(f'diffusiongemma.{program}')
-        forget_flags(f'diffusiongemma.{program}')
+        forget_flags(program)
     print(json.dumps([run(*command) for command in commands]))
 
 

@@ -208,6 +208,16 @@ BAD_INPUT = [
         ['--prompt=hi', '--mode=autoregressive', '--acceptance=TopK(4)'],
         "error: --acceptance has no effect in the mode 'autoregressive'; leave it out.",
     ),
+    (
+        'sample',
+        ['--prompt=hi', '--draft_length=4'],
+        "error: --draft_length has no effect in the mode 'diffusion'; leave it out.",
+    ),
+    (
+        'sample',
+        ['--prompt=hi', '--mode=lossless', '--draft_length=400'],
+        'error: draft_length=400 is longer than the canvas',
+    ),
     ('verify', ['--checkpoint=/nowhere'], 'error: --golden is required; see --help.'),
     (
         'sample',

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / 'diffusiongemma'
 FLOORS = (
     {'train', 'distill', 'sample', 'serve', 'evaluate', 'convert', 'generate_targets', 'verify',
      'plan'},
+    {'sampling_flags'},
     {'cli', 'process_flags', '__main__'},
     {'planning', 'serving'},
     {'distillation'},

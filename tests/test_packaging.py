@@ -31,7 +31,7 @@ for name in %r:
     sys.modules[name] = None
 for name in ('', '.sample', '.serve', '.convert', '.verify', '.view.page', '.sampling.engine'):
     importlib.import_module('diffusiongemma' + name)
-    forked.forget_flags('diffusiongemma' + name)  # each program has a --checkpoint
+    forked.forget_flags(name[1:])  # each program has a --checkpoint
 sys.argv = ['distill', '--config=configs/tiny.py', '--workdir=/nowhere']
 runpy.run_module('diffusiongemma.distill', run_name='__main__')
 """
