@@ -145,18 +145,19 @@ def attend_in_blocks(
     if not in_parts(length, query_block):
         assert not isinstance(mask, CausalMask)
         return attend(query, block_kv, prefix_kv, mask, keys_first)
-    count = -(-length // query_block)
-    size = -(-length // count)
+    count = -(-length // query_block)  # P parts
+    size = -(-length // count)  # of Q queries
     padded = jnp.pad(query, [(0, 0), (0, 0), (0, count * size - length), (0, 0), (0, 0)])
-    parts = padded.reshape(*query.shape[:2], size, count, *query.shape[3:])
-    index = jnp.minimum(jnp.arange(count * size), length - 1).reshape(size, count)
+    parts = padded.reshape(*query.shape[:2], size, count, *query.shape[3:])  # [B, M, Q, P, N, H]
+    index = jnp.minimum(jnp.arange(count * size), length - 1).reshape(size, count)  # [Q, P]
 
     def part(args: tuple[jax.Array, jax.Array]) -> jax.Array:
-        query, index = args
+        query, index = args  # [B, M, Q, N, H], [Q]
         return attend(query, block_kv, prefix_kv, mask.rows(index), keys_first)
 
+    # Needs no barriers: in a loop of several iterations XLA can't merge recomputed values.
     part = jax.checkpoint(part, prevent_cse=False)
-    context = jax.lax.map(part, (jnp.moveaxis(parts, 3, 0), index.T))
+    context = jax.lax.map(part, (jnp.moveaxis(parts, 3, 0), index.T))  # [P, B, M, Q, N, H]
     return jnp.moveaxis(context, 0, 3).reshape(padded.shape)[:, :, :length]
 
 
@@ -191,11 +192,13 @@ def attend(
     k, prefix_length = prefix_key.shape[1:3]
     # With heads before tokens, each contraction below is one batched matmul, and so are its
     # gradients, without transposes in between.
-    query = query.reshape(b, m, t, k, n // k, h).transpose(0, 3, 1, 4, 2, 5)
-    query = query.reshape(b, k, m, n // k * t, h)
+    # G = N / K queries share a key head, and a block has R = G * T queries per key head.
+    query = query.reshape(b, m, t, k, n // k, h).transpose(0, 3, 1, 4, 2, 5)  # [B, K, M, G, T, H]
+    query = query.reshape(b, k, m, n // k * t, h)  # [B, K, M, R, H]
 
     def visible_scores(scores: jax.Array, visible: jax.Array) -> jax.Array:
-        scores = scores.reshape(b, k, m, n // k, t, -1)
+        scores = scores.reshape(b, k, m, n // k, t, -1)  # [B, K, M, G, T, keys]
+        # The mask becomes [B, 1, M, 1, T or 1, keys].
         return jnp.where(visible[:, None, :, None], scores, MASKED_SCORE)
 
     scores = contract('bkmrh,bkmsh->bkmrs', query, block_key)
@@ -205,11 +208,12 @@ def attend(
         score = _scores_keys_first if few else functools.partial(contract, 'bkmrh,bksh->bkmrs')
         prefix_scores = score(query, prefix_key)
         scores = jnp.concatenate([visible_scores(prefix_scores, mask.prefix), scores], axis=-1)
-    probs = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    probs = probs.reshape(b, k, m, n // k * t, -1)
+    probs = jax.nn.softmax(scores, axis=-1).astype(query.dtype)  # [B, K, M, G, T, S + L]
+    probs = probs.reshape(b, k, m, n // k * t, -1)  # [B, K, M, R, S + L]
     context = contract('bkmrs,bkmsh->bkmrh', probs[..., prefix_length:], block_value)
     if prefix_length:
         context += contract('bkmrs,bksh->bkmrh', probs[..., :prefix_length], prefix_value)
+    # [B, K, M, R, H] -> [B, M, T, K, G, H]
     context = context.reshape(b, k, m, n // k, t, h).transpose(0, 2, 4, 1, 3, 5)
     return context.astype(query.dtype).reshape(b, m, t, n, h)
 
@@ -221,5 +225,5 @@ def _scores_keys_first(
     b, k, m, r, h = query.shape
     # Without the barrier XLA swaps the operands of the matmul to avoid the transpose.
     scores = contract('bksh,bkrh->bksr', key, query.reshape(b, k, m * r, h))
-    scores = jax.lax.optimization_barrier(scores).swapaxes(2, 3)
+    scores = jax.lax.optimization_barrier(scores).swapaxes(2, 3)  # [B, K, M * R, S]
     return scores.reshape(b, k, m, r, -1)

@@ -174,7 +174,7 @@ def layer_inputs(
         if per_layer is None:
             return None
         if isinstance(layers, int):
-            return per_layer[..., layers, :]
+            return per_layer[..., layers, :]  # [B, M, T, P]
         return jnp.moveaxis(per_layer[..., layers, :], -2, 0)  # [G, B, M, T, P]
 
     period, end = len(stack.stacked), stack.first + len(stack.types)
@@ -249,13 +249,13 @@ class Backbone(nn.Module):
                 LayerGroup,
                 variable_axes={'params': 0},
                 split_rngs={'params': True},
-                check_constancy_invariants=False,
-                in_axes=(0, nn.broadcast),
+                check_constancy_invariants=False,  # the check traces all layers a second time
+                in_axes=(0, nn.broadcast),  # inputs [G, ...], one context for all layers
                 length=stack.num_groups,
                 metadata_params={nn.PARTITION_NAME: 'layers'},
             )
             groups = scanned(kinds=stack.pattern, **fields, name=name.format('layers'))
-            x, stacked_kv = groups(x, stacked, context)
+            x, stacked_kv = groups(x, stacked, context)  # keys and values [G, B, K, M, T, H]
         else:
             period = len(stack.pattern)
             for g in range(stack.num_groups):

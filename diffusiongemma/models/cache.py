@@ -70,7 +70,7 @@ def layer_kv(config: ModelConfig, kv: KV, layer: int) -> tuple[Heads, Heads]:
     if layer >= first_single:
         return single[layer - first_single]
     group, place = divmod(layer, len(stack.stacked))
-    key, value = stacked[place]
+    key, value = stacked[place]  # [G, B, K, ..., H]
     return key[group], value[group]
 
 
@@ -86,7 +86,7 @@ def ring_tokens(lengths: Int[Array, ' B'], slots: int) -> KeyTokens:
     These are the last R tokens, with position p in slot p mod R. Before a ring is full, the slot of
     a token is its position, as in a plain cache.
     """
-    last = lengths[:, None] - 1
+    last = lengths[:, None] - 1  # [B, 1], the position of the last token
     positions = last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots  # [B, R]
     return KeyTokens(positions, (positions >= 0).astype(jnp.int32))
 
@@ -173,11 +173,13 @@ class KVCache:
             slots, length = cache.shape[-2], block.shape[-2]
             index = jnp.arange(length)
             last = counts[:, None]
+            # Only the last R: a scatter of several tokens to one slot has no defined order.
             written = (index < last) & (index >= last - slots)  # [B, T]; others are dropped
             where = jnp.where(written, (self.lengths[:, None] + index) % slots, slots)
             rows = jnp.arange(cache.shape[-4])[:, None]
             stacked = cache.reshape(-1, *cache.shape[-4:])  # [G, B, K, R, H]
-            block = block.astype(cache.dtype).reshape(-1, *block.shape[-4:])
+            block = block.astype(cache.dtype).reshape(-1, *block.shape[-4:])  # [G, B, K, T, H]
+            # A slice between the indices of rows and slots moves their axes [B, T] to the front.
             block = block.transpose(1, 3, 0, 2, 4)  # [B, T, G, K, H]
             return stacked.at[:, rows, :, where].set(block, mode='drop').reshape(cache.shape)
 

@@ -147,13 +147,13 @@ class DiffusionGemma(Gemma):
         }
         positions = starts[..., None] + jnp.arange(length)  # [B, M, C]
         context = PassContext(rope_by_kind(self.config, positions), masks)
-        embeddings = self.embedder.encode(canvas).astype(self.denoise_dtype)
+        embeddings = self.embedder.encode(canvas).astype(self.denoise_dtype)  # [B, M, C, D]
         embeddings = self.execution.constrain(embeddings, *ACTIVATION_AXES)
         x = embeddings
         # A light denoiser without self-conditioning gets the same embeddings as the teacher.
         if self.light is None or self.config.self_conditioning:
             x = self.self_conditioning(embeddings, soft_embeddings)
-        per_layer = self.per_layer_inputs(canvas, x)
+        per_layer = self.per_layer_inputs(canvas, x)  # [B, M, C, layers, P] or None
         if self.light is not None:
             if self.light.teacher_state:
                 if teacher_state is None:
@@ -182,7 +182,7 @@ class DiffusionGemma(Gemma):
         included, because it needs the previous tokens, see `serial_logits`.
         """
         args = (canvas, starts, segment_ids, prefix, soft_embeddings, previous, teacher_state)
-        logits = self.draft_logits(self.denoise_hidden(*args))
+        logits = self.draft_logits(self.denoise_hidden(*args))  # [B, M, C, Vd or V]
         if self.light is None or not self.light.draft_vocab_size:
             return logits
         all_logits = jnp.full((*logits.shape[:-1], self.config.vocab_size), -jnp.inf, logits.dtype)
@@ -203,7 +203,7 @@ class DiffusionGemma(Gemma):
         """Returns the logits of some tokens: [B, K, D], [B, P] int32 -> float32 [B, K, P]."""
 
         def score_row(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-            return self.embedder.decode(hidden, self.embedder.embedding[tokens])
+            return self.embedder.decode(hidden, self.embedder.embedding[tokens])  # [K, P]
 
         return jax.vmap(score_row)(hidden, tokens)
 

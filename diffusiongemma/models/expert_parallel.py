@@ -92,12 +92,12 @@ def _sums_backward(residuals: tuple[jax.Array, ...], gradient: jax.Array):
     Each row belongs to exactly one token.
     """
     outputs, weights, place = residuals
-    flat = place.reshape(-1)
+    flat = place.reshape(-1)  # [n], n = t * k
     order = jnp.zeros_like(flat).at[flat].set(jnp.arange(flat.size), unique_indices=True)
-    rows = gradient.astype(outputs.dtype)[order // place.shape[1]]
+    rows = gradient.astype(outputs.dtype)[order // place.shape[1]]  # [n, D]
     by_outputs = rows * weights.reshape(-1)[order][:, None]
     products = rows.astype(jnp.float32) * outputs.astype(jnp.float32)
-    by_weights = jnp.sum(products, axis=1)[flat].reshape(weights.shape)
+    by_weights = jnp.sum(products, axis=1)[flat].reshape(weights.shape)  # [t, k]
     return by_outputs, by_weights.astype(weights.dtype), None
 
 
@@ -109,14 +109,14 @@ def _sorted_mlps(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the outputs [n, D] of the pairs sorted by expert, and the row [n] of each pair."""
     gate, up, down = kernels
-    order = jnp.argsort(expert)  # stable, so the pairs of one expert stay in order
+    order = jnp.argsort(expert)  # [n], stable: the pairs of one expert stay in order
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
-    sizes = jnp.bincount(expert, length=gate.shape[0]).astype(jnp.int32)
+    sizes = jnp.bincount(expert, length=gate.shape[0]).astype(jnp.int32)  # [E]
     # Rows without an expert are last; their values are undefined in the forward and backward pass.
-    inside = (jnp.arange(expert.size) < jnp.sum(sizes))[:, None]
-    rows = x[token[order]]
+    inside = (jnp.arange(expert.size) < jnp.sum(sizes))[:, None]  # [n, 1]
+    rows = x[token[order]]  # [n, D]
     rows = rows if every else jnp.where(inside, rows, 0)
-    hidden = nn.gelu(grouped_product(rows, gate, sizes), approximate=True)
+    hidden = nn.gelu(grouped_product(rows, gate, sizes), approximate=True)  # [n, F]
     hidden *= grouped_product(rows, up, sizes)
     outputs = grouped_product(hidden.astype(x.dtype), down, sizes, x.dtype)
     return outputs if every else jnp.where(inside, outputs, 0), place
@@ -190,12 +190,12 @@ def experts_on_mesh(
         if gathered:
             kernels = _gathered_kernels(kernels, gathered)
         width, top_k = x.shape[-1], experts.shape[-1]
-        flat = experts.reshape(-1, top_k)
+        flat = experts.reshape(-1, top_k)  # [t, k]
         if exchange:
             devices = tuple(axis for axis in mesh.axis_names if axis in token_axes)
             ways = mesh.shape[along[0]]
             inputs = (x.reshape(-1, width), flat.reshape(-1), kernels)
-            pairs = exchanged_pairs(*inputs, along[0], ways, devices)
+            pairs = exchanged_pairs(*inputs, along[0], ways, devices)  # [t * k, D]
             outputs = jnp.einsum(
                 'tkd,tk->td',
                 pairs.reshape(-1, top_k, width),
@@ -205,7 +205,7 @@ def experts_on_mesh(
         else:
             flat = _local_experts(flat, kernels[0].shape[0], along)
             routed = (x.reshape(-1, width), weights.reshape(-1, top_k), flat, kernels)
-            outputs = routed_mlps(*routed, every=not along)
+            outputs = routed_mlps(*routed, every=not along)  # [t, D]
         outputs = jax.lax.psum(outputs, summed) if summed else outputs
         return outputs.astype(x.dtype).reshape(x.shape)  # if earlier, XLA would store float32 rows
 
@@ -272,23 +272,23 @@ def exchanged_pairs(
     num_pairs, top_k, num_local = experts.size, experts.size // x.shape[0], kernels[0].shape[0]
     worst = x.shape[0] * min(top_k, num_local)  # the experts of a token are distinct
     capacity = min(worst, math.ceil(ROUND_SLACK * num_pairs / ways))
-    order = jnp.argsort(experts)  # this also sorts by destination
+    order = jnp.argsort(experts)  # [n], this also sorts by destination
     counts = jnp.bincount(experts // num_local, length=ways)  # [ways], the pairs for each device
-    starts = jnp.cumsum(counts) - counts
+    starts = jnp.cumsum(counts) - counts  # [ways], the first pair of each device in `order`
     largest_count = jax.lax.pmax(jnp.max(counts), token_axes)
     send = functools.partial(jax.lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0)
 
     def take_round(first: jax.Array | int, outputs: jax.Array) -> jax.Array:
         """Fills in the outputs of up to `capacity` pairs per destination, from pair `first` on."""
-        place = first + jnp.arange(capacity)
+        place = first + jnp.arange(capacity)  # [capacity]
         used = place < counts[:, None]  # [ways, capacity]
-        pair = order[jnp.minimum(starts[:, None] + place, num_pairs - 1)]
-        tokens = jnp.where(used[..., None], x[pair // top_k], 0)
-        tokens = send(tokens).reshape(ways * capacity, -1)
+        pair = order[jnp.minimum(starts[:, None] + place, num_pairs - 1)]  # [ways, capacity]
+        tokens = jnp.where(used[..., None], x[pair // top_k], 0)  # [ways, capacity, D]
+        tokens = send(tokens).reshape(ways * capacity, -1)  # [ways * capacity, D]
         expert = send(jnp.where(used, experts[pair] % num_local, num_local)).reshape(-1)
         token = jnp.arange(expert.size)
         results = grouped_mlps(tokens, token, expert, kernels)
-        results = send(results.reshape(ways, capacity, -1))
+        results = send(results.reshape(ways, capacity, -1))  # [ways, capacity, D]
         return outputs.at[jnp.where(used, pair, num_pairs)].set(results, mode='drop')
 
     def next_round(outputs: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:

@@ -109,7 +109,7 @@ def gather_draft_head(model: Gemma, params: Params) -> tuple[Gemma, Params]:
     """
     if DRAFT_IDS not in params or model.execution.gather_draft_head:
         return model, params
-    head = jnp.take(params['embedder']['embedding'], params[DRAFT_IDS], axis=0)
+    head = jnp.take(params['embedder']['embedding'], params[DRAFT_IDS], axis=0)  # [Vd, D]
     head = head.astype(model.denoise_dtype)
     return with_execution(model, gather_draft_head=True), params | {DRAFT_HEAD: head}
 

@@ -158,11 +158,11 @@ def _project_output_major(
     sizes |= dict(zip(outputs + inputs, kernel.shape, strict=True))
     # Reshape to matrices: for several input axes XLA would reorder them and copy the kernel.
     x = x.transpose([of_x.index(index) for index in rows + inputs])
-    x = x.reshape(math.prod(sizes[index] for index in rows), -1)
-    kernel = kernel.reshape(math.prod(sizes[index] for index in outputs), x.shape[1])
+    x = x.reshape(math.prod(sizes[index] for index in rows), -1)  # [r, i]
+    kernel = kernel.reshape(math.prod(sizes[index] for index in outputs), x.shape[1])  # [o, i]
     if len(x) <= FEW_ROWS and x.dtype == jnp.float32 and not is_quantized(kernel):
         # Without the barrier XLA swaps the operands of the matmul to avoid the transpose.
-        product = jax.lax.optimization_barrier(contract('oi,ri->or', kernel, x)).T
+        product = jax.lax.optimization_barrier(contract('oi,ri->or', kernel, x)).T  # [r, o]
     else:
         product = _multiply('ri,oi->ro', x, kernel)
     product = product.reshape([sizes[index] for index in rows + outputs])
@@ -231,6 +231,7 @@ class Embedder(nn.Module):
 
     def encode(self, tokens: Int[Array, '*B']) -> Float[Array, '*B D']:
         """Returns embeddings scaled by sqrt(D): [...] int32 -> [..., D]."""
+        # Rounded to the compute dtype, as in Google's code.
         scale = jnp.asarray(self.width**0.5, self.dtype)
         return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype) * scale
 
@@ -246,10 +247,10 @@ class Embedder(nn.Module):
         logsumexp(logits) if it is known, which saves two passes over the logits.
         """
         table = self._table(dtype)
-        rows = logits.astype(jnp.float32).reshape(-1, self.vocab_size)
+        rows = logits.astype(jnp.float32).reshape(-1, self.vocab_size)  # [t, V]
         product = functools.partial(contract, 'tv,vd->td')
         if self.execution.output_major and self.vocab_size > LARGE_VOCABULARY:
-            soft = expected_rows_by_parts(rows, product, table)
+            soft = expected_rows_by_parts(rows, product, table)  # [t, D]
         elif log_z is not None:
             soft = product(jnp.exp(rows - log_z.reshape(-1, 1)).astype(dtype), table)
         else:
@@ -263,14 +264,14 @@ class Embedder(nn.Module):
 
         `table` [n, D] replaces the whole embedding by the rows of some tokens.
         """
-        tokens = hidden.reshape(-1, self.width)
+        tokens = hidden.reshape(-1, self.width)  # [t, D]
         dtype = hidden.dtype
-        embedding = self._table(dtype) if table is None else table.astype(dtype)
+        embedding = self._table(dtype) if table is None else table.astype(dtype)  # [n, D]
         large = len(embedding) > LARGE_VOCABULARY
         if self.execution.output_major and large and FEW_ROWS // 2 < len(tokens) <= FEW_ROWS:
             logits = logits_by_parts(tokens, self._logits, embedding)
         else:
-            logits = self._logits(tokens, embedding)
+            logits = self._logits(tokens, embedding)  # [t, n]
         return logits.reshape(*hidden.shape[:-1], len(embedding))
 
     def _table(self, dtype: DTypeLike) -> Float[Array, 'n D']:
@@ -305,7 +306,7 @@ def rope_tables(
     # Computed on the host in float64: the power function of an accelerator has a relative error of
     # about 1e-6, which is multiplied by the position.
     frequency = np.where(index < int(fraction * half), theta ** (-2.0 * index / head_dim), 0.0)
-    angle = positions[..., None].astype(jnp.float32) * np.float32(frequency / scale)
+    angle = positions[..., None].astype(jnp.float32) * np.float32(frequency / scale)  # [..., H/2]
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -313,7 +314,7 @@ def apply_rope(
     x: Float[Array, '*B heads H'], cos: Float[Array, '*B h'], sin: Float[Array, '*B h']
 ) -> Float[Array, '*B heads H']:
     """Rotates pairs (i, i + H/2) of x [..., heads, H] by tables [..., H/2], in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]  # broadcast over heads
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [..., heads, H/2]
+    cos, sin = cos[..., None, :], sin[..., None, :]  # [..., 1, H/2]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -122,7 +122,7 @@ class SerialCorrection(nn.Module):
 
     def __call__(self, previous: Int[Array, '*B']) -> Float[Array, '*B Vd']:
         """Returns the bigram term for previous tokens, as rows [...] int32 -> [..., Vd] float32."""
-        rows = jnp.take(self.previous, previous.reshape(-1), axis=0).astype(jnp.float32)
+        rows = jnp.take(self.previous, previous.reshape(-1), axis=0).astype(jnp.float32)  # [t, r]
         gain = project('tr,rv->tv', rows, self.following)
         return gain.reshape(*previous.shape, gain.shape[-1])
 

@@ -235,5 +235,5 @@ def _with_delta(
             'they are not of this base.'
         )
     delta = jnp.einsum('...ir,...ro->...io', a, b, preferred_element_type=jnp.float32)
-    delta = config.scale * delta.reshape(kernel.shape)
+    delta = config.scale * delta.reshape(kernel.shape)  # [*batch, *in, *out]
     return (jnp.asarray(kernel).astype(jnp.float32) + delta).astype(kernel.dtype)

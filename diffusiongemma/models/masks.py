@@ -71,7 +71,7 @@ class CausalMask:
 
     def rows(self, queries: Int[Array, ' Q']) -> AttentionMask:
         """Returns the mask of some of the T queries, by their indices [Q] int32."""
-        positions, segment_ids = self.positions[:, queries], self.segment_ids[:, queries]
+        positions, segment_ids = self.positions[:, queries], self.segment_ids[:, queries]  # [B, Q]
         return self._of(positions, segment_ids)
 
     def all_rows(self) -> AttentionMask:
@@ -80,7 +80,7 @@ class CausalMask:
 
     def _of(self, positions: Int[Array, 'B Q'], segment_ids: Int[Array, 'B Q']) -> AttentionMask:
         def visible(keys: KeyTokens) -> Bool[Array, 'B 1 Q S']:
-            same = segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+            same = segment_ids[:, :, None] == keys.segment_ids[:, None, :]  # [B, Q, keys]
             distance = positions[:, :, None] - keys.positions[:, None, :]
             near = distance >= 0
             if self.window is not None:
@@ -120,10 +120,10 @@ def canvas_mask(
       prefix: the S clean tokens.
       window: the window of the layer, or None.
     """
-    same = segment_ids[:, :, None] == prefix.segment_ids[:, None, :]
-    distance = starts[:, :, None] - prefix.positions[:, None, :]  # 1 = the token before
+    same = segment_ids[:, :, None] == prefix.segment_ids[:, None, :]  # [B, M, S]
+    distance = starts[:, :, None] - prefix.positions[:, None, :]  # [B, M, S], 1 = the token before
     visible = same & (prefix.segment_ids > 0)[:, None, :] & (distance >= 1)
     if window is not None:
         visible &= distance <= canvas_prefix_window(window)
-    block = jnp.ones((*starts.shape, 1, canvas_length), bool)
-    return AttentionMask(prefix=visible[:, :, None, :], block=block)
+    block = jnp.ones((*starts.shape, 1, canvas_length), bool)  # [B, M, 1, C]
+    return AttentionMask(prefix=visible[:, :, None, :], block=block)  # prefix: [B, M, 1, S]

@@ -34,11 +34,12 @@ class Router(nn.Module):
         d, num_experts = self.width, self.config.num_experts
         ones = nn.initializers.ones
         scale = weight(self, 'router/scale', ones, (d,))
+        # The factor D^-1/2 is in its inputs, so its initial values have unit variance.
         kernel = weight(self, 'router/kernel', kernel_init(1), (d, num_experts))
         expert_scale = weight(self, 'router/per_expert_scale', ones, (num_experts,))
         hidden = rms_normalize(x, self.norm_eps) * scale * d**-0.5
         probs = jax.nn.softmax(hidden @ kernel, axis=-1)  # [..., E]
-        weights, experts = jax.lax.top_k(probs, self.config.top_k)
+        weights, experts = jax.lax.top_k(probs, self.config.top_k)  # [..., k]
         weights /= jnp.sum(weights, axis=-1, keepdims=True)
         return weights * expert_scale[experts], experts
 
@@ -67,16 +68,16 @@ class Experts(nn.Module):
             warn_of_fallback(of(x.reshape(-1, self.width)), of(kernels[0]), self.execution.platform)
         if self.execution.mesh is not None:
             if self.execution.output_major:
-                kernels = tuple(kernel.swapaxes(1, 2) for kernel in kernels)
+                kernels = tuple(kernel.swapaxes(1, 2) for kernel in kernels)  # [E, in, out]
             return experts_on_mesh(x, weights, experts, kernels, self.execution)
-        flat = x.reshape(-1, self.width)
+        flat = x.reshape(-1, self.width)  # [t, D]
         if not self.execution.output_major:
             top_k = experts.shape[-1]
             args = (flat, weights.reshape(-1, top_k), experts.reshape(-1, top_k), kernels)
             return routed_mlps(*args, every=True).astype(self.dtype).reshape(x.shape)
-        token = jnp.arange(experts.size) // experts.shape[-1]  # of each token-expert pair
+        token = jnp.arange(experts.size) // experts.shape[-1]  # [t * k], of each pair
         outputs = mlps_by_blocks(flat, token, experts.reshape(-1), kernels)
-        outputs = outputs.reshape(*experts.shape, self.width)
+        outputs = outputs.reshape(*experts.shape, self.width)  # [B, M, T, k, D]
         return jnp.einsum('bmtkd,bmtk->bmtd', outputs, weights.astype(self.dtype))
 
 

@@ -28,13 +28,14 @@ class PerLayerEmbedder(nn.Module):
         shape = (per_layer.vocab_size, num_layers, p)
         self.embedding = weight(self, 'per_layer_embedder/embedding', kernel_init(p), shape)
         shape = (d, num_layers, p)
+        # `__call__` multiplies its outputs by D^-1/2, so its initial values have unit variance.
         self.projection = weight(self, 'per_layer_embedder/projection', kernel_init(1), shape)
         self.projection_norm = RMSNorm(config.norm_eps, config.norm_scale_offset)
 
     def __call__(self, tokens: jax.Array, embeddings: jax.Array) -> jax.Array:
         """Returns [..., layers, P] for tokens [...] int32 and first-layer inputs [..., D]."""
         width = self.embedding.shape[-1]
-        looked_up = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        looked_up = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)  # [..., layers, P]
         looked_up *= jnp.asarray(width**0.5, self.dtype)
         projected = jnp.einsum('...d,dlp->...lp', embeddings, self.projection.astype(self.dtype))
         projected = self.projection_norm(projected * self.config.width**-0.5)

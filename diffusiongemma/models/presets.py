@@ -141,7 +141,7 @@ GEMMA3_27B = _gemma3(
     window=1024,
     max_positions=128 * _K,
     head_dim=128,
-    query_scale=(5376 / 32) ** -0.5,
+    query_scale=(5376 / 32) ** -0.5,  # (D / N)^-1/2; the head width is 128
     rope_scale=8.0,
 )
 
@@ -157,7 +157,7 @@ GEMMA4_E2B = _gemma4(
     value_is_key=False,
     per_layer=PerLayerConfig(width=256, vocab_size=VOCAB_SIZE),
     num_kv_shared_layers=20,
-    kv_shared_ffn_width=2 * 6144,
+    kv_shared_ffn_width=2 * 6144,  # `override_kv_shared_ffw_hidden` in _gemma4.py
 )
 GEMMA4_E4B = _gemma4(
     width=2560,

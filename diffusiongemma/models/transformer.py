@@ -103,6 +103,7 @@ class Gemma(nn.Module):
         x = self.execution.constrain(x, *ACTIVATION_AXES)
         per_layer = self.per_layer_inputs(tokens[:, None], x)
         hidden, block_kv = self.backbone(x, prefix.kv, context, 'encode', per_layer)
+        # Keys and values [.., B, K, 1, T, H] lose the axis of blocks.
         return hidden[:, 0], jax.tree.map(lambda a: a.squeeze(-3), block_kv)
 
     def _causal_mask(

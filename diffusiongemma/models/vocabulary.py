@@ -54,7 +54,7 @@ def logits_by_parts(
     """
 
     def add(logits: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
-        rows = jax.lax.dynamic_slice_in_dim(table, start, length)
+        rows = jax.lax.dynamic_slice_in_dim(table, start, length)  # [n, D]
         return jax.lax.dynamic_update_slice_in_dim(logits, product(hidden, rows), start, axis=1)
 
     logits = jnp.zeros((hidden.shape[0], table.shape[0]), jnp.float32)
@@ -72,13 +72,13 @@ def expected_rows_by_parts(
         float32.
       table: [V, D]; the weights are cast to its dtype.
     """
-    largest = jnp.max(logits, axis=-1, keepdims=True)
+    largest = jnp.max(logits, axis=-1, keepdims=True)  # [t, 1]
 
     def add(totals: tuple[jax.Array, jax.Array], start: jax.Array | int, length: int):
-        rows = jax.lax.dynamic_slice_in_dim(table, start, length)
+        rows = jax.lax.dynamic_slice_in_dim(table, start, length)  # [n, D]
         weights = jnp.exp(jax.lax.dynamic_slice_in_dim(logits, start, length, axis=1) - largest)
         expected, total = totals
-        expected += product(weights.astype(table.dtype), rows)
+        expected += product(weights.astype(table.dtype), rows)  # [t, n] x [n, D] -> [t, D]
         return expected, total + jnp.sum(weights, axis=-1, keepdims=True)
 
     nothing = jnp.zeros((logits.shape[0], table.shape[1])), jnp.zeros_like(largest)
@@ -102,7 +102,7 @@ def log_partition_and_entropy(
     def sums(logits: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
         shifted = logits - largest[..., None]
         weights = jnp.exp(shifted)
-        weighted = jnp.where(weights > 0, weights * shifted, 0.0)
+        weighted = jnp.where(weights > 0, weights * shifted, 0.0)  # 0 * -inf is NaN
         return jnp.sum(weights, axis=-1), jnp.sum(weighted, axis=-1)
 
     def sums_by_parts(logits: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -145,7 +145,7 @@ def _largest_of_each(*arrays: jax.Array) -> tuple[Largest, ...]:
 
 def _largest_in_one_pass(*arrays: jax.Array) -> tuple[Largest, ...]:
     axis = arrays[0].ndim - 1
-    index = jax.lax.broadcasted_iota(jnp.int32, arrays[0].shape, axis)
+    index = jax.lax.broadcasted_iota(jnp.int32, arrays[0].shape, axis)  # [..., V], the tokens
 
     def larger(one: Sequence[jax.Array], other: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Compares (value, index) pairs, which are one after another; NaN is the largest value."""
@@ -169,9 +169,9 @@ def _argmax(logits: jax.Array) -> jax.Array:
 
 def _argmax_of_chunks(logits: jax.Array, size: int) -> jax.Array:
     """Returns the argmax in two steps, over chunk maxima and in a chunk; only max is vectorized."""
-    chunks = logits.reshape(*logits.shape[:-1], -1, size)
+    chunks = logits.reshape(*logits.shape[:-1], -1, size)  # [..., chunks, size]
     chunk = _argmax(jnp.max(chunks, axis=-1))
-    chosen = jnp.take_along_axis(chunks, chunk[..., None, None], axis=-2)[..., 0, :]
+    chosen = jnp.take_along_axis(chunks, chunk[..., None, None], axis=-2)[..., 0, :]  # [..., size]
     return chunk * size + _argmax(chosen)
 
 

@@ -70,7 +70,7 @@ def attend_fused(
     Returns:
       [B, 1, T, N, H] in the dtype of the query.
     """
-    key, value = (array[:, :, 0] for array in block_kv)
+    key, value = (array[:, :, 0] for array in block_kv)  # [B, K, T, H]
     length, heads = query.shape[2:4]
     if execution.mesh is None:
         attend = jax.vmap(_kernel(length, heads, mask.window, interpret))
@@ -111,6 +111,7 @@ def _kernel(length: int, heads: int, window: int | None, interpret: bool) -> Ker
     if window is None or window >= length:
         mask: Any = splash.CausalMask((length, length))
     else:
+        # The window counts the keys before and after a query, without its own.
         mask = splash.LocalMask((length, length), window_size=(window - 1, 0), offset=0)
     block = next(size for size in BLOCKS if length % size == 0)
     names = ('block_q', 'block_kv', 'block_q_dkv', 'block_kv_dkv', 'block_q_dq', 'block_kv_dq')

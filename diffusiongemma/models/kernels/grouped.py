@@ -24,7 +24,7 @@ def grouped_product(
     if not is_quantized(kernels):
         return grouped_matmul(x, kernels, group_sizes, dtype)
     sums = grouped_matmul(x, kernels.qvalue, group_sizes)
-    group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0]), side='right')
+    group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0]), side='right')  # [N]
     return (sums * kernels.scale[:, 0].at[group].get(mode='clip')).astype(dtype)  # [N, F]
 
 
@@ -127,7 +127,7 @@ def _forward(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: An
 def _backward(dtype: Any, residuals: tuple[jax.Array, ...], gradient: jax.Array):
     x, kernels, group_sizes = residuals
     gradient = gradient.astype(x.dtype)
-    by_x = _multiply(gradient, kernels.swapaxes(1, 2), group_sizes, x.dtype)
+    by_x = _multiply(gradient, kernels.swapaxes(1, 2), group_sizes, x.dtype)  # [N, D]
     return by_x, _outer(x, gradient, group_sizes, kernels.dtype), None
 
 
@@ -160,23 +160,24 @@ class _Blocks:
 
     def __init__(self, num_rows: int, group_sizes: jax.Array, largest: int = LARGEST_BLOCK) -> None:
         num_groups = group_sizes.shape[0]
+        # Twice the mean, as in `grouped_gpu._tile`, so that most groups have one block.
         rows_per_group = max(1, 2 * num_rows // num_groups)
         self.size = min(1 << (rows_per_group - 1).bit_length(), largest)
         self.count = -(-num_rows // self.size) + num_groups  # the maximum number of blocks
         leading = int(num_rows >= num_groups)
         self.first = leading * num_groups  # the number of first blocks of groups
         others = jnp.maximum(-(-group_sizes // self.size) - leading, 0)  # [E], later blocks
-        last_other, last_row = jnp.cumsum(others), jnp.cumsum(group_sizes)
+        last_other, last_row = jnp.cumsum(others), jnp.cumsum(group_sizes)  # [E]
         self.used = self.first + last_other[-1]
         index = jnp.arange(self.count) - self.first
-        self.group = jnp.searchsorted(last_other, index, side='right')  # groups of later blocks
+        self.group = jnp.searchsorted(last_other, index, side='right')  # [blocks], of later ones
         rows = jnp.arange(num_rows)
         group = jnp.searchsorted(last_row, rows, side='right')
-        inside = rows - (last_row - group_sizes)[group]
+        inside = rows - (last_row - group_sizes)[group]  # [N], the index in the group
         block = inside // self.size - leading
         block = jnp.where(block < 0, group, self.first + (last_other - others)[group] + block)
         # Rows without a group have no slot: `fill` drops them, and `rows` returns zeros for them.
-        place = block * self.size + inside % self.size
+        place = block * self.size + inside % self.size  # [N], the slot of each row
         self.place = jnp.where(rows < last_row[-1], place, self.count * self.size)
 
     def fill(self, x: jax.Array) -> jax.Array:
@@ -187,7 +188,7 @@ class _Blocks:
 
     def rows(self, blocks: jax.Array) -> jax.Array:
         """Returns the rows of blocks, the inverse of `fill`."""
-        flat = blocks.reshape(self.count * self.size, -1)
+        flat = blocks.reshape(self.count * self.size, -1)  # [slots, D]
         return flat.at[self.place].get(mode='fill', fill_value=0)
 
 
@@ -210,7 +211,7 @@ def _by_blocks(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array) -> jax.
 
 def _outer_by_blocks(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.Array:
     blocks = _Blocks(x.shape[0], group_sizes)
-    left, right = blocks.fill(x), blocks.fill(y)
+    left, right = blocks.fill(x), blocks.fill(y)  # [blocks, R, D], [blocks, R, F]
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
         return total.at[blocks.group[i]].add(_dot('rd,rf->df', left[i], right[i]))
@@ -244,11 +245,11 @@ def mlps_by_blocks(
     order = jnp.argsort(expert)
     sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
     blocks = _Blocks(expert.size, sizes, LARGEST_BLOCK_OF_MLPS)
-    place = jnp.zeros_like(blocks.place).at[order].set(blocks.place, unique_indices=True)
+    place = jnp.zeros_like(blocks.place).at[order].set(blocks.place, unique_indices=True)  # [n]
     nothing = jnp.full((blocks.count * blocks.size,), x.shape[0], token.dtype)
-    source = nothing.at[place].set(token, unique_indices=True)
+    source = nothing.at[place].set(token, unique_indices=True)  # [slots], the row of x
     filled = x.at[source].get(mode='fill', fill_value=0)
-    filled = filled.reshape(blocks.count, blocks.size, -1)
+    filled = filled.reshape(blocks.count, blocks.size, -1)  # [blocks, R, D]
 
     def add_block(i: jax.Array, outputs: jax.Array) -> jax.Array:
         expert_kernels = jax.tree.map(lambda leaf: leaf[blocks.group[i]], kernels)
@@ -266,7 +267,7 @@ def _gated_mlp(x: jax.Array, kernels: tuple[Any, Any, Any]) -> jax.Array:
     """Returns [..., R, D] float32 for x [..., R, D], gate and up [..., F, D], down [..., D, F]."""
     gate, up, down = kernels
     x = x.swapaxes(-1, -2)  # [..., D, R]: rows are the last axis from here on
-    hidden = nn.gelu(_times(gate, x), approximate=True) * _times(up, x)
+    hidden = nn.gelu(_times(gate, x), approximate=True) * _times(up, x)  # [..., F, R]
     return _times(down, hidden.astype(x.dtype)).swapaxes(-1, -2)
 
 

@@ -45,7 +45,7 @@ def grouped_matmul_gpu(
     blocks = -(-group_sizes // rows)  # [E]
     last_block, last_row = jnp.cumsum(blocks), jnp.cumsum(group_sizes)
     count = num_rows // rows + min(num_groups, num_rows)  # the maximum number of blocks
-    block = jnp.arange(count, dtype=jnp.int32)
+    block = jnp.arange(count, dtype=jnp.int32)  # [blocks]
     group = jnp.searchsorted(last_block, block, side='right').astype(jnp.int32)
     group = jnp.minimum(group, num_groups - 1)
     first = (last_row - group_sizes)[group] + rows * (block - (last_block - blocks)[group])
@@ -124,7 +124,7 @@ def _kernel(
 
     @pl.when(start < end)
     def _():
-        inside = start + jnp.arange(rows) < end
+        inside = start + jnp.arange(rows) < end  # [rows]
 
         def add(step: jax.Array, total: jax.Array) -> jax.Array:
             inner = pl.ds(step * INNER, INNER)
@@ -134,7 +134,7 @@ def _kernel(
                 other=0,
             )
             right = plgpu.load(kernels.at[expert, inner, tile]).astype(left.dtype)
-            return total + _dot(left, right)
+            return total + _dot(left, right)  # [rows, columns]
 
         nothing = jnp.zeros((rows, columns), jnp.float32)
         total = jax.lax.fori_loop(0, x.shape[1] // INNER, add, nothing)

@@ -55,7 +55,7 @@ def grouped_matmul_tpu(
       [N, F] in `dtype`.
     """
     transposed = is_stored_transposed(kernels.shape[1:])
-    rhs = kernels.swapaxes(1, 2) if transposed else kernels
+    rhs = kernels.swapaxes(1, 2) if transposed else kernels  # [E, F, D] or [E, D, F]
     inner = _side(kernels.shape[1], 4096)
     outer = _side(kernels.shape[2], WEIGHT_TILE_BYTES // (inner * kernels.dtype.itemsize))
     gmm = _megablox('gmm')
