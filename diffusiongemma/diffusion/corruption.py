@@ -42,6 +42,7 @@ class UniformCorruption:
         self, key: Key[Array, ''], tokens: Int[Array, '*B'], noise_level: Float[Array, '*#B']
     ) -> tuple[Int[Array, '*B'], Bool[Array, '*B']]:
         position_key, noise_key = jax.random.split(key)
+        # A uniform draw is less than 1, so a noise level of 1 corrupts every token.
         corrupted = jax.random.uniform(position_key, tokens.shape) < noise_level
         noise = jax.random.randint(noise_key, tokens.shape, 0, self.vocab_size, tokens.dtype)
         return jnp.where(corrupted, noise, tokens), corrupted
@@ -76,6 +77,6 @@ def sample_noise_levels(
     count = 1
     for size in shape:
         count *= size
-    grid = (jax.random.uniform(offset_key) + jnp.arange(count) / count) % 1.0
+    grid = (jax.random.uniform(offset_key) + jnp.arange(count) / count) % 1.0  # [count]
     levels = minimum + (1.0 - minimum) * jax.random.permutation(order_key, grid)
     return levels.reshape(shape)
