@@ -17,7 +17,7 @@ def anchor_places(batch: Batch, lookup_ngram: int = 0, prompts: bool = False) ->
     if prompts:  # except for the first token of a document, which has no hidden state before it
         is_target = (segment_ids > 0) & (batch['positions'] > 0)
     followed = jnp.roll(is_target, -1, axis=1) & (jnp.roll(segment_ids, -1, axis=1) == segment_ids)
-    places = (is_target & followed).at[:, -1].set(False)
+    places = (is_target & followed).at[:, -1].set(False)  # `roll` wraps around
     return places & ~occurs_earlier(batch, lookup_ngram) if lookup_ngram else places
 
 
@@ -31,7 +31,7 @@ def occurs_earlier(batch: Batch, ngram: int) -> jax.Array:
     for k in range(1, ngram):  # the tokens k positions earlier must be equal as well
         runs &= jnp.pad(equal, [(0, 0), (k, 0), (k, 0)])[:, :length, :length]
     index = jnp.arange(length)
-    return jnp.any(runs & (index < index[:, None]), axis=-1)
+    return jnp.any(runs & (index < index[:, None]), axis=-1)  # [B, L], over earlier tokens
 
 
 def draw_anchors(key: jax.Array, places: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -56,7 +56,7 @@ def draw_anchors(key: jax.Array, places: jax.Array, count: int) -> tuple[jax.Arr
             f'{length - 1}, or longer rows.'
         )
     drawn = jnp.where(places, jax.random.uniform(key, places.shape), -1.0)
-    scores, anchors = jax.lax.top_k(drawn, count)
+    scores, anchors = jax.lax.top_k(drawn, count)  # [B, A], a draw without replacement
     # No draft starts at the last token of a row, so this index marks unused anchors.
     anchors = jnp.sort(jnp.where(scores >= 0, anchors, length - 1), axis=1)
     return anchors.astype(jnp.int32), anchors < length - 1

@@ -127,7 +127,7 @@ class Answerer:
         tokens, lengths = self._padded(prompts)
         indices = np.asarray(self._filled([row['index'] for row in rows]), np.int32)
         tokens, lengths, indices = processes.in_shards((tokens, lengths, indices), self._rows)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self._key, indices)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self._key, indices)  # [B]
         output = processes.on_host(self._sampler(self._params, tokens, lengths, rng=keys))
         texts = decode_responses(self._tokenizer, output)
         num_tokens = int(np.sum(output.lengths[: len(rows)]))
@@ -215,7 +215,7 @@ def top_k_at(
     hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)  # [B, R, D]
 
     def at_one_place(hidden: jax.Array) -> TopKDistribution:
-        return TopKDistribution.of(model.apply(variables, hidden, method='unembed'), k)
+        return TopKDistribution.of(model.apply(variables, hidden, method='unembed'), k)  # [B, k]
 
-    by_place = jax.lax.map(at_one_place, hidden.swapaxes(0, 1))  # [R, B]
+    by_place = jax.lax.map(at_one_place, hidden.swapaxes(0, 1))  # leaves [R, B, ...]
     return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), by_place)

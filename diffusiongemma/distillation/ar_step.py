@@ -26,12 +26,12 @@ def make_ar_train_step(
     def loss_fn(params: dict, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         variables, tokens, weights = {'params': params}, rows['tokens'], rows['target_weights']
         args = (tokens, rows['positions'], rows['segment_ids'])
-        hidden, _ = model.apply(variables, *args, method='encode')
+        hidden, _ = model.apply(variables, *args, method='encode')  # [B, L, D]
 
         def score(
             params: dict, hidden: jax.Array, following: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            logits = model.apply({'params': params}, hidden, method='unembed')
+            logits = model.apply({'params': params}, hidden, method='unembed')  # [B, c, V]
             hits = jnp.argmax(logits, axis=-1) == following
             return cross_entropy(logits, following), hits.astype(jnp.float32)
 

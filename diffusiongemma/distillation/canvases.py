@@ -47,7 +47,7 @@ def draw_noise(
         of sampling.
     """
     level_key, all_key, noise_key = jax.random.split(key, 3)
-    noise_level = sample_noise_levels(level_key, canvases.shape[:2], min_noise_level)
+    noise_level = sample_noise_levels(level_key, canvases.shape[:2], min_noise_level)  # [B, N]
     all_noise = jax.random.bernoulli(all_key, all_noise_rate, noise_level.shape)
     noise_level = jnp.where(all_noise, 1.0, noise_level)
     noisy, corrupted = corruption.corrupt(noise_key, canvases, noise_level[..., None])
@@ -94,10 +94,10 @@ def canvas_teacher(values: Any, batch: Batch) -> tuple[Any, Bool[Array, 'B N C']
     index = batch['canvas_offsets'][..., None] + jnp.arange(canvas_length)  # [B, N, C]
     row_length = batch['tokens'].shape[1]
     clipped = jnp.clip(index, 1, row_length - 1)
-    rows = jnp.arange(index.shape[0])[:, None, None]
+    rows = jnp.arange(index.shape[0])[:, None, None]  # [B, 1, 1]
     same_document = batch['segment_ids'][rows, clipped] == batch['canvas_segment_ids'][..., None]
-    used = (batch['canvas_segment_ids'] > 0)[..., None]
-    conditionals = jax.tree.map(lambda leaf: leaf[rows, clipped - 1], values)
+    used = (batch['canvas_segment_ids'] > 0)[..., None]  # [B, N, 1]
+    conditionals = jax.tree.map(lambda leaf: leaf[rows, clipped - 1], values)  # [B, N, C, ...]
     return conditionals, same_document & used & (index < row_length)
 
 
@@ -121,7 +121,7 @@ def kl_weights(
       has_target: [B, N, C] bool, the positions for which there is a teacher distribution.
       kd_weight: the weight of the KL at t = 1.
     """
-    weight = kd_weight * noisy.noise_level[..., None]
+    weight = kd_weight * noisy.noise_level[..., None]  # [B, N, 1]
     return jnp.where(noisy.corrupted & has_target, weight, 0.0)
 
 

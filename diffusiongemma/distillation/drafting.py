@@ -141,9 +141,9 @@ class Drafting(DraftingConfig):
         """Returns the random choices of a step, see `step.Objective`."""
         anchor_key, noise_key, refused_key = jax.random.split(key, 3)
         places = anchor_places(batch, self.lookup_ngram, self.prompts)
-        anchors, used = draw_anchors(anchor_key, places, self.anchors_per_row)
+        anchors, used = draw_anchors(anchor_key, places, self.anchors_per_row)  # [B, A]
         shape = (*anchors.shape, self.canvas_length)
-        clean = jnp.zeros(shape, jnp.int32)
+        clean = jnp.zeros(shape, jnp.int32)  # [B, A, C], any tokens: at t = 1 none is kept
         noise, _ = self.corruption.corrupt(noise_key, clean, jnp.ones(()))
         replaced = jax.random.bernoulli(refused_key, float(self.refused_rate), anchors.shape)
         return Draw(anchors, noise, replaced, mean_weights(used))
@@ -166,8 +166,8 @@ class Drafting(DraftingConfig):
         losses = draft.cross_entropy
         if draft.variation is not None:
             losses = (1 - self.total_variation) * losses + self.total_variation * draft.variation
-        weights = self.position_weights().weights(draft.probabilities, draft.valid)
-        total = jnp.maximum(jnp.sum(weights, axis=-1), 1e-6)
+        weights = self.position_weights().weights(draft.probabilities, draft.valid)  # [B, A, K]
+        total = jnp.maximum(jnp.sum(weights, axis=-1), 1e-6)  # [B, A], 1e-6 for an empty draft
         per_canvas = jnp.sum(weights * losses, axis=-1) / total  # [B, A]
         return jnp.sum(per_canvas * draw.canvases), accepted_lengths(draft, draw.canvases)
 
@@ -185,15 +185,16 @@ class Drafting(DraftingConfig):
         tokens, length = batch['tokens'], batch['tokens'].shape[1]
         hidden = _draft_hidden(model, params, anchors, noise, batch, prefix, teacher.hidden)
         places = anchors[..., None] + 1 + jnp.arange(hidden.shape[2])  # [B, A, K]
-        rows = jnp.arange(len(tokens))[:, None, None]
+        rows = jnp.arange(len(tokens))[:, None, None]  # [B, 1, 1]
         inside = jnp.minimum(places, length - 1)
         same = batch['segment_ids'][rows, inside] == _at(batch['segment_ids'], anchors)[..., None]
         valid = (places < length) & same
-        text, before = tokens[rows, inside], tokens[rows, inside - 1]
+        text, before = tokens[rows, inside], tokens[rows, inside - 1]  # [B, A, K]
         if self.prompts:
             greedy = self._greedy_tokens(model, params, teacher.hidden[rows, inside - 1])
             target = jnp.where(batch['target_mask'][rows, inside], text, greedy)
             agrees = jnp.pad(target == text, [(0, 0), (0, 0), (1, 0)], constant_values=True)
+            # A position is valid if text and target agree at all positions before it.
             valid &= jnp.cumprod(agrees[..., :-1].astype(jnp.int32), axis=-1) > 0
             text = target
         values: tuple = ()
@@ -202,13 +203,13 @@ class Drafting(DraftingConfig):
 
         def score(hidden: jax.Array, text: jax.Array, before: jax.Array, *values: Any) -> tuple:
             variables = {'params': params}
-            logits = model.apply(variables, hidden, method='draft_logits')
+            logits = model.apply(variables, hidden, method='draft_logits')  # [B, c, Vd]
             if model.light is not None and model.light.serial_rank:
                 logits += model.apply(variables, before, method='serial_logits')
             row, known = model.apply(variables, text, method='draft_rows')
             known_row = jnp.where(known, row, 0)
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-            log_q = jnp.take_along_axis(log_probs, known_row[..., None], axis=-1)[..., 0]
+            log_q = jnp.take_along_axis(log_probs, known_row[..., None], axis=-1)[..., 0]  # [B, c]
             log_q = jnp.where(known, log_q, 0.0)
             hits = known & (jnp.argmax(logits, axis=-1) == row)
             variation = None
@@ -225,7 +226,7 @@ class Drafting(DraftingConfig):
         """Returns the teacher's argmax draft tokens [B, A, K] for hidden states [B, A, K, D]."""
 
         def choose(hidden: jax.Array) -> jax.Array:
-            logits = model.apply({'params': params}, hidden, method='draft_logits')
+            logits = model.apply({'params': params}, hidden, method='draft_logits')  # [B, c, Vd]
             row = jnp.argmax(logits, axis=-1)
             return model.apply({'params': params}, row, method='draft_tokens').astype(jnp.int32)
 
@@ -248,7 +249,7 @@ class Drafting(DraftingConfig):
         params = jax.lax.stop_gradient(params)
         greedy = dataclasses.replace(self, total_variation=0.0)
         draft = greedy.draft(model, params, draw.anchors, draw.noise, batch, prefix, teacher)
-        refused = draw.anchors + 1 + jnp.sum(draft.accepted, axis=-1)
+        refused = draw.anchors + 1 + jnp.sum(draft.accepted, axis=-1)  # [B, A]
         refused = jnp.minimum(refused, batch['tokens'].shape[1] - 1)
         same = _at(batch['segment_ids'], refused) == _at(batch['segment_ids'], draw.anchors)
         places = anchor_places(batch, self.lookup_ngram, self.prompts)
@@ -276,9 +277,9 @@ def acceptance_by_position(draft: Draft, canvases: jax.Array) -> jax.Array:
 
     Its shape is [K] float32; it is 0 if no draft got that far. Padding does not count.
     """
-    used = (canvases > 0)[..., None]
+    used = (canvases > 0)[..., None]  # [B, A, 1]
     before = jnp.pad(draft.accepted[..., :-1], [(0, 0), (0, 0), (1, 0)], constant_values=True)
-    tried = jnp.sum(used & before & draft.valid, axis=(0, 1))
+    tried = jnp.sum(used & before & draft.valid, axis=(0, 1))  # [K]
     return jnp.sum(used & draft.accepted, axis=(0, 1)) / jnp.maximum(tried, 1)
 
 
@@ -302,10 +303,10 @@ def _draft_hidden(
     if model.config.predict_next:
         canvas, starts, more['previous'] = noise, starts + 1, pending
     else:
-        canvas = jnp.concatenate([pending[..., None], noise[..., 1:]], axis=-1)
+        canvas = jnp.concatenate([pending[..., None], noise[..., 1:]], axis=-1)  # [B, A, C]
     args = (canvas, starts, segment_ids, prefix)
-    output = model.apply({'params': params}, *args, **more, method='denoise_hidden')
-    return output if model.config.predict_next else output[:, :, 1:]
+    output = model.apply({'params': params}, *args, **more, method='denoise_hidden')  # [B, A, C, D]
+    return output if model.config.predict_next else output[:, :, 1:]  # K is C or C - 1
 
 
 def _at(rows: jax.Array, index: jax.Array) -> jax.Array:
@@ -326,5 +327,5 @@ def _total_variation(
     probs = jax.nn.softmax(logits, axis=-1)
     if size < probs.shape[-1]:
         tokens = model.apply({'params': params}, jnp.arange(size), method='draft_tokens')
-        probs = jnp.take(probs, tokens, axis=-1)
+        probs = jnp.take(probs, tokens, axis=-1)  # [..., Vd]; q of other tokens is 0
     return 1 - jnp.sum(jnp.minimum(probs, jnp.exp(log_probs)), axis=-1)

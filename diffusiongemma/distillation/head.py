@@ -143,6 +143,7 @@ def _gather(
     table = shard.astype(dtype) if dtype.itemsize < shard.dtype.itemsize else shard
     for dimension, axes in enumerate(split):
         for axis in reversed(axes):
+            # The innermost axis first, so that the parts are in order.
             table = jax.lax.all_gather(table, axis, axis=dimension, tiled=True)
     return table, jnp.zeros(table.shape, jnp.float32), hidden
 

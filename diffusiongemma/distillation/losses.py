@@ -45,10 +45,10 @@ def over_positions(score: Callable[..., Any], chunk: int, shape: Sequence[int], 
         return jnp.moveaxis(leaf, last, 1).reshape(*flat, *leaf.shape[last + 1 :])
 
     def restore(leaf: jax.Array) -> jax.Array:
-        leaf = leaf.reshape(rows, axes[-1], *axes[:-1], *leaf.shape[2:])
+        leaf = leaf.reshape(rows, axes[-1], *axes[:-1], *leaf.shape[2:])  # [B, C, N, ...]
         return jnp.moveaxis(leaf, 1, last)
 
-    trees = jax.tree.map(flatten, trees)
+    trees = jax.tree.map(flatten, trees)  # [B, P, ...], P = N * C positions
     if not 0 < chunk < positions:
         return jax.tree.map(restore, score(*trees))
     count = -(-positions // chunk)
@@ -61,11 +61,12 @@ def over_positions(score: Callable[..., Any], chunk: int, shape: Sequence[int], 
         return jnp.moveaxis(leaf.reshape(rows, size, count, *leaf.shape[2:]), 2, 0)
 
     def join(leaf: jax.Array) -> jax.Array:
-        leaf = jnp.moveaxis(leaf, 0, 2)
+        leaf = jnp.moveaxis(leaf, 0, 2)  # [B, size, chunks, ...]
         return leaf.reshape(rows, count * size, *leaf.shape[3:])[:, :positions]
 
+    # Needs no barriers: in a loop of several iterations XLA can't merge recomputed values.
     scored = jax.checkpoint(lambda args: score(*args), prevent_cse=False)
-    results = jax.lax.map(scored, jax.tree.map(split, trees))
+    results = jax.lax.map(scored, jax.tree.map(split, trees))  # [chunks, B, size, ...]
     return jax.tree.map(lambda leaf: restore(join(leaf)), results)
 
 

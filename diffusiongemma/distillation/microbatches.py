@@ -43,7 +43,7 @@ def _summed(gradients: Gradients, microbatches: int, params: Any, rows: Any) -> 
         """Splits rows such that part i has rows i, i + parts, ..., which need not change device."""
         return jnp.moveaxis(leaf.reshape(-1, microbatches, *leaf.shape[1:]), 1, 0)
 
-    parts = jax.tree.map(split, rows)
+    parts = jax.tree.map(split, rows)  # [parts, B / parts, ...]
     first = jax.tree.map(lambda leaf: leaf[0], parts)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradients, params, first)

@@ -57,7 +57,7 @@ class DecayWeights:
         self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
     ) -> Float[Array, '*B K']:
         """Returns the weights, see `PositionWeights`."""
-        decay = jnp.exp(-jnp.arange(probabilities.shape[-1]) / self.gamma)
+        decay = jnp.exp(-jnp.arange(probabilities.shape[-1]) / self.gamma)  # [K]
         return jnp.where(valid, decay, 0.0)
 
 

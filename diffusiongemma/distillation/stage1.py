@@ -114,7 +114,7 @@ class Stage1(Stage1Config):
         soft = None
         if self.self_conditioning_rate > 0 and model.config.self_conditioning:
             soft = self._first_prediction(model, params, batch, prefix, noisy)
-            soft = jnp.where(draw.conditioned, soft, 0.0)
+            soft = jnp.where(draw.conditioned, soft, 0.0)  # [B, N, C, D]
         hidden = canvases.denoise(model, params, batch, prefix, noisy.tokens, soft)
         targets, has_target = canvases.canvas_teacher(teacher.values, batch)
         weight = canvases.kl_weights(noisy, has_target, self.kd_weight)
@@ -128,7 +128,7 @@ class Stage1(Stage1Config):
             targets: Any,
             weight: jax.Array,
         ) -> tuple:
-            logits = model.apply({'params': params}, hidden, method='unembed')
+            logits = model.apply({'params': params}, hidden, method='unembed')  # [B, c, V]
             loss = token_loss(logits, clean, teacher.read(targets, teacher_params), weight)
             if jnp.shape(loss) != clean.shape:
                 raise ValueError(
@@ -157,7 +157,7 @@ class Stage1(Stage1Config):
         params, prefix = jax.lax.stop_gradient((params, prefix))
         hidden = canvases.denoise(model, params, batch, prefix, noisy.tokens)
         temperature = jnp.asarray(self.schedule.temperature(noisy.noise_level))[..., None]
-        temperature = jnp.broadcast_to(temperature, noisy.tokens.shape)
+        temperature = jnp.broadcast_to(temperature, noisy.tokens.shape)  # [B, N, C]
 
         def soft_embed(params: Params, hidden: jax.Array, temperature: jax.Array) -> jax.Array:
             logits = model.apply({'params': params}, hidden, method='unembed')

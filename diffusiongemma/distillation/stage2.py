@@ -163,9 +163,9 @@ class Stage2(Stage2Config):
         total = jnp.zeros(())
         rule_state = acceptance.first_state(self.acceptance, _rows(canvas))
         for n in range(self.num_steps):
-            hidden = canvases.denoise(model, params, batch, prefix, canvas, soft)
+            hidden = canvases.denoise(model, params, batch, prefix, canvas, soft)  # [B, N, C, D]
             level = jnp.minimum(draw.noisy.noise_level, self.schedule.noise_level(n))
-            levels = jnp.broadcast_to(level[..., None], clean.shape)
+            levels = jnp.broadcast_to(level[..., None], clean.shape)  # [B, N, C]
             is_last = n + 1 == self.num_steps
 
             read, mix = (params, {} if n else teacher.params), () if n else (targets, weight)
@@ -212,7 +212,7 @@ class Stage2(Stage2Config):
           levels: [B, c] float32, noise levels.
           *mix: at the first step the values of `teacher` and the weights of its KL.
         """
-        logits = model.apply({'params': params}, hidden, method='unembed')
+        logits = model.apply({'params': params}, hidden, method='unembed')  # [B, c, V]
         hits = canvases.hits(logits, clean)
         if mix:
             targets, weight = mix
@@ -226,7 +226,7 @@ class Stage2(Stage2Config):
 
     def shape(self, logits: jax.Array, level: jax.Array) -> jax.Array:
         """Returns shaped logits [..., V] for noise levels [...], without gradient."""
-        temperature = jnp.asarray(self.schedule.temperature(level))[..., None]
+        temperature = jnp.asarray(self.schedule.temperature(level))[..., None]  # [..., 1]
         shaped = jax.lax.stop_gradient(logits) / temperature
         if isinstance(self.corruption, MaskedCorruption):
             shaped = shaped.at[..., self.corruption.mask_id].set(-jnp.inf)
@@ -272,9 +272,9 @@ class Stage2(Stage2Config):
         corruption, is_open = self.corruption, jnp.ones(canvas.shape, bool)
         if isinstance(corruption, MaskedCorruption):
             is_open = canvas == corruption.mask_id
-        level = noise_level[..., None]
+        level = noise_level[..., None]  # [B, N, 1]
         proposal = Proposal(
-            canvas=_rows(canvas),
+            canvas=_rows(canvas),  # [B * N, C]
             candidates=_rows(statistics.candidates),
             noise=_rows(noise),
             open=_rows(is_open),
@@ -283,7 +283,7 @@ class Stage2(Stage2Config):
             margins=_rows(jnp.where(is_open, statistics.margins, 1.0)),
             noise_level=_rows(level),
             next_noise_level=_rows(jnp.maximum(level - 1 / self.schedule.num_steps, 0.0)),
-            keys=keys.reshape(-1),
+            keys=keys.reshape(-1),  # [B * N]
             vocab_size=corruption.vocab_size if isinstance(corruption, UniformCorruption) else None,
             logits=None if statistics.logits is None else _rows(statistics.logits),
             temperature=_rows(jnp.asarray(self.schedule.temperature(level))),

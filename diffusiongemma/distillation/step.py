@@ -197,11 +197,11 @@ def distillation_loss(
     if not model.config.has_frozen_encoder:
 
         def kl(params: Params, weights: Params, hidden: jax.Array, values: Any) -> jax.Array:
-            logits = model.apply({'params': params}, hidden, method='unembed')
+            logits = model.apply({'params': params}, hidden, method='unembed')  # [B, c, V]
             return states.read(values, weights).kl(logits)
 
         read, shape = (params, states.params), rows.targets.shape
-        ar_kl = score_positions(kl, model, read, shape, hidden, states.values)
+        ar_kl = score_positions(kl, model, read, shape, hidden, states.values)  # [B, L]
         ar_kl = jnp.sum(ar_kl * rows.targets)
     denoise, metrics = objective.loss(model, params, rows.draw, rows.batch, prefix, states)
     loss = denoise + ar_weight * ar_kl

@@ -78,7 +78,7 @@ class TopKDistribution:
     def of(cls, logits: Float[Array, '*B V'], k: int) -> 'TopKDistribution':
         """Returns the distribution of logits [..., V], with k <= V."""
         all_log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        log_probs, ids = jax.lax.top_k(all_log_probs, k)
+        log_probs, ids = jax.lax.top_k(all_log_probs, k)  # [..., k]
         log_rest = _log_sum_of_others(all_log_probs, ids)
         return cls(ids, log_probs.astype(jnp.float16), log_rest.astype(jnp.float16))
 
@@ -89,6 +89,7 @@ class TopKDistribution:
         Information Theory, theorem 2.7.1), so this is a lower bound of the full KL, and equal to it
         for k >= V - 1. For all other tokens the student only learns their total probability.
         """
+        # Both distributions have k + 1 outcomes: [..., k + 1].
         target = jnp.concatenate([self.log_probs, self.log_rest[..., None]], axis=-1)
         target = jax.nn.log_softmax(target.astype(jnp.float32), axis=-1)  # float16 sums to 1 + e
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
@@ -98,7 +99,7 @@ class TopKDistribution:
         else:  # no other tokens: the target probability is 0, and log 0 has no gradient
             log_rest = jnp.zeros(top.shape[:-1])
         log_probs = jnp.concatenate([top, log_rest[..., None]], axis=-1)  # [..., k + 1]
-        terms = jnp.exp(target) * (target - log_probs)
+        terms = jnp.exp(target) * (target - log_probs)  # NaN where the target is 0
         return jnp.sum(jnp.where(jnp.isneginf(target), 0.0, terms), axis=-1)
 
 
