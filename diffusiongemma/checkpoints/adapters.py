@@ -88,6 +88,7 @@ def save_adapters(
     if not processes.is_writer():
         return
     directory.mkdir(parents=True, exist_ok=True)
+    # In C order, because safetensors writes raw memory.
     arrays = {name: np.array(value, np.float32, order='C') for name, value in flat.items()}
     save_tensors(arrays, directory / PARAMS_FILE, {'format': FORMAT})
     content = {

@@ -133,7 +133,7 @@ def _source(path: list[str], prefix: str, shape: tuple[int, ...]) -> Source:
 
     def convert(x: np.ndarray) -> np.ndarray:
         """Views [*maps, parts * prod(outputs), prod(inputs)] as [*maps, *inputs, *outputs]."""
-        part = x[..., index * outputs : (index + 1) * outputs, :]
+        part = x[..., index * outputs : (index + 1) * outputs, :]  # [*maps, outputs, inputs]
         return part.swapaxes(-1, -2).reshape(shape)
 
     return Source(tensor, (*maps, parts * outputs, inputs), convert, weight.of_encoder)

@@ -28,15 +28,16 @@ def to_int8(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
     if not is_float or value.ndim < 2 or value.size < SMALLEST:
         return {name: value}
     blocks = _blocks(value.astype(np.float32).reshape(-1))  # [blocks, BLOCK]
-    scale = (np.abs(blocks).max(axis=1) / 127).astype(ml_dtypes.bfloat16)
-    divisor = np.where(scale == 0, 1, scale.astype(np.float32))[:, None]
+    scale = (np.abs(blocks).max(axis=1) / 127).astype(ml_dtypes.bfloat16)  # [blocks]
+    # Divides by the scale as it is stored, in bfloat16, because reading multiplies by it.
+    divisor = np.where(scale == 0, 1, scale.astype(np.float32))[:, None]  # [blocks, 1]
     rounded = np.clip(np.rint(blocks / divisor), -127, 127).astype(np.int8)
     return {name: rounded.reshape(-1)[: value.size].reshape(value.shape), name + SCALE: scale}
 
 
 def from_int8(value: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Returns the weight, float32 in the shape of `value`, from its int8 values and scales."""
-    blocks = _blocks(value.reshape(-1)).astype(np.float32)
+    blocks = _blocks(value.reshape(-1)).astype(np.float32)  # [blocks, BLOCK]
     weight = blocks * scale.astype(np.float32)[:, None]
     return weight.reshape(-1)[: value.size].reshape(value.shape)
 

@@ -69,6 +69,7 @@ class TokenAutomaton:
             if np.any(next_states[state] != state):
                 raise ValueError(f'Every token must lead from state {state} back to it.')
         used = np.isin(np.arange(num_classes), token_classes)
+        # Classes without a token must not shorten distances.
         distances = shortest_distances(np.where(used, next_states, DEAD))
         rows, columns = -num_states % multiple, -num_classes % multiple
         return cls(
@@ -109,7 +110,7 @@ def shortest_distances(next_states: np.ndarray) -> np.ndarray:
       next_states: [N, K] integer.
     """
     num_states, num_classes = next_states.shape
-    by_target = np.argsort(next_states, axis=None, kind='stable')
+    by_target = np.argsort(next_states, axis=None, kind='stable')  # [N * K], transitions by target
     bounds = np.searchsorted(next_states.ravel()[by_target], np.arange(num_states + 1))
     distances = np.full(num_states, UNREACHABLE)
     frontier, distance = np.array([FREE, END]), 0
@@ -134,7 +135,7 @@ def trace(automaton: TokenAutomaton, states: jax.Array, tokens: jax.Array) -> ja
     """
 
     def step(states: jax.Array, classes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        states = automaton.next_states[states, classes]
+        states = automaton.next_states[states, classes]  # [B]
         return states, states
 
     _, path = jax.lax.scan(step, states, automaton.token_classes[tokens].T)  # [T, B]
@@ -152,7 +153,7 @@ def advance(
       tokens: [B, T] int32.
       counts: [B] int32, values in [0, T].
     """
-    path = trace(automaton, states, tokens)
+    path = trace(automaton, states, tokens)  # [B, T + 1]
     return jnp.take_along_axis(path, counts[:, None], axis=1)[:, 0]
 
 
@@ -170,5 +171,5 @@ def allowed(automaton: TokenAutomaton, states: jax.Array, remaining: jax.Array) 
     """
     reached = automaton.distances[automaton.next_states[states]]  # [B, K]
     in_time = automaton.distances[states] <= jnp.maximum(remaining, 0)
-    classes = (reached <= jnp.maximum(remaining - 1, 0)[:, None]) & in_time[:, None]
+    classes = (reached <= jnp.maximum(remaining - 1, 0)[:, None]) & in_time[:, None]  # [B, K]
     return classes[:, automaton.token_classes]

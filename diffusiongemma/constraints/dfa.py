@@ -47,7 +47,7 @@ class Dfa:
         table = self.by_byte()
         starts = np.ones(table.shape, bool)
         starts[:, 1:] = table[:, 1:] != table[:, :-1]
-        states, firsts = np.nonzero(starts)
+        states, firsts = np.nonzero(starts)  # [ranges] each
         lasts = (np.append(firsts[1:], 0) - 1) % 256  # a row starts at 0: the last one ends at 255
         targets = table[states, firsts]
         arrows: list[list[tuple[int, int, int]]] = [[] for _ in table]
@@ -77,7 +77,7 @@ def from_table(by_byte: np.ndarray, accepting: np.ndarray) -> Dfa:
       by_byte: [S, 256] integer, the next state for each state and byte.
       accepting: [S] bool, whether a text may end in each state.
     """
-    table, byte_classes = np.unique(by_byte, axis=1, return_inverse=True)
+    table, byte_classes = np.unique(by_byte, axis=1, return_inverse=True)  # [S, K]
     return minimized(Dfa(byte_classes.ravel(), table, accepting))
 
 
@@ -153,7 +153,7 @@ def minimized(dfa: Dfa) -> Dfa:
 def _useful(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
     """Returns whether an accepting state can be reached from each state, [S] bool."""
     num_columns = table.shape[1]
-    by_target = np.argsort(table, axis=None, kind='stable')
+    by_target = np.argsort(table, axis=None, kind='stable')  # [S * K], transitions by target
     bounds = np.searchsorted(table.ravel()[by_target], np.arange(len(table) + 1))
     sources = (by_target // num_columns).tolist()
     limits = bounds.tolist()

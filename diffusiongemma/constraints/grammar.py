@@ -200,20 +200,20 @@ def _spell(byte_table: np.ndarray, vocabulary: list[bytes]) -> tuple[np.ndarray,
       of each token.
     """
     lengths = np.array([len(text) for text in vocabulary])
-    padded = np.zeros((len(vocabulary), max(lengths.max(), 1)), np.uint8)
+    padded = np.zeros((len(vocabulary), max(lengths.max(), 1)), np.uint8)  # [V, longest]
     for row, text in zip(padded, vocabulary, strict=True):
         row[: len(text)] = np.frombuffer(text, np.uint8)
     num_states = len(byte_table)
     columns = [np.zeros(num_states, np.int32), np.arange(num_states, dtype=np.int32)]
     numbers = {column.tobytes(): i for i, column in enumerate(columns)}
-    token_columns = np.where(lengths > 0, 1, 0)
+    token_columns = np.where(lengths > 0, 1, 0)  # [V]
     for position in range(lengths.max()):
         growing = np.flatnonzero((lengths > position) & (token_columns > 0))
         pairs = token_columns[growing] * 256 + padded[growing, position]
         distinct, inverse = np.unique(pairs, return_inverse=True)
         grown = np.empty(len(distinct), np.int64)
         for i, (column, byte) in enumerate(zip(distinct // 256, distinct % 256, strict=True)):
-            reached = byte_table[columns[column], byte]
+            reached = byte_table[columns[column], byte]  # [S]
             grown[i] = numbers.setdefault(reached.tobytes(), len(columns))
             if grown[i] == len(columns):
                 columns.append(reached)
@@ -257,6 +257,6 @@ def _prune(
     """
     is_useful = reached & (shortest_distances(table) < UNREACHABLE)
     is_useful[: START + 1] = True
-    numbers = np.where(is_useful, np.cumsum(is_useful) - 1, DEAD)
+    numbers = np.where(is_useful, np.cumsum(is_useful) - 1, DEAD)  # [S + 2], new states
     columns, classes = np.unique(numbers[table[is_useful]], axis=1, return_inverse=True)
     return classes.ravel()[token_columns], columns

@@ -63,9 +63,9 @@ class CanvasPosterior:
             # Transition probabilities of the posterior: this avoids products of small numbers.
             log_odds = scores[:, None] + after[:, next_states] - _finite(before)[..., None]
             flow = beliefs[..., None] * jnp.exp(log_odds)  # [B, N, K]
-            moved = flow.reshape(flow.shape[0], -1)
-            beliefs = jnp.zeros_like(beliefs).at[:, next_states.reshape(-1)].add(moved)
-            return beliefs, jnp.sum(flow, axis=1)
+            moved = flow.reshape(flow.shape[0], -1)  # [B, N * K]
+            beliefs = jnp.zeros_like(beliefs).at[:, next_states.reshape(-1)].add(moved)  # [B, N]
+            return beliefs, jnp.sum(flow, axis=1)  # [B, N], [B, K]
 
         next_states = self.automaton.next_states
         num_states, dtype = self.automaton.num_states, self.logits.dtype
@@ -73,7 +73,7 @@ class CanvasPosterior:
         by_position = jnp.moveaxis(self.messages, 1, 0)  # [C + 1, B, N]
         inputs = (jnp.moveaxis(self.class_scores, 1, 0), by_position[:-1], by_position[1:])
         _, masses = jax.lax.scan(step, beliefs, inputs)  # [C, B, K]
-        shifts = jnp.log(jnp.moveaxis(masses, 0, 1)) - _finite(self.class_scores)
+        shifts = jnp.log(jnp.moveaxis(masses, 0, 1)) - _finite(self.class_scores)  # [B, C, K]
         return self.logits - self.log_partition + shifts[..., self.automaton.token_classes]
 
     def draw(self, keys: jax.Array) -> jax.Array:
@@ -97,7 +97,7 @@ class CanvasPosterior:
 
         In the FREE state it is the argmax of every position.
         """
-        best = _class_max(self.automaton, self.logits)
+        best = _class_max(self.automaton, self.logits)  # [B, C, K]
         messages = _backward(self.automaton, best - self.log_partition, self.remaining, jnp.max)
         return self._best(self.logits, messages)
 
@@ -118,10 +118,10 @@ class CanvasPosterior:
         ) -> tuple[jax.Array, jax.Array]:
             class_best, after = inputs  # [B, K], [B, N]
             targets = next_states[states]  # [B, K]
-            totals = class_best + jnp.take_along_axis(after, targets, axis=1)
-            choice = jnp.argmax(totals, axis=-1)[:, None]
+            totals = class_best + jnp.take_along_axis(after, targets, axis=1)  # [B, K]
+            choice = jnp.argmax(totals, axis=-1)[:, None]  # [B, 1], the best class
             reached = jnp.take_along_axis(targets, choice, axis=1)
-            return reached[:, 0], targets == reached
+            return reached[:, 0], targets == reached  # [B], [B, K]
 
         class_best = _class_max(self.automaton, scores) - self.log_partition
         inputs = (jnp.moveaxis(class_best, 1, 0), jnp.moveaxis(messages, 1, 0)[1:])
@@ -159,12 +159,12 @@ def condition(
             "compile it with vocab_size set to the model's."
         )
     top = _finite(_class_max(automaton, logits))  # [B, C, K]
-    weights = jnp.exp(logits - top[..., automaton.token_classes])
+    weights = jnp.exp(logits - top[..., automaton.token_classes])  # [B, C, V], at most 1
     class_scores = top + jnp.log(_by_class(automaton, weights, jax.ops.segment_sum))
     log_partition = _finite(jax.nn.logsumexp(class_scores, axis=-1, keepdims=True))  # [B, C, 1]
     class_scores = class_scores - log_partition
     messages = _backward(automaton, class_scores, remaining, jax.nn.logsumexp)
-    first = jnp.take_along_axis(messages[:, 0], states[:, None], axis=1)[:, 0]
+    first = jnp.take_along_axis(messages[:, 0], states[:, None], axis=1)[:, 0]  # [B]
     feasible = first > -jnp.inf
     return CanvasPosterior(
         automaton=automaton,
@@ -222,9 +222,9 @@ def _by_class(
     automaton: TokenAutomaton, values: jax.Array, segment_op: Callable[..., jax.Array]
 ) -> jax.Array:
     """Returns values that are reduced over the tokens of each class, [B, C, V] -> [B, C, K]."""
-    by_token = jnp.moveaxis(values, -1, 0)
+    by_token = jnp.moveaxis(values, -1, 0)  # [V, B, C]
     reduced = segment_op(by_token, automaton.token_classes, num_segments=automaton.num_classes)
-    return jnp.moveaxis(reduced, 0, -1)
+    return jnp.moveaxis(reduced, 0, -1)  # from [K, B, C]
 
 
 def _finite(values: jax.Array) -> jax.Array:

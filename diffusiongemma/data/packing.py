@@ -134,7 +134,7 @@ def cut_canvases(
 ) -> Int[np.ndarray, 'n {canvas_length}']:
     """Returns a response [R] cut into canvases [ceil(R / C), C], the last padded with pad_id."""
     count = -(-len(response) // canvas_length)
-    canvases = np.full((count * canvas_length,), pad_id, np.int32)
+    canvases = np.full((count * canvas_length,), pad_id, np.int32)  # [n * C]
     canvases[: len(response)] = response
     return canvases.reshape(count, canvas_length)
 
@@ -186,7 +186,7 @@ def document_features(
     if layout.canvases_per_row:
         canvases = cut_canvases(document.response[offset:], layout.canvas_length, layout.pad_id)
         first = document.prompt_length + offset
-        starts = first + layout.canvas_length * np.arange(len(canvases))
+        starts = first + layout.canvas_length * np.arange(len(canvases))  # [n]
         selection = slice(None) if canvas is None else slice(canvas, canvas + 1)
         features['canvas_tokens'] = canvases[selection]  # [n, C]
         features['canvas_starts'] = starts.astype(np.int32)[selection]  # [n]
@@ -210,7 +210,7 @@ def _teacher_features(document: Document, top_k: int) -> Features:
     features = {}
     for name, value in document.teacher.items():
         features[name] = np.zeros((len(document.tokens), *value.shape[1:]), value.dtype)
-        features[name][document.prompt_length - 1 : -1] = value
+        features[name][document.prompt_length - 1 : -1] = value  # [R, k] or [R]
     return features
 
 
@@ -318,4 +318,4 @@ def pack_examples(
         )
     stream = grain.MapDataset.source(features).to_iter_dataset(grain.ReadOptions(num_threads=0))
     rows = list(pack_rows(stream, layout, bins=len(features)))
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}  # [B, ...]

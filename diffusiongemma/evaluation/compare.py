@@ -46,7 +46,7 @@ class Acceptance:
     def of(cls, histogram: np.ndarray) -> 'Acceptance':
         """Returns the statistics for the histogram [K + 2], summed over all rows."""
         emitted = np.arange(len(histogram))
-        reached = np.cumsum(histogram[::-1])[::-1]  # verifications with at least n tokens
+        reached = np.cumsum(histogram[::-1])[::-1]  # [K + 2], verifications with at least n tokens
         shares = [
             float(reached[n + 1] / reached[n]) if reached[n] else None
             for n in range(1, len(histogram) - 1)

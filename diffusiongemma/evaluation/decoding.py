@@ -124,7 +124,7 @@ def decode(
         causal_passes += int(np.sum(output.causal_passes))
         canvases += int(np.sum(output.canvases))
         if output.accepted_lengths is not None:
-            counts = np.sum(output.accepted_lengths, axis=0)
+            counts = np.sum(output.accepted_lengths, axis=0)  # [K + 2]
             accepted = counts if accepted is None else accepted + counts
     return Decoded(responses, tokens, passes, causal_passes, canvases, accepted)
 

@@ -191,8 +191,8 @@ def accuracy_under_parallelism(
     """
     points = sorted(points)
     slowest, first = points[0]
-    parallelism, accuracy = np.array([p for p in points if p[1] >= first - max_drop]).T
+    parallelism, accuracy = np.array([p for p in points if p[1] >= first - max_drop]).T  # [n]
     weights = np.minimum(np.exp(-penalty * (1 - accuracy / best)), 1) if best > 0 else 0.0
     heights = accuracy * weights
-    steps = np.diff(parallelism) * (heights[1:] + heights[:-1]) / 2
+    steps = np.diff(parallelism) * (heights[1:] + heights[:-1]) / 2  # [n - 1]
     return float(slowest * first + np.sum(steps))

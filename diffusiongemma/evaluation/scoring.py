@@ -54,11 +54,11 @@ def _next_token_log_probs(
     variables = {'params': params}
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.broadcast_to(index, tokens.shape)
-    segment_ids = (index < lengths[:, None]).astype(jnp.int32)
+    segment_ids = (index < lengths[:, None]).astype(jnp.int32)  # [B, L]
     hidden, _ = model.apply(variables, tokens, positions, segment_ids, method='encode')
 
     def score(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden, targets = row
+        hidden, targets = row  # [L - 1, D], [L - 1]
         logits = model.apply(variables, hidden, method='unembed')  # [L - 1, V]
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         return jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]

@@ -100,14 +100,14 @@ def timed(
     for batch in watch(batches, f'compiling for batch {size}'):
         for sampler, params in contestants:  # compiles each prompt width once
             jax.block_until_ready(run_batch(sampler, params, tokenizer, batch, config, keys))
-    rates = np.zeros((turns, len(contestants)))  # tokens/s
+    rates = np.zeros((turns, len(contestants)))  # [turns, contestants] tokens/s
     for turn, batch in enumerate(watch(batches, f'timing batch {size}')):
         for i, (sampler, params) in enumerate(contestants):
             start = time.perf_counter()
             output = run_batch(sampler, params, tokenizer, batch, config, keys)
             rates[turn, i] = np.sum(output.lengths) / (time.perf_counter() - start)
     ratios = rates / rates[:, :1]
-    low, middle, high = np.percentile(ratios, (10, 50, 90), axis=0)
+    low, middle, high = np.percentile(ratios, (10, 50, 90), axis=0)  # [contestants] each
     return [
         Speed(float(np.median(rates[:, i])), float(middle[i]), (float(low[i]), float(high[i])))
         for i in range(len(contestants))

@@ -191,12 +191,12 @@ class EntropyBound:
 
     def accept(self, entropies: Float[Array, '*B C']) -> Bool[Array, '*B C']:
         """Returns the accepted positions for entropies: [..., C] float32 nats -> [..., C] bool."""
-        order = jnp.argsort(entropies, axis=-1, stable=True)
+        order = jnp.argsort(entropies, axis=-1, stable=True)  # [..., C], most certain first
         ascending = jnp.take_along_axis(entropies, order, axis=-1)
         # The i-th entropy in this order is the largest of its set, so it is not part of the sum.
-        sums = jnp.cumsum(ascending[..., :-1], axis=-1)
+        sums = jnp.cumsum(ascending[..., :-1], axis=-1)  # [..., C - 1]
         sums_before = jnp.concatenate([jnp.zeros_like(ascending[..., :1]), sums], axis=-1)
-        rank = jnp.argsort(order, axis=-1)
+        rank = jnp.argsort(order, axis=-1)  # [..., C], place of each position in the order
         return jnp.take_along_axis(sums_before <= self.entropy_bound, rank, axis=-1)
 
     def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
@@ -316,7 +316,7 @@ class Ancestral:
     def next_canvas(self, proposal: Proposal) -> Int[Array, 'B C']:
         """Returns the next canvas, [B, C] int32."""
         length = proposal.canvas.shape[-1]
-        uniform = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(proposal.keys)
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(proposal.keys)  # [B, C]
         t, s = proposal.noise_level, proposal.next_noise_level
         if proposal.vocab_size is None:
             return proposal.take(uniform < (t - s) / t)
@@ -338,7 +338,7 @@ def _above(
 ) -> Bool[Array, '*B C']:
     """Returns the open positions with a value >= threshold, and always the first largest one."""
     ranked = jnp.where(open_positions, values, -jnp.inf)
-    best = jnp.arange(values.shape[-1]) == jnp.argmax(ranked, axis=-1, keepdims=True)
+    best = jnp.arange(values.shape[-1]) == jnp.argmax(ranked, axis=-1, keepdims=True)  # [..., C]
     return open_positions & ((values >= threshold) | best)
 
 

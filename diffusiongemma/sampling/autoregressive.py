@@ -81,7 +81,7 @@ def first_token(
       [B, 1], or None unless the config requests them.
     """
     unembedded = model.apply({'params': params}, hidden, method='unembed')[:, None]  # [B, 1, V]
-    states = None if state.automaton_states is None else state.automaton_states[:, None]
+    states = None if state.automaton_states is None else state.automaton_states[:, None]  # [B, 1]
     logits = next_token_logits(config, state, unembedded, state.lengths, states)[:, 0]  # [B, V]
     token = draw(logits, state.temperature(config), keys)
     scores = scores_of(config, unembedded, token[:, None])
@@ -117,9 +117,9 @@ def next_token_logits(
         logits, controls.pinned_at(offsets, length), controls.allowed_at(offsets, length)
     )
     if automaton is not None and states is not None:
-        remaining = (state.limits - offsets)[:, None] - jnp.arange(length)
-        valid = allowed(automaton, states.reshape(-1), remaining.reshape(-1))
-        valid = valid.reshape(logits.shape)
-        possible = jnp.any(valid & jnp.isfinite(logits), axis=-1, keepdims=True)
+        remaining = (state.limits - offsets)[:, None] - jnp.arange(length)  # [B, T]
+        valid = allowed(automaton, states.reshape(-1), remaining.reshape(-1))  # [B * T, V]
+        valid = valid.reshape(logits.shape)  # [B, T, V]
+        possible = jnp.any(valid & jnp.isfinite(logits), axis=-1, keepdims=True)  # [B, T, 1]
         logits = jnp.where(valid | ~possible, logits, -jnp.inf)
     return adjust(logits, state.temperature(config), config.top_k, state.top_p(config))

@@ -80,7 +80,7 @@ def _collected(sampler: Sampler, results: Sequence[Result | None]) -> SamplerOut
     """Returns the output of all prompts; a row without a result is empty."""
     count = len(results)
     tokens = np.full((count, sampler.config.max_new_tokens), sampler.config.pad_id, np.int32)
-    lengths, denoising_steps, canvases, causal_passes = np.zeros((4, count), np.int32)
+    lengths, denoising_steps, canvases, causal_passes = np.zeros((4, count), np.int32)  # [N] each
     accepted = None
     if sampler.mode == 'lossless':
         bins = draft_length(sampler.model, sampler.config) + 2

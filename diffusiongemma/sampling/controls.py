@@ -71,8 +71,8 @@ class Controls:
             return None
         sets = jnp.asarray(self.allowed_sets)
         if self.allowed_index is None:
-            return sets[:1, None]
-        index = _slice(self.allowed_index, offsets, length)
+            return sets[:1, None]  # [1, 1, V]
+        index = _slice(self.allowed_index, offsets, length)  # [B, length]
         sets = sets[jnp.maximum(index, 0)]  # [B, length, V]
         return sets | (index == OPEN)[..., None]
 
@@ -210,7 +210,7 @@ def restrict(
         logits = jnp.where(allowed | ~jnp.any(allowed, -1, keepdims=True), logits, -jnp.inf)
     if pinned is not None:
         # The pinned token gets probability 1, even if the model gives it probability 0.
-        is_pinned = tokens == pinned[..., None]
+        is_pinned = tokens == pinned[..., None]  # [B, T, V]
         logits = jnp.where(pinned[..., None] == OPEN, logits, jnp.where(is_pinned, 0.0, -jnp.inf))
     return logits
 
@@ -265,7 +265,7 @@ def exact_lengths(lengths: Sequence[int], stop_ids: Sequence[int], vocab_size: i
     if not stop_ids:
         raise ValueError('A length target needs a stop token that ends the response.')
     positions = np.arange(max(lengths))
-    ends = np.asarray(lengths)[:, None] - 1
+    ends = np.asarray(lengths)[:, None] - 1  # [B, 1], position of the stop token
     return Controls(
         pinned=jnp.asarray(np.where(positions == ends, stop_ids[0], OPEN), jnp.int32),
         allowed_sets=ban(stop_ids, vocab_size)[None],

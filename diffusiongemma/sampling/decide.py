@@ -69,7 +69,7 @@ def decide(
         )
     if num_draws < 1:
         raise ValueError(f'num_draws must be >= 1, got {num_draws}.')
-    places = np.full((len(options), length), OPEN)
+    places = np.full((len(options), length), OPEN)  # [A, C]
     for row, option in zip(places, options, strict=True):
         row[len(before) : len(before) + len(option)] = option
     pinned = np.full(length, OPEN)
@@ -92,7 +92,7 @@ def _decide(
 ) -> jax.Array:
     model, config = passes.denoising(sampler.model), sampler.config
     state, _ = prefilled(model, config, params, tokens, lengths, rng, Controls())
-    pinned = jnp.broadcast_to(pinned, (tokens.shape[0], pinned.size))
+    pinned = jnp.broadcast_to(pinned, (tokens.shape[0], pinned.size))  # [B, C]
 
     def probabilities(draw: jax.Array) -> jax.Array:
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, draw)
@@ -108,4 +108,4 @@ def _decide(
         scores = jnp.sum(jnp.where(places.T == OPEN, 0.0, chosen), axis=1)  # [B, A]
         return jax.nn.softmax(scores, axis=-1)
 
-    return jnp.mean(jax.lax.map(probabilities, jnp.arange(num_draws)), axis=0)
+    return jnp.mean(jax.lax.map(probabilities, jnp.arange(num_draws)), axis=0)  # [B, A]

@@ -215,7 +215,7 @@ def denoise_step(
         task.teacher_state,
     )  # [B, C, V]
     mask_id = passes.mask_id(model)
-    settled = _settled(mask_id, task, state.canvas)
+    settled = _settled(mask_id, task, state.canvas)  # [B, C], or None
     shaped = _shape(config, mask_id, task, state.step, logits)
     proposal, prediction, shaped = _propose(model, config, task, state, keys, shaped, settled)
     argmax = prediction.argmax
@@ -233,10 +233,10 @@ def denoise_step(
     finite = state.finite & (state.stopped | are_finite(proposal.entropies))
     stop |= ~finite
     if mask_id is not None:
-        stop |= jnp.all(canvas != mask_id, axis=-1)
+        stop |= jnp.all(canvas != mask_id, axis=-1)  # [B], no mask is left
     if task.max_steps is not None:
         stop |= state.step + 1 >= task.max_steps
-    last = jnp.all(state.stopped | stop) | (state.step + 1 >= config.max_denoising_steps)
+    last = jnp.all(state.stopped | stop) | (state.step + 1 >= config.max_denoising_steps)  # []
     soft_embeddings = _soft_embeddings(model, params, state, (shaped, prediction.log_z), last)
 
     def unless_stopped(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -280,7 +280,7 @@ def _divisor(config: SamplingConfig, task: CanvasTask, step: jax.Array) -> jax.A
     """Returns the divisor of the logits of a step, [] or [B] float32."""
     factor = jnp.asarray(_temperature(config, task), jnp.float32)
     temperature = config.schedule.temperature(config.schedule.noise_level(step))
-    return temperature * jnp.where(factor == 0, 1.0, factor)
+    return temperature * jnp.where(factor == 0, 1.0, factor)  # 0 means greedy, not a divisor
 
 
 def _propose(
@@ -308,7 +308,7 @@ def _propose(
     if task.automaton is None:
         adjusted = keep_top(shaped, config.top_k, _top_p(config, task))
         drawn = argmax_and_draw(shaped, adjusted, temperature, candidate_keys)
-        largest, argmax, candidates = drawn
+        largest, argmax, candidates = drawn  # [B, C] each
         logits = restrict(logits, task.pinned, task.allowed)
     else:
         largest, states, remaining = None, task.automaton_states, task.remaining
@@ -316,7 +316,7 @@ def _propose(
         posterior = condition(task.automaton, shaped, states, remaining)
         argmax = candidates = posterior.most_likely()
         if not always_greedy(temperature):
-            greedy = per_row(jnp.asarray(temperature) == 0, argmax)
+            greedy = per_row(jnp.asarray(temperature) == 0, argmax)  # [] or [B, 1]
             candidates = jnp.where(greedy, argmax, posterior.draw(candidate_keys))
         logits = shaped = posterior.log_marginals()
     prediction = read_logits(shaped, candidates, argmax, largest)
@@ -332,7 +332,7 @@ def _propose(
         margins=prediction.margins,
         noise_level=config.schedule.noise_level(state.step),
         next_noise_level=config.schedule.noise_level(state.step + 1),
-        keys=fold_in_rows(noise_keys, 1),
+        keys=fold_in_rows(noise_keys, 1),  # noise_keys itself has drawn the noise
         vocab_size=noise_vocab(model, config),
         pinned=None if task.pinned is None else task.pinned != OPEN,
         logits=logits,

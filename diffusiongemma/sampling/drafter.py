@@ -237,7 +237,7 @@ def text_so_far(state: LosslessState) -> tuple[jax.Array, jax.Array]:
     """Returns prompts, responses and pending tokens as one text per row, see `history_of`."""
     generation = state.generation
     rows = jnp.arange(len(state.pending))
-    response = jnp.pad(generation.tokens, [(0, 0), (0, 1)])
+    response = jnp.pad(generation.tokens, [(0, 0), (0, 1)])  # [B, N + 1]
     response = response.at[rows, generation.lengths].set(state.pending)
     return history_of(state.prompt, state.prompt_lengths, response, generation.lengths + 1)
 
@@ -290,12 +290,13 @@ def draft_task(
         ahead = dataclasses.replace(before, lengths=before.lengths + 1, last_token=state.pending)
         task = canvas_task(model, ahead, length, first=1)
         task = dataclasses.replace(task, automaton_states=_after_pending(state))
-        text_noise = None if noise is None else noise[:, :length]
+        text_noise = None if noise is None else noise[:, :length]  # [B, C, V]
     else:
         task = canvas_task(model, before, length)
         unpinned = jnp.full((before.lengths.shape[0], length), OPEN, jnp.int32)
         pinned = hold(task.pinned, unpinned).at[:, 0].set(state.pending)
         task = dataclasses.replace(task, pinned=pinned)
+        # Noise i is for canvas position i + 1, because position 0 is the pending token.
         text_noise = None if noise is None else jnp.roll(noise, 1, axis=1)[:, :length]
     return dataclasses.replace(
         task,

@@ -58,7 +58,7 @@ class PromptLookup:
         size = history.shape[1]
         index = jnp.arange(size)
         last = lengths[:, None] - 1  # [B, 1]
-        run = jnp.ones(history.shape, bool)
+        run = jnp.ones(history.shape, bool)  # [B, S]
         matched = jnp.zeros(history.shape, jnp.int32)  # [B, S], matching tokens that end here
         for k in range(self.max_ngram):
             suffix = jnp.take_along_axis(history, jnp.maximum(last - k, 0), axis=1)
@@ -67,8 +67,8 @@ class PromptLookup:
             matched += run
         matched = jnp.where(index < last, matched, 0)
         # The latest one of the longest matches.
-        best = jnp.argmax(matched * size + index, axis=1)
-        places = best[:, None] + 1 + jnp.arange(self.length)
+        best = jnp.argmax(matched * size + index, axis=1)  # [B]
+        places = best[:, None] + 1 + jnp.arange(self.length)  # [B, length]
         # If the copy reaches the end of the text, it continues periodically.
         period = jnp.maximum(last[:, 0] - best, 1)[:, None]
         beyond = jnp.maximum(places - last, 0)
@@ -91,7 +91,7 @@ def history_of(
       [B, P + N] int32, and the lengths [B] int32; tokens after them are undefined.
     """
     index = jnp.arange(prompt.shape[1] + response.shape[1])
-    in_response = index - prompt_lengths[:, None]
+    in_response = index - prompt_lengths[:, None]  # [B, P + N], < 0 in the prompt
     text = jnp.where(
         in_response < 0,
         jnp.take_along_axis(prompt, jnp.minimum(index, prompt.shape[1] - 1)[None], axis=1),
@@ -150,13 +150,13 @@ def light_draft(
         logits, tokens = _with_prompt_tokens(model, variables, output, logits, tokens, prompt)
     drafted_noise = noise
     if noise is not None and light.draft_vocab_size:
-        drafted_noise = jnp.take_along_axis(noise, tokens[:, None], axis=-1)
+        drafted_noise = jnp.take_along_axis(noise, tokens[:, None], axis=-1)  # [B, K, Vd + P]
 
     def choose(
         logits: jax.Array, noise: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:  # [B, k] tokens and [B, k] whether they are finite
         adjusted = adjust(logits, temperature, top_k, top_p)
-        row = pick(adjusted, temperature, noise)
+        row = pick(adjusted, temperature, noise)  # [B, k], columns of `tokens`
         return jnp.take_along_axis(tokens, row, axis=1), chosen_are_finite(adjusted, row)
 
     if light.serial_rank:
@@ -212,12 +212,12 @@ def _left_to_right(
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         logits, noise = inputs  # [B, 1, Vd + P]
         gain = model.apply(variables, previous[:, None], method='serial_logits')  # [B, 1, Vd]
-        gain = jnp.pad(gain, [(0, 0), (0, 0), (0, logits.shape[-1] - size)])
+        gain = jnp.pad(gain, [(0, 0), (0, 0), (0, logits.shape[-1] - size)])  # [B, 1, Vd + P]
         token, finite = choose(logits + gain, noise)
         return token[:, 0], (token[:, 0], finite[:, 0])
 
     by_position = jax.tree.map(
         lambda leaf: jnp.moveaxis(leaf, 1, 0)[:, :, None], (logits, noise)
     )  # [K, B, 1, Vd + P]
-    _, (drafted, finite) = jax.lax.scan(next_token, pending, by_position)
+    _, (drafted, finite) = jax.lax.scan(next_token, pending, by_position)  # [K, B]
     return drafted.T, finite.T

@@ -50,9 +50,9 @@ def read_logits(
       argmax: [..., C] int32, the most likely tokens.
       largest: [..., C] float32, the maximum of the logits if it is known.
     """
-    log_z, entropies = log_partition_and_entropy(shaped, largest)
+    log_z, entropies = log_partition_and_entropy(shaped, largest)  # [..., C] each
     most_likely = jnp.exp(_pick(shaped, argmax) - log_z)
-    is_best = jnp.arange(shaped.shape[-1]) == argmax[..., None]
+    is_best = jnp.arange(shaped.shape[-1]) == argmax[..., None]  # [..., C, V]
     second = jnp.exp(jnp.max(jnp.where(is_best, -jnp.inf, shaped), axis=-1) - log_z)
     return Prediction(
         candidates=candidates,
@@ -99,7 +99,7 @@ def draw(
     """
     if always_greedy(temperature):
         return most_likely_tokens(adjusted)
-    greedy = per_row(jnp.asarray(temperature) == 0, adjusted[..., 0])
+    greedy = per_row(jnp.asarray(temperature) == 0, adjusted[..., 0])  # broadcasts to [B, ...]
     return jnp.where(greedy, most_likely_tokens(adjusted), draw_tokens(adjusted, keys))
 
 
@@ -191,16 +191,16 @@ def keep_top(
         1 and None keep all.
     """
     if top_k is not None and top_k < logits.shape[-1]:
-        lowest = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        lowest = jax.lax.top_k(logits, top_k)[0][..., -1:]  # [B, ..., 1]
         logits = jnp.where(logits < lowest, -jnp.inf, logits)  # NaN is kept, to be detected later
     if top_p is not None and not (isinstance(top_p, (int, float)) and top_p >= 1):
         # The float sum of all probabilities may exceed 1: a limit of 1 must not cut its tail.
         limit = jnp.where(jnp.asarray(top_p) >= 1, jnp.inf, top_p)
         descending = -jnp.sort(-logits, axis=-1)
         probs = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs
+        before = jnp.cumsum(probs, axis=-1) - probs  # [B, ..., V], of all more likely tokens
         count = jnp.sum(before < per_row(limit, logits), axis=-1, keepdims=True)  # >= 1
-        lowest = jnp.take_along_axis(descending, count - 1, axis=-1)
+        lowest = jnp.take_along_axis(descending, count - 1, axis=-1)  # [B, ..., 1]
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
     return logits
 

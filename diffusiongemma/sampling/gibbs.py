@@ -135,11 +135,12 @@ class GibbsSweep:
         logits = proposal.logits
         assert logits is not None  # always set for a rule that reads them
         level = jnp.maximum(noise_level, jnp.finfo(jnp.float32).tiny)
+        # The logits are shaped, that is divided by the temperature, and so is the gain.
         gain = jnp.log1p(size * (1 - level) / level) / proposal.temperature  # [B, 1]
-        is_current = jnp.arange(logits.shape[-1]) == proposal.canvas[..., None]
+        is_current = jnp.arange(logits.shape[-1]) == proposal.canvas[..., None]  # [B, C, V]
         others = logits - jnp.where(is_current, gain[..., None], 0.0)  # [B, C, V]
         uniform_keys, token_keys = (fold_in_rows(proposal.keys, n) for n in (1, 2))
-        uniform = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(uniform_keys)
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(uniform_keys)  # [B, C]
         draws = jnp.where(uniform < level, proposal.noise, draw_tokens(others, token_keys))
         draws = jnp.where(proposal.greedy, most_likely_tokens(others), draws)
         parts = -(-length // self.positions)

@@ -135,7 +135,7 @@ def verify_draft(
         noise = noise[:, :length]
     counts, pending, finite = verify(logits, block, before.temperature(config), noise)
     before = before.finish_unless(finite, 'verify')
-    following = jnp.concatenate([drafted.tokens, pending[:, None]], axis=1)
+    following = jnp.concatenate([drafted.tokens, pending[:, None]], axis=1)  # [B, K + 1]
     following = following.at[jnp.arange(len(counts)), counts - 1].set(pending)
     scores = scores_of(config, unembedded, following)  # [B, K + 1], one token after the block's
     emitted_scores, pending_scores = _shifted(state.pending_scores, scores, counts)
@@ -174,10 +174,10 @@ def _shifted(
     """
 
     def shift(first: jax.Array, following: jax.Array) -> jax.Array:
-        return jnp.concatenate([first, following[:, :-1]], axis=1)
+        return jnp.concatenate([first, following[:, :-1]], axis=1)  # [B, T, ...]
 
     def last(following: jax.Array) -> jax.Array:
-        return following[jnp.arange(len(counts)), counts - 1][:, None]
+        return following[jnp.arange(len(counts)), counts - 1][:, None]  # [B, 1, ...]
 
     return jax.tree.map(shift, first, following), jax.tree.map(last, following)
 
@@ -203,7 +203,7 @@ def verify(
       both are finite, [B] bool.
     """
     tokens = pick(logits, temperature, noise)  # [B, T]
-    is_equal = tokens[:, :-1] == block[:, 1:]
+    is_equal = tokens[:, :-1] == block[:, 1:]  # [B, T - 1]
     counts = 1 + jnp.sum(jnp.cumprod(is_equal.astype(jnp.int32), axis=-1), axis=-1)  # [B]
     unused = jnp.arange(tokens.shape[1]) >= counts[:, None]
     finite = jnp.all(chosen_are_finite(logits, tokens) | unused, axis=-1)

@@ -142,7 +142,7 @@ def prefill(
     ends = cache.lengths + lengths
 
     def append(cache: KVCache, tokens: Int[Array, 'B T'], prefix: Prefix | None):
-        counts = jnp.clip(ends - cache.lengths, 0, chunk)
+        counts = jnp.clip(ends - cache.lengths, 0, chunk)  # [B], tokens in this chunk
         hidden, kv = _encode(model, params, tokens, counts, cache.lengths, prefix)
         last = jnp.maximum(counts - 1, 0)[:, None, None]
         last = jnp.take_along_axis(hidden, last, axis=1)[:, 0]  # [B, D]
@@ -179,8 +179,8 @@ def _encode(
 ) -> tuple[Float[Array, 'B T D'], Any]:
     """Runs the causal pass over the first `counts` [B] of tokens [B, T], from `starts` [B] on."""
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    positions = starts[:, None] + index
-    segment_ids = (index < counts[:, None]).astype(jnp.int32)
+    positions = starts[:, None] + index  # [B, T]
+    segment_ids = (index < counts[:, None]).astype(jnp.int32)  # [B, T], 0 at padding
     args = (tokens, positions, segment_ids, prefix)
     return model.apply({'params': params}, *args, method='encode')
 
@@ -263,14 +263,14 @@ def denoise(
         else 0.
       teacher_state: [B, D], hidden states for a light denoiser that reads them.
     """
-    starts = cache.lengths[:, None] + first
+    starts = cache.lengths[:, None] + first  # [B, 1], one canvas per row
     logits = model.apply(
         {'params': params},
-        canvas[:, None],
+        canvas[:, None],  # [B, 1, C]
         starts,
         jnp.ones_like(starts),
         cache.as_prefix(),
-        soft_embeddings[:, None],
+        soft_embeddings[:, None],  # [B, 1, C, D]
         **_more(model, last_token, teacher_state),
         method='denoise',
     )
@@ -310,7 +310,7 @@ def denoise_hidden(
         cache.as_prefix(),
         **_more(model, pending, teacher_state),
         method='denoise_hidden',
-    )[:, 0]
+    )[:, 0]  # [B, C, D]
     return hidden if shifted else hidden[:, 1:]
 
 
@@ -322,10 +322,10 @@ def _more(
     """Returns the arguments of a denoise pass that only some models take."""
     more = {}
     if predicts_next(model):
-        more['previous'] = last_token[:, None]
+        more['previous'] = last_token[:, None]  # [B, 1]
     light = light_config(model)
     if light is not None and light.teacher_state and teacher_state is not None:
-        more['teacher_state'] = teacher_state[:, None]
+        more['teacher_state'] = teacher_state[:, None]  # [B, 1, D]
     return more
 
 

@@ -76,7 +76,7 @@ class Remask:
         ranked = confidences
         if proposal.pinned is not None:
             ranked = jnp.where(proposal.pinned, jnp.inf, ranked)
-        rank = jnp.argsort(jnp.argsort(ranked, axis=-1, stable=True), axis=-1)
+        rank = jnp.argsort(jnp.argsort(ranked, axis=-1, stable=True), axis=-1)  # [B, C]
         goes_on = proposal.next_noise_level > 0  # False for the last step
         back = is_full & goes_on & (rank < self.count) & jnp.isfinite(ranked)
         return jnp.where(back, proposal.noise, canvas), RemaskState(confidences, rule)

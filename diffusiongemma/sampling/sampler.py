@@ -299,7 +299,7 @@ class Sampler:
         rows = jnp.arange(len(slots))[:, None]
 
         def latest(leaf: jax.Array) -> jax.Array:
-            return leaf[rows, jnp.minimum(slots, limit - 1)]
+            return leaf[rows, jnp.minimum(slots, limit - 1)]  # [B, width, ...]
 
         tokens = latest(jnp.asarray(after.tokens))
         return map_but(

@@ -34,6 +34,6 @@ class TokenScores:
     def of(cls, logits: jax.Array, tokens: jax.Array, k: int) -> 'TokenScores':
         """Returns the scores of tokens [B, T] under the logits [B, T, V] that predict them."""
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        top, top_tokens = jax.lax.top_k(log_probs, k)
+        top, top_tokens = jax.lax.top_k(log_probs, k)  # [B, T, k] each
         chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
         return cls(chosen=chosen, top_tokens=top_tokens.astype(jnp.int32), top=top)

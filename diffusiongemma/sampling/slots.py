@@ -168,7 +168,7 @@ def _blank(new: State, slots: int) -> State:
     first = jnp.zeros(slots, jnp.int32)
 
     def repeat(leaf: jax.Array) -> jax.Array:
-        return leaf[first]
+        return leaf[first]  # [slots, ...]
 
     def repeat_kv(leaf: jax.Array) -> jax.Array:
         return jnp.zeros((*leaf.shape[:-4], slots, *leaf.shape[-3:]), leaf.dtype)

@@ -251,12 +251,12 @@ class GenerationState:
         room = self.limits - self.lengths
         counts = jnp.minimum(block.shape[1] if counts is None else counts, room)
         stops = jnp.any(block[..., None] == jnp.asarray(config.stop_ids, jnp.int32), axis=-1)
-        stops &= offsets < counts[:, None]
+        stops &= offsets < counts[:, None]  # [B, T], among the valid tokens
         stopped = jnp.any(stops, axis=-1)
         counts = jnp.where(stopped, jnp.argmax(stops, axis=-1) + 1, counts)
         counts = jnp.where(self.finished, 0, counts)  # [B]
-        slots = self.lengths[:, None] + offsets
-        slots = jnp.where(offsets < counts[:, None], slots, self.tokens.shape[1])
+        slots = self.lengths[:, None] + offsets  # [B, T]
+        slots = jnp.where(offsets < counts[:, None], slots, self.tokens.shape[1])  # else dropped
         rows = jnp.arange(block.shape[0])[:, None]
         latest = jnp.take_along_axis(block, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
         lengths = self.lengths + counts
@@ -287,10 +287,10 @@ class GenerationState:
         """
 
         def put(old: jax.Array, rows: jax.Array) -> jax.Array:
-            return old.at[slots].set(rows, mode='drop')
+            return old.at[slots].set(rows, mode='drop')  # [B, ...]
 
         def put_kv(old: jax.Array, rows: jax.Array) -> jax.Array:
-            return old.at[..., slots, :, :, :].set(rows, mode='drop')
+            return old.at[..., slots, :, :, :].set(rows, mode='drop')  # [..., B, K, S, H]
 
         cache = KVCache(
             kv=jax.tree.map(put_kv, self.cache.kv, new.cache.kv),

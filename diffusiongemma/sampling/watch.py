@@ -196,7 +196,7 @@ def _view_of(
         the draft.
       rows: [B] bool, the rows that this draft is for.
     """
-    tokens = jnp.concatenate([state.pending[:, None], draft.tokens], axis=1)
+    tokens = jnp.concatenate([state.pending[:, None], draft.tokens], axis=1)  # [B, K + 1]
     noise_id = passes.mask_id(sampler.model)
     noise = jnp.full_like(tokens, sampler.config.pad_id if noise_id is None else noise_id)
     is_predicted = entropies is not None
@@ -207,7 +207,7 @@ def _view_of(
         step=jnp.asarray(int(is_predicted), jnp.int32),
         argmax=tokens if is_predicted else jnp.full_like(tokens, -1),
         canvas=tokens if is_predicted else noise.at[:, 0].set(state.pending),
-        entropies=jnp.pad(entropies, [(0, 0), (1, 0)]),
+        entropies=jnp.pad(entropies, [(0, 0), (1, 0)]),  # 0 at the pending token
         changing=is_predicted & rows,
     )
 
@@ -223,7 +223,7 @@ def _draft(
         argmax, tokens = (
             jnp.concatenate([pending[:, None], each], axis=1) for each in (argmax, tokens)
         )
-        entropies = jnp.pad(entropies, [(0, 0), (1, 0)])
+        entropies = jnp.pad(entropies, [(0, 0), (1, 0)])  # [B, C + 1]
     return Draft(
         output=output,
         step=canvas.step,
