@@ -21,6 +21,7 @@ with cli.extra_named(__name__):
     from diffusiongemma.distillation.experiment import TeacherTraining, write_resolved
     from diffusiongemma.distillation.loop import fit, start_or_resume
     from diffusiongemma.distillation.state import TrainState, create_state, make_optimizer
+    from diffusiongemma.models.arrays import Params
     from diffusiongemma.models.execution import compute_dtype
     from diffusiongemma.models.transformer import Gemma, init_params, parameter_count
     from diffusiongemma.parallel import param_shardings, processes
@@ -95,7 +96,7 @@ def train(training: TeacherTraining, workdir: Path) -> TrainState:
     return state
 
 
-def _initial_params(training: TeacherTraining, model: Gemma) -> dict:
+def _initial_params(training: TeacherTraining, model: Gemma) -> Params:
     """Returns random parameters, or those of the model `config.init`."""
     if not training.init:
         return init_params(model, jax.random.key(training.seed))
