@@ -242,13 +242,13 @@ def _parse_flags(argv: list[str], config: type | None = None) -> list[str]:
         _fail(f'{error}; check the overrides of --config.')
 
 
-class _WithDefaults(flags.ArgumentParser):
+class _WithDefaults(flags.ArgumentParser[Any]):
     """A flag parser that loads a config and adds the missing keys of its dataclass.
 
     This is needed because ml_collections can only override keys that a config has.
     """
 
-    def __init__(self, parser: flags.ArgumentParser, cls: type, argv: list[str]) -> None:
+    def __init__(self, parser: flags.ArgumentParser[Any], cls: type, argv: list[str]) -> None:
         self._parser, self._cls = parser, cls
         matches = (re.match(r'--?(?:no)?config\.([\w.]+)', argument) for argument in argv)
         self._overridden = [match[1] for match in matches if match]

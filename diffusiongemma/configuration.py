@@ -155,19 +155,19 @@ def _kind(hint: Any) -> Any:
     return _options(hint)[0]
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _default(field: dataclasses.Field[Any]) -> Any:
     """Returns the default of a field, or None if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None if field.default is dataclasses.MISSING else field.default
 
 
-def _is_needed(field: dataclasses.Field) -> bool:
+def _is_needed(field: dataclasses.Field[Any]) -> bool:
     missing = dataclasses.MISSING
     return field.default is missing and field.default_factory is missing
 
 
-def _add_value(config: ConfigDict, cls: type, field: dataclasses.Field) -> None:
+def _add_value(config: ConfigDict, cls: type, field: dataclasses.Field[Any]) -> None:
     """Adds a key of a plain type; if its default is None, as a placeholder."""
     kind, default = _kind(_hints(cls)[field.name]), _default(field)
     if kind in _PLAIN:
@@ -200,7 +200,8 @@ def json_values(config: Any) -> dict[str, Any]:
     Raises:
       ValueError: if a value is neither valid in JSON nor a rule.
     """
-    return json.loads(json.dumps(_plain(config), default=_as_text))
+    values: dict[str, Any] = json.loads(json.dumps(_plain(config), default=_as_text))
+    return values
 
 
 def _plain(config: Any) -> Any:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from absl import flags
 
 from diffusiongemma import cli
-from diffusiongemma.checkpoints.convert import INT8, convert
+from diffusiongemma.checkpoints.convert import convert
 from diffusiongemma.checkpoints.hf_export import MAX_SHARD_BYTES
+from diffusiongemma.checkpoints.int8_storage import INT8
 from diffusiongemma.sampling import SamplingConfig
 from diffusiongemma.sampling.published import generation_config
 

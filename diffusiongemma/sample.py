@@ -23,6 +23,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -42,7 +43,7 @@ from diffusiongemma.sampling.sampler import MODES, main_mode
 from diffusiongemma.sampling.watch import watch
 from diffusiongemma.sampling_flags import CHECKPOINT
 from diffusiongemma.view.conversation import Conversation
-from diffusiongemma.view.frames import counted, counted_passes, frames
+from diffusiongemma.view.frames import Frame, counted, counted_passes, frames
 from diffusiongemma.view.page import write_html
 from diffusiongemma.view.terminal import show
 
@@ -179,7 +180,7 @@ def show_steps(loaded: Loaded, prompt: str, rng: jax.Array, controls: Controls |
     sampler, params, tokenizer = loaded.sampler, loaded.params, loaded.tokenizer
     tokens, lengths = pad_prompts([tokenizer.format_prompt(prompt)], tokenizer.pad_id)
 
-    def steps():
+    def steps() -> Iterator[Frame]:
         drafts = watch(sampler, params, tokens, lengths, rng=rng, controls=controls)
         return frames(drafts, tokenizer, sampler.config.stop_ids)
 

@@ -95,7 +95,9 @@ def golden_passes(
         starts = cache.lengths[:, None]
         segments = jnp.ones_like(starts)
         prefix = cache.as_prefix()
-        return apply(canvas[:, None], starts, segments, prefix, soft, method='denoise')[:, 0]
+        args = (canvas[:, None], starts, segments, prefix, soft)
+        logits: jax.Array = apply(*args, method='denoise')
+        return logits[:, 0]
 
     def denoise_after(logits: jax.Array) -> jax.Array:
         soft = apply(logits / CONDITIONING_TEMPERATURE, method='soft_embed')

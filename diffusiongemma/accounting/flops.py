@@ -125,8 +125,9 @@ def _kernel_flops(params: dict[str, Any], again: bool) -> Flops:
 
 def _dot_flops(equation: Any) -> float:
     (contracted, _), _ = equation.params['dimension_numbers']
-    lhs = equation.invars[0].aval.shape
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
+    lhs, out = (var.aval.shape for var in (equation.invars[0], equation.outvars[0]))
+    flops: float = 2.0 * math.prod(out) * math.prod(lhs[i] for i in contracted)
+    return flops
 
 
 def _ragged_dot_flops(equation: Any) -> float:
@@ -134,7 +135,7 @@ def _ragged_dot_flops(equation: Any) -> float:
     numbers = equation.params['ragged_dot_dimension_numbers']
     (contracted, _), _ = numbers.dot_dimension_numbers
     lhs, out = (var.aval.shape for var in (equation.invars[0], equation.outvars[0]))
-    flops = 2.0 * math.prod(out) * math.prod(lhs[i] for i in contracted)
+    flops: float = 2.0 * math.prod(out) * math.prod(lhs[i] for i in contracted)
     if set(numbers.lhs_ragged_dimensions) & set(contracted):  # the groups share the rows
         flops /= equation.invars[2].aval.shape[-1]
     return flops

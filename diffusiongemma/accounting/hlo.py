@@ -146,7 +146,7 @@ class Program:
           mesh_shape: the size of each mesh axis, in the order of the mesh.
         """
         counted, shared = set(), self._shared_channels()
-        totals: dict[tuple, list] = collections.defaultdict(lambda: [0, 0.0])
+        totals: dict[tuple[str, str], tuple[int, float]] = {}
         for name, instructions in self.computations.items():
             if not self.runs.get(name):
                 continue
@@ -168,9 +168,9 @@ class Program:
                 # The result of an asynchronous start holds the operand too.
                 largest = max(_bytes(part) for part in arrays_of(instruction.shape))
                 sent = _sent_bytes(kind, operands or largest, largest, size)
-                total = totals[kind, axes]
-                total[0] += self.runs[name]
-                total[1] += self.runs[name] * sent
+                count, sent_bytes = totals.get((kind, axes), (0, 0.0))
+                runs = self.runs[name]
+                totals[kind, axes] = (count + runs, sent_bytes + runs * sent)
         collectives = [Collective(*key, *total) for key, total in totals.items()]
         return sorted(collectives, key=lambda collective: -collective.sent_bytes)
 

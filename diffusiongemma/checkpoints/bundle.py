@@ -103,7 +103,7 @@ def save_bundle(
 
 def load_bundle(
     directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None = None
-) -> tuple[Gemma, dict]:
+) -> tuple[Gemma, Params]:
     """Returns the model and the parameters of a bundle.
 
     Parameters are read one at a time, directly into their shards.
@@ -135,7 +135,7 @@ def load_bundle(
 
 def load_own_params(
     directory: Path, model: Gemma, dtype: Any, mesh: jax.sharding.Mesh | None = None
-) -> dict:
+) -> Params:
     """Returns the parameters that a bundle stores, without those of its base.
 
     Args:
@@ -202,16 +202,15 @@ def cast_to(dtype: Any, present: Any) -> Any:
     return present if dtype is None or not jnp.issubdtype(present, jnp.floating) else dtype
 
 
-def _read(
-    model: Gemma, reader_of: Mapping[str, '_BundleReader'], dtype: Any, mesh: Any
-) -> dict[str, Any]:
-    shardings, params = flat_shardings(model, mesh), {}
+def _read(model: Gemma, reader_of: Mapping[str, '_BundleReader'], dtype: Any, mesh: Any) -> Params:
+    shardings, flat = flat_shardings(model, mesh), {}
     for name, reader in reader_of.items():
         value = reader.read(name)
         shape = reader.shapes[name]
         cast = cast_to(dtype, value.dtype)
-        params[name] = assemble(shape, cast, shardings[name], [(..., value)])
-    return unflatten_dict(params, sep='/')
+        flat[name] = assemble(shape, cast, shardings[name], [(..., value)])
+    params: Params = unflatten_dict(flat, sep='/')
+    return params
 
 
 def _base(content: Mapping[str, Any], path: Path) -> str | None:

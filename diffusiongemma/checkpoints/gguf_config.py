@@ -185,13 +185,14 @@ def _gemma4(keys: _Keys, file: GgufFile) -> dict[str, Any]:
 
 
 def _same(keys: _Keys, file: GgufFile, first: str, second: str) -> int:
-    value, other = keys.take(first), keys.take(second)
+    value: int = keys.take(first)
+    other: int = keys.take(second)
     if value != other:
         raise ValueError(f'{file.path}: {first}={value} and {second}={other} must be equal.')
     return value
 
 
-def _one(file: GgufFile, name: str, values: list, sliding: list, is_sliding: bool) -> int:
+def _one(file: GgufFile, name: str, values: list[int], sliding: list[Any], is_sliding: bool) -> int:
     """Returns the value that all layers of one type share."""
     distinct = {v for v, local in zip(values, sliding, strict=True) if bool(local) == is_sliding}
     if len(distinct) > 1:

@@ -17,6 +17,7 @@ from diffusiongemma.checkpoints.gguf_reader import GgufFile
 from diffusiongemma.checkpoints.hf_import import load_tensors
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.data.vocabulary import SPACE, scores_of_merges, sentencepiece_model
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.transformer import Gemma
 
 SUFFIX = '.gguf'
@@ -81,7 +82,7 @@ def find_gguf(path: Path) -> Path | None:
 
 def load_gguf(
     path: Path, dtype: Any, mesh: jax.sharding.Mesh | None = None
-) -> tuple[Gemma, dict, Tokenizer]:
+) -> tuple[Gemma, Params, Tokenizer]:
     """Returns the model, the parameters and the tokenizer of a GGUF file.
 
     Header, config, vocabulary and shapes are checked before any tensor is read.

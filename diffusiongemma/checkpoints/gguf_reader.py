@@ -95,15 +95,17 @@ class GgufFile:
         if qtype in (self._gguf.GGMLQuantizationType.F32, self._gguf.GGMLQuantizationType.F16):
             values = stored.view(np.float32 if qtype.name == 'F32' else np.float16)
             return np.asarray(values.reshape(tensor.shape), np.float32)
-        return self._gguf.dequantize(rows, qtype).reshape(tensor.shape)
+        numbers: np.ndarray = self._gguf.dequantize(rows, qtype)
+        return numbers.reshape(tensor.shape)
 
     def type_name(self, name: str) -> str:
         """Returns the name of the type in which a tensor is stored, such as 'Q4_K'."""
         number = self.tensors[name].type_number
         try:
-            return self._gguf.GGMLQuantizationType(number).name
+            type_name: str = self._gguf.GGMLQuantizationType(number).name
         except ValueError:
             return f'type {number}'
+        return type_name
 
     def _tensor(self, name: str, shape: tuple[int, ...], number: int, offset: int) -> GgufTensor:
         sizes = self._gguf.GGML_QUANT_SIZES.get(number)

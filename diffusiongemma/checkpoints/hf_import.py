@@ -22,6 +22,7 @@ from diffusiongemma.checkpoints.hf_tensors import HEADS, Source, TensorNames, so
 from diffusiongemma.checkpoints.placement import assemble, flat_shardings, param_shapes
 from diffusiongemma.checkpoints.reader import Reader
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.transformer import Gemma
 
@@ -30,7 +31,7 @@ _COMPARED = 2**22  # the number of values of a tied copy that are compared at a 
 
 def load_hf(
     directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None = None
-) -> tuple[Gemma, dict]:
+) -> tuple[Gemma, Params]:
     """Returns the model and the parameters of a published checkpoint.
 
     Tensors are read one at a time, cast, and copied into the shards of one parameter after the
@@ -54,7 +55,7 @@ def load_hf(
 
 def load_tensors(
     reader: Reader, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh | None
-) -> tuple[Gemma, dict]:
+) -> tuple[Gemma, Params]:
     """Returns the model of `config` and its parameters from a reader's tensors, see `load_hf`."""
     model = model_for(config, dtype or jnp.float32)
     shapes = param_shapes(model)

@@ -124,17 +124,17 @@ def _by_layer_type(
 
 def _nested(parameters: Any, where: str) -> Mapping[str, Any]:
     """Returns parameters by layer type; raises ValueError if they have another layout."""
-    parameters = parameters or {}
-    flat = sorted(set(parameters) - set(_NAMES))
+    nested: Mapping[str, Any] = parameters or {}
+    flat = sorted(set(nested) - set(_NAMES))
     if flat:
         raise ValueError(
             f'{where} has {flat} beside or in place of {list(_NAMES)}, which transformers refuses '
             'for this model; write the settings of each layer type.'
         )
-    for name, rope in parameters.items():
+    for name, rope in nested.items():
         if rope is not None and not isinstance(rope, Mapping):
             raise ValueError(f'{where}.{name} must be an object or null, got {rope!r}.')
-    return parameters
+    return nested
 
 
 def _check_keys(rope: Mapping[str, Any], name: str) -> None:

@@ -38,12 +38,12 @@ BASE_DIR = 'base'  # in a workdir: the model with the frozen parameters
 BASE_PARAMS = ('embedder', 'backbone', 'per_layer_embedder')  # a light student takes these from it
 DRAFT_IDS_FILE = 'draft_ids.npy'  # in a workdir: the draft vocabulary of a light student
 
-Opened = tuple[Gemma, dict, Tokenizer | None]  # model, parameters and tokenizer
+Opened = tuple[Gemma, Params, Tokenizer | None]  # model, parameters and tokenizer
 
 
 def load_model(
     path: str | Path, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
-) -> tuple[Gemma, dict, Tokenizer | None]:
+) -> Opened:
     """Loads a model, its parameters and its tokenizer.
 
     Args:
@@ -76,7 +76,7 @@ def load_model(
 
 def load_for_sampling(
     path: str | Path, weights: str | None = None
-) -> tuple[Gemma, dict, Tokenizer]:
+) -> tuple[Gemma, Params, Tokenizer]:
     """Loads a model and its tokenizer, with the weight layout for sampling on these devices.
 
     Args:
@@ -236,7 +236,7 @@ def _load_run(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Op
 
 def _averaged(
     workdir: Path, step: int | None, dtype: Any, mesh: jax.sharding.Mesh | None
-) -> tuple[Gemma, dict]:
+) -> tuple[Gemma, Params]:
     """Returns the model and the averaged parameters of a step; None for the newest one."""
     step, about, ema_params = read_ema(workdir, step)
     if 'model' not in about:

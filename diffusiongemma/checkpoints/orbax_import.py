@@ -27,6 +27,7 @@ from flax.traverse_util import unflatten_dict
 from diffusiongemma.checkpoints.hf_config import model_config_from_hf, read_hf_config
 from diffusiongemma.checkpoints.hf_import import load_tensors
 from diffusiongemma.checkpoints.hf_tensors import AUTOREGRESSIVE, DECODER, ENCODER
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.transformer import Gemma
 
@@ -111,7 +112,7 @@ def is_orbax(directory: Path) -> bool:
 
 def load_orbax(
     directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None = None
-) -> tuple[Gemma, dict]:
+) -> tuple[Gemma, Params]:
     """Returns the model and the parameters of an orbax checkpoint, read leaf by leaf (`load_hf`).
 
     Args:
@@ -168,7 +169,8 @@ class OrbaxReader:
             args=ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True),
         )
         (array,) = jax.tree.leaves(tree)
-        return convert(array)
+        value: np.ndarray = convert(array)
+        return value
 
     def rows(self, tensor: str, start: int, stop: int) -> np.ndarray:
         """Returns rows [start, stop) of one tensor, clipped to its size."""

@@ -33,7 +33,10 @@ def flat_shardings(
     """Returns the sharding of every parameter by its '/'-joined path; None without a mesh."""
     if mesh is None:
         return dict.fromkeys(param_shapes(model))
-    return flatten_dict(param_shardings(model, mesh), sep='/')
+    shardings: dict[str, jax.sharding.Sharding | None] = flatten_dict(
+        param_shardings(model, mesh), sep='/'
+    )
+    return shardings
 
 
 def assemble(

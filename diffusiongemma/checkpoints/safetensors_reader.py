@@ -51,12 +51,14 @@ class TensorReader:
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor in its stored dtype."""
         with self._open(self._file_of[name]) as file:
-            return file.get_tensor(name)
+            tensor: np.ndarray = file.get_tensor(name)
+            return tensor
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Returns rows [start, stop) of one tensor, clipped to its size; only they are read."""
         with self._open(self._file_of[name]) as file:
-            return file.get_slice(name)[start : min(stop, self.shapes[name][0])]
+            rows: np.ndarray = file.get_slice(name)[start : min(stop, self.shapes[name][0])]
+            return rows
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the stored dtype of one tensor; raises ValueError if it is not supported."""
@@ -66,7 +68,8 @@ class TensorReader:
                 f'{self.directory}: {name} is stored as {stored}, which cannot be read; store it '
                 'as BF16, F16 or F32.'
             )
-        return np.dtype(_DTYPES[stored])
+        dtype: np.dtype = np.dtype(_DTYPES[stored])
+        return dtype
 
     def check_weights(self, names: Iterable[str]) -> None:
         """Raises ValueError unless all these tensors have a supported floating-point dtype."""

@@ -60,7 +60,8 @@ class CheckpointStore:
     @property
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        step: int | None = self._manager.latest_step()
+        return step
 
     def save(
         self,
@@ -314,10 +315,10 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, 'shape')
 
 
-def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
+def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)[0]
 
 
-def _name(path: tuple) -> str:
+def _name(path: tuple[Any, ...]) -> str:
     parts = (getattr(key, 'name', getattr(key, 'key', getattr(key, 'idx', key))) for key in path)
     return '/'.join(str(part) for part in parts)

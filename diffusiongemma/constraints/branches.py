@@ -29,7 +29,7 @@ class Branches:
     def __init__(self, root: Any, validator: Validator) -> None:
         self._root = root
         self._validator = validator
-        self._known: dict[tuple, list[Branch]] = {}
+        self._known: dict[tuple[object, ...], list[Branch]] = {}
 
     def of(self, *parts: Located) -> list[Branch]:
         """Returns the branches of a conjunction of parts; a valid value satisfies one of them.

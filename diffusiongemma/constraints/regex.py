@@ -121,7 +121,7 @@ def _too_deep(pattern: str) -> ValueError:
     )
 
 
-def _without_anchors(items: list) -> list:
+def _without_anchors(items: list[Any]) -> list[Any]:
     """Returns the items of a pattern without the anchors at its two ends."""
     while items and items[0][0] is sre.AT and items[0][1] in _START_ANCHORS:
         del items[0]

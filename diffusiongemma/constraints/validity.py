@@ -131,7 +131,7 @@ class Validator:
             return False
         return 'pattern' not in part.schema or self.matches(part.schema['pattern'], value)
 
-    def _is_array(self, value: list, part: Located) -> bool:
+    def _is_array(self, value: list[Any], part: Located) -> bool:
         low, high = limits_of((part,), 'Items')
         if len(value) < low or high is not None and len(value) > high:
             return False
@@ -142,7 +142,7 @@ class Validator:
         schemas = [*prefix, *items[len(prefix) :]]
         return all(map(self.is_valid, value, schemas))
 
-    def _is_object(self, value: dict, part: Located) -> bool:
+    def _is_object(self, value: dict[str, Any], part: Located) -> bool:
         low, high = limits_of((part,), 'Properties')
         if len(value) < low or high is not None and len(value) > high:
             return False

@@ -118,7 +118,7 @@ class ChatTemplate:
         self.source = source
         self._tokens = dict(tokens)
         self._where = where
-        self._known: dict[tuple, Parts] = {}
+        self._known: dict[tuple[tuple[str, ...], bool, bool], Parts] = {}
 
     def prompt(self, has_system: bool, thinking: bool) -> Parts:
         """Returns the parts of a conversation with one user turn, up to the start of the response.
@@ -256,7 +256,8 @@ def _named_default(value: Any, path: epath.Path) -> str | None:
     if isinstance(value, list):  # several templates for different uses
         value = {t.get('name'): t.get('template') for t in value if isinstance(t, dict)}
     if isinstance(value, dict) and isinstance(value.get('default'), str):
-        return value['default']
+        template: str = value['default']
+        return template
     raise ValueError(
         f'{path}: chat_template must be a template or a list with one named "default", got '
         f'{type(value).__name__}.'

@@ -26,7 +26,9 @@ _FOREIGN = (
 )
 
 
-def parse_row(line: bytes, where: str, prompt_feature: str, response_feature: str) -> dict:
+def parse_row(
+    line: bytes, where: str, prompt_feature: str, response_feature: str
+) -> dict[str, Any]:
     """Returns the example on one line; keys other than the two features are kept unchanged.
 
     Args:
@@ -151,7 +153,8 @@ class JsonlSource:
     def _open(self) -> BinaryIO:
         if self._text is not None:
             return io.BytesIO(self._text)
-        return self._file.open('rb')
+        file: BinaryIO = self._file.open('rb')
+        return file
 
     def __len__(self) -> int:
         return len(self._spans)

@@ -70,7 +70,7 @@ class _Tokenize:
         return None
 
 
-class TrainIterator(grain.DatasetIterator):
+class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has no annotations
     """An endless iterator over batches; `packing` documents their keys.
 
     It is a grain iterator: `get_state` and `set_state` work with a dict that JSON can store, and

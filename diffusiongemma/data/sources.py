@@ -131,7 +131,7 @@ class DataSpec:
 class _First:
     """A source that consists of the first `size` examples of another source."""
 
-    def __init__(self, source: Any, size: int) -> None:
+    def __init__(self, source: Source, size: int) -> None:
         self._source = source
         self._size = size
         self.fingerprint = getattr(source, 'fingerprint', type(source).__name__)

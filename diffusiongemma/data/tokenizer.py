@@ -17,6 +17,7 @@ import hashlib
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import sentencepiece
 from etils import epath
@@ -166,7 +167,7 @@ class Tokenizer:
         elif template.exists():
             template.unlink()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         template = self._own_template, self._empty_thought, self._template_source
         return Tokenizer, (self._model, self._source, *template)
 
@@ -200,7 +201,8 @@ class Tokenizer:
             else:
                 ids += self._processor.encode(literal[0]) + self._processor.encode(literal[1:])
             start = match.end()
-        return ids + self._processor.encode(text[start:])
+        ids += self._processor.encode(text[start:])
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids; special tokens are skipped and do not end the text.
@@ -212,7 +214,8 @@ class Tokenizer:
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f'Token id {i} is outside the vocabulary of {self.vocab_size}.')
-        return self._processor.decode([i for i in ids if i not in self.special_ids])
+        text: str = self._processor.decode([i for i in ids if i not in self.special_ids])
+        return text
 
     def piece(self, token_id: int) -> str:
         """Returns the name of a token."""

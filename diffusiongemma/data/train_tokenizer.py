@@ -12,8 +12,9 @@ import sentencepiece
 from absl import app, flags, logging
 from etils import epath
 
+from diffusiongemma.data.special_tokens import TURN_PIECES
 from diffusiongemma.data.tasks import sudoku, wordmath
-from diffusiongemma.data.tokenizer import TURN_PIECES, Tokenizer
+from diffusiongemma.data.tokenizer import Tokenizer
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Path of the .model file to write.', required=True)
 _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 1024, 'Number of pieces.')

@@ -68,7 +68,8 @@ def sentencepiece_model(
     normalizer.add_dummy_prefix = False
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
-    return model.SerializeToString()
+    data: bytes = model.SerializeToString()
+    return data
 
 
 def scores_of_merges(
@@ -136,4 +137,5 @@ def mark_unused(model: bytes, pieces: Iterable[str]) -> bytes:
     for piece in content.pieces:
         if piece.piece in names:
             piece.type = PieceType.UNUSED
-    return content.SerializeToString()
+    data: bytes = content.SerializeToString()
+    return data

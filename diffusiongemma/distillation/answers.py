@@ -177,7 +177,8 @@ class Answerer:
         places = np.minimum(np.asarray(first)[:, None] + np.arange(width), tokens.shape[1] - 1)
         tokens, places = processes.in_shards((tokens, places), self._rows)
         top = top_k_at(self._model, self._params, tokens, places, self._config.top_k_logits)
-        return processes.on_host(top)
+        distribution: TopKDistribution = processes.on_host(top)
+        return distribution
 
     def _padded(self, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Returns padded tokens [batch_size, P] and lengths; the last row is repeated."""
@@ -218,4 +219,5 @@ def top_k_at(
         return TopKDistribution.of(model.apply(variables, hidden, method='unembed'), k)  # [B, k]
 
     by_place = jax.lax.map(at_one_place, hidden.swapaxes(0, 1))  # leaves [R, B, ...]
-    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), by_place)
+    by_row: TopKDistribution = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), by_place)
+    return by_row

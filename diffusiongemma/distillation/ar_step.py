@@ -10,6 +10,7 @@ from diffusiongemma.distillation.head import score_positions
 from diffusiongemma.distillation.losses import before, cross_entropy, mean_weights
 from diffusiongemma.distillation.microbatches import in_microbatches
 from diffusiongemma.distillation.state import TrainState, apply_gradients
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.transformer import Gemma
 
 Batch = dict[str, jax.Array]
@@ -23,13 +24,13 @@ def make_ar_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns a training step with next-token cross-entropy on the response tokens of rows."""
 
-    def loss_fn(params: dict, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(params: Params, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         variables, tokens, weights = {'params': params}, rows['tokens'], rows['target_weights']
         args = (tokens, rows['positions'], rows['segment_ids'])
         hidden, _ = model.apply(variables, *args, method='encode')  # [B, L, D]
 
         def score(
-            params: dict, hidden: jax.Array, following: jax.Array
+            params: Params, hidden: jax.Array, following: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
             logits = model.apply({'params': params}, hidden, method='unembed')  # [B, c, V]
             hits = jnp.argmax(logits, axis=-1) == following

@@ -66,7 +66,7 @@ def denoise(
     starts, segment_ids = batch['canvas_starts'], batch['canvas_segment_ids']
     before = jnp.maximum(batch['canvas_offsets'] - 1, 0)
     previous = jnp.take_along_axis(batch['tokens'], before, axis=1)  # [B, N]
-    return model.apply(
+    hidden: jax.Array = model.apply(
         {'params': params},
         noisy,
         starts,
@@ -76,6 +76,7 @@ def denoise(
         previous,
         method='denoise_hidden',
     )
+    return hidden
 
 
 def canvas_teacher(values: Any, batch: Batch) -> tuple[Any, Bool[Array, 'B N C']]:

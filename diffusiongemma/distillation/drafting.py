@@ -197,11 +197,13 @@ class Drafting(DraftingConfig):
             # A position is valid if text and target agree at all positions before it.
             valid &= jnp.cumprod(agrees[..., :-1].astype(jnp.int32), axis=-1) > 0
             text = target
-        values: tuple = ()
+        values: tuple[Any, ...] = ()
         if self.total_variation > 0:
             values = (jax.tree.map(lambda leaf: leaf[rows, inside - 1], teacher.values),)
 
-        def score(hidden: jax.Array, text: jax.Array, before: jax.Array, *values: Any) -> tuple:
+        def score(
+            hidden: jax.Array, text: jax.Array, before: jax.Array, *values: Any
+        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
             variables = {'params': params}
             logits = model.apply(variables, hidden, method='draft_logits')  # [B, c, Vd]
             if model.light is not None and model.light.serial_rank:
@@ -228,10 +230,13 @@ class Drafting(DraftingConfig):
         def choose(hidden: jax.Array) -> jax.Array:
             logits = model.apply({'params': params}, hidden, method='draft_logits')  # [B, c, Vd]
             row = jnp.argmax(logits, axis=-1)
-            return model.apply({'params': params}, row, method='draft_tokens').astype(jnp.int32)
+            tokens: jax.Array = model.apply({'params': params}, row, method='draft_tokens')
+            return tokens.astype(jnp.int32)
 
         hidden = jax.lax.stop_gradient(hidden)
-        return over_positions(choose, model.execution.logits_chunk, hidden.shape[:-1], hidden)
+        chunk, shape = model.execution.logits_chunk, hidden.shape[:-1]
+        tokens: jax.Array = over_positions(choose, chunk, shape, hidden)
+        return tokens
 
     def _refused_at(
         self,
@@ -305,7 +310,7 @@ def _draft_hidden(
     else:
         canvas = jnp.concatenate([pending[..., None], noise[..., 1:]], axis=-1)  # [B, A, C]
     args = (canvas, starts, segment_ids, prefix)
-    output = model.apply({'params': params}, *args, **more, method='denoise_hidden')  # [B, A, C, D]
+    output: jax.Array = model.apply({'params': params}, *args, **more, method='denoise_hidden')
     return output if model.config.predict_next else output[:, :, 1:]  # K is C or C - 1
 
 

@@ -65,11 +65,11 @@ class Preemption:
                 self._before = None
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, *unused: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def _request(self, *unused) -> None:
+    def _request(self, *unused: object) -> None:
         self._requested = True
 
     def reached(self, step: int) -> bool:

@@ -69,7 +69,7 @@ def score_positions(
     ]
 
     @jax.checkpoint
-    def local(shards: list[jax.Array], trees: tuple) -> Any:
+    def local(shards: list[jax.Array], trees: tuple[Any, ...]) -> Any:
         gathered = []
         for i, shard in enumerate(shards):
             hidden = trees[0] if i == 0 else ()
@@ -109,7 +109,8 @@ def _row_axes(execution: Execution, num_rows: int) -> tuple[str, ...]:
 
 
 def _table(params: Params) -> jax.Array:
-    return params['embedder']['embedding']
+    table: jax.Array = params['embedder']['embedding']
+    return table
 
 
 def _with_table(params: Params, table: jax.Array) -> Params:
@@ -120,7 +121,8 @@ def _compute_dtype(model: Gemma) -> jnp.dtype:
     """Returns the dtype that holds the embedding of both passes without a loss."""
     if isinstance(model, DiffusionGemma):
         return jnp.promote_types(model.dtype, model.denoise_dtype)
-    return jnp.dtype(model.dtype)
+    dtype: jnp.dtype = jnp.dtype(model.dtype)
+    return dtype
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -148,7 +150,9 @@ def _gather(
     return table, jnp.zeros(table.shape, jnp.float32), hidden
 
 
-def _gather_forward(split: MeshAxes, dtype: jnp.dtype, shard: jax.Array, hidden: Any):
+def _gather_forward(
+    split: MeshAxes, dtype: jnp.dtype, shard: jax.Array, hidden: Any
+) -> tuple[tuple[jax.Array, jax.Array, Any], jax.Array]:
     return _gather(split, dtype, shard, hidden), jnp.zeros((), shard.dtype)
 
 
@@ -158,7 +162,9 @@ def _gather_backward(
     del dtype
     _, gradient, by_hidden = gradients
     gradient = _sum_and_split(gradient, *split)
-    return jax.lax.optimization_barrier((gradient.astype(like.dtype), by_hidden))
+    by_shard = gradient.astype(like.dtype)
+    by_shard, by_hidden = jax.lax.optimization_barrier((by_shard, by_hidden))
+    return by_shard, by_hidden
 
 
 def _sum_and_split(
@@ -197,7 +203,7 @@ def _use(table: jax.Array, zeros: jax.Array) -> jax.Array:
     return table
 
 
-def _use_forward(table: jax.Array, zeros: jax.Array):
+def _use_forward(table: jax.Array, zeros: jax.Array) -> tuple[jax.Array, None]:
     return _use(table, zeros), None
 
 

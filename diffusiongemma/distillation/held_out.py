@@ -34,8 +34,9 @@ def held_out_batch(
     rows = len(packed['tokens'])
     ways = sharding.num_devices if sharding is not None else 1
     index = np.arange(-(-rows // ways) * ways) % rows
-    batch = {name: value[index] for name, value in packed.items()}
-    return processes.in_shards(batch, jax.tree.map(lambda _: sharding, batch))
+    on_host = {name: value[index] for name, value in packed.items()}
+    batch: Batch = processes.in_shards(on_host, jax.tree.map(lambda _: sharding, on_host))
+    return batch
 
 
 def held_out_metrics(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from diffusiongemma.checkpoints.load import BASE_PARAMS, load_model
+from diffusiongemma.checkpoints.load import BASE_PARAMS, Opened, load_model
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.models.arrays import Params
@@ -63,15 +63,13 @@ def load_teacher(experiment: Experiment) -> Teacher:
     return Teacher(gemma, params, tokenizer)
 
 
-def load_student(
-    experiment: Experiment, checkpoint: str | Path
-) -> tuple[Gemma, dict, Tokenizer | None]:
+def load_student(experiment: Experiment, checkpoint: str | Path) -> Opened:
     """Opens a student for its evaluation."""
     model, params, tokenizer = _load(experiment, checkpoint)
     return placed(experiment, model), params, tokenizer
 
 
-def load_init(experiment: Experiment, model: DiffusionGemma) -> dict:
+def load_init(experiment: Experiment, model: DiffusionGemma) -> Params:
     """Returns the parameters of `config.init`, a student like `model`.
 
     Raises:
@@ -107,6 +105,6 @@ def placed(experiment: Experiment, model: Gemma) -> Gemma:
     return model if mesh is None else experiment.execution.place(model, mesh)
 
 
-def _load(experiment: Experiment, name: str | Path) -> tuple:
+def _load(experiment: Experiment, name: str | Path) -> Opened:
     dtype = compute_dtype(experiment.dtype)
     return load_model(name, dtype, mesh_to_load_on(experiment))

@@ -170,7 +170,8 @@ def start_or_resume(
       ValueError: if the checkpoint has other shapes or is of another data stream.
     """
     if store.latest_step is None:
-        return init_sharded(init, params_sharding, mesh, *args)[0]
+        state: TrainState = init_sharded(init, params_sharding, mesh, *args)[0]
+        return state
     abstract = jax.eval_shape(init, *args)
     shardings = state_shardings(abstract, params_sharding, mesh)
     abstract = jax.tree.map(

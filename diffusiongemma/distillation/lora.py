@@ -68,10 +68,11 @@ class LoraStudent:
     model: DiffusionGemma
     seed: int
 
-    def base(self, teacher_params: Params, mesh: jax.sharding.Mesh) -> dict:
+    def base(self, teacher_params: Params, mesh: jax.sharding.Mesh) -> Params:
         """Returns the frozen parameters: the sharded initial student."""
         make = jax.jit(self._start, out_shardings=param_shardings(self.model, mesh))
-        return make(teacher_params)
+        params: Params = make(teacher_params)
+        return params
 
     def constants(self, teacher_params: Params, mesh: jax.sharding.Mesh) -> Constants:
         """Returns the parameters that the step reads and never changes."""
@@ -81,22 +82,22 @@ class LoraStudent:
             student=self.base(teacher_params, mesh),
         )
 
-    def init(self, teacher_params: Params) -> dict:
+    def init(self, teacher_params: Params) -> Params:
         """Returns initial adapters, which do not change the model yet."""
         key = jax.random.fold_in(jax.random.key(self.seed), 1)
         return init_lora(self.config, self._start(teacher_params), key)
 
-    def shardings(self, teacher_params: Params, mesh: jax.sharding.Mesh) -> dict:
+    def shardings(self, teacher_params: Params, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         """Returns the shardings of the adapters."""
         shapes = jax.eval_shape(self.init, teacher_params)
         return adapter_shardings(shapes, param_shardings(self.model, mesh))
 
-    def combine(self, base: dict, adapters: dict) -> dict:
+    def combine(self, base: Params, adapters: Params) -> Params:
         """Returns all parameters: the frozen ones with the adapters merged in."""
         return merge_lora(base, adapters, self.config)
 
     def save(
-        self, workdir: Path, adapters: Any, teacher_params: Params, base: str, about: dict
+        self, workdir: Path, adapters: Any, teacher_params: Params, base: str, about: dict[str, Any]
     ) -> None:
         """Writes only the adapters; `base` is the path or alias of the teacher."""
         save_adapters(
@@ -109,7 +110,7 @@ class LoraStudent:
             about=about,
         )
 
-    def _start(self, teacher_params: Params) -> dict:
+    def _start(self, teacher_params: Params) -> Params:
         fresh = init_params(self.model, jax.random.key(self.seed))
         return student_params_from_teacher(fresh, teacher_params)
 

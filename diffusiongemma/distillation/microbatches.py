@@ -52,4 +52,5 @@ def _summed(gradients: Gradients, microbatches: int, params: Any, rows: Any) -> 
     def add(total: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradients(params, part)), None
 
-    return jax.lax.scan(add, zeros, parts)[0]
+    total: tuple[Any, Metrics] = jax.lax.scan(add, zeros, parts)[0]
+    return total

@@ -112,4 +112,5 @@ def read_weights(weights: Any, smoothing: float, gamma: float) -> PositionWeight
             f'drafting.weights must be {ACCEPTED_LENGTH!r}, {DECAY!r} or {EQUAL!r}, or weights of '
             f"your own with their module, such as 'my_losses.Mine(2)', got {weights!r}."
         )
-    return read_value('drafting.weights', weights, 'weights', noun='weights')
+    custom: PositionWeights = read_value('drafting.weights', weights, 'weights', noun='weights')
+    return custom

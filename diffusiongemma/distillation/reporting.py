@@ -50,7 +50,7 @@ class Reporter:
         self._progress.start()
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, *unused: object) -> None:
         self._progress.stop()
         if self._writes:
             self._writer.close()
@@ -98,7 +98,7 @@ class AnswerProgress:
         self._progress.start()
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, *unused: object) -> None:
         self._progress.stop()
 
     def add(self, prompts: int, tokens: int) -> None:

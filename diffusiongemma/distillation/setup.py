@@ -29,6 +29,7 @@ from diffusiongemma.distillation.step import (
     make_distillation_step,
 )
 from diffusiongemma.distillation.student import student_params_from_teacher, trained_params
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import LIGHT, DenoiserConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.transformer import Gemma, init_params
@@ -114,7 +115,7 @@ class Setup:
         """Returns the sharding of a batch."""
         return self.compute.batch_sharding(self.mesh, self.experiment.data.batch_size)
 
-    def constants(self, teacher: dict, frozen: dict) -> Constants:
+    def constants(self, teacher: Params, frozen: Params) -> Constants:
         """Returns the constant parameters of the steps; `frozen` is the frozen part of the student.
 
         The teacher is left out if the student's frozen encode pass serves as the teacher, or if
@@ -125,13 +126,13 @@ class Setup:
         )
         return Constants(teacher=teacher if is_needed else None, student=frozen)
 
-    def trained_shardings(self, teacher: dict) -> dict:
+    def trained_shardings(self, teacher: Params) -> dict[str, Any]:
         """Returns the shardings of the trained parameters, given the teacher's parameters."""
         if self.lora is not None:
             return self.lora.shardings(teacher, self.mesh)
         return trained_params(self.student.config, param_shardings(self.student, self.mesh))
 
-    def initial_state(self, source: dict) -> TrainState:
+    def initial_state(self, source: Params) -> TrainState:
         """Returns the state at step 0 from the parameters of the teacher or of a whole student."""
         average = self.experiment.optimizer.average
         if self.lora is not None:

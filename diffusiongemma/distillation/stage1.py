@@ -127,7 +127,7 @@ class Stage1(Stage1Config):
             clean: jax.Array,
             targets: Any,
             weight: jax.Array,
-        ) -> tuple:
+        ) -> tuple[jax.Array, jax.Array]:
             logits = model.apply({'params': params}, hidden, method='unembed')  # [B, c, V]
             loss = token_loss(logits, clean, teacher.read(targets, teacher_params), weight)
             if jnp.shape(loss) != clean.shape:
@@ -162,7 +162,9 @@ class Stage1(Stage1Config):
         def soft_embed(params: Params, hidden: jax.Array, temperature: jax.Array) -> jax.Array:
             logits = model.apply({'params': params}, hidden, method='unembed')
             shaped = logits / temperature[..., None]
-            return model.apply({'params': params}, shaped, method='soft_embed')
+            soft: jax.Array = model.apply({'params': params}, shaped, method='soft_embed')
+            return soft
 
         shape = noisy.tokens.shape
-        return score_positions(soft_embed, model, [params], shape, hidden, temperature)
+        soft: jax.Array = score_positions(soft_embed, model, [params], shape, hidden, temperature)
+        return soft

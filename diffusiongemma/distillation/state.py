@@ -134,7 +134,7 @@ _UPDATES = {'adamw': _adamw, 'adafactor': _adafactor, 'muon': _muon}
 def _matrices(params: Any) -> Any:
     """Returns the mask of weight decay: all parameters except norm scales and layer scalars."""
 
-    def is_matrix(path: tuple, leaf: Any) -> bool:
+    def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
         return 'scale' not in path[-1].key and 'scalar' not in path[-1].key
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
@@ -143,7 +143,7 @@ def _matrices(params: Any) -> Any:
 def _kernel_axes(params: Any) -> Any:
     """Returns the input and output axes of each kernel after stacked axes; None for others."""
 
-    def axes(path: tuple, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    def axes(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         weight = weight_at([getattr(key, 'key', '') for key in path])
         if weight is None or not weight.large:
             return None
@@ -154,7 +154,7 @@ def _kernel_axes(params: Any) -> Any:
 
 
 def _frozen_routers(params: Any) -> Any:
-    def label(path: tuple, leaf: Any) -> str:
+    def label(path: tuple[Any, ...], leaf: Any) -> str:
         return 'frozen' if any(getattr(key, 'key', '') == ROUTER for key in path) else 'trained'
 
     return jax.tree_util.tree_map_with_path(label, params)

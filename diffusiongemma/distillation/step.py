@@ -74,10 +74,10 @@ class Objective(Protocol):
 
 
 # Combines the frozen and the trained part of the student's parameters.
-Combine = Callable[[dict, Any], dict]
+Combine = Callable[[Params, Any], Params]
 
 
-def join_parts(frozen: dict, trained: dict) -> dict:
+def join_parts(frozen: Params, trained: Params) -> Params:
     """Returns all parameters if the two parts have different parameters."""
     return frozen | trained
 
@@ -92,8 +92,8 @@ class Constants(NamedTuple):
       student: the frozen part of the student's parameters (`student.frozen_params`).
     """
 
-    teacher: dict | None
-    student: dict
+    teacher: Params | None
+    student: Params
 
 
 class Rows(NamedTuple):

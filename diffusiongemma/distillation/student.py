@@ -52,10 +52,13 @@ def student_params_from_teacher(
         fresh = student_params['denoise_backbone']
         layers = _light_backbone(config, light, fresh, teacher_params['backbone'])
         merged |= flatten_dict({'denoise_backbone': layers})
-    return unflatten_dict({path: jnp.array(value) for path, value in merged.items()})
+    params: Params = unflatten_dict({path: jnp.array(value) for path, value in merged.items()})
+    return params
 
 
-def _light_backbone(config: ModelConfig, light: LightConfig, fresh: dict, backbone: dict) -> Params:
+def _light_backbone(
+    config: ModelConfig, light: LightConfig, fresh: Params, backbone: Params
+) -> Params:
     """Returns the draft layers with the weights of the teacher layers that they start from.
 
     A draft layer has no routed experts. If its teacher layer shares the keys and values of an
@@ -80,15 +83,18 @@ def _light_backbone(config: ModelConfig, light: LightConfig, fresh: dict, backbo
     return result
 
 
-def layer_params(config: ModelConfig, backbone: dict, layer: int) -> Params:
+def layer_params(config: ModelConfig, backbone: Params, layer: int) -> Params:
     """Returns the parameters of one layer of a backbone with layers stacked as in training."""
     stacks = (config.kv_layers, config.kv_shared_layers)
     stack = stacks[layer >= stacks[1].first] if stacks[1].types else stacks[0]
     prefix = 'shared_' if stack.shares_kv else ''
     if layer >= stack.tail_first:
-        return backbone[f'{prefix}tail'][f'layer_{layer - stack.tail_first}']
+        params: Params = backbone[f'{prefix}tail'][f'layer_{layer - stack.tail_first}']
+        return params
     group, place = divmod(layer - stack.first, len(stack.pattern))
-    return jax.tree.map(lambda leaf: leaf[group], backbone[f'{prefix}layers'][f'layer_{place}'])
+    stacked = backbone[f'{prefix}layers'][f'layer_{place}']
+    params = jax.tree.map(lambda leaf: leaf[group], stacked)
+    return params
 
 
 def trained_params(config: ModelConfig, params: Params) -> Params:

@@ -84,7 +84,7 @@ class Trace:
     def __enter__(self) -> 'Trace':
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, *unused: object) -> None:
         self._stop()
 
     @contextlib.contextmanager

@@ -20,7 +20,7 @@ from diffusiongemma.evaluation.metrics import SampleMeasures, exact_match, sampl
 from diffusiongemma.evaluation.tasks import accuracy
 from diffusiongemma.evaluation.timing import Speeds, draft_share, speeds_of, timed
 from diffusiongemma.sampling import PromptLookup, Sampler
-from diffusiongemma.sampling.lossless import draft_length
+from diffusiongemma.sampling.drafter import draft_length
 
 __all__ = ['Acceptance', 'Comparison', 'Contestant', 'EvalConfig', 'compare', 'looking_up']
 

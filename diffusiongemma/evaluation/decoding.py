@@ -159,7 +159,8 @@ def run_batch(
 ) -> SamplerOutput:
     """Returns the sampler's output for a batch, gathered to the host."""
     tokens, lengths = padded(tokenizer, examples, config)
-    return processes.on_host(sampler(params, tokens, lengths, rng=keys))
+    output: SamplerOutput = processes.on_host(sampler(params, tokens, lengths, rng=keys))
+    return output
 
 
 def padded(

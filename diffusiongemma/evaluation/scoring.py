@@ -64,4 +64,5 @@ def _next_token_log_probs(
         return jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
 
     # Row by row, because with a large vocabulary the logits of a whole batch would not fit.
-    return jax.lax.map(score, (hidden[:, :-1], tokens[:, 1:]))
+    scores: jax.Array = jax.lax.map(score, (hidden[:, :-1], tokens[:, 1:]))
+    return scores

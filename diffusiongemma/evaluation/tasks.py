@@ -17,7 +17,8 @@ def is_correct(example: Mapping[str, Any], response: str) -> bool:
         return wordmath.check(response, example['answer'])
     if task == 'sudoku':
         return sudoku.check(example['prompt'], response)
-    return response.strip() == example['response'].strip()
+    expected: str = example['response']
+    return response.strip() == expected.strip()
 
 
 def accuracy(examples: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> float:

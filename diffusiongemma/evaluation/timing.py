@@ -17,7 +17,8 @@ from diffusiongemma.evaluation.decoding import (
     run_batch,
     unwatched,
 )
-from diffusiongemma.sampling.lossless import draft, text_noise, verify_draft
+from diffusiongemma.sampling.drafter import draft
+from diffusiongemma.sampling.lossless import text_noise, verify_draft
 from diffusiongemma.sampling.sampler import LOSSLESS
 
 FEWEST_TURNS = 5  # per batch size, unless the config sets fewer for the main one

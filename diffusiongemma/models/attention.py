@@ -224,6 +224,6 @@ def _scores_keys_first(
     """Returns scores: [B, K, M, R, H], [B, K, S, H] -> [B, K, M, R, S] float32."""
     b, k, m, r, h = query.shape
     # Without the barrier XLA swaps the operands of the matmul to avoid the transpose.
-    scores = contract('bksh,bkrh->bksr', key, query.reshape(b, k, m * r, h))
+    scores: jax.Array = contract('bksh,bkrh->bksr', key, query.reshape(b, k, m * r, h))
     scores = jax.lax.optimization_barrier(scores).swapaxes(2, 3)  # [B, K, M * R, S]
     return scores.reshape(b, k, m, r, -1)

@@ -146,7 +146,7 @@ class LayerGroup(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, inputs: tuple[LayerInput, ...], context: PassContext
-    ) -> tuple[jax.Array, tuple]:
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
         block_kv = []
         fields = (self.which, self.dtype, self.execution, self.shares_kv)
         make_layer = rematerialized(self.execution.remat)
@@ -236,13 +236,13 @@ class Backbone(nn.Module):
         x: jax.Array,
         inputs: tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]],
         context: PassContext,
-    ) -> tuple[jax.Array, tuple]:
+    ) -> tuple[jax.Array, tuple[tuple[Any, ...], tuple[Any, ...]]]:
         """Runs the layers of one stack; returns hidden states, keys and values."""
         fields: dict[str, Any] = {'config': self.config, 'which': which, 'dtype': self.dtype}
         fields |= {'execution': self.execution, 'shares_kv': stack.shares_kv}
         name = 'shared_{}' if stack.shares_kv else '{}'
         stacked, single = inputs
-        stacked_kv: tuple = ()
+        stacked_kv: tuple[Any, ...] = ()
         single_kv: list[KVPair] = []
         if stack.scanned:
             scanned = nn.scan(

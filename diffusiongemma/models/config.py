@@ -239,12 +239,12 @@ class ModelConfig:
             denoiser = dataclasses.replace(config.denoiser, **inner)
         return dataclasses.replace(config, denoiser=denoiser)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Returns the config as JSON values, which `from_dict` reads."""
         return dataclasses.asdict(self) | {'layer_types': list(self.layer_types)}
 
     @classmethod
-    def from_dict(cls, values: dict) -> 'ModelConfig':
+    def from_dict(cls, values: dict[str, Any]) -> 'ModelConfig':
         """Returns the config; raises ValueError if a key is unknown or a required one missing."""
         values = with_nested_denoiser(values)
         nested = {
@@ -261,10 +261,11 @@ class ModelConfig:
                 light = _build(LightConfig, values[name]['light'], "model config, 'light'")
                 values[name] = values[name] | {'light': light}
             values[name] = _build(nested_cls, values[name], f'model config, {name!r}')
-        return _build(cls, values, 'model config')
+        config: ModelConfig = _build(cls, values, 'model config')
+        return config
 
 
-def _build(cls: type, values: dict, where: str) -> Any:
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     names = {field.name for field in dataclasses.fields(cls)}
     required = {
         field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING

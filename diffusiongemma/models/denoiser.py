@@ -101,7 +101,8 @@ class DiffusionGemma(Gemma):
         """Returns the compute dtype of the denoise pass on the current devices."""
         if self.config.has_frozen_encoder and self.execution.denoise_dtype is not None:
             return native_dtype(self.execution.denoise_dtype, self.execution.platform)
-        return jnp.dtype(self.dtype)
+        dtype: jnp.dtype = jnp.dtype(self.dtype)
+        return dtype
 
     def denoise_hidden(
         self,
@@ -154,13 +155,14 @@ class DiffusionGemma(Gemma):
         if self.light is None or self.config.self_conditioning:
             x = self.self_conditioning(embeddings, soft_embeddings)
         per_layer = self.per_layer_inputs(canvas, x)  # [B, M, C, layers, P] or None
+        hidden: jax.Array
         if self.light is not None:
             if self.light.teacher_state:
                 if teacher_state is None:
                     raise ValueError("a light denoiser needs the teacher's state of each canvas.")
                 x = self.teacher_state(x, teacher_state)
-            return self.denoise_backbone(x, prefix.kv, context, per_layer)
-        if self.config.kind == SEPARATE:
+            hidden = self.denoise_backbone(x, prefix.kv, context, per_layer)
+        elif self.config.kind == SEPARATE:
             hidden, _ = self.denoise_backbone(x, prefix.kv, context, 'encode', per_layer)
         else:
             hidden, _ = self.backbone(x, prefix.kv, context, 'denoise', per_layer)
@@ -210,7 +212,8 @@ class DiffusionGemma(Gemma):
     def draft_table(self) -> Float[Array, 'Vd D']:
         """Returns the embedding rows [Vd, D] of the draft vocabulary's tokens."""
         if self.execution.gather_draft_head:
-            return self.draft_head
+            table: jax.Array = self.draft_head
+            return table
         return jnp.take(self.embedder.embedding, self.draft_ids, axis=0)
 
     def draft_rows(self, tokens: Int[Array, '*B']) -> tuple[Int[Array, '*B'], Bool[Array, '*B']]:

@@ -102,7 +102,9 @@ class Execution:
         # Inside a `jax.shard_map` along some axes, x is one device's part along these.
         manual = jax.sharding.get_abstract_mesh().manual_axes
         axes = [tuple(axis for axis in names if axis not in manual) for names in axes]
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition_spec(axes)))
+        sharding = NamedSharding(self.mesh, partition_spec(axes))
+        array: jax.Array = jax.lax.with_sharding_constraint(x, sharding)
+        return array
 
 
 def spread(

@@ -82,11 +82,15 @@ def _weighted_sums(outputs: jax.Array, weights: jax.Array, place: jax.Array) -> 
     return total
 
 
-def _sums_forward(outputs: jax.Array, weights: jax.Array, place: jax.Array):
+def _sums_forward(
+    outputs: jax.Array, weights: jax.Array, place: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     return _weighted_sums(outputs, weights, place), (outputs, weights, place)
 
 
-def _sums_backward(residuals: tuple[jax.Array, ...], gradient: jax.Array):
+def _sums_backward(
+    residuals: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     """Returns the gradients in the order of the rows, which needs gathers but no scatter-add.
 
     Each row belongs to exactly one token.
@@ -186,7 +190,9 @@ def experts_on_mesh(
     exchange = bool(along) and along[0] in token_axes
     summed = split + (() if exchange else along)
 
-    def local(x: jax.Array, weights: jax.Array, experts: jax.Array, *kernels: *Kernels):
+    def local(
+        x: jax.Array, weights: jax.Array, experts: jax.Array, *kernels: *Kernels
+    ) -> jax.Array:
         if gathered:
             kernels = _gathered_kernels(kernels, gathered)
         width, top_k = x.shape[-1], experts.shape[-1]
@@ -196,12 +202,9 @@ def experts_on_mesh(
             ways = mesh.shape[along[0]]
             inputs = (x.reshape(-1, width), flat.reshape(-1), kernels)
             pairs = exchanged_pairs(*inputs, along[0], ways, devices)  # [t * k, D]
-            outputs = jnp.einsum(
-                'tkd,tk->td',
-                pairs.reshape(-1, top_k, width),
-                weights.reshape(-1, top_k).astype(x.dtype),
-                preferred_element_type=jnp.float32,
-            )
+            pairs = pairs.reshape(-1, top_k, width)
+            routing = weights.reshape(-1, top_k).astype(x.dtype)
+            outputs = jnp.einsum('tkd,tk->td', pairs, routing, preferred_element_type=jnp.float32)
         else:
             flat = _local_experts(flat, kernels[0].shape[0], along)
             routed = (x.reshape(-1, width), weights.reshape(-1, top_k), flat, kernels)
@@ -217,7 +220,8 @@ def experts_on_mesh(
         out_specs=x_spec,
         check_vma=False,  # grouped kernels do not declare over which axes their results differ
     )
-    return on_mesh(x, weights, experts, *kernels)
+    outputs: jax.Array = on_mesh(x, weights, experts, *kernels)
+    return outputs
 
 
 def _local_experts(experts: jax.Array, count: int, along: tuple[str, ...]) -> jax.Array:

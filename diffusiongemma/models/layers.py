@@ -84,7 +84,9 @@ def contract(equation: str, x: Float[Array, '...'], y: Float[Array, '...']) -> F
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
-def _contract_forward(equation: str, x: Float[Array, '...'], y: Float[Array, '...']):
+def _contract_forward(
+    equation: str, x: Float[Array, '...'], y: Float[Array, '...']
+) -> tuple[Float[Array, '...'], tuple[Float[Array, '...'], Float[Array, '...']]]:
     return contract(equation, x, y), (x, y)
 
 
@@ -131,14 +133,16 @@ def project(
     kernel = as_operand(kernel, x.dtype)
     if output_major:
         return _project_output_major(equation, x, kernel)
-    return checkpoint_name(_multiply(equation, x, kernel), WEIGHT_PRODUCT)
+    output: jax.Array = checkpoint_name(_multiply(equation, x, kernel), WEIGHT_PRODUCT)
+    return output
 
 
 def _multiply(equation: str, x: Float[Array, '...'], kernel: Any) -> Float[Array, '...']:
     if is_quantized(kernel):
         import qwix  # the import takes a third of a second, and only quantized models need it
 
-        return qwix.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
+        product: jax.Array = qwix.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
+        return product
     return contract(equation, x, kernel)
 
 
@@ -162,7 +166,8 @@ def _project_output_major(
     kernel = kernel.reshape(math.prod(sizes[index] for index in outputs), x.shape[1])  # [o, i]
     if len(x) <= FEW_ROWS and x.dtype == jnp.float32 and not is_quantized(kernel):
         # Without the barrier XLA swaps the operands of the matmul to avoid the transpose.
-        product = jax.lax.optimization_barrier(contract('oi,ri->or', kernel, x)).T  # [r, o]
+        by_output = jax.lax.optimization_barrier(contract('oi,ri->or', kernel, x))
+        product: jax.Array = by_output.T  # [r, o]
     else:
         product = _multiply('ri,oi->ro', x, kernel)
     product = product.reshape([sizes[index] for index in rows + outputs])
@@ -185,7 +190,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
         init = nn.initializers.constant(self.init_value - self.scale_offset)
-        scale = weight(self, 'norm/scale', init, x.shape[-1:])
+        scale: jax.Array = weight(self, 'norm/scale', init, x.shape[-1:])
         return (rms_normalize(x, self.eps) * (scale + self.scale_offset)).astype(x.dtype)
 
 
@@ -255,7 +260,8 @@ class Embedder(nn.Module):
             soft = product(jnp.exp(rows - log_z.reshape(-1, 1)).astype(dtype), table)
         else:
             soft = product(jax.nn.softmax(rows, axis=-1).astype(dtype), table)
-        return (soft * self.width**0.5).astype(dtype).reshape(*logits.shape[:-1], self.width)
+        scale: float = self.width**0.5
+        return (soft * scale).astype(dtype).reshape(*logits.shape[:-1], self.width)
 
     def decode(
         self, hidden: Float[Array, '*B D'], table: Float[Array, 'V D'] | None = None

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import SHARED, ModelConfig
 from diffusiongemma.models.execution import product
 from diffusiongemma.models.weights import weight_at
@@ -28,6 +29,7 @@ from diffusiongemma.models.weights import weight_at
 BOTH, DENOISE = 'both', 'denoise'
 _ENCODE_ALONE = ('embedder/', 'backbone/')  # in a model with a separate denoiser
 _A, _B = 'lora_a', 'lora_b'
+_MeshAxes = str | tuple[str, ...] | None  # the mesh axes that split one dimension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class _Axes(NamedTuple):
     outputs: int
 
 
-def init_lora(config: LoraConfig, params: Mapping[str, Any], key: jax.Array) -> dict:
+def init_lora(config: LoraConfig, params: Mapping[str, Any], key: jax.Array) -> Params:
     """Returns initial adapters, which do not change the model: A is random, B is zero, float32.
 
     Args:
@@ -101,10 +103,13 @@ def init_lora(config: LoraConfig, params: Mapping[str, Any], key: jax.Array) -> 
             adapters[f'{name}/{_B}'] = jnp.zeros(columns, jnp.float32)
     if not any(name.endswith(_A) for name in adapters):
         raise ValueError(f'no kernel matches the targets {list(config.targets)}.')
-    return unflatten_dict(adapters, sep='/')
+    tree: Params = unflatten_dict(adapters, sep='/')
+    return tree
 
 
-def merge_lora(params: Mapping[str, Any], adapters: Mapping[str, Any], config: LoraConfig) -> dict:
+def merge_lora(
+    params: Mapping[str, Any], adapters: Mapping[str, Any], config: LoraConfig
+) -> Params:
     """Returns the parameters with the adapters merged in, in the dtypes of the parameters.
 
     Args:
@@ -125,10 +130,11 @@ def merge_lora(params: Mapping[str, Any], adapters: Mapping[str, Any], config: L
         elif leaf != _B:
             like = merged.get(name)
             merged[name] = value if like is None else value.astype(like.dtype)
-    return unflatten_dict(merged, sep='/')
+    tree: Params = unflatten_dict(merged, sep='/')
+    return tree
 
 
-def base_params(target: ModelConfig, params: Mapping[str, Any]) -> dict:
+def base_params(target: ModelConfig, params: Mapping[str, Any]) -> Params:
     """Returns the parameters of a base in the structure of the `target` model, without copies.
 
     A separate denoiser starts from the base's layers, with the scalars of its denoise pass. A
@@ -155,10 +161,11 @@ def base_params(target: ModelConfig, params: Mapping[str, Any]) -> dict:
             result[(*separate[:-1], 'encode_scalar')] = value
         elif path[-1] != 'encode_scalar' or denoise_scalar not in flat:
             result[separate] = value
-    return unflatten_dict(result)
+    tree: Params = unflatten_dict(result)
+    return tree
 
 
-def adapter_shardings(adapters: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict:
+def adapter_shardings(adapters: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the shardings of adapters: factors are sharded like their kernel, but not the rank.
 
     Args:
@@ -185,11 +192,14 @@ def adapter_shardings(adapters: Mapping[str, Any], shardings: Mapping[str, Any])
         placed[name] = jax.sharding.NamedSharding(
             sharding.mesh, jax.sharding.PartitionSpec(*divisible_axes)
         )
-    return unflatten_dict(placed, sep='/')
+    tree: dict[str, Any] = unflatten_dict(placed, sep='/')
+    return tree
 
 
-def _divisible(spec: tuple, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> tuple:
-    def ways(axes: str | tuple[str, ...] | None) -> int:
+def _divisible(
+    spec: tuple[_MeshAxes, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh
+) -> tuple[_MeshAxes, ...]:
+    def ways(axes: _MeshAxes) -> int:
         names = (axes,) if isinstance(axes, str) else axes or ()
         return product(names, mesh)
 

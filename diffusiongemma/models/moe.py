@@ -64,7 +64,10 @@ class Experts(nn.Module):
             as_operand(kernel, self.dtype) for kernel in (self.gate, self.up, self.down)
         )
         if not is_quantized(kernels[0]):
-            of = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype)  # noqa: E731
+
+            def of(array: jax.Array) -> jax.ShapeDtypeStruct:
+                return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
             warn_of_fallback(of(x.reshape(-1, self.width)), of(kernels[0]), self.execution.platform)
         if self.execution.mesh is not None:
             if self.execution.output_major:

@@ -57,4 +57,5 @@ class PerLayerUpdate(nn.Module):
     def __call__(self, x: jax.Array, per_layer: jax.Array) -> jax.Array:
         """Returns the update [..., D] for x [..., D] and per-layer input [..., P]."""
         hidden = nn.gelu(x @ self.gate.astype(self.dtype), approximate=True) * per_layer
-        return hidden @ self.projection.astype(self.dtype)
+        update: jax.Array = hidden @ self.projection.astype(self.dtype)
+        return update

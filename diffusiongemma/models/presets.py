@@ -14,6 +14,8 @@ Sources, unless a preset names another one:
   E4B, 256K for the others; ai.google.dev/gemma/docs/core) and DiffusionGemma (256K).
 """
 
+from typing import Any
+
 from diffusiongemma.models.config import (
     FULL,
     SLIDING,
@@ -73,7 +75,7 @@ def _gemma4(
     window: int,
     max_positions: int,
     value_is_key: bool,
-    **more,
+    **more: Any,
 ) -> ModelConfig:
     return ModelConfig(
         vocab_size=VOCAB_SIZE,

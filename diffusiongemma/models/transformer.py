@@ -27,7 +27,9 @@ from diffusiongemma.models.per_layer import PerLayerEmbedder
 CACHE_AXES = ('batch', 'kv_heads', 'slots', 'head_dim')  # logical axes of K/V [.., B, K, R, H]
 
 
-def rope_by_kind(config: ModelConfig, positions: Int[Array, '*B']) -> dict:
+def rope_by_kind(
+    config: ModelConfig, positions: Int[Array, '*B']
+) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Returns the rotary tables [..., H/2] of each layer type for positions [...]."""
     tables = {}
     for kind in sorted(set(config.layer_types)):
@@ -145,7 +147,8 @@ class Gemma(nn.Module):
         def place(leaf: jax.Array) -> jax.Array:
             return self.execution.constrain(leaf, *[None] * (leaf.ndim - 4), *CACHE_AXES)
 
-        return jax.tree.map(place, kv)
+        result: KV = jax.tree.map(place, kv)
+        return result
 
     def unembed(self, hidden: Float[Array, '*B D']) -> Float[Array, '*B V']:
         """Returns float32 soft-capped logits [..., V] of hidden states [..., D]."""
@@ -161,12 +164,14 @@ class Gemma(nn.Module):
 def init_boxed_params(model: nn.Module, rng: jax.Array) -> Params:
     """Returns float32 parameters with their logical axis names (for `parallel.sharding`)."""
     tokens = jnp.zeros((1, max(model.config.canvas_length, 1)), jnp.int32)
-    return model.init(rng, tokens)['params']
+    params: Params = model.init(rng, tokens)['params']
+    return params
 
 
 def init_params(model: nn.Module, rng: jax.Array) -> Params:
     """Returns newly initialized float32 parameters as a plain nested dict."""
-    return nn.meta.unbox(init_boxed_params(model, rng))
+    params: Params = nn.meta.unbox(init_boxed_params(model, rng))
+    return params
 
 
 def parameter_count(params: Any) -> int:

@@ -8,7 +8,7 @@ parallel. The results are the same; TPUs and GPUs do not use parts.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from diffusiongemma.models.arrays import Array
 
 Total = TypeVar('Total')
+Pair = tuple[jax.Array, jax.Array]
 Largest = tuple[Float[Array, '*B'], Int[Array, '*B']]  # maxima over a vocabulary, their tokens
 
 LARGE_VOCABULARY = 65_536  # above this size parts are faster
@@ -37,9 +38,10 @@ def fold_parts(
     count, remainder = divmod(vocab_size, VOCABULARY_PART)
     if remainder:
         total = add(total, vocab_size - remainder, remainder)
-    return jax.lax.fori_loop(
+    result: Total = jax.lax.fori_loop(
         0, count, lambda i, total: add(total, i * VOCABULARY_PART, VOCABULARY_PART), total
     )
+    return result
 
 
 def logits_by_parts(
@@ -74,7 +76,7 @@ def expected_rows_by_parts(
     """
     largest = jnp.max(logits, axis=-1, keepdims=True)  # [t, 1]
 
-    def add(totals: tuple[jax.Array, jax.Array], start: jax.Array | int, length: int):
+    def add(totals: Pair, start: jax.Array | int, length: int) -> Pair:
         rows = jax.lax.dynamic_slice_in_dim(table, start, length)  # [n, D]
         weights = jnp.exp(jax.lax.dynamic_slice_in_dim(logits, start, length, axis=1) - largest)
         expected, total = totals
@@ -99,16 +101,17 @@ def log_partition_and_entropy(
     if largest is None:
         largest = jnp.max(logits, axis=-1)
 
-    def sums(logits: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def sums(logits: jax.Array, largest: jax.Array) -> Pair:
         shifted = logits - largest[..., None]
         weights = jnp.exp(shifted)
         weighted = jnp.where(weights > 0, weights * shifted, 0.0)  # 0 * -inf is NaN
         return jnp.sum(weights, axis=-1), jnp.sum(weighted, axis=-1)
 
-    def sums_by_parts(logits: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def add(totals: tuple[jax.Array, jax.Array], start: jax.Array | int, length: int):
+    def sums_by_parts(logits: jax.Array, largest: jax.Array) -> Pair:
+        def add(totals: Pair, start: jax.Array | int, length: int) -> Pair:
             part = jax.lax.dynamic_slice_in_dim(logits, start, length, axis=-1)
-            return jax.tree.map(jnp.add, totals, sums(part, largest))
+            total: Pair = jax.tree.map(jnp.add, totals, sums(part, largest))
+            return total
 
         return fold_parts(add, (jnp.zeros_like(largest),) * 2, logits.shape[-1])
 
@@ -123,7 +126,8 @@ def most_likely_tokens(logits: Float[Array, '*B V']) -> Int[Array, '*B']:
     if size < SMALLEST_CHUNK:
         return _argmax(logits)
     by_chunks = functools.partial(_argmax_of_chunks, size=size)
-    return jax.lax.platform_dependent(logits, cpu=by_chunks, default=_argmax)
+    tokens: jax.Array = jax.lax.platform_dependent(logits, cpu=by_chunks, default=_argmax)
+    return tokens
 
 
 def largest_logits(*arrays: Float[Array, '*B V']) -> tuple[Largest, ...]:
@@ -132,7 +136,10 @@ def largest_logits(*arrays: Float[Array, '*B V']) -> tuple[Largest, ...]:
     The token is the first one for ties. TPUs read all arrays in one pass; if they are functions of
     the same logits, these are read once.
     """
-    return jax.lax.platform_dependent(*arrays, tpu=_largest_in_one_pass, default=_largest_of_each)
+    largest: tuple[Largest, ...] = jax.lax.platform_dependent(
+        *arrays, tpu=_largest_in_one_pass, default=_largest_of_each
+    )
+    return largest
 
 
 def _largest_of_each(*arrays: jax.Array) -> tuple[Largest, ...]:
@@ -175,7 +182,13 @@ def _argmax_of_chunks(logits: jax.Array, size: int) -> jax.Array:
     return chunk * size + _argmax(chosen)
 
 
-def _by_platform(by_parts: Callable, whole: Callable, logits: jax.Array, *others: jax.Array) -> Any:
+def _by_platform(
+    by_parts: Callable[..., Total],
+    whole: Callable[..., Total],
+    logits: jax.Array,
+    *others: jax.Array,
+) -> Total:
     if logits.shape[-1] <= LARGE_VOCABULARY:
         return whole(logits, *others)
-    return jax.lax.platform_dependent(logits, *others, cpu=by_parts, default=whole)
+    result: Total = jax.lax.platform_dependent(logits, *others, cpu=by_parts, default=whole)
+    return result

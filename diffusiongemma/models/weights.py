@@ -159,4 +159,5 @@ def map_kernels(change: Callable[[Any, Weight], Any], params: Params) -> Params:
         weight = weight_at(path)
         if weight is not None and weight.large:
             flat[path] = change(leaf, weight)
-    return unflatten_dict(flat)
+    tree: Params = unflatten_dict(flat)
+    return tree

@@ -163,7 +163,8 @@ def in_shards(tree: Any, shardings: Any) -> Any:
 
     def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return jax.device_put(leaf, sharding)
+            array: jax.Array = jax.device_put(leaf, sharding)
+            return array
         # device_put would exchange the whole array to check that all processes have equal values.
         value = np.asarray(leaf)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

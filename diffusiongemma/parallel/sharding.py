@@ -162,9 +162,11 @@ def state_shardings(abstract_state: Any, params_sharding: Any, mesh: Mesh) -> An
     sharding of that parameter (master weights, EMA, optimizer moments). All other leaves (step
     counters, rows and columns of factored moments) are replicated.
     """
-    by_path = dict(jax.tree_util.tree_leaves_with_path(params_sharding))
+    by_path: dict[tuple[Any, ...], NamedSharding] = dict(
+        jax.tree_util.tree_leaves_with_path(params_sharding)
+    )
 
-    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         for start in range(len(path) + 1):
             candidate = by_path.get(path[start:])
             if candidate is not None and len(candidate.spec) <= len(leaf.shape):

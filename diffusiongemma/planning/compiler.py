@@ -259,7 +259,7 @@ def float32_copies(text: Program, layers: Sequence[Any]) -> float:
       text: the compiled program.
       layers: the parameters as ShapeDtypeStructs with shardings.
     """
-    sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in layers]
+    sizes: list[int] = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in layers]
     large = {size for size in sizes if size > 1e-3 * sum(sizes)}
 
     def counts(shape: str) -> float:

@@ -120,7 +120,8 @@ def of_update(trained: Any, state: Any, mesh: jax.sharding.Mesh, rows: Sequence[
 
 def _touched_experts(config: MoEConfig, tokens: float) -> float:
     """Returns the expected share of experts that a number of tokens reaches, if routed evenly."""
-    return 1.0 - (1.0 - config.top_k / config.num_experts) ** tokens
+    untouched: float = (1.0 - config.top_k / config.num_experts) ** tokens
+    return 1.0 - untouched
 
 
 def _without_experts(model: Gemma, rows: Sequence[str]) -> list[str]:
@@ -151,7 +152,7 @@ def _activations_sent(
 ) -> float:
     """Returns the bytes sent to sum partial results, and to send tokens to experts and back."""
     config, rules = model.config, dict(rules_of(model))
-    itemsize = np.dtype(model.dtype).itemsize
+    itemsize: int = np.dtype(model.dtype).itemsize
     light = model.light if isinstance(model, DiffusionGemma) else None
     layers = config.num_layers if light is None else len(light.layers)
     ways = product(rules['mlp'], mesh)

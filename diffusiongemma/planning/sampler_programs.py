@@ -26,7 +26,7 @@ from diffusiongemma.planning.programs import (
     device_bytes,
     placed,
 )
-from diffusiongemma.sampling import Controls, SamplingConfig, diffusion, lossless, passes
+from diffusiongemma.sampling import Controls, SamplingConfig, diffusion, drafter, lossless, passes
 from diffusiongemma.sampling.sampler import MODES, prefilled
 
 
@@ -151,7 +151,7 @@ def _lossless_programs(
 
     def draft(params: Any, state: Any) -> Any:
         noise = lossless.text_noise(model, sampling, state)
-        return lossless.draft(model, sampling, params, state, noise)
+        return drafter.draft(model, sampling, params, state, noise)
 
     def verify(params: Any, state: Any, drafted: Any) -> Any:
         noise = lossless.text_noise(model, sampling, state)
@@ -164,7 +164,7 @@ def _lossless_programs(
     drafted = placed(drafted, jax.tree.map(lambda _: rows, drafted))
     weights = {'parameters': device_bytes(params)}
     cached = weights | {'cache': device_bytes(generation.cache)}
-    count = batch_size * lossless.draft_length(model, sampling)
+    count = batch_size * drafter.draft_length(model, sampling)
     new, checked = batch_size * sampling.max_new_tokens, count + batch_size
 
     def needed(passed: int, *, denoises: bool) -> Any:

@@ -8,8 +8,8 @@ import numpy as np
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.controls import Controls
+from diffusiongemma.sampling.drafter import draft_length
 from diffusiongemma.sampling.engine import Engine, Failed, Finished, Result
-from diffusiongemma.sampling.lossless import draft_length
 from diffusiongemma.sampling.prompts import pad_prompts
 from diffusiongemma.sampling.randomness import row_keys
 from diffusiongemma.sampling.sampler import Sampler

@@ -74,9 +74,10 @@ def decide(
         row[len(before) : len(before) + len(option)] = option
     pinned = np.full(length, OPEN)
     pinned[: len(before)] = before
-    return _decide(
+    probabilities: jax.Array = _decide(
         sampler, num_draws, params, tokens, lengths, rng, jnp.asarray(places), jnp.asarray(pinned)
     )
+    return probabilities
 
 
 @functools.partial(jax.jit, static_argnames=('sampler', 'num_draws'))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
 from diffusiongemma.models.arrays import Array, Params
-from diffusiongemma.sampling import autoregressive, diffusion, lossless, passes
+from diffusiongemma.sampling import autoregressive, diffusion, drafter, lossless, passes
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafter import LosslessState
 from diffusiongemma.sampling.passes import CausalModel
@@ -83,11 +83,11 @@ class Decoder:
         arguments = (self.model, self.sampler.config, self.params, state, canvas)
         return diffusion.commit_canvas(*arguments)
 
-    def draft(self, state: LosslessState) -> lossless.Drafted:
+    def draft(self, state: LosslessState) -> drafter.Drafted:
         """Returns drafts of the tokens after the pending ones; ignores `model_draft_length`."""
         config = self.sampler.config
         noise = lossless.text_noise(self.model, config, state)
-        return lossless.draft(self.model, config, self.params, state, noise)
+        return drafter.draft(self.model, config, self.params, state, noise)
 
     def verify(
         self,
@@ -108,7 +108,7 @@ class Decoder:
         config = self.sampler.config
         noise = lossless.text_noise(self.model, config, state)
         finite = jnp.ones_like(state.finished) if finite is None else finite
-        drafted = lossless.Drafted(tokens, steps, finite)
+        drafted = drafter.Drafted(tokens, steps, finite)
         return lossless.verify_draft(self.model, config, self.params, state, drafted, noise)
 
     def next_token(self, state: GenerationState) -> GenerationState:

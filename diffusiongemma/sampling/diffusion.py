@@ -32,11 +32,7 @@ from diffusiongemma.sampling.finite import are_finite
 from diffusiongemma.sampling.noise import first_canvas, hold, noise_vocab
 from diffusiongemma.sampling.passes import CausalModel, DenoisingModel
 from diffusiongemma.sampling.randomness import fold_in_rows, split_rows
-from diffusiongemma.sampling.state import (
-    CanvasTask,
-    DenoiseState,
-    GenerationState,
-)
+from diffusiongemma.sampling.state import CanvasTask, DenoiseState, GenerationState
 
 
 def start(
@@ -172,17 +168,21 @@ def first_noise(
 
 
 def _soft_embeddings(
-    model: DenoisingModel, params: Params, state: DenoiseState, logits: tuple, last: jax.Array
+    model: DenoisingModel,
+    params: Params,
+    state: DenoiseState,
+    logits: tuple[jax.Array, jax.Array],
+    last: jax.Array,
 ) -> jax.Array:
     """Returns soft embeddings [B, C, D] for the next step; after the last step the old ones.
 
     `logits` are shaped logits [B, C, V] and their logsumexp [B, C].
     """
+    old, embed = state.soft_embeddings, functools.partial(passes.soft_embed, model, params, *logits)
     if not passes.self_conditions(model):
-        return state.soft_embeddings
-    return jax.lax.cond(
-        last, lambda: state.soft_embeddings, lambda: passes.soft_embed(model, params, *logits)
-    )
+        return old
+    new: jax.Array = jax.lax.cond(last, lambda: old, embed)
+    return new
 
 
 def denoise_step(

@@ -201,7 +201,8 @@ def with_draft(
     copied = text.drafted()
     if text.matches is None:
         return use(copied)
-    return jax.lax.cond(text.is_enough(state.finished), lambda: use(copied), use_model)
+    result: T = jax.lax.cond(text.is_enough(state.finished), lambda: use(copied), use_model)
+    return result
 
 
 def text_draft(

@@ -170,7 +170,7 @@ def light_draft(
 
 def _with_prompt_tokens(
     model: Any,
-    variables: dict,
+    variables: dict[str, Any],
     hidden: jax.Array,
     logits: jax.Array,
     tokens: jax.Array,
@@ -185,7 +185,7 @@ def _with_prompt_tokens(
 
 def _left_to_right(
     model: Any,
-    variables: dict,
+    variables: dict[str, Any],
     logits: jax.Array,
     size: int,
     pending: jax.Array,

@@ -24,6 +24,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int
 
 from diffusiongemma.models.arrays import Array
@@ -134,7 +135,7 @@ class GibbsSweep:
         assert size is not None  # `next_canvas` refuses masked diffusion
         logits = proposal.logits
         assert logits is not None  # always set for a rule that reads them
-        level = jnp.maximum(noise_level, jnp.finfo(jnp.float32).tiny)
+        level = jnp.maximum(noise_level, np.finfo(np.float32).tiny)
         # The logits are shaped, that is divided by the temperature, and so is the gain.
         gain = jnp.log1p(size * (1 - level) / level) / proposal.temperature  # [B, 1]
         is_current = jnp.arange(logits.shape[-1]) == proposal.canvas[..., None]  # [B, C, V]

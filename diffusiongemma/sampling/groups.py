@@ -60,7 +60,9 @@ class Group:
       running: the requests in slots, by slot.
     """
 
-    def __init__(self, slots: Slots, tokenizer: Tokenizer | None, shared: tuple) -> None:
+    def __init__(
+        self, slots: Slots, tokenizer: Tokenizer | None, shared: tuple[object, ...]
+    ) -> None:
         self.slots = slots
         self.waiting: collections.deque[Request] = collections.deque()
         self.running: dict[int, Row] = {}
@@ -179,7 +181,9 @@ class Group:
 class WatchedGroup(Group):
     """A group of watched requests, whose blocks run one denoise step at a time."""
 
-    def __init__(self, slots: Slots, tokenizer: Tokenizer | None, shared: tuple) -> None:
+    def __init__(
+        self, slots: Slots, tokenizer: Tokenizer | None, shared: tuple[object, ...]
+    ) -> None:
         super().__init__(slots, tokenizer, shared)
         self._block: Iterator[Draft] | None = None  # remaining steps of the current block
         self._stepped: set[int] = set()  # slots that took part in a step of the block

@@ -26,7 +26,7 @@ class CausalModel(Protocol):
 
     config: Any
 
-    def apply(self, variables: dict, *args: Any, method: str) -> Any: ...
+    def apply(self, variables: dict[str, Any], *args: Any, method: str) -> Any: ...
 
     def encode(
         self,
@@ -141,14 +141,18 @@ def prefill(
     chunks = padded.reshape(batch_size, -1, chunk).swapaxes(0, 1)  # [chunks, B, T]
     ends = cache.lengths + lengths
 
-    def append(cache: KVCache, tokens: Int[Array, 'B T'], prefix: Prefix | None):
+    def append(
+        cache: KVCache, tokens: Int[Array, 'B T'], prefix: Prefix | None
+    ) -> tuple[KVCache, Float[Array, 'B D'], Bool[Array, ' B']]:
         counts = jnp.clip(ends - cache.lengths, 0, chunk)  # [B], tokens in this chunk
         hidden, kv = _encode(model, params, tokens, counts, cache.lengths, prefix)
         last = jnp.maximum(counts - 1, 0)[:, None, None]
         last = jnp.take_along_axis(hidden, last, axis=1)[:, 0]  # [B, D]
         return _append(cache, hidden, kv, counts), last, counts > 0
 
-    def next_chunk(carry: tuple[KVCache, Float[Array, 'B D']], tokens: Int[Array, 'B T']):
+    def next_chunk(
+        carry: tuple[KVCache, Float[Array, 'B D']], tokens: Int[Array, 'B T']
+    ) -> tuple[tuple[KVCache, Float[Array, 'B D']], None]:
         cache, last = carry
         cache, latest, some = append(cache, tokens, cache.as_prefix())
         return (cache, jnp.where(some[:, None], latest, last)), None
@@ -182,7 +186,8 @@ def _encode(
     positions = starts[:, None] + index  # [B, T]
     segment_ids = (index < counts[:, None]).astype(jnp.int32)  # [B, T], 0 at padding
     args = (tokens, positions, segment_ids, prefix)
-    return model.apply({'params': params}, *args, method='encode')
+    hidden, kv = model.apply({'params': params}, *args, method='encode')
+    return hidden, kv
 
 
 def _append(
@@ -264,17 +269,10 @@ def denoise(
       teacher_state: [B, D], hidden states for a light denoiser that reads them.
     """
     starts = cache.lengths[:, None] + first  # [B, 1], one canvas per row
-    logits = model.apply(
-        {'params': params},
-        canvas[:, None],  # [B, 1, C]
-        starts,
-        jnp.ones_like(starts),
-        cache.as_prefix(),
-        soft_embeddings[:, None],  # [B, 1, C, D]
-        **_more(model, last_token, teacher_state),
-        method='denoise',
-    )
-    return logits[:, 0]
+    segment_ids, more = jnp.ones_like(starts), _more(model, last_token, teacher_state)
+    args = (canvas[:, None], starts, segment_ids, cache.as_prefix(), soft_embeddings[:, None])
+    logits: jax.Array = model.apply({'params': params}, *args, **more, method='denoise')
+    return logits[:, 0]  # [B, C, V]
 
 
 @jax.named_scope('denoise')
@@ -302,7 +300,7 @@ def denoise_hidden(
         starts = starts + 1
     else:
         canvas = canvas.at[:, 0].set(pending)
-    hidden = model.apply(
+    hidden: jax.Array = model.apply(
         {'params': params},
         canvas[:, None],
         starts,
@@ -337,7 +335,8 @@ def soft_embed(
 ) -> Float[Array, 'B C D']:
     """Returns the self-conditioning input of the next denoise pass: [B, C, V] -> [B, C, D]."""
     more = (log_z,) if isinstance(model, DiffusionGemma) else ()  # others need not accept it
-    return model.apply({'params': params}, logits, *more, method='soft_embed')
+    soft: jax.Array = model.apply({'params': params}, logits, *more, method='soft_embed')
+    return soft
 
 
 def no_soft_embeddings(

@@ -191,7 +191,8 @@ def padded_width(length: int, multiple: int, most: int) -> int:
     With few different widths, few shapes are compiled.
     """
     blocks = -(-length // multiple)
-    return min(multiple * 2 ** int(np.ceil(np.log2(blocks))), most)
+    width: int = multiple * 2 ** int(np.ceil(np.log2(blocks)))
+    return min(width, most)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'capacity'))

@@ -25,7 +25,8 @@ def typed_key(rng: jax.Array) -> jax.Array:
         raise ValueError(f'rng must be a key such as jax.random.key(0), got {rng!r}.')
     if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         return rng
-    return jax.random.wrap_key_data(rng)
+    key: jax.Array = jax.random.wrap_key_data(rng)
+    return key
 
 
 def fold_in_rows(keys: jax.Array, data: int | jax.Array) -> jax.Array:

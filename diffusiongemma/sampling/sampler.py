@@ -15,7 +15,7 @@ from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import autoregressive, diffusion, lossless, passes
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import Controls, is_integer, is_known
-from diffusiongemma.sampling.drafter import LosslessState
+from diffusiongemma.sampling.drafter import LosslessState, draft_length
 from diffusiongemma.sampling.finite import are_finite, check_finite
 from diffusiongemma.sampling.passes import CausalModel
 from diffusiongemma.sampling.prompts import check_fits, check_prompts
@@ -26,6 +26,7 @@ from diffusiongemma.sampling.state import GenerationState, SamplerOutput
 _STATIC = ('model', 'config')
 
 State = GenerationState | LosslessState  # the carry of the outer loop
+Arguments = tuple[jax.Array, jax.Array, jax.Array, Controls]  # the result of `Sampler.checked`
 OneState = TypeVar('OneState', GenerationState, LosslessState)
 
 
@@ -268,10 +269,10 @@ class Sampler:
         """
         return self._stream(params, self.checked(tokens, lengths, rng, controls))
 
-    def _stream(self, params: Params, arguments: tuple) -> Iterator[SamplerOutput]:
+    def _stream(self, params: Params, arguments: Arguments) -> Iterator[SamplerOutput]:
         block = 1
         if self.mode == 'lossless':
-            block = lossless.draft_length(self.model, self.config) + 1
+            block = draft_length(self.model, self.config) + 1
         elif self.mode == 'diffusion':
             block = self.model.config.canvas_length
         mode, before = MODES[self.mode], None

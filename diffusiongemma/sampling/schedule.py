@@ -43,4 +43,5 @@ class TemperatureSchedule:
 
     def temperature(self, noise_level: Number) -> Number:
         """Returns the divisor of the logits at a noise level in [0, 1]."""
-        return self.t_min + (self.t_max - self.t_min) * noise_level**self.exponent
+        share: Number = noise_level**self.exponent
+        return self.t_min + (self.t_max - self.t_min) * share

@@ -99,7 +99,8 @@ class Slots:
         source = self._prefixes if conversation is None else conversation
         if source is not None:
             cache, cached = source.before(prompts[0])
-        arguments: tuple = (*self._padded([prompt[cached:] for prompt in prompts]), keys, controls)
+        padded = self._padded([prompt[cached:] for prompt in prompts])
+        arguments: tuple[object, ...] = (*padded, keys, controls)
         whole = None
         if cache is not None:
             arguments, whole = (*arguments, cache), self._padded(prompts, self._capacity)
@@ -149,7 +150,9 @@ class Slots:
     def read(self) -> tuple[SamplerOutput, np.ndarray]:
         """Returns the responses so far as numpy arrays, and which rows finished, [slots] bool."""
         assert self._state is not None  # a row is running
-        return jax.device_get((self._state.output(), self._state.finished))
+        latest = (self._state.output(), self._state.finished)
+        output, finished = jax.device_get(latest)
+        return output, finished
 
 
 def _stacked(controls: Sequence[Controls]) -> Controls:

@@ -13,7 +13,7 @@ from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafter import LosslessState
 from diffusiongemma.sampling.finite import check_finite
 from diffusiongemma.sampling.rows import map_but
-from diffusiongemma.sampling.sampler import MODES, Sampler, State
+from diffusiongemma.sampling.sampler import MODES, Arguments, Sampler, State
 from diffusiongemma.sampling.state import CanvasTask, DenoiseState, SamplerOutput
 
 
@@ -87,7 +87,9 @@ def check_has_canvas(sampler: Sampler) -> None:
         )
 
 
-def _watch(sampler: Sampler, params: Params, arguments: tuple) -> Iterator[Draft | SamplerOutput]:
+def _watch(
+    sampler: Sampler, params: Params, arguments: Arguments
+) -> Iterator[Draft | SamplerOutput]:
     start = MODES[sampler.mode].start
     state: State = start(sampler.model, sampler.config, params, *arguments)
     while state.running:
@@ -108,7 +110,8 @@ def block_by_steps(sampler: Sampler, params: Params, state: State) -> Generator[
     task = diffusion.canvas_task(sampler.model, state)
     limit = sampler.config.max_denoising_steps
     canvas = yield from _watch_canvas(sampler, params, state, task, limit)
-    return _commit_canvas(sampler.model, sampler.config, params, state, canvas)
+    after: State = _commit_canvas(sampler.model, sampler.config, params, state, canvas)
+    return after
 
 
 def _next_draft(
@@ -132,7 +135,8 @@ def _next_draft(
         draft = yield from _watch_model(model_sampler, params, state, noise, rows)
         if text is not None and short is None:
             draft = text.in_place_of(draft)
-    return _verify_draft(model, config, params, state, draft, noise)
+    after: LosslessState = _verify_draft(model, config, params, state, draft, noise)
+    return after
 
 
 def _watch_canvas(
@@ -148,7 +152,7 @@ def _watch_canvas(
     If `pending` tokens [B] are passed, they are prepended to the canvas that is shown.
     """
     model, config = sampler.model, sampler.config
-    canvas = _first_noise(model, config, params, task)
+    canvas: DenoiseState = _first_noise(model, config, params, task)
     yield _draft(state.output(), canvas, jnp.zeros_like(canvas.stopped), pending)
     while canvas.step < limit and not jnp.all(canvas.stopped):
         changing = ~canvas.stopped

@@ -1,7 +1,9 @@
 """Reads the fields of a JSON object one by one; an error names the field that is wrong."""
 
 import json
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar('T')
 
 
 class RequestError(Exception):
@@ -88,7 +90,7 @@ class Fields:
     def flag(self, name: str) -> bool:
         return bool(self._of(name, bool, 'true or false'))
 
-    def array(self, name: str) -> list | None:
+    def array(self, name: str) -> list[Any] | None:
         return self._of(name, list, 'an array')
 
     def object(self, name: str) -> 'Fields | None':
@@ -116,13 +118,13 @@ class Fields:
             )
         return float(value)
 
-    def only(self, name: str, allowed: tuple, reason: str) -> None:
+    def only(self, name: str, allowed: tuple[Any, ...], reason: str) -> None:
         """Raises RequestError unless the field is missing or has one of the `allowed` values."""
         value = self.any(name)
         if value is not None and not any(value == a and type(value) is type(a) for a in allowed):
             raise self.error(name, f'{self._where}{name} is not supported: {reason}')
 
-    def _of(self, name: str, types: Any, kind: str) -> Any:
+    def _of(self, name: str, types: type[T] | tuple[type[T], ...], kind: str) -> T | None:
         value = self.any(name)
         if value is None:
             return None

@@ -18,6 +18,8 @@ _HELP = {
     'causal_passes_total': 'Causal passes by decode mode: commits, verifications, single tokens.',
 }
 
+_Labels = tuple[tuple[str, str], ...]  # (name, value) pairs
+
 
 class Metrics:
     """A thread-safe collection of counters, a histogram of accepted lengths and a token rate."""
@@ -25,10 +27,10 @@ class Metrics:
     def __init__(self) -> None:
         """Sets all counters to zero."""
         self._lock = threading.Lock()
-        self._counts: dict[str, collections.Counter] = {
+        self._counts: dict[str, collections.Counter[_Labels]] = {
             name: collections.Counter() for name in _HELP
         }
-        self._accepted: collections.Counter = collections.Counter()
+        self._accepted: collections.Counter[int] = collections.Counter()
         self._recent: collections.deque[tuple[float, int]] = collections.deque()
 
     def request(self, endpoint: str, status: int) -> None:

@@ -14,7 +14,7 @@ MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 _MAX_STOPS, _MAX_STOP_LENGTH = 4, 256
 # OpenAI's fields that are only accepted with values without effect, and the reason for an error.
-_NEUTRAL: dict[str, tuple[tuple, str]] = {
+_NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
     'n': ((1,), 'send one request per answer, each with a seed of its own.'),
     'best_of': ((1,), 'send one request per answer, each with a seed of its own.'),
     'logit_bias': (({},), 'the server has no token biases; the library can ban sets of tokens.'),
@@ -79,7 +79,7 @@ class GenerationTask:
     watch: bool = False
 
 
-def read_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> GenerationTask:
+def read_completion(body: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> GenerationTask:
     """Parses a body of /v1/completions; raises RequestError."""
     fields = Fields(body)
     prompt = read_prompt(fields, tokenizer)
@@ -92,7 +92,7 @@ def read_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> Generat
     return _with_suffix(task, suffix, limits) if suffix else task
 
 
-def read_chat(body: dict, tokenizer: Tokenizer, limits: Limits) -> GenerationTask:
+def read_chat(body: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> GenerationTask:
     """Parses a body of /v1/chat/completions; raises RequestError."""
     fields = Fields(body)
     prompt = read_conversation(fields, tokenizer)
@@ -123,7 +123,7 @@ class Decision:
     seed: int
 
 
-def read_decision(body: dict, tokenizer: Tokenizer, limits: Limits) -> Decision:
+def read_decision(body: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> Decision:
     """Parses a body of /v1/decisions; raises RequestError."""
     del limits
     fields = Fields(body)
@@ -150,7 +150,7 @@ def read_decision(body: dict, tokenizer: Tokenizer, limits: Limits) -> Decision:
     return decision
 
 
-def read_frames(body: dict, tokenizer: Tokenizer, limits: Limits) -> GenerationTask:
+def read_frames(body: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> GenerationTask:
     """Parses a body of /v1/frames; raises RequestError."""
     fields = Fields(body)
     chat = fields.has('messages')

@@ -102,7 +102,8 @@ class Service:
 
     @property
     def _vocab_size(self) -> int:
-        return self._sampler.model.config.vocab_size
+        size: int = self._sampler.model.config.vocab_size
+        return size
 
     def admit(self, key: str | None) -> None:
         """Raises RequestError if the API key is wrong or the server shuts down."""
@@ -192,7 +193,8 @@ class Service:
             after=decision.after,
             num_draws=decision.draws,
         )
-        return np.asarray(probabilities)[0].tolist()
+        row: list[float] = np.asarray(probabilities)[0].tolist()
+        return row
 
     def automaton(self, schema: Any) -> TokenAutomaton:
         """Returns the automaton of a JSON schema, from a cache if possible; thread-safe.

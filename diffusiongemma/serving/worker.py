@@ -4,12 +4,14 @@ import concurrent.futures
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import logging
 
 from diffusiongemma.sampling.engine import Engine, Failed
 from diffusiongemma.sampling.events import End, Event
+
+T = TypeVar('T')
 
 
 class Refused:
@@ -86,9 +88,9 @@ class Worker:
         """Cancels the request of a ticket, unless it has ended."""
         self._inbox.put(lambda: self._cancel(ticket))
 
-    def call(self, function: Callable[[], Any]) -> concurrent.futures.Future:
+    def call(self, function: Callable[[], T]) -> concurrent.futures.Future[T]:
         """Runs a function in the thread of the worker, between two steps of the engine."""
-        future: concurrent.futures.Future = concurrent.futures.Future()
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def work() -> None:
             if future.set_running_or_notify_cancel():

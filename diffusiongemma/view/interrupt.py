@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar('T')
 
@@ -18,8 +18,8 @@ def interruptible(values: Iterator[T]) -> Iterator[T]:
     and then raised in code that may suppress it. Here it interrupts the calling thread, which only
     waits. The worker thread then finishes its current element; later calls wait for it.
     """
-    requests: queue.SimpleQueue = queue.SimpleQueue()
-    results: queue.SimpleQueue = queue.SimpleQueue()
+    requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
     def work() -> None:
         while requests.get():

@@ -57,6 +57,9 @@ class Noun:
         return self.many
 
 
+Word = Person | Noun | str
+
+
 def _nouns(words: str) -> tuple[Noun, ...]:
     """Returns nouns with a regular plural, from singulars separated by spaces."""
     endings = ('x', 's', 'ch', 'sh')
@@ -76,7 +79,7 @@ PEOPLE = (
     *_people('Tom Ben Sam Leo Max Omar Jack Noah Hugo Ivan Adam Paul', 'he', 'his', 'him'),
 )
 # Fields of a template are looked up here without their trailing digits: {item}, {item2}, ...
-LEXICON: Mapping[str, tuple] = {
+LEXICON: Mapping[str, tuple[Word, ...]] = {
     'A': PEOPLE,
     'B': PEOPLE,
     'C': PEOPLE,
@@ -147,14 +150,14 @@ class Template:
         def operand(text: str) -> str:
             return text if text.isdigit() else '{' + text + '}'
 
-        def equation(m: re.Match) -> str:
+        def equation(m: re.Match[str]) -> str:
             return f'{operand(m[2])} {m[3]} {operand(m[4])} = {operand(m[1])}'
 
         answer = '{' + self.steps[-1][0] + '}'
         return f'{_EQUATION.sub(equation, self.response)} The answer is {answer}.'
 
     @functools.cached_property
-    def _choices(self) -> tuple[tuple[str, tuple], ...]:
+    def _choices(self) -> tuple[tuple[str, tuple[Word, ...]], ...]:
         """Returns the (field, pool) pairs of all wordings of this template, in a fixed order."""
         fields = set(_FIELD.findall(' '.join(self.prompts) + self.response))
         pools = ((field, LEXICON.get(field.rstrip('0123456789'))) for field in sorted(fields))
@@ -180,7 +183,7 @@ class Template:
         """Returns the problem with words filled in: {'prompt', 'response', 'answer'}."""
         uniform = rng.random(len(self._choices) + 1).tolist()
         fields: dict[str, object] = dict(values)
-        used: set = set()
+        used: set[Word] = set()
         for u, (field, pool) in zip(uniform, self._choices, strict=False):
             choice = int(u * len(pool))
             while pool[choice] in used:  # two people or two things in a problem must differ

@@ -15,7 +15,7 @@ from diffusiongemma.data.tasks.wordmath import Wordmath
 
 
 @dataclasses.dataclass(kw_only=True)
-class TaskConfig(tfds.core.BuilderConfig):
+class TaskConfig(tfds.core.BuilderConfig):  # type: ignore[misc]  # tfds has no annotations
     """A TFDS config with the number of examples per split and the seed of a task."""
 
     train_size: int
@@ -36,7 +36,8 @@ def _configs(**sizes: tuple[int, int]) -> list[TaskConfig]:
 
 
 class _TaskBuilder(  # type: ignore[call-arg]  # its base has no types
-    tfds.core.GeneratorBasedBuilder, skip_registration=True
+    tfds.core.GeneratorBasedBuilder,  # type: ignore[misc]  # tfds has no annotations
+    skip_registration=True,
 ):
     """A builder that writes the examples of a built-in task to a TFDS data directory."""
 

@@ -126,7 +126,10 @@ def _kernel(length: int, heads: int, window: int | None, interpret: bool) -> Ker
         )
         kernel = jax.tree.map(np.asarray, kernel)  # constants that are not bound to a device
 
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array):
-        return kernel(query, key, value, splash.SegmentIds(segments, segments))
+    def attend(
+        query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array
+    ) -> jax.Array:
+        output: jax.Array = kernel(query, key, value, splash.SegmentIds(segments, segments))
+        return output
 
     return attend

@@ -25,7 +25,8 @@ def grouped_product(
         return grouped_matmul(x, kernels, group_sizes, dtype)
     sums = grouped_matmul(x, kernels.qvalue, group_sizes)
     group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0]), side='right')  # [N]
-    return (sums * kernels.scale[:, 0].at[group].get(mode='clip')).astype(dtype)  # [N, F]
+    scale: jax.Array = kernels.scale[:, 0].at[group].get(mode='clip')  # [N, F]
+    return (sums * scale).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -83,7 +84,8 @@ def _multiply(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: A
     """Returns the result of `grouped_matmul` in `dtype`."""
     by_platform = {'cpu': _by_blocks, 'cuda': grouped_gpu.grouped_matmul_gpu, 'default': _ragged}
     by_platform = _supported(x, kernels, dtype, by_platform, grouped_tpu.grouped_matmul_tpu)
-    return jax.lax.platform_dependent(x, kernels, group_sizes, **by_platform)
+    product: jax.Array = jax.lax.platform_dependent(x, kernels, group_sizes, **by_platform)
+    return product
 
 
 def _outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array, dtype: Any) -> jax.Array:
@@ -95,7 +97,8 @@ def _outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array, dtype: Any) -> ja
         'default': _ragged_outer,
     }
     by_platform = _supported(x, kernels, dtype, by_platform, grouped_tpu.grouped_outer_tpu)
-    return jax.lax.platform_dependent(x, y, group_sizes, **by_platform)
+    product: jax.Array = jax.lax.platform_dependent(x, y, group_sizes, **by_platform)
+    return product
 
 
 def _supported(
@@ -120,11 +123,15 @@ def _cast(function: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.A
     return lambda *arguments: function(*arguments).astype(dtype)
 
 
-def _forward(x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: Any):
+def _forward(
+    x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, dtype: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     return _multiply(x, kernels, group_sizes, dtype), (x, kernels, group_sizes)
 
 
-def _backward(dtype: Any, residuals: tuple[jax.Array, ...], gradient: jax.Array):
+def _backward(
+    dtype: Any, residuals: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x, kernels, group_sizes = residuals
     gradient = gradient.astype(x.dtype)
     by_x = _multiply(gradient, kernels.swapaxes(1, 2), group_sizes, x.dtype)  # [N, D]
@@ -220,7 +227,8 @@ def _outer_by_blocks(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.
         total = _dot('erd,erf->edf', left[: blocks.first], right[: blocks.first])
     else:
         total = jnp.zeros((group_sizes.shape[0], x.shape[1], y.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(blocks.first, blocks.used, add, total)
+    result: jax.Array = jax.lax.fori_loop(blocks.first, blocks.used, add, total)
+    return result
 
 
 def mlps_by_blocks(
@@ -274,7 +282,8 @@ def _gated_mlp(x: jax.Array, kernels: tuple[Any, Any, Any]) -> jax.Array:
 def _times(kernel: Any, x: jax.Array) -> jax.Array:
     """Returns [..., O, I] @ [..., I, R] -> [..., O, R] float32; the kernel may be quantized."""
     if is_quantized(kernel):
-        return _times(kernel.qvalue.astype(x.dtype), x) * kernel.scale
+        scale: jax.Array = kernel.scale
+        return _times(kernel.qvalue.astype(x.dtype), x) * scale
     product = _dot('...oi,...ir->...or', kernel, x)
     # Without the barrier XLA swaps the operands for several rows, which is slower here.
     return jax.lax.optimization_barrier(product) if x.shape[-1] > 1 else product

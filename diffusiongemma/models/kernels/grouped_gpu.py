@@ -51,7 +51,7 @@ def grouped_matmul_gpu(
     first = (last_row - group_sizes)[group] + rows * (block - (last_block - blocks)[group])
     first = jnp.where(block < last_block[-1], first, num_rows).astype(jnp.int32)
     last = jnp.minimum(last_row[group], first + rows).astype(jnp.int32)
-    out = pl.pallas_call(
+    out: jax.Array = pl.pallas_call(
         functools.partial(_kernel, rows=rows, columns=columns),
         out_shape=jax.ShapeDtypeStruct((num_rows + rows, outputs), jnp.float32),
         grid=(count, outputs // columns),
@@ -79,7 +79,7 @@ def grouped_outer_gpu(
     widths = (x.shape[1], y.shape[1])
     last = jnp.cumsum(group_sizes).astype(jnp.int32)
     first = last - group_sizes.astype(jnp.int32)
-    return pl.pallas_call(
+    out: jax.Array = pl.pallas_call(
         _outer_kernel,
         out_shape=jax.ShapeDtypeStruct((group_sizes.shape[0], *widths), jnp.float32),
         grid=(group_sizes.shape[0], widths[0] // INNER, widths[1] // INNER),
@@ -87,6 +87,7 @@ def grouped_outer_gpu(
         interpret=interpret,
         name='grouped_outer',
     )(first, last, *(jnp.pad(rows, ((0, INNER), (0, 0))) for rows in (x, y)))
+    return out
 
 
 def _tile(rows_per_group: int, num_rows: int, outputs: int) -> tuple[int, int]:
@@ -123,7 +124,7 @@ def _kernel(
     tile = pl.ds(pl.program_id(1) * columns, columns)
 
     @pl.when(start < end)
-    def _():
+    def _() -> None:
         inside = start + jnp.arange(rows) < end  # [rows]
 
         def add(step: jax.Array, total: jax.Array) -> jax.Array:
