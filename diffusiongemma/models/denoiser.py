@@ -271,6 +271,6 @@ class DiffusionGemma(Gemma):
 def _behind(
     first: Shaped[Array, '...'], sequence: Shaped[Array, '*B'], axis: int
 ) -> Shaped[Array, '*B']:
-    """Returns `first` followed by all but the last element of `rest` along `axis`."""
+    """Returns `first` followed by all but the last element of `sequence` along `axis`."""
     without_last = jax.lax.slice_in_dim(sequence, 0, sequence.shape[axis] - 1, axis=axis)
     return jnp.concatenate([first, without_last], axis=axis)
