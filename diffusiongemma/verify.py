@@ -28,12 +28,12 @@ from absl import flags, logging
 
 from diffusiongemma import cli
 from diffusiongemma.checkpoints.load import load_model
-from diffusiongemma.distillation.losses import cross_entropy
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.sampling.acceptance import EntropyBound
 from diffusiongemma.sampling.epilogue import entropy
+from diffusiongemma.sampling.scores import TokenScores
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Directory of the checkpoint.')
 _GOLDEN = flags.DEFINE_string('golden', None, 'The golden .npz file.')
@@ -111,6 +111,7 @@ def golden_passes(
     )
     committed = cache.append(kv, jnp.full((batch_size,), canvas_length))
     first = int(lengths[0])
+    in_prompt = TokenScores.of(encoder_logits[:1, : first - 1], prompt[:1, 1:first], 1)
     back = np.argsort(order, axis=1)[..., None]
     outputs = {
         'encoder_hidden': np.take_along_axis(np.asarray(hidden), back, axis=1),
@@ -121,7 +122,7 @@ def golden_passes(
         'logits_canvas2': denoise(committed),
         'accepted': EntropyBound(float(golden['entropy_bound'])).accept(entropies),
         'token_entropy': entropies,
-        'ar_ce': jnp.mean(cross_entropy(encoder_logits[0, : first - 1], prompt[0, 1:first])),
+        'ar_ce': -jnp.mean(in_prompt.chosen),
         'chained_step1': denoise_after(step0),
     }
     return {name: np.asarray(value) for name, value in outputs.items()}

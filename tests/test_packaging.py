@@ -1,6 +1,7 @@
 """Tests that the dependencies of the core install and the extras match the imports."""
 
 import ast
+import importlib
 import re
 import runpy
 import subprocess
@@ -89,3 +90,12 @@ def test_every_program_is_a_command(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['diffusiongemma', 'smaple'])
     with pytest.raises(SystemExit, match='usage: diffusiongemma COMMAND'):
         cli.main()
+
+
+PACKAGES = sorted(p.parent.name for p in FILES if p.name == '__init__.py' and p.parents[2] == ROOT)
+
+
+@pytest.mark.parametrize('name', PACKAGES)
+def test_a_package_names_what_it_offers(name):
+    package = importlib.import_module(f'diffusiongemma.{name}')
+    assert package.__all__ and all(hasattr(package, public) for public in package.__all__)
