@@ -161,36 +161,12 @@ def _gather_backward(
 ) -> tuple[jax.Array, Any]:
     del dtype
     _, gradient, by_hidden = gradients
-    gradient = _sum_and_split(gradient, *split)
+    for dimension, axes in enumerate(split):
+        for axis in axes:
+            gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=dimension, tiled=True)
     by_shard = gradient.astype(like.dtype)
     by_shard, by_hidden = jax.lax.optimization_barrier((by_shard, by_hidden))
     return by_shard, by_hidden
-
-
-def _sum_and_split(
-    table: jax.Array, of_tokens: tuple[str, ...], of_width: tuple[str, ...]
-) -> jax.Array:
-    """Sums tables [V, D] of all devices, and returns this device's part of the sum.
-
-    The width of a part is rarely a multiple of the 128 lanes of a TPU (26B-A4B: 2816 / 4 = 704).
-    XLA splits along such a dimension by an all-reduce, which sends twice as much as a
-    reduce-scatter. Sums are therefore split along the tokens, and exchanged once for parts of the
-    width.
-
-    Args:
-      table: [V, D], the table of this device.
-      of_tokens: the mesh axes that split its tokens, the outermost first.
-      of_width: the mesh axes that split its width.
-    """
-    num_parts = math.prod(jax.lax.axis_size(axis) for axis in of_tokens + of_width)
-    exchanges = bool(of_width) and table.shape[0] % num_parts == 0
-    stages = (of_tokens + of_width, ()) if exchanges else (of_tokens, of_width)
-    for dimension, axes in enumerate(stages):
-        for axis in axes:
-            table = jax.lax.psum_scatter(table, axis, scatter_dimension=dimension, tiled=True)
-    if exchanges:  # [V / n, D] -> [V, D / n]
-        table = jax.lax.all_to_all(table, of_width, split_axis=1, concat_axis=0, tiled=True)
-    return table
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
