@@ -10,19 +10,20 @@ are JSONL files with {"prompt": "...", "response": "..."} in each line.
     --config.targets.source.path=TRAIN --config.eval.source.path=TEST
 
 Memory per chip. State, gradients and teacher are computed from shapes; the total comes from the TPU
-compiler (docs/scaling_plan.md has the command), from a version that gathered the embedding for
-every chunk of logits. Gathering it once, as now, sends less and adds about 3 GB:
+compiler (docs/scaling_plan.md has the command), without the code of the program:
 
   25.25B trained x 16 bytes (float32 parameters, EMA, two Adam moments) / 64 6.3 GB
   gradients in float32 and the teacher in bfloat16, x 6 bytes / 64           2.4 GB
-  everything that a step needs                                            17.8 GB
+  everything that a step needs                                            21.8 GB
 
 By the same plan, at published peak rates and not measured, a step takes at least 0.77 s of matrix
-products and 0.63 s of communication, which partly overlap. It reads 64 rows of 1,024 tokens, of
+products and 0.55 s of communication, which partly overlap. It reads 64 rows of 1,024 tokens, of
 which at most 768 are a response: 5,000 steps are 246M response tokens and at least 64 minutes.
 
-Eight GPUs with 80 GB hold the state (57 GB each) but not a step of full training; they can train
-adapters with --config.lora.rank=16 --config.mesh.expert=1 --config.data.batch_size=8.
+Smaller slices hold the step too: eight v5p, or sixteen v6e with Adafactor and without an average
+(docs/scaling_plan.md). Eight GPUs with 80 GB hold the state (57 GB each) but not a step of full
+training; they can train adapters with
+--config.lora.rank=16 --config.mesh.expert=1 --config.data.batch_size=8.
 The export and the teacher's fingerprint need 256 GB of host memory.
 
 The learning rate and the number of steps are untuned starting points.
