@@ -115,7 +115,9 @@ def complete(config: ConfigDict, cls: type, asked: Iterable[str] = ()) -> Config
 
 
 def _checked(value: Any, hint: Any, path: str) -> Any:
-    """Returns the value of a field in its plain type: lists become tuples, paths strings.
+    """Returns the value of a field in its plain type, which JSON has too.
+
+    Lists become tuples, paths strings, and numbers of NumPy those of Python.
 
     Raises:
       ValueError: if the field has a plain type, and the value another one.
@@ -130,7 +132,7 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     kind, words = _PLAIN[options[0]]
     if not isinstance(value, kind) or (isinstance(value, bool) and options[0] is not bool):
         raise ValueError(f'{path} must be {words}, got {value!r}.')
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def section_of(cls: type, name: str) -> Any:

@@ -259,6 +259,7 @@ def test_numbers_of_numpy_paths_and_lists_are_plain_values(tmp_path):
     values['light'] = {'layers': [0, 1]}
     built = Experiment.of(ConfigDict(values))
     assert (built.canvas_length, built.teacher, built.light.layers) == (8, str(tmp_path), (0, 1))
+    assert Experiment.of(ConfigDict(configuration.json_values(built))) == built
 
 
 def test_a_key_that_nothing_reads_is_still_refused():
