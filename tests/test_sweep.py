@@ -114,7 +114,7 @@ def test_a_sweep_of_the_shipped_student_leaves_a_table_and_a_plot(tmp_path):
         'best', 'aup', 'teacher_accuracy', 'lossless_accuracy', 'lossless_speedup', 'num_points',
     }  # fmt: skip
     assert found['num_points'] == 1 and found['aup'] >= 0
-    assert 'TPF' in done.stdout
+    assert 'tok/denoise' in done.stdout
     with (tmp_path / 'out' / 'sweep.csv').open() as file:
         teacher, lossless, swept = csv.DictReader(file)
     assert (teacher['mode'], lossless['mode']) == ('autoregressive', 'lossless')
