@@ -19,8 +19,12 @@ COMMANDS = (
 def main() -> None:
     """Runs the command that the first argument names, with all further arguments."""
     command = sys.argv[1] if len(sys.argv) > 1 else ''
+    usage = f'usage: diffusiongemma COMMAND --flag=value ...; commands: {", ".join(COMMANDS)}'
+    if command in ('help', '--help', '-h'):
+        print(usage)
+        return
     if command not in COMMANDS:
-        sys.exit(f'usage: diffusiongemma COMMAND --flag=value ...; commands: {", ".join(COMMANDS)}')
+        sys.exit(f'{command!r} is no command; {usage}' if command else usage)
     sys.argv = [f'diffusiongemma {command}', *sys.argv[2:]]
     runpy.run_module(f'diffusiongemma.{command}', run_name='__main__', alter_sys=False)
 

@@ -59,6 +59,8 @@ def build(cls: type[T], values: Any, where: str = '') -> T:
             raise ValueError(f'{path} has no key {name!r}; {nearest(name, fields, KNOWN)}')
         optional = type(None) in typing.get_args(hints[name])
         section = section_of(cls, name)
+        if section is not None and not (value is None or isinstance(value, (Mapping, section))):
+            raise ValueError(f'{path}.{name} must be a section, with keys, got {value!r}.')
         if section is not None and isinstance(value, Mapping):
             inside = f'{where}.{name}' if where else name
             if SECTION in fields[name].metadata:
@@ -125,8 +127,9 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     options = _options(hint)
     if value is None or len(options) != 1 or options[0] not in _PLAIN:
         return value
-    if options[0] is tuple and isinstance(value, list):
-        return tuple(value)  # JSON has lists instead of tuples
+    if options[0] is tuple and isinstance(value, list | tuple):  # JSON has lists instead of tuples
+        (kind, *_) = typing.get_args(_without_none(hint)) or (Any,)
+        return tuple(_checked(part, kind, f'{path}[{i}]') for i, part in enumerate(value))
     if options[0] is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     kind, words = _PLAIN[options[0]]
@@ -144,6 +147,12 @@ def section_of(cls: type, name: str) -> Any:
 
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
+
+
+def _without_none(hint: Any) -> Any:
+    """Returns the first type of a hint, with its parameters: tuple[int] for `tuple[int] | None`."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(kind for kind in options if kind is not type(None))
 
 
 def _options(hint: Any) -> list[Any]:

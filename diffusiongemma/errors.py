@@ -1,6 +1,7 @@
 """Errors that end a command with one line, and hints for their messages."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -14,6 +15,17 @@ class Preempted(Exception):
 
 # Errors that the user can fix. Their messages say how; all others are bugs.
 FIXABLE = (ValueError, FileNotFoundError, FloatingPointError, CheckpointError)
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Checks that a setting is a finite number within limits.
+
+    Raises:
+      ValueError: if it is not; the message has the name, the limits and the value.
+    """
+    if not low <= value <= high or math.isinf(value):
+        limits = f'>= {low:g}' if math.isinf(high) else f'in [{low:g}, {high:g}]'
+        raise ValueError(f'{name} must be {limits}, got {value}.')
 
 
 def nearest(name: str, known: Iterable[str], they: str = 'known') -> str:

@@ -50,7 +50,7 @@ _DRAFT_LENGTH = flags.DEFINE_integer(
     None,
     'Number of tokens of a draft in the lossless mode; by default as in the evaluation of the '
     'student, or the canvas length.',
-    lower_bound=1,
+    lower_bound=2,
 )
 _LOOKUP_NGRAM = flags.DEFINE_integer(
     'lookup_ngram',

@@ -67,6 +67,7 @@ def train(training: TeacherTraining, workdir: Path) -> TrainState:
         store,
         batches,
     )
+    write_resolved(training, workdir, fits=True)
     if processes.is_writer():
         tokenizer.save(workdir / TOKENIZER_FILE)
     logging.info('%d parameters', parameter_count(state.params))
@@ -86,14 +87,8 @@ def train(training: TeacherTraining, workdir: Path) -> TrainState:
     )
     store.close()
     about = {'init': training.init, 'seed': training.seed, 'steps': int(state.step)}
-    save_bundle(
-        workdir / EXPORT_DIR,
-        model.config,
-        state.evaluated_params,
-        tokenizer,
-        dtype='bfloat16',
-        about=about,
-    )
+    export, params = workdir / EXPORT_DIR, state.evaluated_params
+    save_bundle(export, model.config, params, tokenizer, dtype='bfloat16', about=about)
     return state
 
 

@@ -312,7 +312,7 @@ def test_no_canvas_starts_where_a_lookup_would_find_the_last_tokens(ngram, seed)
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'lookup_ngram': -1}, 'lookup_ngram must be >= 0'),
+        ({'lookup_ngram': -1}, r'lookup_ngram must be in \[0, 64\]'),
         ({'weights': 'best'}, "or weights of your own with their module, such as .*got 'best'"),
         ({'held_out': 0}, 'held_out must be >= 1'),
         ({'anchors_per_row': 0}, 'anchors_per_row must be >= 1'),

@@ -258,7 +258,7 @@ def test_a_text_that_repeats_itself_needs_fewer_passes_with_lookups():
     assert helped.denoising_steps.sum() < alone.denoising_steps.sum()
     with pytest.raises(ValueError, match='drafts and lookup_ngram are both set'):
         greedy(lookup_ngram=1, drafts=PromptLookup())
-    with pytest.raises(ValueError, match='lookup_ngram must be >= 0 tokens, got -1'):
+    with pytest.raises(ValueError, match='lookup_ngram must be 0 to 64 tokens, got -1'):
         greedy(lookup_ngram=-1)
 
 

@@ -318,7 +318,7 @@ def test_a_config_without_a_known_model_asks_for_a_preset():
     ],
 )
 def test_what_to_change_depends_on_what_does_not_fit(state, expected):
-    mesh = SimpleNamespace(size=8)
+    mesh = SimpleNamespace(size=8, shape={'data': 1, 'fsdp': 8})
     assert expected in advice({'parameters': state}, figures_of('TPU v5 lite'), mesh, 'step')
 
 

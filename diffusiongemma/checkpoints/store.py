@@ -186,7 +186,7 @@ class CheckpointStore:
     ) -> None:
         expected = {_name(path): leaf.shape for path, leaf in _leaves(abstract_state)}
         problems = [
-            f'{name}: saved {saved.get(name, "nothing")}, expected {expected.get(name, "nothing")}'
+            f'{name}: {_shape_of(name, saved)} there, {_shape_of(name, expected)} here'
             for name in sorted(set(saved) | set(expected))
             if saved.get(name) != expected.get(name)
         ]
@@ -299,10 +299,16 @@ def _check_same(
 
 def _misfit(directory: Path, step: int, problems: list[str]) -> str:
     more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
+    if all(problem.startswith('ema_params/') for problem in problems):
+        more += '; only one of them keeps an average (config.optimizer.average)'
     return (
         f'checkpoint {directory / str(step)} does not fit this run: {"; ".join(problems[:3])}'
         f'{more}. Use the config that the checkpoint was made with, or another workdir.'
     )
+
+
+def _shape_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return f'shape {shapes[name]}' if name in shapes else 'none'
 
 
 def _saved_shapes(step_directory: Path) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from diffusiongemma.data.packing import RESPONSE_IDS, Document, tokenize
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation.teacher import TopKDistribution
+from diffusiongemma.errors import check_range
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import batch_sharding, param_shardings, processes
 from diffusiongemma.sampling import Sampler, SamplingConfig, decode_responses, pad_prompts
@@ -56,6 +57,8 @@ class TargetsConfig:
         for name, least in (('batch_size', 1), ('prompt_multiple', 1), ('top_k_logits', 0)):
             if getattr(self, name) < least:
                 raise ValueError(f'targets.{name} must be >= {least}, got {getattr(self, name)}.')
+        check_range('targets.max_new_tokens', self.max_new_tokens, 1)
+        check_range('targets.temperature', self.temperature, 0)
 
 
 class Answerer:

@@ -24,9 +24,11 @@ from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.losses import mean_weights, over_positions
 from diffusiongemma.distillation.position_weights import PositionWeights, read_weights
 from diffusiongemma.distillation.teacher import FullDistribution, TeacherStates
+from diffusiongemma.errors import check_range
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.sampling.drafts import MAX_NGRAM
 
 
 class Draw(NamedTuple):
@@ -108,8 +110,7 @@ class DraftingConfig:
             raise ValueError(f'drafting.held_out must be >= 1 example, got {self.held_out}.')
         if self.anchors_per_row < 1:
             raise ValueError(f'anchors_per_row must be >= 1, got {self.anchors_per_row}.')
-        if self.lookup_ngram < 0:
-            raise ValueError(f'lookup_ngram must be >= 0 tokens, got {self.lookup_ngram}.')
+        check_range('drafting.lookup_ngram', self.lookup_ngram, 0, MAX_NGRAM)
         for name in ('total_variation', 'refused_rate'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'{name} must lie in [0, 1], got {getattr(self, name)}.')

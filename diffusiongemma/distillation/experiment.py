@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusiongemma import configuration
 from diffusiongemma.checkpoints.fields import read_model_config
+from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR
 from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.distillation.answers import TargetsConfig
 from diffusiongemma.distillation.compute import ComputeConfig
@@ -19,6 +20,7 @@ from diffusiongemma.distillation.lora import LoraSettings
 from diffusiongemma.distillation.stage1 import Stage1Config
 from diffusiongemma.distillation.stage2 import Stage2Config
 from diffusiongemma.distillation.state import OptimizerConfig
+from diffusiongemma.errors import check_range
 from diffusiongemma.evaluation.compare import EvalConfig
 from diffusiongemma.evaluation.sweep import Grid
 from diffusiongemma.models.config import SHARED, LightConfig, ModelConfig
@@ -48,6 +50,12 @@ class BatchConfig:
     random_offset_rate: float = 0.0
     one_canvas: bool = False
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (('batch_size', 1), ('row_length', 1), ('canvases_per_row', 0)):
+            check_range(f'config.data.{name}', getattr(self, name), least)
+        check_range('config.data.random_offset_rate', self.random_offset_rate, 0, 1)
+        check_range('config.data.workers', self.workers, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +138,8 @@ class Experiment:
                 f'config.canvas_length={self.canvas_length} must be at least 1 and at most '
                 f'config.data.row_length={self.data.row_length}, the tokens of a row.'
             )
+        check_range('config.ar_weight', self.ar_weight, 0)
+        check_range('config.seed', self.seed, 0)
 
     @classmethod
     def of(cls, config: ConfigDict) -> 'Experiment':
@@ -214,17 +224,22 @@ def experiment_config(values: Mapping[str, Any]) -> ConfigDict:
     return configuration.complete(ConfigDict(values), Experiment)
 
 
-def write_resolved(config: Experiment | TeacherTraining, workdir: Path) -> None:
+def write_resolved(
+    config: Experiment | TeacherTraining, workdir: Path, *, fits: bool = False
+) -> None:
     """Writes the complete config of a run, including defaults, to `workdir`/config.json.
 
     Args:
       config: the config of the run.
       workdir: the workdir of the run; it is created if it does not exist.
+      fits: whether the run has read the checkpoints in `workdir`. Before it has, the config of the
+        run that wrote them is kept, because they may not fit this one.
 
     Raises:
       ValueError: if the processes of the run do not share `workdir`.
     """
     processes.check_shared(workdir)
-    if processes.is_writer():
+    has_checkpoints = any((workdir / CHECKPOINTS_DIR).glob('*'))
+    if processes.is_writer() and (fits or not has_checkpoints):
         text = json.dumps(configuration.json_values(config), indent=2)
         (workdir / 'config.json').write_text(text + '\n')

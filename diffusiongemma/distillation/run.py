@@ -102,6 +102,7 @@ def train_student(
         params = processes.in_shards(student_params, param_shardings(setup.student, setup.mesh))
     batches = train_batches(setup, source, teacher.tokenizer)
     state = start_or_resume(setup.initial_state, shardings, setup.mesh, store, batches, params)
+    write_resolved(experiment, workdir, fits=True)
     del params, student_params, frozen  # the steps only need `constants`
     save_frozen(constants, teacher, workdir)
     drafts = None

@@ -1,6 +1,7 @@
 """Training state, optimizer and EMA."""
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.struct
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from diffusiongemma.errors import check_range
 from diffusiongemma.models.weights import weight_at
 
 NAMES = ('adamw', 'adafactor', 'muon')
@@ -52,8 +54,16 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f'optimizer.name must be one of {NAMES}, got {self.name!r}.')
-        if self.learning_rate <= 0:
-            raise ValueError(f'learning_rate must be > 0, got {self.learning_rate}.')
+        for name in ('learning_rate', 'clip_norm'):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f'{name} must be a number > 0, got {getattr(self, name)}.')
+        check_range('optimizer.warmup_steps', self.warmup_steps, 0)
+        check_range('optimizer.weight_decay', self.weight_decay, 0)
+        fraction = self.final_learning_rate_fraction
+        check_range('optimizer.final_learning_rate_fraction', fraction, 0, 1)
+        for name in ('b1', 'b2'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f'optimizer.{name} must lie in [0, 1), got {getattr(self, name)}.')
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f'ema_decay must lie in [0, 1), got {self.ema_decay}.')
 

@@ -281,14 +281,16 @@ def advice(
       what: the kind of program, 'step' or 'sampler'.
     """
     state = sum(kinds.values())
+    copies = mesh.shape.get('data', 1) * mesh.shape.get('sequence', 1)  # these axes do not split it
     axis = 'config.mesh.fsdp' if what == 'step' else 'config.mesh.tensor (or expert)'
     if state > 0.8 * figures.hbm_bytes:
-        num_devices = -(-int(state * mesh.size) // int(0.7 * figures.hbm_bytes))
+        num_devices = -(-int(state * mesh.size / copies) // int(0.7 * figures.hbm_bytes))
+        adapters_help = what == 'step' and not kinds.get('frozen student')
         return (
             f'parameters, optimizer state and cache take {state / 1e9:.1f} GB of the '
             f'{figures.hbm_bytes / 1e9:.0f} GB of a device: use a topology of at least '
             f'{num_devices} such devices and raise {axis}'
-            + ('; or train only adapters (--config.lora.rank=16).' if what == 'step' else '.')
+            + ('; or train only adapters (--config.lora.rank=16).' if adapters_help else '.')
         )
     rows = (
         'config.data.batch_size, row_length or canvases_per_row'

@@ -12,7 +12,7 @@ from diffusiongemma.sampling.acceptance import (
     EntropyBound,
     check_rule,
 )
-from diffusiongemma.sampling.drafts import DraftSource
+from diffusiongemma.sampling.drafts import MAX_NGRAM, DraftSource
 from diffusiongemma.sampling.rules import RULES, read_rule
 from diffusiongemma.sampling.schedule import TemperatureSchedule
 from diffusiongemma.sampling.stopping import Never, StableAndConfident, StoppingRule
@@ -182,9 +182,10 @@ class SamplingConfig:
     def _check_drafts(self) -> None:
         if self.max_draft_steps < 1:
             raise ValueError(f'max_draft_steps must be >= 1, got {self.max_draft_steps}.')
-        if self.lookup_ngram < 0:
+        if not 0 <= self.lookup_ngram <= MAX_NGRAM:
             raise ValueError(
-                f'lookup_ngram must be >= 0 tokens, got {self.lookup_ngram}; 0 disables lookups.'
+                f'lookup_ngram must be 0 to {MAX_NGRAM} tokens, got {self.lookup_ngram}; '
+                '0 disables lookups.'
             )
         if self.lookup_ngram and self.drafts is not None:
             raise ValueError(

@@ -13,6 +13,8 @@ from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.epilogue import adjust, entropy, pick
 from diffusiongemma.sampling.finite import chosen_are_finite
 
+MAX_NGRAM = 64  # the longest search of a lookup, whose compiled code grows with it
+
 
 class DraftSource(Protocol):
     """A source of drafts without a model; hashable, as `SamplingConfig.drafts` requires."""
@@ -44,10 +46,10 @@ class PromptLookup:
     max_ngram: int = 3
 
     def __post_init__(self) -> None:
-        if self.length < 1 or self.max_ngram < 1:
-            raise ValueError(
-                f'length and max_ngram must be >= 1, got {self.length} and {self.max_ngram}.'
-            )
+        if self.length < 1:
+            raise ValueError(f'length must be >= 1, got {self.length}.')
+        if not 1 <= self.max_ngram <= MAX_NGRAM:
+            raise ValueError(f'max_ngram must be 1 to {MAX_NGRAM} tokens, got {self.max_ngram}.')
 
     def draft(self, history: jax.Array, lengths: jax.Array) -> jax.Array:
         """Returns drafts, see `DraftSource`; undefined if the last token does not occur earlier."""

@@ -82,7 +82,7 @@ def read_value(
     if value is not None and not hasattr(value, method):
         names = [cls.__name__ for cls in classes]
         raise ValueError(
-            f'{field}={value!r} has no method {method}, which such a {noun} needs; write '
+            f'{field}={value!r} has no method {method}, so it cannot be used here; write '
             f'{_choice(names)}.'
         )
     return value
