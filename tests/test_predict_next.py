@@ -31,7 +31,9 @@ def fresh_student(predict_next):
 def batch():
     _, _, tokenizer = load_model('builtin-teacher')
     examples = eval_examples(DataSpec(kind='wordmath', split='test', size=6))
-    return pack_examples(examples, tokenizer, RowLayout(128, 5, 16, tokenizer.pad_id))
+    return jax.tree.map(
+        jnp.asarray, pack_examples(examples, tokenizer, RowLayout(128, 5, 16, tokenizer.pad_id))
+    )
 
 
 @pytest.mark.slow
@@ -54,7 +56,7 @@ def test_what_the_teacher_knows_holds_before_any_training_only_if_shifted(predic
 @pytest.mark.slow
 def test_a_canvas_behind_the_cache_has_the_logits_of_the_packed_row(batch):
     model, params, _ = fresh_student(True)
-    offset, start = batch['canvas_offsets'][0, 1], batch['canvas_starts'][0, 1]
+    offset, start = int(batch['canvas_offsets'][0, 1]), int(batch['canvas_starts'][0, 1])
     assert batch['canvas_segment_ids'][0, 1] == 1  # the second canvas of the first document
     noisy = jax.random.randint(jax.random.key(1), batch['canvas_tokens'].shape, 0, 1024)
     soft = jax.random.normal(jax.random.key(2), (*noisy.shape, model.config.width))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from diffusiongemma.models.arrays import Array
+from diffusiongemma.models.arrays import AnyArray, Array
 from diffusiongemma.models.config import ModelConfig
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.kernels.fused_attention import attend_fused, fits
@@ -196,7 +196,7 @@ def attend(
     query = query.reshape(b, m, t, k, n // k, h).transpose(0, 3, 1, 4, 2, 5)  # [B, K, M, G, T, H]
     query = query.reshape(b, k, m, n // k * t, h)  # [B, K, M, R, H]
 
-    def visible_scores(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    def visible_scores(scores: jax.Array, visible: AnyArray) -> jax.Array:
         scores = scores.reshape(b, k, m, n // k, t, -1)  # [B, K, M, G, T, keys]
         # The mask becomes [B, 1, M, 1, T or 1, keys].
         return jnp.where(visible[:, None, :, None], scores, MASKED_SCORE)
