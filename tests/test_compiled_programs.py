@@ -87,6 +87,7 @@ def test_a_step_computes_what_the_model_asks_for_and_holds_few_copies_of_its_gra
     assert ratios['bytes sent'] < 1.5
 
 
+@pytest.mark.slow
 def test_layers_are_recomputed_one_after_another():
     """Three layers are one repetition of the pattern, and its loop has a single iteration."""
     devices, _ = topology_devices('v5e:2x2')

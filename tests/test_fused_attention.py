@@ -210,6 +210,7 @@ for kernels in ({}, kernel_flops(traced.jaxpr)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install -e '.[plan]'"
 )

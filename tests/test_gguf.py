@@ -206,6 +206,7 @@ def test_a_file_converts_to_the_published_format_and_to_a_bundle(gemma3_file, tm
         assert read.content_hash == tokenizer.content_hash and not read.chat_turns
 
 
+@pytest.mark.slow
 def test_the_sample_command_continues_text_and_does_not_talk(gemma3_file):
     command = [sys.executable, '-m', 'diffusiongemma.sample', f'--checkpoint={gemma3_file}']
     root = Path(__file__).parents[1]

@@ -39,7 +39,7 @@ def updates_of(config, params, gradients, steps=3):
     return updates
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [pytest.param('adamw', marks=pytest.mark.slow), *NAMES[1:]])
 def test_every_optimizer_moves_all_parameters_by_about_the_learning_rate(name):
     params, gradients = drawn(SHAPES)
     config = OptimizerConfig(name=name, learning_rate=1e-2, warmup_steps=1, weight_decay=0.0)

@@ -220,6 +220,7 @@ class MaskedLanguage(nn.Module):
         return jnp.zeros((*logits.shape[:-1], 1))
 
 
+@pytest.mark.slow
 def test_ancestral_sampling_of_masked_noise_gives_back_the_language():
     draws = 10_000
     config = SamplingConfig.ancestral(max_new_tokens=C, max_denoising_steps=300, stop_ids=())

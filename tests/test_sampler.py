@@ -123,6 +123,7 @@ def test_rules_of_ones_own_replace_the_built_in_ones():
     assert (everything.tokens != sample(FEW_STEPS).tokens).any()
 
 
+@pytest.mark.slow
 def test_a_stopped_row_keeps_its_canvas_history_and_soft_embeddings():
     model, params, state = prompts_in_cache(config())
     task, once = canvas_of_every_row(), config(max_denoising_steps=1)

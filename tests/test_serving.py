@@ -159,7 +159,9 @@ def test_a_narrow_top_p_gives_the_greedy_text(url):
     assert narrow['choices'] == answer_to(url, request | {'temperature': 0})['choices']
 
 
-@pytest.mark.parametrize('mode', ['lossless', 'autoregressive'])
+@pytest.mark.parametrize(
+    'mode', [pytest.param('lossless', marks=pytest.mark.slow), 'autoregressive']
+)
 def test_log_probabilities_are_those_of_the_tokens_of_the_answer(client, builtin, mode):
     model, params, tokenizer = builtin
     request = {'model': 'builtin', 'messages': user(PAUL), 'seed': 5, 'max_tokens': 60}
@@ -179,6 +181,7 @@ def test_log_probabilities_are_those_of_the_tokens_of_the_answer(client, builtin
     assert [entry for part in parts if part for entry in part.content] == entries
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_a_completion_end_where_a_stop_text_begins(client, builtin):
     _, _, tokenizer = builtin
     request = {'model': 'builtin', 'prompt': tokenizer.format_prompt(PAUL), 'seed': 0}

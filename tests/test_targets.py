@@ -211,6 +211,7 @@ def test_answers_that_do_not_end_are_left_out(random_teacher, one_device, tmp_pa
         write_targets(*random_teacher, config, tmp_path, one_device, seed=0)
 
 
+@pytest.mark.slow
 def test_answers_that_do_not_end_can_be_kept_as_the_tokens_that_they_are(
     random_teacher, one_device, tmp_path
 ):

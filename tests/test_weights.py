@@ -105,6 +105,7 @@ def test_a_declaration_is_of_axes_in_the_order_of_the_array():
     assert down.outputs_first('edf') == ('e', 'f', 'd')
 
 
+@pytest.mark.slow
 def test_the_parameters_of_tests_are_those_of_a_new_model(tiny_e2b_config, tiny_moe_config):
     everything = tiny_e2b_config.replace(
         layer_types=('sliding', 'full') * 2,
