@@ -117,7 +117,7 @@ def reference_generate(
     for hook in hooks:
         hook.remove()
     new_tokens = output.sequences[:, prompt.shape[1] :].numpy()
-    return new_tokens, output.tokens_per_denoise_pass.numpy(), draws.narrowest
+    return new_tokens, output.tokens_per_forward.numpy(), draws.narrowest
 
 
 @pytest.fixture(scope='module')
