@@ -124,16 +124,16 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     Raises:
       ValueError: if the field has a plain type, and the value another one.
     """
-    options = _options(hint)
-    if value is None or len(options) != 1 or options[0] not in _PLAIN:
+    options, plain = _options(hint), _kind(hint)
+    if value is None or len(options) != 1 or plain not in _PLAIN:
         return value
-    if options[0] is tuple and isinstance(value, list | tuple):  # JSON has lists instead of tuples
-        (kind, *_) = typing.get_args(_without_none(hint)) or (Any,)
+    if plain is tuple and isinstance(value, list | tuple):  # JSON has lists instead of tuples
+        (kind, *_) = typing.get_args(options[0]) or (Any,)
         return tuple(_checked(part, kind, f'{path}[{i}]') for i, part in enumerate(value))
-    if options[0] is str and isinstance(value, os.PathLike):
+    if plain is str and isinstance(value, os.PathLike):
         return os.fspath(value)
-    kind, words = _PLAIN[options[0]]
-    if not isinstance(value, kind) or (isinstance(value, bool) and options[0] is not bool):
+    kind, words = _PLAIN[plain]
+    if not isinstance(value, kind) or (isinstance(value, bool) and plain is not bool):
         raise ValueError(f'{path} must be {words}, got {value!r}.')
     return value.item() if isinstance(value, np.generic) else value
 
@@ -149,21 +149,16 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _without_none(hint: Any) -> Any:
-    """Returns the first type of a hint, with its parameters: tuple[int] for `tuple[int] | None`."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next(kind for kind in options if kind is not type(None))
-
-
 def _options(hint: Any) -> list[Any]:
-    """Returns the types of a hint without None and parameters: [int] for `int | None`."""
+    """Returns the types of a hint without None, with their parameters: [int] for `int | None`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return [typing.get_origin(kind) or kind for kind in options if kind is not type(None)]
+    return [option for option in options if option is not type(None)]
 
 
 def _kind(hint: Any) -> Any:
-    """Returns the first type of a hint: int for `int | None`."""
-    return _options(hint)[0]
+    """Returns the first type of a hint without parameters: tuple for `tuple[int, ...] | None`."""
+    option = _options(hint)[0]
+    return typing.get_origin(option) or option
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
