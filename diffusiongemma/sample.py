@@ -39,6 +39,7 @@ from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.sampling import Controls, Sampler, decode_responses, pad_prompts
 from diffusiongemma.sampling.chat import ChatSampler
+from diffusiongemma.sampling.interface import traits
 from diffusiongemma.sampling.sampler import MODES, main_mode
 from diffusiongemma.sampling.watch import watch
 from diffusiongemma.sampling_flags import CHECKPOINT
@@ -201,7 +202,7 @@ def answers_single_questions(checkpoint: str) -> bool:
 
 def chat(loaded: Loaded, rng: jax.Array) -> None:
     """Runs a conversation on standard input and output."""
-    capacity = min(loaded.sampler.model.config.max_positions or _CHAT_TOKENS, _CHAT_TOKENS)
+    capacity = min(traits(loaded.sampler.model).max_positions or _CHAT_TOKENS, _CHAT_TOKENS)
     turns = _TURNS.value or (1 if answers_single_questions(CHECKPOINT.value) else None)
     chat = ChatSampler(
         loaded.sampler,

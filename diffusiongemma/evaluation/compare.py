@@ -21,6 +21,7 @@ from diffusiongemma.evaluation.tasks import accuracy
 from diffusiongemma.evaluation.timing import Speeds, draft_share, speeds_of, timed
 from diffusiongemma.sampling import PromptLookup, Sampler
 from diffusiongemma.sampling.drafter import draft_length
+from diffusiongemma.sampling.interface import traits
 
 __all__ = ['Acceptance', 'Comparison', 'Contestant', 'EvalConfig', 'compare', 'looking_up']
 
@@ -149,7 +150,7 @@ def compare(
     by_teacher, by_student, by_lossless = (
         answers[name] for name in ('teacher', 'student', 'lossless')
     )
-    canvas_length = student[0].model.config.canvas_length
+    canvas_length = traits(student[0].model).canvas_length
     teacher_samples, student_samples = (
         sample_measures(
             decoded.tokens,

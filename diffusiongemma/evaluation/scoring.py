@@ -10,7 +10,7 @@ import numpy as np
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.parallel import processes
 from diffusiongemma.sampling import pad_prompts
-from diffusiongemma.sampling.passes import CausalModel
+from diffusiongemma.sampling.interface import CausalModel
 
 
 def response_log_probs(

@@ -30,6 +30,7 @@ from diffusiongemma.evaluation.metrics import (
 from diffusiongemma.evaluation.tasks import accuracy
 from diffusiongemma.evaluation.timing import Speed, timed
 from diffusiongemma.sampling import EntropyBound, Sampler
+from diffusiongemma.sampling.interface import traits
 
 NEAR = 0.01  # a point within this accuracy difference counts as good as the teacher
 
@@ -70,7 +71,7 @@ class Grid:
         if self.entropy_bound and isinstance(config.acceptance, EntropyBound):
             config = dataclasses.replace(config, acceptance=None)  # replaced by those of the grid
         combinations = itertools.product(
-            self.canvas_length or (model.config.canvas_length,),
+            self.canvas_length or (traits(model).canvas_length,),
             self.entropy_bound or (config.entropy_bound,),
             self.max_denoising_steps or (config.max_denoising_steps,),
         )
@@ -194,7 +195,7 @@ def _point(
         mode=sampler.mode,
         entropy_bound=_entropy_bound(sampler) if is_swept else None,
         max_denoising_steps=sampler.config.max_denoising_steps if is_swept else None,
-        canvas_length=sampler.model.config.canvas_length or None,  # 0 means no canvas
+        canvas_length=traits(sampler.model).canvas_length or None,  # 0 means no canvas
         accuracy=accuracy(examples, answers.responses),
         exact_match=exact_match(answers.tokens, by_teacher.tokens),
         teacher_nll=teacher_nll,

@@ -14,7 +14,7 @@ from diffusiongemma.sampling.controls import Controls, allow, ban, exact_lengths
 from diffusiongemma.sampling.decoder import Decoder
 from diffusiongemma.sampling.drafts import DraftSource, PromptLookup
 from diffusiongemma.sampling.gibbs import GibbsSweep
-from diffusiongemma.sampling.passes import CausalModel, DenoisingModel
+from diffusiongemma.sampling.interface import CausalModel, DenoisingModel, Traits
 from diffusiongemma.sampling.prompts import pad_prompts
 from diffusiongemma.sampling.remasking import Remask
 from diffusiongemma.sampling.sampler import Sampler
@@ -56,6 +56,7 @@ __all__ = [
     'TemperatureSchedule',
     'TokenStability',
     'TopK',
+    'Traits',
     'allow',
     'ban',
     'decode_responses',

@@ -12,7 +12,7 @@ from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import restrict, without_unknown
 from diffusiongemma.sampling.epilogue import adjust, draw
 from diffusiongemma.sampling.finite import chosen_are_finite
-from diffusiongemma.sampling.passes import CausalModel
+from diffusiongemma.sampling.interface import CausalModel
 from diffusiongemma.sampling.randomness import fold_in_rows
 from diffusiongemma.sampling.scores import TokenScores
 from diffusiongemma.sampling.state import GenerationState

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 
 from diffusiongemma.models.arrays import Params
-from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafter import draft_length
 from diffusiongemma.sampling.engine import Engine, Failed, Finished, Result
+from diffusiongemma.sampling.interface import traits
 from diffusiongemma.sampling.prompts import pad_prompts
 from diffusiongemma.sampling.randomness import row_keys
 from diffusiongemma.sampling.sampler import Sampler
@@ -53,7 +53,7 @@ def generate_many(
     _, _, rng, controls = sampler.checked(tokens, lengths, rng, controls)
     width, count = tokens.shape[1], len(prompts)
     capacity = width + sampler.config.max_new_tokens
-    positions = passes.max_positions(sampler.model)
+    positions = traits(sampler.model).max_positions
     engine = Engine(
         sampler,
         params,

@@ -8,8 +8,8 @@ import numpy as np
 
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
-from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.engine import Delta, Engine, Failed
+from diffusiongemma.sampling.interface import traits
 from diffusiongemma.sampling.prefixes import ConversationCache
 from diffusiongemma.sampling.prompts import check_fits
 from diffusiongemma.sampling.sampler import Sampler
@@ -93,7 +93,7 @@ class ChatSampler:
         self._cache = ConversationCache(
             sampler.model,
             params,
-            capacity=min(passes.max_positions(sampler.model) or capacity, capacity),
+            capacity=min(traits(sampler.model).max_positions or capacity, capacity),
             unseen=len(tokenizer.response_prefix(thinking)),
             multiple=multiple,
             chunk=sampler.config.prefill_chunk,
@@ -196,7 +196,7 @@ class ChatSampler:
 
     def _check_room(self, tokens: list[int]) -> None:
         new = self.sampler.config.max_new_tokens
-        check_fits(np.array([len(tokens)]), new, passes.max_positions(self.sampler.model))
+        check_fits(np.array([len(tokens)]), new, traits(self.sampler.model).max_positions)
         if len(tokens) + new > self._capacity:
             raise ValueError(
                 f'The question has {len(tokens)} tokens; with max_new_tokens={new} that is more '

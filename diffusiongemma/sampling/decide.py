@@ -10,6 +10,7 @@ import numpy as np
 from diffusiongemma.models.arrays import AnyArray, Params
 from diffusiongemma.sampling import diffusion, passes
 from diffusiongemma.sampling.controls import OPEN, Controls
+from diffusiongemma.sampling.interface import denoising, traits
 from diffusiongemma.sampling.sampler import Sampler, prefilled
 from diffusiongemma.sampling.state import CanvasTask
 
@@ -54,7 +55,7 @@ def decide(
     tokens, lengths, rng, _ = sampler.checked(tokens, lengths, rng, None)
     options = [[*answer, *after] for answer in answers]
     widths = {len(answer) for answer in answers}
-    length = sampler.model.config.canvas_length
+    length = traits(sampler.model).canvas_length
     if not options or 0 in widths:
         raise ValueError(f'answers must be token ids, at least one each, got {list(answers)}.')
     if len(widths) > 1 and not after:
@@ -91,7 +92,7 @@ def _decide(
     places: jax.Array,
     pinned: jax.Array,
 ) -> jax.Array:
-    model, config = passes.denoising(sampler.model), sampler.config
+    model, config = denoising(sampler.model), sampler.config
     state, _ = prefilled(model, config, params, tokens, lengths, rng, Controls())
     pinned = jnp.broadcast_to(pinned, (tokens.shape[0], pinned.size))  # [B, C]
 

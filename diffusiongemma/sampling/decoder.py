@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
 from diffusiongemma.models.arrays import Array, Params
-from diffusiongemma.sampling import autoregressive, diffusion, drafter, lossless, passes
+from diffusiongemma.sampling import autoregressive, diffusion, drafter, lossless
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafter import LosslessState
-from diffusiongemma.sampling.passes import CausalModel
+from diffusiongemma.sampling.interface import CausalModel, denoising
 from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.sampling.state import DenoiseState, GenerationState
 
@@ -74,7 +74,7 @@ class Decoder:
           max_steps: an additional limit of the number of steps.
         """
         task = diffusion.canvas_task(self.model, state)
-        model = passes.denoising(self.model)
+        model = denoising(self.model)
         arguments = (model, self.sampler.config, self.params, state.cache, task)
         return diffusion.denoise_canvas(*arguments, max_steps)
 

@@ -29,8 +29,8 @@ from diffusiongemma.sampling.epilogue import (
     read_logits,
 )
 from diffusiongemma.sampling.finite import are_finite
+from diffusiongemma.sampling.interface import CausalModel, DenoisingModel, traits
 from diffusiongemma.sampling.noise import first_canvas, hold, noise_vocab
-from diffusiongemma.sampling.passes import CausalModel, DenoisingModel
 from diffusiongemma.sampling.randomness import fold_in_rows, split_rows
 from diffusiongemma.sampling.state import CanvasTask, DenoiseState, GenerationState
 
@@ -69,7 +69,7 @@ def canvas_task(
       length: the number of canvas tokens; None for the canvas length of the model.
       first: the number of tokens between the cached ones and the canvas, see `CanvasTask`.
     """
-    length, controls = length or model.config.canvas_length, state.controls
+    length, controls = length or traits(model).canvas_length, state.controls
     return CanvasTask(
         length=length,
         first=first,
@@ -150,7 +150,7 @@ def first_noise(
     model: DenoisingModel, config: SamplingConfig, params: Params, task: CanvasTask
 ) -> DenoiseState:
     """Returns the state before the first denoise step: noise, except for seeds and pins."""
-    batch_size, length = task.keys.shape[0], task.length or model.config.canvas_length
+    batch_size, length = task.keys.shape[0], task.length or traits(model).canvas_length
     window = config.stopping_rule.history_length
     noise = first_canvas(model, config, split_rows(task.keys)[0], length)
     canvas = hold(task.pinned, hold(task.seed, noise))
@@ -179,7 +179,7 @@ def _soft_embeddings(
     `logits` are shaped logits [B, C, V] and their logsumexp [B, C].
     """
     old, embed = state.soft_embeddings, functools.partial(passes.soft_embed, model, params, *logits)
-    if not passes.self_conditions(model):
+    if not traits(model).self_conditioning:
         return old
     new: jax.Array = jax.lax.cond(last, lambda: old, embed)
     return new
@@ -214,7 +214,7 @@ def denoise_step(
         task.first,
         task.teacher_state,
     )  # [B, C, V]
-    mask_id = passes.mask_id(model)
+    mask_id = traits(model).mask_id
     settled = _settled(mask_id, task, state.canvas)  # [B, C], or None
     shaped = _shape(config, mask_id, task, state.step, logits)
     proposal, prediction, shaped = _propose(model, config, task, state, keys, shaped, settled)

@@ -11,13 +11,18 @@ import jax.numpy as jnp
 from diffusiongemma.constraints.automaton import trace
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache
-from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import OPEN
 from diffusiongemma.sampling.diffusion import canvas_task, denoise_canvas
 from diffusiongemma.sampling.drafts import LightDraft, PromptLookup, history_of, light_draft
+from diffusiongemma.sampling.interface import (
+    CausalModel,
+    DenoisingModel,
+    denoising,
+    light_config,
+    traits,
+)
 from diffusiongemma.sampling.noise import first_canvas, hold
-from diffusiongemma.sampling.passes import CausalModel, DenoisingModel
 from diffusiongemma.sampling.randomness import fold_in_rows, split_rows
 from diffusiongemma.sampling.rows import map_but
 from diffusiongemma.sampling.scores import TokenScores
@@ -102,12 +107,12 @@ def draft_length(model: CausalModel, config: SamplingConfig) -> int:
     """Returns K, the number of tokens of a draft without the pending token."""
     if config.drafts is not None:
         return config.drafts.length
-    return canvas_length(model, config) - (0 if passes.predicts_next(model) else 1)
+    return canvas_length(model, config) - (0 if traits(model).predict_next else 1)
 
 
 def canvas_length(model: CausalModel, config: SamplingConfig) -> int:
     """Returns the number of tokens of the canvas that a draft is denoised in."""
-    return config.draft_length or model.config.canvas_length
+    return config.draft_length or traits(model).canvas_length
 
 
 def config_of_model_drafts(config: SamplingConfig, state: LosslessState) -> SamplingConfig | None:
@@ -193,7 +198,7 @@ def with_draft(
     short = config_of_model_drafts(config, state)
 
     def use_model() -> T:
-        drafted = model_draft(passes.denoising(model), short or config, params, state, noise)
+        drafted = model_draft(denoising(model), short or config, params, state, noise)
         return use(drafted if text is None or short else text.in_place_of(drafted))
 
     if text is None:
@@ -247,7 +252,7 @@ def drafts_in_one_pass(model: CausalModel, config: SamplingConfig, state: Lossle
     """Returns whether a light denoiser drafts in one pass, without constraints on the canvas."""
     controls = state.generation.controls
     constrained = (controls.pinned, controls.seed, controls.allowed_sets, controls.automaton)
-    is_light = passes.light_config(model) is not None
+    is_light = light_config(model) is not None
     return is_light and config.max_draft_steps == 1 and all(c is None for c in constrained)
 
 
@@ -287,7 +292,7 @@ def draft_task(
     `predict_next` it is the token before the canvas instead.
     """
     before, length = state.generation, canvas_length(model, config)
-    if passes.predicts_next(model):
+    if traits(model).predict_next:
         ahead = dataclasses.replace(before, lengths=before.lengths + 1, last_token=state.pending)
         task = canvas_task(model, ahead, length, first=1)
         task = dataclasses.replace(task, automaton_states=_after_pending(state))
@@ -318,4 +323,4 @@ def _after_pending(state: LosslessState) -> jax.Array | None:
 
 def drafted_tokens(model: CausalModel, denoised: DenoiseState) -> jax.Array:
     """Returns the draft [B, K] from a denoised canvas: the tokens after the pending token."""
-    return denoised.argmax if passes.predicts_next(model) else denoised.argmax[:, 1:]
+    return denoised.argmax if traits(model).predict_next else denoised.argmax[:, 1:]

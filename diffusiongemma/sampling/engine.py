@@ -15,10 +15,10 @@ import numpy as np
 
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import AnyArray, Params
-from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.controls import OPEN, Controls
 from diffusiongemma.sampling.events import Delta, DenoiseStep, Event, Failed, Finished, Result
 from diffusiongemma.sampling.groups import Group, Request, WatchedGroup
+from diffusiongemma.sampling.interface import traits
 from diffusiongemma.sampling.prefixes import ConversationCache, PrefixCache
 from diffusiongemma.sampling.randomness import typed_key
 from diffusiongemma.sampling.sampler import Sampler
@@ -93,7 +93,7 @@ class Engine:
           ValueError: if a number is out of range, or if the sampler does not stop at the
             tokenizer's end of turn.
         """
-        positions = passes.max_positions(sampler.model)
+        positions = traits(sampler.model).max_positions
         self.capacity = capacity or min(positions or _DEFAULT_CAPACITY, _DEFAULT_CAPACITY)
         numbers = {
             'slots': slots, 'capacity': self.capacity, 'multiple': multiple,

@@ -33,7 +33,7 @@ from diffusiongemma.sampling.drafter import (
 )
 from diffusiongemma.sampling.epilogue import always_greedy, gumbel_noise, pick
 from diffusiongemma.sampling.finite import chosen_are_finite
-from diffusiongemma.sampling.passes import CausalModel
+from diffusiongemma.sampling.interface import CausalModel
 from diffusiongemma.sampling.randomness import fold_in_rows
 from diffusiongemma.sampling.scores import TokenScores
 from diffusiongemma.sampling.state import GenerationState

@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import OPEN
-from diffusiongemma.sampling.passes import CausalModel
+from diffusiongemma.sampling.interface import CausalModel, traits
 from diffusiongemma.sampling.randomness import uniform_tokens
 
 
@@ -14,7 +13,7 @@ def first_canvas(
     model: CausalModel, config: SamplingConfig, keys: jax.Array, length: int
 ) -> jax.Array:
     """Returns noise [B, length] int32: uniform tokens, or the mask token."""
-    mask_id = passes.mask_id(model)
+    mask_id = traits(model).mask_id
     if mask_id is not None:
         return jnp.full((keys.shape[0], length), mask_id, jnp.int32)
     return uniform_tokens(keys, length, _vocab(model, config))
@@ -22,7 +21,7 @@ def first_canvas(
 
 def noise_vocab(model: CausalModel, config: SamplingConfig) -> int | None:
     """Returns the number of tokens that noise is drawn from; None if noise is the mask token."""
-    return _vocab(model, config) if passes.mask_id(model) is None else None
+    return _vocab(model, config) if traits(model).mask_id is None else None
 
 
 def _vocab(model: CausalModel, config: SamplingConfig) -> int:

@@ -1,6 +1,6 @@
-"""The interface of models for sampling, and their passes with the K/V cache."""
+"""The passes of a model with the K/V cache."""
 
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,105 +8,13 @@ from jaxtyping import Bool, Float, Int
 
 from diffusiongemma.models.arrays import Array, Params
 from diffusiongemma.models.cache import KVCache, Prefix
-from diffusiongemma.models.config import LightConfig
 from diffusiongemma.models.denoiser import DiffusionGemma
-
-
-@runtime_checkable
-class CausalModel(Protocol):
-    """A flax module that can be sampled autoregressively.
-
-    `config` has at least `vocab_size`. Keys and values may be any pytree of arrays
-    [..., B, K, T, H]; the sampler only stores and passes them. A model may also have a method
-    `empty_kv(batch_size, capacity)`, which returns zeros with the structure of the keys and values
-    of `capacity` tokens, but with fewer than T slots for layers that only see the last tokens.
-    Such an array is a ring (`KVCache`), and `prefix.key_tokens(slots)` returns the tokens in it.
-    Without this method the cache has a slot for every token.
-    """
-
-    config: Any
-
-    def apply(self, variables: dict[str, Any], *args: Any, method: str) -> Any: ...
-
-    def encode(
-        self,
-        tokens: Int[Array, 'B T'],
-        positions: Int[Array, 'B T'],
-        segment_ids: Int[Array, 'B T'],
-        prefix: Prefix | None = None,
-    ) -> tuple[Float[Array, 'B T D'], Any]:
-        """Runs the causal pass over tokens [B, T]: hidden states [B, T, D], keys and values."""
-        ...
-
-    def unembed(self, hidden: Float[Array, '*B D']) -> Float[Array, '*B V']:
-        """Returns float32 logits [..., V] of hidden states [..., D]."""
-        ...
-
-
-@runtime_checkable
-class DenoisingModel(CausalModel, Protocol):
-    """A flax module that can also denoise; its `config` also has `canvas_length`.
-
-    If the config has a `mask_id` that is not None, noise is this token, and an accepted position
-    keeps its token (masked diffusion). Otherwise noise is uniform.
-    """
-
-    def denoise(
-        self,
-        canvas: Int[Array, 'B M C'],
-        starts: Int[Array, 'B M'],
-        segment_ids: Int[Array, 'B M'],
-        prefix: Prefix,
-        soft_embeddings: Float[Array, 'B M C D'] | None = None,
-    ) -> Float[Array, 'B M C V']:
-        """Returns float32 logits [B, N, C, V] of canvases [B, N, C] after a prefix.
-
-        A model whose config sets `self_conditioning` to False ignores soft embeddings. A model
-        whose config sets `predict_next` to True also gets `previous` [B, N] int32, the token
-        before each canvas.
-        """
-        ...
-
-    def soft_embed(self, logits: Float[Array, '*B V']) -> Float[Array, '*B D']:
-        """Returns expected embeddings [..., D] of logits [..., V], for self-conditioning."""
-        ...
-
-
-def denoising(model: CausalModel) -> DenoisingModel:
-    """Returns the same model; raises TypeError if it has no denoise pass."""
-    if not hasattr(model, 'denoise'):
-        raise TypeError(f'{type(model).__name__} has no method denoise, see DenoisingModel.')
-    return cast(DenoisingModel, model)  # one without self-conditioning may lack soft_embed
-
-
-def predicts_next(model: CausalModel) -> bool:
-    """Returns whether a canvas token is predicted at the position before it."""
-    return getattr(model.config, 'predict_next', False)
-
-
-def self_conditions(model: CausalModel) -> bool:
-    """Returns whether a denoise pass is conditioned on the predictions of the previous one."""
-    return getattr(model.config, 'self_conditioning', True)
-
-
-def canvas_length(model: CausalModel) -> int:
-    """Returns the number of tokens of a canvas; 0 for a model without a denoiser."""
-    return getattr(model.config, 'canvas_length', 0)
-
-
-def max_positions(model: CausalModel) -> int | None:
-    """Returns the maximum text length of the model; None for no limit."""
-    return getattr(model.config, 'max_positions', None)
-
-
-def light_config(model: CausalModel) -> LightConfig | None:
-    """Returns the config of a light denoiser; None for any other model."""
-    return getattr(model, 'light', None)
-
-
-def mask_id(model: CausalModel) -> int | None:
-    """Returns the mask token that represents noise; None for uniform noise."""
-    return getattr(model.config, 'mask_id', None)
+from diffusiongemma.sampling.interface import (
+    CausalModel,
+    DenoisingModel,
+    light_config,
+    traits,
+)
 
 
 @jax.named_scope('prefill')
@@ -295,7 +203,7 @@ def denoise_hidden(
       pending: [B] int32, the next token of each row, which is known but not yet encoded.
       teacher_state: [B, D], hidden states of the last cached tokens.
     """
-    starts, shifted = cache.lengths[:, None], predicts_next(model)
+    starts, shifted = cache.lengths[:, None], traits(model).predict_next
     if shifted:
         starts = starts + 1
     else:
@@ -319,7 +227,7 @@ def _more(
 ) -> dict[str, Array]:
     """Returns the arguments of a denoise pass that only some models take."""
     more = {}
-    if predicts_next(model):
+    if traits(model).predict_next:
         more['previous'] = last_token[:, None]  # [B, 1]
     light = light_config(model)
     if light is not None and light.teacher_state and teacher_state is not None:

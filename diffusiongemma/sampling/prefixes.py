@@ -14,7 +14,7 @@ import numpy as np
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import KVCache
 from diffusiongemma.sampling import passes
-from diffusiongemma.sampling.passes import CausalModel
+from diffusiongemma.sampling.interface import CausalModel
 
 _MAX_HASHES = 4096  # the number of recent prefixes whose hashes are stored
 

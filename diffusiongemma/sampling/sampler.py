@@ -17,7 +17,7 @@ from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import Controls, is_integer, is_known
 from diffusiongemma.sampling.drafter import LosslessState, draft_length
 from diffusiongemma.sampling.finite import are_finite, check_finite
-from diffusiongemma.sampling.passes import CausalModel
+from diffusiongemma.sampling.interface import CausalModel, light_config, traits
 from diffusiongemma.sampling.prompts import check_fits, check_prompts
 from diffusiongemma.sampling.randomness import row_keys, typed_key
 from diffusiongemma.sampling.rows import map_but
@@ -147,9 +147,9 @@ MODES: dict[str, Mode[GenerationState] | Mode[LosslessState]] = {
 
 def main_mode(model: CausalModel) -> str:
     """Returns the decode mode that a model was trained for."""
-    if not passes.canvas_length(model):
+    if not traits(model).canvas_length:
         return 'autoregressive'
-    return 'diffusion' if passes.light_config(model) is None else 'lossless'
+    return 'diffusion' if light_config(model) is None else 'lossless'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,14 +180,14 @@ class Sampler:
         if self.mode not in MODES:
             raise ValueError(f'mode must be one of {sorted(MODES)}, got {self.mode!r}.')
         drafts = self.mode == 'lossless' and self.config.drafts is not None
-        longest = passes.canvas_length(self.model)
+        longest = traits(self.model).canvas_length
         if self.mode != 'autoregressive' and not (drafts or longest):
             raise ValueError(
                 f'mode {self.mode!r} needs a model with a canvas, but canvas_length of this '
                 f'{type(self.model).__name__} is 0. Use a DiffusionGemma, or '
                 "mode='autoregressive'."
             )
-        light = passes.light_config(self.model) if longest else None
+        light = light_config(self.model) if longest else None
         if self.mode == 'diffusion' and light is not None:
             raise ValueError(
                 'a light denoiser drafts for the teacher, which has to verify it: use '
@@ -274,7 +274,7 @@ class Sampler:
         if self.mode == 'lossless':
             block = draft_length(self.model, self.config) + 1
         elif self.mode == 'diffusion':
-            block = self.model.config.canvas_length
+            block = traits(self.model).canvas_length
         mode, before = MODES[self.mode], None
         # `advance` donates the state, which would otherwise contain arrays of the caller.
         arguments = jax.tree.map(jnp.copy, arguments)
@@ -337,7 +337,7 @@ class Sampler:
         vocab_size, max_new_tokens = self.model.config.vocab_size, self.config.max_new_tokens
         if is_known(tokens) and is_known(lengths):
             check_prompts(np.asarray(tokens), np.asarray(lengths), vocab_size)
-            check_fits(np.asarray(lengths), max_new_tokens, passes.max_positions(self.model))
+            check_fits(np.asarray(lengths), max_new_tokens, traits(self.model).max_positions)
         controls = Controls() if controls is None else controls
         controls.check(shape[0], vocab_size, max_new_tokens)
         limits = (self.config.top_k, self.config.top_p, controls.top_p)

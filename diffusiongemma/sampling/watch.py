@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.models.arrays import AnyArray, Params
-from diffusiongemma.sampling import diffusion, drafter, lossless, passes
+from diffusiongemma.sampling import diffusion, drafter, lossless
 from diffusiongemma.sampling.controls import Controls
 from diffusiongemma.sampling.drafter import LosslessState
 from diffusiongemma.sampling.finite import check_finite
+from diffusiongemma.sampling.interface import traits
 from diffusiongemma.sampling.rows import map_but
 from diffusiongemma.sampling.sampler import MODES, Arguments, Sampler, State
 from diffusiongemma.sampling.state import CanvasTask, DenoiseState, SamplerOutput
@@ -178,7 +179,7 @@ def _watch_model(
         return draft
     task = dataclasses.replace(drafter.draft_task(model, config, state, noise), active=rows)
     limit = min(config.max_denoising_steps, config.max_draft_steps)
-    before = state.pending if passes.predicts_next(model) else None
+    before = state.pending if traits(model).predict_next else None
     canvas = yield from _watch_canvas(sampler, params, state, task, limit, before)
     return drafter.Drafted(drafter.drafted_tokens(model, canvas), canvas.steps, canvas.finite)
 
@@ -201,7 +202,7 @@ def _view_of(
       rows: [B] bool, the rows that this draft is for.
     """
     tokens = jnp.concatenate([state.pending[:, None], draft.tokens], axis=1)  # [B, K + 1]
-    noise_id = passes.mask_id(sampler.model)
+    noise_id = traits(sampler.model).mask_id
     noise = jnp.full_like(tokens, sampler.config.pad_id if noise_id is None else noise_id)
     is_predicted = entropies is not None
     if entropies is None:

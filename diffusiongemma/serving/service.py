@@ -21,7 +21,7 @@ from diffusiongemma.sampling.controls import OPEN, Controls, ban, pin
 from diffusiongemma.sampling.decide import decide
 from diffusiongemma.sampling.engine import Delta, Engine, Failed, Finished, Result
 from diffusiongemma.sampling.events import End, Event
-from diffusiongemma.sampling.passes import canvas_length
+from diffusiongemma.sampling.interface import traits
 from diffusiongemma.sampling.prompts import pad_prompts
 from diffusiongemma.sampling.sampler import MODES, Sampler
 from diffusiongemma.serving.fields import RequestError
@@ -87,7 +87,7 @@ class Service:
         self._params, self._sampler, self.capacity = params, engine.sampler, engine.capacity
         self.limits = Limits(
             max_new_tokens=engine.sampler.config.max_new_tokens,
-            canvas_length=canvas_length(engine.sampler.model),
+            canvas_length=traits(engine.sampler.model).canvas_length,
             modes={mode: _refusal(engine.sampler, mode) for mode in MODES},
             default_mode=engine.sampler.mode,
             temperature=temperature,
