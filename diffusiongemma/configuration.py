@@ -4,6 +4,7 @@ import dataclasses
 import json
 import numbers
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -75,7 +76,18 @@ def build(cls: type[T], values: Any, where: str = '') -> T:
     missing = [name for name, field in fields.items() if name not in read and _is_needed(field)]
     if missing:
         raise ValueError(f'{path} lacks {missing}{"" if where else "; see configs/tiny.py"}.')
-    return cls(**read)
+    try:
+        return cls(**read)
+    except ValueError as error:
+        raise ValueError(_placed(str(error), path, fields)) from error
+
+
+def _placed(message: str, path: str, fields: Iterable[str]) -> str:
+    """Returns the message of an invalid section with the path of the section, or of its field."""
+    if message.startswith('config.'):  # it names several keys
+        return message
+    (name,) = re.findall(r'^\w*', message)
+    return f'{path}.{message}' if name in fields else f'{path}: {message}'
 
 
 def complete(config: ConfigDict, cls: type, asked: Iterable[str] = ()) -> ConfigDict:

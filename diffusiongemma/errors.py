@@ -23,8 +23,8 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
     Raises:
       ValueError: if it is not; the message has the name, the limits and the value.
     """
-    if not low <= value <= high or math.isinf(value):
-        limits = f'>= {low:g}' if math.isinf(high) else f'in [{low:g}, {high:g}]'
+    if not low <= value <= high or value == math.inf:  # `math.isinf` fails on huge integers
+        limits = f'>= {low}' if math.isinf(high) else f'in [{low}, {high}]'
         raise ValueError(f'{name} must be {limits}, got {value}.')
 
 

@@ -316,9 +316,9 @@ def test_no_canvas_starts_where_a_lookup_would_find_the_last_tokens(ngram, seed)
         ({'weights': 'best'}, "or weights of your own with their module, such as .*got 'best'"),
         ({'held_out': 0}, 'held_out must be >= 1'),
         ({'anchors_per_row': 0}, 'anchors_per_row must be >= 1'),
-        ({'smoothing': 2.0}, 'smoothing must lie in'),
+        ({'smoothing': 2.0}, 'smoothing must be in'),
         ({'weights': 'decay', 'gamma': 0.0}, 'gamma must be > 0'),
-        ({'refused_rate': -1.0}, 'refused_rate must lie in'),
+        ({'refused_rate': -1.0}, 'refused_rate must be in'),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fields, message):

@@ -10,6 +10,7 @@ import pytest
 from new_params import new_params
 from test_distillation_run import DATA, assert_equal, crash_at, train_student
 
+from diffusiongemma import configuration
 from diffusiongemma.checkpoints.bundle import save_bundle
 from diffusiongemma.checkpoints.convert import convert
 from diffusiongemma.checkpoints.load import load_model
@@ -183,12 +184,26 @@ def test_what_cannot_be_trained_is_said_in_one_line(teacher_directory, tmp_path,
         train_student(config, teacher, DATA, tmp_path / 'run')
 
 
-def test_a_setting_of_the_evaluation_is_refused_before_anything_is_written(
-    teacher_directory, tmp_path
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('sampling.draft_length', 5, 'draft_length=5 is longer than the canvas of 4 tokens'),
+        (
+            'compute.microbatches',
+            3,
+            'batch_size=8 is not divisible by .*microbatches=3',
+        ),
+        ('light.draft_vocab_size', 1, 'draft_vocab_size=1 has no room for the'),
+        ('targets.source.size', 9, '9 examples are too few to hold a tenth out'),
+        ('drafting.anchors_per_row', 10**6, 'anchors_per_row=1000000 do not fit a row of 128'),
+    ],
+)
+def test_an_impossible_setting_is_refused_before_anything_is_written(
+    teacher_directory, tmp_path, key, value, message
 ):
     config = light_config(teacher_directory)
-    with config.unlocked():
-        config.sampling.draft_length = config.canvas_length + 1
-    with pytest.raises(ValueError, match='draft_length=5 is longer than the canvas of 4 tokens'):
+    config = configuration.complete(config, Experiment, [key])
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
         distill(Experiment.of(config), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()

@@ -154,5 +154,5 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
         batch_sharding(mesh, 12)
     with pytest.raises(ValueError, match='microbatch is too small: batch_size=4'):
         ComputeConfig(microbatches=2).batch_sharding(mesh, 8)
-    with pytest.raises(ValueError, match='batch_size=8 is not divisible by compute.microbatches=3'):
+    with pytest.raises(ValueError, match='batch_size=8 is not divisible by .*microbatches=3'):
         ComputeConfig(microbatches=3).batch_sharding(mesh, 8)

@@ -102,25 +102,36 @@ class Batches:
         return {}
 
 
-def test_a_run_writes_its_throughput_and_a_trace_of_a_few_steps(tmp_path):
+def train_toy(workdir, **settings):
+    """Runs six steps of a training that changes nothing."""
+
     @jax.jit
     def step(state, batch):
         loss = jnp.mean(batch['tokens'] @ state.params)
         return state.replace(step=state.step + 1), {'loss': loss}
 
     params = jnp.ones((4, 2))
-    state = TrainState(jnp.zeros((), jnp.int32), params, params, ())
     fit(
         step,
-        state,
+        TrainState(jnp.zeros((), jnp.int32), params, params, ()),
         Batches(),
-        CheckpointStore(tmp_path),
-        LoopConfig(num_steps=6, report_every=2, checkpoint_every=6, profile_steps=2),
-        workdir=tmp_path,
+        CheckpointStore(workdir),
+        LoopConfig(num_steps=6, report_every=2, checkpoint_every=6, **settings),
+        workdir=workdir,
         description='toy',
         batch_sharding=batch_sharding(make_mesh({'data': 8}), 8),
         batch_size=8,
     )
+
+
+def test_an_unknown_metric_of_the_best_checkpoint_is_named_after_one_step(tmp_path):
+    with pytest.raises(ValueError, match="config.train.best_metric='los' .* did you mean 'loss'"):
+        train_toy(tmp_path, best_metric='los')
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_run_writes_its_throughput_and_a_trace_of_a_few_steps(tmp_path):
+    train_toy(tmp_path, profile_steps=2)
     rows = read_metrics(tmp_path)
     assert [row['step'] for row in rows] == [2, 4, 6]
     assert all(row['model_tflops_per_step'] == 2 * 8 * 4 * 2 / 1e12 for row in rows)

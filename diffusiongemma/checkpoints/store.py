@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -200,16 +201,11 @@ def _keep(max_to_keep: int, best_metric: str) -> policies.PreservationPolicy:
     if not best_metric:
         return newest
 
-    def value(metrics: Mapping[str, float]) -> float:
-        if best_metric not in metrics:
-            raise ValueError(
-                f'train.best_metric={best_metric!r} is not a metric of this run; there are '
-                f'{sorted(metrics)}.'
-            )
-        return metrics[best_metric]
-
     best = policies.BestN(
-        get_metric_fn=value, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        get_metric_fn=operator.itemgetter(best_metric),
+        reverse=True,
+        n=1,
+        keep_checkpoints_without_metrics=False,
     )
     return policies.AnyPreservationPolicy([newest, best])
 

@@ -38,6 +38,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
+from diffusiongemma.errors import check_range
+
 Features = dict[str, np.ndarray]
 
 TEACHER_KEYS = ('teacher_ids', 'teacher_log_probs', 'teacher_log_rest')
@@ -82,16 +84,11 @@ class RowLayout:
     one_canvas: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.random_offset_rate <= 1:
-            raise ValueError(
-                f'random_offset_rate must lie in [0, 1], got {self.random_offset_rate}.'
-            )
-        if self.row_length < 1:
-            raise ValueError(f'row_length must be >= 1, got {self.row_length}.')
-        if self.canvases_per_row < 0:
-            raise ValueError(f'canvases_per_row must be >= 0, got {self.canvases_per_row}.')
-        if self.canvases_per_row and self.canvas_length < 1:
-            raise ValueError(f'canvas_length must be >= 1, got {self.canvas_length}.')
+        check_range('random_offset_rate', self.random_offset_rate, 0, 1)
+        check_range('row_length', self.row_length, 1)
+        check_range('canvases_per_row', self.canvases_per_row, 0)
+        if self.canvases_per_row:
+            check_range('canvas_length', self.canvas_length, 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

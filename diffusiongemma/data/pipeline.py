@@ -25,7 +25,8 @@ import numpy as np
 from absl import flags
 
 from diffusiongemma.data import packing
-from diffusiongemma.data.sources import DataSpec, Source, load_source
+from diffusiongemma.data.sources import MAX_SEED, DataSpec, Source, load_source
+from diffusiongemma.errors import check_range
 
 _STATE_VERSION = 1
 # After this many consecutive documents that do not fit, the layout is wrong for the data. An error
@@ -218,7 +219,7 @@ def make_train_iterator(
       row_length: the number of tokens per row; longer documents are dropped with a warning.
       canvases_per_row: the number of canvas slots per row; 0 leaves the canvas keys out.
       canvas_length: the number of tokens per canvas.
-      seed: the seed of the shuffles and the random offsets, in [0, 2**32).
+      seed: the seed of the shuffles and the random offsets, in [0, MAX_SEED].
       random_offset_rate, top_k, one_canvas: see `packing.RowLayout`.
       weights: the relative share of each source, in documents; by default the weight of each spec,
         and 1 for a source without a spec.
@@ -274,14 +275,11 @@ def make_train_iterator(
 def _check_sizes(
     batch_size: int, process_index: int, process_count: int, seed: int, workers: int
 ) -> None:
-    if batch_size < 1:
-        raise ValueError(f'batch_size must be >= 1, got {batch_size}.')
+    check_range('batch_size', batch_size, 1)
     if not 0 <= process_index < process_count:
         raise ValueError(f'process_index must be in [0, {process_count}), got {process_index}.')
-    if not 0 <= seed < 2**32:
-        raise ValueError(f'seed must be in [0, 2**32), got {seed}.')
-    if workers < 0:
-        raise ValueError(f'workers must be >= 0, got {workers}.')
+    check_range('seed', seed, 0, MAX_SEED)
+    check_range('workers', workers, 0)
 
 
 def _shard(

@@ -34,6 +34,15 @@ def occurs_earlier(batch: Batch, ngram: int) -> jax.Array:
     return jnp.any(runs & (index < index[:, None]), axis=-1)  # [B, L], over earlier tokens
 
 
+def check_count(count: int, row_length: int) -> None:
+    """Raises ValueError if a row has too few tokens for `count` anchors."""
+    if count >= row_length:
+        raise ValueError(
+            f'config.drafting.anchors_per_row={count} do not fit a row of {row_length} tokens; use '
+            f'at most {row_length - 1}, or longer rows.'
+        )
+
+
 def draw_anchors(key: jax.Array, places: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Draws distinct positions of each row, uniformly.
 
@@ -50,11 +59,7 @@ def draw_anchors(key: jax.Array, places: jax.Array, count: int) -> tuple[jax.Arr
       ValueError: if count is not less than L.
     """
     length = places.shape[1]
-    if count >= length:
-        raise ValueError(
-            f'anchors_per_row={count} do not fit a row of {length} tokens; use at most '
-            f'{length - 1}, or longer rows.'
-        )
+    check_count(count, length)
     drawn = jnp.where(places, jax.random.uniform(key, places.shape), -1.0)
     scores, anchors = jax.lax.top_k(drawn, count)  # [B, A], a draw without replacement
     # No draft starts at the last token of a row, so this index marks unused anchors.

@@ -55,10 +55,9 @@ class TargetsConfig:
         if not isinstance(self.source, DataSpec):
             object.__setattr__(self, 'source', DataSpec.from_config(self.source))
         for name, least in (('batch_size', 1), ('prompt_multiple', 1), ('top_k_logits', 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f'targets.{name} must be >= {least}, got {getattr(self, name)}.')
-        check_range('targets.max_new_tokens', self.max_new_tokens, 1)
-        check_range('targets.temperature', self.temperature, 0)
+            check_range(name, getattr(self, name), least)
+        check_range('max_new_tokens', self.max_new_tokens, 1)
+        check_range('temperature', self.temperature, 0)
 
 
 class Answerer:
@@ -80,7 +79,7 @@ class Answerer:
         """
         if config.top_k_logits > model.config.vocab_size:
             raise ValueError(
-                f'targets.top_k_logits={config.top_k_logits} is more than the '
+                f'config.targets.top_k_logits={config.top_k_logits} is more than the '
                 f'{model.config.vocab_size} tokens of the teacher.'
             )
         self._model, self._tokenizer, self._config = model, tokenizer, config

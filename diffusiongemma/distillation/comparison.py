@@ -10,8 +10,9 @@ from rich.console import Console
 
 from diffusiongemma.checkpoints.load import EXPORT_DIR
 from diffusiongemma.data.pipeline import eval_examples
-from diffusiongemma.data.sources import DataSpec, load_source
+from diffusiongemma.data.sources import DataSpec, load_source, split_source
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.distillation.draft_vocabulary import needed_tokens
 from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.distillation.loading import Teacher, load_student, load_teacher
 from diffusiongemma.distillation.reporting import progress, read_metrics
@@ -61,10 +62,15 @@ def check_settings(experiment: Experiment, teacher: Teacher) -> None:
       FileNotFoundError: if a data source is missing.
       ValueError: if a setting is impossible.
     """
-    for source in (experiment.targets.source, eval_source(experiment)):
-        load_source(source)
+    prompts, _ = map(load_source, (experiment.targets.source, eval_source(experiment)))
+    if experiment.drafting is not None:
+        split_source(prompts, experiment.drafting.held_out)
     tokenizer = teacher.tokenizer
     setup = Setup.of(experiment, teacher.model, tokenizer, experiment.mesh.make())
+    _ = setup.rows  # the mesh can divide a batch
+    light = setup.student.light
+    if light is not None and light.draft_vocab_size:
+        needed_tokens(tokenizer, light.draft_vocab_size)
     student_sampler(experiment, setup.student, tokenizer)
 
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from diffusiongemma.errors import check_range
 from diffusiongemma.models.execution import Execution
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import batch_sharding, batch_ways, on_mesh, rules_with
@@ -36,8 +37,7 @@ class ComputeConfig:
     rules: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.microbatches < 1:
-            raise ValueError(f'compute.microbatches must be >= 1, got {self.microbatches}.')
+        check_range('microbatches', self.microbatches, 1)
         self.execution()
         rules_with(self.rules)
 
@@ -62,8 +62,8 @@ class ComputeConfig:
         """Returns the sharding of batches; raises ValueError if the mesh can't divide a part."""
         if batch_size % self.microbatches:
             raise ValueError(
-                f'batch_size={batch_size} is not divisible by '
-                f'compute.microbatches={self.microbatches}; use a divisor of it.'
+                f'config.data.batch_size={batch_size} is not divisible by '
+                f'config.compute.microbatches={self.microbatches}; use a divisor of it.'
             )
         try:
             part = batch_size // self.microbatches

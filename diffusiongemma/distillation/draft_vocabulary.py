@@ -20,6 +20,27 @@ def tokenized(sources: Iterable[Source], tokenizer: Any) -> Iterator[np.ndarray]
             yield tokenize(source[index], tokenizer).tokens
 
 
+def needed_tokens(tokenizer: Any, size: int) -> list[int]:
+    """Returns the tokens that every draft vocabulary has: stop, pad and single-byte tokens.
+
+    Raises:
+      ValueError: if they are more than `size`, or the vocabulary has fewer tokens than that.
+    """
+    if size > tokenizer.vocab_size:
+        raise ValueError(
+            f'config.light.draft_vocab_size={size} is larger than the vocabulary of '
+            f'{tokenizer.vocab_size} tokens; use 0 for all of them.'
+        )
+    single = [i for i in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(i)) == 1]
+    needed = sorted({*tokenizer.stop_ids, tokenizer.pad_id, *single})
+    if len(needed) > size:
+        raise ValueError(
+            f'config.light.draft_vocab_size={size} has no room for the {len(needed)} stop tokens '
+            'and tokens of a single byte; use a larger one, or 0 for the whole vocabulary.'
+        )
+    return needed
+
+
 def draft_vocabulary(
     documents: Iterable[Sequence[int] | np.ndarray], tokenizer: Any, size: int
 ) -> np.ndarray:
@@ -38,27 +59,14 @@ def draft_vocabulary(
       [Vd] int32 token ids in increasing order.
 
     Raises:
-      ValueError: if the vocabulary is smaller than `size`, or the tokens that any text may need
-        are more than `size`.
+      ValueError: if the size is impossible, see `needed_tokens`.
     """
-    if size > tokenizer.vocab_size:
-        raise ValueError(
-            f'light.draft_vocab_size={size} is larger than the vocabulary of '
-            f'{tokenizer.vocab_size} tokens; use 0 for all of them.'
-        )
+    chosen = dict.fromkeys(needed_tokens(tokenizer, size))
     counts: collections.Counter[int] = collections.Counter()
     for document in documents:
         counts.update(np.asarray(document).tolist())
-    single = [i for i in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(i)) == 1]
-    needed = sorted({*tokenizer.stop_ids, tokenizer.pad_id, *single})
-    if len(needed) > size:
-        raise ValueError(
-            f'light.draft_vocab_size={size} has no room for the {len(needed)} stop tokens and '
-            'tokens of a single byte; use a larger one, or 0 for the whole vocabulary.'
-        )
     by_count = (token for token, _ in counts.most_common())
     others = (i for i in range(tokenizer.vocab_size))
-    chosen = dict.fromkeys(needed)
     for token in (*by_count, *others):
         if len(chosen) == size:
             break

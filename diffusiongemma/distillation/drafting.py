@@ -106,14 +106,11 @@ class DraftingConfig:
     held_out: int = 64
 
     def __post_init__(self) -> None:
-        if self.held_out < 1:
-            raise ValueError(f'drafting.held_out must be >= 1 example, got {self.held_out}.')
-        if self.anchors_per_row < 1:
-            raise ValueError(f'anchors_per_row must be >= 1, got {self.anchors_per_row}.')
-        check_range('drafting.lookup_ngram', self.lookup_ngram, 0, MAX_NGRAM)
-        for name in ('total_variation', 'refused_rate'):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f'{name} must lie in [0, 1], got {getattr(self, name)}.')
+        check_range('held_out', self.held_out, 1)
+        check_range('anchors_per_row', self.anchors_per_row, 1)
+        check_range('lookup_ngram', self.lookup_ngram, 0, MAX_NGRAM)
+        check_range('total_variation', self.total_variation, 0, 1)
+        check_range('refused_rate', self.refused_rate, 0, 1)
         self.position_weights()
 
     def position_weights(self) -> PositionWeights:

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from diffusiongemma import configuration
 from diffusiongemma.checkpoints.fields import read_model_config
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR
-from diffusiongemma.data.sources import DataSpec
+from diffusiongemma.data.sources import MAX_SEED, DataSpec
+from diffusiongemma.distillation.anchors import check_count
 from diffusiongemma.distillation.answers import TargetsConfig
 from diffusiongemma.distillation.compute import ComputeConfig
 from diffusiongemma.distillation.drafting import DraftingConfig
@@ -53,9 +54,9 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         for name, least in (('batch_size', 1), ('row_length', 1), ('canvases_per_row', 0)):
-            check_range(f'config.data.{name}', getattr(self, name), least)
-        check_range('config.data.random_offset_rate', self.random_offset_rate, 0, 1)
-        check_range('config.data.workers', self.workers, 0)
+            check_range(name, getattr(self, name), least)
+        check_range('random_offset_rate', self.random_offset_rate, 0, 1)
+        check_range('workers', self.workers, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +139,10 @@ class Experiment:
                 f'config.canvas_length={self.canvas_length} must be at least 1 and at most '
                 f'config.data.row_length={self.data.row_length}, the tokens of a row.'
             )
-        check_range('config.ar_weight', self.ar_weight, 0)
-        check_range('config.seed', self.seed, 0)
+        if self.drafting is not None:
+            check_count(self.drafting.anchors_per_row, self.data.row_length)
+        check_range('ar_weight', self.ar_weight, 0)
+        check_range('seed', self.seed, 0, MAX_SEED)
 
     @classmethod
     def of(cls, config: ConfigDict) -> 'Experiment':
@@ -207,6 +210,7 @@ class TeacherTraining:
 
     def __post_init__(self) -> None:
         compute_dtype(self.dtype)
+        check_range('seed', self.seed, 0, MAX_SEED)
 
     @classmethod
     def of(cls, config: ConfigDict) -> 'TeacherTraining':

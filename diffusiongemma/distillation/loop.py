@@ -17,7 +17,7 @@ from diffusiongemma.distillation.guard import LossGuard, Preemption
 from diffusiongemma.distillation.reporting import Reporter
 from diffusiongemma.distillation.state import TrainState
 from diffusiongemma.distillation.throughput import PROFILE_DIR, Throughput, Trace
-from diffusiongemma.errors import Preempted
+from diffusiongemma.errors import Preempted, check_range, nearest
 from diffusiongemma.parallel import init_sharded, processes, state_shardings
 
 StepFn = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -66,13 +66,10 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         for name in ('num_steps', 'report_every', 'checkpoint_every', 'max_to_keep'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} must be >= 1, got {getattr(self, name)}.')
-        if self.max_loss_increase <= 0 or self.profile_steps < 0:
-            raise ValueError(
-                f'max_loss_increase must be > 0 and profile_steps >= 0, got '
-                f'{self.max_loss_increase} and {self.profile_steps}.'
-            )
+            check_range(name, getattr(self, name), 1)
+        check_range('profile_steps', self.profile_steps, 0)
+        if not self.max_loss_increase > 0:
+            raise ValueError(f'max_loss_increase must be > 0, got {self.max_loss_increase}.')
 
 
 def fit(
@@ -109,6 +106,7 @@ def fit(
 
     Raises:
       FloatingPointError: if the loss is not finite or exploded; that interval is not saved.
+      ValueError: if `config.best_metric` is not a metric.
       Preempted: if SIGTERM was received; the state is saved.
       CheckpointError: if a checkpoint can't be written.
     """
@@ -124,6 +122,8 @@ def fit(
             throughput.add(state, *constants, batch)
             with trace.step(step):
                 state, metrics = train_step(state, *constants, batch)
+            if step == first_step + 1:
+                _check_metric(config.best_metric, metrics, evaluate, state)
             steps_metrics.append(metrics)
             # A few queued steps keep the device busy; more would only delay a stop.
             jax.block_until_ready(steps_metrics[-STEPS_AHEAD - 1 : -STEPS_AHEAD])
@@ -148,6 +148,20 @@ def fit(
                 )
     store.wait()
     return state
+
+
+def _check_metric(
+    name: str,
+    metrics: dict[str, jax.Array],
+    evaluate: Callable[[Any], dict[str, jax.Array]] | None,
+    state: TrainState,
+) -> None:
+    """Raises ValueError if checkpoints are compared by a metric that the run does not have."""
+    evaluated = {} if evaluate is None else jax.eval_shape(evaluate, state.evaluated_params)
+    if name and name not in (known := {*metrics, *evaluated}):
+        raise ValueError(
+            f'config.train.best_metric={name!r} is not a metric of this run; {nearest(name, known)}'
+        )
 
 
 def _floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from diffusiongemma.errors import check_range
 from diffusiongemma.models.arrays import Array
 from diffusiongemma.sampling.rules import read_value
 
@@ -75,8 +76,7 @@ class AcceptedLengthWeights:
     smoothing: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.smoothing <= 1:
-            raise ValueError(f'smoothing must lie in [0, 1], got {self.smoothing}.')
+        check_range('smoothing', self.smoothing, 0, 1)
 
     def weights(
         self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
@@ -109,7 +109,7 @@ def read_weights(weights: Any, smoothing: float, gamma: float) -> PositionWeight
         return named[weights]()
     if isinstance(weights, str) and '.' not in weights:
         raise ValueError(
-            f'drafting.weights must be {ACCEPTED_LENGTH!r}, {DECAY!r} or {EQUAL!r}, or weights of '
+            f'weights must be {ACCEPTED_LENGTH!r}, {DECAY!r} or {EQUAL!r}, or weights of '
             f"your own with their module, such as 'my_losses.Mine(2)', got {weights!r}."
         )
     custom: PositionWeights = read_value('drafting.weights', weights, 'weights', noun='weights')

@@ -19,6 +19,7 @@ from diffusiongemma.distillation.canvases import Batch, NoisyCanvases
 from diffusiongemma.distillation.head import score_positions
 from diffusiongemma.distillation.losses import TokenLoss, denoise_loss, mean_weights
 from diffusiongemma.distillation.teacher import TeacherStates
+from diffusiongemma.errors import check_range
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
@@ -61,9 +62,7 @@ class Stage1Config:
 
     def __post_init__(self) -> None:
         for name in ('kd_weight', 'self_conditioning_rate', 'min_noise_level'):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f'{name} must lie in [0, 1], got {value}.')
+            check_range(name, getattr(self, name), 0, 1)
         self.position_loss()
 
     def position_loss(self) -> TokenLoss:

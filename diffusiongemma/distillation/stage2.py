@@ -26,6 +26,7 @@ from diffusiongemma.distillation.canvases import Batch, NoisyCanvases
 from diffusiongemma.distillation.head import score_positions
 from diffusiongemma.distillation.losses import cross_entropy, denoise_loss, mean_weights
 from diffusiongemma.distillation.teacher import TeacherStates
+from diffusiongemma.errors import check_range
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
@@ -98,14 +99,10 @@ class Stage2Config:
     min_noise_level: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f'stage2.num_steps must be >= 1, got {self.num_steps}.')
-        if self.certainty_weight < 0:
-            raise ValueError(f'certainty_weight must be >= 0, got {self.certainty_weight}.')
+        check_range('num_steps', self.num_steps, 1)
+        check_range('certainty_weight', self.certainty_weight, 0)
         for name in ('kd_weight', 'all_noise_rate', 'min_noise_level'):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f'{name} must lie in [0, 1], got {value}.')
+            check_range(name, getattr(self, name), 0, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

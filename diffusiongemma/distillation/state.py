@@ -53,19 +53,16 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
-            raise ValueError(f'optimizer.name must be one of {NAMES}, got {self.name!r}.')
+            raise ValueError(f'name must be one of {NAMES}, got {self.name!r}.')
         for name in ('learning_rate', 'clip_norm'):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f'{name} must be a number > 0, got {getattr(self, name)}.')
-        check_range('optimizer.warmup_steps', self.warmup_steps, 0)
-        check_range('optimizer.weight_decay', self.weight_decay, 0)
-        fraction = self.final_learning_rate_fraction
-        check_range('optimizer.final_learning_rate_fraction', fraction, 0, 1)
-        for name in ('b1', 'b2'):
+        check_range('warmup_steps', self.warmup_steps, 0)
+        check_range('weight_decay', self.weight_decay, 0)
+        check_range('final_learning_rate_fraction', self.final_learning_rate_fraction, 0, 1)
+        for name in ('b1', 'b2', 'ema_decay'):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f'optimizer.{name} must lie in [0, 1), got {getattr(self, name)}.')
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f'ema_decay must lie in [0, 1), got {self.ema_decay}.')
+                raise ValueError(f'{name} must be in [0, 1), got {getattr(self, name)}.')
 
 
 @flax.struct.dataclass

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.errors import check_range
 from diffusiongemma.evaluation.scoring import response_log_probs
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.parallel import processes
@@ -50,9 +51,7 @@ class EvalConfig:
         if not self.speed_batch_sizes:
             raise ValueError('speed_batch_sizes is empty; (1,) measures one row at a time.')
         for field in dataclasses.fields(EvalConfig):
-            value = getattr(self, field.name)
-            if min(np.atleast_1d(value)) < 1:
-                raise ValueError(f'{field.name} must be >= 1, got {value}.')
+            check_range(field.name, min(np.atleast_1d(getattr(self, field.name))), 1)
 
 
 @dataclasses.dataclass(frozen=True)

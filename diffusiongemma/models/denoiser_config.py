@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from diffusiongemma.errors import check_range
+
 SHARED, SEPARATE, LIGHT = 'shared', 'separate', 'light'
 _EXECUTION_KEYS = ('scan_layers', 'output_major', 'denoise_dtype')  # keys of older configs
 _FLAT_KEYS = ('canvas_length', 'separate_denoiser', 'predict_next', 'self_conditioning', 'mask_id')
@@ -33,11 +35,10 @@ class LightConfig:
         object.__setattr__(self, 'layers', tuple(self.layers))
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(
-                f'light.layers must be increasing numbers of teacher layers, got {self.layers}.'
+                f'layers must be increasing numbers of teacher layers, got {self.layers}.'
             )
         for name in ('draft_vocab_size', 'serial_rank'):
-            if getattr(self, name) < 0:
-                raise ValueError(f'light.{name} must be >= 0 (0: none), got {getattr(self, name)}.')
+            check_range(name, getattr(self, name), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,7 @@ class DenoiserConfig:
     light: LightConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.canvas_length < 1:
-            raise ValueError(f'canvas_length must be >= 1, got {self.canvas_length}.')
+        check_range('canvas_length', self.canvas_length, 1)
         if self.kind not in (SHARED, SEPARATE, LIGHT):
             raise ValueError(
                 f'the kind of a denoiser must be one of {(SHARED, SEPARATE, LIGHT)}, '

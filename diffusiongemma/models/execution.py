@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffusiongemma.errors import check_range
+
 # Logical axis -> mesh axes over which it is sharded, the outermost first; () for none.
 AxisRules = tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -63,8 +65,7 @@ class Execution:
                 f"denoise_dtype must be 'float32', 'bfloat16' or None, got {self.denoise_dtype!r}."
             )
         for name in ('logits_chunk', 'query_block'):
-            if getattr(self, name) < 0:
-                raise ValueError(f'{name} must be >= 0 (0: all), got {getattr(self, name)}.')
+            check_range(name, getattr(self, name), 0)
 
     def mesh_axes(self, shape: Sequence[int], names: Sequence[str | None]) -> list[tuple[str, ...]]:
         """Returns the mesh axes (of size > 1) over which each dimension of an array is sharded.

@@ -28,6 +28,11 @@ class MeshConfig:
     expert: int = 1
     sequence: int = 1
 
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise ValueError(f'mesh sizes must be >= 1, with at most one -1, got {vars(self)}.')
+
     def make(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
         """Returns the mesh over `devices`, see `make_mesh`."""
         return make_mesh(dataclasses.asdict(self), devices)
@@ -51,9 +56,9 @@ def make_mesh(
     unknown = sorted(set(axes) - set(MESH_AXES))
     if unknown:
         raise ValueError(f'unknown mesh axes {unknown}; the mesh has {list(MESH_AXES)}.')
-    sizes = [int(axes.get(name, 1)) for name in MESH_AXES]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f'mesh sizes must be >= 1, with at most one -1, got {axes}.')
+    sizes = list(
+        dataclasses.astuple(MeshConfig(**{name: int(size) for name, size in axes.items()}))
+    )
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed

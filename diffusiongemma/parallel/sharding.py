@@ -65,7 +65,7 @@ def on_mesh(model: M, mesh: Mesh, rules: AxisRules = LOGICAL_AXIS_RULES) -> M:
     unknown = sorted({axis for _, axes in rules for axis in axes} - set(mesh.axis_names))
     if unknown:
         raise ValueError(
-            f'compute.rules use mesh axes {unknown}; the mesh has {list(mesh.axis_names)}.'
+            f'config.compute.rules use mesh axes {unknown}; the mesh has {list(mesh.axis_names)}.'
         )
     used = mesh if mesh.size > 1 else None  # one device needs no shardings
     platform = mesh.devices.flat[0].platform
@@ -91,7 +91,7 @@ def rules_with(overrides: Mapping[str, Sequence[str]]) -> AxisRules:
     if unknown:
         near = difflib.get_close_matches(unknown[0], table, n=1)
         hint = f'did you mean {near[0]!r}?' if near else f'there are {sorted(table)}.'
-        raise ValueError(f'compute.rules: no logical axes {unknown} in the table; {hint}')
+        raise ValueError(f'config.compute.rules: no logical axes {unknown} in the table; {hint}')
     replaced = {name: _mesh_axes(name, axes) for name, axes in overrides.items()}
     if 'embed' in replaced:
         widths = [name for name in table if name.endswith('_embed')]
@@ -104,7 +104,7 @@ def _mesh_axes(name: str, axes: Any) -> tuple[str, ...]:
     is_row = isinstance(axes, list | tuple) and all(isinstance(axis, str) for axis in axes)
     if not is_row or len(set(axes)) < len(axes):
         raise ValueError(
-            f'compute.rules[{name!r}] must be a tuple of different mesh axes, such as '
+            f'config.compute.rules[{name!r}] must be a tuple of different mesh axes, such as '
             f"('tensor',) or (), got {axes!r}."
         )
     return tuple(axes)
