@@ -91,8 +91,13 @@ def sampling_config(tokenizer: Tokenizer, **others: Any) -> SamplingConfig:
       **others: other fields of `SamplingConfig`.
 
     Raises:
-      ValueError: if a field is out of range.
+      ValueError: if a field is out of range, or two flags contradict each other.
     """
+    if _DRAFTS.value is not None and _DRAFT_LENGTH.value is not None:
+        raise ValueError(
+            f'--draft_length={_DRAFT_LENGTH.value} has no effect with --drafts={_DRAFTS.value}, '
+            'which has a length of its own; leave one of them out.'
+        )
     own = (*_OF_MODES[('diffusion', 'lossless')], *_OF_MODES[('lossless',)])
     fields = {flag.name: flag.value for flag in own} | others
     return cli.student_sampling(CHECKPOINT.value, tokenizer, **fields)

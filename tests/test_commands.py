@@ -218,6 +218,11 @@ BAD_INPUT = [
         ['--prompt=hi', '--mode=lossless', '--draft_length=400'],
         'error: draft_length=400 is longer than the canvas',
     ),
+    (
+        'sample',
+        ['--prompt=hi', '--mode=lossless', '--drafts=PromptLookup(8)', '--draft_length=4'],
+        'error: --draft_length=4 has no effect with --drafts=PromptLookup(8)',
+    ),
     ('verify', ['--checkpoint=/nowhere'], 'error: --golden is required; see --help.'),
     (
         'sample',
@@ -231,7 +236,7 @@ BAD_INPUT = [
             '--workdir={tmp}',
             "--config.compute.rules={{'mlp': 'tensor'}}",
         ],
-        "error: compute.rules['mlp'] must be a tuple of different mesh axes",
+        "error: config.compute.rules['mlp'] must be a tuple of different mesh axes",
     ),
     (
         'verify',
