@@ -24,7 +24,7 @@ def main() -> None:
         print(usage)
         return
     if command not in COMMANDS:
-        sys.exit(f'{command!r} is no command; {usage}' if command else usage)
+        sys.exit(f'{command!r} is not a command; {usage}' if command else usage)
     sys.argv = [f'diffusiongemma {command}', *sys.argv[2:]]
     runpy.run_module(f'diffusiongemma.{command}', run_name='__main__', alter_sys=False)
 

@@ -66,7 +66,8 @@ def student_sampling(checkpoint: str, tokenizer: Tokenizer, **flags: Any) -> Sam
     """Returns the sampling config of a checkpoint.
 
     Flags that are not None take precedence over the settings with which the model was evaluated
-    (`about.sampling` of a bundle), and these over the defaults and a maximum of 128 tokens.
+    (`about.sampling` of a bundle), and these settings over the defaults, with a maximum of 128
+    tokens.
 
     Args:
       checkpoint: the path of the model, see `load_model`.

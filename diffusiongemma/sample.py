@@ -56,7 +56,9 @@ _MODE = flags.DEFINE_enum(
     "Decode mode; by default 'diffusion', 'lossless' for a light student, 'autoregressive' for a "
     'model without a canvas.',
 )
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy.', lower_bound=0.0)
+_TEMPERATURE = flags.DEFINE_float(
+    'temperature', 0.0, 'Sampling temperature; 0 is greedy.', lower_bound=0.0
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     'max_new_tokens',
     None,

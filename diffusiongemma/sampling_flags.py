@@ -98,6 +98,6 @@ def sampling_config(tokenizer: Tokenizer, **others: Any) -> SamplingConfig:
             f'--draft_length={_DRAFT_LENGTH.value} has no effect with --drafts={_DRAFTS.value}, '
             'which has a length of its own; leave one of them out.'
         )
-    own = (*_OF_MODES[('diffusion', 'lossless')], *_OF_MODES[('lossless',)])
-    fields = {flag.name: flag.value for flag in own} | others
+    sampler_flags = (*_OF_MODES[('diffusion', 'lossless')], *_OF_MODES[('lossless',)])
+    fields = {flag.name: flag.value for flag in sampler_flags} | others
     return cli.student_sampling(CHECKPOINT.value, tokenizer, **fields)

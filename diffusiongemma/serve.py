@@ -58,7 +58,7 @@ _MAX_BODY_BYTES = flags.DEFINE_integer(
     'max_body_bytes', 2**20, 'Maximum size of the body of a request in bytes.', lower_bound=1
 )
 _API_KEY = flags.DEFINE_string(
-    'api_key', None, 'Key that clients must send; by default the variable DIFFUSIONGEMMA_API_KEY.'
+    'api_key', None, 'Key that clients must send; by default $DIFFUSIONGEMMA_API_KEY.'
 )
 _GRACE_SECONDS = flags.DEFINE_float(
     'grace_seconds',

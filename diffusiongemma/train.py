@@ -95,13 +95,16 @@ def train(training: TeacherTraining, workdir: Path) -> TrainState:
 def _initial_state(
     training: TeacherTraining, model: Gemma, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the state at step 0: of random parameters, or those of the model `config.init`."""
+    """Returns the state at step 0, with random parameters or those of the model `config.init`."""
     if not training.init:
         params = init_params(model, jax.random.key(training.seed))
     else:
         source, params, _ = load_model(training.init)
         if source.config != model.config:
-            raise ValueError(f'config.init: {training.init} is not a model of config.model.')
+            raise ValueError(
+                f'config.init: {training.init} has another architecture than config.model; '
+                'change one of them.'
+            )
     return create_state(params, optimizer, average=training.optimizer.average)
 
 

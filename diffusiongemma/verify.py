@@ -137,7 +137,7 @@ def _check_inputs(model: DiffusionGemma, golden: Mapping[str, np.ndarray]) -> No
         if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
             raise ValueError(
                 f'golden {name} has tokens from {tokens.min()} to {tokens.max()}, the vocabulary '
-                f'of the checkpoint has {model.config.vocab_size}; they are not of one model.'
+                f'of the checkpoint has {model.config.vocab_size}; give the file of this model.'
             )
     empty = np.flatnonzero(~np.asarray(golden['prompt_mask'], bool).any(axis=1)).tolist()
     if empty:
@@ -198,7 +198,7 @@ def verdict(checkpoint: str, errors: Mapping[str, float]) -> str:
     return (
         f'{checkpoint} does not hold: {first} differs {by} ({TOLERANCE:g} is allowed, and no '
         f'position of accepted), with {len(failing)} of {len(ARRAYS)} arrays that differ. Next: '
-        f'see that the golden file is of this checkpoint, then look at the weights and settings '
+        f'check that the golden file is of this checkpoint, then look at the weights and settings '
         f'that go into {first}, the first array in the order of the passes.'
     )
 

@@ -146,22 +146,22 @@ class ChatTemplate:
 
     def response_prefix(self, thinking: bool) -> str:
         """Returns the end of a prompt that later turns leave out, such as an empty thought."""
-        asks = _literal(_after(self.prompt(False, thinking), 'user'))
+        opening = _literal(_after(self.prompt(False, thinking), 'user'))
         parts = self._rendered(('user', 'assistant'), thinking, False)
-        return _without_prefix(asks, _literal(_after(parts, 'user')[:1]), self._where)
+        return _without_prefix(opening, _literal(_after(parts, 'user')[:1]), self._where)
 
     def response_slot(self) -> Slot:
         """Returns the slot of a response in a continued conversation."""
         parts = self._rendered(('user', 'assistant'), False, False)
         return next(p for p in parts if isinstance(p, Slot) and p.role == 'assistant')
 
-    def _rendered(self, roles: tuple[str, ...], thinking: bool, asks: bool) -> Parts:
-        kind = (roles, thinking, asks)
+    def _rendered(self, roles: tuple[str, ...], thinking: bool, add_prompt: bool) -> Parts:
+        kind = (roles, thinking, add_prompt)
         if kind not in self._known:
-            self._known[kind] = self._render(roles, thinking, asks)
+            self._known[kind] = self._render(roles, thinking, add_prompt)
         return self._known[kind]
 
-    def _render(self, roles: tuple[str, ...], thinking: bool, asks: bool) -> Parts:
+    def _render(self, roles: tuple[str, ...], thinking: bool, add_prompt: bool) -> Parts:
         messages = [
             {'role': role, 'content': f'{_SPACE}\ue000{number}\ue001{_SPACE}'}
             for number, role in enumerate(roles)
@@ -172,7 +172,7 @@ class ChatTemplate:
                 .from_string(self.source)
                 .render(
                     messages=messages,
-                    add_generation_prompt=asks,
+                    add_generation_prompt=add_prompt,
                     enable_thinking=thinking,
                     tools=None,
                     documents=None,
@@ -315,7 +315,7 @@ def _literal(parts: Parts) -> str:
 def _without_prefix(text: str | Slot, prefix: str, where: str) -> str:
     if not isinstance(text, str) or not text.startswith(prefix):
         raise ValueError(
-            f'{where} writes a past turn otherwise than it asked for it ({text!r} does not start '
-            f'with {prefix!r}), so a conversation cannot go on. Ask in one turn.'
+            f'{where} renders a past turn differently from the prompt that opened it ({text!r} '
+            f'does not start with {prefix!r}), so a conversation cannot continue: ask in one turn.'
         )
     return text[len(prefix) :]

@@ -114,7 +114,9 @@ class JsonlSource:
                     digest.update(content + b'\n')
                 offset += len(line)
         if not spans:
-            raise ValueError(f'{self._file}: empty dataset, the file has no rows.')
+            raise ValueError(
+                f'{self._file}: empty dataset, the file has no rows; give one example per line.'
+            )
         self._spans = np.array(spans, np.int64)
         self._numbers = np.array(numbers, np.int64)
         self.fingerprint = f'jsonl {digest.hexdigest()[:16]}'

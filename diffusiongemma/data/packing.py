@@ -168,7 +168,7 @@ def draw_canvas(
 def document_features(
     document: Document, layout: RowLayout, offset: int = 0, canvas: int | None = None
 ) -> Features:
-    """Returns what a document adds to a row: T tokens and their mask, n canvases and their starts.
+    """Returns the features of a document: T tokens with their mask, n canvases with their starts.
 
     Canvases begin at token `offset` of the response. With an index `canvas`, only that canvas is
     kept.
@@ -291,7 +291,7 @@ class DropCounter:
 def pack_examples(
     examples: Iterable[Mapping[str, Any]], tokenizer: PromptTokenizer, layout: RowLayout
 ) -> Features:
-    """Packs a few examples into one batch with as many rows as they need, for tests and losses.
+    """Packs a few examples into one batch with as many rows as they need.
 
     Returns:
       A batch with the keys in the docstring of this module. Documents that fit no row are left

@@ -64,7 +64,7 @@ class _Tokenize:
         self._consecutive += 1
         if self._consecutive >= self._limit:
             raise ValueError(
-                f'{self._name}: {self._consecutive} documents one after the other fit no row '
+                f'{self._name}: {self._consecutive} documents in succession fit no row '
                 f'({dict(self._dropped.counts)}; the last has {len(document.tokens)} tokens). '
                 'Raise row_length or canvases_per_row, or shorten the data.'
             )
@@ -124,7 +124,7 @@ class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has n
             super().close()
 
 
-def _listed(sources: SourceLike | Sequence[SourceLike]) -> list[SourceLike]:
+def _as_list(sources: SourceLike | Sequence[SourceLike]) -> list[SourceLike]:
     """Returns one or several specs or sources as a list. A list of examples is one source."""
     if not isinstance(sources, (list, tuple)) or (sources and isinstance(sources[0], Mapping)):
         return [cast(SourceLike, sources)]
@@ -230,7 +230,8 @@ def make_train_iterator(
         ahead of time; 0 makes each on request.
       workers: the number of processes that make batches, for training steps that are faster than
         one thread; 0 for none. It affects the order of the data. Sources and tokenizer are
-        pickled, and each worker imports the main script, so guard its `__main__`.
+        pickled, and each worker imports the main script, which therefore needs the guard
+        `if __name__ == '__main__'`.
 
     Returns:
       An iterator over dicts of numpy arrays, see `packing`; `close` stops its workers.
@@ -241,7 +242,7 @@ def make_train_iterator(
     _check_sizes(batch_size, process_index, process_count, seed, workers)
     shape = (row_length, canvases_per_row, canvas_length, tokenizer.pad_id)
     layout = packing.RowLayout(*shape, random_offset_rate, top_k, one_canvas)
-    listed = _listed(sources)
+    listed = _as_list(sources)
     shares = _weights(listed, weights)
     parts, described = [], []
     for index, (item, share) in enumerate(zip(listed, shares, strict=True)):
@@ -253,7 +254,7 @@ def make_train_iterator(
     rows = packing.pack_rows(
         features, layout, bins=packing_bins, seed=_source_seed(seed, len(parts))
     )
-    batches = _made_ahead(rows.batch(batch_size, drop_remainder=True), prefetch, workers)
+    batches = _prefetched(rows.batch(batch_size, drop_remainder=True), prefetch, workers)
     fingerprint = {
         'sources': described,
         'tokenizer': _tokenizer_hash(tokenizer),
@@ -294,8 +295,8 @@ def _shard(
     return grain.MapDataset.source(source).shuffle(seed=seed)[process_index::process_count]
 
 
-def _made_ahead(batches: grain.IterDataset, prefetch: int, workers: int) -> grain.IterDataset:
-    """Returns a stream whose batches are made ahead by worker processes or by a thread."""
+def _prefetched(batches: grain.IterDataset, prefetch: int, workers: int) -> grain.IterDataset:
+    """Returns a stream whose batches are made ahead of time by worker processes or a thread."""
     if workers:
         if not flags.FLAGS.is_parsed():  # for example in a notebook; grain reads its own flags
             flags.FLAGS.mark_as_parsed()

@@ -19,7 +19,7 @@ from diffusiongemma.data.tasks import human_eval, python_source, sudoku, wordmat
 from diffusiongemma.errors import nearest
 
 DEFAULT_TASK_SIZE = 1_000_000
-MAX_SEED = 2**32 - 1  # of a shuffle
+MAX_SEED = 2**32 - 1  # the largest seed that grain's shuffle takes
 # The fields that each kind reads in addition to kind, size and weight.
 _FIELDS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     'wordmath': ('split', 'seed'),

@@ -63,6 +63,7 @@ class TargetFiles:
         self._features = tfds.features.FeaturesDict(features)
 
     def has(self, shard: int) -> bool:
+        """Returns whether a shard has been written."""
         return self._path(shard).exists()
 
     def write(self, shard: int, examples: Iterable[Mapping[str, Any]]) -> None:

@@ -181,7 +181,7 @@ class Tokenizer:
         ordinary characters.
 
         Raises:
-          ValueError: if the text is not valid Unicode, for example has lone surrogates.
+          ValueError: if the text is not valid Unicode, for example because of a lone surrogate.
         """
         if not text.isascii():
             try:
@@ -249,8 +249,8 @@ class Tokenizer:
         if not self.chat_turns:
             if thinking or system is not None:
                 raise ValueError(
-                    f'{self._source} is of a pretrained model, which continues plain text: it '
-                    'takes no system text and does not think.'
+                    f'{self._source} is the tokenizer of a pretrained model, which continues plain '
+                    'text: pass no system text, and ask without thinking.'
                 )
             return [self.bos_id, *self.encode(prompt)]
         if thinking and self.think_ids is None:
@@ -269,8 +269,8 @@ class Tokenizer:
         """
         if not self.chat_turns:
             raise ValueError(
-                f'{self._source} is of a pretrained model, which has no turns: it continues a '
-                'prompt and cannot hold a conversation.'
+                f'{self._source} is the tokenizer of a pretrained model, which has no turns: it '
+                'continues a prompt and cannot hold a conversation.'
             )
         return self._fill(self._chat.next_turn(thinking), {'user': prompt})
 
@@ -279,7 +279,7 @@ class Tokenizer:
         return self._fill((self._chat.response_prefix(thinking),), {})
 
     def end_turn(self, response: Iterable[int]) -> list[int]:
-        """Returns the ids of a response for later turns: without thoughts, with its turn closed."""
+        """Returns the ids of a response for later turns: without thoughts, with the turn end."""
         ids = [i for i in self.split_thoughts(response)[1] if i not in self.stop_ids]
         text = self.decode(ids)
         trimmed = self._chat.response_slot().trim(text)

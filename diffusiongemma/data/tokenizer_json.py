@@ -101,7 +101,7 @@ def _check_pipeline(parsed: Mapping[str, Any], source: str) -> None:
     if problems:
         raise ValueError(
             f'{source}: {", ".join(problems[:5])} is not as in the tokenizers of Gemma (BPE with '
-            'byte fallback, blanks replaced by U+2581), which alone can be read.'
+            'byte fallback, spaces replaced by U+2581); only those can be read.'
         )
 
 

@@ -123,8 +123,8 @@ def scores_of_merges(
     ]
     if unlisted:
         logging.warning(
-            '%s: %d pieces, such as %r, can be made of two pieces in ways that the list of merges '
-            'does not have; texts with them may be split in another way than there.',
+            '%s: %d pieces, such as %r, can be merged from two pieces in ways that the list of '
+            'merges does not have; sentencepiece may split texts with them differently.',
             source, len(unlisted), min(unlisted),
         )  # fmt: skip
     return [-float(rank_of.get(piece, len(rank_of))) for piece in pieces]

@@ -9,8 +9,8 @@ from diffusiongemma.distillation.canvases import Batch
 def anchor_places(batch: Batch, lookup_ngram: int = 0, prompts: bool = False) -> jax.Array:
     """Returns where a draft may start, [B, L] bool: response tokens that are not the last.
 
-    With `prompts`, prompt tokens are included. With `lookup_ngram`, only positions are included
-    at which a lookup of this many tokens finds no earlier occurrence.
+    With `prompts`, prompt tokens are included. With `lookup_ngram`, a position is excluded if the
+    last `lookup_ngram` tokens up to it occur earlier in its document.
     """
     segment_ids = batch['segment_ids']
     is_target = batch['target_mask']
@@ -52,8 +52,8 @@ def draw_anchors(key: jax.Array, places: jax.Array, count: int) -> tuple[jax.Arr
       count: the number of anchors A.
 
     Returns:
-      [B, A] int32 in increasing order, and [B, A] bool, which is False if a row has fewer
-      positions.
+      The anchors [B, A] int32 in increasing order, and which of them are used, [B, A] bool: False
+      for the last ones if a row has fewer than A possible positions.
 
     Raises:
       ValueError: if count is not less than L.

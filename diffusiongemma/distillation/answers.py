@@ -33,7 +33,8 @@ class TargetsConfig:
       max_new_tokens: the maximum length of an answer, including thoughts; longer answers are
         dropped, not truncated, unless `keep_unfinished` is set.
       temperature: the sampling temperature; 0 is greedy.
-      prompt_multiple: prompts are padded to a multiple of this length.
+      prompt_multiple: prompts are padded to a multiple of this number of tokens, which limits the
+        number of compiled programs.
       top_k_logits: k, the number of most likely teacher tokens that are stored for each token of a
         response; training then needs no teacher in memory. 0 stores none.
       sequence_level: True trains on the teacher's answers. False trains on the responses of the
@@ -61,7 +62,7 @@ class TargetsConfig:
 
 
 class Answerer:
-    """A generator of answers on a mesh, with sharded parameters and rows over data and fsdp."""
+    """A generator of answers on a mesh, with sharded parameters and batches sharded by rows."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class Answerer:
         if config.top_k_logits > model.config.vocab_size:
             raise ValueError(
                 f'config.targets.top_k_logits={config.top_k_logits} is more than the '
-                f'{model.config.vocab_size} tokens of the teacher.'
+                f'{model.config.vocab_size} tokens of the teacher; use fewer.'
             )
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self._rows = batch_sharding(mesh, config.batch_size)
@@ -97,8 +98,8 @@ class Answerer:
         """Answers up to `batch_size` prompts.
 
         Args:
-          indices: the indices of the prompts in their source; an answer only depends on the seed
-            and its index.
+          indices: the indices of the prompts in their source; an answer depends only on the seed
+            and the index of its prompt.
           examples: the examples {'prompt', 'response', ...}.
 
         Returns:
@@ -143,11 +144,11 @@ class Answerer:
         ended = [
             row | {'response': text}
             for row, text, token, ids in zip(rows, texts, last, output.tokens, strict=False)
-            if token in self._tokenizer.stop_ids and (text or not self._thought_in(ids))
+            if token in self._tokenizer.stop_ids and (text or not self._has_thoughts(ids))
         ]
         return ended, num_tokens
 
-    def _thought_in(self, ids: np.ndarray) -> bool:
+    def _has_thoughts(self, ids: np.ndarray) -> bool:
         """Returns whether a response [T] has thoughts; one with only thoughts is not usable."""
         return bool(self._tokenizer.split_thoughts(ids.tolist())[0])
 
@@ -183,11 +184,12 @@ class Answerer:
         return distribution
 
     def _padded(self, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns padded tokens [batch_size, P] and lengths; the last row is repeated."""
+        """Returns padded tokens [batch_size, P] and their lengths [batch_size], see `_filled`."""
         multiple = self._config.prompt_multiple
         return pad_prompts(self._filled(rows), self._tokenizer.pad_id, multiple=multiple)
 
     def _filled(self, rows: Sequence[Any]) -> list[Any]:
+        """Returns the rows, with the last one repeated until there are `batch_size`."""
         return [*rows, *[rows[-1]] * (self._config.batch_size - len(rows))]
 
 

@@ -83,8 +83,8 @@ def canvas_teacher(values: Any, batch: Batch) -> tuple[Any, Bool[Array, 'B N C']
     """Returns teacher conditionals p_T(x_i | x_<i, c) for every canvas position.
 
     Args:
-      values: the teacher's values on the clean rows (`TeacherStates`), leaves [B, L, ...]; index i
-        is about token i + 1.
+      values: the teacher's values on the clean rows (`TeacherStates`), leaves [B, L, ...]; the
+        value at index i describes the distribution of token i + 1.
       batch: a packed batch.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Compares the student of an experiment with its teacher: measures, samples, plots, a sweep."""
+"""Compares a student with its teacher: metrics, sample texts, plots and a sweep."""
 
 import dataclasses
 import json
@@ -46,12 +46,12 @@ class Evaluation(NamedTuple):
 def eval_source(experiment: Experiment) -> DataSpec:
     """Returns `config.eval.source`; raises ValueError if it is missing."""
     if experiment.eval.source is None:
-        raise ValueError('config.eval.source is missing: the examples that are evaluated.')
+        raise ValueError('config.eval.source is missing; set it to the examples to evaluate.')
     return experiment.eval.source
 
 
 def student_sampler(experiment: Experiment, student: Gemma, tokenizer: Tokenizer) -> Sampler:
-    """Returns the sampler of an evaluation; raises ValueError if the student lacks a setting."""
+    """Returns the sampler of an evaluation; raises ValueError if its settings are impossible."""
     return Sampler(student, sampling_config(experiment, tokenizer), main_mode(student))
 
 
@@ -67,7 +67,7 @@ def check_settings(experiment: Experiment, teacher: Teacher) -> None:
         split_source(prompts, experiment.drafting.held_out)
     tokenizer = teacher.tokenizer
     setup = Setup.of(experiment, teacher.model, tokenizer, experiment.mesh.make())
-    _ = setup.rows  # the mesh can divide a batch
+    _ = setup.rows  # raises ValueError if the mesh can't divide a batch
     light = setup.student.light
     if light is not None and light.draft_vocab_size:
         needed_tokens(tokenizer, light.draft_vocab_size)

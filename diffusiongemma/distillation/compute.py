@@ -1,4 +1,4 @@
-"""Settings for how a run computes its steps (`config.compute`), without effect on the results."""
+"""Settings for how a run computes its steps (`config.compute`); results change only by rounding."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,8 @@ class ComputeConfig:
         for all.
       denoise_dtype: the dtype of a separate or light denoiser, see `Execution`.
       microbatches: the number of equal parts of a batch that are computed one after another.
-      rules: rows that replace those of the table in `parallel.sharding`: the mesh axes of a
-        logical axis.
+      rules: the mesh axes that split each logical axis named here; they replace its row in the
+        table of `parallel.sharding`.
     """
 
     remat: str = 'none'
@@ -59,11 +59,15 @@ class ComputeConfig:
         return self.microbatches * batch_ways(mesh, rules_with(self.rules))
 
     def batch_sharding(self, mesh: jax.sharding.Mesh, batch_size: int) -> Any:
-        """Returns the sharding of batches; raises ValueError if the mesh can't divide a part."""
+        """Returns the sharding of batches.
+
+        Raises:
+          ValueError: if the batch can't be divided into microbatches, or one of them over the mesh.
+        """
         if batch_size % self.microbatches:
             raise ValueError(
                 f'config.data.batch_size={batch_size} is not divisible by '
-                f'config.compute.microbatches={self.microbatches}; use a divisor of it.'
+                f'config.compute.microbatches={self.microbatches}; use a divisor of {batch_size}.'
             )
         try:
             part = batch_size // self.microbatches

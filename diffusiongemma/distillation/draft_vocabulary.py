@@ -24,7 +24,7 @@ def needed_tokens(tokenizer: Any, size: int) -> list[int]:
     """Returns the tokens that every draft vocabulary has: stop, pad and single-byte tokens.
 
     Raises:
-      ValueError: if they are more than `size`, or the vocabulary has fewer tokens than that.
+      ValueError: if there are more than `size`, or the whole vocabulary has fewer than `size`.
     """
     if size > tokenizer.vocab_size:
         raise ValueError(

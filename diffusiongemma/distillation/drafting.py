@@ -51,11 +51,11 @@ class Draft(NamedTuple):
     """Scores of the drafts of a batch, [B, A, K] each, at the K positions after each anchor.
 
     Attributes:
-      cross_entropy: float32, -log q of the text's token; 0 if not `valid` or q is 0.
+      cross_entropy: float32, -log q of the text's token; 0 outside of the draft vocabulary.
       probabilities: float32, q of the text's token; 0 outside of the draft vocabulary.
       hits: bool, whether the greedy draft token equals the text's, given earlier text tokens.
       variation: float32, total variation distance to the teacher's distribution, or None.
-      valid: bool, whether the position has a token of the anchor's document.
+      valid: bool, whether the position has a target; the other scores are undefined elsewhere.
     """
 
     cross_entropy: jax.Array
@@ -85,14 +85,14 @@ class DraftingConfig:
       refused_rate: the share of canvases that start where the draft at their anchor was rejected:
         at the teacher's token that replaces the first rejected one. The sampler drafts from such
         states, which are harder than random ones. Needs an additional pass without gradient.
-      lookup_ngram: excludes canvases that start where the last tokens (this many) also occur
-        earlier in the document, because there the sampler's setting of this name drafts without
-        the model. 0 excludes none.
+      lookup_ngram: excludes canvases at whose start the last `lookup_ngram` tokens also occur
+        earlier in the document, because there the sampler's setting of the same name drafts
+        without the model. 0 excludes none.
       prompts: whether canvases also start in prompts. There the targets are the teacher's argmax
         tokens (within the draft vocabulary) given the prompt so far, and a canvas ends at the
         first difference between prompt and targets.
-      held_out: the number of held-out examples, the last of the targets, on which accepted lengths
-        are reported; at most a tenth of the targets.
+      held_out: the number of examples at the end of the targets that are held out from training,
+        to report accepted lengths on them; at most a tenth of the targets are.
     """
 
     weights: str | PositionWeights = 'accepted_length'
@@ -266,8 +266,8 @@ def accepted_lengths(draft: Draft, canvases: jax.Array) -> dict[str, jax.Array]:
       draft: the scores of the drafts of a batch.
       canvases: [B, A] float32, weights that sum to 1.
     """
-    likely = jnp.cumprod(jnp.where(draft.valid, draft.probabilities, 0.0), axis=-1)
-    expected = 1 + jnp.sum(likely, axis=-1)  # [B, A]
+    reached = jnp.cumprod(jnp.where(draft.valid, draft.probabilities, 0.0), axis=-1)  # [B, A, K]
+    expected = 1 + jnp.sum(reached, axis=-1)  # [B, A]
     length = 1 + jnp.sum(draft.accepted, axis=-1)
     return {
         'expected_accepted_length': jnp.sum(expected * canvases),
@@ -278,7 +278,7 @@ def accepted_lengths(draft: Draft, canvases: jax.Array) -> dict[str, jax.Array]:
 def acceptance_by_position(draft: Draft, canvases: jax.Array) -> jax.Array:
     """Returns the acceptance rate at each draft position, given that all earlier were accepted.
 
-    Its shape is [K] float32; it is 0 if no draft got that far. Padding does not count.
+    The rates are [K] float32; a rate is 0 if no draft got that far. Padding does not count.
     """
     used = (canvases > 0)[..., None]  # [B, A, 1]
     before = jnp.pad(draft.accepted[..., :-1], [(0, 0), (0, 0), (1, 0)], constant_values=True)

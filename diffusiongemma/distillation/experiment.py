@@ -236,8 +236,8 @@ def write_resolved(
     Args:
       config: the config of the run.
       workdir: the workdir of the run; it is created if it does not exist.
-      fits: whether the run has read the checkpoints in `workdir`. Before it has, the config of the
-        run that wrote them is kept, because they may not fit this one.
+      fits: whether the run has read the checkpoints in `workdir`, if any. If it has not, the
+        config of the run that wrote them is kept, because they may not fit this config.
 
     Raises:
       ValueError: if the processes of the run do not share `workdir`.

@@ -33,8 +33,8 @@ def save_frozen(constants: Constants, teacher: Teacher, workdir: Path) -> None:
 def export_student(setup: Setup, state: TrainState, teacher: Teacher, workdir: Path) -> None:
     """Writes the student with averaged parameters to `workdir`/model.
 
-    A light student is written without the parameters of its teacher, which it names. Adapters are
-    also written to a separate directory.
+    A light student is written with the name of its teacher instead of the teacher's parameters.
+    Adapters are also written to a separate directory.
     """
     experiment, config, lora = setup.experiment, setup.student.config, setup.lora
     about: dict[str, Any] = {

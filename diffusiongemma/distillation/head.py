@@ -37,7 +37,7 @@ def score_positions(
     the gradients of its chunks in float32, which the devices then sum and split once. The backward
     pass gathers again, so that no gathered embedding is kept from the forward pass. If the mesh
     also splits the vocabulary or the positions (`tensor`, `sequence`), the compiler gathers and
-    sums for every chunk: in jax 0.10 it aborts if only some axes of a mesh are split by hand.
+    sums for every chunk, because in jax 0.10 it aborts if `shard_map` maps only some axes.
 
     Args:
       score: a pure function from `params` and trees with leaves [B, c, ...] to a tree with leaves

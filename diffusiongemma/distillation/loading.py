@@ -39,7 +39,7 @@ class Teacher:
 
 
 def load_teacher(experiment: Experiment) -> Teacher:
-    """Opens `config.teacher`; for a student with a frozen encode pass, its teacher.
+    """Opens `config.teacher`, or the teacher in it if it is a student with a frozen encode pass.
 
     Raises:
       ValueError: if it is empty, has no tokenizer, or is a student with shared weights.
@@ -70,10 +70,10 @@ def load_student(experiment: Experiment, checkpoint: str | Path) -> Opened:
 
 
 def load_init(experiment: Experiment, model: DiffusionGemma) -> Params:
-    """Returns the parameters of `config.init`, a student like `model`.
+    """Returns the parameters of `config.init`, a student with the config of `model`.
 
     Raises:
-      ValueError: if its config differs in other settings than MAY_CHANGE.
+      ValueError: if its config differs in settings other than MAY_CHANGE.
     """
     source, params, _ = load_model(experiment.init, mesh=mesh_to_load_on(experiment))
     actual, expected = source.config.to_dict(), model.config.to_dict()

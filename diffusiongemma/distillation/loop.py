@@ -36,7 +36,7 @@ class ResumableBatches(Protocol):
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from such a position; raises ValueError if it is of another stream."""
+        """Continues from such a position; raises ValueError if it belongs to another stream."""
         ...
 
 
@@ -105,7 +105,8 @@ def fit(
       The state after the last step.
 
     Raises:
-      FloatingPointError: if the loss is not finite or exploded; that interval is not saved.
+      FloatingPointError: if a metric is not finite or the loss exploded; nothing since the last
+        checkpoint is saved.
       ValueError: if `config.best_metric` is not a metric.
       Preempted: if SIGTERM was received; the state is saved.
       CheckpointError: if a checkpoint can't be written.
@@ -181,7 +182,8 @@ def start_or_resume(
     On resume, `batches` is set to the position in the data of the checkpoint.
 
     Raises:
-      ValueError: if the checkpoint has other shapes or is of another data stream.
+      ValueError: if the checkpoint has other shapes, another number of processes or another data
+        stream.
     """
     if store.latest_step is None:
         state: TrainState = init_sharded(init, params_sharding, mesh, *args)[0]
@@ -194,12 +196,12 @@ def start_or_resume(
         shardings,
     )
     state, data_state = store.restore(abstract)
-    places = data_state.get('processes', [data_state])  # older checkpoints have one plain state
+    # One position per process; older checkpoints have the position of their only process.
+    places = data_state.get('processes', [data_state])
     if len(places) != jax.process_count():
         raise ValueError(
-            f'{store.directory} was written by {len(places)} processes, and now there are '
-            f'{jax.process_count()}: their places in the data mean nothing to these. Start as '
-            'many, or use another workdir.'
+            f'{store.directory} has the data positions of {len(places)} processes, but this run '
+            f'has {jax.process_count()} processes: start {len(places)}, or use another workdir.'
         )
     batches.set_state(places[jax.process_index()])
     logging.info('resuming from step %d of %s', store.latest_step, store.directory)

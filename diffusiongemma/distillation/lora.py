@@ -135,7 +135,7 @@ def lora_student(settings: LoraSettings, model: DiffusionGemma, seed: int) -> Lo
     if kind != needed:
         raise ValueError(
             f'config.lora.passes={lora.passes!r} needs config.denoiser={needed!r}, got '
-            f'{kind!r}: adapters of the denoise pass alone are a separate denoiser, and a light '
-            'one is trained whole.'
+            f'{kind!r}: adapters of only the denoise pass form a separate denoiser, and a light '
+            'denoiser has no adapters.'
         )
     return LoraStudent(lora, model, seed)

@@ -89,7 +89,7 @@ def before(target_mask: Bool[Array, 'B L']) -> Bool[Array, 'B L']:
 
 @runtime_checkable
 class TokenLoss(Protocol):
-    """The loss of each canvas position in stage 1, as `denoise_loss` is one; hashable."""
+    """The loss of each canvas position in stage 1, such as `denoise_loss`; hashable."""
 
     def __call__(
         self,
@@ -98,7 +98,7 @@ class TokenLoss(Protocol):
         teacher: TeacherDistribution,
         kl_weight: Float[Array, '*B'],
     ) -> Float[Array, '*B']:
-        """Returns the loss in nats; arguments as of `denoise_loss`."""
+        """Returns the loss in nats; `denoise_loss` describes the arguments."""
         ...
 
 

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 
 Metrics = dict[str, jax.Array]
-
-
 Gradients = Callable[[Any, Any], tuple[Any, Metrics]]
 
 

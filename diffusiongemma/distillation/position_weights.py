@@ -52,7 +52,7 @@ class DecayWeights:
 
     def __post_init__(self) -> None:
         if self.gamma <= 0:
-            raise ValueError(f'gamma must be > 0 places, got {self.gamma}.')
+            raise ValueError(f'gamma must be > 0 positions, got {self.gamma}.')
 
     def weights(
         self, probabilities: Float[Array, '*B K'], valid: Bool[Array, '*B K']
@@ -92,13 +92,13 @@ def read_weights(weights: Any, smoothing: float, gamma: float) -> PositionWeight
     """Returns the `PositionWeights` that `config.drafting.weights` asks for.
 
     Args:
-      weights: 'accepted_length', 'decay' or 'equal', which take `smoothing` or `gamma`; the text of
-        any other with its module, such as 'my_losses.Mine(2)'; or an object.
-      smoothing: of the accepted-length weights.
-      gamma: of the decay.
+      weights: 'accepted_length', 'decay' or 'equal'; the text of a custom class with its module,
+        such as 'my_losses.Mine(2)'; or an object.
+      smoothing: the smoothing of 'accepted_length'.
+      gamma: the decay constant of 'decay', in positions.
 
     Raises:
-      ValueError: there are no such weights.
+      ValueError: if `weights` does not name or describe any `PositionWeights`.
     """
     named: dict[str, Callable[[], PositionWeights]] = {
         ACCEPTED_LENGTH: functools.partial(AcceptedLengthWeights, smoothing),

@@ -34,7 +34,7 @@ class Reporter:
     def __init__(self, workdir: Path, description: str, first_step: int, num_steps: int) -> None:
         self._writes = processes.is_writer()
         if self._writes:
-            from tensorboardX import SummaryWriter  # imports torch where it is installed: seconds
+            from tensorboardX import SummaryWriter  # slow, because it imports torch if installed
 
             self._writer = SummaryWriter(str(workdir / 'tensorboard'))
             self._metrics_file = open(workdir / METRICS_FILE, 'a', encoding='utf-8')

@@ -88,11 +88,11 @@ class Setup:
         if experiment.init and experiment.lora.rank:
             raise ValueError(
                 f'config.init={experiment.init} and config.lora.rank={experiment.lora.rank}: '
-                'adapters start from the teacher; set one of them to nothing.'
+                "adapters start from the teacher; set config.init='' or config.lora.rank=0."
             )
         if experiment.drafting is None and not experiment.data.canvases_per_row:
             raise ValueError(
-                'config.data.canvases_per_row is missing: canvas slots of a row, >= 1.'
+                'config.data.canvases_per_row is missing; set the canvas slots of a row, >= 1.'
             )
         return cls(
             experiment,

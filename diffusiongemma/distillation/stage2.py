@@ -59,12 +59,12 @@ class StepStatistics(NamedTuple):
     """The statistics that a sampler computes from a prediction, without gradient.
 
     Attributes:
-      entropies: [..] float32, entropy of the shaped distribution in nats.
-      candidates: [..] int32, its argmax tokens.
-      confidences: [..] float32, the probabilities of the candidates.
-      margins: [..] float32, these minus the probabilities of the second most likely tokens.
-      soft_embeddings: [.., D], the self-conditioning input of the next step.
-      logits: [.., V] float32, shaped logits, for a rule that may read them.
+      entropies: [...] float32, entropy of the shaped distribution in nats.
+      candidates: [...] int32, its argmax tokens.
+      confidences: [...] float32, the probabilities of the candidates.
+      margins: [...] float32, confidences minus the probabilities of the second most likely tokens.
+      soft_embeddings: [..., D], the self-conditioning input of the next step.
+      logits: [..., V] float32, shaped logits; None unless the acceptance rule reads them.
     """
 
     entropies: jax.Array
@@ -84,8 +84,8 @@ class Stage2Config:
       num_steps: m, the number of denoise steps of a trajectory.
       kd_weight: the weight of the teacher's KL at t = 1 in the first step.
       certainty_weight: the weight of the entropy at positions with a correct argmax. The mean is
-        taken over all positions, so that the few that are correct at first do not dominate, and
-        that the losses of parts of a batch add up.
+        taken over all positions, so that the few that are correct at first do not dominate and
+        the losses of the parts of a batch add up.
       all_noise_rate: the share of trajectories that start at t = 1, like the sampler; all others
         start at t ~ U(min_noise_level, 1).
       min_noise_level: the lowest noise level t.

@@ -33,9 +33,10 @@ class OptimizerConfig:
       weight_decay: decoupled weight decay, only on matrices (not on norms, scales and scalars).
       b1, b2: Adam moment decays; Muon's moment decays with `b2`, Adafactor ignores both.
       clip_norm: the maximum global norm of the gradient.
-      average: whether an average of the parameters (EMA) is kept, evaluated and exported; without
-        it, which saves four bytes per parameter, the parameters themselves are.
-      ema_decay: the decay of the average; it is ramped up as (1 + n) / (10 + n).
+      average: True keeps an exponential moving average (EMA) of the parameters, which is evaluated
+        and exported. False saves four bytes per parameter; the parameters themselves are then
+        evaluated and exported.
+      ema_decay: the decay of the average; after step n it is at most (1 + n) / (10 + n).
       freeze_router: whether routers of experts are frozen; they then have no moments.
     """
 

@@ -64,11 +64,11 @@ class Objective(Protocol):
           draw: the result of `draw` for these rows.
           batch: these rows of the batch.
           prefix: the encoded clean rows.
-          teacher: p_T on the clean rows, [B, L]; index i is about token i + 1.
+          teacher: p_T on the clean rows, [B, L]; index i has the distribution of token i + 1.
 
         Returns:
-          The loss [] in nats per token, and metrics; the sum over all parts of a batch is that of
-          the whole batch.
+          The loss [] in nats per token, and metrics; both add up over the parts of a batch to the
+          values of the whole batch.
         """
         ...
 
@@ -186,7 +186,8 @@ def distillation_loss(
       combine: the function that combines frozen and trained parameters.
 
     Returns:
-      The loss [] and metrics; for some rows, their share of the values of the batch.
+      The loss [] and metrics; both add up over the parts of a batch to the values of the whole
+      batch.
     """
     if combine is join_parts:
         params = kernels_in_compute_dtype(model, params)

@@ -63,7 +63,7 @@ def write_targets(
     source = load_source(config.source)
     made_from = _made_from(params, tokenizer, source, config, seed)
     processes.check_shared(directory)
-    _check_made_alike(directory / MADE_FROM_FILE, made_from)
+    _check_same_settings(directory / MADE_FROM_FILE, made_from)
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     name = f'targets_{digest[:16]}'  # the name identifies the data of a training run
     counts_file = directory / COUNTS_FILE
@@ -94,7 +94,7 @@ def write_targets(
             'prompts': len(source),
             'duplicates': len(source) - len(indices),
             'answers': answers,
-            'left_out': len(indices) - answers,  # answers that are too long
+            'left_out': len(indices) - answers,  # answers that are too long or only thoughts
         }
         logging.info('targets: %s', ', '.join(f'{n} {key}' for key, n in counts.items()))
         _write_atomically(counts_file, json.dumps(counts) + '\n')
@@ -131,8 +131,8 @@ def _write_shards(
                 progress.add(len(batch), num_tokens)
             if len(rows) < len(indices):
                 logging.warning(
-                    'targets: left out %d of %d prompts, whose answers are longer than '
-                    'max_new_tokens or the positions of the teacher',
+                    'targets: left out %d of %d prompts, whose answers are only thoughts or longer '
+                    'than max_new_tokens or the positions of the teacher',
                     len(indices) - len(rows), len(indices),
                 )  # fmt: skip
             if processes.is_writer():
@@ -166,15 +166,16 @@ def _made_from(
     }
 
 
-def _check_made_alike(path: Path, made_from: dict[str, Any]) -> None:
-    before = processes.broadcast_from_writer(
+def _check_same_settings(path: Path, made_from: dict[str, Any]) -> None:
+    """Raises ValueError if the targets beside `path` have other settings; writes it if missing."""
+    previous = processes.broadcast_from_writer(
         json.loads(path.read_text()) if path.exists() else None
     )
-    if before is None:
+    if previous is None:
         _write_atomically(path, json.dumps(made_from, indent=2) + '\n')
         return
-    keys = {*made_from, *before}
-    differing = sorted(key for key in keys if before.get(key) != made_from.get(key))
+    keys = {*made_from, *previous}
+    differing = sorted(key for key in keys if previous.get(key) != made_from.get(key))
     if differing:
         raise ValueError(
             f'{path.parent} holds targets made with another {" and ".join(differing)}; '

@@ -27,7 +27,7 @@ class TeacherDistribution(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TeacherStates:
-    """p_T at positions [...] in a compact form, which is expanded at a few positions at a time.
+    """p_T at positions [...] in a compact form, which is expanded for a few positions at a time.
 
     Attributes:
       values: a tree with leaves [..., x]: hidden states, or stored distributions.
@@ -91,7 +91,8 @@ class TopKDistribution:
         """
         # Both distributions have k + 1 outcomes: [..., k + 1].
         target = jnp.concatenate([self.log_probs, self.log_rest[..., None]], axis=-1)
-        target = jax.nn.log_softmax(target.astype(jnp.float32), axis=-1)  # float16 sums to 1 + e
+        # Normalized again, because probabilities that are rounded to float16 do not sum to 1.
+        target = jax.nn.log_softmax(target.astype(jnp.float32), axis=-1)
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         top = jnp.take_along_axis(log_probs, self.ids, axis=-1)  # [..., k]
         if self.ids.shape[-1] < logits.shape[-1]:

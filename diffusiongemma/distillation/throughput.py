@@ -44,7 +44,7 @@ class Throughput:
         self._waited += time.perf_counter() - start
 
     def add(self, *arguments: Any) -> None:
-        """Adds a step on this batch, before it starts."""
+        """Counts a step before it starts; the last of its arguments is the batch."""
         if math.isnan(self._flops):
             self._flops = self._count(*arguments).model
         self._tokens += arguments[-1]['tokens'].size

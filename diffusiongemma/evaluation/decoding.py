@@ -29,7 +29,7 @@ def unwatched(parts: Sequence[Any], description: str) -> Iterable[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Settings for the amount of evaluation.
+    """Settings for the size of an evaluation.
 
     Attributes:
       num_examples: the number of held-out problems for the accuracy.
@@ -37,7 +37,8 @@ class EvalConfig:
       speed_batch_sizes: the batch sizes at which speed is measured, the main one first.
       speed_batches: the number of timed batches of the main size. Other sizes time the same
         number of prompts, but at least five batches (or this number, if it is smaller).
-      prompt_multiple: prompts are padded to a multiple of this length.
+      prompt_multiple: prompts are padded to a multiple of this number of tokens, which limits the
+        number of compiled programs.
     """
 
     num_examples: int = 256

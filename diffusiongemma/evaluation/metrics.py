@@ -98,7 +98,7 @@ def negative_log_likelihood(log_probs: Sequence[np.ndarray]) -> float:
 
 
 def token_entropy(responses: Responses) -> float:
-    """Returns the entropy of the token distribution within a response, in nats, as a mean.
+    """Returns the entropy of the token frequencies within a response in nats, mean over responses.
 
     For each response it is -sum_v p(v) log p(v), where p(v) is the share of its tokens that equal
     v: log(length) if no token repeats, 0 if there is only one distinct token. It reveals low
@@ -114,7 +114,7 @@ def token_entropy(responses: Responses) -> float:
 
 
 def repetition(responses: Responses, n: int) -> float:
-    """Returns the share of n-grams that occurred earlier in the same response, as a mean.
+    """Returns the share of n-grams that occurred earlier in their response, mean over responses.
 
     This is seq-rep-n of Welleck et al. 2019 (Neural text generation with unlikelihood training,
     arXiv:1908.04319): 1 - distinct n-grams / n-grams. It is 0 for a response shorter than n.

@@ -30,7 +30,7 @@ def response_log_probs(
       prompts: the token ids of each prompt, at least one.
       responses: the token ids of each response, including the stop token.
       batch_size: the number of responses per pass.
-      multiple: prompt and response together are padded to a multiple of this length.
+      multiple: prompt and response together are padded to a multiple of this number of tokens.
 
     Returns:
       For each response a float32 array [tokens of the response], in nats.

@@ -137,7 +137,7 @@ def sweep(
     """Evaluates the teacher, the student's lossless mode and every point of the grid.
 
     Every contestant answers all examples. Then all are timed in turns at the main batch size, so
-    that other load on the machine affects them equally. Each point compiles two programs.
+    that other load on the machine affects them equally. Each point compiles at least two programs.
 
     Args:
       teacher: an autoregressive sampler and its parameters.

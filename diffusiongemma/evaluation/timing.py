@@ -118,7 +118,8 @@ def timed(
 def speeds_of(size: int, names: Sequence[str], speeds: Sequence[Speed]) -> Speeds:
     """Returns the speeds of named contestants.
 
-    The names are 'teacher', 'lossless', 'lookup' and, unless its main mode is lossless, 'student'.
+    The names are 'teacher', 'lossless', 'lookup' and, unless the student's main mode is lossless,
+    'student'.
     """
     by_name = dict(zip(names, speeds, strict=True))
     teacher, lossless, lookup = (by_name[name] for name in ('teacher', 'lossless', 'lookup'))
@@ -146,9 +147,10 @@ def draft_share(
     rng: jax.Array,
     repetitions: int = 20,
 ) -> float:
-    """Returns the share of lossless decoding time that drafting takes, from medians of turns.
+    """Returns the share of lossless decoding time that drafting takes.
 
-    It is measured on the first drafts of a batch of the main size, without prefill.
+    It is computed from the median times of drafting and of verifying the first drafts of a batch of
+    the main size, without prefill.
     """
     (sampler, params), size = lossless, config.speed_batch_sizes[0]
     batch = [examples[row % len(examples)] for row in range(size)]

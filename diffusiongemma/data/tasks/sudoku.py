@@ -159,7 +159,10 @@ def _is_single(cells: list[int], cell: int, digit: int, box: int) -> bool:
 
 
 def _dig(solution: Sequence[int], clues: int, rng: np.random.Generator, box: int) -> list[int]:
-    """Removes clues in random order while the solution stays unique, until `clues` are left."""
+    """Returns the cells after removing clues in random order.
+
+    A clue is only removed if the solution stays unique, and only until `clues` are left.
+    """
     cells = list(solution)
     left = len(cells)
     clue_cells = []
