@@ -55,7 +55,7 @@ COLUMNS = (
 )
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory for the runs and the table.')
-_ROWS = flags.DEFINE_list('rows', list(ROWS), 'Which rows, in this order.')
+_ROWS = flags.DEFINE_list('rows', list(ROWS), 'Rows to run, in this order.')
 
 
 def command(row: str, workdir: Path) -> list[str]:
@@ -84,13 +84,13 @@ def run_row(row: str, output: Path) -> dict:
 
 def share_targets(row: str, output: Path) -> None:
     """Lets rows with the same targets share one directory of them."""
-    asked = {k: v for k, v in ROWS[row].items() if k.startswith('targets.') or k == 'seed'}
-    shared = output / '_'.join(['targets', *(f'{k}_{v}' for k, v in sorted(asked.items()))])
-    own = output / row / 'targets'
-    if not own.exists():
+    settings = {k: v for k, v in ROWS[row].items() if k.startswith('targets.') or k == 'seed'}
+    shared = output / '_'.join(['targets', *(f'{k}_{v}' for k, v in sorted(settings.items()))])
+    link = output / row / 'targets'
+    if not link.exists():
         shared.mkdir(parents=True, exist_ok=True)
-        own.parent.mkdir(exist_ok=True)
-        own.symlink_to(shared.resolve())
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(shared.resolve())
 
 
 def plot(evaluations: dict[str, dict], path: Path) -> None:

@@ -37,7 +37,7 @@ from diffusiongemma.models.vocabulary import most_likely_tokens  # noqa: E402
 from diffusiongemma.sampling import passes  # noqa: E402
 from diffusiongemma.sampling.epilogue import entropy  # noqa: E402
 
-_MODELS = flags.DEFINE_list('models', ['dense', 'moe', 'gemma'], 'Of dense, moe, gemma.')
+_MODELS = flags.DEFINE_list('models', ['dense', 'moe', 'gemma'], 'Models to compare.')
 _CANVASES = flags.DEFINE_list('canvases', ['64', '256'], 'Canvas lengths.')
 _PREFIXES = flags.DEFINE_list('prefixes', ['256'], 'Prompt lengths, >= 1.')
 _TURNS = flags.DEFINE_integer('turns', 7, 'Timed turns of each pass.', lower_bound=2)
@@ -152,18 +152,18 @@ def their_passes(model, prompt: np.ndarray, canvas: np.ndarray, logits: np.ndarr
     logits = torch.from_numpy(logits)
 
     def causal(tokens):
-        held = copy.deepcopy(cache)  # the pass appends to it
-        return lambda: head(encode(input_ids=tokens, past_key_values=held).last_hidden_state)
+        copied = copy.deepcopy(cache)  # the pass appends to it
+        return lambda: head(encode(input_ids=tokens, past_key_values=copied).last_hidden_state)
 
     def denoise_step():
-        found = denoise(
+        output = denoise(
             decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=logits
         ).logits
-        return found.argmax(-1), torch.distributions.Categorical(logits=found).entropy()
+        return output.argmax(-1), torch.distributions.Categorical(logits=output).entropy()
 
     def prefill():
-        held = DynamicCache(config=text)
-        hidden = encode(input_ids=prompt, past_key_values=held).last_hidden_state
+        empty = DynamicCache(config=text)
+        hidden = encode(input_ids=prompt, past_key_values=empty).last_hidden_state
         return head(hidden[:, -1:])
 
     return {
@@ -201,8 +201,8 @@ def our_passes(model, params, prompt: np.ndarray, canvas: np.ndarray, logits: np
     @jax.jit
     def denoise_step(params, cache, canvas, logits):
         soft = passes.soft_embed(model, params, logits)
-        found = passes.denoise(model, params, cache, canvas, soft, prompt[:, -1])
-        return most_likely_tokens(found), entropy(found)
+        output = passes.denoise(model, params, cache, canvas, soft, prompt[:, -1])
+        return most_likely_tokens(output), entropy(output)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def causal(params, cache, tokens):
@@ -213,8 +213,8 @@ def our_passes(model, params, prompt: np.ndarray, canvas: np.ndarray, logits: np
     logits = jnp.asarray(logits)
 
     def appending(tokens):
-        held = jax.block_until_ready(jax.tree.map(jnp.copy, cache))  # donated
-        return lambda: causal(params, held, tokens)
+        copied = jax.block_until_ready(jax.tree.map(jnp.copy, cache))  # `causal` donates it
+        return lambda: causal(params, copied, tokens)
 
     return {
         'prefill': lambda: functools.partial(prefill, params, prompt),
@@ -234,7 +234,7 @@ def seconds(set_up: Callable) -> tuple[float, np.ndarray]:
 
 
 def compare(ours: Passes, theirs: Passes) -> dict[str, dict]:
-    """Returns milliseconds of both, the ratio, its quartiles, and the fraction of equal tokens."""
+    """Returns, for each pass, both times in ms, their ratio with quartiles, and equal tokens."""
     rows = {}
     for name in PASSES:
         tokens = [seconds(side[name])[1] for side in (ours, theirs)]  # compiles

@@ -83,7 +83,7 @@ SOURCES = {
 def teacher_texts(
     sampler: Sampler, params, tokenizer, prompts: list[list[int]], path: Path
 ) -> np.ndarray:
-    """Returns greedy responses in the form of `written`, which a file caches."""
+    """Returns greedy responses as `written` does, and caches them in the file `path`."""
     if not path.exists():
         greedy = dataclasses.replace(sampler.config, temperature=0.0)
         sampler = Sampler(sampler.model, greedy, 'autoregressive')
@@ -107,7 +107,7 @@ def student_hits(model, params, prompts, texts, length: int, pad_id: int) -> np.
         draft = objective.draft(model, params, anchors, noise, batch, prefix, states)
         return draft.hits & draft.valid
 
-    found, rows = [], 4
+    accepted, rows = [], 4
     width = -(-max(map(len, prompts)) // 64) * 64 + TOKENS
     for first in range(0, len(prompts), rows):
         tokens = np.full((rows, width), pad_id, np.int32)
@@ -124,8 +124,8 @@ def student_hits(model, params, prompts, texts, length: int, pad_id: int) -> np.
             'positions': np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape),
             'target_mask': segments > 0,
         }
-        found.append(np.asarray(hits(params, batch, anchors)))
-    return np.concatenate(found)[: len(prompts)]
+        accepted.append(np.asarray(hits(params, batch, anchors)))
+    return np.concatenate(accepted)[: len(prompts)]
 
 
 def lookup_hits(prompts, texts, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +181,7 @@ def timed(
     prompts: list[list[int]],
     batch_size: int,
 ) -> dict[str, Any]:
-    """Measures milliseconds per token of whole responses in turns, and ratios with their spread."""
+    """Returns milliseconds per token of whole responses, timed in turns, and ratios with spread."""
     seconds: dict[str, list[float]] = {name: [] for name in (*samplers, *others)}
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     for number, batch in enumerate([batches[0], *batches]):  # the first run compiles
@@ -291,26 +291,26 @@ class Models:
 
     def accepted_lengths(self, prompts: list[list[int]], texts: np.ndarray) -> dict[str, float]:
         """Returns the accepted lengths of all kinds of drafts on texts of the teacher."""
-        looked, matched = lookup_hits(prompts, texts, _LENGTH.value)
-        lengths = {'lookup': accepted_length(looked, texts)}
-        takes = (matched >= _NGRAM.value)[..., None]
+        lookup, matched = lookup_hits(prompts, texts, _LENGTH.value)
+        lengths = {'lookup': accepted_length(lookup, texts)}
+        uses_lookup = (matched >= _NGRAM.value)[..., None]
         for who, params in self.students.items():
             pad_id = self.tokenizer.pad_id
             hits = student_hits(self.model, params, prompts, texts, _LENGTH.value, pad_id)
             lengths[who] = accepted_length(hits, texts)
-            mixed = accepted_length(np.where(takes, looked, hits), texts)
+            mixed = accepted_length(np.where(uses_lookup, lookup, hits), texts)
             lengths[f'lookup, else {who}'] = mixed
         return lengths
 
     def written_by_sampler(self, prompts: list[list[int]], texts: np.ndarray) -> dict[str, Any]:
-        """Compares the texts of lossless and autoregressive decoding."""
-        found, counts = written(*self.samplers[BOTH], self.tokenizer, prompts, seed=0)
+        """Returns a comparison of the texts of lossless and autoregressive decoding."""
+        lossless, counts = written(*self.samplers[BOTH], self.tokenizer, prompts, seed=0)
         if _TEMPERATURE.value > 0:
             plain = self.samplers['autoregressive']
             texts, _ = written(*plain, self.tokenizer, prompts, seed=0)
         return {
             'temperature': _TEMPERATURE.value,
-            'rows_equal': int((found == texts[: len(prompts)]).all(axis=1).sum()),
+            'rows_equal': int((lossless == texts[: len(prompts)]).all(axis=1).sum()),
             'rows': len(prompts),
             'accepted_length_of_the_sampler': float(counts @ np.arange(len(counts)) / counts.sum()),
         }

@@ -112,19 +112,19 @@ def main(argv: list[str]) -> None:
     table = Table('layers', 'canvases', 'loop', 'compile s', 'ms', 'tok/s', 'ratio (quartiles)')
     results: list[dict[str, Any]] = []
     for i, setting in enumerate(settings):
-        found = measure(teacher.config, tokenizer, setting)
-        speeds = found['tokens'] / found['times']
+        measured = measure(teacher.config, tokenizer, setting)
+        speeds = measured['tokens'] / measured['times']
         ratio = spread(speeds / np.median(results[-1]['speeds'])) if i % 2 else ''
         results.append(
             dataclasses.asdict(setting)
-            | {'compile_s': found['compile_s'], 'speeds': speeds.tolist()}
+            | {'compile_s': measured['compile_s'], 'speeds': speeds.tolist()}
         )
         table.add_row(
             str(setting.depth),
             'one' if setting.one_canvas else 'all',
             'yes' if setting.scan_layers else 'no',
-            f'{found["compile_s"]:.1f}',
-            f'{1e3 * np.median(found["times"]):,.0f}',
+            f'{measured["compile_s"]:.1f}',
+            f'{1e3 * np.median(measured["times"]):,.0f}',
             f'{np.median(speeds):,.0f}',
             ratio,
         )

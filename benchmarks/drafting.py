@@ -1,10 +1,9 @@
 """Compares accepted lengths of objectives and denoisers after equal numbers of steps.
 
 A study trains several denoisers on the same teacher-written targets for --steps steps each:
-word_problems with the teacher of configs/tiny.py, gemma3_270m with the pretrained Gemma 3 270M,
-where a run takes much longer. The script writes drafting.csv and drafting.png to
-the output directory, where each run has its own workdir, so that an interrupted benchmark can be
-continued.
+word_problems with the teacher of configs/tiny.py, or gemma3_270m with the pretrained Gemma 3 270M,
+where a run takes much longer. The script writes drafting.csv and drafting.png to the output
+directory, where each run has its own workdir, so that an interrupted benchmark can be continued.
 
 python benchmarks/drafting.py --output=/tmp/drafting
 python benchmarks/drafting.py --study=gemma3_270m --steps=160 --output=/tmp/drafting_gemma
@@ -31,7 +30,10 @@ from diffusiongemma.distillation.targets import write_targets
 from diffusiongemma.evaluation.report import ACCEPTED_LENGTH, EXPECTED_ACCEPTED_LENGTH
 
 _STUDY = flags.DEFINE_enum(
-    'study', 'word_problems', ['word_problems', 'gemma3_270m'], 'The teacher and what is compared.'
+    'study',
+    'word_problems',
+    ['word_problems', 'gemma3_270m'],
+    'Study to run: its teacher and its denoisers.',
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory of the runs, the table and the plot.')
 _STEPS = flags.DEFINE_integer('steps', 200, 'Steps of each run.', lower_bound=10)
@@ -55,7 +57,8 @@ class Study:
       denoisers: changes of keys for each denoiser.
       main: the denoiser and objective that are compared with all others, with two seeds.
       additions: more changes of `drafting`, for the main denoiser only.
-      every: whether every denoiser is trained with every objective, and not with the main one only.
+      every: whether every denoiser is trained with every objective; if not, the denoisers other
+        than the main one are trained with the main objective only.
       reports: how often a run measures the accepted length on held-out text.
       warmup: the fraction of the steps in which the learning rate rises.
     """

@@ -30,8 +30,8 @@ from diffusiongemma.parallel import make_mesh
 from diffusiongemma.parallel.sharding import LOGICAL_AXIS_RULES
 from diffusiongemma.planning.compiler import topology_devices
 
-_TOPOLOGY = flags.DEFINE_string('topology', 'v5p:2x2x2', 'Slice.')
-_MESH = flags.DEFINE_list('mesh', ['fsdp:8'], 'Axes and sizes.')
+_TOPOLOGY = flags.DEFINE_string('topology', 'v5p:2x2x2', 'TPU slice.')
+_MESH = flags.DEFINE_list('mesh', ['fsdp:8'], 'Mesh axes and their sizes.')
 _ROWS = flags.DEFINE_integer('rows', 8, 'Rows of the batch.')
 _TOKENS = flags.DEFINE_integer('tokens', 1792, 'Tokens of a row.')
 _LAYERS = flags.DEFINE_integer('layers', 0, 'Layers of a forward pass; 0: gradients of one layer.')

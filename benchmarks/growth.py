@@ -43,8 +43,10 @@ SIZES = {
     'vocabulary': (4096, 4),
 }
 
-_SIZES = flags.DEFINE_list('sizes', list(SIZES), 'Which to vary.')
-_REPETITIONS = flags.DEFINE_integer('repetitions', 9, 'Of each timed step.', lower_bound=2)
+_SIZES = flags.DEFINE_list('sizes', list(SIZES), 'Sizes to vary.')
+_REPETITIONS = flags.DEFINE_integer(
+    'repetitions', 9, 'Repetitions of each timed step.', lower_bound=2
+)
 
 
 def config_of(sizes: dict[str, int], routed: bool) -> ModelConfig:

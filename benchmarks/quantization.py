@@ -29,7 +29,7 @@ from diffusiongemma.sampling import Sampler, SamplingConfig, generate_text, pad_
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'builtin', 'A diffusion student.')
 _PROBLEMS = flags.DEFINE_integer('problems', 256, 'Held-out word problems.', lower_bound=1)
-_STEPS = flags.DEFINE_integer('max_denoising_steps', 4, 'Per canvas.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('max_denoising_steps', 4, 'Denoise steps per canvas.', lower_bound=1)
 
 PASSES = 32  # in one timed program
 
@@ -88,19 +88,19 @@ def main(argv: list[str]) -> None:
         title=f'{_CHECKPOINT.value} on {jax.devices()[0].device_kind}',
     )  # fmt: skip
     for weights in ('float', *WEIGHT_DTYPES):
-        own = params if weights == 'float' else quantize_weights(model, params, weights)
-        found = np.asarray(log_probs(model, own, tokens, lengths))[inside]
-        same = np.mean(found.argmax(-1) == reference.argmax(-1))
-        kl = np.mean(np.sum(np.exp(reference) * (reference - found), axis=-1))
-        times = pass_times(model, own, tokenizer, prompts[0])
+        row_params = params if weights == 'float' else quantize_weights(model, params, weights)
+        output = np.asarray(log_probs(model, row_params, tokens, lengths))[inside]
+        same = np.mean(output.argmax(-1) == reference.argmax(-1))
+        kl = np.mean(np.sum(np.exp(reference) * (reference - output), axis=-1))
+        times = pass_times(model, row_params, tokenizer, prompts[0])
         table.add_row(
             weights,
-            f'{sum(leaf.nbytes for leaf in jax.tree.leaves(own)) / 1e6:.1f}',
-            f'{np.abs(found - reference).max():.3f}',
+            f'{sum(leaf.nbytes for leaf in jax.tree.leaves(row_params)) / 1e6:.1f}',
+            f'{np.abs(output - reference).max():.3f}',
             f'{kl:.1e}',
             f'{same:.2%}',
             *(
-                f'{solved(model, own, tokenizer, examples, mode):.1%}'
+                f'{solved(model, row_params, tokenizer, examples, mode):.1%}'
                 for mode in ('autoregressive', 'diffusion')
             ),
             f'{times["denoise step"]:.2f}',

@@ -3,7 +3,7 @@ r"""Computes a lower bound of the time of each pass on a device, and measures th
     python benchmarks/roofline.py --preset=diffusiongemma_26b_a4b --device=H200 --prefix=4096
     python benchmarks/roofline.py --checkpoint=builtin
 
-For every pass of the sampler it counts the FLOPs of matrix products and the bytes that must be
+For every pass of the sampler it counts the FLOPs of matmuls and the bytes that must be
 moved between memory and processor (weights once, only those experts that tokens are routed to, the
 K/V cache, logits), and prints the longer of the two times at the device's peaks. A checkpoint, or a
 `--preset` with `--random_weights`, is also run on the first local device, and the measured time is
@@ -12,7 +12,7 @@ divided by the bound. For the full 26B-A4B on one H200:
     python benchmarks/roofline.py --preset=diffusiongemma_26b_a4b --random_weights --device=H200 \
         --prefix=4096
 
-The peaks of a CPU are measured: the speed of a large product, and the bandwidth of the product of a
+The peaks of a CPU are measured: the speed of a large matmul, and the bandwidth of the product of a
 vector with a matrix as large as the weights (small matrices stay in the cache). Peaks are the best
 of several measurements, passes the median; they are measured in turns.
 """
@@ -58,12 +58,12 @@ _DEVICE = flags.DEFINE_string(
     None,
     'v5e, v5p, v6e, H100, ...; the default is the local device, whose peaks are measured.',
 )
-_DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of weights and products.')
+_DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Dtype of weights and matmuls.')
 _WEIGHTS = flags.DEFINE_enum(
     'weights',
     None,
     sorted(WEIGHT_DTYPES),
-    'Store the weights of layers in eight bits; products use --dtype.',
+    'Store the weights of layers in eight bits; matmuls use --dtype.',
 )
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 1, 'Rows.', lower_bound=1)
 _PREFIX = flags.DEFINE_integer(
@@ -81,7 +81,7 @@ LARGEST_READING = 2**31  # bytes, more than any CPU cache
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """The peak rates of a device: FLOP/s of matrix products, and bytes/s of its memory."""
+    """The peak rates of a device: FLOP/s of matmuls, and bytes/s of its memory."""
 
     flops: float
     bandwidth: float
@@ -101,7 +101,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Parameter counts of a pass: layers, routed experts among them, and the embedding."""
+    """Parameter counts: layers, routed experts among them, embedding and self-conditioning."""
 
     layers: int
     experts: int
@@ -147,16 +147,15 @@ def pass_cost(
     tokens, moe, itemsize = batch * block, config.moe, dtype.itemsize
     used, touched = weights.layers, weights.layers
     if moe is not None:
-        missed = (
-            1 - moe.top_k / moe.num_experts
-        ) ** tokens  # experts in use if tokens are evenly routed
+        # The share of experts that no token is routed to, if routing is uniform.
+        unused = (1 - moe.top_k / moe.num_experts) ** tokens
         used -= weights.experts * (1 - moe.top_k / moe.num_experts)
-        touched -= weights.experts * missed
+        touched -= weights.experts * unused
     flops = 2.0 * used * tokens
     for layer in config.layer_types:
         attention = config.attention(layer)
-        seen = min(prefix, attention.window or prefix) + block
-        flops += 4.0 * config.num_heads * attention.head_dim * seen * tokens
+        keys = min(prefix, attention.window or prefix) + block
+        flops += 4.0 * config.num_heads * attention.head_dim * keys * tokens
     kernel_size = 1 if _WEIGHTS.value else itemsize
     moved = touched * kernel_size
     moved += batch * cache_bytes(config, prefix, dtype) if prefix else 0
@@ -191,7 +190,7 @@ def named_device(name: str) -> Device:
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """Programs that measure the peaks of the first local device: products and reading weights.
+    """Programs that measure the peaks of the first local device: matmuls and reading weights.
 
     Passes only read weights, so their bound is not the bandwidth of a copy or of an in-place
     update, which writes as much as it reads.
@@ -202,16 +201,16 @@ class Peaks:
     size: int = 2048
 
     def programs(self) -> dict[str, Callable]:
-        product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
+        matmul = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
         matrix, vector = jnp.ones((self.size, self.size), self.dtype), jnp.ones((self.size,))
         weights = jnp.ones((self.num_bytes // (4 * self.size), self.size), jnp.float32)
         return {
-            'products': functools.partial(product, matrix, matrix),
-            'reading': functools.partial(product, weights, vector),
+            'matmuls': functools.partial(matmul, matrix, matrix),
+            'reading': functools.partial(matmul, weights, vector),
         }
 
     def device(self, seconds: dict[str, np.ndarray]) -> Device:
-        flops = 2 * self.size**3 / seconds['products'].min()
+        flops = 2 * self.size**3 / seconds['matmuls'].min()
         return Device(flops, self.num_bytes / seconds['reading'].min())
 
 
@@ -282,11 +281,11 @@ def main(argv: list[str]) -> None:
         raise ValueError('Give either --preset or --checkpoint.')
     dtype = jnp.dtype(_DTYPE.value or ('bfloat16' if _DEVICE.value else 'float32'))
     batch, prefix = _BATCH_SIZE.value, _PREFIX.value
-    config, found = open_model(dtype)
-    if found and _WEIGHTS.value:
-        model, params = found
-        found = model, quantize_weights(model, params, _WEIGHTS.value)
-    programs = programs_to_measure(*found, batch, prefix) if found else {}
+    config, opened = open_model(dtype)
+    if opened and _WEIGHTS.value:
+        model, params = opened
+        opened = model, quantize_weights(model, params, _WEIGHTS.value)
+    programs = programs_to_measure(*opened, batch, prefix) if opened else {}
     peaks = Peaks(dtype, min(parameter_counts(config).total * dtype.itemsize, LARGEST_READING))
     times = seconds_in_turns(programs | ({} if _DEVICE.value else peaks.programs()))
     taken = {
@@ -308,7 +307,7 @@ def main(argv: list[str]) -> None:
         shown = (f'{taken[label]:,.2f}', f'{taken[label] / limit:.2f}x') if taken else ('', '')
         table.add_row(
             label, f'{cost.flops / 1e9:,.2f}', f'{cost.bytes / 1e6:,.1f}',
-            'products' if by_compute else 'memory', f'{limit:,.2f}', *shown,
+            'matmuls' if by_compute else 'memory', f'{limit:,.2f}', *shown,
         )  # fmt: skip
     Console().print(table)
     result = {'device': name, 'limit_ms': limits, 'measured_ms': taken}

@@ -33,7 +33,7 @@ _RULES = flags.DEFINE_multi_string('acceptance', ['EntropyBound(0.1)'], 'A rule;
 _STEPS = flags.DEFINE_integer(
     'max_denoising_steps',
     None,
-    'Maximum of steps per canvas; None for that of the evaluation.',
+    'Maximum number of steps per canvas; by default as in the evaluation of the student.',
     lower_bound=1,
 )
 _SAMPLED = flags.DEFINE_bool('sampled', False, 'Draw at temperature 1 and take all steps.')

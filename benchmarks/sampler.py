@@ -28,9 +28,11 @@ from diffusiongemma.sampling import Sampler, SamplingConfig, pad_prompts
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'builtin', 'A diffusion student.')
 _BATCH_SIZES = flags.DEFINE_list('batch_sizes', ['1', '8'], 'Rows per batch.')
 _BATCHES = flags.DEFINE_integer('batches', 16, 'Timed batches per batch size.', lower_bound=2)
-_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 96, 'Longest answer.', lower_bound=1)
-_STEPS = flags.DEFINE_integer('max_denoising_steps', 16, 'Per canvas.', lower_bound=1)
-_REPETITIONS = flags.DEFINE_integer('repetitions', 9, 'Of each timed pass.', lower_bound=1)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    'max_new_tokens', 96, 'Maximum tokens of an answer.', lower_bound=1
+)
+_STEPS = flags.DEFINE_integer('max_denoising_steps', 16, 'Steps per canvas.', lower_bound=1)
+_REPETITIONS = flags.DEFINE_integer('repetitions', 9, 'Runs of each timed pass.', lower_bound=1)
 
 MODES = ('autoregressive', 'diffusion', 'lossless')
 PROMPT_WIDTH = 128  # one compiled program per mode and batch size
@@ -38,7 +40,7 @@ PASSES = 32  # in one timed program
 
 
 def tokens_per_second(samplers, params, prompts, tokenizer) -> np.ndarray:
-    """Measures [modes, batches]: the modes take turns on every batch, after a run to compile."""
+    """Returns tokens/s [modes, batches]; modes take turns on every batch, after one to compile."""
     speeds = np.zeros((len(samplers), len(prompts)))
     for i, batch in enumerate([prompts[0], *prompts]):
         tokens, lengths = pad_prompts(batch, tokenizer.pad_id, multiple=PROMPT_WIDTH)

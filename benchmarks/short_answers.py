@@ -73,12 +73,12 @@ def main(argv: list[str]) -> None:
     answers, _ = responses(teacher, params, prompts, tokenizer.pad_id)
     table = Table('tokens left', 'stopping rule', 'as the teacher', 'empty', 'steps per canvas')
     for left in map(int, _LEFT.value):
-        begun = [prompt + answer[:-left] for prompt, answer in zip(prompts, answers, strict=True)]
+        cut = [prompt + answer[:-left] for prompt, answer in zip(prompts, answers, strict=True)]
         for name, rule in RULES.items():
             sampler = Sampler(model, dataclasses.replace(config, stopping=rule))
-            rests, steps = responses(sampler, params, begun, tokenizer.pad_id)
-            same = [a[-left:] == b for a, b in zip(answers, rests, strict=True)]
-            empty = [len(rest) <= 1 for rest in rests]
+            ends, steps = responses(sampler, params, cut, tokenizer.pad_id)
+            same = [a[-left:] == b for a, b in zip(answers, ends, strict=True)]
+            empty = [len(end) <= 1 for end in ends]
             table.add_row(
                 str(left), name, f'{np.mean(same):.1%}', f'{np.mean(empty):.1%}', f'{steps:.2f}'
             )

@@ -62,22 +62,23 @@ def pass_programs(
       count: the number of passes per program.
     """
     rng = jax.random.key(0)
-    free = config.__class__(**(vars(config) | {'stop_ids': (), 'max_new_tokens': count + 1}))
+    # Without stop tokens, no row ends before `count` passes.
+    endless = config.__class__(**(vars(config) | {'stop_ids': (), 'max_new_tokens': count + 1}))
     state, hidden = jax.jit(prefilled, static_argnums=(0, 1))(
-        model, free, params, jnp.asarray(tokens), jnp.asarray(lengths), rng, Controls()
+        model, endless, params, jnp.asarray(tokens), jnp.asarray(lengths), rng, Controls()
     )
 
     def repeated(step):
         return jax.jit(lambda params, carry: jax.lax.fori_loop(0, count, step(params), carry))
 
     task = diffusion.canvas_task(model, state)
-    canvas = diffusion.first_noise(model, free, params, task)
-    going_on = functools.partial(jnp.zeros_like, canvas.stopped)
+    canvas = diffusion.first_noise(model, endless, params, task)
+    not_stopped = functools.partial(jnp.zeros_like, canvas.stopped)
 
     def denoise(params):
         def step(_, canvas):
-            canvas = diffusion.denoise_step(model, free, params, state.cache, task, canvas)
-            return canvas.replace(stopped=going_on())
+            canvas = diffusion.denoise_step(model, endless, params, state.cache, task, canvas)
+            return canvas.replace(stopped=not_stopped())
 
         return step
 
@@ -89,9 +90,9 @@ def pass_programs(
         return step
 
     def token(params):
-        return lambda _, state: autoregressive.next_token(model, free, params, state)
+        return lambda _, state: autoregressive.next_token(model, endless, params, state)
 
-    first = autoregressive.start(model, free, params, state, hidden)
+    first = autoregressive.start(model, endless, params, state, hidden)
     return {
         'denoise step': functools.partial(repeated(denoise), params, canvas),
         'commit': functools.partial(repeated(commit), params, canvas.canvas),

@@ -14,11 +14,11 @@ compiler (docs/scaling_plan.md has the command), without the code of the program
 
   25.25B trained x 16 bytes (float32 parameters, EMA, two Adam moments) / 64 6.3 GB
   gradients in float32 and the teacher in bfloat16, x 6 bytes / 64           2.4 GB
-  everything that a step needs                                            21.8 GB
+  everything that a step needs                                              21.8 GB
 
-By the same plan, at published peak rates and not measured, a step takes at least 0.77 s of matrix
-products and 0.55 s of communication, which partly overlap. It reads 64 rows of 1,024 tokens, of
-which at most 768 are a response: 5,000 steps are 246M response tokens and at least 64 minutes.
+By the same plan, at published peak rates and not measured, a step takes at least 0.77 s of matmuls
+and 0.55 s of communication, which partly overlap. It reads 64 rows of 1,024 tokens, of which at
+most 768 are a response: 5,000 steps are 246M response tokens and at least 64 minutes.
 
 Smaller slices hold the step too: eight v5p, or sixteen v6e with Adafactor and without an average
 (docs/scaling_plan.md). Eight GPUs with 80 GB hold the state (57 GB each) but not a step of full
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
         {
             'dtype': 'bfloat16',  # for the computation; the training state is float32
             # Tokens are exchanged along `expert`; fsdp alone would gather the experts of a layer,
-            # which takes longer than the layer's matrix products.
+            # which takes longer than the layer's matmuls.
             'mesh': {'fsdp': 8, 'expert': 8},
             # These save memory and cost time (docs/scaling.md); chunks of logits cost almost none.
             'compute': {'remat': 'full', 'logits_chunk': 256, 'query_block': 256},

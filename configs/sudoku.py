@@ -40,8 +40,8 @@ def get_config() -> ConfigDict:
                 'canvases_per_row': 2,
             },
             'corruption': 'masked',
-            # For the same reason without the teacher's distributions; and without a second stage,
-            # since accuracy matters here, not the number of steps.
+            # For the same reason the teacher's distributions are not used. There is no second
+            # stage, because accuracy matters here, not the number of steps.
             'stage1': {'kd_weight': 0.0, 'self_conditioning_rate': 0.0},
             'optimizer': {'learning_rate': 2e-3, 'warmup_steps': 100, 'ema_decay': 0.995},
             'train': {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Distils on TPU slices of a GKE cluster, as a workload of XPK (https://github.com/AI-Hypercomputer/xpk).
+# Distills on TPU slices of a GKE cluster, as a workload of XPK (https://github.com/AI-Hypercomputer/xpk).
 #
 #   launch/gke_xpk.sh [--dry_run] CONFIG WORKDIR [flags of diffusiongemma.distill]
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Distils with N processes on this machine's CPU, which communicate over gloo, as a small pod.
+# Distills with N processes on this machine's CPU that communicate over gloo, like a small pod.
 #
 #   launch/local_multiprocess.sh [--dry_run] N CONFIG WORKDIR [flags of diffusiongemma.distill]
 #

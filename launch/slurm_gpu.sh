@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Distils on the GPU nodes of a SLURM cluster: one process for each GPU.
+# Distills on the GPU nodes of a SLURM cluster: one process for each GPU.
 #
 #   launch/slurm_gpu.sh [--dry_run] CONFIG WORKDIR [flags of diffusiongemma.distill]
 #

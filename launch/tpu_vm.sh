@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Distils on a TPU VM slice by running the same command on all workers over gcloud.
+# Distills on a TPU VM slice by running the same command on all workers over gcloud.
 #
 #   launch/tpu_vm.sh [--dry_run] CONFIG WORKDIR [flags of diffusiongemma.distill]
 #

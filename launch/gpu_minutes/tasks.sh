@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains two students within 12 minutes on one GPU: a light student of the built-in teacher on word
-# problems, trained ten times as long as the README's on a CPU, and a sudoku student. Each run prints
-# its table.
+# Trains two students within 12 minutes on one GPU: a light student of the built-in teacher, on ten
+# times as many word problems as the README's student, and a sudoku student. Each run prints its
+# table.
 #
 #   launch/gpu_minutes/tasks.sh [--dry_run] OUTPUT
 #
