@@ -39,6 +39,17 @@ def distill(experiment: Experiment, workdir: Path) -> Comparison:
 
     At the end, `workdir` contains config.json, targets/, checkpoints/, tensorboard/, metrics.jsonl,
     the exported student in model/, evaluation.json and distillation.png.
+
+    Args:
+      experiment: the config of the distillation.
+      workdir: the directory of the run.
+
+    Returns:
+      The comparison of student and teacher.
+
+    Raises:
+      ValueError: if the experiment is impossible, or `workdir` belongs to another one.
+      FileNotFoundError: if the teacher or a data source does not exist.
     """
     teacher = load_teacher(experiment)
     logging.info('teacher: %d parameters', parameter_count(teacher.params))
@@ -167,8 +178,9 @@ def count_draft_ids(
 ) -> jax.Array | None:
     """Returns the draft vocabulary [Vd] int32 of a light student, or None if it has none.
 
-    Tokens are counted in the targets and in the whole source, independent of its `size`, because
-    the targets of one run contain only few of the 262,144 tokens of a large vocabulary.
+    Tokens are counted in the targets and in the source beyond its configured `size` (at most
+    `draft_vocabulary.MAX_COUNTED` examples of each), because the targets of one run contain only
+    few of the 262,144 tokens of a large vocabulary.
     """
     light = setup.student.light
     if light is None or not light.draft_vocab_size:

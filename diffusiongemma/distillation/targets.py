@@ -54,6 +54,10 @@ def write_targets(
       seed: the seed of draws at a temperature above 0. An answer only depends on the seed and the
         index of its prompt.
 
+    Returns:
+      The spec of the dataset. If the settings ask for neither answers nor distributions, nothing is
+      written and it is `config.source`.
+
     Raises:
       ValueError: if the directory contains targets with other settings, the mesh does not divide
         the batch, or no answer ended within max_new_tokens.
