@@ -103,8 +103,15 @@ def test_the_kernel_for_gpus_gives_the_same(sizes, dtype):
     np.testing.assert_allclose(found, grouped._ragged_outer(x, y, group_sizes), atol=1e-4)
 
 
-@pytest.mark.parametrize('widths', [(128, 72), (72, 128)])
-@pytest.mark.parametrize('sizes', [(0, 100, 0, 60), (128, 128, 16, 24)])
+@pytest.mark.parametrize(
+    ('sizes', 'widths'),
+    [
+        ((0, 100, 0, 60), (128, 72)),
+        ((128, 128, 16, 24), (72, 128)),
+        pytest.param((0, 100, 0, 60), (72, 128), marks=pytest.mark.slow),
+        pytest.param((128, 128, 16, 24), (128, 72), marks=pytest.mark.slow),
+    ],
+)
 def test_the_kernels_of_tpus_give_the_same_forward_and_for_both_gradients(
     sizes, widths, monkeypatch
 ):

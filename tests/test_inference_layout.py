@@ -30,8 +30,8 @@ from diffusiongemma.sampling import Sampler, SamplingConfig
 def model(request):
     if request.param == 'separate':
         config = request.getfixturevalue('tiny_config').replace(kind='separate')
-    else:
-        config = request.getfixturevalue(request.param)
+        return DiffusionGemma(config.replace(layer_types=('full', 'full', 'sliding')))
+    config = request.getfixturevalue(request.param)
     if not config.num_kv_shared_layers:
         config = config.replace(layer_types=('sliding', 'full') * 2 + ('sliding',))
     return DiffusionGemma(config)

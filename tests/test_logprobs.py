@@ -67,7 +67,9 @@ def test_what_a_constraint_bans_counts_all_the_same():
         np.testing.assert_allclose(own, row, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('mode', CAUSAL)
+@pytest.mark.parametrize(
+    'mode', [pytest.param('autoregressive', marks=pytest.mark.slow), 'lossless']
+)
 def test_streamed_scores_join_to_those_of_a_call(mode):
     sampler = Sampler(MODEL, CONFIG, mode)
     arguments = (PARAMS, *pad_prompts(PROMPTS, 22))

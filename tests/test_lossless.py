@@ -169,7 +169,7 @@ def test_what_is_refused_is_not_drawn_again():
     'fields',
     [
         {},
-        {'top_k': 5},
+        pytest.param({'top_k': 5}, marks=pytest.mark.slow),
         {'top_p': 0.8, 'temperature': 0.7},
         pytest.param({'max_draft_steps': 3}, marks=pytest.mark.slow),
         {'drafts': PromptLookup(length=3, max_ngram=2)},
@@ -262,7 +262,7 @@ def test_a_text_that_repeats_itself_needs_fewer_passes_with_lookups():
         greedy(lookup_ngram=-1)
 
 
-@pytest.mark.parametrize('temperature', [0.0, 1.0])
+@pytest.mark.parametrize('temperature', [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_the_models_drafts_may_be_shorter_than_those_of_lookups(temperature):
     model, params = toy(6)
     rng = np.random.default_rng(3)

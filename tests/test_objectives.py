@@ -230,7 +230,7 @@ def test_a_step_on_all_canvases_is_the_average_of_steps_on_one(student, batch, r
     ('student', 'stage'),
     [
         (False, 'stage2'),
-        (True, 'stage1'),
+        pytest.param(True, 'stage1', marks=pytest.mark.slow),
         pytest.param(False, 'stage1', marks=pytest.mark.slow),
         pytest.param(True, 'stage2', marks=pytest.mark.slow),
     ],

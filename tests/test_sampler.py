@@ -357,7 +357,14 @@ def test_streamed_blocks_put_side_by_side_are_the_calls_output(mode):
     assert len(blocks) > 1 and blocks[-1].lengths[0] == 0
 
 
-@EVERY_MODE
+@pytest.mark.parametrize(
+    'mode',
+    [
+        'diffusion',
+        pytest.param('autoregressive', marks=pytest.mark.slow),
+        pytest.param('lossless', marks=pytest.mark.slow),
+    ],
+)
 def test_a_stream_leaves_its_arguments_to_the_caller(mode):
     """The state contains the arguments, and its buffers are donated to the next block."""
     model, params = toy(C)
