@@ -269,8 +269,8 @@ def test_a_conversation_is_written_turn_by_turn():
 
 BAD_CHATS = {
     'prompt': ({'prompt': 'x'}, 'prompt is not known here'),
-    'no messages': ({'messages': []}, 'messages must hold one message'),
-    'null messages': ({'messages': None}, 'messages must hold one message'),
+    'no messages': ({'messages': []}, 'messages must hold at least one message'),
+    'null messages': ({'messages': None}, 'messages must hold at least one message'),
     'messages of text': ({'messages': 'hi'}, 'messages must be an array, got a string'),
     'a message of text': ({'messages': ['hi']}, r'messages\[0\] must be an object'),
     'a role': ({'messages': [{'role': 'cat', 'content': ''}]}, r'messages\[0\].role must be'),

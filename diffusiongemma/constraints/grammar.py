@@ -156,7 +156,7 @@ def _from_bytes(
         )
     if not stop_ids or not 0 <= min(stop_ids) <= max(stop_ids) < vocab_size:
         raise ValueError(
-            f'stop_ids must hold at least one token id, all in [0, {vocab_size}), got {stop_ids}; '
+            f'stop_ids must hold tokens in [0, {vocab_size}), at least one, got {stop_ids}; '
             'without one no response would end.'
         )
     token_columns = np.pad(token_columns, (0, vocab_size - len(token_columns)))

@@ -264,7 +264,9 @@ def exact_lengths(lengths: Sequence[int], stop_ids: Sequence[int], vocab_size: i
       ValueError: if a length is < 1 or there is no stop token.
     """
     if min(lengths, default=0) < 1:
-        raise ValueError(f'lengths count the stop token and must be >= 1, got {list(lengths)}.')
+        raise ValueError(
+            f'lengths must be >= 1, because they count the stop token, got {list(lengths)}.'
+        )
     if not stop_ids:
         raise ValueError('A length target needs a stop token that ends the response.')
     positions = np.arange(max(lengths))
