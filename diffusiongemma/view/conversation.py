@@ -12,7 +12,7 @@ from diffusiongemma.view.interrupt import interruptible
 
 HELP = """\
 /mode [diffusion|autoregressive|lossless]  sets the decode mode, or prints it without an argument
-/steps [N]  sets the maximum of denoise steps per canvas (lossless mode: per draft), or prints it
+/steps [N]  limits the denoise steps per canvas (lossless mode: per draft), or prints the limit
 /reset      forgets the conversation
 /help       prints this text
 /quit       ends the chat, like the end of the input
