@@ -38,8 +38,8 @@ class Controls:
       allowed_index: [B, T] int32, the index of the set that applies at a position, -1 for none.
         None applies the first set to all positions.
       automaton: the automaton of all valid responses, see `constraints.grammar`. Every canvas is
-        drawn such that the response so far is the start of a valid one. If pinned tokens and sets
-        leave a row without a valid response, the row is unconstrained.
+        drawn such that the response, including the canvas, can become a valid one. If pinned tokens
+        and sets leave a row without a valid response, the row is unconstrained.
       automaton_states: [B] int32, the state of each row before its response; `automaton.FREE` for
         a row without constraint. None means START for all rows.
     """

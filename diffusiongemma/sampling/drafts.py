@@ -60,7 +60,7 @@ class PromptLookup:
         size = history.shape[1]
         index = jnp.arange(size)
         last = lengths[:, None] - 1  # [B, 1]
-        run = jnp.ones(history.shape, bool)  # [B, S], whether the last k tokens match those here
+        run = jnp.ones(history.shape, bool)  # [B, S], whether the text matches up to here
         matched = jnp.zeros(history.shape, jnp.int32)  # [B, S], matching tokens that end here
         for k in range(self.max_ngram):
             suffix = jnp.take_along_axis(history, jnp.maximum(last - k, 0), axis=1)

@@ -77,6 +77,6 @@ class Remask:
         if proposal.pinned is not None:
             ranked = jnp.where(proposal.pinned, jnp.inf, ranked)
         rank = jnp.argsort(jnp.argsort(ranked, axis=-1, stable=True), axis=-1)  # [B, C]
-        is_last = proposal.next_noise_level <= 0
-        reopened = is_full & ~is_last & (rank < self.count) & jnp.isfinite(ranked)
+        continues = proposal.next_noise_level > 0  # False for the last step
+        reopened = is_full & continues & (rank < self.count) & jnp.isfinite(ranked)
         return jnp.where(reopened, proposal.noise, canvas), RemaskState(confidences, rule)
