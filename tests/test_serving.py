@@ -269,8 +269,8 @@ def test_a_conversation_is_written_turn_by_turn():
 
 BAD_CHATS = {
     'prompt': ({'prompt': 'x'}, 'prompt is not known here'),
-    'no messages': ({'messages': []}, 'messages must hold one message'),
-    'null messages': ({'messages': None}, 'messages must hold one message'),
+    'no messages': ({'messages': []}, 'messages must hold at least one message'),
+    'null messages': ({'messages': None}, 'messages must hold at least one message'),
     'messages of text': ({'messages': 'hi'}, 'messages must be an array, got a string'),
     'a message of text': ({'messages': ['hi']}, r'messages\[0\] must be an object'),
     'a role': ({'messages': [{'role': 'cat', 'content': ''}]}, r'messages\[0\].role must be'),
@@ -336,7 +336,10 @@ def test_a_chat_request_that_is_wrong_is_one_clear_400(http, name):
         ({'prompt': [1024]}, 'token id 1024, outside of the vocabulary of 1024'),
         ({'prompt': [True]}, 'prompt must be one text or one array'),
         ({'messages': []}, 'messages is not known here'),
-        ({'suffix': 'x' * 300, 'mode': 'diffusion'}, 'must have less than the canvas, 32'),
+        (
+            {'suffix': 'x' * 300, 'mode': 'diffusion'},
+            'it and the answer must fit into 32 tokens; shorten it',
+        ),
         ({'suffix': 'x', 'mode': 'diffusion', 'stop': 'a'}, 'suffix cannot be combined with stop'),
         ({'echo': True}, 'echo is not supported'),
         ({'logprobs': True}, 'logprobs must be an integer, got a boolean'),

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 # Indices of the states that every automaton has.
-DEAD = 0  # no response can be completed any more; every token leads back here
-FREE = 1  # unconstrained: every token leads back here
+DEAD = 0  # the response can no longer be completed; every token leads back here
+FREE = 1  # unconstrained; every token leads back here
 END = 2  # the stop token has occurred; later tokens are not part of the response
 START = 3
 

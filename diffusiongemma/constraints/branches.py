@@ -47,6 +47,7 @@ class Branches:
         return self._known[key]
 
     def _of_one(self, part: Located) -> list[Branch]:
+        """Returns the branches of one part."""
         check(part)
         if isinstance(part.schema, bool):
             return [()] if part.schema else []
@@ -68,6 +69,7 @@ class Branches:
     def _check_exclusive(
         self, choices: list[list[Branch]], context: list[Branch], part: Located
     ) -> None:
+        """Raises ValueError unless every two alternatives of a `oneOf` exclude each other."""
         for (i, left), (j, right) in itertools.combinations(enumerate(choices), 2):
             if not all(
                 self.is_impossible((*sibling, *a, *b))
@@ -131,10 +133,11 @@ class Branches:
 
 
 def _both(left: list[Branch], right: list[Branch], where: str) -> list[Branch]:
+    """Returns the conjunctions of each branch in `left` with each branch in `right`."""
     if len(left) * len(right) > _MAX_BRANCHES:
         raise ValueError(
             f'The schema at {where} has more than {_MAX_BRANCHES} combinations of alternatives. '
-            'Use fewer anyOf and oneOf that hold together.'
+            'Use fewer anyOf and oneOf that apply together.'
         )
     return [(*a, *(part for part in b if part not in a)) for a in left for b in right]
 

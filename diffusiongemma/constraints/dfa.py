@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-_FEW_STATES = 4096
+_FEW_STATES = 4096  # up to this number `_refined_by_rounds` is the faster minimization
 
 
 class TooManyStatesError(Exception):
@@ -94,6 +94,7 @@ def product(left: Dfa, right: Dfa, max_states: int, *, difference: bool = False)
     )
     left_table, right_table = left.table[:, pairs[0]], right.table[:, pairs[1]]
     width = right.num_states
+    # A pair of states has the code left * width + right; this maps the codes to new states.
     numbers = {0: 0, width + 1: 1}
     queue = [0, width + 1]
     rows: list[list[int]] = []
@@ -189,7 +190,7 @@ def _refined_by_rounds(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
 
 
 def _shortest(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
-    """Returns the fewest bytes from each state to an accepting state; S if it is unreachable."""
+    """Returns the fewest bytes from each state to an accepting state, [S]; S if there is none."""
     distances = np.where(accepting, 0, len(table))
     while True:
         shorter = np.minimum(distances, 1 + distances[table].min(axis=1))
@@ -248,8 +249,8 @@ def _refined_by_splits(
 ) -> np.ndarray:
     """Returns the same blocks as `_refined_by_rounds`.
 
-    Partitions of states and of transitions refine each other in O(M log S). Dead states are not
-    included.
+    Partitions of states (into blocks) and of transitions (into cords, as Valmari calls them) refine
+    each other in O(M log S). Dead states are not included.
 
     Args:
       num_states: the number of states S.

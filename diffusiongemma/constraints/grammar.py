@@ -104,6 +104,8 @@ def from_texts(
 ) -> TokenAutomaton:
     """Returns the automaton of responses that equal one of the answers.
 
+    The other arguments are those of `from_regex`.
+
     Raises:
       ValueError: if there are no answers, if one is not valid text, if the vocabulary can spell
         none of them, or if they take more than max_states states.
@@ -114,7 +116,7 @@ def from_texts(
         dfa = compile_expression(literals(answers), max_states)
     except UnicodeEncodeError:
         raise ValueError(
-            'An answer holds half of a surrogate pair (U+D800 to U+DFFF), which is no character. '
+            'An answer has half of a surrogate pair (U+D800 to U+DFFF), which is not a character. '
             'Remove it.'
         ) from None
     except TooManyStatesError:
@@ -150,11 +152,11 @@ def _from_bytes(
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f'vocab_size={vocab_size} is less than the {tokenizer.vocab_size} tokens of the '
-            "tokenizer. Pass the model's, or None."
+            "tokenizer. Pass the model's vocab_size, or None."
         )
     if not stop_ids or not 0 <= min(stop_ids) <= max(stop_ids) < vocab_size:
         raise ValueError(
-            f'stop_ids must hold tokens in [0, {vocab_size}), one at least, got {stop_ids}; '
+            f'stop_ids must hold tokens in [0, {vocab_size}), at least one, got {stop_ids}; '
             'without one no response would end.'
         )
     token_columns = np.pad(token_columns, (0, vocab_size - len(token_columns)))
@@ -179,8 +181,8 @@ def _vocabulary(tokenizer: Tokenizer) -> list[bytes]:
     blank = next((i for i, text in enumerate(vocabulary) if text.startswith(b' ')), None)
     if blank is not None and not tokenizer.decode([blank]).startswith(' '):
         raise ValueError(
-            f'{tokenizer} drops the blank before a text (add_dummy_prefix), so that its '
-            'tokens do not spell what it decodes. Constraints need a tokenizer that does not.'
+            f'{tokenizer} drops the blank before a text (add_dummy_prefix), so the text that it '
+            'decodes differs from the bytes of its tokens. Use a tokenizer without this option.'
         )
     return vocabulary
 

@@ -78,7 +78,7 @@ def to_pattern(
     The arguments are those of `schema_dfa`.
 
     Raises:
-      ValueError: in the cases of `schema_dfa`, and if the schema needs an intersection of
+      ValueError: if `schema_dfa` would raise it, or if the schema needs an intersection of
         patterns.
     """
     compiler = _Compiler(schema, separators, max_states, any_depth)

@@ -185,7 +185,7 @@ class _Nfa:
 
         Args:
           states: the states to start from.
-          *more: empty transitions beside `jumps`, such as `start_jumps`.
+          *more: empty transitions in addition to `jumps`, such as `start_jumps`.
         """
         reached, open_states = set(states), list(states)
         while open_states:
@@ -201,7 +201,7 @@ class _Nfa:
 
 
 def _determinized(nfa: _Nfa, end: int, max_states: int) -> Dfa:
-    """Computes the deterministic automaton by the subset construction.
+    """Returns the deterministic automaton, computed by the subset construction.
 
     No transition leads back to state 1, the start: start anchors only match there.
     """

@@ -35,11 +35,11 @@ def object_expression(compiler: Compiler, branch: Branch) -> Expression:
         for pattern in part.schema.get('patternProperties', {}):
             compiler.checked_pattern(pattern, f'{part.where}/patternProperties')
     needed = required(branch)
-    finite = _finite_names(compiler, branch)
+    listed = _listed_names(compiler, branch)
     names = [n for part in branch for n in part.schema.get('properties', {})]
     if _is_closed(branch):
-        finite = finite and [n for n in finite if _has_pattern(compiler, branch, n)]
-    names = list(dict.fromkeys([*names, *(finite or []), *needed]))
+        listed = listed and [n for n in listed if _has_pattern(compiler, branch, n)]
+    names = list(dict.fromkeys([*names, *(listed or []), *needed]))
     members = []
     for name in names:
         key = Literal(json.dumps(name, ensure_ascii=False) + compiler.colon)
@@ -48,7 +48,7 @@ def object_expression(compiler: Compiler, branch: Branch) -> Expression:
             members.append(Repeat(member, int(name in needed), 1))
         elif name in needed:
             return NOTHING
-    other = NOTHING if finite is not None else _other_members(compiler, branch, names)
+    other = NOTHING if listed is not None else _other_members(compiler, branch, names)
     low, high = compiler.count(branch, 'Properties')
     return _counted(compiler, branch, members, other, low, high)
 
@@ -87,14 +87,14 @@ def _counted(
         raise compiler.refuse(
             'minProperties',
             _where(branch, 'minProperties'),
-            'names could repeat, and a finite automaton cannot compare them. Use at most one '
-            'more than the required properties.',
+            'names could repeat, and a finite automaton cannot compare them. Set it to at most '
+            'one more than the number of required properties.',
         )
     if optional and (low > 1 or high is not None and (high < optional or not is_nothing(other))):
         raise compiler.refuse(
             'minProperties' if low > 1 else 'maxProperties',
             _where(branch, 'minProperties' if low > 1 else 'maxProperties'),
-            'not beside optional properties. Make them required, or leave it out.',
+            'it cannot be combined with optional properties. Make them required, or leave it out.',
         )
     if low > 0 and not optional and is_nothing(other):
         return NOTHING
@@ -108,7 +108,8 @@ def _counted(
             raise compiler.refuse(
                 'minProperties',
                 _where(branch, 'minProperties'),
-                'not beside optional properties. Make one more required, or leave it out.',
+                'it cannot be combined with optional properties. Make one more property required, '
+                'or leave it out.',
             )
         automaton = compile_expression(result, compiler.max_states)
         empty = compile_shared(Literal('{}'), compiler.max_states)
@@ -120,7 +121,7 @@ def _where(branch: Branch, keyword: str) -> str:
     return next(part.where for part in branch if keyword in part.schema)
 
 
-def _finite_names(compiler: Compiler, branch: Branch) -> list[str] | None:
+def _listed_names(compiler: Compiler, branch: Branch) -> list[str] | None:
     """Returns the names that `propertyNames` lists, or None if it lists none."""
     for part in branch:
         if 'propertyNames' in part.schema:

@@ -53,7 +53,7 @@ class CanvasPosterior:
         """Returns the log-probability of each token at each position, [B, C, V] float32.
 
         It is -inf if no valid canvas has the token, or if the probability is below e^-87, the
-        smallest that float32 can hold.
+        smallest normal float32.
         """
 
         def step(
@@ -140,8 +140,8 @@ def condition(
     Positions after the end of a response are unconstrained. To fix a token, set all other logits
     to -inf; to ban one, set its own logit to -inf.
 
-    This takes O(B C (V + N K)) time, and B N (C + K) numbers in addition to arrays of the shape
-    of the logits.
+    This takes O(B C (V + N K)) time, and memory for B N (C + K) numbers in addition to arrays of
+    the shape of the logits.
 
     Args:
       automaton: the automaton that accepts valid responses.
@@ -151,7 +151,7 @@ def condition(
         the first canvas position.
 
     Raises:
-      ValueError: when the logits are of another vocabulary.
+      ValueError: if logits and automaton have different vocabulary sizes.
     """
     if logits.shape[-1] != automaton.vocab_size:
         raise ValueError(
@@ -184,7 +184,7 @@ def _backward(
     remaining: jax.Array,
     reduce: Callable[..., jax.Array],
 ) -> jax.Array:
-    """Computes the score of all positions from each one on, for each state before it.
+    """Returns the score of each position and all later ones, for each state before the position.
 
     Args:
       automaton: the automaton that accepts valid responses.
@@ -198,8 +198,10 @@ def _backward(
     length = class_scores.shape[1]
 
     def only_in_time(message: jax.Array, position: int | jax.Array) -> jax.Array:
-        left = jnp.maximum(remaining - position, 0)
-        return jnp.where(automaton.distances <= left[:, None], message, -jnp.inf)
+        limits = jnp.maximum(
+            remaining - position, 0
+        )  # [B], tokens that the response may still have
+        return jnp.where(automaton.distances <= limits[:, None], message, -jnp.inf)
 
     def step(after: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         scores, position = inputs  # [B, K], []

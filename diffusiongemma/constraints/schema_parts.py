@@ -71,7 +71,7 @@ def load(schema: Any) -> Any:
         return json.loads(text)
     except UnicodeEncodeError:
         raise ValueError(
-            'The schema holds half of a surrogate pair (U+D800 to U+DFFF), which is no character. '
+            'The schema has half of a surrogate pair (U+D800 to U+DFFF), which is not a character. '
             'Remove it.'
         ) from None
     except RecursionError:

@@ -10,7 +10,7 @@ from diffusiongemma.constraints.strings import search_dfa
 
 
 def canonical(value: Any) -> str:
-    """Returns a text that is equal for values that JSON Schema considers equal, as 1 and 1.0."""
+    """Returns a text that is equal for values that JSON Schema considers equal, like 1 and 1.0."""
     return json.dumps(with_whole_numbers(value), sort_keys=True)
 
 

@@ -41,7 +41,7 @@ class Proposal:
       pinned: [B, C] bool, positions that no rule may change; None if there are none.
       logits: [B, C, V] float32, shaped logits of the step; -inf for banned tokens. Positions that
         masked diffusion has already unmasked also have the model's logits. If a rule does not read
-        them, they are not computed.
+        them, they are not computed (in training they are then None).
       temperature: [] float32, or [B, 1], the divisor of the model's logits.
       greedy: bool, or [B, 1] bool, whether the candidates are the argmax tokens.
     """
@@ -107,9 +107,9 @@ class SaysWhatItReads(Protocol):
 
 
 def reads_logits(rule: AcceptanceRule) -> bool:
-    """Returns whether a rule may read the logits; a rule declares otherwise by `reads_logits`.
+    """Returns `rule.reads_logits`; True for a rule without this attribute.
 
-    The sampler has the logits in any case, but stage 2 computes them only for such a rule.
+    The sampler always passes the logits, but stage 2 only computes them if this is True.
     """
     return rule.reads_logits if isinstance(rule, SaysWhatItReads) else True
 
@@ -225,7 +225,9 @@ class TopK:
     def accept(
         self, confidences: Float[Array, '*B C'], open_positions: Bool[Array, '*B C']
     ) -> Bool[Array, '*B C']:
-        """Returns k of the open positions (or all if there are fewer), [..., C] bool.
+        """Returns the k open positions with the highest confidence, [..., C] bool.
+
+        If fewer than k positions are open, all of them are returned.
 
         Args:
           confidences: [..., C] float32.

@@ -27,10 +27,10 @@ def start(
     prompt: jax.Array,
     prompt_lengths: jax.Array,
 ) -> GenerationState:
-    """Emits the first token of each row.
+    """Returns the state after the first token of each row.
 
     Args:
-      model: a Gemma, or a DiffusionGemma, of which only the encode pass is used.
+      model: a Gemma, or a DiffusionGemma whose denoiser is not used.
       config: the sampling settings; steps and rules of the diffusion mode are ignored.
       params: the parameters of the model.
       state: the state after the prefill.

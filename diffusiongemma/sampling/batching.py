@@ -37,7 +37,7 @@ def generate_many(
       prompts: the token ids of N prompts.
       rng: one key, of which prompt n uses `fold_in(rng, n)`, or one key per prompt [N].
       batch_size: the number of rows that are decoded at once.
-      controls: the controls of all N prompts.
+      controls: settings and constraints with one row per prompt; None for those of the config.
       multiple: prompts are padded to a common width, a multiple of this length.
 
     Returns:
@@ -45,7 +45,7 @@ def generate_many(
 
     Raises:
       ValueError, FloatingPointError: the errors of a call of the sampler; ValueError also if
-        batch_size < 1.
+        batch_size < 1 or there are no prompts.
     """
     if batch_size < 1:
         raise ValueError(f'batch_size must be >= 1 row, got {batch_size}.')

@@ -41,7 +41,7 @@ class ChatSampler:
     """A sampler for one conversation, which remembers earlier turns.
 
         chat = ChatSampler(sampler, params, tokenizer, rng=jax.random.key(0))
-        chat.send('Mia has 3 apples and buys 4. How many has she?').text
+        chat.send('Mia has 3 apples and buys 4. How many does she have?').text
 
     Attributes:
       sampler: the sampler of the next turn.
@@ -111,7 +111,7 @@ class ChatSampler:
 
     @property
     def cached(self) -> int:
-        """Returns the number of first tokens of `tokens` that are in the cache."""
+        """Returns the number of leading tokens of `tokens` that are in the cache."""
         return self._cache.held(self.tokens)
 
     def send(self, text: str) -> Reply:
@@ -136,7 +136,7 @@ class ChatSampler:
         if not text.strip():
             raise ValueError('The message is empty; write a text to answer.')
         history = self._history
-        if self.max_turns is not None:
+        if self.max_turns is not None:  # including this turn
             history = history[len(history) - min(len(history), self.max_turns - 1) :]
         tokens = self._prompt(history, text)
         while history and not self._has_room(len(tokens)):

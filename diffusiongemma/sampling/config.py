@@ -60,7 +60,7 @@ class SamplingConfig:
         was fully accepted.
       entropy_bound: the bound of the `EntropyBound` rule in nats; None for 0.1. It cannot be
         combined with another `acceptance`.
-      t_min: the temperature towards the last denoise step.
+      t_min: the temperature that the schedule approaches at the last denoise step.
       t_max: the temperature of the first denoise step.
       temperature_exponent: the shape of the schedule between them, see `TemperatureSchedule`.
       stability_threshold: the number of previous steps that must agree, see `StableAndConfident`;
@@ -77,8 +77,8 @@ class SamplingConfig:
       stop_ids: tokens that end a response. The default is the <eos> of Gemma's vocabularies;
         a chat model ends its turn with another one, see `for_tokenizer`. () never stops.
       pad_id: the token id of the output after the end of a response.
-      vocab_size: noise is uniform over token ids below this number; None for the vocabulary of
-        the model.
+      vocab_size: noise is uniform over token ids below this number, and no other ids are
+        generated; None for the vocabulary size of the model.
       prefill_chunk: the number of prompt tokens that are encoded at a time, for long prompts whose
         attention would not fit in memory; None for all at once.
       commits: 'argmax' commits the argmax canvas of the last step, 'canvas' the canvas that the
@@ -86,8 +86,8 @@ class SamplingConfig:
       acceptance: a rule that replaces the entropy bound, or its text, such as 'TopK(k=4)'.
       stopping: a rule that replaces stability and confidence, or its text, such as 'Never()'.
       logprobs: in the autoregressive and lossless modes, the output also has the log-probabilities
-        of its tokens and of this many most likely tokens at each position (`TokenScores`); None
-        for none.
+        of its tokens, and this many most likely tokens per position with theirs (`TokenScores`);
+        None for no log-probabilities.
     """
 
     max_new_tokens: int = 256
@@ -140,7 +140,8 @@ class SamplingConfig:
             )
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(
-                f"vocab_size must be >= 1, got {self.vocab_size}; use None for the model's own."
+                f'vocab_size must be >= 1, got {self.vocab_size}; use None for the vocabulary '
+                'size of the model.'
             )
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             raise ValueError(

@@ -37,9 +37,9 @@ class Controls:
       allowed_sets: [G, V] bool, sets of allowed tokens.
       allowed_index: [B, T] int32, the index of the set that applies at a position, -1 for none.
         None applies the first set to all positions.
-      automaton: the automaton of all valid responses, see `grammar`. Every canvas is drawn from
-        the starts of valid responses. If pinned tokens and sets leave a row without a valid
-        response, the row is unconstrained.
+      automaton: the automaton of all valid responses, see `constraints.grammar`. Every canvas is
+        drawn such that the response, including the canvas, can become a valid one. If pinned tokens
+        and sets leave a row without a valid response, the row is unconstrained.
       automaton_states: [B] int32, the state of each row before its response; `automaton.FREE` for
         a row without constraint. None means START for all rows.
     """
@@ -83,7 +83,10 @@ class Controls:
         return jnp.full((batch_size,), START, jnp.int32)
 
     def map_rows(self, function: Callable[..., AnyArray], *others: 'Controls') -> 'Controls':
-        """Maps the arrays that belong to rows; sets and automaton of the batch are unchanged."""
+        """Returns the controls with a function applied to the arrays that have one entry per row.
+
+        The allowed sets and the automaton, which all rows share, are unchanged.
+        """
         shared = {'allowed_sets': self.allowed_sets, 'automaton': self.automaton}
         return map_but(function, self, *others, **shared)
 
@@ -100,9 +103,9 @@ class Controls:
             'seed': self.seed,
             'allowed_index': self.allowed_index,
         }
-        numbers = {'temperature', 'top_p'}
+        floats = {'temperature', 'top_p'}
         for name, array in (rows | positions).items():
-            if array is None or name in numbers or is_integer(array):
+            if array is None or name in floats or is_integer(array):
                 continue
             raise ValueError(
                 f'controls.{name} must hold whole numbers, got {jnp.result_type(array)}.'
@@ -261,7 +264,9 @@ def exact_lengths(lengths: Sequence[int], stop_ids: Sequence[int], vocab_size: i
       ValueError: if a length is < 1 or there is no stop token.
     """
     if min(lengths, default=0) < 1:
-        raise ValueError(f'lengths must be >= 1, with the stop token, got {list(lengths)}.')
+        raise ValueError(
+            f'lengths must be >= 1, because they count the stop token, got {list(lengths)}.'
+        )
     if not stop_ids:
         raise ValueError('A length target needs a stop token that ends the response.')
     positions = np.arange(max(lengths))

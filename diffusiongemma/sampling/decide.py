@@ -27,7 +27,7 @@ def decide(
     after: Sequence[int] = (),
     num_draws: int = 1,
 ) -> jax.Array:
-    """Returns the probability of each answer in a response `before`, answer, `after`.
+    """Returns the probability of each answer in a response that reads `before`, answer, `after`.
 
     The canvas starts with `before`; all other positions are noise. The score of an answer is the
     product of the probabilities of its tokens and of `after` at their positions; scores are
@@ -49,7 +49,7 @@ def decide(
       [B, A] float32; each row sums to 1.
 
     Raises:
-      ValueError: in the cases of a call of the sampler, and if the answers are invalid or do not
+      ValueError: if a call of the sampler would raise it, or if the answers are invalid or do not
         fit into a canvas.
     """
     tokens, lengths, rng, _ = sampler.checked(tokens, lengths, rng, None)
@@ -70,13 +70,20 @@ def decide(
         )
     if num_draws < 1:
         raise ValueError(f'num_draws must be >= 1, got {num_draws}.')
-    places = np.full((len(options), length), OPEN)  # [A, C]
-    for row, option in zip(places, options, strict=True):
+    option_tokens = np.full((len(options), length), OPEN)  # [A, C]
+    for row, option in zip(option_tokens, options, strict=True):
         row[len(before) : len(before) + len(option)] = option
     pinned = np.full(length, OPEN)
     pinned[: len(before)] = before
     probabilities: jax.Array = _decide(
-        sampler, num_draws, params, tokens, lengths, rng, jnp.asarray(places), jnp.asarray(pinned)
+        sampler,
+        num_draws,
+        params,
+        tokens,
+        lengths,
+        rng,
+        jnp.asarray(option_tokens),
+        jnp.asarray(pinned),
     )
     return probabilities
 
@@ -89,9 +96,14 @@ def _decide(
     tokens: jax.Array,
     lengths: jax.Array,
     rng: jax.Array,
-    places: jax.Array,
+    option_tokens: jax.Array,
     pinned: jax.Array,
 ) -> jax.Array:
+    """Returns the probabilities [B, A].
+
+    `option_tokens` [A, C] has each answer with `after`, `pinned` [C] has `before`; both at their
+    positions in the canvas, and OPEN elsewhere.
+    """
     model, config = denoising(sampler.model), sampler.config
     state, _ = prefilled(model, config, params, tokens, lengths, rng, Controls())
     pinned = jnp.broadcast_to(pinned, (tokens.shape[0], pinned.size))  # [B, C]
@@ -105,9 +117,9 @@ def _decide(
         )
         log_probs = jax.nn.log_softmax(logits, axis=-1)  # [B, C, V]
         chosen = jnp.take_along_axis(
-            log_probs, jnp.maximum(places, 0).T[None], axis=-1
+            log_probs, jnp.maximum(option_tokens, 0).T[None], axis=-1
         )  # [B, C, A]
-        scores = jnp.sum(jnp.where(places.T == OPEN, 0.0, chosen), axis=1)  # [B, A]
+        scores = jnp.sum(jnp.where(option_tokens.T == OPEN, 0.0, chosen), axis=1)  # [B, A]
         return jax.nn.softmax(scores, axis=-1)
 
     return jnp.mean(jax.lax.map(probabilities, jnp.arange(num_draws)), axis=0)  # [B, A]

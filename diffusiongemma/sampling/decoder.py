@@ -71,7 +71,7 @@ class Decoder:
 
         Args:
           state: the state of the diffusion mode.
-          max_steps: an additional limit of the number of steps.
+          max_steps: an additional limit on the number of steps.
         """
         task = diffusion.canvas_task(self.model, state)
         model = denoising(self.model)

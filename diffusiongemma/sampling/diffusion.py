@@ -131,7 +131,7 @@ def denoise_canvas(
       params: the parameters of the model.
       cache: the K/V cache of the tokens before the canvas.
       task: the canvas to denoise.
-      max_steps: an additional limit of the number of steps.
+      max_steps: an additional limit on the number of steps.
 
     Returns:
       The state after the last step; `result` is the canvas to commit.
@@ -171,14 +171,16 @@ def _soft_embeddings(
     model: DenoisingModel,
     params: Params,
     state: DenoiseState,
-    logits: tuple[jax.Array, jax.Array],
+    logits: jax.Array,
+    log_z: jax.Array,
     last: jax.Array,
 ) -> jax.Array:
     """Returns soft embeddings [B, C, D] for the next step; after the last step the old ones.
 
-    `logits` are shaped logits [B, C, V] and their logsumexp [B, C].
+    They are computed from shaped logits [B, C, V] and their logsumexp `log_z` [B, C].
     """
-    old, embed = state.soft_embeddings, functools.partial(passes.soft_embed, model, params, *logits)
+    old = state.soft_embeddings
+    embed = functools.partial(passes.soft_embed, model, params, logits, log_z)
     if not traits(model).self_conditioning:
         return old
     new: jax.Array = jax.lax.cond(last, lambda: old, embed)
@@ -237,7 +239,7 @@ def denoise_step(
     if task.max_steps is not None:
         stop |= state.step + 1 >= task.max_steps
     last = jnp.all(state.stopped | stop) | (state.step + 1 >= config.max_denoising_steps)  # []
-    soft_embeddings = _soft_embeddings(model, params, state, (shaped, prediction.log_z), last)
+    soft_embeddings = _soft_embeddings(model, params, state, shaped, prediction.log_z, last)
 
     def unless_stopped(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(per_row(state.stopped, old), old, new)
@@ -292,7 +294,9 @@ def _propose(
     logits: jax.Array,
     settled: jax.Array | None,
 ) -> tuple[Proposal, Prediction, jax.Array]:
-    """Returns the proposal, the prediction, and its marginal logits [B, C, V].
+    """Returns the proposal, the prediction, and the logits [B, C, V] that it was computed from.
+
+    These are the shaped logits without banned tokens or, with an automaton, the log-marginals.
 
     Args:
       model: the diffusion model.

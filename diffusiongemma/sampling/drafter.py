@@ -35,7 +35,8 @@ from diffusiongemma.sampling.state import (
 
 T = TypeVar('T')
 
-LONGEST_NGRAM = 6  # the longest match that a lookup searches for, in tokens
+# A lookup searches for matches of up to this many tokens, or `lookup_ngram` if that is more.
+LONGEST_NGRAM = 6
 
 
 @flax.struct.dataclass
@@ -118,8 +119,8 @@ def canvas_length(model: CausalModel, config: SamplingConfig) -> int:
 def config_of_model_drafts(config: SamplingConfig, state: LosslessState) -> SamplingConfig | None:
     """Returns a config with `model_draft_length` as its draft length, or None if not applicable.
 
-    All drafts that are verified together have the same length. In a batch, some rows can have a
-    draft of a lookup while others have one of the model, so a separate length needs a single row.
+    All drafts that are verified together have the same length. In a batch, a lookup can draft for
+    some rows and the model for others, so separate lengths require a batch of one row.
     """
     if config.model_draft_length is None or state.pending.shape[0] > 1:
         return None

@@ -13,7 +13,7 @@ from diffusiongemma.sampling import passes
 from diffusiongemma.sampling.epilogue import adjust, entropy, pick
 from diffusiongemma.sampling.finite import chosen_are_finite
 
-MAX_NGRAM = 64  # the longest search of a lookup, whose compiled code grows with it
+MAX_NGRAM = 64  # the maximum length of an n-gram; the compiled code of a lookup grows with it
 
 
 class DraftSource(Protocol):
@@ -60,7 +60,7 @@ class PromptLookup:
         size = history.shape[1]
         index = jnp.arange(size)
         last = lengths[:, None] - 1  # [B, 1]
-        run = jnp.ones(history.shape, bool)  # [B, S]
+        run = jnp.ones(history.shape, bool)  # [B, S], whether the text matches up to here
         matched = jnp.zeros(history.shape, jnp.int32)  # [B, S], matching tokens that end here
         for k in range(self.max_ngram):
             suffix = jnp.take_along_axis(history, jnp.maximum(last - k, 0), axis=1)
@@ -68,7 +68,7 @@ class PromptLookup:
             run &= (suffix == earlier) & (index >= k) & (last >= k)
             matched += run
         matched = jnp.where(index < last, matched, 0)
-        # The latest one of the longest matches.
+        # Of the longest matches, the latest one.
         best = jnp.argmax(matched * size + index, axis=1)  # [B]
         places = best[:, None] + 1 + jnp.arange(self.length)  # [B, length]
         # If the copy reaches the end of the text, it continues periodically.
@@ -158,8 +158,8 @@ def light_draft(
         logits: jax.Array, noise: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:  # [B, k] tokens and [B, k] whether they are finite
         adjusted = adjust(logits, temperature, top_k, top_p)
-        row = pick(adjusted, temperature, noise)  # [B, k], columns of `tokens`
-        return jnp.take_along_axis(tokens, row, axis=1), chosen_are_finite(adjusted, row)
+        columns = pick(adjusted, temperature, noise)  # [B, k], columns of `tokens`
+        return jnp.take_along_axis(tokens, columns, axis=1), chosen_are_finite(adjusted, columns)
 
     if light.serial_rank:
         drafted, finite = _left_to_right(
@@ -213,9 +213,9 @@ def _left_to_right(
         previous: jax.Array, inputs: tuple[jax.Array, jax.Array | None]
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         logits, noise = inputs  # [B, 1, Vd + P]
-        gain = model.apply(variables, previous[:, None], method='serial_logits')  # [B, 1, Vd]
-        gain = jnp.pad(gain, [(0, 0), (0, 0), (0, logits.shape[-1] - size)])  # [B, 1, Vd + P]
-        token, finite = choose(logits + gain, noise)
+        serial = model.apply(variables, previous[:, None], method='serial_logits')  # [B, 1, Vd]
+        serial = jnp.pad(serial, [(0, 0), (0, 0), (0, logits.shape[-1] - size)])  # [B, 1, Vd + P]
+        token, finite = choose(logits + serial, noise)
         return token[:, 0], (token[:, 0], finite[:, 0])
 
     by_position = jax.tree.map(

@@ -39,10 +39,10 @@ class Engine:
         results = {e.id: e.result for e in engine.run() if isinstance(e, Finished)}
 
     A response depends only on the prompt, the key, the mode and the controls of its request, not
-    on other requests, their time or their order. Requests that need different programs are
-    answered in separate groups, each with its own slots and K/V cache. Groups differ in the mode,
-    in whether their requests are greedy or watched, and in the controls that are set. Requests
-    with an automaton or allowed sets share a group if these are the same objects.
+    on other requests or on the order in which they arrive. Requests that need different programs
+    are answered in separate groups, each with its own slots and K/V cache. Groups differ in the
+    mode, in whether their requests are greedy or watched, and in the controls that are set.
+    Requests with an automaton or allowed sets share a group if these are the same objects.
 
     The engine is not thread-safe.
 
@@ -105,8 +105,8 @@ class Engine:
                 raise ValueError(f'{name} must be >= 1, got {number!r}; it is a whole number.')
         if prefixes and prefill_together > 1:
             raise ValueError(
-                f'prefixes={prefixes} are for prompts that are encoded one by one; leave '
-                f'prefill_together={prefill_together} out.'
+                f'prefixes={prefixes} needs prompts that are encoded one by one, got '
+                f'prefill_together={prefill_together}; leave one of them out.'
             )
         if positions is not None and self.capacity > positions:
             raise ValueError(
@@ -168,7 +168,7 @@ class Engine:
             `DenoiseStep`. During one such step, other requests decode a whole block.
 
         Raises:
-          ValueError: in the cases of a call of the sampler, and if the request does not fit into a
+          ValueError: if a call of the sampler would raise it, or if the request does not fit into a
             slot, sets a number twice, has stop texts without a tokenizer, or has a conversation
             that does not match the engine.
         """
@@ -189,7 +189,7 @@ class Engine:
             controls = dataclasses.replace(controls, temperature=row_temperature)
         if top_p is not None:
             dataclasses.replace(sampler.config, top_p=top_p)  # raises if it is out of range
-            if sampler.config.temperature > 0:
+            if sampler.config.temperature > 0:  # a greedy program does not use top_p
                 controls = dataclasses.replace(controls, top_p=np.full(1, top_p, np.float32))
         limit = self._limit(prompt, max_new_tokens, controls)
         controls = dataclasses.replace(controls, max_new_tokens=np.full(1, limit, np.int32))
@@ -270,10 +270,11 @@ class Engine:
         if conversation.capacity != self.capacity:
             raise ValueError(
                 f'The conversation has room for {conversation.capacity} tokens and the engine for '
-                f"{self.capacity}; make it with the engine's capacity."
+                f"{self.capacity}; create it with the engine's capacity."
             )
 
     def _limit(self, prompt: Sequence[int], limit: int | None, controls: Controls) -> int:
+        """Returns the maximum length of a response; raises ValueError if it does not fit."""
         room, most = self.capacity - len(prompt), self.sampler.config.max_new_tokens
         if not len(prompt):
             raise ValueError('The prompt is empty; a prompt holds at least the bos token.')
@@ -296,17 +297,19 @@ class Engine:
         return limit
 
     def _group(self, sampler: Sampler, controls: Controls, watch: bool) -> Group:
+        """Returns the group whose program can answer a request, a new one if there is none."""
         shared = (controls.allowed_sets, controls.automaton)
         rows = dataclasses.replace(controls, allowed_sets=None, automaton=None)
         leaves, structure = jax.tree.flatten(rows)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        name = (sampler, watch, structure, shapes, *map(id, shared))
-        if name not in self._groups:
+        key = (sampler, watch, structure, shapes, *map(id, shared))
+        if key not in self._groups:
+            # Groups without requests and without a K/V cache are dropped.
             groups = self._groups.items()
-            self._groups = {n: g for n, g in groups if g.waiting or g.slots.allocated}
+            self._groups = {k: g for k, g in groups if g.waiting or g.slots.allocated}
             kind = WatchedGroup if watch else Group
-            self._groups[name] = kind(self._new_slots(sampler), self._tokenizer, shared)
-        return self._groups[name]
+            self._groups[key] = kind(self._new_slots(sampler), self._tokenizer, shared)
+        return self._groups[key]
 
     def _refillable(self) -> Iterator[Group]:
         """Yields the groups with waiting requests that have a K/V cache or may allocate one.

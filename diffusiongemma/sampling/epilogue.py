@@ -51,7 +51,7 @@ def read_logits(
       largest: [..., C] float32, the maximum of the logits if it is known.
     """
     log_z, entropies = log_partition_and_entropy(shaped, largest)  # [..., C] each
-    most_likely = jnp.exp(_pick(shaped, argmax) - log_z)
+    most_likely = jnp.exp(_logits_of(shaped, argmax) - log_z)
     is_best = jnp.arange(shaped.shape[-1]) == argmax[..., None]  # [..., C, V]
     second = jnp.exp(jnp.max(jnp.where(is_best, -jnp.inf, shaped), axis=-1) - log_z)
     return Prediction(
@@ -59,7 +59,7 @@ def read_logits(
         argmax=argmax,
         log_z=log_z,
         entropies=entropies,
-        confidences=jnp.exp(_pick(shaped, candidates) - log_z),
+        confidences=jnp.exp(_logits_of(shaped, candidates) - log_z),
         margins=most_likely - second,
     )
 
@@ -210,6 +210,6 @@ def entropy(logits: Float[Array, '*B V']) -> Float[Array, '*B']:
     return log_partition_and_entropy(logits)[1]
 
 
-def _pick(logits: Float[Array, '*B V'], tokens: Int[Array, '*B']) -> Float[Array, '*B']:
+def _logits_of(logits: Float[Array, '*B V'], tokens: Int[Array, '*B']) -> Float[Array, '*B']:
     """Returns the logits [...] of tokens [...] from logits [..., V]."""
     return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]

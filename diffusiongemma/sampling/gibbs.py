@@ -76,7 +76,7 @@ class GibbsSweep:
         if self.correctors < 1 or self.positions < 1:
             raise ValueError(
                 f'correctors and positions must be >= 1, got {self.correctors} and '
-                f'{self.positions}; without correctors, name the predictor alone.'
+                f'{self.positions}; without correctors, use the predictor alone.'
             )
 
     def first_state(self, canvas: Int[Array, 'B C']) -> SweepState:
@@ -96,7 +96,7 @@ class GibbsSweep:
         if proposal.vocab_size is None:
             raise ValueError(
                 'GibbsSweep is for uniform noise, and this model was trained with masks: use '
-                'Remask, which takes tokens back.'
+                'Remask, which masks tokens again.'
             )
         step = proposal.noise_level - proposal.next_noise_level
         reached = jnp.maximum(proposal.noise_level - (1 + self.correctors) * step, 0.0)

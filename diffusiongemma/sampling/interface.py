@@ -26,8 +26,8 @@ class CausalModel(Protocol):
     passes them.
 
     A model may also have a method `empty_kv(batch_size, capacity)`, which returns zeros with the
-    structure of the keys and values of `capacity` tokens, but with fewer than T slots for layers
-    that only see the last tokens. Such an array is a ring (`KVCache`), and
+    structure of the keys and values of `capacity` tokens, but with fewer slots for layers that only
+    see the last tokens. Such an array is a ring (`KVCache`), and
     `prefix.key_tokens(slots)` returns the tokens in it. Without this method the cache has a slot
     for every token.
     """
@@ -44,7 +44,14 @@ class CausalModel(Protocol):
         segment_ids: Int[Array, 'B T'],
         prefix: Prefix | None = None,
     ) -> tuple[Float[Array, 'B T D'], Any]:
-        """Runs the causal pass over tokens [B, T]: hidden states [B, T, D], keys and values."""
+        """Returns the hidden states [B, T, D] of the causal pass, and its keys and values.
+
+        Args:
+          tokens: [B, T] int32.
+          positions: [B, T] int32, the position of each token in its row.
+          segment_ids: [B, T] int32, 1 for tokens and 0 for padding.
+          prefix: the cached tokens that precede `tokens`; None if there are none.
+        """
         ...
 
     def unembed(self, hidden: Float[Array, '*B D']) -> Float[Array, '*B V']:
@@ -68,11 +75,18 @@ class DenoisingModel(CausalModel, Protocol):
         prefix: Prefix,
         soft_embeddings: Float[Array, 'B M C D'] | None = None,
     ) -> Float[Array, 'B M C V']:
-        """Returns float32 logits [B, N, C, V] of canvases [B, N, C] after a prefix.
+        """Returns the logits of canvases after a prefix, [B, M, C, V] float32.
 
         A model whose config sets `self_conditioning` to False ignores soft embeddings. A model
-        whose config sets `predict_next` to True also gets `previous` [B, N] int32, the token
+        whose config sets `predict_next` to True also gets `previous` [B, M] int32, the token
         before each canvas.
+
+        Args:
+          canvas: [B, M, C] int32, the noisy tokens of M canvases per row; the sampler uses M = 1.
+          starts: [B, M] int32, the position of the first token of each canvas.
+          segment_ids: [B, M] int32, 1 for every canvas of the sampler.
+          prefix: the cached tokens before the canvases.
+          soft_embeddings: [B, M, C, D], the self-conditioning input.
         """
         ...
 

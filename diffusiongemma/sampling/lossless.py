@@ -80,26 +80,27 @@ def next_draft(
     """Drafts for every unfinished row, verifies the drafts, emits and caches accepted tokens."""
     noise = text_noise(model, config, state)
 
-    def verified(drafted: Drafted) -> LosslessState:
+    def verify_drafted(drafted: Drafted) -> LosslessState:
         return verify_draft(model, config, params, state, drafted, noise)
 
     if config_of_model_drafts(config, state) is None:  # one length, and one verification
-        return verified(draft(model, config, params, state, noise))
-    return with_draft(model, config, params, state, noise, verified)
+        return verify_drafted(draft(model, config, params, state, noise))
+    return with_draft(model, config, params, state, noise, verify_drafted)
 
 
 def text_noise(
     model: CausalModel, config: SamplingConfig, state: LosslessState
 ) -> jax.Array | None:
-    """Returns the Gumbel noise [B, K + 1, V] of the tokens after the pending one, or None.
+    """Returns the Gumbel noise [B, K + 1, V] of the tokens after the pending one.
 
-    Greedy text has no noise.
+    The result is None if all text is greedy.
     """
     before = state.generation
     if always_greedy(before.temperature(config)):
         return None
-    places = before.lengths[:, None] + 1 + jnp.arange(draft_length(model, config) + 1)
-    keys = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(before.keys, places)
+    # Positions in the response, [B, K + 1].
+    positions = before.lengths[:, None] + 1 + jnp.arange(draft_length(model, config) + 1)
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(before.keys, positions)
     return gumbel_noise(keys, model.config.vocab_size)
 
 
@@ -119,7 +120,7 @@ def verify_draft(
       params: the parameters of the model.
       state: the state before the draft.
       drafted: the draft tokens [B, K] after the pending tokens.
-      noise: [B, >= K + 1, V] float32, the result of `text_noise`.
+      noise: [B, >= K + 1, V] float32, the result of `text_noise`; None for greedy text.
     """
     active = ~state.finished
     before = state.generation.finish_unless(drafted.finite, 'denoise')

@@ -62,8 +62,8 @@ def prefill(
         carry: tuple[KVCache, Float[Array, 'B D']], tokens: Int[Array, 'B T']
     ) -> tuple[tuple[KVCache, Float[Array, 'B D']], None]:
         cache, last = carry
-        cache, latest, some = append(cache, tokens, cache.as_prefix())
-        return (cache, jnp.where(some[:, None], latest, last)), None
+        cache, latest, has_tokens = append(cache, tokens, cache.as_prefix())
+        return (cache, jnp.where(has_tokens[:, None], latest, last)), None
 
     cache, last, _ = append(cache, chunks[0], None if is_empty else cache.as_prefix())
     if len(chunks) > 1:

@@ -87,6 +87,7 @@ class PrefixCache:
         return cache, ends[-1] if len(ends) else 0
 
     def _keep(self, prefix: tuple[int, ...], cache: KVCache) -> None:
+        """Stores a cache; if there are too many, removes the least recently used one."""
         self._caches[prefix] = cache
         if len(self._caches) > self._entries:
             self._caches.popitem(last=False)
@@ -167,7 +168,7 @@ class ConversationCache:
         self._caches[tuple(text[: int(cache.lengths[0])])] = cache
 
     def held(self, text: Sequence[int]) -> int:
-        """Returns the number of first tokens of a text that are stored."""
+        """Returns the number of leading tokens of a text that are stored."""
         return self._longest(text)[0]
 
     def forget_but(self, text: Sequence[int]) -> None:

@@ -28,7 +28,7 @@ class RemaskState:
 
 @dataclasses.dataclass(frozen=True)
 class Remask:
-    """A rule that accepts tokens by another rule, and reopens the least confident ones at the end.
+    """A rule that wraps another rule, and reopens its least confident tokens at the end.
 
     In masked diffusion an accepted token never changes, so an early mistake affects all later
     tokens. This rule masks `count` tokens again once a canvas has no mask: those that were accepted
@@ -36,7 +36,7 @@ class Remask:
     little, because the denoiser has learned to copy it). They are predicted again, given all other
     tokens, until the stopping rule or the maximum number of steps ends the canvas (remasking by
     remembered confidence: Wang et al. 2025, arXiv:2503.00307). Pinned tokens are kept, and the last
-    step reopens nothing. With uniform noise the rule is an error, because no token is ever fixed.
+    step reopens nothing. With uniform noise no token is ever fixed, so the rule raises an error.
 
     Attributes:
       rule: the rule that accepts open positions.
@@ -57,8 +57,8 @@ class Remask:
 
     def first_state(self, canvas: Int[Array, 'B C']) -> RemaskState:
         """See `StatefulRule`."""
-        nothing = jnp.zeros(canvas.shape, jnp.float32)
-        return RemaskState(nothing, acceptance.first_state(self.rule, canvas))
+        zeros = jnp.zeros(canvas.shape, jnp.float32)
+        return RemaskState(zeros, acceptance.first_state(self.rule, canvas))
 
     def next_canvas(
         self, proposal: Proposal, state: RemaskState
@@ -77,6 +77,6 @@ class Remask:
         if proposal.pinned is not None:
             ranked = jnp.where(proposal.pinned, jnp.inf, ranked)
         rank = jnp.argsort(jnp.argsort(ranked, axis=-1, stable=True), axis=-1)  # [B, C]
-        goes_on = proposal.next_noise_level > 0  # False for the last step
-        back = is_full & goes_on & (rank < self.count) & jnp.isfinite(ranked)
-        return jnp.where(back, proposal.noise, canvas), RemaskState(confidences, rule)
+        continues = proposal.next_noise_level > 0  # False for the last step
+        reopened = is_full & continues & (rank < self.count) & jnp.isfinite(ranked)
+        return jnp.where(reopened, proposal.noise, canvas), RemaskState(confidences, rule)

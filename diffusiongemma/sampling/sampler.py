@@ -65,8 +65,8 @@ def _compiled(first: Callable[..., OneState], advance: Callable[..., OneState]) 
         prepared = prefilled(model, config, params, *prompts, capacity=capacity)
         tokens, lengths = prompts[:2] if whole is None else whole
         if capacity is not None:
-            wider = ((0, 0), (0, capacity - tokens.shape[1]))
-            tokens = jnp.pad(tokens, wider, constant_values=config.pad_id)
+            padding = ((0, 0), (0, capacity - tokens.shape[1]))
+            tokens = jnp.pad(tokens, padding, constant_values=config.pad_id)
         return first(model, config, params, *prepared, tokens, lengths)
 
     def generate(
@@ -179,18 +179,18 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f'mode must be one of {sorted(MODES)}, got {self.mode!r}.')
-        drafts = self.mode == 'lossless' and self.config.drafts is not None
-        longest = traits(self.model).canvas_length
-        if self.mode != 'autoregressive' and not (drafts or longest):
+        has_drafts = self.mode == 'lossless' and self.config.drafts is not None
+        canvas_length = traits(self.model).canvas_length
+        if self.mode != 'autoregressive' and not (has_drafts or canvas_length):
             raise ValueError(
                 f'mode {self.mode!r} needs a model with a canvas, but canvas_length of this '
                 f'{type(self.model).__name__} is 0. Use a DiffusionGemma, or '
                 "mode='autoregressive'."
             )
-        light = light_config(self.model) if longest else None
+        light = light_config(self.model) if canvas_length else None
         if self.mode == 'diffusion' and light is not None:
             raise ValueError(
-                'a light denoiser drafts for the teacher, which has to verify it: use '
+                'a light denoiser only drafts; the teacher has to verify its drafts: use '
                 "mode='lossless', or a student with a 'shared' or 'separate' denoiser."
             )
         if self.mode == 'diffusion' and self.config.logprobs is not None:
@@ -200,10 +200,10 @@ class Sampler:
                 "'autoregressive'."
             )
         for name in ('draft_length', 'model_draft_length'):
-            if (getattr(self.config, name) or 0) > longest > 0:
+            if (getattr(self.config, name) or 0) > canvas_length > 0:
                 raise ValueError(
-                    f'{name}={getattr(self.config, name)} is longer than the canvas of {longest} '
-                    'tokens that the model was trained with.'
+                    f'{name}={getattr(self.config, name)} is longer than the canvas of '
+                    f'{canvas_length} tokens that the model was trained with.'
                 )
         vocab_size = self.model.config.vocab_size
         if (self.config.logprobs or 0) > vocab_size:
@@ -263,9 +263,9 @@ class Sampler:
         """Yields the output of every canvas immediately, with the arguments and errors of a call.
 
         In each output, `tokens` is [B, C] ([B, 1] in the autoregressive mode; narrower if
-        max_new_tokens leaves less room), and `lengths` is the number of them that belong to the
-        response: 0 for rows that finished earlier. The concatenated tokens of a row equal those of
-        a call with the same arguments, and the counts add up to its counts.
+        max_new_tokens leaves less room), and `lengths` is the number of these tokens that belong to
+        the response: 0 for rows that finished earlier. The concatenated tokens of a row equal those
+        of a call with the same arguments, and the counts add up to its counts.
         """
         return self._stream(params, self.checked(tokens, lengths, rng, controls))
 

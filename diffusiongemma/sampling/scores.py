@@ -9,7 +9,10 @@ from diffusiongemma.models.arrays import AnyArray
 
 @flax.struct.dataclass
 class TokenScores:
-    """The log-probabilities of tokens in nats, at temperature 1 and without banned tokens.
+    """The log-probabilities of tokens in nats, at temperature 1.
+
+    They are normalized over the ids below `SamplingConfig.vocab_size`. `top_k`, `top_p` and
+    `Controls` have no effect on them.
 
     Attributes:
       chosen: [..., T] float32, log-probabilities of the tokens of the response.
@@ -32,7 +35,10 @@ class TokenScores:
 
     @classmethod
     def of(cls, logits: jax.Array, tokens: jax.Array, k: int) -> 'TokenScores':
-        """Returns the scores of tokens [B, T] under the logits [B, T, V] that predict them."""
+        """Returns the scores of tokens [B, T] and of the k most likely tokens at their positions.
+
+        The logits [B, T, V] are those that predict the tokens.
+        """
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         top, top_tokens = jax.lax.top_k(log_probs, k)  # [B, T, k] each
         chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]

@@ -41,6 +41,10 @@ class Slots:
 
     The tokens of a row only depend on its entry. If prompts are prefilled one by one
     (`together` = 1), other rows do not change the programs that compute them.
+
+    Attributes:
+      sampler: the sampler of all rows.
+      size: the number of rows.
     """
 
     def __init__(

@@ -72,7 +72,7 @@ class CanvasTask:
       allowed: bool that broadcasts to [B, C, V], the tokens that are allowed at a position.
       temperature: [B] float32, overrides that of the config.
       top_p: [B] float32, overrides that of the config.
-      max_steps: [B] int32, an additional limit of the number of steps of each row.
+      max_steps: [B] int32, an additional limit on the number of steps of each row.
       automaton: the automaton of valid responses.
       automaton_states: [B] int32, the states before the canvas.
       remaining: [B] int32, the number of tokens that each response may still have.
@@ -255,8 +255,9 @@ class GenerationState:
         stopped = jnp.any(stops, axis=-1)
         counts = jnp.where(stopped, jnp.argmax(stops, axis=-1) + 1, counts)
         counts = jnp.where(self.finished, 0, counts)  # [B]
-        slots = self.lengths[:, None] + offsets  # [B, T]
-        slots = jnp.where(offsets < counts[:, None], slots, self.tokens.shape[1])  # else dropped
+        columns = self.lengths[:, None] + offsets  # [B, T], places in `tokens`
+        dropped = self.tokens.shape[1]  # a column that does not exist
+        columns = jnp.where(offsets < counts[:, None], columns, dropped)
         rows = jnp.arange(block.shape[0])[:, None]
         latest = jnp.take_along_axis(block, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
         lengths = self.lengths + counts
@@ -265,7 +266,7 @@ class GenerationState:
             states = advance(automaton, states, block, counts)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return old.at[rows, slots].set(new, mode='drop')
+            return old.at[rows, columns].set(new, mode='drop')
 
         return dataclasses.replace(
             self,

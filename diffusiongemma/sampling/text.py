@@ -61,7 +61,7 @@ def check_stops(sampler: Sampler, tokenizer: Tokenizer) -> None:
     if missing:
         raise ValueError(
             f'stop_ids={sampler.config.stop_ids} of the sampling config lack {missing}, with '
-            'which this tokenizer ends a turn. Make it with SamplingConfig.for_tokenizer.'
+            'which this tokenizer ends a turn. Create the config with SamplingConfig.for_tokenizer.'
         )
 
 
@@ -160,14 +160,15 @@ class TextStream:
         return text
 
     def _until_stop(self, text: str) -> str:
+        """Returns the text up to a stop text, and holds back the possible start of one."""
         if self.stopped:
             return ''
         text = self._held + text
         self._held = ''
-        places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
-        if places:
+        starts = [start for start in map(text.find, self._stop) if start >= 0]
+        if starts:
             self.stopped = True
-            return text[: min(places)]
+            return text[: min(starts)]
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -223,6 +223,7 @@ def _draft(
     changing: jax.Array,
     pending: jax.Array | None = None,
 ) -> Draft:
+    """Returns the view of a canvas, after the `pending` tokens [B] if there are any."""
     argmax, tokens, entropies = canvas.argmax, canvas.canvas, canvas.entropies
     if pending is not None:
         argmax, tokens = (

@@ -64,6 +64,7 @@ class Metrics:
             return sum(count for _, count in self._recent) / _WINDOW_SECONDS
 
     def _forget(self) -> None:
+        """Drops token counts that are older than the window of the rate."""
         start = time.monotonic() - _WINDOW_SECONDS
         while self._recent and self._recent[0][0] < start:
             self._recent.popleft()

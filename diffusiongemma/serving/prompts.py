@@ -40,7 +40,7 @@ def read_conversation(fields: Fields, tokenizer: Tokenizer) -> list[int]:
     """Returns the token ids of the field `messages`, up to the start of the answer."""
     messages = fields.array('messages')
     if not messages:
-        raise fields.error('messages', 'messages must hold one message or more.')
+        raise fields.error('messages', 'messages must hold at least one message.')
     turns = [_message(fields, n, message) for n, message in enumerate(messages)]
     system = turns.pop(0)[1] if turns[0][0] in ('system', 'developer') else None
     roles = [role for role, _ in turns]

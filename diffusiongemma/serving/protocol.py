@@ -15,14 +15,14 @@ MAX_TOP_LOGPROBS = 20
 _MAX_STOPS, _MAX_STOP_LENGTH = 4, 256
 # OpenAI's fields that are only accepted with values without effect, and the reason for an error.
 _NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
-    'n': ((1,), 'send one request per answer, each with a seed of its own.'),
-    'best_of': ((1,), 'send one request per answer, each with a seed of its own.'),
+    'n': ((1,), 'send one request per answer, each with a different seed.'),
+    'best_of': ((1,), 'send one request per answer, each with a different seed.'),
     'logit_bias': (({},), 'the server has no token biases; the library can ban sets of tokens.'),
     'presence_penalty': ((0, 0.0), 'there is no penalty on repetition.'),
     'frequency_penalty': ((0, 0.0), 'there is no penalty on repetition.'),
     'echo': ((False,), 'put the prompt before the answer yourself.'),
-    'tools': (([],), 'the models here call no tools; use response_format.'),
-    'tool_choice': (('none', 'auto'), 'the models here call no tools; use response_format.'),
+    'tools': (([],), 'tool calls are not supported; use response_format.'),
+    'tool_choice': (('none', 'auto'), 'tool calls are not supported; use response_format.'),
 }
 
 
@@ -172,7 +172,7 @@ def _task(fields: Fields, prompt: list[int], chat: bool, limits: Limits) -> Gene
     for name in ('user', 'model'):
         fields.text(name)
     longest = fields.integer('max_tokens', 1, limits.max_new_tokens)
-    if chat:  # OpenAI's newer name of max_tokens
+    if chat:  # OpenAI's newer name for max_tokens
         newer = fields.integer('max_completion_tokens', 1, limits.max_new_tokens)
         longest = longest if newer is None else newer
     stream = fields.flag('stream')
@@ -308,8 +308,8 @@ def _with_suffix(task: GenerationTask, suffix: list[int], limits: Limits) -> Gen
             f'suffix has {len(suffix)} tokens, and the canvas has {limits.canvas_length} for the '
             f'answer and the suffix: max_tokens must lie in [1, {room}].'
             if room >= 1
-            else f'suffix has {len(suffix)} tokens; it must have less than the canvas, '
-            f'{min(limits.canvas_length, limits.max_new_tokens)}.',
+            else f'suffix has {len(suffix)} tokens, but it and the answer must fit into '
+            f'{min(limits.canvas_length, limits.max_new_tokens)} tokens; shorten it.',
             'suffix',
         )
     return dataclasses.replace(task, suffix=suffix, max_new_tokens=gap)

@@ -10,8 +10,8 @@ import uvicorn
 from diffusiongemma.serving.app import make_app
 from diffusiongemma.serving.service import Service
 
-# After the last answer the server stays up, so that clients which send another request receive
-# status 503 instead of a connection error.
+# For this many ticks of 0.1 s after the last answer the server stays up, so that clients that send
+# another request receive status 503 instead of a connection error.
 _LINGER_TICKS = 5
 _KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections in their pools
 

@@ -175,7 +175,7 @@ class Service:
         """Returns the probabilities of the answers; must run in the thread of the worker.
 
         Raises:
-          ValueError: if the model has no diffusion mode, or in the cases of `decide`.
+          ValueError: if the model has no diffusion mode, or if `sampling.decide` raises it.
         """
         reason = self.limits.modes['diffusion']
         if reason is not None:
@@ -237,7 +237,10 @@ class Service:
         }
 
     def warm_up(self) -> Result:
-        """Answers a short prompt, so that the first client does not wait for the compilation."""
+        """Returns the answer to a short prompt.
+
+        A call before the first request compiles the program, so that no client waits for it.
+        """
         prompt = self.tokenizer.format_prompt('Hello')
         events: queue.SimpleQueue[WorkerEvent] = queue.SimpleQueue()
         temperature = self.limits.temperature
@@ -314,7 +317,7 @@ class Call:
 
 
 def failure(event: WorkerEvent) -> RequestError:
-    """Returns the error response for a request whose program failed."""
+    """Returns the error response for a request that failed or was rejected."""
     error = event.error if isinstance(event, Failed | Refused) else None
     return RequestError(503, f'The request failed: {error}'[:500])
 

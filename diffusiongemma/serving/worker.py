@@ -89,7 +89,7 @@ class Worker:
         self._inbox.put(lambda: self._cancel(ticket))
 
     def call(self, function: Callable[[], T]) -> concurrent.futures.Future[T]:
-        """Runs a function in the thread of the worker, between two steps of the engine."""
+        """Returns the future of a function that the thread of the worker runs between two steps."""
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def work() -> None:

@@ -12,7 +12,7 @@ from diffusiongemma.view.interrupt import interruptible
 
 HELP = """\
 /mode [diffusion|autoregressive|lossless]  sets the decode mode, or prints it without an argument
-/steps [N]  sets the most denoise steps per canvas (lossless mode: per draft), or prints them
+/steps [N]  limits the denoise steps per canvas (lossless mode: per draft), or prints the limit
 /reset      forgets the conversation
 /help       prints this text
 /quit       ends the chat, like the end of the input
@@ -21,7 +21,7 @@ Any other text is sent to the model; //text sends /text."""
 
 
 class Conversation:
-    """A conversation with a `ChatSampler` by functions that read and write text.
+    """A conversation with a `ChatSampler` through functions that read and write text.
 
     Conversation(chat, read=lambda: input('> '), write=print_part).run()
     """
@@ -94,7 +94,7 @@ class Conversation:
     def _answer(self, text: str) -> None:
         start, shown = time.perf_counter(), 0
         for reply in interruptible(self._chat.stream(text)):
-            # A chat of single questions says so at its start.
+            # With max_turns=1 a chat says at its start that each question is a conversation.
             if reply.forgotten > self._forgotten and self._chat.max_turns != 1:
                 self._write(f'[{_sees(reply.forgotten)}]\n')
                 self._forgotten = reply.forgotten

@@ -152,8 +152,8 @@ def frames(
     """Yields frames from the results of `sampling.watch.watch` for a batch of one prompt.
 
     Args:
-      drafts: the results of `watch`, in either mode. Only the time to compute them is counted,
-        not the time to process a frame.
+      drafts: the results of `watch`. Only the time to compute them is counted, not the time to
+        process a frame.
       tokenizer: the tokenizer of the model.
       stop_ids: ids of stop tokens; draft tokens after one of them do not count as refused.
     """
@@ -209,7 +209,15 @@ class _Token(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Moment:
-    """The committed tokens and the tokens of the canvas after them, on the host."""
+    """The committed tokens and the tokens of the canvas after them, on the host.
+
+    Attributes:
+      settled: the ids of the committed tokens.
+      open: the tokens of the canvas; [] after the last canvas.
+      canvases: the number of committed canvases.
+      denoising_steps: the number of denoise passes so far.
+      limit: the maximum number of tokens of the response.
+    """
 
     settled: list[int]
     open: list[_Token]
