@@ -37,8 +37,8 @@ def train(training: TeacherTraining, workdir: Path) -> TrainState:
 
     The averaged parameters are exported to `workdir`/model.
     """
+    tokenizer = _load_tokenizer(training)
     write_resolved(training, workdir)
-    tokenizer = Tokenizer.load(training.tokenizer)
     model = Gemma(training.model, compute_dtype(training.dtype))
     loop, data, compute = training.train, training.data, training.compute
     optimizer = make_optimizer(training.optimizer, loop.num_steps)
@@ -90,6 +90,17 @@ def train(training: TeacherTraining, workdir: Path) -> TrainState:
     export, params = workdir / EXPORT_DIR, state.evaluated_params
     save_bundle(export, model.config, params, tokenizer, dtype='bfloat16', about=about)
     return state
+
+
+def _load_tokenizer(training: TeacherTraining) -> Tokenizer:
+    """Returns the tokenizer; raises ValueError if the model has no room for its tokens."""
+    tokenizer, size = Tokenizer.load(training.tokenizer), training.model.vocab_size
+    if tokenizer.vocab_size > size:
+        raise ValueError(
+            f'config.model.vocab_size={size} is less than the {tokenizer.vocab_size} tokens of '
+            f'config.tokenizer={training.tokenizer}; use at least {tokenizer.vocab_size}.'
+        )
+    return tokenizer
 
 
 def _initial_state(

@@ -34,6 +34,7 @@ from diffusiongemma.parallel import (
 )
 from diffusiongemma.planning.programs import training_step
 from diffusiongemma.sampling import TokenStability, TopK
+from diffusiongemma.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'docs'))
 import config_page  # noqa: E402
@@ -262,6 +263,14 @@ def test_a_value_of_a_wrong_type_is_named(path, value, message):
     inside[name] = value
     with pytest.raises(ValueError, match=message):
         Experiment.of(ConfigDict(values))
+
+
+def test_a_teacher_without_room_for_the_tokens_is_refused(tmp_path):
+    config = load('tiny_teacher')
+    config.model.vocab_size = 1000
+    with pytest.raises(ValueError, match='vocab_size=1000 is less than the 1024 tokens of'):
+        train(TeacherTraining.of(config), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_numbers_of_numpy_paths_and_lists_are_plain_values(tmp_path):

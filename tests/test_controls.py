@@ -271,6 +271,13 @@ def test_bad_settings_are_one_clear_error(fields, message):
         SamplingConfig(**fields)
 
 
+@pytest.mark.parametrize('function', [allow, ban])
+@pytest.mark.parametrize('token', [-1, V])
+def test_only_token_ids_can_be_allowed_or_banned(function, token):
+    with pytest.raises(ValueError, match=rf'must be in \[0, {V}\), got \[{token}\]'):
+        function([3, token], V)
+
+
 def test_a_length_target_needs_a_length_and_a_stop_token():
     with pytest.raises(ValueError, match='lengths must be >= 1'):
         exact_lengths([3, 0], (1,), V)

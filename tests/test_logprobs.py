@@ -9,6 +9,7 @@ from toy_model import toy
 
 from diffusiongemma.evaluation.scoring import response_log_probs
 from diffusiongemma.sampling import Controls, Sampler, SamplingConfig, pad_prompts, pin
+from diffusiongemma.sampling.batching import generate_many
 from diffusiongemma.sampling.engine import Delta, Engine, Finished
 
 MODEL, PARAMS = toy(4)
@@ -80,6 +81,17 @@ def test_streamed_scores_join_to_those_of_a_call(mode):
             parts[row] += part.tolist()
     for row, part in zip(cut(whole.scores.chosen, whole.lengths), parts, strict=True):
         np.testing.assert_allclose(part, row, rtol=1e-5, atol=1e-5)
+
+
+def test_many_prompts_have_the_scores_of_one_batch():
+    sampler = Sampler(MODEL, CONFIG, 'lossless')
+    keys = jax.random.split(jax.random.key(1), len(PROMPTS))
+    whole = sampler(PARAMS, *pad_prompts(PROMPTS, 22), rng=keys)
+    output = generate_many(sampler, PARAMS, PROMPTS, rng=keys, batch_size=2)
+    for name in ('chosen', 'top', 'top_tokens'):
+        found, expected = (getattr(each.scores, name) for each in (output, whole))
+        for own, row in zip(cut(found, output.lengths), cut(expected, whole.lengths), strict=True):
+            np.testing.assert_allclose(own, row, rtol=1e-5, atol=1e-5)
 
 
 def test_an_engine_gives_scores_to_the_requests_that_ask_and_changes_no_text():

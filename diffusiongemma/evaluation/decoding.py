@@ -32,7 +32,6 @@ class EvalConfig:
     """Settings for the size of an evaluation.
 
     Attributes:
-      num_examples: the number of held-out problems for the accuracy.
       batch_size: the number of rows decoded at once for the accuracy.
       speed_batch_sizes: the batch sizes at which speed is measured, the main one first.
       speed_batches: the number of timed batches of the main size. Other sizes time the same
@@ -41,7 +40,6 @@ class EvalConfig:
         number of compiled programs.
     """
 
-    num_examples: int = 256
     batch_size: int = 32
     speed_batch_sizes: tuple[int, ...] = (1, 8)
     speed_batches: int = 24

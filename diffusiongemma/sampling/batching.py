@@ -13,6 +13,7 @@ from diffusiongemma.sampling.interface import traits
 from diffusiongemma.sampling.prompts import pad_prompts
 from diffusiongemma.sampling.randomness import row_keys
 from diffusiongemma.sampling.sampler import Sampler
+from diffusiongemma.sampling.scores import TokenScores
 from diffusiongemma.sampling.state import SamplerOutput
 
 
@@ -85,6 +86,10 @@ def _collected(sampler: Sampler, results: Sequence[Result | None]) -> SamplerOut
     if sampler.mode == 'lossless':
         bins = draft_length(sampler.model, sampler.config) + 2
         accepted = np.zeros((count, bins), np.int32)
+    scores, logprobs = None, sampler.config.logprobs
+    if logprobs is not None:
+        empty = TokenScores.empty(count, sampler.config.max_new_tokens, logprobs)
+        scores = jax.tree.map(np.array, empty)
     for row, result in enumerate(results):
         if result is None:
             continue
@@ -95,6 +100,8 @@ def _collected(sampler: Sampler, results: Sequence[Result | None]) -> SamplerOut
         causal_passes[row] = result.causal_passes
         if accepted is not None and result.accepted_lengths is not None:
             accepted[row] = result.accepted_lengths
+        for whole, part in zip(*map(jax.tree.leaves, (scores, result.scores)), strict=True):
+            whole[row, : len(result.tokens)] = part
     return SamplerOutput(
         tokens=tokens,
         lengths=lengths,
@@ -103,4 +110,5 @@ def _collected(sampler: Sampler, results: Sequence[Result | None]) -> SamplerOut
         causal_passes=causal_passes,
         failed_pass=np.zeros(count, np.int32),
         accepted_lengths=accepted,
+        scores=scores,
     )

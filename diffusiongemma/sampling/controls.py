@@ -243,12 +243,23 @@ def pin(responses: Sequence[Sequence[int | None]]) -> Int[Array, 'B T']:
 
 
 def allow(tokens: Sequence[int], vocab_size: int) -> Bool[Array, ' {vocab_size}']:
-    """Returns a row [V] of `Controls.allowed_sets` that allows only these tokens."""
+    """Returns a row [V] of `Controls.allowed_sets` that allows only these tokens.
+
+    Raises:
+      ValueError: if one of them is not a token id.
+    """
+    wrong = [token for token in tokens if not 0 <= token < vocab_size]
+    if wrong:
+        raise ValueError(f'token ids must be in [0, {vocab_size}), got {wrong}.')
     return jnp.zeros(vocab_size, bool).at[jnp.asarray(list(tokens), jnp.int32)].set(True)
 
 
 def ban(tokens: Sequence[int], vocab_size: int) -> Bool[Array, ' {vocab_size}']:
-    """Returns a row [V] of `Controls.allowed_sets` that allows all tokens except these."""
+    """Returns a row [V] of `Controls.allowed_sets` that allows all tokens except these.
+
+    Raises:
+      ValueError: if one of them is not a token id.
+    """
     return ~allow(tokens, vocab_size)
 
 

@@ -167,26 +167,6 @@ def first_noise(
     )
 
 
-def _soft_embeddings(
-    model: DenoisingModel,
-    params: Params,
-    state: DenoiseState,
-    logits: jax.Array,
-    log_z: jax.Array,
-    last: jax.Array,
-) -> jax.Array:
-    """Returns soft embeddings [B, C, D] for the next step; after the last step the old ones.
-
-    They are computed from shaped logits [B, C, V] and their logsumexp `log_z` [B, C].
-    """
-    old = state.soft_embeddings
-    embed = functools.partial(passes.soft_embed, model, params, logits, log_z)
-    if not traits(model).self_conditioning:
-        return old
-    new: jax.Array = jax.lax.cond(last, lambda: old, embed)
-    return new
-
-
 def denoise_step(
     model: DenoisingModel,
     config: SamplingConfig,
@@ -222,11 +202,7 @@ def denoise_step(
     proposal, prediction, shaped = _propose(model, config, task, state, keys, shaped, settled)
     argmax = prediction.argmax
     if task.text_noise is not None and task.automaton is None:
-        # The draft uses the same noise as the text, so that it is accepted more often.
-        adjusted = restrict(logits, settled, task.allowed)
-        temperature = _temperature(config, task)
-        adjusted = adjust(adjusted, temperature, config.top_k, _top_p(config, task))
-        argmax = pick(adjusted, temperature, task.text_noise)
+        argmax = _drawn(config, task, restrict(logits, settled, task.allowed))
     rule = config.acceptance_rule
     canvas, rule_state = acceptance.next_canvas(rule, proposal, state.rule_state)
     history = jnp.concatenate([state.argmax_history[:, 1:], argmax[:, None]], axis=1)  # [B, W, C]
@@ -239,7 +215,10 @@ def denoise_step(
     if task.max_steps is not None:
         stop |= state.step + 1 >= task.max_steps
     last = jnp.all(state.stopped | stop) | (state.step + 1 >= config.max_denoising_steps)  # []
-    soft_embeddings = _soft_embeddings(model, params, state, shaped, prediction.log_z, last)
+    soft_embeddings = state.soft_embeddings
+    if traits(model).self_conditioning:  # no step reads those of the last one
+        embed = functools.partial(passes.soft_embed, model, params, shaped, prediction.log_z)
+        soft_embeddings = jax.lax.cond(last, lambda: state.soft_embeddings, embed)
 
     def unless_stopped(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(per_row(state.stopped, old), old, new)
@@ -255,6 +234,16 @@ def denoise_step(
         finite=finite,
         rule_state=jax.tree.map(unless_stopped, rule_state, state.rule_state),
     )
+
+
+def _drawn(config: SamplingConfig, task: CanvasTask, logits: jax.Array) -> jax.Array:
+    """Returns tokens [B, C] of a draft that use the same noise as the text.
+
+    Drafts that are drawn like the text are accepted more often than its most likely tokens.
+    """
+    temperature = _temperature(config, task)
+    adjusted = adjust(logits, temperature, config.top_k, _top_p(config, task))
+    return pick(adjusted, temperature, task.text_noise)
 
 
 def _settled(mask_id: int | None, task: CanvasTask, canvas: jax.Array) -> jax.Array | None:

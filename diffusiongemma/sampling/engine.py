@@ -42,9 +42,8 @@ class Engine:
     on other requests or on the order in which they arrive. Requests that need different programs
     are answered in separate groups, each with its own slots and K/V cache. Groups differ in the
     mode, in whether their requests are greedy or watched, and in the controls that are set.
-    Requests with an automaton or allowed sets share a group if these are the same objects.
-
-    The engine is not thread-safe.
+    Requests with an automaton or allowed sets share a group if these are the same objects. The
+    engine is not thread-safe.
 
     Attributes:
       sampler: the sampler whose mode and config are the defaults of all requests.
@@ -70,11 +69,10 @@ class Engine:
         """Creates an engine; nothing is compiled or allocated before the first request.
 
         Args:
-          sampler: the sampler whose mode and config are the defaults of all requests; its
-            `max_new_tokens` limits every response.
+          sampler: its mode and config are the defaults of all requests, and its `max_new_tokens`
+            limits every response.
           params: the parameters of the model.
-          tokenizer: the tokenizer of the model, which decodes the texts of the events; with None,
-            events only contain token ids.
+          tokenizer: decodes the texts of the events; with None, they only contain token ids.
           slots: the number of rows of a group.
           capacity: the maximum number of tokens of a prompt and its response; None for the number
             of positions of the model, at most 4,096.
@@ -83,10 +81,9 @@ class Engine:
           prefill_together: the maximum number of prompts of a group that one pass encodes. With 1,
             other requests do not change the programs that compute a response; with more, responses
             are equal up to the order of float sums.
-          prefixes: the maximum number of prompt prefixes, shared by several prompts, whose K/V
-            caches (one row each) are kept for reuse. If it is not 0, prompts longer than
-            `prefix_block` are always encoded block by block, so reuse does not change responses.
-            It requires `prefill_together=1`.
+          prefixes: the maximum number of shared prompt prefixes whose K/V caches (one row each)
+            are kept for reuse. If it is not 0, prompts longer than `prefix_block` are always
+            encoded block by block, so reuse changes no response. Needs `prefill_together=1`.
           prefix_block: the number of tokens of a block.
 
         Raises:

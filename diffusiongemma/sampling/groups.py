@@ -110,7 +110,7 @@ class Group:
         """Returns the events of one row since it was last read, and updates the row."""
         id, before = row.request.id, len(row.tokens)
         if output.failed_pass[slot]:
-            return [Failed(id, not_finite(int(output.failed_pass[slot]), f'row {id}'))]
+            return [Failed(id, not_finite(int(output.failed_pass[slot]), f'request {id}'))]
         new = output.tokens[slot, before : int(output.lengths[slot])].tolist()
         row.tokens += new
         text = ''

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 
 from diffusiongemma.serving.protocol import Limits
 from diffusiongemma.view.frames import css, legend
@@ -24,10 +25,7 @@ def page(name: str, limits: Limits) -> str:
         '@LEGEND': scale,
         '@LIMIT': json.dumps(limits.max_new_tokens),
     }
-    text = _PAGE
-    for key, value in values.items():
-        text = text.replace(key, value)
-    return text
+    return re.sub('|'.join(values), lambda key: values[key[0]], _PAGE)
 
 
 _PAGE = """<!doctype html>
