@@ -6,12 +6,13 @@ import gzip
 import hashlib
 import io
 import json
-import operator
 import zlib
 from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
+
+from diffusiongemma.data.indexing import from_start
 
 # Excel and PowerShell write this mark at the start of UTF-8 text; it is skipped.
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
@@ -162,9 +163,7 @@ class JsonlSource:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f'index {index} is out of range for {self!r}.')
+        index = from_start(index, self)
         start, length = self._spans[index].tolist()
         with self._open() as file:  # reopened each time, which is thread-safe and picklable
             file.seek(start)

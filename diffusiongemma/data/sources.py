@@ -10,11 +10,11 @@ A source has a length and random access; an example is {'prompt': str, 'response
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from diffusiongemma.data import jsonl
+from diffusiongemma.data.indexing import from_start
 from diffusiongemma.data.tasks import human_eval, python_source, sudoku, wordmath
 from diffusiongemma.errors import nearest
 
@@ -141,10 +141,8 @@ class _First:
         return self._size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = operator.index(index)
-        if not -self._size <= index < self._size:
-            raise IndexError(f'index {index} is out of range for {self!r}.')
-        return self._source[index % self._size]
+        index = from_start(index, self)
+        return self._source[index]
 
     def __repr__(self) -> str:
         return f'{self._source!r}[:{self._size}]'

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from diffusiongemma.data import tfds_builders  # noqa: F401, registers the built-in datasets
+from diffusiongemma.data.indexing import from_start
 
 
 class TfdsSource:
@@ -69,10 +69,8 @@ class TfdsSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f'index {index} is out of range for {self!r}.')
-        row = self._rows[index % len(self)]
+        index = from_start(index, self)
+        row = self._rows[index]
         return {self._features.get(key, key): _plain(value) for key, value in row.items()}
 
     def __repr__(self) -> str:

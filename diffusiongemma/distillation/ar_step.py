@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.head import score_positions
 from diffusiongemma.distillation.losses import before, cross_entropy, mean_weights
 from diffusiongemma.distillation.microbatches import in_microbatches
 from diffusiongemma.distillation.state import TrainState, apply_gradients
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.transformer import Gemma
-
-Batch = dict[str, jax.Array]
 
 
 def make_ar_train_step(

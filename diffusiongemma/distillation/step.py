@@ -11,7 +11,7 @@ import optax
 from diffusiongemma.distillation.canvases import Batch
 from diffusiongemma.distillation.head import score_positions
 from diffusiongemma.distillation.losses import before, mean_weights
-from diffusiongemma.distillation.microbatches import in_microbatches
+from diffusiongemma.distillation.microbatches import Metrics, in_microbatches
 from diffusiongemma.distillation.state import TrainState, apply_gradients
 from diffusiongemma.distillation.teacher import (
     FullDistribution,
@@ -23,8 +23,6 @@ from diffusiongemma.models.cache import Prefix
 from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.models.inference import kernels_in_compute_dtype
 from diffusiongemma.models.transformer import Gemma
-
-Metrics = dict[str, jax.Array]
 
 
 class Objective(Protocol):

@@ -40,7 +40,7 @@ def start(
     """
     del prompt, prompt_lengths
     keys = fold_in_rows(state.keys, 0)
-    token, finite, scores = first_token(model, config, params, state, hidden, keys)
+    token, finite, scores = draw_token(model, config, params, state, hidden, keys)
     state = state.finish_unless(finite, 'prefill')
     return state.emit(config, token[:, None], passes=1, scores=scores)
 
@@ -53,12 +53,12 @@ def next_token(
     hidden, cache = passes.extend(model, params, state.cache, latest, ~state.finished)
     state = dataclasses.replace(state, cache=cache)
     keys = fold_in_rows(state.keys, state.lengths)
-    token, finite, scores = first_token(model, config, params, state, hidden[:, 0], keys)
+    token, finite, scores = draw_token(model, config, params, state, hidden[:, 0], keys)
     state = state.finish_unless(finite, 'autoregressive')
     return state.emit(config, token[:, None], passes=1, scores=scores)
 
 
-def first_token(
+def draw_token(
     model: CausalModel,
     config: SamplingConfig,
     params: Params,

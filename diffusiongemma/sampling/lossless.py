@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from diffusiongemma.constraints.automaton import trace
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.sampling import passes
-from diffusiongemma.sampling.autoregressive import first_token, next_token_logits, scores_of
+from diffusiongemma.sampling.autoregressive import draw_token, next_token_logits, scores_of
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.drafter import (
     Drafted,
@@ -61,7 +61,7 @@ def start(
     """
     sizes = (prompt.shape[0], draft_length(model, config) + 2)
     keys = fold_in_rows(state.keys, 0)
-    pending, finite, scores = first_token(model, config, params, state, hidden, keys)
+    pending, finite, scores = draw_token(model, config, params, state, hidden, keys)
     return LosslessState(
         generation=state.finish_unless(finite, 'prefill'),
         pending=pending,

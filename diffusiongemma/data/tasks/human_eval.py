@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
+
+from diffusiongemma.data.indexing import from_start
 
 
 class HumanEval:
@@ -48,9 +49,7 @@ class HumanEval:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> dict[str, str]:
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f'index {index} is out of range for {self!r}.')
+        index = from_start(index, self)
         return dict(self._examples[index])
 
     def __repr__(self) -> str:  # grain identifies a source by its repr

@@ -13,11 +13,12 @@ versions of Python have other files, which changes the fingerprint.
 from __future__ import annotations
 
 import hashlib
-import operator
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+from diffusiongemma.data.indexing import from_start
 
 SPLITS = ('train', 'test')
 TEST_ONE_IN = 8
@@ -85,9 +86,7 @@ class PythonSource:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> dict[str, str]:
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f'index {index} is out of range for {self!r}.')
+        index = from_start(index, self)
         path, prompt, response = self._examples[index]
         return {'prompt': prompt, 'response': response, 'path': path}
 

@@ -14,12 +14,13 @@ grid nor a renaming of it is in both splits.
 from __future__ import annotations
 
 import functools
-import operator
 import re
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
+
+from diffusiongemma.data.indexing import from_start
 
 INSTRUCTION = 'Solve this sudoku:'
 SPLITS = ('train', 'test')
@@ -287,10 +288,8 @@ class Sudoku:
         return self._size
 
     def __getitem__(self, index: int) -> dict[str, str | int]:
-        index = operator.index(index)
-        if not -self._size <= index < self._size:
-            raise IndexError(f'index {index} is out of range for {self!r}.')
-        return generate(index % self._size, self._split, self._seed, self._grid, *self._clues)
+        index = from_start(index, self)
+        return generate(index, self._split, self._seed, self._grid, *self._clues)
 
     def __repr__(self) -> str:  # grain identifies a source by its repr
         return (

@@ -12,13 +12,13 @@ combination is in both splits, even with other names and another wording.
 
 from __future__ import annotations
 
-import operator
 import re
 import zlib
 from collections.abc import Mapping
 
 import numpy as np
 
+from diffusiongemma.data.indexing import from_start
 from diffusiongemma.data.tasks.wordmath_long import FOUR_STEPS, THREE_STEPS
 from diffusiongemma.data.tasks.wordmath_short import ONE_STEP, TWO_STEPS
 from diffusiongemma.data.tasks.wordmath_templates import MAX_DRAWS, Template
@@ -86,10 +86,8 @@ class Wordmath:
         return self._size
 
     def __getitem__(self, index: int) -> dict[str, str]:
-        index = operator.index(index)
-        if not -self._size <= index < self._size:
-            raise IndexError(f'index {index} is out of range for {self!r}.')
-        return generate(index % self._size, self._split, self._seed)
+        index = from_start(index, self)
+        return generate(index, self._split, self._seed)
 
     def __repr__(self) -> str:  # grain identifies a source by its repr
         return f'Wordmath(split={self._split!r}, size={self._size}, seed={self._seed})'
