@@ -125,11 +125,12 @@ class CheckpointStore:
             yield
         except Exception as error:  # from orbax, tensorstore or the system, also in a thread
             complete = [step for step in self._manager.all_steps() if self._is_complete(step)]
-            kept = f'The last complete one is of step {max(complete)}' if complete else 'None is'
+            kept = 'No complete checkpoint is there.'
+            if complete:
+                kept = f'The last complete checkpoint is of step {max(complete)}.'
             raise CheckpointError(
-                f'a checkpoint in {self.directory} was not written: {_in_short(error)} '
-                f'{kept} there. Make room if the disk is full, and start again with the same '
-                'workdir to go on.'
+                f'a checkpoint in {self.directory} was not written: {_in_short(error)} {kept} Make '
+                'room if the disk is full, and start again with the same workdir to go on.'
             ) from error
 
     def _is_complete(self, step: int) -> bool:
