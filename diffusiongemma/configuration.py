@@ -31,8 +31,8 @@ _PLAIN: Mapping[Any, tuple[Any, str]] = {
 
 KNOWN = 'known keys'  # the words before a list of keys in an error message
 SAMPLING = 'diffusiongemma.sampling.'  # rules of this package are written without their module
-# Metadata keys of a field: the dataclass of a section that stays a mapping, and a function of a
-# section's values and path, which returns the section instead of `build`.
+# Metadata keys of a field that is a section. SECTION: the dataclass that checks a section which
+# stays a mapping. READER: a function of values and path that returns the section, not `build`.
 SECTION, READER = 'section', 'reader'
 
 
@@ -83,7 +83,7 @@ def build(cls: type[T], values: Any, where: str = '') -> T:
 
 
 def _placed(message: str, path: str, fields: Iterable[str]) -> str:
-    """Returns the message of an invalid section with the path of the section, or of its field."""
+    """Returns an error message of a section, with the path of the section or of its field."""
     if message.startswith('config.'):  # it already has the paths of its keys
         return message
     (name,) = re.findall(r'^\w*', message)
@@ -203,7 +203,7 @@ def _add_asked(config: ConfigDict, cls: type, names: Iterable[str]) -> None:
 
 
 def profiled(config: ConfigDict, profile: bool) -> ConfigDict:
-    """Returns the config; with `profile`, it traces a few training steps (see `LoopConfig`)."""
+    """Returns the config, with `train.profile_steps` set if `profile` is true (`LoopConfig`)."""
     if not profile:
         return config
     config = config.copy_and_resolve_references()

@@ -125,7 +125,7 @@ class CheckpointStore:
             yield
         except Exception as error:  # from orbax, tensorstore or the system, also in a thread
             complete = [step for step in self._manager.all_steps() if self._is_complete(step)]
-            kept = 'No complete checkpoint is there.'
+            kept = 'There is no complete checkpoint yet.'
             if complete:
                 kept = f'The last complete checkpoint is of step {max(complete)}.'
             raise CheckpointError(
@@ -297,7 +297,7 @@ def _check_same(
 def _misfit(directory: Path, step: int, problems: list[str]) -> str:
     more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
     if all(problem.startswith('ema_params/') for problem in problems):
-        more += '; only one of them keeps an average (config.optimizer.average)'
+        more += '; only one of checkpoint and run keeps an average (config.optimizer.average)'
     return (
         f'checkpoint {directory / str(step)} does not fit this run: {"; ".join(problems[:3])}'
         f'{more}. Use the config that the checkpoint was made with, or another workdir.'

@@ -29,7 +29,7 @@ class PassContext:
     """The inputs that all layers of one pass share, by layer type.
 
     Attributes:
-      rope: the rotary tables.
+      rope: the rotary tables (cosine, sine), [B, M, T, H/2] each.
       mask: the attention masks.
       shared_kv: for layers that share keys and values: the keys and values of the prefix
         [B, K, S, H] and of the blocks [B, K, M, T, H].

@@ -163,6 +163,14 @@ class _Blocks:
 
     If there are at least as many rows as groups, the first blocks of all groups come first, so that
     they can be one batched matmul. Otherwise most groups have no rows and no block.
+
+    Attributes:
+      size: R, the rows of a block.
+      count: the number of blocks for which there is memory.
+      first: the number of first blocks of groups at the start: E or 0.
+      used: the number of blocks in use, including these.
+      group: [count], the group of each later block.
+      place: [N], the slot of each row in the blocks; out of range for rows without a group.
     """
 
     def __init__(self, num_rows: int, group_sizes: jax.Array, largest: int = LARGEST_BLOCK) -> None:
@@ -172,7 +180,7 @@ class _Blocks:
         self.size = min(1 << (rows_per_group - 1).bit_length(), largest)
         self.count = -(-num_rows // self.size) + num_groups  # the maximum number of blocks
         leading = int(num_rows >= num_groups)
-        self.first = leading * num_groups  # the number of first blocks of groups
+        self.first = leading * num_groups
         others = jnp.maximum(-(-group_sizes // self.size) - leading, 0)  # [E], later blocks
         last_other, last_row = jnp.cumsum(others), jnp.cumsum(group_sizes)  # [E]
         self.used = self.first + last_other[-1]
