@@ -287,7 +287,10 @@ def _load_adapted(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -
     _check_chain(directory)
     base_model, params, tokenizer = load_model(base, dtype, mesh)
     if adapters.fingerprint(params) != adapter.base_fingerprint:
-        raise ValueError(f'{directory} does not adapt {base}: its weights are of another model.')
+        raise ValueError(
+            f'{directory} does not adapt {base}: its weights are of another model; change "base" '
+            f'in {directory / adapters.CONFIG_FILE}.'
+        )
     model = bundle.model_for(adapter.model, base_model.dtype)
     merge = jax.jit(merge_lora, static_argnums=2)
     merged = merge(base_params(adapter.model, params), adapter.params, adapter.lora)

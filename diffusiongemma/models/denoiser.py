@@ -130,6 +130,9 @@ class DiffusionGemma(Gemma):
 
         Returns:
           Final hidden states [B, M, C, D].
+
+        Raises:
+          ValueError: if the model needs `previous` or `teacher_state`, and it is None.
         """
         if not self.config.self_conditioning:
             soft_embeddings = None

@@ -114,9 +114,9 @@ def spread(
 ) -> list[tuple[str, ...]]:
     """Returns the mesh axes over which each dimension of an array is sharded.
 
-    A mesh axis shards only one dimension of an array, the first one whose rule names it. A mesh
-    axis that does not divide its dimension is left out, so the dimension is replicated along it
-    (e.g. one key/value head under tensor parallelism).
+    A mesh axis shards only one dimension of an array: the first one whose rule names it and whose
+    size it divides. A dimension is replicated along an axis that does not divide it (e.g. one
+    key/value head under tensor parallelism).
 
     Args:
       shape: the shape of the array.
