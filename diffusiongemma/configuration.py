@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar('T', bound='DataclassInstance')
-# The types of plain values, and how messages name them; they include those of NumPy.
+# Plain type of a field -> accepted types of a value (NumPy's too), and the words for messages.
 _PLAIN: Mapping[Any, tuple[Any, str]] = {
     bool: ((bool, np.bool_), 'True or False'),
     int: (numbers.Integral, 'an integer'),
@@ -30,9 +30,9 @@ _PLAIN: Mapping[Any, tuple[Any, str]] = {
 }
 
 KNOWN = 'known keys'  # the words before a list of keys in an error message
-SAMPLING = 'diffusiongemma.sampling.'  # the rules of this package need no module in their text
-# Metadata keys of a field: the dataclass of a section that stays a mapping, and a function of a
-# section's values and path, which returns the section instead of `build`.
+SAMPLING = 'diffusiongemma.sampling.'  # rules of this package are written without their module
+# Metadata keys of a field that is a section. SECTION: the dataclass that checks a section which
+# stays a mapping. READER: a function of values and path that returns the section, not `build`.
 SECTION, READER = 'section', 'reader'
 
 
@@ -83,8 +83,8 @@ def build(cls: type[T], values: Any, where: str = '') -> T:
 
 
 def _placed(message: str, path: str, fields: Iterable[str]) -> str:
-    """Returns the message of an invalid section with the path of the section, or of its field."""
-    if message.startswith('config.'):  # it names several keys
+    """Returns an error message of a section, with the path of the section or of its field."""
+    if message.startswith('config.'):  # it already has the paths of its keys
         return message
     (name,) = re.findall(r'^\w*', message)
     return f'{path}.{message}' if name in fields else f'{path}: {message}'
@@ -104,10 +104,10 @@ def complete(config: ConfigDict, cls: type, asked: Iterable[str] = ()) -> Config
     Returns:
       The same config.
     """
-    inside: dict[str, list[str]] = {}
+    asked_in: dict[str, list[str]] = {}  # by key: the asked paths inside that section
     for path in asked:
         name, _, subpath = path.partition('.')
-        inside.setdefault(name, []).extend([subpath] if subpath else [])
+        asked_in.setdefault(name, []).extend([subpath] if subpath else [])
     with config.unlocked():
         for field in dataclasses.fields(cls):
             name, section = field.name, section_of(cls, field.name)
@@ -115,26 +115,26 @@ def complete(config: ConfigDict, cls: type, asked: Iterable[str] = ()) -> Config
                 if name not in config:
                     _add_value(config, cls, field)
                 continue
-            default, is_asked = _default(field), name in inside
+            default, is_asked = _default(field), name in asked_in
             if not config.get(name):
                 if default is None and not is_asked and not _is_needed(field):
                     continue
                 values = vars(default) if dataclasses.is_dataclass(default) else {}
                 config[name] = ConfigDict({k: v for k, v in values.items() if v is not None})
             if SECTION in field.metadata:
-                _add_asked(config[name], section, inside.get(name, ()))
+                _add_asked(config[name], section, asked_in.get(name, ()))
             else:
-                complete(config[name], section, inside.get(name, ()))
+                complete(config[name], section, asked_in.get(name, ()))
     return config
 
 
 def _checked(value: Any, hint: Any, path: str) -> Any:
     """Returns the value of a field in its plain type, which JSON has too.
 
-    Lists become tuples, paths strings, and numbers of NumPy those of Python.
+    Lists become tuples, paths become strings, and NumPy numbers become Python numbers.
 
     Raises:
-      ValueError: if the field has a plain type, and the value another one.
+      ValueError: if the field has a plain type and the value has another type.
     """
     options, plain = _options(hint), _kind(hint)
     if value is None or len(options) != 1 or plain not in _PLAIN:
@@ -203,7 +203,7 @@ def _add_asked(config: ConfigDict, cls: type, names: Iterable[str]) -> None:
 
 
 def profiled(config: ConfigDict, profile: bool) -> ConfigDict:
-    """Returns the config; with `profile`, it traces a few training steps (see `LoopConfig`)."""
+    """Returns the config, with `train.profile_steps` set if `profile` is true (`LoopConfig`)."""
     if not profile:
         return config
     config = config.copy_and_resolve_references()
@@ -223,7 +223,7 @@ def json_values(config: Any) -> dict[str, Any]:
 
 
 def _plain(config: Any) -> Any:
-    """Returns a config dataclass as a dict, including its sections, also those in tuples."""
+    """Returns a config dataclass as a dict; nested sections, also in tuples, become dicts too."""
     if not dataclasses.is_dataclass(config):
         return config
     plain, cls = {}, type(config)
@@ -243,6 +243,6 @@ def _as_text(value: Any) -> str:
         module = type(value).__module__
         return repr(value) if module.startswith(SAMPLING) else f'{module}.{value!r}'
     raise ValueError(
-        f'the config holds {value!r}, which config.json cannot: use numbers, texts, tuples, dicts '
-        "and rules such as 'TopK(k=4)'."
+        f'the config holds {value!r}, which config.json cannot hold: use numbers, strings, tuples, '
+        "dicts and rules such as 'TopK(k=4)'."
     )

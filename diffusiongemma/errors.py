@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 
 class CheckpointError(RuntimeError):
-    """An error: a checkpoint can't be written or read. The message says what to do."""
+    """Raised if a checkpoint can't be written or read; the message says what to do."""
 
 
 class Preempted(Exception):
-    """An exception: a run was asked to stop, and its state is saved."""
+    """Raised after a run that was asked to stop has saved its state."""
 
 
 # Errors that the user can fix. Their messages say how; all others are bugs.
@@ -31,7 +31,10 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
 def nearest(name: str, known: Iterable[str], they: str = 'known') -> str:
     """Returns a hint for an unknown name: the nearest known name, or the list of all known ones.
 
-    `they` is the word before that list.
+    Args:
+      name: the unknown name.
+      known: the known names.
+      they: the words before the list, such as 'known keys'.
     """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)

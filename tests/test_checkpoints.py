@@ -229,7 +229,7 @@ def test_without_an_average_the_parameters_are_read(tmp_path):
     restored, _ = CheckpointStore(tmp_path, about=about()).restore(abstract(state))
     assert_trees_equal(restored, state)
     assert_trees_equal(read_ema(tmp_path)[2], state.params)
-    with pytest.raises(ValueError, match='only one of them keeps an average .config.optimizer'):
+    with pytest.raises(ValueError, match='and run keeps an average .config.optimizer'):
         CheckpointStore(tmp_path, about=about()).restore(abstract(make_state()))
 
 

@@ -151,7 +151,7 @@ def test_a_run_without_an_average_resumes_and_opens_as_its_parameters(
     assert int(state.step) == 4 and state.ema_params is None
     _, params, _ = load_model(tmp_path)
     assert_equal({name: params[name] for name in state.params}, state.params)
-    with pytest.raises(ValueError, match='only one of them keeps an average'):
+    with pytest.raises(ValueError, match='only one of checkpoint and run keeps an average'):
         train_student(student_config(), teacher, DATA, tmp_path)
     kept = json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))
     assert not kept['optimizer']['average']  # the config of the run that wrote the checkpoints

@@ -65,7 +65,7 @@ def test_rope_settings_of_gemma_3_in_every_layout(settings, full, sliding):
         ({'rope_scaling': LINEAR | {'beta_fast': 32}}, r"\['beta_fast'\] .* not supported"),
         ({'rope_scaling': LINEAR | {'type': 'yarn'}}, "rope_type='linear' and type='yarn'"),
         ({'rope_theta': 0}, 'rope_theta must be a number > 0, got 0'),
-        ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5 beside'),
+        ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5 outside of'),
     ],
 )
 def test_rope_settings_that_are_contradictory_or_unknown_are_refused(settings, message):

@@ -110,7 +110,7 @@ def test_a_disk_without_room_is_one_clear_error_and_training_resumes_with_room(t
     error = finish(start(tmp_path, 6, 2, limit=40_000), code=1)
     lines = [line for line in error.splitlines() if line.startswith('error: ')]
     assert len(lines) == 1 and 'was not written' in lines[0]
-    assert 'The last complete one is of step 2' in lines[0] and 'Make room' in lines[0]
+    assert 'The last complete checkpoint is of step 2' in lines[0] and 'Make room' in lines[0]
     assert steps(tmp_path) == [2]
     finish(start(tmp_path, 6, 2))
     assert steps(tmp_path) == [4, 6]

@@ -228,13 +228,13 @@ def test_adapters_without_their_base_or_with_another_say_so(tmp_path, base, conf
         )
 
     save('../gone', fingerprint(params))
-    with pytest.raises(FileNotFoundError, match='gone, which is not there; change "base" in'):
+    with pytest.raises(FileNotFoundError, match='gone, which does not exist; change "base" in'):
         load_model(tmp_path / 'a')
     save(str(base), 'another')
     with pytest.raises(ValueError, match='its weights are of another model'):
         load_model(tmp_path / 'a')
     save('builtin-teacher', fingerprint(load_model('builtin-teacher')[1]))
-    with pytest.raises(ValueError, match='they are not of this base'):
+    with pytest.raises(ValueError, match='they are for another base'):
         load_model(tmp_path / 'a')
 
 

@@ -157,7 +157,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     model = sentencepiece_model_pb2.ModelProto.FromString(MODELS['builtin'])
     model.pieces.add(piece='one more', score=-1e6, type=1)
     (tmp_path / 'hf/tokenizer.model').write_bytes(model.SerializeToString())
-    with pytest.raises(ValueError, match='has 1025 tokens, the model 1024; they are not of one'):
+    with pytest.raises(ValueError, match='has 1025 tokens, the model 1024; copy both from one'):
         load_model(tmp_path / 'hf')
 
 

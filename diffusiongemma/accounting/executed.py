@@ -83,15 +83,15 @@ def _convolution_flops(instruction: Instruction, shapes: Mapping[str, str]) -> f
     labels = _LABELS.search(instruction.tail)
     if labels is None:
         return 0.0
-    of_lhs, of_kernel, of_result = labels.groups()
+    lhs_labels, kernel_labels, result_labels = labels.groups()
     window = _window(instruction.tail)
-    flops = 2.0 * result[of_result.index('b')] * result[of_result.index('f')]
-    flops *= kernel[of_kernel.index('i')]
-    for axis in (label for label in of_kernel if label.isdigit()):
+    flops = 2.0 * result[result_labels.index('b')] * result[result_labels.index('f')]
+    flops *= kernel[kernel_labels.index('i')]
+    for axis in (label for label in kernel_labels if label.isdigit()):
         flops *= _overlaps(
-            lhs[of_lhs.index(axis)],
-            kernel[of_kernel.index(axis)],
-            result[of_result.index(axis)],
+            lhs[lhs_labels.index(axis)],
+            kernel[kernel_labels.index(axis)],
+            result[result_labels.index(axis)],
             {name: sizes[int(axis)] for name, sizes in window.items()},
         )
     return flops

@@ -91,7 +91,12 @@ class Collective:
 
 
 class Program:
-    """A compiled module, parsed from its HLO text."""
+    """A compiled module, parsed from its HLO text.
+
+    Attributes:
+      computations: the instructions of each computation by its name, in the order of the text.
+      entry: the name of the computation that runs first.
+    """
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, list[Instruction]] = {}

@@ -17,6 +17,7 @@ _PASSED_ON = {
     'bitcast', 'get-tuple-element', 'tuple', 'while', 'opt-barrier', 'copy-done', 'async-done',
     'all-gather-done', 'all-reduce-done', 'dynamic-update-slice', 'add-dependency',
 }  # fmt: skip
+# Ops that may write their result into the buffer of an operand that has no later use.
 _IN_PLACE = {'fusion', 'add', 'multiply', 'subtract', 'copy'}
 
 

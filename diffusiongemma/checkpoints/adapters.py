@@ -75,6 +75,8 @@ def save_adapters(
 ) -> None:
     """Writes adapters; `load_model` opens the directory as the adapted model.
 
+    All processes must call it; only process 0 writes.
+
     Args:
       directory: the directory to create; existing adapters in it are replaced.
       lora: the LoRA settings with which the adapters are merged.

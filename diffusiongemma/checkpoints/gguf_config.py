@@ -142,7 +142,9 @@ def _gemma4(keys: _Keys, file: GgufFile) -> dict[str, Any]:
     full_head_dim = _same(keys, file, 'attention.key_length', 'attention.value_length')
     for key, size in (('', full_head_dim), ('_swa', head_dim)):
         if keys.get(f'rope.dimension_count{key}', size) != size:
-            raise ValueError(f'{file.path}: partly rotated heads (rope.dimension_count{key}).')
+            raise ValueError(
+                f'{file.path}: partly rotated heads (rope.dimension_count{key}) are not supported.'
+            )
     per_layer = keys.get('embedding_length_per_layer_input', 0)
     experts = keys.get('expert_count', 0)
     owning = [i for i in range(layers - shared) if not sliding[i]]
@@ -170,7 +172,10 @@ def _gemma4(keys: _Keys, file: GgufFile) -> dict[str, Any]:
     }
     full_heads = _one(file, 'head_count_kv of full layers', heads, sliding, False)
     if not content['attention_k_eq_v'] and full_heads != content['num_key_value_heads']:
-        raise ValueError(f'{file.path}: full layers with values need the heads of sliding ones.')
+        raise ValueError(
+            f'{file.path}: full layers with value weights must have as many key/value heads as '
+            f'sliding layers ({content["num_key_value_heads"]}), got {full_heads}.'
+        )
     content['num_global_key_value_heads'] = full_heads
     if per_layer:
         table = file.tensors.get('per_layer_token_embd.weight')
@@ -227,5 +232,5 @@ def _rotated(file: GgufFile) -> float:
     factors = file.read(ROPE_FREQUENCIES)
     rotated = int(np.sum(factors == 1.0))
     if not np.all(factors[:rotated] == 1.0) or not np.all(factors[rotated:] > _UNROTATED):
-        raise ValueError(f'{file.path}: the rotary frequencies in {ROPE_FREQUENCIES} are unknown.')
+        raise ValueError(f'{file.path}: {ROPE_FREQUENCIES} must hold factors of 1, then of 1e30.')
     return rotated / factors.size

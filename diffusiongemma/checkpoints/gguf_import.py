@@ -104,7 +104,7 @@ def load_gguf(
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
             f'{path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding '
-            f'{config.vocab_size} rows; they are not of one model.'
+            f'{config.vocab_size} rows; the file is inconsistent; convert it again.'
         )
     tensors = GgufTensors(file, config.norm_scale_offset)
     model, params = load_tensors(tensors, config, dtype, mesh)
@@ -183,7 +183,7 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
             f'{", ".join(_MODELS)}.'
         )
     if file.metadata.get(where + 'add_space_prefix', False):
-        raise ValueError(f'{file.path}: a blank before the text (add_space_prefix) is not Gemma.')
+        raise ValueError(f'{file.path}: add_space_prefix is set, which is not supported.')
     types = values['token_type']
     pieces = [piece.replace(' ', SPACE) for piece in values['tokens']]
     name = 'merges' if values['model'] == 'gemma4' else 'scores'

@@ -26,7 +26,11 @@ INSTALL = 'pip install gguf'
 class GgufTensor(NamedTuple):
     """The position and the type of a tensor in the file.
 
-    `shape` is in the order of numpy: the last axis is contiguous (the file lists it first).
+    Attributes:
+      shape: the shape in the order of numpy: the last axis is contiguous (the file lists it first).
+      type_number: the number of its ggml type, such as 12 for Q4_K.
+      offset: the first byte, from the start of the file.
+      num_bytes: the stored size in bytes.
     """
 
     shape: tuple[int, ...]

@@ -142,8 +142,8 @@ def _layer_kinds(text: Mapping[str, Any], family: Family, model_type: str) -> tu
         every = text.get('sliding_window_pattern', _EVERY)
         if every != _EVERY and not family.free_pattern:
             raise ValueError(
-                f'sliding_window_pattern={every} has no effect on a {model_type}, which has '
-                f'{_EVERY}; write layer_types.'
+                f'sliding_window_pattern={every} has no effect on a {model_type}, which always has '
+                f'{_EVERY}; set layer_types instead.'
             )
         count = text['num_hidden_layers']
         kinds = [SLIDING if (i + 1) % every else FULL for i in range(count)]
@@ -160,7 +160,7 @@ def _layer_kinds(text: Mapping[str, Any], family: Family, model_type: str) -> tu
     if not family.free_pattern and _LAYER_TYPES[names[-1]] != FULL:
         raise ValueError(
             f'the last of layer_types is {names[-1]}, and transformers makes it full_attention in '
-            f'a {model_type}; write that.'
+            f'a {model_type}; write full_attention.'
         )
     return tuple(_LAYER_TYPES[name] for name in names)
 
@@ -172,7 +172,7 @@ def _moe(text: Mapping[str, Any], family: Family) -> MoEConfig | None:
         return None
     for name in ('num_experts', 'top_k_experts', 'moe_intermediate_size'):
         if not text[name]:
-            raise ValueError(f'{name} is {text[name]}, but the layers have experts; write it.')
+            raise ValueError(f'{name} is {text[name]}, but the layers have experts; set it.')
     return MoEConfig(
         num_experts=text['num_experts'],
         top_k=text['top_k_experts'],
@@ -211,7 +211,9 @@ def _attention(
     rope = rope_of(text, name, family, used=kind in kinds)
     window = None if full else text['sliding_window']
     if window is None and not full and kind in kinds:
-        raise ValueError('sliding_window is null, but some layers slide; write their window.')
+        raise ValueError(
+            'sliding_window is null, but there are sliding layers; set it to their window.'
+        )
     return AttentionConfig(
         num_kv_heads=sizes['num_key_value_heads'],
         head_dim=sizes['head_dim'],

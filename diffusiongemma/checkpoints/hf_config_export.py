@@ -209,7 +209,9 @@ def _check_faithful(config: ModelConfig, content: Mapping[str, Any], family: Fam
     if not family.free_pattern and config.layer_types[-1] != FULL:
         problems.append('transformers makes the last layer a full one, and here it is sliding')
     if family.heads_divide_width and config.width % config.num_heads:
-        problems.append(f'transformers wants {config.num_heads} heads to divide {config.width}')
+        problems.append(
+            f'in transformers num_heads={config.num_heads} must divide width={config.width}'
+        )
     if config.is_diffusion and config.final_logit_softcap is None:
         problems.append('final_logit_softcap is None')
     if config.is_diffusion and config.moe is None:

@@ -1,4 +1,4 @@
-"""Exports parameters to the published format (Hugging Face safetensors), as for transformers.
+"""Exports parameters to the published format (Hugging Face safetensors), for transformers.
 
 The table of `hf_tensors.py` determines the tensors: each is allocated and then filled through the
 `convert` views of the parameters that it contains. Parts that a bundle does not contain (vision
@@ -231,13 +231,13 @@ def _write_tensors(directory: Path, tensors: list[_Tensor], max_shard_bytes: int
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer | None, base: Path | None) -> None:
     """Copies the tokenizer files of a base with the same tokenizer, or writes new ones."""
     model = base / 'tokenizer.model' if base is not None else None
-    other = (
+    differs = (
         tokenizer is not None
         and model is not None
         and model.exists()
         and Tokenizer.load(str(model)).content_hash != tokenizer.content_hash
     )
-    if base is not None and not other:
+    if base is not None and not differs:
         for name in TOKENIZER_FILES:
             if (base / name).exists():
                 shutil.copyfile(base / name, directory / name)

@@ -133,9 +133,9 @@ def _check_copies(copies: Mapping[str, str], reader: Reader) -> None:
         how = 'values' if shape == expected else f'shape ({shape}, not {expected})'
         remedy = (
             'A separate head is not supported: if it was trained (LoRA with modules_to_save), '
-            'train again without it; if the embedding is what you want'
+            'train again without it; to use the embedding as the head'
             if name in HEADS
-            else 'Encoder and decoder share these weights here: if the decoder has what you want'
+            else 'Encoder and decoder share these weights here; to use those of the decoder'
         )
         raise ValueError(
             f'{reader.directory}: {name} has other {how} than {original}, to which the format ties '

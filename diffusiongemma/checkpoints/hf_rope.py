@@ -58,7 +58,7 @@ def rope_of(text: Mapping[str, Any], name: str, family: Family, used: bool) -> d
     factor = text.get('partial_rotary_factor')
     if factor is not None and name == FULL_NAME and factor != rope.get('partial_rotary_factor', 1):
         raise ValueError(
-            f'partial_rotary_factor={factor} beside rope_parameters has no effect there; write it '
+            f'partial_rotary_factor={factor} outside of rope_parameters has no effect; write it '
             f'into the parameters of {FULL_NAME}.'
         )
     return {

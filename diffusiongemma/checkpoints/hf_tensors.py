@@ -60,6 +60,7 @@ class TensorNames:
             self.backbone = self._encoder = prefixes[0] if prefixes else AUTOREGRESSIVE[-1]
 
     def of(self, source: Source) -> str:
+        """Returns the full name of the tensor of a source."""
         return (self._encoder if source.of_encoder else self.backbone) + source.tensor
 
     def tied_to(self, name: str, wanted: set[str]) -> str | None:

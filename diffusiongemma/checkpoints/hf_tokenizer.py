@@ -38,7 +38,7 @@ def published_tokenizer(directory: Path) -> Tokenizer | None:
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f'{files[0]} has {tokenizer.vocab_size} tokens, the model {vocab_size}; '
-            'they are not of one checkpoint.'
+            'copy both from one checkpoint.'
         )
     config = directory / 'tokenizer_config.json'
     if config.exists() and not any(directory.glob('chat_template.*')):

@@ -58,7 +58,8 @@ def load_model(
         computes in bfloat16 on a CPU with native bfloat16 matmuls (`Execution.denoise_dtype`).
         None keeps the stored dtypes and computes in float32.
       mesh: the mesh on which parameters are created in shards (see `parallel.make_mesh`), without
-        a whole copy on the host; None for the default device.
+        a whole copy on the host; None for the default device. Only the averaged parameters of a
+        checkpoint of a run are first read onto one device.
 
     Returns:
       The model (a DiffusionGemma if it has a denoiser, else a Gemma), its parameters, and the
@@ -125,7 +126,7 @@ def model_directory(path: str | Path) -> Path:
     if '://' in str(path):
         raise ValueError(
             f'{path} is a URL, and models are read from directories: copy it first (gcloud storage '
-            'cp --recursive, hf download) or mount the bucket, and give that directory.'
+            'cp --recursive, hf download) or mount the bucket, and pass that directory.'
         )
     if str(path) in PACKAGED and not Path(path).exists():
         return packaged_file(str(path))
@@ -175,8 +176,8 @@ def _load_bundle(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) ->
     ):
         raise ValueError(
             f'{directory} was trained on another model than {base}: a light student only drafts '
-            f'for its own teacher. Change "base" in {directory / bundle.CONFIG_FILE} to where '
-            'that is.'
+            f'for its own teacher. Change "base" in {directory / bundle.CONFIG_FILE} to the path '
+            'of that teacher.'
         )
     model = bundle.model_for(config, base_model.dtype)
     trained = bundle.load_own_params(directory, model, dtype, mesh)
@@ -192,8 +193,8 @@ def _base_of(directory: Path, base: str, file: str) -> str | Path:
         if path in (*BUILTIN, *PACKAGED) or Path(path).exists():
             return path
     raise FileNotFoundError(
-        f'{directory} needs the model {base}, which is not there; change "base" in '
-        f'{directory / file} to where it is.'
+        f'{directory} needs the model {base}, which does not exist; change "base" in '
+        f'{directory / file} to its path.'
     )
 
 
@@ -241,7 +242,7 @@ def _averaged(
     step, about, ema_params = read_ema(workdir, step)
     if 'model' not in about:
         raise ValueError(
-            f'the checkpoint of step {step} in {workdir} does not say which model it is of; '
+            f'the checkpoint of step {step} in {workdir} does not name its model; '
             'finish its run, which exports a model.'
         )
     config = read_model_config(about['model'], f'{workdir}, step {step}')
@@ -286,7 +287,10 @@ def _load_adapted(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -
     _check_chain(directory)
     base_model, params, tokenizer = load_model(base, dtype, mesh)
     if adapters.fingerprint(params) != adapter.base_fingerprint:
-        raise ValueError(f'{directory} does not adapt {base}: its weights are of another model.')
+        raise ValueError(
+            f'{directory} does not adapt {base}: its weights are of another model; change "base" '
+            f'in {directory / adapters.CONFIG_FILE}.'
+        )
     model = bundle.model_for(adapter.model, base_model.dtype)
     merge = jax.jit(merge_lora, static_argnums=2)
     merged = merge(base_params(adapter.model, params), adapter.params, adapter.lora)

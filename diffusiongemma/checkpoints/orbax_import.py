@@ -3,11 +3,12 @@
 The names and shapes of the leaves are those of the modules in google-deepmind/gemma:
 `gemma/gm/nn/gemma4/_modules.py` (attention, MLP, norms, `skip_scale`), `_moe.py` (experts and
 router), `_transformer.py` (`layer_N`, `embedder`, `final_norm`) and
-`gemma/diffusion/_transformer.py` (`self_conditioner`). In a mixture of experts, the names of dense
-MLP and experts are exchanged, and one `skip_scale` serves both passes, as also in
-`convert_diffusion_gemma_weights.py` of huggingface/transformers. Supported are the nested layout
-and the flat one with names like 'transformer/layer_0/attn/_key_norm' (`gemma/gm/ckpts/
-_checkpoint.py`), but not checkpoints that stack layers.
+`gemma/diffusion/_transformer.py` (`self_conditioner`). In a mixture of experts, `mlp` contains the
+experts and `mlp2` the dense MLP, and one `skip_scale` serves both passes;
+`convert_diffusion_gemma_weights.py` of huggingface/transformers reads both in the same way.
+Supported are the nested layout and the flat one with names like
+'transformer/layer_0/attn/_key_norm' (`gemma/gm/ckpts/_checkpoint.py`), but not checkpoints that
+stack layers.
 
 Besides shapes, a checkpoint says little about its model. A config.json of the published format
 beside it supplies the other settings; without one, those of the released models are used.

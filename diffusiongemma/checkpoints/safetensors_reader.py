@@ -55,7 +55,7 @@ class TensorReader:
             return tensor
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Returns rows [start, stop) of one tensor, clipped to its size; only they are read."""
+        """Returns rows [start, stop) of one tensor, clipped to its size; only these are read."""
         with self._open(self._file_of[name]) as file:
             rows: np.ndarray = file.get_slice(name)[start : min(stop, self.shapes[name][0])]
             return rows

@@ -125,11 +125,12 @@ class CheckpointStore:
             yield
         except Exception as error:  # from orbax, tensorstore or the system, also in a thread
             complete = [step for step in self._manager.all_steps() if self._is_complete(step)]
-            kept = f'The last complete one is of step {max(complete)}' if complete else 'None is'
+            kept = 'There is no complete checkpoint yet.'
+            if complete:
+                kept = f'The last complete checkpoint is of step {max(complete)}.'
             raise CheckpointError(
-                f'a checkpoint in {self.directory} was not written: {_in_short(error)} '
-                f'{kept} there. Make room if the disk is full, and start again with the same '
-                'workdir to go on.'
+                f'a checkpoint in {self.directory} was not written: {_in_short(error)} {kept} Make '
+                'room if the disk is full, and start again with the same workdir to go on.'
             ) from error
 
     def _is_complete(self, step: int) -> bool:
@@ -296,7 +297,7 @@ def _check_same(
 def _misfit(directory: Path, step: int, problems: list[str]) -> str:
     more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
     if all(problem.startswith('ema_params/') for problem in problems):
-        more += '; only one of them keeps an average (config.optimizer.average)'
+        more += '; only one of checkpoint and run keeps an average (config.optimizer.average)'
     return (
         f'checkpoint {directory / str(step)} does not fit this run: {"; ".join(problems[:3])}'
         f'{more}. Use the config that the checkpoint was made with, or another workdir.'

@@ -32,9 +32,10 @@ MASKED_SCORE = -1e30  # finite, so that a row without visible keys has no NaN
 class Attention(nn.Module):
     """An attention sub-layer of type `kind` ('sliding' or 'full').
 
-    Queries and keys (with scale) and values (without scale) are RMS-normed per head; then queries
-    and keys are rotated. Scores and softmax are float32. With `shares_kv` the layer only computes
-    queries and attends to the keys and values of an earlier layer.
+    Queries and keys (with scale) and, with `config.value_norm`, values (without scale) are
+    RMS-normed per head; then queries and keys are rotated. Scores and softmax are float32. With
+    `shares_kv` the layer only computes queries and attends to the keys and values of an earlier
+    layer.
     """
 
     config: ModelConfig

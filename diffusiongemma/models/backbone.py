@@ -20,12 +20,8 @@ from diffusiongemma.models.per_layer import PerLayerUpdate
 Pass = Literal['encode', 'denoise']
 KVPair = tuple[jax.Array, jax.Array]
 
-ACTIVATION_AXES = (
-    'batch',
-    None,
-    'length',
-    None,
-)  # logical axes of the residual stream [B, M, T, D]
+# Logical axes of the residual stream [B, M, T, D].
+ACTIVATION_AXES = ('batch', None, 'length', None)
 
 
 @flax.struct.dataclass
@@ -33,10 +29,10 @@ class PassContext:
     """The inputs that all layers of one pass share, by layer type.
 
     Attributes:
-      rope: the rotary tables.
+      rope: the rotary tables (cosine, sine), [B, M, T, H/2] each.
       mask: the attention masks.
-      shared_kv: for layers that share keys and values: those of the prefix [B, K, S, H] and of the
-        blocks [B, K, M, T, H] that they attend to.
+      shared_kv: for layers that share keys and values: the keys and values of the prefix
+        [B, K, S, H] and of the blocks [B, K, M, T, H].
     """
 
     rope: dict[str, tuple[jax.Array, jax.Array]]
@@ -162,7 +158,8 @@ def layer_inputs(
 ) -> tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]]:
     """Returns the inputs of scanned layers and of single layers.
 
-    Those of scanned layers have a leading axis G, for each position of the layer pattern.
+    The inputs of scanned layers are one `LayerInput` for each position of the layer pattern, with a
+    leading axis G; those of single layers are one `LayerInput` for each layer.
 
     Args:
       stack: the layers.

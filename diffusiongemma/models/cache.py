@@ -112,9 +112,9 @@ class Prefix:
         cls, config: ModelConfig, batch_size: int, dtype: Any, scanned: bool = True
     ) -> 'Prefix':
         """Returns a prefix without tokens (S = 0); `scanned` is `Execution.scan_layers`."""
-        nothing = jnp.zeros((batch_size, 0), jnp.int32)
+        no_tokens = jnp.zeros((batch_size, 0), jnp.int32)
         kv = zeros_kv(config, batch_size, cache_slots(config, 0), dtype, scanned)
-        return cls(kv, nothing, nothing)
+        return cls(kv, no_tokens, no_tokens)
 
     def key_tokens(self, slots: int) -> KeyTokens:
         """Returns the tokens of the keys in a leaf with this number of slots."""

@@ -92,7 +92,7 @@ class ModelConfig:
             raise ValueError('layer_types is empty: a model needs at least one layer.')
         unknown = sorted(set(self.layer_types) - {SLIDING, FULL})
         if unknown:
-            raise ValueError(f'layer_types may hold {SLIDING!r} and {FULL!r}, got {unknown}.')
+            raise ValueError(f'layer_types must be {SLIDING!r} or {FULL!r}, got {unknown}.')
         for kind in sorted(set(self.layer_types)):
             kv_heads = self.attention(kind).num_kv_heads
             if self.num_heads % kv_heads:

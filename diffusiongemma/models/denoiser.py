@@ -17,7 +17,7 @@ from diffusiongemma.models.light import LightBackbone, SerialCorrection, Teacher
 from diffusiongemma.models.masks import AttentionMask, CausalMask, canvas_mask
 from diffusiongemma.models.transformer import Gemma, rope_by_kind
 
-# Parameters that only a separate or light denoiser has; they are trained.
+# Parameters that only the denoise pass uses; a separate or light denoiser trains only these.
 DENOISER_ALONE = ('denoise_backbone', 'self_conditioning', 'teacher_state', 'serial')
 DRAFT_IDS = 'draft_ids'  # tokens of the draft vocabulary, int32 [Vd] in increasing order
 DRAFT_HEAD = 'draft_head'  # embedding rows of these tokens, with `Execution.gather_draft_head`
@@ -130,17 +130,20 @@ class DiffusionGemma(Gemma):
 
         Returns:
           Final hidden states [B, M, C, D].
+
+        Raises:
+          ValueError: if the model needs `previous` or `teacher_state`, and it is None.
         """
         if not self.config.self_conditioning:
             soft_embeddings = None
         if self.config.predict_next:
             if previous is None:
                 raise ValueError('a model with predict_next needs the token before each canvas.')
-            canvas = _behind(previous[..., None], canvas, axis=-1)
+            canvas = _shifted(previous[..., None], canvas, axis=-1)
             starts = starts - 1
             if soft_embeddings is not None:
-                nothing = jnp.zeros_like(soft_embeddings[..., :1, :])
-                soft_embeddings = _behind(nothing, soft_embeddings, axis=-2)
+                zeros = jnp.zeros_like(soft_embeddings[..., :1, :])
+                soft_embeddings = _shifted(zeros, soft_embeddings, axis=-2)
         length = canvas.shape[-1]
         masks: dict[str, AttentionMask | CausalMask] = {
             kind: canvas_mask(starts, segment_ids, length, keys, self.config.attention(kind).window)
@@ -268,7 +271,7 @@ class DiffusionGemma(Gemma):
         return logits[:, 0]
 
 
-def _behind(
+def _shifted(
     first: Shaped[Array, '...'], sequence: Shaped[Array, '*B'], axis: int
 ) -> Shaped[Array, '*B']:
     """Returns `first` followed by all but the last element of `sequence` along `axis`."""

@@ -92,6 +92,7 @@ def with_nested_denoiser(values: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in values.items() if name not in _EXECUTION_KEYS}
     flat = {name: values.pop(name) for name in _FLAT_KEYS if name in values}
     is_separate = flat.pop('separate_denoiser', False)
+    # False equals 0 but is a wrong type, which the check of the denoiser's fields must see.
     if flat.get('canvas_length', 0) != 0 or flat.get('canvas_length', 0) is False:
         values['denoiser'] = flat | {'kind': SEPARATE if is_separate else SHARED}
     elif is_separate or flat.get('predict_next'):

@@ -21,7 +21,7 @@ _CPU_FLAGS = {'avx512_bf16', 'amx_bf16', 'bf16'}  # the last one is for Arm
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """The execution settings of a model, which are a static attribute of it and hashable.
+    """The execution settings of a model, a hashable static attribute of the module.
 
     Attributes:
       mesh: the mesh of devices; None lets the compiler decide from the shardings of the inputs.
@@ -83,11 +83,12 @@ class Execution:
         return self._laid_out(x, self.mesh_axes(x.shape, names))
 
     def gathered_in_stages(self, kernel: jax.Array, *names: str | None) -> jax.Array:
-        """Gathers a kernel along the last mesh axes of dimensions that several axes split.
+        """Gathers a kernel along all but the first of the mesh axes that split a dimension.
 
-        A matmul gathers the rest, and the gradient is summed and split in the same stages. In one
-        stage XLA's TPU compiler would send twice as much: along more than 32 devices it gathers by
-        an all-reduce, and along all devices of a slice it splits no gradient while it sums it.
+        The matmul that uses the kernel gathers it along the first axis, and the gradient is summed
+        and split in the same stages. In one stage XLA's TPU compiler would send twice as much:
+        along more than 32 devices it gathers by an all-reduce, and along all devices of a slice it
+        splits no gradient while it sums it.
 
         Args:
           kernel: an array that is sharded by the axis rules.
@@ -113,9 +114,9 @@ def spread(
 ) -> list[tuple[str, ...]]:
     """Returns the mesh axes over which each dimension of an array is sharded.
 
-    A mesh axis shards only one dimension of an array, the first one whose rule names it. A mesh
-    axis that does not divide its dimension is left out, so the dimension is replicated along it
-    (e.g. one key/value head under tensor parallelism).
+    A mesh axis shards only one dimension of an array: the first one whose rule names it and whose
+    size it divides. A dimension is replicated along an axis that does not divide it (e.g. one
+    key/value head under tensor parallelism).
 
     Args:
       shape: the shape of the array.

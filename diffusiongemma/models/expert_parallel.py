@@ -18,9 +18,9 @@ from diffusiongemma.models.weights import WEIGHTS
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]
 
-# The capacity for each peer in one round of the exchange, relative to the mean number of pairs.
-# With twice the mean, nearly every batch of a balanced router needs one round; pairs that do not
-# fit are sent in further rounds.
+# In one round of the exchange a device can send each other device this many times the mean number
+# of token-expert pairs. With twice the mean, nearly every batch of a balanced router needs one
+# round; pairs that do not fit are sent in further rounds.
 ROUND_SLACK = 2.0
 
 TOKEN_AXES = ('batch', None, 'length', None)

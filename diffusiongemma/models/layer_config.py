@@ -97,7 +97,7 @@ class LayerStack:
 
     @property
     def pattern(self) -> tuple[str, ...]:
-        """Returns the shortest sequence of layer types whose repetition is `types`."""
+        """Returns the shortest sequence whose repetition, cut at the last layer, is `types`."""
         types = self.types
         for period in range(1, len(types) + 1):
             if all(types[i] == types[i % period] for i in range(len(types))):

@@ -96,10 +96,10 @@ def _contract_backward(
     gradient: Float[Array, '...'],
 ) -> tuple[Float[Array, '*X'], Float[Array, '*Y']]:
     x, y = operands
-    of_x, of_y, of_result = re.split(',|->', equation)
+    x_indices, y_indices, result_indices = re.split(',|->', equation)
     gradient = gradient.astype(x.dtype)
-    by_x = contract(f'{of_result},{of_y}->{of_x}', gradient, y)
-    by_y = contract(f'{of_x},{of_result}->{of_y}', x, gradient)
+    by_x = contract(f'{result_indices},{y_indices}->{x_indices}', gradient, y)
+    by_y = contract(f'{x_indices},{result_indices}->{y_indices}', x, gradient)
     return by_x.astype(x.dtype), by_y.astype(y.dtype)
 
 
@@ -146,22 +146,22 @@ def _multiply(equation: str, x: Float[Array, '...'], kernel: Any) -> Float[Array
     return contract(equation, x, kernel)
 
 
-# For up to this many rows, XLA's float32 matmuls on CPUs are up to 3 times faster as weights times
-# rows; bfloat16 matmuls are slower in this order.
+# For up to this many rows, XLA's float32 matmuls on CPUs are up to 3 times faster with the weights
+# as the first operand; bfloat16 matmuls are slower in this order.
 FEW_ROWS = 64
 
 
 def _project_output_major(
     equation: str, x: Float[Array, '...'], kernel: Any
 ) -> Float[Array, '...']:
-    of_x, of_kernel, of_result = re.split(',|->', equation)
-    inputs = ''.join(index for index in of_kernel if index in of_x)
-    outputs = ''.join(index for index in of_kernel if index not in of_x)
-    rows = ''.join(index for index in of_x if index not in of_kernel)
-    sizes = dict(zip(of_x, x.shape, strict=True))
+    x_indices, kernel_indices, result_indices = re.split(',|->', equation)
+    inputs = ''.join(index for index in kernel_indices if index in x_indices)
+    outputs = ''.join(index for index in kernel_indices if index not in x_indices)
+    rows = ''.join(index for index in x_indices if index not in kernel_indices)
+    sizes = dict(zip(x_indices, x.shape, strict=True))
     sizes |= dict(zip(outputs + inputs, kernel.shape, strict=True))
     # Reshape to matrices: for several input axes XLA would reorder them and copy the kernel.
-    x = x.transpose([of_x.index(index) for index in rows + inputs])
+    x = x.transpose([x_indices.index(index) for index in rows + inputs])
     x = x.reshape(math.prod(sizes[index] for index in rows), -1)  # [r, i]
     kernel = kernel.reshape(math.prod(sizes[index] for index in outputs), x.shape[1])  # [o, i]
     if len(x) <= FEW_ROWS and x.dtype == jnp.float32 and not is_quantized(kernel):
@@ -171,7 +171,7 @@ def _project_output_major(
     else:
         product = _multiply('ri,oi->ro', x, kernel)
     product = product.reshape([sizes[index] for index in rows + outputs])
-    return product.transpose([(rows + outputs).index(index) for index in of_result])
+    return product.transpose([(rows + outputs).index(index) for index in result_indices])
 
 
 def rms_normalize(x: Float[Array, '*B D'], eps: float) -> Float[Array, '*B D']:

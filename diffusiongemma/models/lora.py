@@ -81,7 +81,7 @@ def init_lora(config: LoraConfig, params: Mapping[str, Any], key: jax.Array) -> 
       config: the config of the adapters.
       params: the parameters of the model; only shapes are used, except for parameters that are
         trained in full.
-      key: the PRNG key of the random factors, split by the order of the names.
+      key: the PRNG key; each factor gets it folded with the index of its name in sorted order.
 
     Raises:
       ValueError: if no parameter matches, or the model has no separate denoiser to adapt.
@@ -242,7 +242,7 @@ def _with_delta(
         actual = 'none' if kernel is None else f'one of shape {kernel.shape}'
         raise ValueError(
             f'the adapters of {name} have shapes {a.shape} and {b.shape}, the base has {actual}: '
-            'they are not of this base.'
+            'they are for another base; pass the one that they were trained on.'
         )
     delta = jnp.einsum('...ir,...ro->...io', a, b, preferred_element_type=jnp.float32)
     delta = config.scale * delta.reshape(kernel.shape)  # [*batch, *in, *out]

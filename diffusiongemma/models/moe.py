@@ -78,7 +78,7 @@ class Experts(nn.Module):
             top_k = experts.shape[-1]
             args = (flat, weights.reshape(-1, top_k), experts.reshape(-1, top_k), kernels)
             return routed_mlps(*args, every=True).astype(self.dtype).reshape(x.shape)
-        token = jnp.arange(experts.size) // experts.shape[-1]  # [t * k], of each pair
+        token = jnp.arange(experts.size) // experts.shape[-1]  # [t * k], the token of each pair
         outputs = mlps_by_blocks(flat, token, experts.reshape(-1), kernels)
         outputs = outputs.reshape(*experts.shape, self.width)  # [B, M, T, k, D]
         return jnp.einsum('bmtkd,bmtk->bmtd', outputs, weights.astype(self.dtype))

@@ -83,8 +83,8 @@ def expected_rows_by_parts(
         expected += product(weights.astype(table.dtype), rows)  # [t, n] x [n, D] -> [t, D]
         return expected, total + jnp.sum(weights, axis=-1, keepdims=True)
 
-    nothing = jnp.zeros((logits.shape[0], table.shape[1])), jnp.zeros_like(largest)
-    expected, total = fold_parts(add, nothing, table.shape[0])
+    zeros = jnp.zeros((logits.shape[0], table.shape[1])), jnp.zeros_like(largest)
+    expected, total = fold_parts(add, zeros, table.shape[0])
     return expected / total
 
 
@@ -155,7 +155,7 @@ def _largest_in_one_pass(*arrays: jax.Array) -> tuple[Largest, ...]:
     index = jax.lax.broadcasted_iota(jnp.int32, arrays[0].shape, axis)  # [..., V], the tokens
 
     def larger(one: Sequence[jax.Array], other: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        """Compares (value, index) pairs, which are one after another; NaN is the largest value."""
+        """Returns the larger (value, token) pair for each array; NaN is the largest value."""
         result: tuple[jax.Array, ...] = ()
         for i in range(0, len(one), 2):
             (value, token), (best, best_token) = one[i : i + 2], other[i : i + 2]
@@ -166,8 +166,8 @@ def _largest_in_one_pass(*arrays: jax.Array) -> tuple[Largest, ...]:
 
     operands = [part for logits in arrays for part in (logits, index)]
     initial = [jnp.float32(-jnp.inf), jnp.int32(0)] * len(arrays)
-    found = jax.lax.reduce(operands, initial, larger, (axis,))
-    return tuple(zip(found[::2], found[1::2], strict=True))
+    largest = jax.lax.reduce(operands, initial, larger, (axis,))
+    return tuple(zip(largest[::2], largest[1::2], strict=True))
 
 
 def _argmax(logits: jax.Array) -> jax.Array:

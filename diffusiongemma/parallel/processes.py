@@ -45,7 +45,7 @@ def join(
     if None in cluster and cluster != (None, None, None):
         raise ValueError(
             f'coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: '
-            'give all three, or none of them where the environment knows (SLURM, GKE, TPU VM).'
+            'give all three, or none of them if the environment sets them (SLURM, GKE, TPU VM).'
         )
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f'process_id={process_id} must lie in [0, num_processes={num_processes}).')

@@ -28,7 +28,7 @@ LOGICAL_AXIS_RULES: AxisRules = (
     ('qkv_embed', ('fsdp', 'expert')),
     ('o_embed', ('fsdp', 'expert')),
     ('mlp_embed', ('fsdp', 'expert')),
-    ('expert_embed', ('fsdp', 'expert')),  # 'experts' already uses the latter
+    ('expert_embed', ('fsdp', 'expert')),  # in kernels whose 'experts' use 'expert', only fsdp
     ('router_embed', ('fsdp', 'expert')),
     ('per_layer_embed', ('fsdp', 'expert')),
     ('table_embed', ('fsdp', 'expert')),  # in the per-layer embedding

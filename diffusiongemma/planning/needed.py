@@ -76,9 +76,9 @@ def of_pass(
         for name in ('backbone',) if denoises else (*DENOISER_ALONE, DRAFT_IDS):
             touched.pop(name, None)
     rows_of_pass = tokens.passed / max(1, product(_without_experts(model, rows), mesh))
-    used = 1.0
+    expert_share = 1.0
     if config.moe is not None:
-        used = _touched_experts(config.moe, rows_of_pass)
+        expert_share = _touched_experts(config.moe, rows_of_pass)
     hbm = sent = 0.0
     itemsize = np.dtype(model.dtype).itemsize
     for path, leaf in jax.tree_util.tree_leaves_with_path(touched):
@@ -86,7 +86,7 @@ def of_pass(
             continue
         names = [getattr(key, 'key', '') for key in path]
         whole, shard = _gathered_and_shard(model, leaf, mesh, rows, 'experts' in names)
-        share = used if 'experts' in names else 1.0
+        share = expert_share if 'experts' in names else 1.0
         hbm += share * whole * itemsize
         sent += (whole - shard) * itemsize
     ways = product(dict(rules_of(model))['vocab'], mesh)

@@ -57,7 +57,7 @@ class PlannedProgram:
 
 @dataclasses.dataclass(frozen=True)
 class TokenIds:
-    """The facts that a run needs of its tokenizer, with the token ids of Gemma's vocabularies."""
+    """What a run reads from its tokenizer, with the token ids of Gemma's vocabularies."""
 
     vocab_size: int
     mask_id: int = 4
@@ -66,6 +66,7 @@ class TokenIds:
 
     @classmethod
     def of(cls, config: ModelConfig) -> 'TokenIds':
+        """Returns the ids for a vocabulary, which may be too small for all stop ids."""
         return cls(config.vocab_size, stop_ids=tuple(i for i in (1, 106) if i < config.vocab_size))
 
 
@@ -75,7 +76,7 @@ def teacher_config(teacher: str, config_name: str, preset: str | None) -> ModelC
     Args:
       teacher: the teacher that the experiment names.
       config_name: the name of the config file, which may be the name of a preset.
-      preset: the preset to plan for in any case, or None.
+      preset: the preset to plan for instead of both, or None.
 
     Raises:
       ValueError: if none of these names an architecture.
@@ -141,14 +142,14 @@ def training_step(
     state = placed(state, state_shardings(state, setup.trained_shardings(teacher_params), mesh))
     objectives = [objective for objective, _ in setup.objectives]
     objective = objectives[-1] if objectives[-1].num_steps > 1 else objectives[0]
-    shape = experiment.data
+    data = experiment.data
     layout = RowLayout(
-        shape.row_length,
+        data.row_length,
         setup.canvases_per_row,
         experiment.canvas_length,
         top_k=experiment.targets.top_k_logits,
     )
-    batch = _batch(layout, shape.batch_size, setup.rows)
+    batch = _batch(layout, data.batch_size, setup.rows)
     layers = {name: leaf for name, leaf in state.params.items() if 'backbone' in name}
     kinds = {
         'parameters': device_bytes(state.params),
@@ -163,7 +164,7 @@ def training_step(
         function=setup.step(objective),
         arguments=(state, constants, batch),
         kinds={name: size for name, size in kinds.items() if size},
-        tokens=shape.batch_size * shape.row_length,
+        tokens=data.batch_size * data.row_length,
         donated=(0,),
         needed=_needed_of_step(setup, constants.teacher, state, batch),
         layers=tuple(jax.tree.leaves(layers)),
@@ -174,9 +175,9 @@ def _needed_of_step(setup: Setup, teacher_params: Any, state: Any, batch: Any) -
     """Returns the minimum traffic of a distillation step."""
     mesh, rows, experiment = setup.mesh, batch_axes(batch['tokens']), setup.experiment
     student = abstract_params(setup.student, mesh, compute_dtype(experiment.dtype))
-    shape = experiment.data
-    counts = (shape.row_length, setup.canvases_per_row * experiment.canvas_length)
-    causal, denoised = (Tokens(shape.batch_size * n, shape.batch_size * n) for n in counts)
+    data = experiment.data
+    counts = (data.row_length, setup.canvases_per_row * experiment.canvas_length)
+    causal, denoised = (Tokens(data.batch_size * n, data.batch_size * n) for n in counts)
     needed = of_update(state.params, state, mesh, rows)
     needed += of_pass(setup.student, student, mesh, rows, denoised, denoises=True)
     if setup.student.config.has_frozen_encoder:

@@ -34,8 +34,9 @@ def fits(
       query_shape: [B, M, T, N, H].
       num_kv_heads: the number of key/value heads K.
       prefix_length: the number of prefix tokens S.
-      execution: the execution settings of the model. Without a mesh it is not known whether rows
-        are sharded, which the kernel does not support; then there must be only one device.
+      execution: the execution settings of the model. Without a platform (`parallel.on_mesh` sets
+        it) it is not known whether rows are sharded, which the kernel does not support; then there
+        must be only one device.
     """
     _, blocks, length, _, head_dim = query_shape
     if blocks != 1 or prefix_length or length % LENGTHS or length > LONGEST or head_dim % WIDTHS:
@@ -44,8 +45,8 @@ def fits(
         return jax.default_backend() == 'tpu' and jax.device_count() == 1
     if execution.platform != 'tpu' or execution.mesh is None:
         return execution.platform == 'tpu'
-    of_query, of_keys = _layout(query_shape, num_kv_heads, execution)
-    return not of_query[2] and (of_keys[1] == of_query[1] or num_kv_heads == 1)
+    query_axes, key_axes = _layout(query_shape, num_kv_heads, execution)
+    return not query_axes[2] and (key_axes[1] == query_axes[1] or num_kv_heads == 1)
 
 
 def attend_fused(
@@ -75,9 +76,9 @@ def attend_fused(
     if execution.mesh is None:
         attend = jax.vmap(_kernel(length, heads, mask.window, interpret))
     else:
-        of_query, of_keys = _layout(query.shape, key.shape[1], execution)
-        heads //= product(of_query[1], execution.mesh)
-        specs = [partition_spec(axes) for axes in (of_query, of_keys, of_keys, of_query[:1])]
+        query_axes, key_axes = _layout(query.shape, key.shape[1], execution)
+        heads //= product(query_axes[1], execution.mesh)
+        specs = [partition_spec(axes) for axes in (query_axes, key_axes, key_axes, query_axes[:1])]
         attend = jax.shard_map(
             jax.vmap(_kernel(length, heads, mask.window, interpret)),
             mesh=execution.mesh,

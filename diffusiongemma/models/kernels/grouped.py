@@ -13,7 +13,7 @@ from diffusiongemma.models.arrays import ArrayOrShape
 from diffusiongemma.models.kernels import grouped_gpu, grouped_tpu
 from diffusiongemma.models.layers import is_quantized
 
-LARGEST_BLOCK = 32
+LARGEST_BLOCK = 32  # the maximum rows of a block on CPUs
 LARGEST_BLOCK_OF_MLPS = 16  # the number of float32 values in an AVX512 register
 
 
@@ -55,7 +55,7 @@ def grouped_matmul(
 
 
 def runs_kernel(x: ArrayOrShape, kernels: ArrayOrShape, platform: str | None) -> bool:
-    """Returns whether a platform multiplies x [N, D] and kernels [E, D, F] without the fallback.
+    """Returns whether a platform multiplies x [N, D] by kernels [E, D, F] without the fallback.
 
     On GPUs, XLA expands the fallback to a matmul of all rows with the weights of every group; on
     TPUs it does so for the gradient of the weights.
@@ -163,6 +163,14 @@ class _Blocks:
 
     If there are at least as many rows as groups, the first blocks of all groups come first, so that
     they can be one batched matmul. Otherwise most groups have no rows and no block.
+
+    Attributes:
+      size: R, the rows of a block.
+      count: the number of blocks for which there is memory.
+      first: the number of first blocks of groups at the start: E or 0.
+      used: the number of blocks in use, including these.
+      group: [count], the group of each later block.
+      place: [N], the slot of each row in the blocks; out of range for rows without a group.
     """
 
     def __init__(self, num_rows: int, group_sizes: jax.Array, largest: int = LARGEST_BLOCK) -> None:
@@ -172,12 +180,12 @@ class _Blocks:
         self.size = min(1 << (rows_per_group - 1).bit_length(), largest)
         self.count = -(-num_rows // self.size) + num_groups  # the maximum number of blocks
         leading = int(num_rows >= num_groups)
-        self.first = leading * num_groups  # the number of first blocks of groups
+        self.first = leading * num_groups
         others = jnp.maximum(-(-group_sizes // self.size) - leading, 0)  # [E], later blocks
         last_other, last_row = jnp.cumsum(others), jnp.cumsum(group_sizes)  # [E]
         self.used = self.first + last_other[-1]
         index = jnp.arange(self.count) - self.first
-        self.group = jnp.searchsorted(last_other, index, side='right')  # [blocks], of later ones
+        self.group = jnp.searchsorted(last_other, index, side='right')  # [blocks], for later blocks
         rows = jnp.arange(num_rows)
         group = jnp.searchsorted(last_row, rows, side='right')
         inside = rows - (last_row - group_sizes)[group]  # [N], the index in the group
@@ -254,8 +262,8 @@ def mlps_by_blocks(
     sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
     blocks = _Blocks(expert.size, sizes, LARGEST_BLOCK_OF_MLPS)
     place = jnp.zeros_like(blocks.place).at[order].set(blocks.place, unique_indices=True)  # [n]
-    nothing = jnp.full((blocks.count * blocks.size,), x.shape[0], token.dtype)
-    source = nothing.at[place].set(token, unique_indices=True)  # [slots], the row of x
+    no_row = jnp.full((blocks.count * blocks.size,), x.shape[0], token.dtype)
+    source = no_row.at[place].set(token, unique_indices=True)  # [slots], the row of x
     filled = x.at[source].get(mode='fill', fill_value=0)
     filled = filled.reshape(blocks.count, blocks.size, -1)  # [blocks, R, D]
 

@@ -137,8 +137,8 @@ def _kernel(
             right = plgpu.load(kernels.at[expert, inner, tile]).astype(left.dtype)
             return total + _dot(left, right)  # [rows, columns]
 
-        nothing = jnp.zeros((rows, columns), jnp.float32)
-        total = jax.lax.fori_loop(0, x.shape[1] // INNER, add, nothing)
+        zeros = jnp.zeros((rows, columns), jnp.float32)
+        total = jax.lax.fori_loop(0, x.shape[1] // INNER, add, zeros)
         written = jnp.broadcast_to(inside[:, None], (rows, columns))
         plgpu.store(out.at[pl.ds(start, rows), tile], total, mask=written)
 
@@ -161,5 +161,5 @@ def _outer_kernel(
         return total + _dot(left.T, right)
 
     steps = (end - start + INNER - 1) // INNER
-    nothing = jnp.zeros((INNER, INNER), jnp.float32)
-    plgpu.store(out.at[group, inputs, outputs], jax.lax.fori_loop(0, steps, add, nothing))
+    zeros = jnp.zeros((INNER, INNER), jnp.float32)
+    plgpu.store(out.at[group, inputs, outputs], jax.lax.fori_loop(0, steps, add, zeros))

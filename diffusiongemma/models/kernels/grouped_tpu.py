@@ -113,7 +113,11 @@ def _whole_tiles(rows: jax.Array) -> jax.Array:
 
 
 def _side(size: int, limit: int) -> int:
-    """Returns the tile size along a dimension: all of it, or whole lanes, if possible a divisor."""
+    """Returns the tile size along a dimension.
+
+    It is the whole `size` up to `limit`, else a multiple of LANES, if possible one that divides
+    `size`.
+    """
     if size <= limit:
         return size
     sides = range(max(limit // LANES, 1) * LANES, 0, -LANES)
