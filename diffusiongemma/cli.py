@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from diffusiongemma import configuration
 from diffusiongemma.checkpoints.load import about_model
 from diffusiongemma.data.tokenizer import Tokenizer
-from diffusiongemma.errors import FIXABLE, Preempted
+from diffusiongemma.errors import FIXABLE, CheckpointError, Preempted
 from diffusiongemma.parallel import processes
 from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.view.interrupt import call_interruptibly, is_busy
@@ -194,7 +194,8 @@ def run_main(
             sys.exit(130)
         except FIXABLE as error:
             logging.debug('where it happened:', exc_info=True)
-            _fail(str(error))
+            # The threads of a failed save may abort a normal exit, which would hide the exit code.
+            _fail(str(error), at_once=isinstance(error, CheckpointError))
         except ModuleNotFoundError as error:
             missing = _missing_extra(error)
             if missing is None:
@@ -210,9 +211,14 @@ def _leave_compiling_thread(code: int) -> None:
     Such a thread cannot be stopped, and would crash the process at a normal interpreter exit.
     """
     if is_busy():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _exit_at_once(code)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """Ends the process without waiting for its threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _parse_flags(argv: list[str], config: type | None = None) -> list[str]:
@@ -264,7 +270,9 @@ class _WithDefaults(flags.ArgumentParser[Any]):
         return self._parser.flag_type()
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, *, at_once: bool = False) -> NoReturn:
     print(f'error: {message}', file=sys.stderr)
     processes.abandon(1)
+    if at_once:
+        _exit_at_once(1)
     sys.exit(1)
