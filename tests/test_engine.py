@@ -310,7 +310,7 @@ def test_a_lookup_sees_what_a_kept_beginning_holds():
 
 
 def test_kept_beginnings_and_prompts_that_are_encoded_together_exclude_each_other():
-    with pytest.raises(ValueError, match='prefixes=1 are for prompts that are encoded one by one'):
+    with pytest.raises(ValueError, match='prefixes=1 needs prompts that are encoded one by one'):
         new_engine(prefixes=1, prefill_together=2)
 
 
