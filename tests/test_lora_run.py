@@ -61,7 +61,7 @@ def test_only_adapters_are_trained_and_the_encode_pass_stays_the_teachers(teache
     assert moved and all(name.startswith('denoise_backbone/') for name in moved)
 
     # The run can be loaded before its export, and its encode pass is the teacher's.
-    _, params, tokenizer = load_model(tmp_path)
+    run, params, tokenizer = load_model(tmp_path)
     assert tokenizer is not None
     for name in ('backbone', 'embedder'):
         for ours, theirs in zip(
@@ -74,7 +74,7 @@ def test_only_adapters_are_trained_and_the_encode_pass_stays_the_teachers(teache
     base = tmp_path / 'base'  # the run's copy of the teacher
     student.save(tmp_path, state.ema_params, teacher.params, str(base), {})
     found, adapted, _ = load_model(tmp_path / ADAPTERS_DIR)
-    assert found.config == setup.student.config
+    assert found.config == setup.student.config and found.execution == run.execution
     merged = student.combine(student.base(teacher.params, setup.mesh), state.ema_params)
     assert jax.tree.structure(adapted) == jax.tree.structure(merged)
     for ours, theirs in zip(jax.tree.leaves(adapted), jax.tree.leaves(merged), strict=True):

@@ -85,7 +85,7 @@ class _Schedule:
                 index = int(instruction.tail.split('index=')[1].split(',')[0].split(' ')[0])
                 first = len(arrays_of(instruction.shape))
                 return operands[0][index : index + first] if first == 1 else operands[0]
-            return passed[: len(sizes)] if len(passed) >= len(sizes) else passed
+            return passed[: len(sizes)]
         return [self._new(size) for size in sizes]
 
     def _new(self, size: float) -> int:

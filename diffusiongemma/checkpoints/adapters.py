@@ -19,9 +19,8 @@ from diffusiongemma.checkpoints.safetensors_reader import TensorReader
 from diffusiongemma.checkpoints.safetensors_writer import save_tensors
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import ModelConfig
-from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.denoiser import model_for
 from diffusiongemma.models.lora import LoraConfig, init_lora
-from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import processes
 
 CONFIG_FILE = 'adapter.json'
@@ -132,7 +131,7 @@ def read_adapters(directory: Path) -> Adapters:
 
 def _check_shapes(reader: TensorReader, lora: LoraConfig, model: ModelConfig, path: Path) -> None:
     """Raises ValueError unless the tensors have the names and shapes of the model's adapters."""
-    module = (DiffusionGemma if model.is_diffusion else Gemma)(model)
+    module = model_for(model)
     params = {
         name: jax.ShapeDtypeStruct(shape, np.float32)
         for name, shape in param_shapes(module).items()

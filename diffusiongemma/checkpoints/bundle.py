@@ -28,7 +28,7 @@ from diffusiongemma.checkpoints.safetensors_writer import save_tensors
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import ModelConfig
-from diffusiongemma.models.denoiser import DiffusionGemma
+from diffusiongemma.models.denoiser import model_for
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import processes
 
@@ -36,11 +36,6 @@ CONFIG_FILE = 'config.json'
 PARAMS_FILE = 'params.safetensors'
 TOKENIZER_FILE = 'tokenizer.model'
 FORMAT = 'diffusiongemma-bundle-1'
-
-
-def model_for(config: ModelConfig, dtype: Any) -> Gemma:
-    """Returns the module of a config: a DiffusionGemma if it has a denoiser, else a Gemma."""
-    return (DiffusionGemma if config.is_diffusion else Gemma)(config, dtype)
 
 
 def is_bundle(directory: Path) -> bool:

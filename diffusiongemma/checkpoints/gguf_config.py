@@ -74,9 +74,8 @@ def read_gguf_config(file: GgufFile) -> ModelConfig:
             f'{file.path} holds a model of the architecture {architecture!r}; supported: '
             f'{", ".join(ARCHITECTURES)}.'
         )
-    for name in ('token_embd.weight',):
-        if name not in file.tensors:
-            raise ValueError(f'{file.path} lacks the tensor {name}.')
+    if 'token_embd.weight' not in file.tensors:
+        raise ValueError(f'{file.path} lacks the tensor token_embd.weight.')
     if 'output.weight' in file.tensors:
         raise ValueError(
             f'{file.path} has a separate output head (output.weight), which is not supported: '

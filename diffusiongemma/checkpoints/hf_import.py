@@ -16,7 +16,6 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import unflatten_dict
 
-from diffusiongemma.checkpoints.bundle import model_for
 from diffusiongemma.checkpoints.hf_config import read_hf_config
 from diffusiongemma.checkpoints.hf_tensors import HEADS, Source, TensorNames, sources
 from diffusiongemma.checkpoints.placement import assemble, flat_shardings, param_shapes
@@ -24,6 +23,7 @@ from diffusiongemma.checkpoints.reader import Reader
 from diffusiongemma.checkpoints.safetensors_reader import TensorReader
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.denoiser import model_for
 from diffusiongemma.models.transformer import Gemma
 
 _COMPARED = 2**22  # the number of values of a tied copy that are compared at a time

@@ -17,7 +17,8 @@ from diffusiongemma.checkpoints.packaged import PACKAGED, packaged_file
 from diffusiongemma.checkpoints.store import CHECKPOINTS_DIR, read_ema
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.models.arrays import Params
-from diffusiongemma.models.denoiser import DRAFT_IDS
+from diffusiongemma.models.config import ModelConfig
+from diffusiongemma.models.denoiser import DRAFT_IDS, DiffusionGemma, model_for
 from diffusiongemma.models.execution import cpu_has_bfloat16
 from diffusiongemma.models.inference import for_inference, quantize_weights, with_execution
 from diffusiongemma.models.lora import LoraConfig, base_params, merge_lora
@@ -72,7 +73,8 @@ def load_model(
     """
     directory = model_directory(path)
     open_it = next(open_it for detects, open_it in FORMATS if detects(directory))
-    return open_it(directory, dtype, mesh)
+    model, params, tokenizer = open_it(directory, dtype, mesh)
+    return model if mesh is not None else _with_fast_denoiser(model), params, tokenizer
 
 
 def load_for_sampling(
@@ -96,21 +98,19 @@ def load_for_sampling(
     return model, params, tokenizer
 
 
-def _completed(
-    model: Gemma, params: Params, directory: Path, mesh: jax.sharding.Mesh | None
-) -> Opened:
-    """Adds the tokenizer.model in `directory`, and the fastest denoiser dtype on this machine."""
-    if mesh is None and model.config.has_frozen_encoder:
-        model = _with_fast_denoiser(model)
-    file, tokenizer = directory / bundle.TOKENIZER_FILE, None
-    if file.exists():
-        tokenizer = Tokenizer.load(str(file), has_empty_thought(model.config))
-    return model, params, tokenizer
+def _tokenizer_of(directory: Path, config: ModelConfig) -> Tokenizer | None:
+    """Returns the tokenizer.model in `directory`, or None if there is none."""
+    file = directory / bundle.TOKENIZER_FILE
+    return Tokenizer.load(str(file), has_empty_thought(config)) if file.exists() else None
 
 
 def _with_fast_denoiser(model: Gemma) -> Gemma:
-    """Returns the model with a bfloat16 denoiser if this is a CPU with native bfloat16 matmuls."""
-    if jax.default_backend() == 'cpu' and cpu_has_bfloat16():
+    """Returns the model with a bfloat16 denoiser if this is a CPU with native bfloat16 matmuls.
+
+    A denoiser with shared weights has the dtype of the encode pass.
+    """
+    has_own_denoiser = isinstance(model, DiffusionGemma) and model.config.has_frozen_encoder
+    if has_own_denoiser and jax.default_backend() == 'cpu' and cpu_has_bfloat16():
         return with_execution(model, denoise_dtype='bfloat16')
     return model
 
@@ -165,7 +165,8 @@ def _load_bundle(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) ->
     """Loads a bundle, including the parameters and the tokenizer of its base, if it names one."""
     content = bundle.read_content(directory)
     if 'base_fingerprint' not in content:
-        return _completed(*bundle.load_bundle(directory, dtype, mesh), directory, mesh)
+        model, params = bundle.load_bundle(directory, dtype, mesh)
+        return model, params, _tokenizer_of(directory, model.config)
     base = _base_of(directory, content['base'], bundle.CONFIG_FILE)
     base_model, params, tokenizer = load_model(base, dtype, mesh)
     where = f'{directory / bundle.CONFIG_FILE}, "model"'
@@ -179,12 +180,11 @@ def _load_bundle(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) ->
             f'for its own teacher. Change "base" in {directory / bundle.CONFIG_FILE} to the path '
             'of that teacher.'
         )
-    model = bundle.model_for(config, base_model.dtype)
+    model = model_for(config, base_model.dtype)
     trained = bundle.load_own_params(directory, model, dtype, mesh)
     params = {name: params[name] for name in BASE_PARAMS if name in params} | trained
     bundle.check_params(model, flatten_dict(params, sep='/'), f'{directory} on {base}')
-    model, params, bundle_tokenizer = _completed(model, params, directory, mesh)
-    return model, params, bundle_tokenizer or tokenizer
+    return model, params, _tokenizer_of(directory, config) or tokenizer
 
 
 def _base_of(directory: Path, base: str, file: str) -> str | Path:
@@ -213,7 +213,8 @@ def _load_gguf(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> O
 
 def _load_orbax(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
     """Loads an orbax checkpoint of Google."""
-    return _completed(*orbax_import.load_orbax(directory, dtype, mesh), directory, mesh)
+    model, params = orbax_import.load_orbax(directory, dtype, mesh)
+    return model, params, _tokenizer_of(directory, model.config)
 
 
 def _load_published(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Opened:
@@ -232,7 +233,8 @@ def _load_run(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Op
     workdir, step = directory, None
     if not (directory / CHECKPOINTS_DIR).is_dir():
         workdir, step = directory.parents[1], int(directory.name)
-    return _completed(*_averaged(workdir, step, dtype, mesh), workdir, mesh)
+    model, params = _averaged(workdir, step, dtype, mesh)
+    return model, params, _tokenizer_of(workdir, model.config)
 
 
 def _averaged(
@@ -246,7 +248,7 @@ def _averaged(
             'finish its run, which exports a model.'
         )
     config = read_model_config(about['model'], f'{workdir}, step {step}')
-    model = bundle.model_for(config, dtype or jnp.float32)
+    model = model_for(config, dtype or jnp.float32)
     if bundle.is_bundle(workdir / BASE_DIR):
         base = bundle.load_bundle(workdir / BASE_DIR, dtype)[1]
         if 'lora' in about:
@@ -291,7 +293,7 @@ def _load_adapted(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -
             f'{directory} does not adapt {base}: its weights are of another model; change "base" '
             f'in {directory / adapters.CONFIG_FILE}.'
         )
-    model = bundle.model_for(adapter.model, base_model.dtype)
+    model = model_for(adapter.model, base_model.dtype)
     merge = jax.jit(merge_lora, static_argnums=2)
     merged = merge(base_params(adapter.model, params), adapter.params, adapter.lora)
     bundle.check_params(model, flatten_dict(merged, sep='/'), str(directory))

@@ -271,6 +271,11 @@ class DiffusionGemma(Gemma):
         return logits[:, 0]
 
 
+def model_for(config: ModelConfig, dtype: Any = jnp.float32) -> Gemma:
+    """Returns the module of a config: a DiffusionGemma if it has a denoiser, else a Gemma."""
+    return (DiffusionGemma if config.is_diffusion else Gemma)(config, dtype)
+
+
 def _shifted(
     first: Shaped[Array, '...'], sequence: Shaped[Array, '*B'], axis: int
 ) -> Shaped[Array, '*B']:

@@ -6,8 +6,8 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from diffusiongemma.models.config import ModelConfig
-from diffusiongemma.models.denoiser import DiffusionGemma
-from diffusiongemma.models.transformer import Gemma, init_params
+from diffusiongemma.models.denoiser import model_for
+from diffusiongemma.models.transformer import init_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ParameterCounts:
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Returns the numbers of parameters that `init_params` would create."""
-    model = (DiffusionGemma if config.is_diffusion else Gemma)(config)
+    model = model_for(config)
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     sizes = {name: leaf.size for name, leaf in flatten_dict(shapes, sep='/').items()}
     total = sum(sizes.values())
