@@ -158,11 +158,12 @@ def _check_metric(
     state: TrainState,
 ) -> None:
     """Raises ValueError if checkpoints are compared by a metric that the run does not have."""
+    if not name or name in metrics:
+        return
     evaluated = {} if evaluate is None else jax.eval_shape(evaluate, state.evaluated_params)
-    if name and name not in (known := {*metrics, *evaluated}):
-        raise ValueError(
-            f'config.train.best_metric={name!r} is not a metric of this run; {nearest(name, known)}'
-        )
+    if name not in evaluated:
+        hint = nearest(name, [*metrics, *evaluated])
+        raise ValueError(f'config.train.best_metric={name!r} is not a metric of this run; {hint}')
 
 
 def _floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
