@@ -198,9 +198,7 @@ def _backward(
     length = class_scores.shape[1]
 
     def only_in_time(message: jax.Array, position: int | jax.Array) -> jax.Array:
-        limits = jnp.maximum(
-            remaining - position, 0
-        )  # [B], tokens that the response may still have
+        limits = jnp.maximum(remaining - position, 0)  # [B], tokens that may still follow
         return jnp.where(automaton.distances <= limits[:, None], message, -jnp.inf)
 
     def step(after: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
