@@ -174,7 +174,7 @@ def run_main(
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
-            raise app.UsageError(f'unexpected arguments {argv[1:]}')
+            _fail(f'unexpected arguments {argv[1:]}; flags start with --, see --help.')
         keep_compiled_programs()
         without_missing_tpu()
         if flags.FLAGS.verbosity <= 0:
@@ -196,6 +196,11 @@ def run_main(
             logging.debug('where it happened:', exc_info=True)
             # The threads of a failed save may abort a normal exit, which would hide the exit code.
             _fail(str(error), at_once=isinstance(error, CheckpointError))
+        except OSError as error:  # of the system: a file in place of a directory, no permission
+            if error.filename is None:
+                raise
+            logging.debug('where it happened:', exc_info=True)
+            _fail(f'{error.filename}: {error.strerror}; use another path.')
         except ModuleNotFoundError as error:
             missing = _missing_extra(error)
             if missing is None:
@@ -241,7 +246,7 @@ def _parse_flags(argv: list[str], config: type | None = None) -> list[str]:
         # ml_collections names only the last part of the key, and the nearest key if there is one.
         missing = next(iter(re.findall(r'\w+', str(error))), '')
         nearest = re.findall(r'Did you mean "(\w+)"', str(error))
-        hint = f'did you mean {nearest[0]!r}?' if nearest else 'its keys are in the config file.'
+        hint = f'did you mean {nearest[0]!r}?' if nearest else 'docs/configs.md lists the keys.'
         for argument in argv[1:]:
             parents, _, last = argument.lstrip('-').partition('=')[0].rpartition('.')
             if parents.startswith('config') and last == missing:
@@ -260,9 +265,20 @@ class _WithDefaults(flags.ArgumentParser[Any]):
         matches = (re.match(r'--?(?:no)?config\.([\w.]+)', argument) for argument in argv)
         self._overridden = [match[1] for match in matches if match]
 
+    def _check_kind(self, config: ConfigDict) -> None:
+        """Raises ValueError if a config lacks keys of this command and has those of another one."""
+        known, needed = configuration.keys_of(self._cls)
+        unknown, missing = sorted(set(config) - known), sorted(needed - set(config))
+        if unknown and missing:
+            raise ValueError(
+                f'this config is not for this command: it has {unknown} and lacks {missing}; use '
+                'train for the training of a teacher, and distill for that of a student.'
+            )
+
     def parse(self, argument: Any) -> Any:
         config = self._parser.parse(argument)
         if isinstance(config, ConfigDict):
+            self._check_kind(config)
             configuration.complete(config, self._cls, self._overridden)
         return config
 

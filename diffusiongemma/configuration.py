@@ -115,6 +115,9 @@ def complete(config: ConfigDict, cls: type, asked: Iterable[str] = ()) -> Config
                 if name not in config:
                     _add_value(config, cls, field)
                 continue
+            value = config.get(name)
+            if value is not None and not isinstance(value, Mapping | ConfigDict):
+                raise ValueError(f'config.{name} must be a section, with keys, got {value!r}.')
             default, is_asked = _default(field), name in asked_in
             if not config.get(name):
                 if default is None and not is_asked and not _is_needed(field):
@@ -148,6 +151,12 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and plain is not bool):
         raise ValueError(f'{path} must be {words}, got {value!r}.')
     return value.item() if isinstance(value, np.generic) else value
+
+
+def keys_of(cls: type) -> tuple[set[str], set[str]]:
+    """Returns the keys of a section, and those of them that have no default."""
+    fields = dataclasses.fields(cls)
+    return {f.name for f in fields}, {f.name for f in fields if _is_needed(f)}
 
 
 def section_of(cls: type, name: str) -> Any:

@@ -85,7 +85,9 @@ _TURNS = flags.DEFINE_integer(
     'fit.',
     lower_bound=1,
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the noise and the draws.')
+_SEED = flags.DEFINE_integer(
+    'seed', 0, 'Seed of the noise and the draws.', lower_bound=0, upper_bound=2**63 - 1
+)
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON line instead of text.')
 _WATCH = flags.DEFINE_bool('watch', False, 'Show every denoise step, colored by entropy.')
 _GIF = flags.DEFINE_string('gif', None, 'Write the denoise steps to this file, as a GIF.')

@@ -8,6 +8,7 @@ import os
 from absl import flags
 
 from diffusiongemma import cli, sampling_flags
+from diffusiongemma.errors import check_range
 from diffusiongemma.sampling import Sampler
 from diffusiongemma.sampling.engine import Engine
 from diffusiongemma.sampling.sampler import MODES, main_mode
@@ -75,6 +76,7 @@ def main(argv: list[str]) -> None:
     with cli.extra_named(__name__):
         from diffusiongemma.serving.server import listen, serve
         from diffusiongemma.serving.service import Service, Settings
+    check_range('--temperature', _TEMPERATURE.value, 0)
     sock = listen(_HOST.value, _PORT.value)
     model, params, tokenizer = sampling_flags.load()
     config = sampling_flags.sampling_config(

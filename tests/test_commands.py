@@ -253,6 +253,17 @@ BAD_INPUT = [
         ['--config=configs/tiny.py', '--sweep'],
         'error: a sweep needs both --sweep and --output=DIRECTORY.',
     ),
+    (
+        'train',
+        ['--config=configs/tiny.py', '--workdir={tmp}'],
+        "error: flag --config=configs/tiny.py: this config is not for this command: it has ['ar_w",
+    ),
+    (
+        'convert',
+        ['--input=builtin', '--output=setup.py', '--format=bundle'],
+        'error: setup.py: File exists; use another path.',
+    ),
+    ('sample', ['--prompt=hi', 'more'], "error: unexpected arguments ['more']"),
     ('distill', ['--config=configs/none.py', '--workdir={tmp}'], 'configs/none.py'),
     (
         'distill',

@@ -274,7 +274,7 @@ def test_bad_settings_are_one_clear_error(fields, message):
 @pytest.mark.parametrize('function', [allow, ban])
 @pytest.mark.parametrize('token', [-1, V])
 def test_only_token_ids_can_be_allowed_or_banned(function, token):
-    with pytest.raises(ValueError, match=rf'must be in \[0, {V}\), got \[{token}\]'):
+    with pytest.raises(ValueError, match=rf'must be integers in \[0, {V}\), got \[{token}\]'):
         function([3, token], V)
 
 

@@ -195,6 +195,7 @@ def test_what_cannot_be_trained_is_said_in_one_line(teacher_directory, tmp_path,
         ),
         ('light.draft_vocab_size', 1, 'draft_vocab_size=1 has no room for the'),
         ('targets.source.size', 9, '9 examples are too few to hold a tenth out'),
+        ('sampling.acceptance', 'GibbsSweep()', 'GibbsSweep is for uniform noise'),
         ('drafting.anchors_per_row', 10**6, 'anchors_per_row=1000000 do not fit a row of 128'),
     ],
 )

@@ -51,6 +51,16 @@ class Narrow:
     def next_canvas(self, proposal):
         return proposal.canvas[:, :2]
 
+@dataclasses.dataclass
+class Mutable:
+    def next_canvas(self, proposal):
+        return proposal.canvas
+
+@dataclasses.dataclass(frozen=True)
+class Wide:
+    def weights(self, probabilities, valid):
+        return jnp.where(valid, 1.0, 0.0)[..., None]
+
 class Plain:
     def next_canvas(self, proposal):
         return proposal.canvas
@@ -122,6 +132,14 @@ def test_a_config_names_the_weights_of_a_draft_by_their_module(own):
         (lambda own: Stage1Config(token_loss=f'{own}.First()'), 'no method __call__'),
         (lambda own: Stage1Config(token_loss='Focal()'), 'names no loss; write one of your own'),
         (lambda own: DraftingConfig(weights=f'{own}.First()'), 'has no method weights'),
+        (
+            lambda own: SamplingConfig(acceptance=f'{own}.Mutable()'),
+            r'Mutable\(\) is not hashable, .*write @dataclasses.dataclass\(frozen=True\)',
+        ),
+        (
+            lambda own: DraftingConfig(weights=f'{own}.Wide()'),
+            r'Wide\(\).weights returned \(2, 3, 1\) for probabilities \(2, 3\)',
+        ),
         (lambda own: DraftingConfig(weights='late'), "must be 'accepted_length', 'decay' or"),
     ],
 )

@@ -110,6 +110,45 @@ def test_an_unknown_mode_is_refused_with_the_known_ones():
         Sampler(toy(C)[0], config(), 'magic')
 
 
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'canvas_length': '4'}, "canvas_length in the config .* integer >= 0, got '4'"),
+        ({'canvas_length': -1}, 'integer >= 0, got -1'),
+        ({'vocab_size': 11.0}, 'vocab_size in the config of ToyModel must be an integer'),
+        ({'vocab_size': 0}, 'must be an integer >= 1, got 0'),
+        ({'max_positions': 0}, 'max_positions in the config .* >= 1, got 0'),
+        ({'mask_id': 23}, 'mask_id=23 must be one of the 23 token ids'),
+    ],
+)
+def test_a_config_of_a_model_that_cannot_be_sampled_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(ToyModel(ToyConfig(**fields)), config(pad_id=0))
+
+
+@pytest.mark.parametrize('method', ['encode', 'unembed'])
+def test_a_model_without_a_causal_pass_is_refused(method):
+    others = {name: None for name in ('encode', 'unembed') if name != method}
+    other = type('Other', (), others | {'config': ToyConfig()})()
+    with pytest.raises(TypeError, match=f'Other has no method {method}, see CausalModel'):
+        Sampler(other, config())
+
+
+@pytest.mark.parametrize(('method', 'mode'), [('unembed', 'lossless'), ('denoise', 'diffusion')])
+def test_logits_of_another_vocabulary_are_refused_with_the_method(method, mode):
+    class Model(ToyModel):
+        def unembed(self, hidden):
+            return super().unembed(hidden)[..., : 5 if method == 'unembed' else None]
+
+        def denoise(self, *args):
+            return super().denoise(*args)[..., : 5 if method == 'denoise' else None]
+
+    _, params = toy(C)
+    sampler = Sampler(Model(ToyConfig(canvas_length=C)), config(), mode)
+    with pytest.raises(ValueError, match=rf'Model.{method} must return logits \[..., 23\]'):
+        sampler(params, *pad_prompts([[1, 2]]), rng=KEY)
+
+
 def test_prompts_are_padded_to_a_multiple():
     tokens, lengths = pad_prompts([[5, 6, 7], [8]], pad_id=9, multiple=4)
     assert tokens.tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]

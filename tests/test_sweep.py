@@ -14,7 +14,7 @@ from diffusiongemma.distillation.comparison import sweep_student
 from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.evaluation.sweep import Grid, Point, summary
 from diffusiongemma.models import DiffusionGemma
-from diffusiongemma.sampling import EntropyBound, Sampler, SamplingConfig, TopK
+from diffusiongemma.sampling import EntropyBound, Margin, Sampler, SamplingConfig, TopK
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'configs'))
@@ -58,6 +58,9 @@ def test_a_grid_of_entropy_bounds_replaces_the_samplers_bound_and_refuses_anothe
     top_k = Sampler(model, SamplingConfig(acceptance=TopK(2)))
     with pytest.raises(ValueError, match=r'entropy_bound=0.1 has no effect beside .*TopK\(k=2\)'):
         grid.over((top_k, None))
+    both = Grid(entropy_bound=(0.1,), acceptance=('TopK(k=3)', Margin(0.2))).over((top_k, None))
+    rules = [s.config.acceptance_rule for s, _ in both]
+    assert rules == [EntropyBound(0.1), TopK(3), Margin(0.2)]
     steps = Grid(max_denoising_steps=(2, 3)).over((top_k, None))
     assert [s.config.max_denoising_steps for s, _ in steps] == [2, 3]
     assert {s.config.acceptance_rule for s, _ in steps} == {TopK(2)}
@@ -104,6 +107,7 @@ def test_a_sweep_of_the_shipped_student_leaves_a_table_and_a_plot(tmp_path):
         '--config.eval.speed_batches=1',
         '--config.eval.speed_batch_sizes=(1,)',
         '--config.eval.sweep.entropy_bound=(0.1,)',
+        "--config.eval.sweep.acceptance=('TopK(k=4)',)",
         '--config.eval.sweep.max_denoising_steps=(2,)',
         '--config.eval.sweep.canvas_length=(8,)',
     ]
@@ -113,17 +117,18 @@ def test_a_sweep_of_the_shipped_student_leaves_a_table_and_a_plot(tmp_path):
     assert set(found) == {
         'best', 'aup', 'teacher_accuracy', 'lossless_accuracy', 'lossless_speedup', 'num_points',
     }  # fmt: skip
-    assert found['num_points'] == 1 and found['aup'] >= 0
+    assert found['num_points'] == 2 and found['aup'] >= 0
     assert 'tok/denoise' in done.stdout
     with (tmp_path / 'out' / 'sweep.csv').open() as file:
-        teacher, lossless, swept = csv.DictReader(file)
+        teacher, lossless, swept, by_rule = csv.DictReader(file)
     assert (teacher['mode'], lossless['mode']) == ('autoregressive', 'lossless')
     assert teacher['entropy_bound'] == teacher['canvas_length'] == ''
     assert float(teacher['tokens_per_denoise_pass']) == float(teacher['speedup']) == 1
     assert float(lossless['exact_match']) == 1  # its denoiser is separate
     assert float(lossless['teacher_nll']) == pytest.approx(float(teacher['teacher_nll']))
     settings = [swept[name] for name in ('entropy_bound', 'max_denoising_steps', 'canvas_length')]
-    assert settings == ['0.1', '2', '8']
+    assert settings == ['0.1', '2', '8'] and swept['acceptance'] == ''
+    assert (by_rule['entropy_bound'], by_rule['acceptance']) == ('', 'TopK(k=4)')
     assert 1 <= float(swept['steps_per_canvas']) <= 2
     assert float(swept['teacher_nll']) > float(teacher['teacher_nll'])
     assert (tmp_path / 'out' / 'sweep.png').read_bytes().startswith(b'\x89PNG')

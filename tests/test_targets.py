@@ -15,9 +15,11 @@ from diffusiongemma.data.packing import TEACHER_KEYS, RowLayout, pack_examples, 
 from diffusiongemma.data.sources import DataSpec, load_source
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import answers, targets
+from diffusiongemma.distillation.comparison import check_room
 from diffusiongemma.distillation.targets import TargetsConfig, write_targets
 from diffusiongemma.models import Gemma
 from diffusiongemma.parallel import make_mesh
+from diffusiongemma.sampling import Sampler, SamplingConfig
 
 WORDMATH = {'kind': 'wordmath', 'size': 6}
 
@@ -192,6 +194,20 @@ def test_targets_that_were_made_otherwise_are_refused(random_teacher, one_device
         write(params=jax.tree.map(lambda leaf: leaf + 1, params))
     with pytest.raises(ValueError, match='made with another prompts'):
         write(source=jsonl(tmp_path / 'prompts.jsonl', 'one', 'three'))
+
+
+def test_answers_that_leave_no_room_for_a_prompt_are_refused(random_teacher, one_device, tmp_path):
+    model, params, tokenizer = random_teacher
+    short = model.clone(config=model.config.replace(max_positions=32))
+    config = given(WORDMATH, max_new_tokens=32, sequence_level=True)
+    with pytest.raises(
+        ValueError, match='targets.max_new_tokens=32 leaves no room for a prompt in'
+    ):
+        write_targets(short, params, tokenizer, config, tmp_path / 'a', one_device, seed=0)
+    assert not (tmp_path / 'a').exists()
+    sampling = SamplingConfig(max_new_tokens=32)
+    with pytest.raises(ValueError, match='sampling.max_new_tokens=32 leaves no room .* 32 positi'):
+        check_room(Sampler(short, sampling, 'autoregressive'))
 
 
 def test_what_can_not_be_is_said_before_anything_is_answered(random_teacher, one_device, tmp_path):

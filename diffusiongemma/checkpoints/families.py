@@ -129,12 +129,18 @@ def is_denoiser(content: Mapping[str, Any]) -> bool:
 
 
 def family_of(config: ModelConfig) -> Family:
-    """Returns the family that a model is exported as, without a check that the family fits it."""
+    """Returns the family that a model is exported as, without a check that the family fits it.
+
+    It is the one with the most equal `fields`; of several, the first one in the list.
+    """
     candidates = [
         family
         for family in FAMILIES
         if family.architecture and (family.canvas_length is not None) == config.is_diffusion
     ]
-    offset = config.norm_scale_offset
-    matches = (family for family in candidates if family.fields['norm_scale_offset'] == offset)
-    return next(matches, candidates[-1])
+
+    def fit(family: Family) -> tuple[bool, int]:
+        equal = {name: getattr(config, name) == value for name, value in family.fields.items()}
+        return equal['norm_scale_offset'], sum(equal.values())
+
+    return max(candidates, key=fit)

@@ -76,13 +76,8 @@ class Answerer:
         """Places the parameters on the mesh.
 
         Raises:
-          ValueError: if the mesh does not divide the batch, or k is larger than the vocabulary.
+          ValueError: if the mesh does not divide the batch.
         """
-        if config.top_k_logits > model.config.vocab_size:
-            raise ValueError(
-                f'config.targets.top_k_logits={config.top_k_logits} is more than the '
-                f'{model.config.vocab_size} tokens of the teacher; use fewer.'
-            )
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self._rows = batch_sharding(mesh, config.batch_size)
         self._params = processes.in_shards(params, param_shardings(model, mesh))

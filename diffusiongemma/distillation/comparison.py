@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from diffusiongemma.distillation.experiment import Experiment
 from diffusiongemma.distillation.loading import Teacher, load_student, load_teacher
 from diffusiongemma.distillation.reporting import progress, read_metrics
 from diffusiongemma.distillation.setup import Setup, sampling_config
+from diffusiongemma.distillation.targets import check_targets
 from diffusiongemma.evaluation.compare import Comparison, Contestant, EvalConfig, compare
 from diffusiongemma.evaluation.report import (
     comparison_table,
@@ -30,6 +32,9 @@ from diffusiongemma.models.inference import for_inference
 from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import processes
 from diffusiongemma.sampling import Sampler
+from diffusiongemma.sampling.interface import traits
+from diffusiongemma.sampling.noise import noise_vocab
+from diffusiongemma.sampling.rules import check_rule
 from diffusiongemma.sampling.sampler import main_mode
 
 
@@ -71,7 +76,21 @@ def check_settings(experiment: Experiment, teacher: Teacher) -> None:
     light = setup.student.light
     if light is not None and light.draft_vocab_size:
         needed_tokens(tokenizer, light.draft_vocab_size)
-    student_sampler(experiment, setup.student, tokenizer)
+    sampler = student_sampler(experiment, setup.student, tokenizer)
+    if isinstance(rule := sampler.config.acceptance_rule, Hashable):
+        check_rule(rule, noise_vocab(setup.student, sampler.config))
+    check_room(sampler)
+    check_targets(experiment.targets, teacher.model)
+
+
+def check_room(sampler: Sampler) -> None:
+    """Raises ValueError if the longest answers leave no room for a prompt."""
+    positions = traits(sampler.model).max_positions
+    if positions is not None and sampler.config.max_new_tokens >= positions:
+        raise ValueError(
+            f'config.sampling.max_new_tokens={sampler.config.max_new_tokens} leaves no room for a '
+            f'prompt in the {positions} positions of the teacher; lower it.'
+        )
 
 
 def open_evaluation(experiment: Experiment, teacher: Teacher, checkpoint: str | Path) -> Evaluation:

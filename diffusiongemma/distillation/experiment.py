@@ -25,9 +25,12 @@ from diffusiongemma.errors import check_range
 from diffusiongemma.evaluation.compare import EvalConfig
 from diffusiongemma.evaluation.sweep import Grid
 from diffusiongemma.models.config import SHARED, LightConfig, ModelConfig
+from diffusiongemma.models.denoiser_config import KINDS
 from diffusiongemma.models.execution import compute_dtype
 from diffusiongemma.parallel import MeshConfig, processes
 from diffusiongemma.sampling import SamplingConfig
+
+CORRUPTIONS = ('uniform', 'masked')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +142,18 @@ class Experiment:
                 f'config.canvas_length={self.canvas_length} must be at least 1 and at most '
                 f'config.data.row_length={self.data.row_length}, the tokens of a row.'
             )
+        if self.denoiser not in KINDS:
+            raise ValueError(f'denoiser must be one of {KINDS}, got {self.denoiser!r}.')
+        if self.corruption not in CORRUPTIONS:
+            raise ValueError(f'corruption must be one of {CORRUPTIONS}, got {self.corruption!r}.')
+        _ = self.execution  # checks denoise_dtype
         if self.drafting is not None:
             check_count(self.drafting.anchors_per_row, self.data.row_length)
+            if self.stage1.token_loss is not None:
+                raise ValueError(
+                    f'config.stage1.token_loss={self.stage1.token_loss} has no effect with '
+                    'config.drafting, which replaces the stages; leave one of them out.'
+                )
         check_range('ar_weight', self.ar_weight, 0)
         check_range('seed', self.seed, 0, MAX_SEED)
 

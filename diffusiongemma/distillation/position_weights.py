@@ -112,5 +112,18 @@ def read_weights(weights: Any, smoothing: float, gamma: float) -> PositionWeight
             f'weights must be {ACCEPTED_LENGTH!r}, {DECAY!r} or {EQUAL!r}, or weights of '
             f"your own with their module, such as 'my_losses.Mine(2)', got {weights!r}."
         )
-    custom: PositionWeights = read_value('drafting.weights', weights, 'weights', noun='weights')
+    custom: PositionWeights = read_value('weights', weights, 'weights', noun='weights')
+    _check_shape(custom)
     return custom
+
+
+def _check_shape(custom: PositionWeights) -> None:
+    """Raises ValueError if weights of positions [B, K] have another shape; traces small ones."""
+    shape = (2, 3)
+    positions = jnp.zeros(shape), jnp.ones(shape, bool)
+    found = jax.eval_shape(custom.weights, *positions)
+    if jnp.shape(found) != shape:
+        raise ValueError(
+            f'{custom!r}.weights returned {jnp.shape(found)} for probabilities {shape}; it must '
+            'return one weight per position.'
+        )

@@ -168,11 +168,9 @@ class Setup:
 
 def corruption_process(name: str, token_ids: TokenIds) -> Corruption:
     """Returns the forward process of `config.corruption`: 'uniform' or 'masked'."""
-    if name == 'uniform':
-        return UniformCorruption(token_ids.vocab_size)
     if name == 'masked':
         return MaskedCorruption(token_ids.mask_id)
-    raise ValueError(f"config.corruption must be 'uniform' or 'masked', got {name!r}.")
+    return UniformCorruption(token_ids.vocab_size)
 
 
 def objectives(experiment: Experiment, token_ids: TokenIds) -> tuple[tuple[Objective, int], ...]:

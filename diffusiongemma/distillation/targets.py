@@ -59,11 +59,12 @@ def write_targets(
       written and it is `config.source`.
 
     Raises:
-      ValueError: if the directory contains targets with other settings, the mesh does not divide
-        the batch, or no answer ended within max_new_tokens.
+      ValueError: if the directory contains targets with other settings, the settings do not fit
+        the teacher, the mesh does not divide the batch, or no answer ended within max_new_tokens.
     """
     if not config.sequence_level and not config.top_k_logits:
         return config.source  # the source itself has the targets
+    check_targets(config, model)
     source = load_source(config.source)
     made_from = _made_from(params, tokenizer, source, config, seed)
     processes.check_shared(directory)
@@ -104,6 +105,21 @@ def write_targets(
         _write_atomically(counts_file, json.dumps(counts) + '\n')
         processes.broadcast_from_writer(None)  # waits until process 0 has written the file
     return DataSpec(kind='tfds', name=name, path=str(directory))
+
+
+def check_targets(config: TargetsConfig, model: Gemma) -> None:
+    """Raises ValueError if a setting exceeds the vocabulary or the positions of the teacher."""
+    if config.top_k_logits > model.config.vocab_size:
+        raise ValueError(
+            f'config.targets.top_k_logits={config.top_k_logits} is more than the '
+            f'{model.config.vocab_size} tokens of the teacher; use fewer.'
+        )
+    positions = model.config.max_positions
+    if config.sequence_level and positions is not None and config.max_new_tokens >= positions:
+        raise ValueError(
+            f'config.targets.max_new_tokens={config.max_new_tokens} leaves no room for a prompt in '
+            f'the {positions} positions of the teacher; lower it.'
+        )
 
 
 def _distinct(source: Source) -> list[int]:

@@ -217,8 +217,10 @@ def sweep_table(points: Sequence[Point], batch_size: int) -> Table:
         'steps': ('steps_per_canvas', '.2f'),
         'ratio': ('speedup', '.2f'),
     }
+    if any(point.acceptance for point in points):
+        columns['rule'] = ('acceptance', '')
     for name in columns:
-        table.add_column(name, justify='left' if name == 'mode' else 'right')
+        table.add_column(name, justify='left' if name in ('mode', 'rule') else 'right')
     for point in points:
         values = [(getattr(point, field), form) for field, form in columns.values()]
         table.add_row(*('-' if value is None else format(value, form) for value, form in values))
@@ -228,7 +230,7 @@ def sweep_table(points: Sequence[Point], batch_size: int) -> Table:
 def plot_sweep(path: Path, points: Sequence[Point], batch_size: int) -> None:
     """Writes a PNG with accuracy over tokens per pass and over measured speed.
 
-    A line connects the points with one entropy bound (its color) and one canvas length (its
+    A line connects the points with one acceptance rule (its color) and one canvas length (its
     dashes); the marker shows the maximum number of steps. `points` is the result of `sweep`.
     """
     from matplotlib.figure import Figure
@@ -252,7 +254,7 @@ _LOSSLESS: _Style = {'label': 'student, lossless', 'color': 'tab:red', 'marker':
 class _Styles(NamedTuple):
     """The plot style for each value of a setting."""
 
-    colors: dict[float, Any]  # by entropy bound
+    colors: dict[str, Any]  # by acceptance rule
     markers: dict[int, str]  # by maximum number of steps
     dashes: dict[int, str]  # by canvas length
 
@@ -260,12 +262,14 @@ class _Styles(NamedTuple):
 def _styles(points: Sequence[Point]) -> _Styles:
     import matplotlib
 
-    bounds, steps, lengths = (
+    steps, lengths = (
         sorted({getattr(point, field) for point in points})
-        for field in ('entropy_bound', 'max_denoising_steps', 'canvas_length')
+        for field in ('max_denoising_steps', 'canvas_length')
     )
+    in_order = sorted(points, key=lambda point: (point.acceptance or '', point.entropy_bound or 0))
+    rules = list(dict.fromkeys(point.rule for point in in_order))
     shade = matplotlib.colormaps['viridis']
-    colors = {bound: shade(0.85 * i / max(len(bounds) - 1, 1)) for i, bound in enumerate(bounds)}
+    colors = {rule: shade(0.85 * i / max(len(rules) - 1, 1)) for i, rule in enumerate(rules)}
     markers = dict(zip(steps, itertools.cycle('os^vPX<>'), strict=False))
     dashes = dict(zip(lengths, itertools.cycle(('-', '--', ':', '-.')), strict=False))
     return _Styles(colors, markers, dashes)
@@ -275,10 +279,10 @@ def _plot_points(axes: Any, points: Sequence[Point], field: str, styles: _Styles
     """Plots accuracy over one field of all points into a panel."""
     teacher, lossless, *diffusion = points
     axes.axhline(100 * teacher.accuracy, color='black', linewidth=0.8, linestyle=':')
-    for length, bound in itertools.product(styles.dashes, styles.colors):
-        line = [p for p in diffusion if (p.canvas_length, p.entropy_bound) == (length, bound)]
+    for length, rule in itertools.product(styles.dashes, styles.colors):
+        line = [p for p in diffusion if (p.canvas_length, p.rule) == (length, rule)]
         xs, ys = [getattr(p, field) for p in line], [100 * p.accuracy for p in line]
-        color = styles.colors[bound]
+        color = styles.colors[rule]
         axes.plot(xs, ys, color=color, linestyle=styles.dashes[length], linewidth=1)
         for x, y, point in zip(xs, ys, line, strict=True):
             axes.plot(x, y, color=color, marker=styles.markers[point.max_denoising_steps or 0])
@@ -297,7 +301,7 @@ def _legend(styles: _Styles) -> list[Any]:
     return [
         handle(**_TEACHER, linestyle=''),
         handle(**_LOSSLESS, linestyle=''),
-        *(handle(f'entropy bound {b:g}', color=color) for b, color in styles.colors.items()),
+        *(handle(rule, color=color) for rule, color in styles.colors.items()),
         *(
             handle(f'steps ≤ {n}', marker=marker, linestyle='', **gray)
             for n, marker in styles.markers.items()

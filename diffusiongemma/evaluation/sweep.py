@@ -29,8 +29,9 @@ from diffusiongemma.evaluation.metrics import (
 )
 from diffusiongemma.evaluation.tasks import accuracy
 from diffusiongemma.evaluation.timing import Speed, timed
-from diffusiongemma.sampling import EntropyBound, Sampler
+from diffusiongemma.sampling import EntropyBound, Sampler, SamplingConfig
 from diffusiongemma.sampling.interface import traits
+from diffusiongemma.sampling.rules import read_rule
 
 NEAR = 0.01  # a point within this accuracy difference counts as good as the teacher
 
@@ -40,7 +41,9 @@ class Grid:
     """A grid of settings of the diffusion mode, whose combinations are all evaluated.
 
     Attributes:
-      entropy_bound: values of `SamplingConfig.entropy_bound`; () keeps that of the sampler.
+      entropy_bound: values of `SamplingConfig.entropy_bound`; () keeps that of the sampler, unless
+        there are acceptance rules.
+      acceptance: other acceptance rules, or their texts, such as 'TopK(k=4)'.
       max_denoising_steps: values of `SamplingConfig.max_denoising_steps`; () keeps that of the
         sampler.
       canvas_length: numbers of tokens per canvas, which may differ from the one in training; ()
@@ -50,9 +53,12 @@ class Grid:
     entropy_bound: tuple[float, ...] = ()
     max_denoising_steps: tuple[int, ...] = ()
     canvas_length: tuple[int, ...] = ()
+    acceptance: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        if not any(dataclasses.astuple(self)):
+        rules = tuple(read_rule('acceptance', rule) for rule in self.acceptance)
+        object.__setattr__(self, 'acceptance', rules)
+        if not any(vars(self).values()):
             raise ValueError(
                 'config.eval.sweep is empty; list values of at least one of '
                 f'{[field.name for field in dataclasses.fields(self)]}.'
@@ -62,17 +68,15 @@ class Grid:
         """Returns the student with each combination, canvas lengths outermost, steps innermost.
 
         Raises:
-          ValueError: if a value is invalid for sampling, or the grid has entropy bounds but the
-            sampler uses another acceptance rule.
+          ValueError: if a value is invalid for sampling, or the grid has only entropy bounds but
+            the sampler uses another acceptance rule.
         """
         sampler, params = student
         config = sampler.config
         model: Any = sampler.model  # a flax module: its protocol has no `clone`
-        if self.entropy_bound and isinstance(config.acceptance, EntropyBound):
-            config = dataclasses.replace(config, acceptance=None)  # replaced by those of the grid
         combinations = itertools.product(
             self.canvas_length or (traits(model).canvas_length,),
-            self.entropy_bound or (config.entropy_bound,),
+            self._rules(config),
             self.max_denoising_steps or (config.max_denoising_steps,),
         )
         return [
@@ -80,14 +84,27 @@ class Grid:
                 dataclasses.replace(
                     sampler,
                     model=model.clone(config=model.config.replace(canvas_length=length)),
-                    config=dataclasses.replace(
-                        config, entropy_bound=bound, max_denoising_steps=steps
-                    ),
+                    config=dataclasses.replace(config, max_denoising_steps=steps, **rule),
                 ),
                 params,
             )
-            for length, bound, steps in combinations
+            for length, rule, steps in combinations
         ]
+
+    def _rules(self, config: SamplingConfig) -> list[dict[str, Any]]:
+        """Returns the fields of `SamplingConfig` that select each acceptance rule."""
+        rule = config.acceptance
+        if self.acceptance or isinstance(rule, EntropyBound):
+            rule = None  # the grid replaces it
+        if self.entropy_bound and rule is not None:
+            raise ValueError(
+                f'config.eval.sweep.entropy_bound={self.entropy_bound[0]} has no effect beside '
+                f'config.sampling.acceptance={rule}; name the rule in config.eval.sweep.acceptance '
+                'instead.'
+            )
+        bounds = [{'entropy_bound': bound, 'acceptance': None} for bound in self.entropy_bound]
+        others = [{'entropy_bound': None, 'acceptance': other} for other in self.acceptance]
+        return bounds + others or [{}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +125,7 @@ class Point:
       steps_per_canvas: denoise passes per canvas; None in autoregressive mode.
       tokens_per_second: the speed at the main batch size.
       speedup: the ratio of its tokens/s to the teacher's, as a median over turns.
+      acceptance: the text of an acceptance rule that is not an entropy bound, else None.
     """
 
     mode: str
@@ -122,6 +140,12 @@ class Point:
     steps_per_canvas: float | None
     tokens_per_second: float
     speedup: float
+    acceptance: str | None = None
+
+    @property
+    def rule(self) -> str:
+        """Returns the acceptance rule for a legend."""
+        return self.acceptance or f'entropy bound {self.entropy_bound:g}'
 
 
 def sweep(
@@ -190,10 +214,11 @@ def _point(
     teacher_nll: float,
     speed: Speed,
 ) -> Point:
-    is_swept = sampler.mode == 'diffusion'
+    is_swept, rule = sampler.mode == 'diffusion', sampler.config.acceptance_rule
+    bound = rule.entropy_bound if isinstance(rule, EntropyBound) else None
     return Point(
         mode=sampler.mode,
-        entropy_bound=_entropy_bound(sampler) if is_swept else None,
+        entropy_bound=bound if is_swept else None,
         max_denoising_steps=sampler.config.max_denoising_steps if is_swept else None,
         canvas_length=traits(sampler.model).canvas_length or None,  # 0 means no canvas
         accuracy=accuracy(examples, answers.responses),
@@ -204,12 +229,8 @@ def _point(
         steps_per_canvas=answers.steps_per_canvas if answers.canvases else None,
         tokens_per_second=speed.tokens_per_second,
         speedup=speed.ratio,
+        acceptance=str(rule) if is_swept and bound is None else None,
     )
-
-
-def _entropy_bound(sampler: Sampler) -> float | None:
-    rule = sampler.config.acceptance_rule
-    return rule.entropy_bound if isinstance(rule, EntropyBound) else None
 
 
 def summary(points: Sequence[Point]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusiongemma.errors import check_range
 
-SHARED, SEPARATE, LIGHT = 'shared', 'separate', 'light'
+KINDS = SHARED, SEPARATE, LIGHT = 'shared', 'separate', 'light'
 _EXECUTION_KEYS = ('scan_layers', 'output_major', 'denoise_dtype')  # keys of older configs
 _FLAT_KEYS = ('canvas_length', 'separate_denoiser', 'predict_next', 'self_conditioning', 'mask_id')
 
@@ -69,11 +69,8 @@ class DenoiserConfig:
 
     def __post_init__(self) -> None:
         check_range('canvas_length', self.canvas_length, 1)
-        if self.kind not in (SHARED, SEPARATE, LIGHT):
-            raise ValueError(
-                f'the kind of a denoiser must be one of {(SHARED, SEPARATE, LIGHT)}, '
-                f'got {self.kind!r}.'
-            )
+        if self.kind not in KINDS:
+            raise ValueError(f'the kind of a denoiser must be one of {KINDS}, got {self.kind!r}.')
         if (self.light is not None) != (self.kind == LIGHT):
             raise ValueError(
                 f"a denoiser of kind 'light' needs a LightConfig and no other kind has one, got "

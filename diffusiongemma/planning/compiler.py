@@ -141,6 +141,7 @@ def topology_devices(name: str) -> tuple[list[Any], DeviceFigures]:
         libtpu is not installed.
     """
     kind, _, count = name.partition(':')
+    kind = {gpu.lower(): gpu for gpu in GPUS}.get(kind.lower(), kind)
     if kind in GPUS:
         return _stand_ins(name, count), figures_named(kind)
     if importlib.util.find_spec('libtpu') is None:

@@ -6,7 +6,6 @@ second method, `first_state`, which returns its initial state.
 """
 
 import dataclasses
-import functools
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.struct
@@ -139,31 +138,6 @@ def next_canvas(
             f'int32{list(proposal.canvas.shape)}.'
         )
     return canvas, state
-
-
-@functools.cache  # configs are copied for every request, with the same rule
-def check_rule(rule: AcceptanceRule) -> None:
-    """Raises ValueError if a rule does not return a canvas; traces it with small shapes."""
-
-    def trial() -> Any:
-        tokens, zeros = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3))  # [B, C]
-        proposal = Proposal(
-            canvas=tokens,
-            candidates=tokens,
-            noise=tokens,
-            open=tokens == 0,
-            entropies=zeros,
-            confidences=zeros,
-            margins=zeros,
-            noise_level=jnp.ones(()),
-            next_noise_level=jnp.zeros(()),
-            keys=jax.random.split(jax.random.key(0), 2),
-            vocab_size=4,
-            logits=jnp.zeros((2, 3, 4)),
-        )
-        return next_canvas(rule, proposal, first_state(rule, tokens))
-
-    jax.eval_shape(trial)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import restrict, without_unknown
 from diffusiongemma.sampling.epilogue import adjust, draw
 from diffusiongemma.sampling.finite import chosen_are_finite
-from diffusiongemma.sampling.interface import CausalModel
+from diffusiongemma.sampling.interface import CausalModel, check_logits
 from diffusiongemma.sampling.randomness import fold_in_rows
 from diffusiongemma.sampling.scores import TokenScores
 from diffusiongemma.sampling.state import GenerationState
@@ -81,6 +81,7 @@ def draw_token(
       [B, 1], or None unless the config requests them.
     """
     unembedded = model.apply({'params': params}, hidden, method='unembed')[:, None]  # [B, 1, V]
+    check_logits(model, unembedded, 'unembed')
     states = None if state.automaton_states is None else state.automaton_states[:, None]  # [B, 1]
     logits = next_token_logits(config, state, unembedded, state.lengths, states)[:, 0]  # [B, V]
     token = draw(logits, state.temperature(config), keys)

@@ -6,14 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from diffusiongemma.sampling.acceptance import (
-    AcceptanceRule,
-    Ancestral,
-    EntropyBound,
-    check_rule,
-)
+from diffusiongemma.sampling.acceptance import AcceptanceRule, Ancestral, EntropyBound
 from diffusiongemma.sampling.drafts import MAX_NGRAM, DraftSource
-from diffusiongemma.sampling.rules import RULES, read_rule
+from diffusiongemma.sampling.rules import RULES, check_rule, read_rule
 from diffusiongemma.sampling.schedule import TemperatureSchedule
 from diffusiongemma.sampling.stopping import Never, StableAndConfident, StoppingRule
 

@@ -248,9 +248,9 @@ def allow(tokens: Sequence[int], vocab_size: int) -> Bool[Array, ' {vocab_size}'
     Raises:
       ValueError: if one of them is not a token id.
     """
-    wrong = [token for token in tokens if not 0 <= token < vocab_size]
+    wrong = [t for t in tokens if not is_integer(np.asarray(t)) or not 0 <= t < vocab_size]
     if wrong:
-        raise ValueError(f'token ids must be in [0, {vocab_size}), got {wrong}.')
+        raise ValueError(f'token ids must be integers in [0, {vocab_size}), got {wrong}.')
     return jnp.zeros(vocab_size, bool).at[jnp.asarray(list(tokens), jnp.int32)].set(True)
 
 

@@ -1,6 +1,7 @@
 """The interface of models for sampling."""
 
 import dataclasses
+import numbers
 from typing import Any, Protocol, cast, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -95,6 +96,35 @@ class DenoisingModel(CausalModel, Protocol):
         ...
 
 
+def check_model(model: CausalModel) -> None:
+    """Checks that a model has the causal pass and a vocabulary.
+
+    Raises:
+      TypeError: if a method is missing.
+      ValueError: if its config has no valid `vocab_size`.
+    """
+    for name in ('encode', 'unembed'):
+        if not hasattr(type(model), name):
+            raise TypeError(f'{type(model).__name__} has no method {name}, see CausalModel.')
+    size, mask_id = getattr(model.config, 'vocab_size', None), traits(model).mask_id
+    if not isinstance(size, numbers.Integral) or size < 1:
+        raise ValueError(
+            f'vocab_size in the config of {type(model).__name__} must be an integer >= 1, got '
+            f'{size!r}.'
+        )
+    if mask_id is not None and mask_id >= size:
+        raise ValueError(f'mask_id={mask_id} must be one of the {size} token ids of the model.')
+
+
+def check_logits(model: CausalModel, logits: Array, method: str) -> None:
+    """Raises ValueError if logits [..., V] of a method do not have one entry per token id."""
+    if logits.shape[-1] != model.config.vocab_size:
+        raise ValueError(
+            f'{type(model).__name__}.{method} must return logits [..., '
+            f'{model.config.vocab_size}], one per token id of its config, got {logits.shape}.'
+        )
+
+
 def denoising(model: CausalModel) -> DenoisingModel:
     """Returns the same model; raises TypeError if it has no denoise pass."""
     if not hasattr(model, 'denoise'):
@@ -121,6 +151,22 @@ class Traits:
     self_conditioning: bool = True
     mask_id: int | None = None
     max_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (('canvas_length', 0), ('mask_id', 0), ('max_positions', 1)):
+            value = getattr(self, name)
+            if name != 'canvas_length' and value is None:
+                continue
+            if not isinstance(value, numbers.Integral) or value < least:
+                raise ValueError(
+                    f'{name} in the config of a model must be an integer >= {least}, got {value!r}.'
+                )
+        for name in ('predict_next', 'self_conditioning'):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f'{name} in the config of a model must be True or False, got '
+                    f'{getattr(self, name)!r}.'
+                )
 
 
 _TRAITS = tuple(field.name for field in dataclasses.fields(Traits))

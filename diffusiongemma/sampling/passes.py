@@ -12,6 +12,7 @@ from diffusiongemma.models.denoiser import DiffusionGemma
 from diffusiongemma.sampling.interface import (
     CausalModel,
     DenoisingModel,
+    check_logits,
     light_config,
     traits,
 )
@@ -180,6 +181,7 @@ def denoise(
     segment_ids, more = jnp.ones_like(starts), _more(model, last_token, teacher_state)
     args = (canvas[:, None], starts, segment_ids, cache.as_prefix(), soft_embeddings[:, None])
     logits: jax.Array = model.apply({'params': params}, *args, **more, method='denoise')
+    check_logits(model, logits, 'denoise')
     return logits[:, 0]  # [B, C, V]
 
 

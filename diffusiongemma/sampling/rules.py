@@ -5,17 +5,25 @@ A user-defined rule needs no entry here: its text starts with its module, 'my_ru
 
 import ast
 import dataclasses
+import functools
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from diffusiongemma.sampling.acceptance import (
+    AcceptanceRule,
     Ancestral,
     ConfidenceThreshold,
     EntropyBound,
     Margin,
+    Proposal,
     TopK,
+    first_state,
+    next_canvas,
 )
 from diffusiongemma.sampling.drafts import PromptLookup
 from diffusiongemma.sampling.gibbs import GibbsSweep
@@ -85,7 +93,45 @@ def read_value(
             f'{field}={value!r} has no method {method}, so it cannot be used here; write '
             f'{_choice(names)}.'
         )
+    if dataclasses.is_dataclass(value) and not isinstance(value, Hashable):
+        raise ValueError(
+            f'{field}={value!r} is not hashable, so no program can be compiled for it; write '
+            f'@dataclasses.dataclass(frozen=True) above {type(value).__name__}.'
+        )
     return value
+
+
+@functools.cache  # configs are copied for every request, with the same rule
+def check_rule(rule: AcceptanceRule, vocab_size: int | None = 4) -> None:
+    """Checks a rule by tracing it with small shapes.
+
+    Args:
+      rule: the rule.
+      vocab_size: the number of tokens of uniform noise; None for noise of mask tokens.
+
+    Raises:
+      ValueError: if it does not return a canvas, or is not for this kind of noise.
+    """
+
+    def trial() -> Any:
+        tokens, zeros = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3))  # [B, C]
+        proposal = Proposal(
+            canvas=tokens,
+            candidates=tokens,
+            noise=tokens,
+            open=tokens == 0,
+            entropies=zeros,
+            confidences=zeros,
+            margins=zeros,
+            noise_level=jnp.ones(()),
+            next_noise_level=jnp.zeros(()),
+            keys=jax.random.split(jax.random.key(0), 2),
+            vocab_size=vocab_size,
+            logits=jnp.zeros((2, 3, 4)),
+        )
+        return next_canvas(rule, proposal, first_state(rule, tokens))
+
+    jax.eval_shape(trial)
 
 
 def _choice(class_names: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from diffusiongemma.sampling.config import SamplingConfig
 from diffusiongemma.sampling.controls import Controls, is_integer, is_known
 from diffusiongemma.sampling.drafter import LosslessState, draft_length
 from diffusiongemma.sampling.finite import are_finite, check_finite
-from diffusiongemma.sampling.interface import CausalModel, light_config, traits
+from diffusiongemma.sampling.interface import CausalModel, check_model, light_config, traits
 from diffusiongemma.sampling.prompts import check_fits, check_prompts
 from diffusiongemma.sampling.randomness import row_keys, typed_key
 from diffusiongemma.sampling.rows import map_but
@@ -179,13 +179,13 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f'mode must be one of {sorted(MODES)}, got {self.mode!r}.')
+        check_model(self.model)
         has_drafts = self.mode == 'lossless' and self.config.drafts is not None
         canvas_length = traits(self.model).canvas_length
         if self.mode != 'autoregressive' and not (has_drafts or canvas_length):
             raise ValueError(
                 f'mode {self.mode!r} needs a model with a canvas, but canvas_length of this '
-                f'{type(self.model).__name__} is 0. Use a DiffusionGemma, or '
-                "mode='autoregressive'."
+                f"{type(self.model).__name__} is 0; set it in its config, or mode='autoregressive'."
             )
         light = light_config(self.model) if canvas_length else None
         if self.mode == 'diffusion' and light is not None:

@@ -16,6 +16,7 @@ import numpy as np
 from diffusiongemma.constraints.automaton import TokenAutomaton
 from diffusiongemma.constraints.grammar import from_json_schema
 from diffusiongemma.data.tokenizer import Tokenizer
+from diffusiongemma.errors import FIXABLE
 from diffusiongemma.models.arrays import Params
 from diffusiongemma.sampling.controls import OPEN, Controls, ban, pin
 from diffusiongemma.sampling.decide import decide
@@ -247,6 +248,8 @@ class Service:
         self.worker.submit(events.put, prompt=prompt, temperature=temperature)
         while isinstance(event := events.get(), Delta):
             pass
+        if isinstance(event, Failed | Refused) and isinstance(event.error, FIXABLE):
+            raise event.error  # a setting of the server
         if not isinstance(event, Finished):
             raise RuntimeError(str(failure(event)))
         return event.result
