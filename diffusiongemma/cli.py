@@ -192,15 +192,15 @@ def run_main(
             _leave_compiling_thread(130)
             processes.abandon(130)
             sys.exit(130)
-        except FIXABLE as error:
+        except (*FIXABLE, OSError) as error:
+            message = str(error)
+            if isinstance(error, OSError) and error.strerror is not None:  # from the system
+                if error.filename is None:
+                    raise
+                message = f'{error.filename}: {error.strerror}; use another path.'
             logging.debug('where it happened:', exc_info=True)
             # The threads of a failed save may abort a normal exit, which would hide the exit code.
-            _fail(str(error), at_once=isinstance(error, CheckpointError))
-        except OSError as error:  # of the system: a file in place of a directory, no permission
-            if error.filename is None:
-                raise
-            logging.debug('where it happened:', exc_info=True)
-            _fail(f'{error.filename}: {error.strerror}; use another path.')
+            _fail(message, at_once=isinstance(error, CheckpointError))
         except ModuleNotFoundError as error:
             missing = _missing_extra(error)
             if missing is None:
