@@ -16,7 +16,7 @@ from diffusiongemma.data.sources import DataSpec
 from diffusiongemma.data.tokenizer import Tokenizer
 from diffusiongemma.distillation import loading, reporting, setup
 from diffusiongemma.distillation.experiment import Experiment, TeacherTraining
-from diffusiongemma.distillation.loading import Teacher, load_teacher
+from diffusiongemma.distillation.loading import Teacher, load_init, load_teacher
 from diffusiongemma.distillation.run import distill
 from diffusiongemma.distillation.run import train_student as train_experiment
 from diffusiongemma.distillation.state import OptimizerConfig, create_state, make_optimizer
@@ -186,6 +186,16 @@ def test_a_run_may_start_from_a_student(teacher, tmp_path):
     with pytest.raises(ValueError, match='config.init: .* is not the student'):
         config = student_config(init=str(tmp_path / 'first'), denoiser='shared')
         train_student(config, teacher, DATA, tmp_path / 'third')
+
+
+def test_a_student_to_start_from_may_have_another_canvas_but_no_other_layers():
+    model, params, _ = load_model('builtin')
+    experiment = Experiment.of(student_config(init='builtin', mesh={'data': -1}))
+    other = DiffusionGemma(model.config.replace(canvas_length=8, self_conditioning=False))
+    assert jax.tree.structure(load_init(experiment, other)) == jax.tree.structure(params)
+    other = DiffusionGemma(model.config.replace(canvas_length=8, num_heads=2))
+    with pytest.raises(ValueError, match='is not the student .* it has num_heads=4, not 2[.]'):
+        load_init(experiment, other)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from diffusiongemma.checkpoints.load import BASE_PARAMS, Opened, load_model
 from diffusiongemma.data.tokenizer import Tokenizer
@@ -15,7 +16,8 @@ from diffusiongemma.models.transformer import Gemma
 from diffusiongemma.parallel import param_shardings, processes
 
 # Settings of the model that may differ between a run and the student that it continues from.
-MAY_CHANGE = {'canvas_length', 'self_conditioning', 'mask_id'}
+# Settings of a denoiser in which a student may differ from the one that it starts from.
+MAY_CHANGE = {f'denoiser.{name}' for name in ('canvas_length', 'self_conditioning', 'mask_id')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +78,11 @@ def load_init(experiment: Experiment, model: DiffusionGemma) -> Params:
       ValueError: if its config differs in settings other than MAY_CHANGE.
     """
     source, params, _ = load_model(experiment.init, mesh=mesh_to_load_on(experiment))
-    actual, expected = source.config.to_dict(), model.config.to_dict()
+    actual, expected = (flatten_dict(m.config.to_dict(), sep='.') for m in (source, model))
     differing = [
-        f'{name}={actual[name]!r}, not {expected[name]!r}'
-        for name in sorted(set(expected) - MAY_CHANGE)
-        if actual[name] != expected[name]
+        f'{name}={actual.get(name)!r}, not {expected.get(name)!r}'
+        for name in sorted({*actual, *expected} - MAY_CHANGE)
+        if actual.get(name) != expected.get(name)
     ]
     if differing:
         raise ValueError(
