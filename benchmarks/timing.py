@@ -64,8 +64,9 @@ def pass_programs(
     rng = jax.random.key(0)
     # Without stop tokens, no row ends before `count` passes.
     endless = config.__class__(**(vars(config) | {'stop_ids': (), 'max_new_tokens': count + 1}))
+    prompts = jnp.asarray(tokens), jnp.asarray(lengths)
     state, hidden = jax.jit(prefilled, static_argnums=(0, 1))(
-        model, endless, params, jnp.asarray(tokens), jnp.asarray(lengths), rng, Controls()
+        model, endless, params, *prompts, rng, Controls()
     )
 
     def repeated(step):
@@ -92,7 +93,7 @@ def pass_programs(
     def token(params):
         return lambda _, state: autoregressive.next_token(model, endless, params, state)
 
-    first = autoregressive.start(model, endless, params, state, hidden)
+    first = autoregressive.start(model, endless, params, state, hidden, *prompts)
     return {
         'denoise step': functools.partial(repeated(denoise), params, canvas),
         'commit': functools.partial(repeated(commit), params, canvas.canvas),
