@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusiongemma.checkpoints.hf_schema import MAX_LAYERS, MAX_SIZE
+from diffusiongemma.configuration import keys_of
 from diffusiongemma.models.config import ModelConfig, with_nested_denoiser
 
 if TYPE_CHECKING:
@@ -45,18 +46,11 @@ def read_fields(cls: type[T], values: Any, where: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f'{where} must be an object, got {_shown(values)}; copy the file again.')
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    missing = sorted(
-        name
-        for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    )
+    known, needed = keys_of(cls)
+    unknown, missing = sorted(set(values) - known), sorted(needed - set(values))
     if unknown or missing:
         raise ValueError(
-            f'{where}: unknown keys {unknown}, missing keys {missing}; known: {sorted(fields)}.'
+            f'{where}: unknown keys {unknown}, missing keys {missing}; known: {sorted(known)}.'
         )
     hints = typing.get_type_hints(cls)
     read = {name: _read(hints[name], value, where, name) for name, value in values.items()}
